@@ -1,0 +1,54 @@
+# make setup   one virtual environment per MPI: .venv/openmpi and .venv/mpich
+# make demo    train with EASGD on 4 ranks, then plot
+# make lint    ruff, mypy, codespell, shellcheck
+# make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
+# make bench   the benchmarks (BENCH_RANKS=2)
+# make clean   remove what the others made, the environments included
+
+SHELL := bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+OPENMPI := .venv/openmpi
+MPICH := .venv/mpich
+DEMO := runs/demo
+DEMO_EPOCHS ?= 20
+BENCH_RANKS ?= 2
+SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch) .ci/run
+
+.PHONY: setup demo lint test bench clean
+
+setup: $(OPENMPI)/.ready $(MPICH)/.ready
+
+# The linters and NVRTC are needed once only.
+$(OPENMPI)/.ready: EXTRAS := openmpi,test,dev
+$(MPICH)/.ready: EXTRAS := mpich,test
+
+.venv/%/.ready: setup.py constraints.txt
+	@"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "make setup needs Python 3.11 or later with venv and pip (Debian, Ubuntu: apt install python3-venv); choose one by make PYTHON=..." >&2; exit 1; }
+	@[ -x .venv/$*/bin/pip ] || "$(PYTHON)" -m venv .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --root-user-action=ignore -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(OPENMPI)/.ready
+	@rm -rf $(DEMO)
+	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) jobs/local.sh 4 mpitrain train --algorithm easgd --data digits --model mlp --epochs $(DEMO_EPOCHS) --out $(DEMO)
+	@$(OPENMPI)/bin/mpitrain report $(DEMO)
+	@echo; echo "The plots and the report of this run:"; ls -1 $(DEMO)/*.png $(DEMO)/report.md
+
+lint: $(OPENMPI)/.ready
+	$(OPENMPI)/bin/ruff check .
+	$(OPENMPI)/bin/ruff format --check .
+	$(OPENMPI)/bin/mypy
+	$(OPENMPI)/bin/codespell
+	$(OPENMPI)/bin/shellcheck $(SCRIPTS)
+
+test: setup lint
+	$(OPENMPI)/bin/python tests/run.py
+
+bench: $(OPENMPI)/.ready
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+	    echo "== $$script on $(BENCH_RANKS) ranks"; VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) jobs/local.sh $(BENCH_RANKS) python "$$script"; done
+
+clean:
+	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

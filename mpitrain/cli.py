@@ -1,0 +1,270 @@
+"""``mpitrain info | algorithms | train | data | report``
+
+Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. What a user
+got wrong is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpitrain.errors import UsageError
+from mpitrain.version import __version__
+
+EXIT_USAGE = 2
+EXIT_STOPPED = 3
+"""A run that was asked to stop by SIGUSR1 and can be continued with --resume."""
+
+GRACE_SECONDS = 1.0
+"""How long a rank other than 0 waits with its message: if all ranks have the same problem, rank 0 tells it."""
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The ``mpitrain`` command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except UsageError as error:
+        return _fail(str(error))
+
+
+def _fail(text: str) -> int:
+    """Tell the problem once, and end all ranks."""
+    rank = _rank()
+    if rank != 0:
+        time.sleep(GRACE_SECONDS)
+    where = f" (rank {rank})" if rank else ""
+    print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
+    world = sys.modules.get("mpitrain.collectives.world")
+    if world is not None and world._world is not None and world._world.size > 1:
+        world._world.abort(EXIT_USAGE)  # the others may be waiting for this rank
+    return EXIT_USAGE
+
+
+def _rank() -> int:
+    """This rank, as the launcher calls it: MPI may not have started."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Fails like everything else does: one line, on one rank."""
+
+    def error(self, message: str) -> Any:
+        """Exit with code 2."""
+        raise SystemExit(_fail(f"{message} (see {self.prog} --help)"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mpitrain", description="Train PyTorch models over MPI.")
+    parser.add_argument("--version", action="version", version=f"mpitrain {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    info = commands.add_parser("info", help="what this MPI, these GPUs and this machine can do, and what will be used")
+    info.add_argument("--json", action="store_true", help="one JSON document")
+    info.set_defaults(run=_info)
+
+    methods = commands.add_parser("algorithms", help="every method, its paper and its settings")
+    methods.add_argument("--json", action="store_true", help="one JSON document")
+    methods.set_defaults(run=_algorithms)
+
+    train = commands.add_parser("train", help="train a model", description="Run under mpirun or srun.")
+    add_train_arguments(train)
+    train.set_defaults(run=_train)
+
+    data = commands.add_parser("data", help="import data sets into HDF5 files")
+    data.set_defaults(run=_data)
+    data.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+    report = commands.add_parser("report", help="plots and a table of runs")
+    report.set_defaults(run=_report)
+    report.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mpitrain train``; the defaults are ``TrainConfig``'s."""
+    add = parser.add_argument
+    add("--algorithm", metavar="NAME", help="see mpitrain algorithms (default: easgd)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the algorithm; repeat for more")
+    add("--data", help="digits, synthetic or FILE.h5 (default: digits)")
+    add("--model", help="mlp, cnn7, resnet20 or module:function (default: mlp)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=float, help="over all ranks together (default: 10)")
+    budget.add_argument("--steps", type=int, help="of each rank")
+    budget.add_argument("--gradients", type=int, help="over all ranks together")
+    budget.add_argument("--minutes", type=float, help="of training, evaluations not counted")
+    add("--batch-size", type=int, help="of each rank (default: 32)")
+    add("--lr", type=float, help="learning rate (default: 0.05)")
+    add("--momentum", type=float, help="of the local SGD (default: 0.9, or the algorithm's own)")
+    add("--weight-decay", type=float, help="default: 0")
+    add("--seed", type=int, help="of everything random (default: 0)")
+    add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add("--sampling", choices=("independent", "sharded"), help="does each rank draw from all data, or from its part")
+    add("--augment", action="store_true", default=None, help="random crops and flips of photographs")
+    add("--evaluate-every", type=int, metavar="STEPS", help="of rank 0 (default: an epoch)")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="of rank 0; 0: never (default: an epoch)")
+    add("--straggler", type=straggler, metavar="RANK:FACTOR", help="make this rank compute FACTOR times slower")
+    add("--out", metavar="RUN", help="folder for configuration, metrics, checkpoints and plots")
+    add("--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings")
+    add("--quiet", action="store_true", default=None, help="no progress bar")
+    add("--json", action="store_true", help="the result as one JSON document")
+
+
+def straggler(text: str) -> tuple[int, float]:
+    """``RANK:FACTOR`` as numbers."""
+    rank, _, factor = text.partition(":")
+    try:
+        return int(rank), float(factor)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be RANK:FACTOR, such as 1:4, not {text!r}") from None
+
+
+def settings_of(pairs: Sequence[str]) -> dict[str, str]:
+    """``["key=value", ...]`` as a dictionary.
+
+    Raises:
+        UsageError: Text without an equals sign.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set takes KEY=VALUE, such as --set period=10, not {pair!r}")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def _train(args: argparse.Namespace) -> int:
+    # What can be refused without starting MPI is refused without: no launcher's noise around the message.
+    from mpitrain.config import TrainConfig
+
+    options = {
+        field.name: getattr(args, field.name, None)
+        for field in dataclasses.fields(TrainConfig)
+        if field.name != "settings"
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if args.resume is not None:
+        config = _resumed(args, given)
+    else:
+        config = TrainConfig(settings=settings_of(args.set), **given)
+    from mpitrain.trainer import method_of, train
+
+    method_of(config)
+    from mpitrain.collectives.world import init
+
+    world = init(config.device)
+    result = train(config, world, resume=args.resume)
+    if world.rank == 0:
+        _tell(result, as_json=args.json)
+    return 0 if result["complete"] else EXIT_STOPPED
+
+
+def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> Any:
+    """The configuration of the run that is resumed; only its budget and what is shown may be changed."""
+    from mpitrain.config import TrainConfig
+
+    if given.pop("out", str(args.resume)) != str(args.resume):
+        raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
+    return TrainConfig.of_run(args.resume, settings=settings_of(args.set), **given)
+
+
+def _tell(result: dict[str, Any], *, as_json: bool) -> None:
+    folder = Path(result["out"]) if result["out"] else None
+    if not result["complete"]:
+        print(f"stopped at step {result['steps']}; continue with: mpitrain train --resume {folder}", file=sys.stderr)
+    else:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
+        print(
+            f"{result['algorithm']} on {result['ranks']} rank{'s' * (result['ranks'] > 1)}: test accuracy {result['test_accuracy']:.2%}, "
+            f"test loss {result['test_loss']:.4f} after {result['gradients']} gradients in {result['seconds']:.1f} s "
+            f"({result['samples_per_second']:,.0f} samples/s; {shares})"
+        )
+        if result["rejected"]:
+            print(f"{result['rejected']} non-finite elements were kept out of the exchanges: try a smaller --lr")
+        if folder is not None:
+            from mpitrain.report import load_run, write_report
+
+            write_report([load_run(folder)], folder)
+            print(f"report and plots: {folder / 'report.md'}")
+    if as_json:
+        print(json.dumps(result))
+
+
+def _algorithms(args: argparse.Namespace) -> int:
+    from mpitrain.algorithms import METHODS
+    from mpitrain.algorithms.method import describe_range
+
+    document = {
+        name: {
+            "class": method.__name__,
+            "summary": method.summary,
+            "source": method.source,
+            "settings": {
+                field.name: {
+                    "default": field.default,
+                    "range": describe_range(field),
+                    "help": field.metadata["help"],
+                }
+                for field in dataclasses.fields(method)
+            },
+        }
+        for name, method in METHODS.items()
+    }
+    if _rank() != 0:
+        return 0
+    if args.json:
+        print(json.dumps(document))
+        return 0
+    for name, method in document.items():
+        print(f"{name}  ({method['class']})\n    {method['summary']}\n    {method['source']}")
+        for key, field in method["settings"].items():
+            print(f"      {key} = {field['default']}   {field['range']}; {field['help']}")
+        print()
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from mpitrain.collectives.world import init
+    from mpitrain.info import describe, show
+
+    world = init()
+    document = describe(world)
+    if world.rank == 0:
+        print(json.dumps(document) if args.json else show(document))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from mpitrain.data import importers
+
+    return _delegate("mpitrain data", importers, args.rest)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from mpitrain import report
+
+    return _delegate("mpitrain report", report, args.rest)
+
+
+def _delegate(prog: str, module: Any, rest: Sequence[str]) -> int:
+    """Let a module that knows its own options parse the rest of the command line: only then is it imported."""
+    parser = _Parser(prog=prog)
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(rest))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

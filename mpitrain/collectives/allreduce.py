@@ -1,0 +1,102 @@
+"""All-reduce: direct on a node, hierarchical across nodes.
+
+On a node every rank owns one slice of the vector: it reads that slice of all peers where it lies, sums it and writes
+the sum back to all of them, in one pass over cache-sized blocks. Nothing is packed, copied or sent.
+
+Across nodes::
+
+    1. each of the first R local ranks sums its slice over its node       (R: the smallest number of ranks on a node)
+    2. MPI_Allreduce of that slice among the ranks with the same local rank: all R carry traffic, nothing crosses twice
+    3. each writes its slice to all ranks of its node
+
+The order of summation depends on the rank numbers only, so every rank gets the same bits, at every run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+
+from mpitrain import kernels
+from mpitrain.collectives.memory import Window
+from mpitrain.collectives.partition import split
+from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels.reductions import DIRECT, MOST
+
+if TYPE_CHECKING:
+    from mpitrain.collectives.world import World
+
+
+class AllReduce:
+    """Sums windows over all ranks, in place.
+
+    Args:
+        world: The ranks.
+        statistics: Where bytes and waiting are counted.
+    """
+
+    def __init__(self, world: World, statistics: Statistics) -> None:
+        self._world = world
+        self._statistics = statistics
+        self._sums: dict[tuple[int, np.dtype], np.ndarray] = {}  # what crosses nodes, kept from call to call
+
+    def __call__(self, window: Window, *, scale: float = 1.0) -> None:
+        """Replace every rank's array by ``scale`` times the sum of all. Collective."""
+        world, statistics = self._world, self._statistics
+        n, itemsize = window.local.size, window.dtype.itemsize
+        statistics.n_exchanges += 1
+        statistics.bytes_sent += 2 * (world.size - 1) * n * itemsize // world.size
+        if world.size == 1:
+            if scale != 1.0:
+                kernels.scale(window.local, scale)
+            return
+        self._arrive(window)
+        if world.local_rank < world.n_rails:  # on a single node: every rank
+            mine = split(n, world.n_rails)[world.local_rank]
+            peers = [peer[mine] for rank in world.node_ranks if (peer := window.of(rank)) is not None]
+            if world.n_nodes == 1 and world.size <= MOST:
+                kernels.reduce_broadcast(peers, scale)
+            else:
+                total = self._sum_of(peers[0])
+                sum_in_groups(total, peers, scale)
+                world.rail_comm.Allreduce(MPI.IN_PLACE, total)
+                statistics.wire_bytes += 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
+                for peer in peers:
+                    peer[...] = total
+        self._arrive(window)
+
+    def prepare(self, window: Window) -> None:
+        """Compile what a call will need, so that the first is no slower than the others. Local."""
+        empty = [window.local[:0].copy() for _ in self._world.node_ranks]
+        if self._world.n_nodes == 1 and self._world.size <= MOST:
+            kernels.reduce_broadcast(empty)
+        else:
+            sum_in_groups(self._sum_of(empty[0]), empty, 1.0)
+
+    def _arrive(self, window: Window) -> None:
+        """Every rank of the node is here, and sees what the others have written."""
+        window.sync()
+        began = time.perf_counter()
+        self._world.node_comm.Barrier()
+        self._statistics.wait_seconds += time.perf_counter() - began
+        window.sync()
+
+    def _sum_of(self, mine: np.ndarray) -> np.ndarray:
+        """Room for a sum of slices like ``mine``; at least float32, since MPI adds neither 16-bit type everywhere."""
+        dtype = mine.dtype if mine.dtype.itemsize >= 4 else np.dtype(np.float32)
+        if (mine.size, dtype) not in self._sums:
+            self._sums[mine.size, dtype] = np.zeros(mine.size, dtype)
+        return self._sums[mine.size, dtype]
+
+
+def sum_in_groups(total: np.ndarray, sources: Sequence[np.ndarray], scale: float) -> None:
+    """``total = scale * sum(sources)``, however many there are and also where they are 16-bit and the total is not."""
+    most = DIRECT if total.dtype != sources[0].dtype else MOST
+    kernels.reduce_sum(total, sources[:most], 1.0 if len(sources) > most else scale)
+    for start in range(most, len(sources), most - 1):
+        group = sources[start : start + most - 1]
+        kernels.reduce_sum(total, (total, *group), scale if start + most - 1 >= len(sources) else 1.0)

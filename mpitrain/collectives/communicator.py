@@ -1,0 +1,74 @@
+"""What a method sees of the other workers, whether they are MPI ranks or simulated in one process.
+
+A method is written against this and nothing else: vectors (anything with NumPy's slicing) and the calls below.
+``MPICommunicator`` (``collectives.mpi``) and ``SimulatedCommunicator`` (``collectives.simulated``) implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpitrain.collectives.mailboxes import Mailboxes
+from mpitrain.collectives.shared import SharedVector
+from mpitrain.collectives.statistics import Statistics
+
+
+class Vector(Protocol):
+    """A vector in memory that peers can read.
+
+    Attributes:
+        local: (n,) this worker's own.
+    """
+
+    @property
+    def local(self) -> Any: ...
+
+
+class Communicator(Protocol):
+    """The workers of a run, as one of them sees them.
+
+    Attributes:
+        rank: This worker, 0 <= rank < size.
+        size: The number of workers, p in the papers.
+        statistics: What this worker has exchanged.
+    """
+
+    rank: int
+    size: int
+    statistics: Statistics
+
+    def vector(self, n: int, dtype: Any) -> Vector:
+        """A vector of zeros that peers can read. Collective."""
+
+    def read(self, vector: Vector, peer: int, fn: Callable[[Any], None]) -> None:
+        """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
+
+        Nothing is locked: while the peer is at work, a part of it can be one step newer than another.
+        """
+
+    def shared_vector(self, n: int, dtype: Any) -> SharedVector:
+        """One vector for all workers, zeros, sharded over them. Collective."""
+
+    def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
+        """Vectors at every worker that others read or change under their locks. Collective."""
+
+    def allreduce(self, vector: Vector, *, mean: bool = False) -> None:
+        """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
+
+    def broadcast(self, array: Any, root: int = 0) -> None:
+        """Copy the root's array to every worker's. Collective."""
+
+    def reduce(self, array: Any, root: int = 0) -> None:
+        """Sum every worker's array into the root's; the others' are spent. Collective."""
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
+
+    def barrier(self) -> None:
+        """Wait for every worker. Collective."""
+
+    def free(self) -> None:
+        """Give back everything that was made here. Collective."""

@@ -1,0 +1,110 @@
+"""Who owns which slice, in which order shards are visited, who is whose child: integers in, integers out, no MPI.
+
+    n = 100 elements, 3 ranks, shards of at most 32 (aligned to 16)
+
+    |------ rank 0 ------|------ rank 1 ------|--- rank 2 ---|
+    |   shard 0   |sh. 1 |   shard 2   |sh. 3 | sh. 4 | sh. 5|     contiguous, each owner the same share
+     0            16     32            48     64      80   100
+
+Rank r starts at the first shard of its own and goes round once, so that the workers of an exchange follow each other
+through the vector instead of queueing at the lock of shard 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line
+
+
+def split(n: int, parts: int, align: int = ALIGNMENT) -> list[slice]:
+    """`parts` contiguous slices that cover 0..n, each starting at a multiple of `align`.
+
+    No two lengths differ by more than `align`; with fewer than `parts` blocks of `align` elements some slices are
+    empty.
+    """
+    if n < 0 or parts < 1 or align < 1:
+        raise ValueError(
+            f"cannot split {n} elements in {parts} parts aligned to {align}: use n >= 0, parts >= 1, align >= 1"
+        )
+    n_blocks = -(-n // align)
+    # Rounding down puts the larger shares last, where the block that is not full is.
+    edges = [min(n, align * (n_blocks * part // parts)) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a shared vector: elements `start` to `stop`, in the memory of rank `owner`, under one lock."""
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """The shard as an index into the whole vector."""
+        return slice(self.start, self.stop)
+
+
+def shards(n: int, size: int, largest: int, align: int = ALIGNMENT) -> list[Shard]:
+    """Shards of at most `largest` elements over all ranks, in the order of the vector.
+
+    Each owner holds one contiguous share (`split`), cut in the same number of shards as everybody else's wherever there
+    are enough elements, so that `visiting_order` lets each rank start with its own. Empty shards are left out.
+    """
+    if largest < 1:
+        raise ValueError(f"the largest shard must have at least 1 element, not {largest}")
+    align_inside = align if largest >= align else 1
+    shares = split(n, size, align)
+    longest = max(share.stop - share.start for share in shares)
+    n_blocks = -(-longest // align_inside)
+    n_pieces = max(1, -(-n_blocks // (largest // align_inside)))
+    return [
+        Shard(owner, share.start + piece.start, share.start + piece.stop)
+        for owner, share in enumerate(shares)
+        for piece in split(share.stop - share.start, n_pieces, align_inside)
+        if piece.start < piece.stop
+    ]
+
+
+def visiting_order(n_shards: int, rank: int, size: int) -> list[int]:
+    """The indices of all shards once each, going round from one where no other rank starts (if there are enough)."""
+    start = rank * n_shards // size
+    return [(start + k) % n_shards for k in range(n_shards)]
+
+
+def binomial_tree(rank: int, size: int, root: int = 0) -> tuple[int | None, tuple[int, ...]]:
+    """The parent of `rank` (None at the root) and its children, the one with the largest subtree first.
+
+    With relative ranks r = (rank - root) mod size, the parent of r is r without its lowest set bit. Sending to the
+    children in the order given, a broadcast takes ceil(log2(size)) rounds; a reduction receives in the reverse order.
+
+        size 8, root 0:   0 -> 4 2 1     4 -> 6 5     2 -> 3     6 -> 7
+    """
+    if not (0 <= rank < size and 0 <= root < size):
+        raise ValueError(f"rank {rank} and root {root} must both be in 0..{size - 1}")
+    r = (rank - root) % size
+    lowest_bit = r & -r if r else 1 << (size - 1).bit_length()
+    below = [(r + (1 << k), 1 << k) for k in reversed(range(lowest_bit.bit_length() - 1)) if r + (1 << k) < size]
+    # The subtree of a child at distance 2^k has 2^k ranks, or what is left of the world; the sort keeps ties in order.
+    below.sort(key=lambda child: -min(child[1], size - child[0]))
+    parent = ((r & (r - 1)) + root) % size if r else None
+    return parent, tuple((child + root) % size for child, _ in below)
+
+
+def emulated_nodes(local_size: int, n: int) -> list[int]:
+    """The node index of each local rank when one machine plays `n`: contiguous groups, their sizes at most one apart.
+
+    With fewer ranks than nodes each rank is a node of its own.
+    """
+    if local_size < 1 or n < 1:
+        raise ValueError(f"cannot emulate {n} nodes with {local_size} ranks: both must be at least 1")
+    n = min(n, local_size)
+    return [rank * n // local_size for rank in range(local_size)]

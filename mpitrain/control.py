@@ -1,0 +1,110 @@
+"""How rank 0 tells the others to save or to stop, without anybody waiting for it.
+
+Ranks of a synchronous method walk in step: they hear of an order at every tenth step, by a broadcast. Ranks of an
+asynchronous one do not, and look at a board instead, one-sided, a few times a second. What every rank can tell from its
+own step number needs no order.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+from mpitrain.collectives.board import Board
+from mpitrain.collectives.world import World
+
+STEPS_BETWEEN_BROADCASTS = 10
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a rank has to do now."""
+
+    save: bool = False
+    stop: bool = False
+
+
+class Control:
+    """Rank 0's orders. Collective to create and to free.
+
+    Args:
+        world: The ranks.
+        synchronous: Whether the method's ranks walk in step.
+    """
+
+    def __init__(self, world: World, *, synchronous: bool) -> None:
+        self._world, self._synchronous = world, synchronous
+        self._board = Board(world, ("saves", "stop", "done"))
+        self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
+        self._saved = 0  # orders to save that this rank has followed
+        self._looked = 0.0
+
+    def order(self, *, save: bool = False, stop: bool = False) -> None:
+        """Give an order to all ranks. Local; rank 0 only."""
+        assert self._world.rank == 0
+        self._saves += save
+        self._stop = self._stop or stop
+        self._board.write(saves=self._saves, stop=self._stop)
+
+    def listen(self, step: int) -> Orders:
+        """The orders for this rank, after its step number ``step``. Collective at every tenth if synchronous."""
+        if self._synchronous:
+            if step % STEPS_BETWEEN_BROADCASTS:
+                return Orders()
+            self._saves, self._stop = self._world.comm.bcast((self._saves, self._stop))
+        elif self._world.rank != 0:
+            now = time.perf_counter()
+            if now - self._looked < SECONDS_BETWEEN_LOOKS:
+                return Orders()
+            self._looked = now
+            row = self._board.read_rank(0)
+            self._saves, self._stop = int(row["saves"]), bool(row["stop"])
+        orders = Orders(self._saves > self._saved, self._stop)
+        self._saved = self._saves
+        return orders
+
+    def wait_for_rank_0(self, step: int) -> bool:
+        """A rank that is done waits until rank 0 is, or orders something. Local.
+
+        Returns:
+            Whether there is an order to save.
+        """
+        if self._world.rank == 0:
+            self._board.write(done=1)
+            return False
+        while not self._synchronous:
+            row = self._board.read_rank(0)
+            self._saves = int(row["saves"])
+            if self._saves > self._saved:
+                self._saved = self._saves
+                return True
+            if row["done"]:
+                break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return False
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self._board.free()
+
+
+class StopSignal:
+    """SIGUSR1 asks for a checkpoint and an end: batch systems send it ahead of the time limit.
+
+    Attributes:
+        received: Whether it has come.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before = signal.signal(signal.SIGUSR1, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def restore(self) -> None:
+        """Put back what was there before."""
+        signal.signal(signal.SIGUSR1, self._before)

@@ -1,0 +1,84 @@
+"""Loads a data file: each node reads it once, each rank its part of it, unless it is too large for that."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.data.agreement import World, agree, together
+from mpitrain.data.dataset import Dataset, Normalisation
+from mpitrain.data.hdf5 import SPLITS, Header, check_labels, open_data, read_header, reading
+from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
+
+
+def load_file(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
+    """Collective over the node: the data set in `path`; see `storage.py` for what is kept where."""
+    file, header = together(world, lambda: _open(path))
+    preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
+    storage = STORAGES[agree(world, STORAGES.index(preferred))]
+
+    images: dict[str, Images] = {}
+    labels: dict[str, NDArray[np.int64]] = {}
+    for split in SPLITS:
+        if storage == "shared":
+            images[split] = MemoryImages(_read_shared(file[f"{split}/images"], world))
+            labels[split] = _read_shared(file[f"{split}/labels"], world, np.dtype(np.int64))
+        else:
+            images[split] = FileImages(file[f"{split}/images"], staging=storage == "private" and split == "train")
+            labels[split] = together(world, partial(_read_labels, file, split))
+        check_labels(str(path), split, labels[split], len(header.classes))
+    if storage == "shared":
+        file.close()
+
+    scale = 255.0 if header.dtype == np.uint8 else 1.0
+    return Dataset(
+        name=path.stem,
+        classes=header.classes,
+        shape=header.shape,
+        normalisation=Normalisation(scale, tuple(header.mean.tolist()), tuple(header.std.tolist())),
+        storage=storage,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
+        photographs=header.dtype == np.uint8,
+        file=None if storage == "shared" else file,
+    )
+
+
+def _open(path: Path) -> tuple[h5py.File, Header]:
+    file = open_data(path)
+    try:
+        with reading(file):
+            return file, read_header(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read_labels(file: h5py.File, split: str) -> NDArray[np.int64]:
+    with reading(file):
+        labels: NDArray[np.int64] = file[f"{split}/labels"][:].astype(np.int64)
+        return labels
+
+
+def _read_shared(source: h5py.Dataset, world: World, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """Collective over the node: the whole array in shared memory, of which this rank reads its part in place."""
+    array = world.shared_array(source.shape, dtype or source.dtype)
+    row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
+    chunk = source.chunks[0] if source.chunks else 1
+    slab = max(1, MAX_READ_BYTES // (row_bytes * chunk)) * chunk
+    start, stop = share_of(len(source), world.local_rank, world.local_size, chunk)
+
+    def read() -> None:
+        for low in range(start, stop, slab):
+            rows = slice(low, min(low + slab, stop))
+            with reading(source.file):
+                source.read_direct(array, rows, rows)
+
+    together(world, read)
+    return array

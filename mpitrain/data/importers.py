@@ -1,0 +1,86 @@
+"""`mpitrain data import KIND SOURCE FILE.h5`: standard formats -> the data file of `hdf5.py`.
+
+To add a format: write a function that returns an `Imported`, and enter it into `IMPORTERS`.
+"""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpitrain.data.images import Imported, import_images
+from mpitrain.data.options import between, sizes
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One format."""
+
+    summary: str
+    add_options: Callable[[ArgumentParser], None]  # beyond source and target
+    run: Callable[[Namespace], Imported]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Defines what stands after `mpitrain data`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser("import", help="turn a standard format into an HDF5 data file")
+    kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, importer in IMPORTERS.items():
+        sub = kinds.add_parser(kind, help=importer.summary, description=importer.summary)
+        sub.add_argument("source", type=Path, metavar="SOURCE")
+        sub.add_argument("target", type=Path, metavar="FILE.h5")
+        sub.add_argument("--quiet", action="store_true", help="no progress bar")
+        importer.add_options(sub)
+
+
+def run(args: Namespace) -> int:
+    """Imports, and prints one line about what was written; returns the exit code."""
+    done = IMPORTERS[args.kind].run(args)
+    skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
+    print(
+        f"{done.target}: {done.n_train} training and {done.n_test} test images of {'x'.join(map(str, done.shape))}, "
+        f"{len(done.classes)} classes{skipped}"
+    )
+    return 0
+
+
+def _images_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--size", type=_size, metavar="HxW", help="resize to this; default: the most common size")
+    parser.add_argument("--test-fraction", type=_fraction, default=0.1, help="put aside if there is no test folder")
+    parser.add_argument("--seed", type=int, default=0, help="which images are put aside")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out and count what cannot be decoded")
+
+
+def _run_images(args: Namespace) -> Imported:
+    return import_images(
+        args.source,
+        args.target,
+        size=args.size,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        skip_unreadable=args.skip_unreadable,
+        progress=not args.quiet,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, *rest = sizes(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+    if len(rest) > 1:
+        raise ArgumentTypeError("one or two numbers are needed, such as 32 or 28x32")
+    return height, rest[0] if rest else height
+
+
+def _fraction(text: str) -> float:
+    try:
+        return between(0, 1)(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+IMPORTERS: dict[str, Importer] = {
+    "images": Importer("class folders of image files, or an archive of them", _images_options, _run_images),
+}

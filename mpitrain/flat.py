@@ -1,0 +1,169 @@
+"""A model's parameters as one flat vector, and its gradients as another; the torch tensors are views into them.
+
+Parameters are laid out group by group, so that a parameter group is a segment of the vector with its own learning rate
+and weight decay, and each tensor begins on a 64-byte boundary (the padding stays zero). Tensors that are shared
+between modules are there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain.errors import UsageError
+
+ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter lies in the vector."""
+
+    parameter: torch.nn.Parameter
+    start: int
+
+    def view(self, vector: torch.Tensor) -> torch.Tensor:
+        """The parameter's part of a vector, in its shape."""
+        return vector[self.start : self.start + self.parameter.numel()].view(self.parameter.shape)
+
+
+class FlatParameters:
+    """Lays out the parameters of an optimizer; ``attach`` moves them into vectors.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+
+    Attributes:
+        n: Elements of the vector, padding included.
+        dtype: NumPy's name of the parameters' type.
+        segments: One slice for each parameter group.
+
+    Raises:
+        UsageError: No parameters, parameters that are not floating point, or of several types.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        trainable = [[p for p in group["params"] if p.requires_grad] for group in groups]
+        self.torch_dtype = _common_dtype([p for group in trainable for p in group])
+        self.dtype = _numpy_dtype(self.torch_dtype)
+        align = max(ALIGN_BYTES // self.torch_dtype.itemsize, 1)
+        self._places: list[_Place] = []
+        self.segments: list[slice] = []
+        end = 0
+        for parameters in trainable:
+            begin = end
+            for parameter in parameters:
+                self._places.append(_Place(parameter, end))
+                end += -(-parameter.numel() // align) * align
+            self.segments.append(slice(begin, end))
+        self.n = end
+        self.n_parameters = sum(place.parameter.numel() for place in self._places)
+
+    def attach(self, x: np.ndarray, g: np.ndarray) -> None:
+        """Move the parameters into ``x`` (n,) and their gradients into ``g`` (n,): the tensors become views."""
+        self._x, self._g = _as_tensor(x, self.torch_dtype), _as_tensor(g, self.torch_dtype)
+        with torch.no_grad():
+            self._x.zero_()
+            self._g.zero_()
+            for place in self._places:
+                view = place.view(self._x)
+                view.copy_(place.parameter)
+                place.parameter.data = view
+        self._gradients = [place.view(self._g) for place in self._places]
+        self.zero_gradients()
+
+    def zero_gradients(self) -> None:
+        """Set all gradients to zero, in one pass."""
+        self._g.zero_()
+        for place, view in zip(self._places, self._gradients, strict=True):
+            place.parameter.grad = view
+
+    def collect_gradients(self) -> None:
+        """Bring gradients back into the vector that were allocated elsewhere (after ``model.zero_grad()``)."""
+        for place, view in zip(self._places, self._gradients, strict=True):
+            grad = place.parameter.grad
+            if grad is view:
+                continue
+            if grad is None:
+                view.zero_()
+            elif grad.data_ptr() != view.data_ptr():
+                view.copy_(grad)
+            place.parameter.grad = view
+
+    @contextmanager
+    def holding(self, vector: np.ndarray) -> Iterator[None]:
+        """The model's parameters are views into ``vector`` (n,) inside; its own vector stays as it is."""
+        other = _as_tensor(vector, self.torch_dtype)
+        for place in self._places:
+            place.parameter.data = place.view(other)
+        try:
+            yield
+        finally:
+            for place in self._places:
+                place.parameter.data = place.view(self._x)
+
+    def detach(self) -> None:
+        """Give the parameters memory of their own again, with the values they have."""
+        for place in self._places:
+            place.parameter.data = place.parameter.data.clone()
+            place.parameter.grad = None
+
+    def check_attached(self) -> None:
+        """Raise when somebody has replaced a parameter's memory (``model.to``, ``model.half``).
+
+        Raises:
+            UsageError: With what to do instead.
+        """
+        for place in self._places:
+            if place.parameter.data_ptr() != self._x.data_ptr() + place.start * self._x.element_size():
+                raise UsageError(
+                    "a parameter was moved or converted after the DistributedOptimizer was made: "
+                    "call model.to(...) and load weights (with copy_) before it"
+                )
+
+
+def _common_dtype(parameters: Iterable[torch.nn.Parameter]) -> torch.dtype:
+    dtypes = {p.dtype for p in parameters}
+    if not dtypes:
+        raise UsageError("the optimizer has no trainable parameter: requires_grad is False for all of them")
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise UsageError(f"the parameters have several types ({names}): convert the model to one, e.g. model.float()")
+    (dtype,) = dtypes
+    if not dtype.is_floating_point:
+        raise UsageError(f"the parameters are {dtype}, not floating point: convert the model, e.g. model.float()")
+    return dtype
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    if dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    known = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
+    if dtype not in known:
+        raise UsageError(f"parameters of type {dtype} cannot be exchanged: use float32, float64, bfloat16 or float16")
+    return np.dtype(known[dtype])
+
+
+def _as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory as a tensor."""
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:
+    """Call ``fn`` with the bytes of every parameter and buffer of a model and keep what it writes there."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
+                continue
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
+            fn(raw)
+            tensor.copy_(torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape))

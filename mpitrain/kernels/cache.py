@@ -1,0 +1,143 @@
+"""Compiled host kernels on disk, so that only the first process on a kind of CPU compiles.
+
+Numba's own cache does the storing. What it needs around it, when many ranks start at once, perhaps in one home
+directory on nodes of different CPUs:
+
+- Generated source is a file at ``<root>/<hash>/<kernel>_<dtypes>.py``. The hash covers the source, the conversions it
+  imports, the versions of Numba and llvmlite, the CPU's name and features and the compiler's options, so unlike
+  processes never meet in one folder.
+- Numba recognises a source by its modification time and size. The file gets a fixed time before it is renamed to its
+  place, so it is the same source whichever rank wrote it last.
+- One signature to a file: with two, ranks that compile different ones could both claim the same data file in Numba's
+  index. With one, whoever writes last writes what the others wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+# error_model: a division by zero gives infinity or NaN, as in NumPy, and no branch to raise from.
+OPTIONS: Final[dict[str, Any]] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
+_SOURCE_TIME: Final = 1_000_000_000  # seconds since 1970; any constant does
+
+statistics: Final = {"compiled": 0, "loaded": 0}  # by this process; for tests and `mpitrain info`
+_lock = threading.Lock()
+
+
+def compiled(name: str, label: str, source: str) -> Callable[..., int]:
+    """Compiles or loads the function `name` of `source`, whose module constant SIGNATURE says for which types.
+
+    Args:
+        name: of the function in `source`.
+        label: distinguishes the file from that of other signatures.
+        source: Python source of a module.
+
+    Returns:
+        The function's compiled entry. It checks nothing: arrays must be of the declared kind.
+    """
+    with _lock:
+        module, on_disk = _module(f"{name}_{label}", source)
+        import numba
+
+        dispatcher = numba.njit(module.SIGNATURE, cache=on_disk, **OPTIONS)(getattr(module, name))
+        statistics["loaded" if sum(dispatcher.stats.cache_hits.values()) else "compiled"] += 1
+        # The entry point and not the dispatcher: it takes read-only arrays for what is not assigned, and it does not
+        # look at the types again, which the kernels have checked already.
+        (overload,) = dispatcher.overloads.values()
+        entry: Callable[..., int] = overload.entry_point
+        return entry
+
+
+@functools.cache
+def cache_root() -> Path | None:
+    """The folder of compiled kernels: the first of the candidates that can be written to, None where none can."""
+    for candidate in _candidates():
+        try:
+            candidate.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=candidate):
+                return candidate
+        except OSError:
+            continue
+    return None
+
+
+def _candidates() -> Iterator[Path]:
+    """$MPITRAIN_CACHE_DIR, $XDG_CACHE_HOME/mpitrain, ~/.cache/mpitrain, this user's folder among the temporary ones."""
+    if named := os.environ.get("MPITRAIN_CACHE_DIR"):
+        yield Path(named)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        yield Path(xdg) / "mpitrain"
+    home = os.path.expanduser("~")  # Path.home() raises where a container's user has none
+    if os.path.isabs(home):
+        yield Path(home) / ".cache" / "mpitrain"
+    # Cached code is executed: a folder that somebody else has made under our name is not taken.
+    temporary = Path(tempfile.gettempdir()) / f"mpitrain-{os.getuid()}"
+    try:
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        if temporary.stat().st_uid == os.getuid() and not temporary.is_symlink():
+            yield temporary
+    except OSError:
+        return
+
+
+@functools.cache
+def _platform_key() -> str:
+    import llvmlite  # type: ignore[import-untyped]
+    import llvmlite.binding as llvm  # type: ignore[import-untyped]
+    import numba
+    from numba.core import config
+
+    conversions = Path(__file__).with_name("halves.py").read_text()
+    cpu = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    overrides = [getattr(config, name) for name in ("CPU_NAME", "CPU_FEATURES", "OPT")]
+    return repr((conversions, numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))
+
+
+def _module(stem: str, source: str) -> tuple[ModuleType, bool]:
+    """Imports `source`, from the cache folder where there is one; says whether that was so."""
+    digest = hashlib.sha256((_platform_key() + source).encode()).hexdigest()[:24]
+    module_name = f"mpitrain_generated_{digest}"
+    root = cache_root()
+    if root is None:
+        module = ModuleType(module_name)
+        exec(compile(source, f"<{stem}>", "exec"), module.__dict__)
+        return module, False
+    path = root / digest / f"{stem}.py"
+    _write(path, source)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # Numba looks a cached function's globals up by its module's name
+    spec.loader.exec_module(module)
+    return module, True
+
+
+def _write(path: Path, source: str) -> None:
+    """Writes `source` to `path` unless it is there; a reader sees all of it or nothing, whoever else writes."""
+    try:
+        stamp = path.stat()
+        if stamp.st_mtime == _SOURCE_TIME and stamp.st_size == len(source.encode()):
+            return
+    except FileNotFoundError:
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(source)
+        os.utime(temporary, (_SOURCE_TIME, _SOURCE_TIME))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

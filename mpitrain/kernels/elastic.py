@@ -1,0 +1,66 @@
+"""The exchanges of elastic averaging.
+
+Zhang, Choromanska, LeCun: Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, equations
+5-6 and Algorithms 1-2. The rates of worker and center are separate (a_w, a_c), which makes DOWNPOUR-like
+pulls and model averaging special cases; the paper's symmetric exchange is a_w = a_c = alpha and conserves x + c.
+
+What enters the center is guarded: a worker whose parameters are no longer finite neither spoils the center nor stops.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .declare import Kernel
+
+elastic_exchange: Final = Kernel(
+    "elastic_exchange",
+    """
+    d = x - c
+    x = x - a_w * d
+    c = c + a_c * d
+    """,
+    arrays="x c",
+    scalars="a_w a_c",
+    guard="d",
+    source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
+    doc="A worker and the center pull each other together, both from their old values.",
+)
+
+elastic_center: Final = Kernel(
+    "elastic_center",
+    """
+    d = s - p * c
+    c = c + a_c * d
+    """,
+    arrays="c s",
+    scalars="a_c p",
+    guard="d",
+    source="Zhang et al. 2015, arXiv 1412.6651, eq. 6",
+    doc="The synchronous center moves towards the workers, given s, the sum of all p of them.",
+)
+
+elastic_pull: Final = Kernel(
+    "elastic_pull",
+    "x = x - a_w * (x - c)",
+    arrays="x c",
+    scalars="a_w",
+    source="Zhang et al. 2015, arXiv 1412.6651, eq. 5",
+    doc="A worker moves towards the center, which does not move.",
+)
+
+elastic_sync: Final = Kernel(
+    "elastic_sync",
+    """
+    d = s - p * c
+    x = x - a_w * (x - c)
+    c = c + a_c * d
+    """,
+    arrays="x c s",
+    scalars="a_w a_c p",
+    guard="d",
+    source="Zhang et al. 2015, arXiv 1412.6651, eq. 5-6",
+    doc="The synchronous exchange of a rank that keeps a copy of the center: both sides from the old values (Jacobi).",
+)
+
+KERNELS: Final = (elastic_exchange, elastic_center, elastic_pull, elastic_sync)

@@ -1,0 +1,112 @@
+"""float16 and bfloat16 on the host: conversions in LLVM IR, so that loops over them vectorise.
+
+IEEE 754-2008, binary16 (1 sign, 5 exponent, 10 fraction bits) and bfloat16 (1, 8, 7). Rounding is to nearest, ties to
+even; subnormals and infinities come out as NumPy's and ml_dtypes' own casts have them. IR and not Python because Numba
+knows no 16-bit float on the host and computes every integer in 64 bits, which would halve the number of elements that a
+vector register holds. A process that flushes subnormals to zero (torch.set_flush_denormal) keeps those of float16:
+neither the processors' conversions nor the arithmetic here take them for float32 ones.
+
+bfloat16 is converted by bit operations everywhere: x86's instruction for it (AVX512_BF16) drops float32 subnormals.
+
+Importing this module imports numba; only generated code does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_F16, _F32 = ir.HalfType(), ir.FloatType()
+
+
+def _has_float16_conversions(context: Any) -> bool:
+    """Whether the target converts float16 itself: x86 with F16C (since 2012), 64-bit ARM; three times as fast."""
+    triple, _, features = context.codegen().magic_tuple()
+    return "+f16c" in features or triple.startswith("aarch64")
+
+
+def _u32(value: int) -> ir.Constant:
+    return ir.Constant(_I32, value)
+
+
+@intrinsic
+def half_to_float(typingctx: Any, half: Any) -> Any:
+    """float16 bits -> float32."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if _has_float16_conversions(context):
+            return b.fpext(b.bitcast(args[0], _F16), _F32)
+        bits = b.zext(args[0], _I32)
+        sign = b.shl(b.and_(bits, _u32(0x8000)), _u32(16))
+        magnitude = b.and_(bits, _u32(0x7FFF))
+        shifted = b.shl(magnitude, _u32(13))
+        normal = b.add(shifted, _u32((127 - 15) << 23))
+        special = b.add(shifted, _u32((255 - 31) << 23))  # infinity, NaN: the largest exponent stays the largest
+        # A subnormal is m * 2**-24: let the FPU normalise (2**-14 + m * 2**-24) - 2**-14, which is exact.
+        smallest = b.bitcast(_u32((127 - 14) << 23), _F32)
+        lifted = b.bitcast(b.add(shifted, _u32((127 - 14) << 23)), _F32)
+        subnormal = b.bitcast(b.fsub(lifted, smallest), _I32)
+        out = b.select(b.icmp_unsigned("<", magnitude, _u32(0x0400)), subnormal, normal)
+        out = b.select(b.icmp_unsigned(">=", magnitude, _u32(0x7C00)), special, out)
+        return b.bitcast(b.or_(out, sign), _F32)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def float_to_half(typingctx: Any, value: Any) -> Any:
+    """float32 -> float16 bits."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if _has_float16_conversions(context):
+            return b.bitcast(b.fptrunc(args[0], _F16), _I16)
+        bits = b.bitcast(args[0], _I32)
+        sign = b.and_(b.lshr(bits, _u32(16)), _u32(0x8000))
+        magnitude = b.and_(bits, _u32(0x7FFFFFFF))
+        # Normal: rebias, add half a unit (less one where the last kept bit is even), drop 13 bits; a carry is right.
+        odd = b.and_(b.lshr(magnitude, _u32(13)), _u32(1))
+        rounded = b.add(b.sub(magnitude, _u32((127 - 15) << 23)), b.add(odd, _u32(0x0FFF)))
+        normal = b.lshr(rounded, _u32(13))
+        # Below 2**-14: the unit of 0.5 in float32 is 2**-24, that of a subnormal half, so one addition rounds.
+        half = b.bitcast(_u32(126 << 23), _F32)
+        lifted = b.bitcast(b.fadd(b.bitcast(magnitude, _F32), half), _I32)
+        subnormal = b.sub(lifted, _u32(126 << 23))
+        # NaN: keep the upper payload bits, but at least one, or it would become an infinity.
+        payload = b.and_(b.lshr(magnitude, _u32(13)), _u32(0x03FF))
+        payload = b.select(b.icmp_unsigned("==", payload, _u32(0)), _u32(1), payload)
+        nan = b.or_(payload, _u32(0x7C00))
+        out = b.select(b.icmp_unsigned("<", magnitude, _u32((127 - 14) << 23)), subnormal, normal)
+        out = b.select(b.icmp_unsigned(">=", magnitude, _u32((127 + 16) << 23)), _u32(0x7C00), out)
+        out = b.select(b.icmp_unsigned(">", magnitude, _u32(255 << 23)), nan, out)
+        return b.trunc(b.or_(out, sign), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def bfloat_to_float(typingctx: Any, bfloat: Any) -> Any:
+    """bfloat16 bits -> float32: the upper half of it."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.bitcast(b.shl(b.zext(args[0], _I32), _u32(16)), _F32)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def float_to_bfloat(typingctx: Any, value: Any) -> Any:
+    """float32 -> bfloat16 bits."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        bits = b.bitcast(args[0], _I32)
+        odd = b.and_(b.lshr(bits, _u32(16)), _u32(1))
+        rounded = b.lshr(b.add(bits, b.add(odd, _u32(0x7FFF))), _u32(16))
+        nan = b.or_(b.and_(b.lshr(bits, _u32(16)), _u32(0x8000)), _u32(0x7FC0))
+        is_nan = b.icmp_unsigned(">", b.and_(bits, _u32(0x7FFFFFFF)), _u32(255 << 23))
+        return b.trunc(b.select(is_nan, nan, rounded), _I16)
+
+    return types.uint16(types.float32), generate

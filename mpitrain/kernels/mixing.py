@@ -1,0 +1,137 @@
+"""Averages and linear combinations of vectors: gossip, all-reduce, and the plain vector operations.
+
+A pair average is written as a displacement, x + (z - x)/2, and not as (x + z)/2: the guard can then drop a peer's NaN
+and leave x what it was, and a symmetric average moves the two by the same amount in opposite directions, so that their
+sum is kept even where an element is rejected. Either form stays between x and z.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+from .declare import Kernel
+
+_GOSSIP: Final = "Jin, Yuan, Iandola, Keutzer 2016, How to scale distributed deep learning?, arXiv 1611.04581"
+
+pair_average: Final = Kernel(
+    "pair_average",
+    """
+    d = z - x
+    x = x + 0.5 * d
+    """,
+    arrays="x z",
+    guard="d",
+    source=f"{_GOSSIP}, gossiping SGD (pull)",
+    doc="x becomes the mean of x and a peer's z; z is not touched.",
+)
+
+symmetric_average: Final = Kernel(
+    "symmetric_average",
+    """
+    d = z - x
+    x = x + 0.5 * d
+    z = z - 0.5 * d
+    """,
+    arrays="x z",
+    guard="d",
+    source="Lian, Zhang, Zhang, Liu 2018, AD-PSGD, arXiv 1710.06952, Algorithm 1",
+    doc="Both become their mean (to rounding); x + z is kept.",
+)
+
+push_receive: Final = Kernel(
+    "push_receive",
+    """
+    d = r - n * x
+    x = x + d / (1 + n)
+    """,
+    arrays="x r",
+    scalars="n",
+    guard="d",
+    source=f"{_GOSSIP}, gossiping SGD (push): x = (x + r) / (1 + n)",
+    doc="x becomes the mean of itself and n received vectors whose sum is r.",
+)
+
+downpour_exchange: Final = Kernel(
+    "downpour_exchange",
+    """
+    d = v
+    c = c + d
+    x = c
+    v = 0
+    """,
+    arrays="x v c",
+    guard="d",
+    source="Dean et al. 2012, as run by Zhang et al. 2015, arXiv 1412.6651, section 4",
+    doc="A worker pushes its displacement v to the center, takes the center, and gathers anew.",
+)
+
+scaled_add: Final = Kernel(
+    "scaled_add",
+    "y = y + a * x",
+    arrays="y x",
+    scalars="a",
+    source="BLAS axpy",
+    doc="Adds a multiple of x to y.",
+)
+
+scale: Final = Kernel("scale", "x = a * x", arrays="x", scalars="a", source="BLAS scal", doc="Multiplies x by a.")
+
+copy: Final = Kernel(
+    "copy", "y = x", arrays="y x", source="BLAS copy", doc="y becomes x, converted if they are stored differently."
+)
+
+KERNELS: Final = (pair_average, symmetric_average, push_receive, downpour_exchange, scaled_add, scale, copy)
+
+
+@functools.cache
+def weighted_mix(k: int) -> Kernel:
+    """The kernel ``x = w0*x + w1*z1 + ... + wk*zk``; called as ``weighted_mix(k)(x, z1, ..., zk, w0, ..., wk)``.
+
+    Source: Lian et al. 2017, D-PSGD, arXiv 1705.09056, Algorithm 1, with row i of the mixing matrix W as weights.
+    """
+    _check_count(k)
+    others = range(1, k + 1)
+    return Kernel(
+        f"weighted_mix_{k}",
+        f"x = {' + '.join(['w0 * x', *(f'w{j} * z{j}' for j in others)])}",
+        arrays=" ".join(["x", *(f"z{j}" for j in others)]),
+        scalars=" ".join(f"w{j}" for j in range(k + 1)),
+        source="Lian et al. 2017, arXiv 1705.09056, Algorithm 1",
+        doc=f"x becomes a weighted mean of itself and {k} others.",
+    )
+
+
+@functools.cache
+def sum_into(k: int) -> Kernel:
+    """The kernel ``out = a * (z1 + ... + zk)``, summed in that order; on the host `reduce_sum` is faster for many."""
+    _check_count(k)
+    names = [f"z{j}" for j in range(1, k + 1)]
+    return Kernel(
+        f"sum_into_{k}",
+        f"out = a * ({' + '.join(names)})",
+        arrays=" ".join(["out", *names]),
+        scalars="a",
+        source="the definition of a reduction",
+        doc=f"out becomes a times the sum of {k} vectors.",
+    )
+
+
+@functools.cache
+def sum_everywhere(k: int) -> Kernel:
+    """The kernel ``zj = a * (z1 + ... + zk)`` for every j; on the host `reduce_broadcast` is faster for many."""
+    _check_count(k)
+    names = [f"z{j}" for j in range(1, k + 1)]
+    return Kernel(
+        f"sum_everywhere_{k}",
+        "\n".join([f"m = a * ({' + '.join(names)})", *(f"{name} = m" for name in names)]),
+        arrays=" ".join(names),
+        scalars="a",
+        source="the definition of an all-reduce",
+        doc=f"Each of {k} vectors becomes a times the sum of all.",
+    )
+
+
+def _check_count(k: int) -> None:
+    if not 1 <= k <= 64:
+        raise ValueError(f"{k} vectors; a kernel takes 1 to 64, combine more in groups")

@@ -1,0 +1,85 @@
+"""Local steps of stochastic gradient descent, with weight decay and the usual kinds of momentum.
+
+g is the gradient, eta the learning rate, delta the momentum, decay the weight decay (an L2 term, as torch.optim.SGD has
+it). Two conventions live side by side: the papers' velocity carries eta (v is a displacement), torch's does not. They
+agree while eta is constant; when eta changes, the papers' velocity keeps the step sizes it was made with.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .declare import Kernel
+
+_SUTSKEVER: Final = "Sutskever, Martens, Dahl, Hinton 2013, On the importance of initialization and momentum"
+_TORCH: Final = "torch.optim.SGD, https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html"
+
+sgd_step: Final = Kernel(
+    "sgd_step",
+    "x = x - eta * (g + decay * x)",
+    arrays="x g",
+    scalars="eta decay",
+    source="Robbins and Monro 1951, with an L2 term",
+    doc="One step of SGD.",
+)
+
+heavy_ball_step: Final = Kernel(
+    "heavy_ball_step",
+    """
+    v = delta * v - eta * (g + decay * x)
+    x = x + v
+    """,
+    arrays="x v g",
+    scalars="eta delta decay",
+    source=f"Polyak 1964; {_SUTSKEVER}, eq. 1-2",
+    doc="One step with classical momentum; the gradient is that at x.",
+)
+
+eamsgd_step: Final = Kernel(
+    "eamsgd_step",
+    """
+    v = delta * v - eta * (g + decay * y)
+    x = x + v
+    y = x + delta * v
+    """,
+    arrays="x v g y",
+    scalars="eta delta decay",
+    source=f"Zhang et al. 2015, arXiv 1412.6651, Algorithm 2; {_SUTSKEVER}, eq. 3-4",
+    doc="One step with Nesterov momentum; g was taken at the look-ahead y = x + delta*v, and y becomes the next one.",
+)
+
+lookahead: Final = Kernel(
+    "lookahead",
+    "y = x + delta * v",
+    arrays="x v y",
+    scalars="delta",
+    source=f"{_SUTSKEVER}, eq. 3",
+    doc="The point at which Nesterov momentum wants its gradient; after an exchange has moved x, for instance.",
+)
+
+torch_momentum_step: Final = Kernel(
+    "torch_momentum_step",
+    """
+    v = delta * v + (g + decay * x)
+    x = x - eta * v
+    """,
+    arrays="x v g",
+    scalars="eta delta decay",
+    source=f"{_TORCH}, momentum without dampening",
+    doc="One step of torch.optim.SGD with momentum; v starts at zero.",
+)
+
+torch_nesterov_step: Final = Kernel(
+    "torch_nesterov_step",
+    """
+    h = g + decay * x
+    v = delta * v + h
+    x = x - eta * (h + delta * v)
+    """,
+    arrays="x v g",
+    scalars="eta delta decay",
+    source=f"{_TORCH}, nesterov=True",
+    doc="One step of torch.optim.SGD with nesterov=True; v starts at zero.",
+)
+
+KERNELS: Final = (sgd_step, heavy_ball_step, eamsgd_step, lookahead, torch_momentum_step, torch_nesterov_step)

@@ -1,0 +1,89 @@
+"""Models by name, with the same weights on every rank."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpitrain.errors import UsageError
+from mpitrain.models.batchnorm import has_batchnorm, reestimate
+from mpitrain.models.cnn7 import CNN7
+from mpitrain.models.mlp import MLP
+from mpitrain.models.resnet import ResNet20
+
+__all__ = ["MODELS", "build", "has_batchnorm", "reestimate"]
+
+# Called with shape, n_classes, and what its `read_options`, if it has one, makes of the text after the colon.
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn7": CNN7, "resnet20": ResNet20}
+
+
+def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn.Module:
+    """Local: a model, with the same weights wherever the arguments are the same; the global random state is untouched.
+
+    Args:
+        name: A name in `MODELS`, with options such as `mlp:hidden=256x128`; or `module:function`, a function or class
+            that is imported, from the working directory too, and called with those of shape, n_classes and seed that it
+            accepts.
+        shape: Of one input: (C, H, W) or (d,).
+        n_classes: Outputs.
+        seed: Of the initial weights.
+    """
+    head, _, rest = name.partition(":")
+    function: Callable[..., Any]
+    if head in MODELS:
+        function = MODELS[head]
+        arguments: dict[str, Any] = {"shape": shape, "n_classes": n_classes}
+        if rest:
+            read_options = getattr(function, "read_options", None)
+            if read_options is None:
+                raise UsageError(f"{head} has no options, but was given '{rest}': write {head}")
+            arguments |= read_options(rest)
+    elif rest:
+        function = _import(head, rest)
+        arguments = _accepted(name, function, {"shape": shape, "n_classes": n_classes, "seed": seed})
+    else:
+        raise UsageError(f"no model '{name}': use one of {', '.join(MODELS)}, or module:function for one of your own")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too, whose state is not restored
+        model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module: return the model")
+    return model
+
+
+def _import(module_name: str, attribute: str) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script does not have it; stays, for imports inside the function
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise UsageError(
+            f"model {module_name}:{attribute} cannot be imported ({type(error).__name__}: {error}): check the "
+            f"name, run where the module lies, or use one of {', '.join(MODELS)}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        where = getattr(module, "__file__", None)
+        raise UsageError(f"module {module_name} ({where}) has no function '{attribute}': check its name")
+    return function
+
+
+def _accepted(name: str, function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered arguments that the function takes by keyword."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:  # written in C
+        raise UsageError(f"{name} does not say which arguments it takes: wrap it in a function of your own") from error
+    by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for p in parameters:
+        required = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if required and not (p.name in by_keyword and p.name in offered):
+            raise UsageError(f"{name} needs '{p.name}', but is given {', '.join(offered)}: give '{p.name}' a default")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return offered
+    return {key: value for key, value in offered.items() if key in by_keyword}

@@ -1,0 +1,219 @@
+"""``DistributedOptimizer``: any torch optimizer, made distributed by a method.
+
+It is a torch optimizer itself: it has the same parameter groups and state as the one it wraps, so that learning-rate
+schedulers, gradient clipping, accumulation and parameter groups work as they do without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain.algorithms.method import Method, Segment
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.statistics import Statistics
+from mpitrain.collectives.world import World, init
+from mpitrain.errors import UsageError
+from mpitrain.flat import FlatParameters, for_each_state_tensor
+
+Loss = torch.Tensor | float | Callable[[], torch.Tensor]
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Wraps a torch optimizer. Collective: every rank makes one, at the same point.
+
+    All ranks begin with rank 0's parameters and buffers. The trainable parameters that ``base`` holds are moved into
+    one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
+    with ``mpitrain.reestimate_batchnorm`` before an averaged model is evaluated.
+
+    Args:
+        base: Any torch optimizer over parameters of ``model``. Methods that make the update themselves (EAMSGD) want a
+            plain ``torch.optim.SGD`` without momentum, and take learning rates and weight decays from it.
+        model: The model, already on ``world.device``. Do not move or convert it afterwards.
+        method: For example ``mpitrain.EASGD(period=10)``.
+        world: Of ``mpitrain.init()``, which is called when it is not given.
+        seed: Of the random choices a method makes (whom to gossip with); the same on all ranks.
+
+    Attributes:
+        statistics: What this rank has exchanged so far.
+        exchange_seconds: Time spent in ``step`` outside the local update, waiting included.
+
+    Example:
+        >>> optimizer = DistributedOptimizer(base, model, mpitrain.EASGD(period=10))  # doctest: +SKIP
+        >>> optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()  # doctest: +SKIP
+
+    Raises:
+        UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        method: Method,
+        *,
+        world: World | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.world = world or init()
+        self.method = method
+        self._base = base
+        _check_base(base, model, method)
+        self._flat = FlatParameters(base.param_groups)
+        super().__init__(base.param_groups, dict(base.defaults))
+        self._share_with_base()
+        self._comm = MPICommunicator(self.world)
+        for_each_state_tensor(model, lambda raw: self._comm.broadcast(raw))
+        x = self._comm.vector(self._flat.n, self._flat.dtype)
+        g = self._comm.vector(self._flat.n, self._flat.dtype)
+        self._flat.attach(x.local, g.local)
+        self._comm.barrier()
+        self._worker = method.worker(self._comm, x, g, seed)
+        self._scratch: np.ndarray | None = None
+        self.exchange_seconds = 0.0
+
+    @property
+    def statistics(self) -> Statistics:
+        """What this rank has exchanged so far."""
+        return self._comm.statistics
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters."""
+        return self._flat.n_parameters
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to zero, in one pass. They stay views into the flat vector, whatever ``set_to_none`` says."""
+        self._flat.zero_gradients()
+
+    @torch.no_grad()
+    def step(self, loss: Loss | None = None) -> Any:  # type: ignore[override]
+        """Exchange and update. Collective for synchronous methods, Local for the others.
+
+        Args:
+            loss: Of this mini-batch; needed only by methods that rank workers by it. A closure that computes it again
+                is called first, as with any torch optimizer.
+
+        Returns:
+            ``loss``, or what the closure returned.
+        """
+        if callable(loss):
+            with torch.enable_grad():
+                loss = loss()
+        if self.method.needs_loss and loss is None:
+            raise UsageError(f"{self.method.name} ranks workers by their loss: call optimizer.step(loss)")
+        self._flat.collect_gradients()
+        self._flat.check_attached()
+        segments = [
+            Segment(part, float(group["lr"]), float(group.get("weight_decay", 0.0)))
+            for part, group in zip(self._flat.segments, self.param_groups, strict=True)
+        ]
+        began, self._update_seconds = time.perf_counter(), 0.0
+        self._worker.step(
+            segments,
+            None if self.method.owns_update else self._local_update,
+            float(loss) if self.method.needs_loss and loss is not None else None,
+        )
+        self.exchange_seconds += time.perf_counter() - began - self._update_seconds
+        return loss
+
+    def _local_update(self) -> None:
+        began = time.perf_counter()
+        self._base.step()
+        self._update_seconds = time.perf_counter() - began
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """The model holds what the method evaluates (center, average, leader) inside; its own parameters outside.
+
+        Local: one rank alone may enter, at any time, while the others train on. Exact between two barriers.
+        """
+        with self._flat.holding(self.consensus_vector()):
+            yield
+
+    def consensus_vector(self) -> np.ndarray:
+        """(n,) what the method evaluates, as ``consensus`` would show it; overwritten by the next call. Local."""
+        if self._scratch is None:
+            self._scratch = np.zeros(self._flat.n, self._flat.dtype)
+        self._worker.consensus(self._scratch)
+        return self._scratch
+
+    def distance(self, vector: np.ndarray) -> float:
+        """The Euclidean distance of this rank's parameters from a vector (n,). Local."""
+        return float(np.linalg.norm(vector.astype(np.float64) - self._worker.x.local))
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
+
+        It is this rank's own: each rank saves one and loads its own again. For asynchronous methods put a barrier
+        before it on all ranks, or the parts are of different moments.
+        """
+        return {
+            "parameters": self._worker.x.local.copy(),
+            "base": self._base.state_dict(),
+            "method": {
+                name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from this rank's part of a state. Collective.
+
+        Raises:
+            UsageError: When the state is of another model.
+        """
+        parameters = state_dict["parameters"]
+        if parameters.shape != self._worker.x.local.shape:
+            raise UsageError(
+                f"the state holds {parameters.size} parameters and the model has {self._worker.x.local.size}: "
+                "it was saved from another model"
+            )
+        self._base.load_state_dict(state_dict["base"])
+        self._share_with_base()
+        self._worker.x.local[...] = parameters
+        self._comm.barrier()
+        self._worker.load(state_dict["method"])
+        self._comm.barrier()
+
+    def close(self) -> None:
+        """Give the shared memory back; the model keeps its parameters. Collective; once is enough."""
+        if self._comm is not None and self._flat is not None:
+            self._flat.detach()
+            self._comm.barrier()
+            self._comm.free()
+            self._flat = self._comm = None  # type: ignore[assignment]
+
+    def __enter__(self) -> DistributedOptimizer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:  # with an exception on one rank only, the others would never come
+            self.close()
+
+    def _share_with_base(self) -> None:
+        """One list of groups and one state for both, so that a scheduler that changes one changes the other."""
+        self.param_groups = self._base.param_groups
+        self.state = self._base.state
+        self.defaults = self._base.defaults
+
+
+def _check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> None:
+    of_model = {id(p) for p in model.parameters()}
+    if any(id(p) not in of_model for group in base.param_groups for p in group["params"]):
+        raise UsageError("the base optimizer holds parameters that are not the model's: make it from model.parameters()")
+    if not method.owns_update:
+        return
+    momenta = {group.get("momentum", 0) for group in base.param_groups}
+    if not isinstance(base, torch.optim.SGD) or momenta != {0}:
+        raise UsageError(
+            f"{method.name} makes the update itself: pass torch.optim.SGD(..., momentum=0) as the base optimizer, "
+            f"and the momentum to {type(method).__name__}(momentum=...)"
+        )

@@ -1,0 +1,152 @@
+"""What rank 0 shows and stores of all ranks while they train: progress bar, metrics, evaluations.
+
+Every rank writes its counters on a board after each step; rank 0 reads it a few times a second, one-sided.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpitrain.collectives.board import Board
+from mpitrain.collectives.statistics import STALENESS_BINS, Statistics
+from mpitrain.collectives.world import World
+from mpitrain.evaluation import Point
+from mpitrain.metrics import MetricsWriter
+from mpitrain.progress import Progress
+
+SECONDS_BETWEEN_RECORDS = 0.25
+LOSS_MEMORY = 0.95
+"""The loss shown is a running mean with this memory."""
+
+SHARES = ("compute", "exchange", "waiting")
+COUNTERS = ("steps", "loss", *SHARES, "bytes", "rejected")
+TABLES: dict[str, list[Any]] = {
+    "progress": [
+        *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
+        *("compute_share", "exchange_share", "waiting_share", "rejected", "consensus_distance"),
+    ],
+    "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
+    "staleness": ["seconds", ("histogram", (STALENESS_BINS,))],
+}
+
+
+class Totals:
+    """Sums over all ranks, from one look at the board.
+
+    Args:
+        board: (p,) of each counter.
+    """
+
+    def __init__(self, board: dict[str, np.ndarray]) -> None:
+        self.steps_of_ranks = board["steps"].astype(int).tolist()
+        self.gradients, self.bytes = int(board["steps"].sum()), int(board["bytes"].sum())
+        self.rejected = int(board["rejected"].sum())
+        finite = board["loss"][np.isfinite(board["loss"]) & (board["steps"] > 0)]
+        self.loss = float(finite.mean()) if finite.size else float("nan")
+        busy = max(sum(float(board[name].sum()) for name in SHARES), 1e-12)
+        self.shares = {name: float(board[name].sum()) / busy for name in SHARES}
+
+
+class Recorder:
+    """The board, and what rank 0 makes of it. Collective to create and to free.
+
+    Args:
+        world: The ranks.
+        folder: Of the run; metrics are stored only if there is one.
+        batch_size: Samples of a step.
+        continue_from: Seconds of the run that is resumed: rows of what came after its checkpoint are dropped.
+    """
+
+    def __init__(self, world: World, folder: Path | None, batch_size: int, continue_from: float | None = None) -> None:
+        self._world, self._batch_size = world, batch_size
+        self._board = Board(world, COUNTERS)
+        self._recorded = -1.0
+        self._loss = float("nan")
+        self.progress: Progress | None = None
+        self._metrics: MetricsWriter | None = None
+        if world.rank == 0 and folder is not None:
+            self._metrics = MetricsWriter(folder / "metrics.h5", TABLES)
+            for table in TABLES if continue_from is not None else ():
+                self._metrics.truncate_after(table, "seconds", continue_from)
+
+    def step_made(self, step: int, loss: float, compute: float, exchange: float, statistics: Statistics) -> None:
+        """Put this rank's counters on the board. Local.
+
+        Args:
+            step: Steps made.
+            loss: Of the last mini-batch.
+            compute, exchange: Seconds so far; exchange with waiting.
+            statistics: Of the exchanges.
+        """
+        self._loss = loss if np.isnan(self._loss) else LOSS_MEMORY * self._loss + (1 - LOSS_MEMORY) * loss
+        self._board.write(
+            steps=step,
+            loss=self._loss,
+            compute=compute,
+            exchange=max(exchange - statistics.wait_seconds, 0.0),
+            waiting=statistics.wait_seconds,
+            bytes=statistics.bytes_sent,
+            rejected=statistics.n_rejected,
+        )
+
+    def totals(self) -> Totals:
+        """Sums over all ranks as they stand now. Local."""
+        return Totals(self._board.read())
+
+    def record(
+        self, seconds: float, step: int, learning_rate: float, statistics: Statistics, *, now: bool = False
+    ) -> None:
+        """Move the progress bar on and append a row of metrics, if it is time (or ``now``). Local; rank 0 only."""
+        if not now and seconds - self._recorded < SECONDS_BETWEEN_RECORDS:
+            return
+        self._recorded = seconds
+        totals = self.totals()
+        samples = totals.gradients * self._batch_size
+        rate = samples / max(seconds, 1e-9)
+        if self.progress is not None:
+            self.progress.update(
+                gradients=totals.gradients,
+                seconds=seconds,
+                loss=totals.loss,
+                samples_per_second=rate,
+                shares=totals.shares,
+            )
+        if self._metrics is not None:
+            self._metrics.append(
+                "progress",
+                seconds=seconds,
+                step=step,
+                gradients=totals.gradients,
+                samples=samples,
+                bytes=totals.bytes,
+                loss=totals.loss,
+                learning_rate=learning_rate,
+                samples_per_second=rate,
+                rejected=totals.rejected,
+                **{f"{name}_share": share for name, share in totals.shares.items()},
+            )
+            self._metrics.append("staleness", seconds=seconds, histogram=statistics.staleness)
+
+    def evaluated(self, point: Point) -> None:
+        """Store an evaluation. Local; rank 0 only."""
+        if self._metrics is not None:
+            distance = {"consensus_distance": point.consensus_distance}
+            row = {name: value for name, value in vars(point).items() if name not in distance}
+            self._metrics.append("evaluation", **row)
+            at = {name: row[name] for name in ("seconds", "step", "gradients", "bytes")}
+            self._metrics.append("progress", **at, **distance)
+
+    def close(self) -> None:
+        """Finish the bar and the file. Local."""
+        if self.progress is not None:
+            self.progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def free(self) -> None:
+        """Give the board back. Collective."""
+        self._board.free()

@@ -1,0 +1,129 @@
+"""How the plots look: colours, units, scales, ticks, legends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from mpitrain.metrics import Column
+from mpitrain.report.runs import Run
+
+Dash = Literal["-", "--", ":", "-."]
+
+# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision. Their yellow is too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: the runs of one group and how they are drawn."""
+
+    label: str
+    runs: tuple[Run, ...]
+    colour: str
+    dash: Dash
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What one axis shows: a column and the words beside it."""
+
+    column: str
+    label: str
+    units: tuple[tuple[float, str], ...] = ()
+
+
+SECONDS = Quantity("seconds", "time", ((1, "s"), (60, "min"), (3600, "h")))
+GRADIENTS = Quantity("gradients", "gradients, all ranks", ((1, ""), (1e3, "thousand"), (1e6, "million")))
+BYTES = Quantity("bytes", "sent, all ranks", ((1, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")))
+
+
+def series_of(runs: Sequence[Run]) -> list[Series]:
+    """The groups of `runs` in the order in which they come."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return [
+        Series(
+            group if len(members) > 1 else members[0].label,
+            tuple(members),
+            COLOURS[i % len(COLOURS)],
+            DASHES[i // len(COLOURS) % len(DASHES)],
+        )
+        for i, (group, members) in enumerate(groups.items())
+    ]
+
+
+def scale_x(axes: Axes, x: Quantity, ends: Sequence[float]) -> None:
+    """The largest unit that leaves a number of at least 3, or a log axis where runs end a factor of 10 apart."""
+    largest = max(ends)
+    factor, unit = max((u for u in x.units if largest >= 3 * u[0]), default=x.units[0])
+    if x is GRADIENTS:
+        axes.set_xlabel(f"{unit} {x.label}".strip())
+    else:
+        axes.set_xlabel(f"{x.label} ({unit})")
+    if x is BYTES and largest >= 10 * min(ends):
+        axes.set_xscale("log")
+        _plain_log_ticks(axes.xaxis, min(ends) / 10, largest, factor)
+    else:
+        axes.set_xlim(0, largest * 1.02)
+        axes.xaxis.set_major_locator(_Multiples(factor, (1, 2, 3, 6, 10) if x is SECONDS else (1, 2, 5, 10)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
+
+
+class _Multiples(MaxNLocator):
+    """Round numbers of a unit, not of what the axis holds: 1 min and not 50 s."""
+
+    def __init__(self, factor: float, steps: Sequence[float]) -> None:
+        super().__init__(6, steps=steps)
+        self._factor = factor
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        """Locations for an axis from vmin to vmax."""
+        return [self._factor * tick for tick in super().tick_values(vmin / self._factor, vmax / self._factor)]
+
+
+def scale_y(axes: Axes, y: str, values: Column) -> None:
+    """Percent for accuracies; logarithms for what spans more than a factor of 5."""
+    if y == "test_accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        bottom, top = axes.get_ylim()
+        room = max(0.0, 0.05 - (top - bottom)) / 2  # no tenths of a percent for a single evaluation
+        axes.set_ylim(bottom - room, min(top + room, 1.005))
+    elif len(values) and values.min() > 0 and np.percentile(values, 99) > 5 * np.percentile(values, 1):
+        axes.set_yscale("log")
+        _plain_log_ticks(axes.yaxis, values.min(), values.max(), 1)
+
+
+def _plain_log_ticks(axis: Axis, smallest: float, largest: float, factor: float) -> None:
+    """0.2, 0.5, 1, 2 and no powers, as long as few decades are shown."""
+    n_decades = np.log10(largest / smallest)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if n_decades < 2.5 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid and no frame."""
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> None:
+    """Above the plots, in as many columns as fit."""
+    labels = [one.label + (f" (median of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
+    lines = [Line2D([], [], color=one.colour, linestyle=one.dash, linewidth=2) for one in series]
+    longest_inches = 0.085 * max(map(len, labels)) + 0.7
+    n_columns = max(1, min(len(labels), int(width_inches / longest_inches)))
+    figure.legend(lines, labels, loc="outside upper center", ncols=n_columns, frameon=False)

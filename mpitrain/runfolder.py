@@ -1,0 +1,62 @@
+"""A run on disk: ``config.json`` when it begins, ``result.json`` when it has finished.
+
+The presence of ``result.json``, not the launcher's exit code, says that a run has finished: Open MPI's mpirun can
+return 0 when it has lost a node.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from mpitrain.collectives.world import World
+from mpitrain.config import TrainConfig
+from mpitrain.errors import UsageError
+from mpitrain.version import __version__
+
+PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")
+
+
+def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path | None:
+    """Make the folder of a new run, if it is to have one, and describe the run in it. Collective.
+
+    Raises:
+        UsageError: When it holds a run already or cannot be made, on all ranks.
+    """
+    if config.out is None:
+        return None
+    folder, problem = Path(config.out), None
+    document = {"config": config.to_json(), "algorithm": config.algorithm, "settings": settings}
+    document |= {"world": world.describe(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    if world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "config.json").exists():
+                problem = f"{folder} already holds a run: continue it with --resume {folder}, or choose another --out"
+            else:
+                write_json(folder / "config.json", document)
+        except OSError as error:
+            problem = f"--out {folder} cannot be used ({error.strerror or error}): choose another folder"
+    problem = world.comm.bcast(problem)
+    if problem is not None:
+        raise UsageError(problem)
+    return folder
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides how a run behaves."""
+    found = {"mpitrain": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,368 @@
+"""The training loop behind ``mpitrain train`` and the benchmark harness.
+
+Every rank runs it; no rank waits for another unless the method does. The clock of a run does not include what rank 0
+spends on evaluating, nor what all spend on checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain import algorithms, checkpoint, data, models, runfolder
+from mpitrain.algorithms import Method
+from mpitrain.collectives.world import World
+from mpitrain.config import TrainConfig
+from mpitrain.control import Control, StopSignal
+from mpitrain.errors import UsageError
+from mpitrain.evaluation import Evaluator, Point, evaluate_deferred
+from mpitrain.optimizer import DistributedOptimizer
+from mpitrain.progress import Progress
+from mpitrain.recorder import Recorder
+
+DEFAULT_MOMENTUM = 0.9
+
+
+def train(config: TrainConfig, world: World, *, resume: Path | None = None) -> dict[str, Any]:
+    """Run what ``config`` asks for. Collective.
+
+    Args:
+        config: The same on all ranks.
+        world: The ranks.
+        resume: The folder of a run to continue from its newest checkpoint.
+
+    Returns:
+        The result document (of ``RUN/result.json``), on every rank; without ``test_accuracy`` when the run was stopped
+        by SIGUSR1 before its end.
+
+    Raises:
+        UsageError: What is wrong with the configuration or the data, on the ranks that see it.
+    """
+    run = Trainer(config, world, resume)
+    try:
+        return run.train()
+    finally:
+        run.recorder.close()
+
+
+class Trainer:
+    """One run. Collective to make; the arguments are those of ``train``."""
+
+    def __init__(self, config: TrainConfig, world: World, resume: Path | None = None) -> None:
+        self.config, self.world = config, world
+        self.method = method_of(config)
+        if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
+            raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
+        _share_cores(world)
+        self.dataset = data.load(config.data, world=world, sampling=config.sampling)
+        self.sampler = data.Sampler(
+            self.dataset.n_train,
+            config.batch_size,
+            rank=world.rank,
+            size=world.size,
+            seed=config.seed,
+            mode=config.sampling,
+        )
+        if config.augment and not self.dataset.augmentable:
+            raise UsageError(f"--augment is for photographs of 28x28 pixels or more, which {config.data} has not")
+        model = models.build(
+            config.model, shape=self.dataset.shape, n_classes=self.dataset.n_classes, seed=config.seed
+        )
+        self.model = model.to(world.device)
+        self.evaluator = Evaluator(self.model, self.dataset, world.device)
+        self.folder = resume or runfolder.create(config, self.method.settings(), world)
+        # Dropout and augmentation: each rank its own.
+        torch.manual_seed(config.seed * 100_003 + world.rank)
+        self.augment_rng = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + world.rank)
+        base = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=self._base_momentum(), weight_decay=config.weight_decay
+        )
+        self.optimizer = DistributedOptimizer(base, self.model, self.method, world=world, seed=config.seed)
+        self.step = 0
+        self.compute_seconds = 0.0
+        self.seconds_before = 0.0  # of the run that is continued
+        self.points: list[Point] = []
+        self.snapshots: list[np.ndarray] = []
+        if resume is not None:
+            self._load(resume)
+        self.recorder = Recorder(world, self.folder, config.batch_size, self.seconds_before if resume else None)
+        self.control = Control(world, synchronous=self.method.is_synchronous)
+        self.total_steps = self._total_steps()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train until the budget is used up or SIGUSR1 comes; evaluate and write the result. Collective; once."""
+        self.recorder.progress = self._progress()
+        self.model.train()
+        stop_signal = StopSignal()
+        self.world.barrier()
+        self._began, self._paused = time.perf_counter(), 0.0
+        self._last_evaluation = self._seconds()
+        if not self.points:
+            self._evaluate()
+        stopped = False
+        while not stopped and not self._is_over():
+            self._make_step()
+            if self.world.rank == 0:
+                self._lead(stop_signal)
+            orders = self.control.listen(self.step)
+            if orders.save or self._saves_at_this_step():
+                self._save()
+            stopped = orders.stop
+        while self.control.wait_for_rank_0(self.step):
+            self._save()
+        seconds = self._seconds()  # rank 0's, when it was done
+        self.world.barrier()
+        stop_signal.restore()
+        was_stopped = bool(self.world.comm.bcast(stopped and stop_signal.received))
+        result = self._finish(seconds, complete=not was_stopped)
+        self.control.free()
+        self.recorder.free()
+        self.optimizer.close()
+        return result
+
+    def _make_step(self) -> None:
+        began, exchanged = time.perf_counter(), self.optimizer.exchange_seconds
+        epoch, k = divmod(self.step, self.sampler.steps_per_epoch)
+        if k == 0 and self.config.sampling == "sharded":
+            self.dataset.stage(self.sampler.shard(epoch))
+        x, y = self.dataset.batch(self.sampler.indices(epoch, k))
+        if self.config.augment:
+            x = data.augment(x, self.augment_rng)
+        x, y = x.to(self.world.device), y.to(self.world.device)
+        self.optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())
+        if self.config.straggler is not None and self.config.straggler[0] == self.world.rank:
+            time.sleep((self.config.straggler[1] - 1) * (time.perf_counter() - began))
+        self.optimizer.step(loss)
+        self.step += 1
+        self.compute_seconds += time.perf_counter() - began - (self.optimizer.exchange_seconds - exchanged)
+        self.recorder.step_made(
+            self.step, value, self.compute_seconds, self.optimizer.exchange_seconds, self.optimizer.statistics
+        )
+
+    def _lead(self, stop_signal: StopSignal) -> None:
+        """What only rank 0 does after its step. Local."""
+        seconds = self._seconds()
+        self.recorder.record(seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics)
+        if self._evaluation_is_due(seconds):
+            self._evaluate()
+        if stop_signal.received:
+            self.control.order(save=self.folder is not None, stop=True)
+        elif self._is_over_for_all():
+            self.control.order(stop=True)
+        elif not self.method.is_synchronous and self._checkpoint_is_due():
+            self.control.order(save=True)
+
+    def _finish(self, seconds: float, *, complete: bool) -> dict[str, Any]:
+        """Evaluate the end, and write down what came out. Collective."""
+        if self.world.rank == 0:
+            self.recorder.record(
+                seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics, now=True
+            )
+            if complete and not (self.points and self.points[-1].step == self.step):
+                self._evaluate(seconds)  # now exact: nobody trains any more
+        if complete and self.config.defer_evaluation:
+            evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
+            for point in self.points:
+                self.recorder.evaluated(point)
+        document: dict[str, Any] = {}
+        if self.world.rank == 0:
+            document = self._result(seconds, complete=complete)
+            if complete and self.folder is not None:
+                runfolder.write_json(self.folder / "result.json", document)
+        result: dict[str, Any] = self.world.comm.bcast(document)
+        return result
+
+    # ---- when to do what ------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        """Of training so far."""
+        return self.seconds_before + time.perf_counter() - self._began - self._paused
+
+    def _total_steps(self) -> int | None:
+        """Of each rank, where that is the budget."""
+        config = self.config
+        if config.epochs is not None:
+            return max(round(config.epochs * self.sampler.steps_per_epoch), 1)
+        if config.gradients is not None and self.method.is_synchronous:
+            return -(-config.gradients // self.world.size)
+        return config.steps
+
+    def _is_over(self) -> bool:
+        """Whether this rank has used up its part of the budget. Local."""
+        if self.total_steps is not None:
+            return self.step >= self.total_steps
+        return False  # rank 0 says when
+
+    def _is_over_for_all(self) -> bool:
+        """Whether a budget that only rank 0 watches is used up. Local; rank 0 only."""
+        if self.config.minutes is not None:
+            return self._seconds() >= 60 * self.config.minutes
+        if self.config.gradients is not None and self.total_steps is None:
+            return self.recorder.totals().gradients >= self.config.gradients
+        return False
+
+    def _evaluation_is_due(self, seconds: float) -> bool:
+        if self._is_over():
+            return False  # the end is evaluated when all have come to it
+        if self.config.evaluate_seconds is not None:
+            return seconds - self._last_evaluation >= self.config.evaluate_seconds
+        return self.step % (self.config.evaluate_every or self.sampler.steps_per_epoch) == 0
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if self.folder is None or every == 0:
+            return False
+        return self.step % (every or self.sampler.steps_per_epoch) == 0 or self.step == self.total_steps
+
+    def _saves_at_this_step(self) -> bool:
+        """Ranks that walk in step need no order."""
+        return self.method.is_synchronous and self._checkpoint_is_due()
+
+    # ---- what is found --------------------------------------------------------------------------------------------
+
+    def _evaluate(self, seconds: float | None = None) -> None:
+        """Rank 0 looks at what the method evaluates now; its clock stands still meanwhile. Local."""
+        if self.world.rank != 0:
+            return
+        began = time.perf_counter()
+        totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
+        self._last_evaluation = self._seconds() if seconds is None else seconds
+        point = Point(
+            seconds=self._last_evaluation,
+            step=self.step,
+            gradients=totals.gradients,
+            bytes=totals.bytes,
+            epoch=self.step / self.sampler.steps_per_epoch,
+            consensus_distance=self.optimizer.distance(vector),
+        )
+        self.points.append(point)
+        if self.config.defer_evaluation:
+            self.snapshots.append(vector.copy())
+        else:
+            point.test_loss, point.test_accuracy = self.evaluator.evaluate(vector)
+            self.recorder.evaluated(point)
+            if self.recorder.progress is not None and self.step:
+                self.recorder.progress.say(
+                    f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "
+                    f"test accuracy {point.test_accuracy:.2%}"
+                )
+        self._paused += time.perf_counter() - began
+
+    def _result(self, seconds: float, *, complete: bool) -> dict[str, Any]:
+        """The result document, of what rank 0 knows. Local."""
+        totals = self.recorder.totals()
+        document: dict[str, Any] = {
+            "algorithm": self.method.name,
+            "settings": self.method.settings(),
+            "data": self.config.data,
+            "model": self.config.model,
+            "ranks": self.world.size,
+            "complete": complete,
+        }
+        if complete:
+            document |= {"test_accuracy": self.points[-1].test_accuracy, "test_loss": self.points[-1].test_loss}
+        return document | {
+            "train_loss": totals.loss,
+            "seconds": seconds,
+            "steps": self.step,
+            "steps_of_ranks": totals.steps_of_ranks,
+            "gradients": totals.gradients,
+            "bytes_sent": totals.bytes,
+            "rejected": totals.rejected,
+            "samples_per_second": totals.gradients * self.config.batch_size / max(seconds, 1e-9),
+            "shares": totals.shares,
+            "parameters": self.optimizer.n_parameters,
+            "evaluation": [vars(point) for point in self.points],
+            "out": None if self.folder is None else str(self.folder),
+            "world": self.world.describe(),
+            "versions": runfolder.versions(),
+        }
+
+    def _progress(self) -> Progress:
+        """The bar of what has to be done."""
+        gradients = self.config.gradients or (self.total_steps and self.total_steps * self.world.size)
+        minutes = self.config.minutes
+        return Progress(
+            self.method.name,
+            gradients=gradients,
+            seconds=None if minutes is None else 60 * minutes,
+            done=self.step * self.world.size if gradients else self.seconds_before,
+            show=self.world.rank == 0 and not self.config.quiet,
+        )
+
+    def _base_momentum(self) -> float:
+        if self.method.owns_update:
+            return 0.0
+        return DEFAULT_MOMENTUM if self.config.momentum is None else self.config.momentum
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """All ranks stop for a moment and write their parts. Collective."""
+        assert self.folder is not None
+        began = time.perf_counter()
+        seconds = self._seconds()
+        self.world.barrier()
+        number = int(self.world.comm.bcast(self.step))
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "buffers": dict(self.model.named_buffers()),
+            "step": self.step,
+            "seconds": seconds,
+            "compute_seconds": self.compute_seconds,
+            "exchange_seconds": self.optimizer.exchange_seconds,
+            "statistics": vars(self.optimizer.statistics),
+            "torch_rng": torch.get_rng_state(),
+            "augment_rng": self.augment_rng.get_state(),
+            "points": [vars(point) for point in self.points],
+        }
+        checkpoint.save(self.folder / "checkpoints", number, state, self.world)
+        self._paused += time.perf_counter() - began
+
+    def _load(self, run: Path) -> None:
+        """Continue from the newest checkpoint. Collective."""
+        path = checkpoint.latest(run / "checkpoints")
+        if path is None:
+            raise UsageError(f"{run} has no complete checkpoint: start it again, without --resume and into a new --out")
+        state = checkpoint.load(path, self.world)
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state["buffers"][name])
+        self.step = state["step"]
+        self.seconds_before, self.compute_seconds = state["seconds"], state["compute_seconds"]
+        self.optimizer.exchange_seconds = state["exchange_seconds"]
+        vars(self.optimizer.statistics).update(state["statistics"])
+        torch.set_rng_state(state["torch_rng"])
+        self.augment_rng.set_state(state["augment_rng"])
+        self.points = [Point(**point) for point in state["points"]]
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method; ``--momentum`` is its own setting when it makes the update itself.
+
+    Raises:
+        UsageError: Unknown names, settings out of range.
+    """
+    method = algorithms.create(config.algorithm, config.settings)
+    if method.owns_update and config.momentum is not None:
+        if "momentum" in config.settings:
+            raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
+        method = algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
+    return method
+
+
+def _share_cores(world: World) -> None:
+    """Share the cores of the node between its ranks: without this each would start a thread on every core."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.local_size, 1))

@@ -1,0 +1,92 @@
+"""Worlds over the same ranks: as they are, one node, and taken for two. `world` runs a test in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def make_world(n_nodes: int) -> Any:
+    """Collective. A world of the ranks of this launch as `n_nodes` nodes (1 where there is only one rank)."""
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world import EMULATED_NODES, World
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EMULATED_NODES, str(n_nodes))
+        return World(MPI.COMM_WORLD.Dup(), "cpu")
+
+
+@pytest.fixture(scope="session")
+def one_node() -> Any:
+    """Collective. All ranks on one node."""
+    return make_world(1)
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[Any]:
+    """Collective. The ranks as two nodes, of unequal size where their number is odd."""
+    world = make_world(2)
+    yield world
+    if world._progress is not None:
+        world._progress.stop()
+
+
+@pytest.fixture(scope="session", params=["one_node", "two_nodes"])
+def world(request: pytest.FixtureRequest) -> Any:
+    """Collective. One after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def comm(world: Any) -> Iterator[Any]:
+    """Collective. A communicator of this test's own, with fresh statistics."""
+    from mpitrain.collectives.mpi import MPICommunicator
+
+    communicator = MPICommunicator(world)
+    yield communicator
+    world.comm.Barrier()  # nobody is still reading
+    communicator.free()
+
+
+@pytest.fixture
+def window(world: Any) -> Iterator[Callable[..., Any]]:
+    """Makes windows, `window(n, dtype)`, collectively; they are freed after the test."""
+    from mpitrain.collectives.memory import Window
+
+    made = []
+
+    def make(n: int, dtype: Any) -> Any:
+        made.append(Window(world, n, dtype))
+        return made[-1]
+
+    yield make
+    world.comm.Barrier()
+    for each in reversed(made):
+        each.free()
+
+
+def fetch(window: Any, rank: int, n: int, start: int = 0) -> np.ndarray:
+    """Local. A copy of `n` elements of a rank's array, from its memory or by get."""
+    array = window.of(rank)
+    if array is not None:
+        window.sync()
+        return array[start : start + n].copy()
+    copied = np.empty(n, window.dtype)
+    window.get(rank, copied, start)
+    window.flush(rank)
+    return copied
+
+
+def store(window: Any, rank: int, values: np.ndarray, start: int = 0) -> None:
+    """Local. Writes into a rank's array, to its memory or by put."""
+    array = window.of(rank)
+    if array is not None:
+        array[start : start + values.size] = values
+        window.sync()
+    else:
+        window.put(rank, values, start)
+        window.flush(rank)

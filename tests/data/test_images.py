@@ -1,0 +1,231 @@
+"""Importing class folders of real image files."""
+
+import argparse
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpitrain.data import load
+from mpitrain.data.images import import_images
+from mpitrain.data.importers import IMPORTERS, add_arguments, run
+from mpitrain.data.sources import places
+from mpitrain.errors import UsageError
+
+RNG = np.random.default_rng(0)
+
+
+def write(path: Path, *, size=(8, 6), mode="RGB", value=None) -> np.ndarray:
+    """An image file of (W, H); returns its pixels."""
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = RNG.integers(256, size=shape, dtype=np.uint8) if value is None else np.full(shape, value, np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in sorted(folder.rglob("*")):
+                file.write(path, path.relative_to(folder.parent))
+    else:
+        with tarfile.open(archive, "w:gz" if archive.name.endswith("gz") else "w") as file:
+            file.add(folder, folder.name)
+    return archive
+
+
+@pytest.fixture
+def split_folder(tmp_path):
+    """train/ and test/ of cat and dog, with things that are no images; the pixels of each class in order."""
+    folder = tmp_path / "pets"
+    pixels = {
+        (split, name): [write(folder / split / name / f"{k:03}.png") for k in range(n)]
+        for split, n in (("train", 5), ("test", 2))
+        for name in ("dog", "cat")
+    }
+    (folder / "README.txt").write_text("pets")
+    (folder / "train" / "dog" / ".hidden.png").write_text("no image")
+    return folder, pixels
+
+
+@pytest.mark.parametrize("packing", ["folder", "pets.tar.gz", "pets.tar", "pets.zip"])
+def test_what_is_imported_is_what_was_there(tmp_path, lone, split_folder, packing):
+    folder, pixels = split_folder
+    source = folder if packing == "folder" else pack(folder, tmp_path / packing)
+    done = import_images(source, tmp_path / "pets.h5", progress=False)
+    assert (done.n_train, done.n_test, done.shape, done.classes) == (10, 4, (3, 6, 8), ("cat", "dog"))
+
+    data = load(str(tmp_path / "pets.h5"), world=lone)
+    assert data.classes == ("cat", "dog")
+    with h5py.File(tmp_path / "pets.h5") as file:
+        for (split, name), expected in pixels.items():
+            rows = np.flatnonzero(file[f"{split}/labels"][:] == data.classes.index(name))
+            images = sorted(image.tobytes() for image in file[f"{split}/images"][:][rows])
+            assert images == sorted(np.moveaxis(image, -1, 0).tobytes() for image in expected)
+        train = file["train/images"][:] / 255.0
+        np.testing.assert_allclose(file.attrs["mean"], train.mean(axis=(0, 2, 3)), rtol=1e-12)
+        np.testing.assert_allclose(file.attrs["std"], train.std(axis=(0, 2, 3)), rtol=1e-10)
+    assert sorted(os.listdir(tmp_path)) == sorted({"pets", "pets.h5", source.name})  # no temporary file is left
+
+
+def test_more_images_than_a_chunk_are_all_written(tmp_path):
+    for k in range(600):
+        write(tmp_path / "in" / f"class{k % 3}" / f"{k}.png", size=(4, 4), mode="L")
+    done = import_images(tmp_path / "in", tmp_path / "out.h5", progress=False)
+    assert (done.n_train, done.n_test, done.shape) == (540, 60, (1, 4, 4))  # all are grey
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert (np.bincount(file["train/labels"][:]) == 180).all()
+        assert (np.bincount(file["test/labels"][:]) == 20).all()
+        assert len({image.tobytes() for split in ("train", "test") for image in file[split]["images"][:]}) == 600
+
+
+def test_the_split_does_not_depend_on_the_packing(tmp_path):
+    for k in range(40):
+        write(tmp_path / "in" / f"class{k % 2}" / f"{k}.png")
+    archive = tmp_path / "shuffled.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in RNG.permutation(sorted((tmp_path / "in").rglob("*.png"))):
+            file.write(path, path.relative_to(tmp_path / "in"))
+    tests = []
+    for source in (tmp_path / "in", archive):
+        import_images(source, tmp_path / "out.h5", test_fraction=0.25, progress=False)
+        with h5py.File(tmp_path / "out.h5") as file:
+            tests.append({image.tobytes() for image in file["test/images"][:]})
+    assert tests[0] == tests[1]
+    assert len(tests[0]) == 10
+
+
+def test_images_are_brought_to_the_most_common_size_or_the_one_asked_for(tmp_path):
+    for k, size in enumerate([(8, 6), (8, 6), (16, 12), (3, 3)]):
+        write(tmp_path / "in" / "a" / f"{k}.jpg", size=size, value=77)
+    for size, shape in ((None, (3, 6, 8)), ((5, 7), (3, 5, 7))):
+        import_images(tmp_path / "in", tmp_path / "out.h5", size=size, progress=False)
+        with h5py.File(tmp_path / "out.h5") as file:
+            assert file["train/images"].shape[1:] == shape
+            assert (abs(file["train/images"][:].astype(int) - 77) <= 1).all()
+            np.testing.assert_array_equal(file.attrs["std"] > 0, True)
+
+
+def test_one_coloured_image_makes_all_coloured(tmp_path):
+    write(tmp_path / "in" / "a" / "0.png", mode="L")
+    write(tmp_path / "in" / "a" / "1.png", mode="RGB")
+    assert import_images(tmp_path / "in", tmp_path / "out.h5", progress=False).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("damage", ["header", "body"])
+def test_an_unreadable_image_is_named_or_left_out(tmp_path, damage):
+    for k in range(6):
+        write(tmp_path / "in" / "a" / f"{k}.png", size=(30, 30))
+    broken = tmp_path / "in" / "a" / "3.png"
+    broken.write_bytes(b"rubbish" if damage == "header" else broken.read_bytes()[:1000])
+    target = tmp_path / "out.h5"
+    target.write_text("what was there before")
+    with pytest.raises(UsageError, match=r"a/3.png cannot be decoded.*--skip-unreadable"):
+        import_images(tmp_path / "in", target, progress=False)
+    assert target.read_text() == "what was there before"
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.h5"]
+
+    done = import_images(tmp_path / "in", target, test_fraction=0.34, skip_unreadable=True, progress=False)
+    assert done.unreadable == ("a/3.png",)
+    assert done.n_train + done.n_test == 5
+    with h5py.File(target) as file:
+        assert len(file["train/images"]) == len(file["train/labels"]) == done.n_train
+
+
+def deep(folder):
+    (folder / "a").mkdir(parents=True)
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(folder / "a" / "0.png")
+
+
+SOURCES = {
+    "empty": (lambda folder: folder.mkdir(), "holds no images"),
+    "no class": (lambda folder: write(folder / "0.png"), "0.png lies in no class folder"),
+    "one image": (lambda folder: write(folder / "a" / "0.png"), "one image a class"),
+    "class of the test set only": (
+        lambda folder: [write(folder / "train" / "a" / "0.png"), write(folder / "test" / "b" / "0.png")],
+        "class b is in test but not in train",
+    ),
+    "two test sets": (
+        lambda folder: [write(folder / split / "a" / "0.png") for split in ("train", "test", "val")],
+        "both test and val",
+    ),
+    "16 bits": (deep, "more than 8 bits"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_makes_no_data_set_is_refused(tmp_path, name):
+    make, text = SOURCES[name]
+    make(tmp_path / "in")
+    with pytest.raises(UsageError, match=text):
+        import_images(tmp_path / "in", tmp_path / "out.h5", progress=False)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("name", ["in.tar.gz", "in.tar", "in.zip"])
+def test_a_damaged_archive_is_refused(tmp_path, split_folder, name):
+    archive = pack(split_folder[0], tmp_path / name)
+    whole = archive.read_bytes()
+    for content in (whole[: len(whole) // 2], b"not an archive" * 100):
+        archive.write_bytes(content)
+        with pytest.raises(UsageError):
+            import_images(archive, tmp_path / "out.h5", progress=False)
+        assert not (tmp_path / "out.h5").exists()
+
+
+def test_wrong_paths_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    for source, target, text in (
+        ("gone", "out.h5", "no .*gone: give a folder"),
+        ("notes.txt", "out.h5", "neither a folder nor an archive"),
+        (".", "out.txt", "cannot write"),
+        (".", "gone/out.h5", "cannot write"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            import_images(tmp_path / source, tmp_path / target, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "tests"),
+    [
+        (["a/1", "b/1"], "ab", None),
+        (["top/a/1", "top/b/1"], "ab", None),
+        (["./a/1", "./b/x/1"], "ab", None),
+        (["train/a/1", "train/b/1"], "ab", None),  # nothing to test with
+        (["train/a/1", "val/a/1"], "aa", [False, True]),
+        (["x/y/train/a/1", "x/y/test/a/1"], "aa", [False, True]),
+        (["train/1", "other/1"], ["train", "other"], None),  # a class of that name
+    ],
+)
+def test_paths_say_class_and_split(names, labels, tests):
+    found = places(names)
+    assert [place.label for place in found] == list(labels)
+    assert [place.is_test for place in found] == (tests or [None] * len(names))
+
+
+def test_the_command_line_imports(tmp_path, split_folder, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = ["import", "images", str(split_folder[0]), str(tmp_path / "out.h5"), "--size", "4x5", "--quiet"]
+    assert run(parser.parse_args(arguments)) == 0
+    assert "10 training and 4 test images of 3x4x5, 2 classes" in capsys.readouterr().out
+    assert "images" in IMPORTERS
+    for option in (["--size", "x"], ["--size", "1x2x3"], ["--test-fraction", "1"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["import", "images", "a", "b.h5", *option])
+
+
+def test_the_progress_bar_goes_to_standard_error(tmp_path, split_folder, monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    import_images(split_folder[0], tmp_path / "out.h5")
+    assert "decoding: 100%" in terminal.getvalue()
+    assert capsys.readouterr().out == ""

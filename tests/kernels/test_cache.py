@@ -1,0 +1,85 @@
+"""Compiled kernels on disk: many processes at once, a later one that compiles nothing, and no place to write."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mpitrain.kernels
+
+SCRIPT = """
+import json, sys
+import numpy as np
+from mpitrain.kernels import cache, elastic_exchange, reduce_sum
+assert "numba" not in sys.modules
+x, c = np.ones(99, np.float32), np.zeros(99, np.float32)
+elastic_exchange(x, c, 0.25, 0.5)
+h = np.ones(99, np.float16)
+elastic_exchange(h, np.zeros(99, np.float16), 0.25, 0.5)
+out = np.empty(99)
+reduce_sum(out, [np.ones(99)] * 9)
+assert set(x) == {0.75} and set(c) == {0.5} and set(h) == {0.75} and set(out) == {9.0}
+print(json.dumps(cache.statistics))
+"""
+ROOT = Path(mpitrain.kernels.__file__).parents[2]
+
+
+def start(**variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MPITRAIN_", "NUMBA_", "XDG_"))}
+    environment |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def files(root):
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_path):
+    counts = [finish(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(4)]]
+    assert all(sum(count.values()) == 3 for count in counts)
+    assert any(count["compiled"] for count in counts)
+    before = files(tmp_path)
+    assert len({path.parent for path in before if path.suffix == ".py"}) == 3
+    assert not [path for path in before if path.name.startswith(".") or ".tmp" in path.name]
+    assert finish(start(MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_source_is_written_again(tmp_path):
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    for path in tmp_path.rglob("*.py"):
+        path.write_text("raise SystemExit('half a file')")
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+
+
+def test_the_first_place_that_can_be_written_to_is_used(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.touch()
+    finish(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
+    assert list((tmp_path / "xdg" / "mpitrain").rglob("*.nbc"))
+
+
+def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.touch()
+    nowhere = {"MPITRAIN_CACHE_DIR": blocked, "XDG_CACHE_HOME": blocked, "HOME": blocked}
+    driver = f"import tempfile; tempfile.tempdir = {str(blocked)!r}\n"
+    process = subprocess.run(
+        [sys.executable, "-c", driver + SCRIPT],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(path) for name, path in nowhere.items()}},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
