@@ -49,6 +49,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
     _write_file(partial / _file_name(world.rank), {"ranks": world.size, "step": step, "state": state})
     world.barrier()
     if world.rank == 0:
+        _sync_folder(partial)
         if target.exists():  # written before a resume: this one replaces it
             shutil.rmtree(target)
         partial.rename(target)
@@ -91,7 +92,7 @@ def _file_name(rank: int) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))  # 100000000 is after 99999999
 
 
 def _write_file(path: Path, content: dict[str, Any]) -> None:
@@ -131,9 +132,10 @@ def _write(group: h5py.Group, value: Any) -> None:
     elif value is None:
         group.attrs[_KIND] = "none"
     elif isinstance(value, (bool, int, float, str)):
-        group.attrs[_KIND] = type(value).__name__
-        # Text goes into a dataset: attributes end at 64 KiB.
-        group.create_dataset(_VALUE, data=value)
+        kind = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))  # np.float64 is a float
+        group.attrs[_KIND] = kind.__name__
+        # Text goes into a dataset: attributes end at 64 KiB. So do whole numbers, which may be of any length.
+        group.create_dataset(_VALUE, data=str(value) if kind is int else kind(value))
     else:
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 

@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except UsageError as error:
-        return _fail(str(error))
+        return fail(str(error))
 
 
-def _fail(text: str) -> int:
+def fail(text: str) -> int:
     """Tell the problem once, and end all ranks."""
     rank = _rank()
     if rank != 0:
@@ -57,18 +57,18 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Fails like everything else does: one line, on one rank."""
 
     def error(self, message: str) -> Any:
         """Exit with code 2."""
-        raise SystemExit(_fail(f"{message} (see {self.prog} --help)"))
+        raise SystemExit(fail(f"{message} (see {self.prog} --help)"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mpitrain", description="Train PyTorch models over MPI.")
+    parser = Parser(prog="mpitrain", description="Train PyTorch models over MPI.")
     parser.add_argument("--version", action="version", version=f"mpitrain {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     info = commands.add_parser("info", help="what this MPI, these GPUs and this machine can do, and what will be used")
     info.add_argument("--json", action="store_true", help="one JSON document")
@@ -177,7 +177,7 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> Any:
 
     if given.pop("out", str(args.resume)) != str(args.resume):
         raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
-    return TrainConfig.of_run(args.resume, settings=settings_of(args.set), **given)
+    return TrainConfig.of_run(args.resume, settings=settings_of(args.set) or None, **given)
 
 
 def _tell(result: dict[str, Any], *, as_json: bool) -> None:
@@ -206,7 +206,7 @@ def _algorithms(args: argparse.Namespace) -> int:
     from mpitrain.algorithms import METHODS
     from mpitrain.algorithms.method import describe_range
 
-    document = {
+    document: dict[str, dict[str, Any]] = {
         name: {
             "class": method.__name__,
             "summary": method.summary,
@@ -260,7 +260,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _delegate(prog: str, module: Any, rest: Sequence[str]) -> int:
     """Let a module that knows its own options parse the rest of the command line: only then is it imported."""
-    parser = _Parser(prog=prog)
+    parser = Parser(prog=prog)
     module.add_arguments(parser)
     code: int = module.run(parser.parse_args(rest))
     return code

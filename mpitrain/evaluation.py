@@ -57,10 +57,10 @@ class Evaluator:
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str) -> None:
         self._model = copy.deepcopy(model).to(device)
         self._dataset, self._device = dataset, device
-        flat = FlatParameters([{"params": list(self._model.parameters())}])
-        self._vector = np.zeros(flat.n, flat.dtype)
-        flat.attach(self._vector, np.zeros_like(self._vector))
-        self._dtype = flat.torch_dtype
+        self._flat = FlatParameters([{"params": list(self._model.parameters())}])
+        self._vector = np.zeros(self._flat.n, self._flat.dtype)
+        self._flat.attach(self._vector, np.zeros_like(self._vector))
+        self._dtype = self._flat.torch_dtype
         self._reestimates = has_batchnorm(self._model)
 
     def empty_vector(self) -> np.ndarray:
@@ -71,6 +71,7 @@ class Evaluator:
     def evaluate(self, vector: np.ndarray) -> tuple[float, float]:
         """Mean cross entropy and accuracy (0 to 1) of parameters ``vector`` (n,) over the whole test set. Local."""
         self._vector[...] = vector
+        self._flat.to_device()
         if self._reestimates:
             limit = min(BATCHNORM_SAMPLES, self._dataset.n_train)
             batches = self._dataset.train_batches(min(BATCH, limit), limit)

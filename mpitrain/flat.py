@@ -64,18 +64,41 @@ class FlatParameters:
         self.n = end
         self.n_parameters = sum(place.parameter.numel() for place in self._places)
 
-    def attach(self, x: np.ndarray, g: np.ndarray) -> None:
-        """Move the parameters into ``x`` (n,) and their gradients into ``g`` (n,): the tensors become views."""
-        self._x, self._g = _as_tensor(x, self.torch_dtype), _as_tensor(g, self.torch_dtype)
+    def attach(self, x: np.ndarray, g: np.ndarray, *, staged: bool = False) -> None:
+        """Move the parameters into ``x`` (n,) and their gradients into ``g`` (n,): the tensors become views.
+
+        Parameters on another device than the host become views into vectors there, and ``x`` and ``g`` are their
+        copies in host memory: ``to_host`` and ``to_device`` carry one to the other.
+
+        Args:
+            x, g: Zeros, in host memory.
+            staged: Keep copies although the parameters are on the host.
+        """
+        self._host_x, self._host_g = _as_tensor(x, self.torch_dtype), _as_tensor(g, self.torch_dtype)
+        device = self._places[0].parameter.device
+        self.staged = staged or device.type != "cpu"
+        self._x = torch.zeros_like(self._host_x, device=device) if self.staged else self._host_x
+        self._g = torch.zeros_like(self._host_g, device=device) if self.staged else self._host_g
         with torch.no_grad():
-            self._x.zero_()
-            self._g.zero_()
             for place in self._places:
                 view = place.view(self._x)
                 view.copy_(place.parameter)
                 place.parameter.data = view
         self._gradients = [place.view(self._g) for place in self._places]
         self.zero_gradients()
+        self.to_host()
+
+    def to_host(self) -> None:
+        """Bring parameters and gradients to the vectors in host memory, where they are not there anyway."""
+        if self.staged:
+            self._host_x.copy_(self._x)
+            self._host_g.copy_(self._g)
+
+    def to_device(self) -> None:
+        """Bring the vectors in host memory to the parameters and gradients, where they are not there anyway."""
+        if self.staged:
+            self._x.copy_(self._host_x)
+            self._g.copy_(self._host_g)
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero, in one pass."""
@@ -98,7 +121,7 @@ class FlatParameters:
     @contextmanager
     def holding(self, vector: np.ndarray) -> Iterator[None]:
         """The model's parameters are views into ``vector`` (n,) inside; its own vector stays as it is."""
-        other = _as_tensor(vector, self.torch_dtype)
+        other = _as_tensor(vector, self.torch_dtype).to(self._x.device)
         for place in self._places:
             place.parameter.data = place.view(other)
         try:
@@ -120,7 +143,8 @@ class FlatParameters:
             UsageError: With what to do instead.
         """
         for place in self._places:
-            if place.parameter.data_ptr() != self._x.data_ptr() + place.start * self._x.element_size():
+            where = self._x.data_ptr() + place.start * self._x.element_size()
+            if place.parameter.data_ptr() != where and place.parameter.numel():
                 raise UsageError(
                     "a parameter was moved or converted after the DistributedOptimizer was made: "
                     "call model.to(...) and load weights (with copy_) before it"

@@ -6,6 +6,8 @@ schedulers, gradient clipping, accumulation and parameter groups work as they do
 
 from __future__ import annotations
 
+import copy
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +71,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with_base()
         self._comm = MPICommunicator(self.world)
-        for_each_state_tensor(model, lambda raw: self._comm.broadcast(raw))
+        self.statistics: Statistics = self._comm.statistics
+        for_each_state_tensor(model, self._comm.broadcast)
         x = self._comm.vector(self._flat.n, self._flat.dtype)
         g = self._comm.vector(self._flat.n, self._flat.dtype)
         self._flat.attach(x.local, g.local)
@@ -79,17 +82,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.exchange_seconds = 0.0
 
     @property
-    def statistics(self) -> Statistics:
-        """What this rank has exchanged so far."""
-        return self._comm.statistics
-
-    @property
     def n_parameters(self) -> int:
         """Trainable parameters."""
         return self._flat.n_parameters
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is made: the flat vector has its size.
+
+        Raises:
+            UsageError: With what to do instead.
+        """
+        if hasattr(self, "_worker"):
+            raise UsageError("add the parameter group to the base optimizer, before the DistributedOptimizer is made")
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set all gradients to zero, in one pass. They stay views into the flat vector, whatever ``set_to_none`` says."""
+        """Set all gradients to zero, in one pass. They stay views into the flat vector: ``set_to_none`` is ignored."""
         self._flat.zero_gradients()
 
     @torch.no_grad()
@@ -115,17 +123,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
             for part, group in zip(self._flat.segments, self.param_groups, strict=True)
         ]
         began, self._update_seconds = time.perf_counter(), 0.0
+        self._flat.to_host()
         self._worker.step(
             segments,
             None if self.method.owns_update else self._local_update,
             float(loss) if self.method.needs_loss and loss is not None else None,
         )
+        self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
         return loss
 
     def _local_update(self) -> None:
         began = time.perf_counter()
+        self._flat.to_device()
         self._base.step()
+        self._flat.to_host()
         self._update_seconds = time.perf_counter() - began
 
     @contextmanager
@@ -148,7 +160,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The Euclidean distance of this rank's parameters from a vector (n,). Local."""
         return float(np.linalg.norm(vector.astype(np.float64) - self._worker.x.local))
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
 
         It is this rank's own: each rank saves one and loads its own again. For asynchronous methods put a barrier
@@ -156,10 +168,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         return {
             "parameters": self._worker.x.local.copy(),
-            "base": self._base.state_dict(),
-            "method": {
-                name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()
-            },
+            "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
+            "method": {name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -174,9 +184,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"the state holds {parameters.size} parameters and the model has {self._worker.x.local.size}: "
                 "it was saved from another model"
             )
-        self._base.load_state_dict(state_dict["base"])
+        self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
         self._share_with_base()
         self._worker.x.local[...] = parameters
+        self._flat.to_device()
         self._comm.barrier()
         self._worker.load(state_dict["method"])
         self._comm.barrier()
@@ -208,11 +219,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
 def _check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> None:
     of_model = {id(p) for p in model.parameters()}
     if any(id(p) not in of_model for group in base.param_groups for p in group["params"]):
-        raise UsageError("the base optimizer holds parameters that are not the model's: make it from model.parameters()")
+        raise UsageError("the base optimizer holds parameters the model does not have: make it from model.parameters()")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"{type(base).__name__} computes several gradients in a step, and a step here exchanges one: "
+            "use an optimizer that works without a closure, e.g. torch.optim.SGD"
+        )
     if not method.owns_update:
         return
-    momenta = {group.get("momentum", 0) for group in base.param_groups}
-    if not isinstance(base, torch.optim.SGD) or momenta != {0}:
+    is_plain = all(not group.get("momentum") and not group.get("maximize") for group in base.param_groups)
+    if not isinstance(base, torch.optim.SGD) or not is_plain:
         raise UsageError(
             f"{method.name} makes the update itself: pass torch.optim.SGD(..., momentum=0) as the base optimizer, "
             f"and the momentum to {type(method).__name__}(momentum=...)"

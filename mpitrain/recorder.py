@@ -69,8 +69,9 @@ class Recorder:
         self._metrics: MetricsWriter | None = None
         if world.rank == 0 and folder is not None:
             self._metrics = MetricsWriter(folder / "metrics.h5", TABLES)
-            for table in TABLES if continue_from is not None else ():
-                self._metrics.truncate_after(table, "seconds", continue_from)
+            if continue_from is not None:
+                for table in TABLES:
+                    self._metrics.truncate_after(table, "seconds", continue_from)
 
     def step_made(self, step: int, loss: float, compute: float, exchange: float, statistics: Statistics) -> None:
         """Put this rank's counters on the board. Local.

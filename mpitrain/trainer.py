@@ -28,13 +28,16 @@ from mpitrain.recorder import Recorder
 DEFAULT_MOMENTUM = 0.9
 
 
-def train(config: TrainConfig, world: World, *, resume: Path | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, world: World, *, resume: Path | None = None, dataset: data.Dataset | None = None
+) -> dict[str, Any]:
     """Run what ``config`` asks for. Collective.
 
     Args:
         config: The same on all ranks.
         world: The ranks.
         resume: The folder of a run to continue from its newest checkpoint.
+        dataset: What ``config.data`` names, when it has been loaded already: several runs of one process share it.
 
     Returns:
         The result document (of ``RUN/result.json``), on every rank; without ``test_accuracy`` when the run was stopped
@@ -43,7 +46,7 @@ def train(config: TrainConfig, world: World, *, resume: Path | None = None) -> d
     Raises:
         UsageError: What is wrong with the configuration or the data, on the ranks that see it.
     """
-    run = Trainer(config, world, resume)
+    run = Trainer(config, world, resume, dataset)
     try:
         return run.train()
     finally:
@@ -53,13 +56,16 @@ def train(config: TrainConfig, world: World, *, resume: Path | None = None) -> d
 class Trainer:
     """One run. Collective to make; the arguments are those of ``train``."""
 
-    def __init__(self, config: TrainConfig, world: World, resume: Path | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, resume: Path | None = None, dataset: data.Dataset | None = None
+    ) -> None:
         self.config, self.world = config, world
+        self.stop_signal = StopSignal()  # from here on: it must not end a rank that is still loading its data
         self.method = method_of(config)
         if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
             raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
         _share_cores(world)
-        self.dataset = data.load(config.data, world=world, sampling=config.sampling)
+        self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling)
         self.sampler = data.Sampler(
             self.dataset.n_train,
             config.batch_size,
@@ -70,9 +76,7 @@ class Trainer:
         )
         if config.augment and not self.dataset.augmentable:
             raise UsageError(f"--augment is for photographs of 28x28 pixels or more, which {config.data} has not")
-        model = models.build(
-            config.model, shape=self.dataset.shape, n_classes=self.dataset.n_classes, seed=config.seed
-        )
+        model = models.build(config.model, shape=self.dataset.shape, n_classes=self.dataset.n_classes, seed=config.seed)
         self.model = model.to(world.device)
         self.evaluator = Evaluator(self.model, self.dataset, world.device)
         self.folder = resume or runfolder.create(config, self.method.settings(), world)
@@ -100,7 +104,6 @@ class Trainer:
         """Train until the budget is used up or SIGUSR1 comes; evaluate and write the result. Collective; once."""
         self.recorder.progress = self._progress()
         self.model.train()
-        stop_signal = StopSignal()
         self.world.barrier()
         self._began, self._paused = time.perf_counter(), 0.0
         self._last_evaluation = self._seconds()
@@ -110,7 +113,7 @@ class Trainer:
         while not stopped and not self._is_over():
             self._make_step()
             if self.world.rank == 0:
-                self._lead(stop_signal)
+                self._lead()
             orders = self.control.listen(self.step)
             if orders.save or self._saves_at_this_step():
                 self._save()
@@ -119,8 +122,8 @@ class Trainer:
             self._save()
         seconds = self._seconds()  # rank 0's, when it was done
         self.world.barrier()
-        stop_signal.restore()
-        was_stopped = bool(self.world.comm.bcast(stopped and stop_signal.received))
+        self.stop_signal.restore()
+        was_stopped = bool(self.world.comm.bcast(stopped and self.stop_signal.received))
         result = self._finish(seconds, complete=not was_stopped)
         self.control.free()
         self.recorder.free()
@@ -138,7 +141,7 @@ class Trainer:
         x, y = x.to(self.world.device), y.to(self.world.device)
         self.optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(self.model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         value = float(loss.detach())
         if self.config.straggler is not None and self.config.straggler[0] == self.world.rank:
             time.sleep((self.config.straggler[1] - 1) * (time.perf_counter() - began))
@@ -149,13 +152,13 @@ class Trainer:
             self.step, value, self.compute_seconds, self.optimizer.exchange_seconds, self.optimizer.statistics
         )
 
-    def _lead(self, stop_signal: StopSignal) -> None:
+    def _lead(self) -> None:
         """What only rank 0 does after its step. Local."""
         seconds = self._seconds()
         self.recorder.record(seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics)
         if self._evaluation_is_due(seconds):
             self._evaluate()
-        if stop_signal.received:
+        if self.stop_signal.received:
             self.control.order(save=self.folder is not None, stop=True)
         elif self._is_over_for_all():
             self.control.order(stop=True)
@@ -237,6 +240,13 @@ class Trainer:
         began = time.perf_counter()
         totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
         self._last_evaluation = self._seconds() if seconds is None else seconds
+        self.recorder.record(
+            self._last_evaluation,
+            self.step,
+            self.optimizer.param_groups[0]["lr"],
+            self.optimizer.statistics,
+            now=True,
+        )
         point = Point(
             seconds=self._last_evaluation,
             step=self.step,

@@ -85,9 +85,29 @@ class TestSbatch:
         assert "runs/r did not finish" in done.stderr
 
     def test_a_run_with_checkpoints_is_resumed(self, tmp_path: Path) -> None:
-        (tmp_path / "runs" / "r" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / "r" / "checkpoints" / "step-00000010").mkdir(parents=True)
         assert self.sbatch(tmp_path).returncode == 0
-        assert (tmp_path / "called").read_text() == "<train><--out><runs/r><--resume><runs/r>"
+        assert (tmp_path / "called").read_text() == "<train><--resume><runs/r>"
+
+    def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again_and_kept(self, tmp_path: Path) -> None:
+        run_folder = tmp_path / "runs" / "r"
+        run_folder.mkdir(parents=True)
+        (run_folder / "config.json").write_text("{}")
+        assert self.sbatch(tmp_path).returncode == 0
+        assert (tmp_path / "called").read_text() == "<train><--out><runs/r>"
+        assert [old.name for old in (tmp_path / "runs").glob("r.*/config.json")] == ["config.json"]
+
+    def test_a_run_that_was_asked_to_stop_is_requeued(self, tmp_path: Path, launchers: Path) -> None:
+        program(launchers / "scontrol", 'echo "$@" > requeued')
+        assert self.sbatch(tmp_path, FAIL="1", STATUS="3").returncode == 0
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+    def test_usr1_is_passed_on_to_the_ranks(self, tmp_path: Path, launchers: Path) -> None:
+        program(launchers / "scontrol", 'echo "$@" > requeued')
+        program(launchers / "mpitrain", "trap 'echo stopped > called; exit 3' USR1; kill -USR1 $PPID; sleep 20 & wait")
+        assert self.sbatch(tmp_path).returncode == 0
+        assert (tmp_path / "called").read_text() == "stopped\n"
+        assert (tmp_path / "requeued").exists()
 
     def test_a_finished_run_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "runs" / "r").mkdir(parents=True)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a package; one that does not exist does no harm. A module of the package that stands nowhere is an error.
 LAYERS = (
     ("__main__", "cli", "report", "info", "simulate"),
-    ("trainer", "evaluation", "progress"),
+    ("trainer", "control", "evaluation", "progress", "recorder", "runfolder"),
     ("optimizer", "flat", "checkpoint", "metrics", "config", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
@@ -48,8 +48,8 @@ LIBRARIES = {
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": ("checkpoint", "data", "evaluation", "flat", "models", "optimizer", "trainer"),
-    "tqdm": ("cli", "data", "report", "simulate", "trainer"),
+    "torch": ("checkpoint", "collectives.device", "data", "evaluation", "flat", "models", "optimizer", "trainer"),
+    "tqdm": ("data", "progress", "simulate"),
 }
 
 NOT_AT_IMPORT = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")

@@ -43,6 +43,7 @@ class EAMSGD(ElasticMethod):
     summary: ClassVar[str] = "elastic averaging with Nesterov momentum on the workers"
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     owns_update: ClassVar[bool] = True
+    learning_rate_factor: ClassVar[float] = 0.1
 
     def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> EAMSGDWorker:
         """Collective."""

@@ -126,6 +126,7 @@ class SynchronousCenter:
         self._comm = comm
         self._s = comm.vector(start.size, start.dtype)
         self._c = start.copy()
+        comm.broadcast(self._c)
         kernels.elastic_sync(start[:0], self._c[:0], self._s.local[:0], 0.0, 0.0, 1.0)  # compiled before the first
 
     def exchange(self, x: Any, alpha: float) -> None:

@@ -25,10 +25,14 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.method import Method, Worker, setting
 from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.collectives.mailboxes import SEQUENCE_TAG
 from mpitrain.collectives.topology import uniform_peer
 
 COUNT = 1
 """The tag of a mailbox that counts the vectors summed in it."""
+
+SLOTS = 2
+"""Of a pulling worker's mailboxes: one is written while the other is read."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class PullWorker(GossipWorker):
 
     def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
         super().__init__(method, comm, x, g, seed)
-        self._boxes = comm.mailboxes(x.local.size, x.local.dtype, slots=2)
+        self._boxes = comm.mailboxes(x.local.size, x.local.dtype, SLOTS)
         kernels.pair_average(x.local[:0], x.local[:0].copy())  # compiled before the first exchange
         self._boxes.publish(x.local)
         comm.barrier()
@@ -121,10 +125,24 @@ class PullWorker(GossipWorker):
         self._boxes.publish(x)
         self._boxes.latest(peer, lambda z: kernels.pair_average(x, z))
 
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """The clock, the random state and what peers can read, which is older than ``x``."""
+        yield from super().state()
+        published, newest = np.zeros_like(self.x.local), 0.0
+
+        def copy(box: Any, tags: np.ndarray) -> None:
+            nonlocal newest
+            if tags[SEQUENCE_TAG] > newest:
+                newest, published[...] = tags[SEQUENCE_TAG], box
+
+        for slot in range(SLOTS):
+            self._boxes.update(self.comm.rank, copy, slot)
+        yield "published", published
+
     def load(self, state: dict[str, Any]) -> None:
-        """Collective: what peers can read is what was loaded."""
+        """Collective."""
         super().load(state)
-        self._boxes.publish(self.x.local)
+        self._boxes.publish(state["published"])
         self.comm.barrier()
 
 
@@ -148,10 +166,10 @@ class PushWorker(GossipWorker):
             kernels.scaled_add(box, self.x.local, 1.0)
         tags[COUNT] += 1
 
-    def _average(self, box: Any, tags: np.ndarray) -> None:
-        if tags[COUNT]:
-            kernels.push_receive(self.x.local, box, tags[COUNT])
+    def _average(self, box: Any, tags: np.ndarray) -> int:
+        n_rejected = kernels.push_receive(self.x.local, box, tags[COUNT]) if tags[COUNT] else 0
         tags[COUNT] = 0
+        return n_rejected
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, the random state and what lies unread in this worker's mailbox."""

@@ -67,6 +67,8 @@ class Method(ABC):
         owns_update: Whether the method makes the local update itself (then ``update`` is called and the torch
             optimizer only lends its learning rates and weight decays).
         needs_loss: Whether ``step`` must be given the loss.
+        learning_rate_factor: How much larger its learning rate should be than that of SGD with momentum 0.9; a default
+            for comparisons, which nothing applies by itself.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,7 @@ class Method(ABC):
     source: ClassVar[str]
     owns_update: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
+    learning_rate_factor: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -30,6 +30,9 @@ from mpitrain.kernels.reductions import DIRECT, MOST
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
+LARGEST_COUNT = 1 << 30
+"""Elements of one MPI_Allreduce: counts are 32-bit numbers before MPI 4."""
+
 
 class AllReduce:
     """Sums windows over all ranks, in place.
@@ -63,7 +66,8 @@ class AllReduce:
             else:
                 total = self._sum_of(peers[0])
                 sum_in_groups(total, peers, scale)
-                world.rail_comm.Allreduce(MPI.IN_PLACE, total)
+                for at in range(0, total.size, LARGEST_COUNT):
+                    world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
                 statistics.wire_bytes += 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
                 for peer in peers:
                     peer[...] = total

@@ -43,7 +43,7 @@ class Communicator(Protocol):
     def vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read. Collective."""
 
-    def read(self, vector: Vector, peer: int, fn: Callable[[Any], None]) -> None:
+    def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
 
         Nothing is locked: while the peer is at work, a part of it can be one step newer than another.

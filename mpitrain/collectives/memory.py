@@ -11,6 +11,7 @@ MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
 SHARED_MEMORY = "/dev/shm"
+
+LARGEST_MESSAGE_BYTES = 1 << 30
+"""Of one Get or Put: counts are 32-bit numbers before MPI 4, and Open MPI 5 refuses what mpi4py makes of longer ones."""
 
 
 def check_room(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
@@ -114,12 +118,20 @@ class Window:
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
         """Begin to copy ``out.size`` elements from ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
-        self._remote.Get([out.view(np.uint8), MPI.BYTE], rank, start * self.dtype.itemsize)
+        for at, piece in self._pieces(out, start):
+            self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: np.ndarray, start: int = 0) -> None:
         """Begin to copy ``values`` to ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
-        self._remote.Put([values.view(np.uint8), MPI.BYTE], rank, start * self.dtype.itemsize)
+        for at, piece in self._pieces(values, start):
+            self._remote.Put([piece, MPI.BYTE], rank, at)
+
+    def _pieces(self, array: np.ndarray, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The array's bytes in pieces that one message can carry, and where each lies in the window."""
+        raw, first = array.view(np.uint8), start * self.dtype.itemsize
+        for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
+            yield first + at, raw[at : at + LARGEST_MESSAGE_BYTES]
 
     def flush(self, rank: int) -> None:
         """Wait until what was begun towards ``rank`` is done on both sides. Local."""

@@ -39,7 +39,7 @@ class MPICommunicator:
         self._made.append(window)
         return window
 
-    def read(self, vector: Window, peer: int, fn: Callable[[Any], None]) -> None:
+    def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         memory = vector.of(peer)
         if memory is not None:
@@ -70,7 +70,7 @@ class MPICommunicator:
         self._made.append(blocks)
         return Mailboxes(blocks, self.rank, slots, self.statistics)
 
-    def allreduce(self, vector: Window, *, mean: bool = False) -> None:
+    def allreduce(self, vector: Any, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
         self._allreduce(vector, scale=1.0 / self.size if mean else 1.0)
 

@@ -66,6 +66,12 @@ class SimulatedWorld:
             RuntimeError: When every unfinished worker waits in a collective that some worker will never reach.
         """
         self._hub = getcurrent()
+        # A run that a script or an exception ended may have left workers in a collective: they are gone.
+        self._waiting.clear()
+        self._collectives.clear()
+        self._made.clear()
+        for communicator in self.communicators:
+            communicator.begin()
         results: list[Any] = [None] * self.size
         unfinished = set(range(self.size))
 
@@ -106,6 +112,8 @@ class SimulatedWorld:
         values = self._collectives.setdefault(number, [_ABSENT] * self.size)
         values[rank] = value
         if any(v is _ABSENT for v in values):
+            if getcurrent() is self._hub or self._hub is None:
+                raise RuntimeError("a collective needs all workers: call it in a program given to SimulatedWorld.run")
             self._waiting.add(rank)
             while number not in self._made:
                 self.give_way()
@@ -168,6 +176,10 @@ class SimulatedCommunicator:
     def __init__(self, world: SimulatedWorld, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
         self.statistics = Statistics()
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins: all workers count their collectives from 0."""
         self._n_collectives = 0
 
     def vector(self, n: int, dtype: Any) -> SimulatedVector:
@@ -175,7 +187,7 @@ class SimulatedCommunicator:
         arrays = self._meet(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
         return SimulatedVector(arrays, self.rank)
 
-    def read(self, vector: SimulatedVector, peer: int, fn: Callable[[Any], None]) -> None:
+    def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         fn(vector.arrays[peer])
 
@@ -190,7 +202,7 @@ class SimulatedCommunicator:
         homes = [rank for rank in range(self.size) for _ in range(slots)]
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
-    def allreduce(self, vector: SimulatedVector, *, mean: bool = False) -> None:
+    def allreduce(self, vector: Any, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
         n_bytes = vector.local.nbytes
         self.statistics.n_exchanges += 1
@@ -198,11 +210,12 @@ class SimulatedCommunicator:
         scale = vector.local.dtype.type(1.0 / self.size if mean else 1.0)
 
         def add(vectors: list[np.ndarray]) -> None:
-            total = vectors[0].copy()
+            total = vectors[0]
             for other in vectors[1:]:
                 total += other
-            for one in vectors:
-                one[...] = scale * total
+            total *= scale
+            for other in vectors[1:]:
+                other[...] = total
 
         self._meet(vector.local, add)
 

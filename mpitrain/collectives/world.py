@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain.collectives.device import bind
 from mpitrain.collectives.partition import emulated_nodes
 from mpitrain.collectives.progress import ProgressThread
 from mpitrain.errors import UsageError
@@ -87,7 +88,7 @@ class World:
         self.n_rails: int = comm.allreduce(self.local_size, op=MPI.MIN)
         on_rail = self.local_rank < self.n_rails
         self.rail_comm = comm.Split(self.local_rank if on_rail else MPI.UNDEFINED, key=self.node)
-        self.device = _bind_device(device, self.local_rank)
+        self.device = bind(device, self.local_rank)
         self._windows: list[Any] = []
         self._progress = (
             ProgressThread(comm) if self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE else None
@@ -139,6 +140,7 @@ class World:
             "device": self.device,
             "transport": {
                 "on a node": "shared-memory window, read and written in place",
+                "parameters on GPUs": "not used" if self.device == "cpu" else "staged through host memory every step",
                 "between nodes": "RMA window, Get/compute/Put under an owner-aware lock"
                 if self.n_nodes > 1
                 else "not used",
@@ -170,7 +172,8 @@ def _start_mpi() -> Any:
         ) from error
     size = MPI.COMM_WORLD.Get_size()
     launched = int(os.environ.get("SLURM_STEP_NUM_TASKS", "0"))
-    if launched > 1 and size == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    own_launcher = {"OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"} & os.environ.keys()  # srun sets PMI's variables itself
+    if launched > 1 and size == 1 and not own_launcher:
         raise UsageError(
             f"srun started {launched} tasks, but MPI sees a world of 1: this MPI does not speak srun's --mpi type; "
             "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
@@ -183,24 +186,6 @@ def _emulated_nodes_setting() -> int:
     if not text.isdigit() or int(text) < 1:
         raise UsageError(f"{EMULATED_NODES} must be a whole number of nodes, 1 or more, not {text!r}")
     return int(text)
-
-
-def _bind_device(device: str, local_rank: int) -> str:
-    """The device of this rank: local rank r takes GPU r modulo the number of visible ones."""
-    if device == "cpu":
-        return device
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise UsageError(f"unknown device {device!r}: it must be cpu or cuda")
-    import torch
-
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpus == 0:
-        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees none"
-        raise UsageError(f"--device cuda needs a GPU and there is none to be used ({why}): run with --device cpu")
-    if index and int(index) >= n_gpus:
-        raise UsageError(f"there is no {device}: this machine has {n_gpus} GPU(s), cuda:0 to cuda:{n_gpus - 1}")
-    return device if index else f"cuda:{local_rank % n_gpus}"
 
 
 def _end_all_ranks_on_exception(world: World) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.errors import UsageError
+from mpitrain.report import text
 from mpitrain.report.runs import Run, load_runs, summarise, temporal_efficiency
 
 CAPTIONS = {
@@ -89,26 +90,17 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
         "algorithm": [str(one["algorithm"] or "?") for one in summaries],
         "settings": [_settings(one["settings"]) for one in summaries],
-        "ranks": [_text(one["ranks"], "{:.0f}") for one in summaries],
-        "accuracy": [_text(one["test_accuracy"], "{:.2%}") for one in summaries],
-        "best": [_text(one["best_test_accuracy"], "{:.2%}") for one in summaries],
-        "test loss": [_text(one["test_loss"], "{:.4g}") for one in summaries],
-        "time": [_duration(one["seconds"]) for one in summaries],
-        "gradients": [_text(one["gradients"], "{:,.0f}") for one in summaries],
-        "gradients/s": [_text(one["gradients_per_second"], "{:,.3g}") for one in summaries],
-        "sent/gradient": [_size(one["bytes_per_gradient"]) for one in summaries],
-        "waiting": [_text(one["waiting_share"], "{:.1%}") for one in summaries],
+        "ranks": [text.number(one["ranks"], "{:.0f}") for one in summaries],
+        "accuracy": [text.number(one["test_accuracy"], "{:.2%}") for one in summaries],
+        "best": [text.number(one["best_test_accuracy"], "{:.2%}") for one in summaries],
+        "test loss": [text.number(one["test_loss"], "{:.4g}") for one in summaries],
+        "time": [text.duration(one["seconds"]) for one in summaries],
+        "gradients": [text.number(one["gradients"], "{:,.0f}") for one in summaries],
+        "gradients/s": [text.number(one["gradients_per_second"], "{:,.3g}") for one in summaries],
+        "sent/gradient": [text.size(one["bytes_per_gradient"]) for one in summaries],
+        "waiting": [text.number(one["waiting_share"], "{:.1%}") for one in summaries],
     }
-    widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
-    left = ("run", "algorithm", "settings")
-
-    def line(cells: Mapping[str, str]) -> str:
-        padded = (cell.ljust(widths[k]) if k in left else cell.rjust(widths[k]) for k, cell in cells.items())
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (widths[k] + 2) if k in left else "-" * (widths[k] + 1) + ":" for k in columns)
-    rows = [line({name: cells[i] for name, cells in columns.items()}) for i in range(len(summaries))]
-    return [line({name: name for name in columns}), f"|{rule}|", *rows]
+    return text.table(columns, left=("run", "algorithm", "settings"))
 
 
 def _settings(settings: Any) -> str:
@@ -117,20 +109,3 @@ def _settings(settings: Any) -> str:
     return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items()).replace(
         "|", "/"
     )
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None or seconds < 120:
-        return _text(seconds, "{:.1f} s")
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _size(n_bytes: float | None) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes is not None and n_bytes >= factor:
-            return f"{n_bytes / factor:.3g} {unit}"
-    return _text(n_bytes, "{:.0f} B")

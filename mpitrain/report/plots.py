@@ -31,8 +31,11 @@ LAST_BIN = 32  # of a staleness histogram: "32 or more"
 
 
 def running_median(x: Column, y: Column) -> tuple[Column, Column]:
-    """`y` smoothed by the median of a window of a twentieth of its length, at no more than N_POINTS places."""
-    half = max(2, len(y) // 40)
+    """`y` smoothed by the median of a window of a twentieth of its length, at no more than N_POINTS places.
+
+    A short curve is left as it is: every one of its points is a part of its shape.
+    """
+    half = len(y) // 40
     centers = np.unique(np.linspace(0, len(y) - 1, min(len(y), N_POINTS)).astype(int)) if len(y) else np.empty(0, int)
     return x[centers], np.array([np.median(y[max(0, i - half) : i + half + 1]) for i in centers])
 
@@ -58,7 +61,7 @@ def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
         axes_of_row[0].set_ylabel(label)
         scale_y(axes_of_row[0], y, np.concatenate([run.curve(table, "seconds", y)[1] for run in runs]))
     for axes, x in zip(grid[-1], columns, strict=True):
-        ends = [_largest([run], row[0], x.column, row[1]) for run in runs for row in rows]
+        ends = [_end([_largest([run], row[0], x.column, row[1]) for run in one.runs]) for one in series for row in rows]
         scale_x(axes, x, [end for end in ends if end > 0])
     legend(figure, series, size[0])
     figure.savefig(path, dpi=DPI)
@@ -182,10 +185,15 @@ def _draw_line(axes: Axes, one: Series, table: str, x: str, y: str, *, raw: bool
 
 
 def _on_one_grid(curves: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
-    """Values (curves, points) of all curves at the same points, where all of them have values."""
-    start, stop = max(a[0] for a, _ in curves), min(a[-1] for a, _ in curves)
+    """Values (curves, points) of all curves at the same points; one that has ended keeps its last value."""
+    start, stop = max(a[0] for a, _ in curves), _end([a[-1] for a, _ in curves])
     grid = np.linspace(min(start, stop), stop, N_POINTS)
     return grid, np.stack([np.interp(grid, a, b) for a, b in curves])
+
+
+def _end(ends: Sequence[float]) -> float:
+    """Where the line of several runs ends: half of them have."""
+    return float(np.median(ends))
 
 
 def _has(runs: Sequence[Run], table: str, y: str) -> bool:

@@ -22,6 +22,8 @@ Dash = Literal["-", "--", ":", "-."]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 
+CLIMB_PERCENT = 12  # of the evaluations of a run: what an axis of accuracies need not show
+
 
 @dataclass(frozen=True)
 class Series:
@@ -93,10 +95,13 @@ class _Multiples(MaxNLocator):
 
 
 def scale_y(axes: Axes, y: str, values: Column) -> None:
-    """Percent for accuracies; logarithms for what spans more than a factor of 5."""
+    """Percent for accuracies, the climb from nothing cut off; logarithms for what spans more than a factor of 5."""
     if y == "test_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         bottom, top = axes.get_ylim()
+        settled = float(np.percentile(values, CLIMB_PERCENT)) if len(values) else bottom
+        if settled - bottom > top - settled:  # the first climb would take more than half of the height
+            bottom = settled - 0.1 * (top - settled)
         room = max(0.0, 0.05 - (top - bottom)) / 2  # no tenths of a percent for a single evaluation
         axes.set_ylim(bottom - room, min(top + room, 1.005))
     elif len(values) and values.min() > 0 and np.percentile(values, 99) > 5 * np.percentile(values, 1):

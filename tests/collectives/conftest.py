@@ -69,24 +69,34 @@ def window(world: Any) -> Iterator[Callable[..., Any]]:
         each.free()
 
 
-def fetch(window: Any, rank: int, n: int, start: int = 0) -> np.ndarray:
-    """Local. A copy of `n` elements of a rank's array, from its memory or by get."""
-    array = window.of(rank)
-    if array is not None:
-        window.sync()
-        return array[start : start + n].copy()
-    copied = np.empty(n, window.dtype)
-    window.get(rank, copied, start)
-    window.flush(rank)
-    return copied
+@pytest.fixture(scope="session")
+def fetch() -> Callable[..., np.ndarray]:
+    """Local. `fetch(window, rank, n, start=0)`: a copy of a rank's elements, from its memory or by get."""
 
-
-def store(window: Any, rank: int, values: np.ndarray, start: int = 0) -> None:
-    """Local. Writes into a rank's array, to its memory or by put."""
-    array = window.of(rank)
-    if array is not None:
-        array[start : start + values.size] = values
-        window.sync()
-    else:
-        window.put(rank, values, start)
+    def copy(window: Any, rank: int, n: int, start: int = 0) -> np.ndarray:
+        array = window.of(rank)
+        if array is not None:
+            window.sync()
+            return array[start : start + n].copy()
+        copied = np.empty(n, window.dtype)
+        window.get(rank, copied, start)
         window.flush(rank)
+        return copied
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def store() -> Callable[..., None]:
+    """Local. `store(window, rank, values, start=0)`: writes into a rank's array, to its memory or by put."""
+
+    def write(window: Any, rank: int, values: np.ndarray, start: int = 0) -> None:
+        array = window.of(rank)
+        if array is not None:
+            array[start : start + values.size] = values
+            window.sync()
+        else:
+            window.put(rank, values, start)
+            window.flush(rank)
+
+    return write

@@ -1,0 +1,244 @@
+"""What every method in the registry keeps to. No method has its name here."""
+
+import dataclasses
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import assert_states_equal, load, simulate, slope, states
+
+from mpitrain import UsageError
+from mpitrain.algorithms import METHODS, create
+
+STARTS = np.random.default_rng(0).normal(size=(5, 40))
+H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
+
+
+def settings_of(method, *, numeric=None):
+    fields = dataclasses.fields(method)
+    return fields if numeric is None else [f for f in fields if numeric == ("int" in f.type or "float" in f.type)]
+
+
+def variants():
+    """Each method with each of its choices and switches, exchanging at every second step so that a short run does."""
+    for name, method in METHODS.items():
+        chosen = {f.name: f.metadata["choices"] or (False, True) for f in settings_of(method, numeric=False)}
+        period = {"period": 2} if any(f.name == "period" for f in settings_of(method)) else {}
+        for values in itertools.product(*chosen.values()):
+            yield pytest.param(
+                method(**dict(zip(chosen, values, strict=True)), **period), id="-".join([name, *map(str, values)])
+            )
+
+
+ALL_VARIANTS = list(variants())
+NUMBERS = [pytest.param(m, f, id=f"{n}-{f.name}") for n, m in METHODS.items() for f in settings_of(m, numeric=True)]
+every_variant = pytest.mark.parametrize("method", ALL_VARIANTS)
+every_method = pytest.mark.parametrize("name", METHODS)
+every_number = pytest.mark.parametrize(("method", "field"), NUMBERS)
+
+
+def run(method, p, steps, **more):
+    return simulate(method, p, start=STARTS[:p], eta=0.1, gradient=slope(H, B), largest_shard=8, **more).run(steps)
+
+
+@every_method
+def test_method_says_what_it_is(name):
+    method = METHODS[name]
+    assert method.name == name
+    for text in (method.summary, method.source, method.__doc__):
+        assert text.strip()
+        assert "\n" not in method.summary + method.source
+    assert all(f.metadata["help"].strip() for f in settings_of(method))
+
+
+@every_method
+def test_settings_are_frozen(name):
+    method = METHODS[name]()
+    for field in settings_of(method):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, field.name, field.default)
+
+
+def outside(field):
+    """Values of the right type just outside the range."""
+    step = 1 if "int" in field.type else 1e-9
+    for key, beyond in (("low", -step), ("high", step), ("above", 0), ("below", 0)):
+        if field.metadata[key] is not None:
+            yield type(step)(field.metadata[key] + beyond)
+
+
+@every_number
+def test_numbers_outside_their_range_are_refused_with_the_range(method, field):
+    wrong_types = [
+        "3",
+        [1],
+        1j,
+        True,
+        *([] if "None" in field.type else [None]),
+        *([1.5] if "int" in field.type else []),
+    ]
+    for bad in [math.nan, math.inf, -math.inf, *outside(field), *wrong_types]:
+        with pytest.raises(UsageError) as refused:
+            method(**{field.name: bad})
+        text = str(refused.value)
+        assert "\n" not in text
+        assert all(word in text for word in (method.name, field.name, repr(bad)))
+        for bound in ("low", "high", "above", "below"):
+            if field.metadata[bound] is not None:
+                assert f"{field.metadata[bound]:g}" in text
+
+
+@every_number
+@given(data=st.data())
+def test_numbers_inside_their_range_are_taken_and_parsed(method, field, data):
+    low, high, above, below = (field.metadata[key] for key in ("low", "high", "above", "below"))
+    numbers = (
+        st.integers(low if low is not None else above, high if high is not None else below)
+        if "int" in field.type
+        else st.floats(
+            low if low is not None else above,
+            high if high is not None else below,
+            exclude_min=above is not None,
+            exclude_max=below is not None,
+            allow_nan=False,
+            allow_infinity=False,
+        )
+    )
+    value = data.draw(numbers)
+    made = method(**{field.name: value})
+    assert getattr(made, field.name) == value
+    assert create(method.name, {field.name: repr(value)}) == made
+
+
+@every_method
+def test_defaults_survive_being_text(name):
+    default = METHODS[name]()
+    text = {f.name: str(getattr(default, f.name)) for f in settings_of(default)}
+    assert create(name, text) == create(name) == default
+
+
+@every_method
+def test_choices_and_switches_are_parsed_and_others_refused(name):
+    for field in settings_of(METHODS[name], numeric=False):
+        good = field.metadata["choices"] or ("true", "False", "1", "0", "yes", "no")
+        for text in good:
+            value = getattr(create(name, {field.name: text}), field.name)
+            assert value == (text if field.metadata["choices"] else text.lower() in ("true", "1", "yes"))
+        with pytest.raises(UsageError) as refused:
+            create(name, {field.name: "sideways"})
+        assert field.name in str(refused.value)
+        assert "'sideways'" in str(refused.value)
+        for word in field.metadata["choices"] or ("true", "false"):
+            assert word in str(refused.value)
+
+
+@every_number
+def test_text_that_is_no_number_is_refused(method, field):
+    for text in ("abc", "", "1.5.2", *(["1.5", "1e3"] if "int" in field.type else [])):
+        with pytest.raises(UsageError, match="whole number" if "int" in field.type else "a number"):
+            create(method.name, {field.name: text})
+    for text in ("nan", "inf"):
+        with pytest.raises(UsageError, match=field.name):
+            create(method.name, {field.name: text})
+
+
+def test_unknown_names_are_answered_with_the_known_ones():
+    with pytest.raises(UsageError) as refused:
+        create("no-such-method")
+    assert all(name in str(refused.value) for name in METHODS)
+    for name, method in METHODS.items():
+        with pytest.raises(UsageError) as refused:
+            create(name, {"no_such_setting": "1"})
+        assert all(field.name in str(refused.value) for field in settings_of(method))
+
+
+@every_variant
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 5])
+def test_any_number_of_workers_runs_and_comes_to_rest(method, p):
+    # Alike workers on one quadratic: whatever is exchanged, and however late, all of it ends at the minimum.
+    end = simulate(method, p, start=STARTS[0], eta=0.1, gradient=slope(1.0, 0.7), largest_shard=8).run(600)
+    np.testing.assert_allclose(end.x(), 0.7, atol=1e-3)
+    for rank in range(p):
+        np.testing.assert_allclose(end.consensus(rank), 0.7, atol=1e-3)
+
+
+@every_variant
+@settings(max_examples=12)
+@given(before=st.integers(0, 7), after=st.integers(1, 7), p=st.integers(1, 4))
+def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after, p):
+    whole = run(method, p, before, seed=1)
+    saved = states(whole)
+    whole.run(after)
+    resumed = simulate(method, p, start=np.zeros(40), eta=0.1, gradient=slope(H, B), largest_shard=8, seed=99)
+    load(resumed, saved).run(after)
+    assert resumed.x().tobytes() == whole.x().tobytes()
+    assert resumed.consensus().tobytes() == whole.consensus().tobytes()
+    for a, b in zip(states(resumed), states(whole), strict=True):
+        assert_states_equal(a, b)
+
+
+@every_variant
+def test_taking_the_state_disturbs_nothing(method):
+    watched, alone = run(method, 3, 3), run(method, 3, 3)
+    states(watched)
+    watched.consensus(1)
+    watched.run(4)
+    alone.run(4)
+    assert watched.x().tobytes() == alone.x().tobytes()
+    for a, b in zip(watched.workers, alone.workers, strict=True):
+        assert_states_equal(vars(a.comm.statistics), vars(b.comm.statistics))
+
+
+@every_variant
+def test_consensus_is_local(method):
+    # Called by one worker, at a moment when the others are on their way: nobody else runs, so it may wait for nobody.
+    asked = []
+
+    def ask(simulation, rank):
+        out = np.full(40, np.nan)
+        before = [worker.t for worker in simulation.workers]
+        simulation.workers[rank].consensus(out)
+        assert np.isfinite(out).all()
+        assert [worker.t for worker in simulation.workers] == before
+        asked.append(rank)
+
+    simulate(method, 3, start=STARTS[:3], eta=0.1, gradient=slope(H, B)).run(4, ask)
+    assert sorted(asked) == sorted([0, 1, 2] * 4)
+
+
+@every_variant
+def test_steady_state_allocates_no_vector(method):
+    n = 1_000_000
+    gradients = np.random.default_rng(1).normal(size=(2, n)).astype(np.float32)
+    simulation = simulate(
+        method, 2, start=np.zeros(n, np.float32), eta=0.01, gradient=lambda rank, x: gradients[rank]
+    ).run(4)
+    out = np.zeros(n, np.float32)
+    simulation.workers[1].consensus(out)
+    tracemalloc.start()
+    try:
+        simulation.run(4)
+        simulation.workers[1].consensus(out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < out.nbytes / 50
+
+
+@every_variant
+def test_same_schedule_and_seed_give_the_same_bits(method):
+    assert run(method, 3, 8, seed=4).x().tobytes() == run(method, 3, 8, seed=4).x().tobytes()
+
+
+@every_variant
+def test_half_precision_runs(method):
+    import ml_dtypes
+
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        end = simulate(method, 2, start=STARTS[:2].astype(dtype), eta=0.05, gradient=slope(1.0, 0.7)).run(60)
+        assert end.x().dtype == dtype
+        assert np.isfinite(end.consensus().astype(np.float64)).all()

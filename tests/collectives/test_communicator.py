@@ -1,0 +1,40 @@
+"""What else a communicator does between ranks: reads of a peer's vector, gathering, giving back."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_peer_s_vector_is_read_as_it_is(comm, dtype):
+    for n in (1000, 7):
+        vector = comm.vector(n, dtype)
+        vector.local[:] = comm.rank + 1
+        comm.barrier()
+        for peer in range(comm.size):
+            found = []
+            comm.read(vector, peer, lambda array, found=found: found.append(array.copy()))
+            assert np.array_equal(found[0], np.full(n, peer + 1, dtype))
+    assert comm.statistics.bytes_sent == 0  # evaluation is not communication of the method
+
+
+@ALL
+def test_everybody_gathers_everybody_s_numbers(comm):
+    gathered = comm.gather([comm.rank, comm.rank**2 + 0.5])
+    assert gathered.dtype == np.float64
+    assert np.array_equal(gathered, [[rank, rank**2 + 0.5] for rank in range(comm.size)])
+    assert comm.gather([]).shape == (comm.size, 0)
+
+
+@ALL
+def test_a_communicator_gives_back_all_it_made(comm):
+    for _ in range(2):
+        comm.vector(100, np.float32)
+        comm.shared_vector(100, np.float32)
+        comm.mailboxes(100, np.float32, 2)
+        comm.barrier()
+        comm.free()
+    assert comm._made == []

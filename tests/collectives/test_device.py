@@ -1,0 +1,41 @@
+"""Which GPU a rank gets, decided without one."""
+
+import pytest
+
+from mpitrain import UsageError
+from mpitrain.collectives import device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """`gpus(n)`: this machine has n of them."""
+    return lambda n: monkeypatch.setattr(device, "gpu_names", lambda: ["a GPU"] * n)
+
+
+def test_the_cpu_is_everybodys():
+    assert [device.bind("cpu", r) for r in range(3)] == ["cpu"] * 3
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cuda:x", "cuda:-1", "cpu:0", ""])
+def test_an_unknown_device_is_a_usage_error(name):
+    with pytest.raises(UsageError, match=f"unknown device '{name}'"):
+        device.bind(name, 0)
+
+
+def test_a_gpu_that_is_not_there_is_a_usage_error(gpus):
+    gpus(0)
+    with pytest.raises(UsageError, match="run with --device cpu"):
+        device.bind("cuda", 0)
+    gpus(3)
+    with pytest.raises(UsageError, match=r"no cuda:3: .* 3 GPU"):
+        device.bind("cuda:3", 0)
+
+
+def test_local_rank_r_takes_gpu_r_modulo_their_number(gpus):
+    gpus(3)
+    assert [device.bind("cuda", r) for r in range(5)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]
+
+
+def test_a_gpu_asked_for_by_number_is_taken(gpus):
+    gpus(3)
+    assert [device.bind("cuda:2", r) for r in range(2)] == ["cuda:2", "cuda:2"]

@@ -1,0 +1,118 @@
+"""How a world ends: what one rank raises ends all of them, with its traceback and an exit code that is not zero."""
+
+import pytest
+from launching import installed, launch, python
+
+IN_TIME_SECONDS = 60.0  # a hang would last for ever
+
+HEAD = """
+import os, signal, sys, threading, time
+import mpitrain
+world = mpitrain.init()
+"""
+
+
+def run(mpi, n_ranks, script, **environment):
+    command = [python(mpi), "-c", HEAD + script]
+    finished = launch(n_ranks, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS, extra_env=environment)
+    assert not finished.timed_out, finished.output
+    return finished
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("n_nodes", ["1", "2"])
+def test_an_exception_on_one_rank_ends_all(mpi, n_nodes):
+    script = """
+def fail():
+    raise ValueError("a reason")
+
+if world.rank == 1:
+    fail()
+world.barrier()
+print("went on")
+"""
+    finished = run(mpi, 3, script, MPITRAIN_EMULATED_NODES=n_nodes)
+    assert finished.returncode != 0
+    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "in fail\n" in finished.output
+    assert "ValueError: a reason" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_an_exception_in_a_thread_of_one_rank_ends_all(mpi):
+    script = """
+if world.rank == 0:
+    threading.Thread(target=lambda: 1 / 0).start()
+world.barrier()
+time.sleep(1000)
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "rank 0 of 2 failed:\n" in finished.output
+    assert "ZeroDivisionError" in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_rank_that_waits_for_a_lock_is_ended_too(mpi):
+    script = """
+from mpitrain.collectives.locks import LockTable
+locks = LockTable(world, [1, 1])
+if world.rank == 0:
+    locks.acquire(0, 0)
+    world.barrier()
+    time.sleep(0.2)
+    raise ValueError("with the lock in hand")
+world.barrier()
+locks.acquire(0, 0)
+print("went on")
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "ValueError: with the lock in hand" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_an_interrupt_on_one_rank_ends_all(mpi):
+    script = """
+if world.rank == 1:
+    raise KeyboardInterrupt
+world.barrier()
+print("went on")
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "KeyboardInterrupt" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("waiting", ["world.barrier()", "time.sleep(1000)"])
+def test_an_interrupted_launcher_leaves_nobody(mpi, waiting):
+    """Ctrl-C, while rank 0 sleeps and the others wait for it in MPI or sleep too."""
+    script = f"""
+world.barrier()
+if world.rank == 0:
+    os.kill(os.getsid(0), signal.SIGINT)  # the launcher leads the session
+    time.sleep(1000)
+{waiting}
+"""
+    finished = run(mpi, 3, script)
+    assert finished.returncode != 0
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_world_that_srun_did_not_join_is_a_usage_error(mpi):
+    """srun started 4 tasks, and each of them believes to be alone."""
+    finished = run(mpi, 0, "print('went on')", SLURM_STEP_NUM_TASKS="4")
+    assert finished.returncode != 0
+    assert "UsageError: srun started 4 tasks, but MPI sees a world of 1" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_mpirun_inside_a_step_of_srun_decides_the_size(mpi):
+    finished = run(mpi, 1, "print('ranks', world.size)", SLURM_STEP_NUM_TASKS="4")
+    assert finished.returncode == 0
+    assert "ranks 1" in finished.output

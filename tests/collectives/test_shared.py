@@ -1,0 +1,117 @@
+"""The shared vector: no update is lost, no shard is seen half changed, and what is exchanged is conserved."""
+
+import numpy as np
+import pytest
+
+from mpitrain import kernels
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("n", "largest_shard", "n_updates"),
+    [(1000, 64, 40), (70_001, 2**19, 30), (1_200_000, 2**19, 4)],
+)
+def test_no_update_is_lost_and_no_read_is_torn(comm, monkeypatch, n, largest_shard, n_updates):
+    from mpitrain.collectives import mpi
+
+    monkeypatch.setattr(mpi, "LARGEST_SHARD", largest_shard)
+    center = comm.shared_vector(n, np.float32)
+    out, before = np.full(n, -1.0, np.float32), np.zeros(len(center.parts))
+
+    def add_one(part, shard):
+        assert shard.size == part.stop - part.start
+        assert np.all(shard == shard[0])
+        shard += 1
+
+    def read():
+        center.read(out)
+        now = np.array([out[part.start] for part in center.parts])
+        assert all(np.all(out[part] == out[part.start]) for part in center.parts)
+        return now
+
+    comm.barrier()
+    for _ in range(n_updates):
+        center.update(add_one)
+        now = read()
+        assert np.all(now > before)  # this rank's own update, at least
+        before = now
+    comm.barrier()
+    assert np.all(read() == n_updates * comm.size)
+    assert comm.statistics.n_exchanges == n_updates
+    assert comm.statistics.staleness.sum() == n_updates
+    assert comm.statistics.bytes_sent == n_updates * 2 * n * 4
+
+
+@ALL
+def test_staleness_counts_the_others_updates_since_one_s_own(comm):
+    """Round robin: p - 1, after a first round in which rank r comes after r others."""
+    n_rounds = 5
+    center = comm.shared_vector(100, np.float32)
+    for _ in range(n_rounds):
+        for turn in range(comm.size):
+            if turn == comm.rank:
+                center.update(lambda part, shard: None)
+            comm.barrier()
+    expected = np.bincount([comm.rank] + [comm.size - 1] * (n_rounds - 1), minlength=33)
+    assert np.array_equal(comm.statistics.staleness, expected)
+
+
+@ALL
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 1000, 65_537])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_everybody_reads_what_one_writes(comm, n, dtype):
+    shared = comm.shared_vector(n, dtype)
+    for writer in range(comm.size):
+        values = np.arange(n).astype(dtype) + writer
+        if comm.rank == writer:
+            shared.write(values)
+        comm.barrier()
+        out = np.zeros(n, dtype)
+        shared.read(out)
+        assert np.array_equal(out, values)
+        comm.barrier()
+
+
+@ALL
+def test_what_a_kernel_rejects_is_counted(comm):
+    center = comm.shared_vector(1000, np.float32)
+    x = np.full(1000, np.nan, np.float32)
+    center.update(lambda part, shard: kernels.elastic_exchange(x[part], shard, 0.5, 0.5))
+    comm.barrier()
+    out = np.ones(1000, np.float32)
+    center.read(out)
+    assert not out.any()
+    assert comm.statistics.n_rejected == 1000
+
+
+@ALL
+def test_an_elastic_exchange_conserves_the_sum(comm):
+    """sum_i x_i + c is what it was, element by element, however the exchanges of the ranks mix."""
+    n = 5000
+    rng = np.random.default_rng(comm.rank)
+    x = rng.normal(size=n)
+    center = comm.shared_vector(n, np.float64)
+    start = comm.world.comm.allreduce(x)
+    for _ in range(30):
+        alpha = rng.uniform(0, 1)
+        center.update(lambda part, c, alpha=alpha: kernels.elastic_exchange(x[part], c, alpha, alpha))
+    total = comm.world.comm.allreduce(x)
+    c = np.empty(n)
+    center.read(c)
+    assert np.abs(c).max() > 0.01
+    np.testing.assert_allclose(total + c, start, rtol=0, atol=30 * comm.size * 8 * np.finfo(np.float64).eps)
+
+
+@pytest.mark.ranks(2, 3, 4, 5)
+def test_only_what_crosses_nodes_is_on_the_wire(comm):
+    """Every shard of another node is fetched and committed once."""
+    n = 1000
+    center = comm.shared_vector(n, np.float32)
+    center.update(lambda part, shard: None)
+    there = [
+        part for part, home in zip(center.parts, center._blocks.homes) if comm.world.nodes[home] != comm.world.node
+    ]
+    assert comm.statistics.wire_bytes == sum(2 * 4 * (part.stop - part.start) for part in there)
+    assert bool(there) == (comm.world.n_nodes > 1)

@@ -1,0 +1,120 @@
+"""The world: one object a process, and nodes that are a partition of its ranks."""
+
+import os
+
+import numpy as np
+import pytest
+
+import mpitrain
+from mpitrain import UsageError
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@ALL
+def test_init_gives_the_same_world_every_time():
+    world = mpitrain.init()
+    assert mpitrain.init() is world
+    assert mpitrain.init("cpu") is world
+    assert world.device == "cpu"
+    with pytest.raises(UsageError, match=r"already runs on cpu.*device='cuda'"):
+        mpitrain.init("cuda")
+
+
+@ALL
+def test_nodes_are_a_partition_of_the_ranks(world):
+    assert sorted(rank for ranks in set(map(tuple, world.comm.allgather(world.node_ranks))) for rank in ranks) == list(
+        range(world.size)
+    )
+    assert world.node_ranks == [rank for rank in range(world.size) if world.nodes[rank] == world.node]
+    assert set(world.nodes) == set(range(world.n_nodes))
+    assert world.nodes[world.rank] == world.node
+    assert len(world.hosts) == world.size
+
+
+@ALL
+def test_local_ranks_number_the_ranks_of_a_node(world):
+    assert world.node_ranks[world.local_rank] == world.rank
+    assert (world.local_rank, world.local_size) == (world.node_comm.rank, world.node_comm.size)
+    assert world.local_size == len(world.node_ranks)
+
+
+@ALL
+def test_a_rail_joins_one_rank_of_each_node(world):
+    from mpi4py import MPI
+
+    sizes = [world.nodes.count(node) for node in range(world.n_nodes)]
+    assert world.n_rails == min(sizes)
+    if world.local_rank >= world.n_rails:
+        assert world.rail_comm == MPI.COMM_NULL
+    else:
+        assert world.rail_comm.size == world.n_nodes
+        assert world.rail_comm.rank == world.node
+        assert world.rail_comm.allgather(world.local_rank) == [world.local_rank] * world.n_nodes
+
+
+@ALL
+def test_emulated_nodes_differ_by_at_most_one_rank(two_nodes):
+    assert two_nodes.n_nodes == min(2, two_nodes.size)
+    sizes = [two_nodes.nodes.count(node) for node in range(two_nodes.n_nodes)]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == two_nodes.size
+
+
+@ALL
+def test_a_shared_array_is_one_memory(world):
+    array = world.shared_array((world.local_size, 3), np.int64)
+    assert array.shape == (world.local_size, 3)
+    assert not array.any()
+    world.node_barrier()
+    array[world.local_rank] = world.rank + 1
+    world.node_barrier()
+    assert np.array_equal(array, np.outer(np.array(world.node_ranks) + 1, [1, 1, 1]))
+
+
+@ALL
+def test_a_shared_array_is_zero_also_in_memory_used_before(world):
+    for n in (1, 10, 100, 4000):
+        used = [np.full(n, 255, np.uint8) for _ in range(4)]
+        del used
+        assert not world.shared_array((n,), np.uint8).any()
+    assert world.shared_array((0, 5), np.float32).shape == (0, 5)
+
+
+@ALL
+def test_no_room_for_a_shared_array_is_a_usage_error(world):
+    with pytest.raises(UsageError, match="shared memory"):
+        world.shared_array((2**50,), np.float32)
+
+
+@ALL
+@pytest.mark.parametrize("text", ["x", "0", "-1", "", "1.5"])
+def test_a_number_of_nodes_must_be_one(monkeypatch, text):
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world import EMULATED_NODES, World
+
+    monkeypatch.setenv(EMULATED_NODES, text)
+    with pytest.raises(UsageError, match=rf"{EMULATED_NODES} must be .* not '{text}'"):
+        World(MPI.COMM_WORLD, "cpu")
+
+
+@ALL
+def test_an_unknown_device_is_a_usage_error():
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world import World
+
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        World(MPI.COMM_WORLD, "tpu")
+
+
+@ALL
+def test_a_world_describes_itself(world):
+    described = world.describe()
+    assert described["ranks"] == world.size
+    assert sum(described["ranks_of_node"]) == world.size
+    assert described["nodes"] == len(described["ranks_of_node"]) == world.n_nodes
+    assert described["threads"] == "multiple"
+    assert described["progress thread"] == (world.n_nodes > 1)
+    assert described["mpi"].startswith(("Open MPI", "MPICH")) or os.environ.get("VIRTUAL_ENV") is None

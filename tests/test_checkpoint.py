@@ -1,0 +1,232 @@
+"""Checkpoints: what is loaded equals what was saved, and a crash leaves the one before."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mpitrain import UsageError, checkpoint
+
+
+class Alone:
+    """All that a checkpoint asks of a world."""
+
+    def __init__(self, rank=0, size=1):
+        self.rank, self.size = rank, size
+
+    def barrier(self):
+        pass
+
+
+ALONE = Alone()
+FAST = (
+    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+)  # to sync a disk takes its time, and there are many examples
+
+
+def same(a, b):
+    """Equal in kind, type, shape and bits."""
+    if isinstance(a, dict):
+        return type(b) is dict and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        if not a.numel():  # torch cannot view every empty tensor as bytes
+            return True
+        return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, float) and math.isnan(a):
+        return isinstance(b, float) and math.isnan(b)
+    return type(a) is type(b) and a == b
+
+
+def round_trip(state):
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        return checkpoint.load(checkpoint.save(Path(folder), 1, state, ALONE), ALONE)
+
+
+whole = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+array_types = st.sampled_from(["bool", *whole, "float16", "float32", "float64"]).map(np.dtype)
+any_shape = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+arrays = hnp.arrays(array_types, any_shape)
+bfloat16_arrays = hnp.arrays(np.uint16, any_shape).map(lambda a: a.view(ml_dtypes.bfloat16))
+tensors = arrays.map(lambda a: torch.from_numpy(a.copy()))
+bfloat16_tensors = hnp.arrays(np.uint16, any_shape).map(lambda a: torch.from_numpy(a.copy()).view(torch.bfloat16))
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), text, arrays, bfloat16_arrays, tensors, bfloat16_tensors
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(text, st.integers(-(2**40), 2**40)), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100)
+@given(nested)
+def test_what_is_loaded_is_what_was_saved(state):
+    assert same({"state": state}, round_trip({"state": state}))
+
+
+@pytest.mark.parametrize("number", [np.float64(0.1), np.float64("nan"), 2**200, -(2**63), -0.0, math.inf, True])
+def test_numbers_keep_their_value(number):
+    loaded = round_trip({"x": number})["x"]
+    assert loaded == number or math.isnan(loaded)
+    assert math.copysign(1, loaded) == math.copysign(1, number)
+
+
+def test_views_are_saved_as_what_they_show():
+    array, tensor = np.arange(12).reshape(3, 4), torch.arange(12).reshape(3, 4)
+    loaded = round_trip(
+        {"array": array[:, ::2].T, "tensor": tensor[:, ::2].t(), "parameter": torch.nn.Parameter(torch.ones(2))}
+    )
+    assert np.array_equal(loaded["array"], array[:, ::2].T)
+    assert torch.equal(loaded["tensor"], tensor[:, ::2].t())
+    assert loaded["parameter"].tolist() == [1, 1]
+
+
+def test_optimizer_state_goes_through():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(round_trip(optimizer.state_dict()))
+    optimizer.step()
+
+
+def test_long_text_goes_through():
+    assert round_trip({"text": "x" * 200_000})["text"] == "x" * 200_000
+
+
+def test_newest_two_are_kept(tmp_path):
+    for step in (5, 99_999_999, 100_000_000, 20, 100_000_001):
+        checkpoint.save(tmp_path, step, {"step": step}, ALONE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100000000", "step-100000001"]
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"step": 100_000_001}
+
+
+def test_no_folder_and_an_empty_one_have_no_checkpoint(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "not there") is None
+
+
+def test_same_step_again_replaces(tmp_path):
+    checkpoint.save(tmp_path, 3, {"x": 1}, ALONE)
+    path = checkpoint.save(tmp_path, 3, {"x": 2}, ALONE)
+    assert checkpoint.load(path, ALONE) == {"x": 2}
+
+
+def test_each_rank_has_its_own_part(tmp_path):
+    for rank in (2, 1, 0):  # the last one to come completes it
+        partial = tmp_path / ".step-00000007.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        if rank:
+            checkpoint._write_file(partial / f"rank-{rank:05d}.h5", {"ranks": 3, "step": 7, "state": {"rank": rank}})
+    partial.rename(tmp_path / "step-00000007")
+    checkpoint._write_file(tmp_path / "step-00000007" / "rank-00000.h5", {"ranks": 3, "step": 7, "state": {"rank": 0}})
+    path = checkpoint.latest(tmp_path)
+    assert [checkpoint.load(path, Alone(rank, 3))["rank"] for rank in range(3)] == [0, 1, 2]
+    for size in (1, 2, 4):
+        with pytest.raises(UsageError, match=f"written by 3 ranks.*not with {size}"):
+            checkpoint.load(path, Alone(0, size))
+
+
+@given(st.data())
+def test_truncated_file_is_named(data):
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        path = checkpoint.save(Path(folder), 1, {"x": np.arange(1000), "y": ["text", 1, None]}, ALONE)
+        file = path / "rank-00000.h5"
+        length = data.draw(st.integers(0, file.stat().st_size - 1))
+        os.truncate(file, length)
+        with pytest.raises(UsageError) as error:
+            checkpoint.load(path, ALONE)
+        assert str(file) in str(error.value)
+        assert f"delete {path}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [object(), {"x": {1, 2}}, np.array([object()])])
+def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 2, {"good": np.zeros(10), "bad": bad}, ALONE)
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from mpitrain import checkpoint
+
+def wait_to_be_killed(moment):
+    if moment == sys.argv[2]:
+        print("now", flush=True)
+        time.sleep(600)
+
+class Watched(dict):
+    def items(self):
+        for key, value in super().items():
+            yield key, value
+            wait_to_be_killed("in the file")
+
+class World:
+    rank, size, n_barriers = 0, 1, 0
+    def barrier(self):
+        self.n_barriers += 1
+        if self.n_barriers == 1:
+            wait_to_be_killed("before the file")
+        if self.n_barriers == 2:
+            wait_to_be_killed("before the renaming")
+
+checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())
+"""
+
+
+@pytest.mark.parametrize("moment", ["before the file", "in the file", "before the renaming"])
+def test_writer_that_is_killed_leaves_the_one_before(tmp_path, moment):
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, tmp_path, moment], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        try:
+            assert writer.stdout.readline() == "now\n"
+        finally:
+            writer.send_signal(signal.SIGKILL)
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)  # over what the dead one left
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 5)
+def test_ranks_save_and_load_together(world, mpi_tmp_path):
+    for step in (1, 2, 3):
+        path = checkpoint.save(mpi_tmp_path, step, {"rank": world.rank, "x": np.full(5, step)}, world)
+    assert checkpoint.latest(mpi_tmp_path) == path
+    assert len(list(mpi_tmp_path.iterdir())) == 2
+    state = checkpoint.load(path, world)
+    assert state["rank"] == world.rank
+    assert state["x"].tolist() == [3] * 5
+    world.barrier()

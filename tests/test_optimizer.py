@@ -1,0 +1,331 @@
+"""``DistributedOptimizer`` is a torch optimizer: what works with the one it wraps works with it.
+
+With the same data on every rank, all-reduce SGD is the wrapped optimizer itself, up to the rounding of the mean.
+"""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD, UsageError
+
+pytestmark = pytest.mark.ranks(1, 2, 3)
+
+X = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 5)))
+Y = X[:, :1].sin() + X[:, 1:2]
+
+
+def mlp(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+
+
+def loss_of(model, x=X, y=Y):
+    dtype = next(model.parameters()).dtype
+    return ((model(x.to(dtype)) - y.to(dtype)) ** 2).mean()
+
+
+def pair(make_base, dtype=torch.float64):
+    """A model with its plain optimizer, and its twin with the distributed one."""
+    plain, twin = mlp(dtype), mlp(dtype)
+    return (plain, make_base(plain)), (twin, DistributedOptimizer(make_base(twin), twin, AllReduceSGD()))
+
+
+def sgd(model, **more):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **more})
+
+
+def train(model, optimizer, steps=6, each=lambda model, optimizer: None):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        each(model, optimizer)
+        optimizer.step()
+
+
+def assert_equal_models(a, b, rtol=1e-11):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-13)
+
+
+BASES = {
+    "sgd": sgd,
+    "momentum": lambda m: sgd(m, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda m: sgd(m, momentum=0.9, nesterov=True),
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
+    "groups": lambda m: torch.optim.SGD(
+        [{"params": m[0].parameters(), "lr": 0.2, "weight_decay": 0.1}, {"params": m[2].parameters()}], lr=0.05
+    ),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_same_data_everywhere_is_the_wrapped_optimizer(world, base):
+    (plain, optimizer), (twin, distributed) = pair(BASES[base])
+    train(plain, optimizer)
+    with distributed:
+        assert isinstance(distributed, torch.optim.Optimizer)
+        train(twin, distributed)
+        assert_equal_models(plain, twin)
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.1),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=10),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=6),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_learning_rate_schedulers_act_on_both(world, scheduler):
+    (plain, optimizer), (twin, distributed) = pair(lambda m: sgd(m, momentum=0.9))
+    with warnings.catch_warnings(), distributed:
+        warnings.simplefilter("error")  # that steps were not seen, for instance
+        ours, theirs = SCHEDULERS[scheduler](distributed), SCHEDULERS[scheduler](optimizer)
+        for _ in range(6):
+            train(plain, optimizer, 1)
+            train(twin, distributed, 1)
+            ours.step()
+            theirs.step()
+            assert distributed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+            assert distributed.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
+        assert_equal_models(plain, twin)
+
+
+def test_scheduler_goes_on_after_a_state_was_loaded(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, EAMSGD(momentum=0.5, period=1)) as optimizer:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        train(model, optimizer, 1)
+        scheduler.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, 1)
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+@pytest.mark.parametrize("method", [EASGD(period=1), EAMSGD(momentum=0.0, period=1)])
+def test_groups_have_their_own_learning_rate_and_decay(world, method):
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    base = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.2, "weight_decay": 0.5}, {"params": model[2].parameters()}], lr=0.0
+    )
+    with DistributedOptimizer(base, model, method) as optimizer:
+        optimizer.zero_grad()  # gradients are zero: what moves is the decay, and the exchange moves nothing yet
+        optimizer.step()
+        for p, old in zip(model[0].parameters(), before[:2], strict=True):
+            torch.testing.assert_close(p.detach(), old * (1 - 0.2 * 0.5))
+        for p, old in zip(model[2].parameters(), before[2:], strict=True):
+            assert torch.equal(p, old)
+
+
+def test_clipping_clips(world):
+    def clip(model, _):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        assert norm > 0.01
+
+    (plain, optimizer), (twin, distributed) = pair(sgd)
+    train(plain, optimizer, each=clip)
+    with distributed:
+        train(twin, distributed, each=clip)
+        assert_equal_models(plain, twin)
+
+
+def test_gradients_accumulate_until_they_are_zeroed(world):
+    (plain, optimizer), (twin, distributed) = pair(sgd)
+
+    def again(model, _):
+        loss_of(model, X[:4], Y[:4]).backward()
+
+    train(plain, optimizer, each=again)
+    with distributed:
+        train(twin, distributed, each=again)
+        assert_equal_models(plain, twin)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_models_own_zero_grad_will_do(world, set_to_none):
+    (plain, optimizer), (twin, distributed) = pair(sgd)
+    train(plain, optimizer)
+    with distributed:
+        for _ in range(6):
+            twin.zero_grad(set_to_none=set_to_none)
+            loss_of(twin).backward()
+            distributed.step()
+        assert_equal_models(plain, twin)
+
+
+def test_closure_is_called_with_gradients_and_its_loss_returned(world):
+    (plain, optimizer), (twin, distributed) = pair(sgd)
+
+    def closure_of(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        return closure
+
+    with distributed:
+        for _ in range(3):
+            wanted, got = optimizer.step(closure_of(plain, optimizer)), distributed.step(closure_of(twin, distributed))
+            torch.testing.assert_close(got, wanted)
+        assert_equal_models(plain, twin)
+
+
+def test_loss_is_handed_back(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, AllReduceSGD()) as optimizer:
+        optimizer.zero_grad()
+        assert optimizer.step() is None
+        assert optimizer.step(0.25) == 0.25
+
+
+@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=2), EASGD(period=1, synchronous=True), GossipSGD()])
+@pytest.mark.parametrize("base", ["momentum", "adamw"])
+def test_state_round_trip_is_bit_exact(world, method, base):
+    model = mlp(torch.float32)
+    with DistributedOptimizer(BASES[base](model), model, method, seed=3) as optimizer:
+        # One rank after the other, so that asynchronous methods too have one order.
+        def run(steps):
+            for _ in range(steps):
+                for rank in [None] if method.is_synchronous else range(world.size):
+                    if rank in (None, world.rank):
+                        train(model, optimizer, 1)
+                    world.barrier()
+            with optimizer.consensus():
+                found = [p.detach().clone() for p in model.parameters()]
+            world.barrier()
+            return found + [p.detach().clone() for p in model.parameters()]
+
+        run(3)
+        saved = optimizer.state_dict()
+        world.barrier()
+        first = run(4)
+        for _ in range(2):
+            optimizer.load_state_dict(saved)
+            again = run(4)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_state_of_eamsgd_goes_into_a_fresh_optimizer(world):
+    method, model, fresh = EAMSGD(momentum=0.9, period=2, synchronous=True), mlp(), mlp(seed=9)
+    with (
+        DistributedOptimizer(sgd(model), model, method) as optimizer,
+        DistributedOptimizer(sgd(fresh), fresh, method) as other,
+    ):
+        train(model, optimizer, 5)
+        other.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, 5)
+        train(fresh, other, 5)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_state_of_another_model_is_refused(world):
+    model, larger = mlp(), nn.Linear(5, 100).double()
+    with DistributedOptimizer(sgd(larger), larger, EASGD()) as optimizer:
+        state = optimizer.state_dict()
+    with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
+        refused("another model", lambda: optimizer.load_state_dict(state))
+
+
+@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_models_of_every_type_train(world, method, dtype):
+    model = mlp(dtype)
+    before = loss_of(model).item()
+    with DistributedOptimizer(sgd(model, lr=0.05), model, method) as optimizer:
+        train(model, optimizer, 30)
+        world.barrier()
+        with optimizer.consensus():
+            after = loss_of(model).item()
+        assert next(model.parameters()).dtype == dtype
+        assert after < 0.7 * before
+        world.barrier()
+
+
+def test_consensus_is_inside_and_the_parameters_are_outside(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, EASGD(moving_rate=0.0, period=1)) as optimizer:
+        center = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, 3)
+        own = [p.detach().clone() for p in model.parameters()]
+        with optimizer.consensus():
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), center, strict=True))
+        with pytest.raises(KeyError), optimizer.consensus():
+            raise KeyError
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+        train(model, optimizer, 1)
+
+
+def test_closed_optimizer_leaves_the_model_and_its_counters(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, EASGD(period=1)) as optimizer:
+        train(model, optimizer, 2)
+        own = [p.detach().clone() for p in model.parameters()]
+    optimizer.close()  # once is enough, twice is no harm
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+    assert optimizer.statistics.n_exchanges == 2
+    train(model, sgd(model), 2)
+    assert not torch.equal(next(model.parameters()), own[0])
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+
+
+def refused(match, make):
+    with pytest.raises(UsageError, match=match) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda m: sgd(m, momentum=0.9),
+        lambda m: sgd(m, maximize=True),
+        lambda m: torch.optim.Adam(m.parameters()),
+    ],
+)
+def test_eamsgd_wants_plain_sgd(world, base):
+    model = mlp()
+    refused(
+        r"eamsgd makes the update itself.*torch\.optim\.SGD", lambda: DistributedOptimizer(base(model), model, EAMSGD())
+    )
+
+
+def test_parameters_of_another_model_are_refused(world):
+    refused("the model does not have", lambda: DistributedOptimizer(sgd(mlp()), mlp(), EASGD()))
+
+
+def test_models_that_cannot_be_exchanged_are_refused(world):
+    frozen, mixed = mlp().requires_grad_(False), mlp()
+    mixed[2].half()
+    refused("no trainable parameter", lambda: DistributedOptimizer(sgd(frozen), frozen, EASGD()))
+    refused("several types", lambda: DistributedOptimizer(sgd(mixed), mixed, EASGD()))
+
+
+def test_model_converted_afterwards_is_refused_at_the_next_step(world):
+    model = mlp(torch.float32)
+    with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
+        train(model, optimizer, 1)
+        model.double()
+        refused("moved or converted after", lambda: train(model, optimizer, 1))
+
+
+def test_groups_added_afterwards_are_refused(world):
+    model = mlp()
+    with DistributedOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), model, EASGD()) as optimizer:
+        more = {"params": list(model[2].parameters())}
+        refused("before the DistributedOptimizer", lambda: optimizer.add_param_group(more))
+        train(model, optimizer, 1)
+
+
+def test_optimizer_that_needs_a_closure_is_refused(world):
+    model = mlp()
+    refused("LBFGS", lambda: DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model, EASGD()))

@@ -1,0 +1,171 @@
+"""What holds between ranks, whatever their number."""
+
+import numpy as np
+import pytest
+import torch
+from quadratic import simulate, slope
+from torch import nn
+
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD
+
+pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+def numbers(model):
+    return np.concatenate([p.detach().double().numpy().ravel() for p in model.parameters()])
+
+
+def mlp(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).to(dtype)
+
+
+class Point(nn.Module):
+    """Parameters x_i whose gradient is h_i (x_i - b_i)."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor(start))
+
+    def descend(self, optimizer, h, b):
+        optimizer.zero_grad()
+        (0.5 * h * (self.x - b) ** 2).sum().backward()
+        optimizer.step()
+
+
+def test_all_begin_with_the_model_of_rank_0(world):
+    def model(seed):
+        torch.manual_seed(seed)
+        made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2, dtype=torch.float32))
+        made[1].running_mean.fill_(seed + 0.5)
+        made[1].num_batches_tracked.fill_(seed + 7)
+        made[0].requires_grad_(seed % 2 == 1 or world.size > 0)
+        return made
+
+    mine, first = model(world.rank), model(0)
+    with DistributedOptimizer(torch.optim.SGD(mine.parameters(), lr=0.1), mine, EASGD()):
+        for name, tensor in mine.state_dict().items():
+            assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_parameters_outside_the_optimizer_begin_alike_too(world):
+    mine, first = mlp(world.rank), mlp(0)
+    mine[0].requires_grad_(False)
+    with DistributedOptimizer(torch.optim.SGD(mine[2].parameters(), lr=0.1), mine, AllReduceSGD()):
+        assert np.array_equal(numbers(mine), numbers(first))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_ranks_with_b_samples_are_one_process_with_all_of_them(world, dtype, tolerance):
+    p, b, steps = world.size, 3, 15
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(steps, p * b, 6))).to(dtype)
+    y = torch.from_numpy(rng.integers(4, size=(steps, p * b)))
+    ours, whole = mlp(world.rank, dtype), mlp(0, dtype)
+    alone = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    base = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    own = slice(world.rank * b, (world.rank + 1) * b)
+    with DistributedOptimizer(base, ours, AllReduceSGD()) as optimizer:
+        for t in range(steps):
+            for model, one, part in ((ours, optimizer, own), (whole, alone, slice(None))):
+                one.zero_grad()
+                nn.functional.cross_entropy(model(x[t, part]), y[t, part]).backward()
+                one.step()
+        np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=tolerance, atol=tolerance)
+        everyones = world.comm.allgather(numbers(ours))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+
+
+H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
+
+
+@pytest.mark.parametrize("tau", [1, 3])
+@pytest.mark.parametrize("grad_point", ["pre", "post"])
+@pytest.mark.parametrize("kind", [EASGD, EAMSGD])
+def test_ranks_do_what_simulated_workers_do(world, kind, grad_point, tau):
+    method = kind(moving_rate=0.2, period=tau, synchronous=True, grad_point=grad_point)
+    start, steps, p = np.random.default_rng(1).normal(size=50), 20, world.size
+    simulated = simulate(method, p, start=start, eta=0.1, decay=0.01, gradient=slope(H[:p], B[:p])).run(steps)
+    model = Point(start)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    with DistributedOptimizer(base, model, method) as optimizer:
+        for _ in range(steps):
+            model.descend(optimizer, H[world.rank], B[world.rank])
+        np.testing.assert_allclose(numbers(model), simulated.x()[world.rank][:50], rtol=1e-12, atol=1e-13)
+        with optimizer.consensus():
+            np.testing.assert_allclose(numbers(model), simulated.consensus()[:50], rtol=1e-12, atol=1e-13)
+
+
+def test_asynchronous_exchanges_conserve_the_sum_of_workers_and_center(world):
+    rng = np.random.default_rng(world.rank)
+    model = Point(np.zeros(1000))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, EASGD(period=1)) as optimizer:
+        mine = rng.normal(size=1000)
+        with torch.no_grad():
+            model.x.copy_(torch.from_numpy(mine))
+        total = world.comm.allreduce(mine)  # and the center is 0
+        for _ in range(int(rng.integers(20, 60))):
+            model.descend(optimizer, 1.0, 0.0)
+        world.barrier()
+        sum_of_workers = world.comm.allreduce(numbers(model))
+        with optimizer.consensus():
+            center = numbers(model)
+        np.testing.assert_allclose(sum_of_workers + center, total, rtol=0, atol=1e-12)
+        assert np.abs(center).max() > 1e-3
+        world.barrier()
+
+
+def test_gossip_stays_in_the_hull(world):
+    model = Point(np.zeros(200))
+    for direction in ("pull", "push"):
+        method = GossipSGD(direction=direction)
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, method) as optimizer:
+            with torch.no_grad():
+                model.x.fill_(1.0 + world.rank)
+            world.barrier()
+            for _ in range(40):
+                model.descend(optimizer, 1.0, 0.0)
+            # What was published before the values were set above is the zeros of the start.
+            assert (numbers(model) >= 0).all()
+            assert (numbers(model) <= world.size).all()
+            world.barrier()
+
+
+def test_asynchronous_ranks_wait_for_nobody(world):
+    model = Point(np.ones(100))
+    for method in (EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD(), GossipSGD(direction="push")):
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, method) as optimizer:
+            for _ in range(5 * (1 + world.rank)):  # a different number of steps on each
+                model.descend(optimizer, 1.0, 0.0)
+            if world.rank == 0:  # alone, while the others are still at work
+                with optimizer.consensus():
+                    assert np.isfinite(numbers(model)).all()
+
+
+def test_batchnorm_statistics_stay_local(world):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, AllReduceSGD()) as optimizer:
+        torch.manual_seed(world.rank)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3) + world.rank).square().mean().backward()
+            optimizer.step()
+        means = world.comm.allgather(model[1].running_mean.numpy().copy())
+        everyones = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+        assert len({mean.tobytes() for mean in means}) == world.size
+
+
+def test_nan_of_one_rank_stays_with_it(world):
+    model = Point(np.ones(64))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD(period=1)) as optimizer:
+        bad = world.rank == world.size - 1 and world.size > 1
+        for _ in range(5):
+            model.descend(optimizer, np.nan if bad else 1.0, 0.0)
+        world.barrier()
+        assert np.isfinite(numbers(model)).all() != bad
+        assert (optimizer.statistics.n_rejected > 0) == bad
+        with optimizer.consensus():
+            assert np.isfinite(numbers(model)).all()
+        world.barrier()
