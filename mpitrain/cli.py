@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -23,16 +24,25 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 3
 """A run that was asked to stop by SIGUSR1 and can be continued with --resume."""
 
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 5.0
 """How long a rank other than 0 waits with its message: if all ranks have the same problem, rank 0 tells it."""
+
+DELEGATED = {
+    "data": ("mpitrain.data.importers", "import data sets into HDF5 files"),
+    "report": ("mpitrain.report", "plots and a table of runs"),
+}
+"""Commands whose module knows their options: it is imported only when it is asked for."""
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The ``mpitrain`` command; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words and words[0] in DELEGATED:
+            return _delegate(words[0], words[1:])
+        args = _parser().parse_args(words)
         code: int = args.run(args)
         return code
     except UsageError as error:
@@ -46,9 +56,10 @@ def fail(text: str) -> int:
         time.sleep(GRACE_SECONDS)
     where = f" (rank {rank})" if rank else ""
     print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
-    world = sys.modules.get("mpitrain.collectives.world")
-    if world is not None and world._world is not None and world._world.size > 1:
-        world._world.abort(EXIT_USAGE)  # the others may be waiting for this rank
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
+        sys.stdout.flush()
+        mpi.COMM_WORLD.Abort(EXIT_USAGE)  # the others may be waiting for this rank
     return EXIT_USAGE
 
 
@@ -82,13 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add_train_arguments(train)
     train.set_defaults(run=_train)
 
-    data = commands.add_parser("data", help="import data sets into HDF5 files")
-    data.set_defaults(run=_data)
-    data.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-
-    report = commands.add_parser("report", help="plots and a table of runs")
-    report.set_defaults(run=_report)
-    report.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    for name, (_, summary) in DELEGATED.items():
+        commands.add_parser(name, help=summary)
     return parser
 
 
@@ -147,7 +153,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
 
 def _train(args: argparse.Namespace) -> int:
     # What can be refused without starting MPI is refused without: no launcher's noise around the message.
-    from mpitrain.config import TrainConfig
+    from mpitrain.config import TrainConfig, method_of
 
     options = {
         field.name: getattr(args, field.name, None)
@@ -159,12 +165,12 @@ def _train(args: argparse.Namespace) -> int:
         config = _resumed(args, given)
     else:
         config = TrainConfig(settings=settings_of(args.set), **given)
-    from mpitrain.trainer import method_of, train
-
     method_of(config)
     from mpitrain.collectives.world import init
 
     world = init(config.device)
+    from mpitrain.trainer import train
+
     result = train(config, world, resume=args.resume)
     if world.rank == 0:
         _tell(result, as_json=args.json)
@@ -175,19 +181,21 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration of the run that is resumed; only its budget and what is shown may be changed."""
     from mpitrain.config import TrainConfig
 
-    if given.pop("out", str(args.resume)) != str(args.resume):
+    if Path(given.pop("out", args.resume)) != args.resume:
         raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
-    return TrainConfig.of_run(args.resume, settings=settings_of(args.set) or None, **given)
+    return TrainConfig.of_run(args.resume, settings=settings_of(args.set), **given)
 
 
 def _tell(result: dict[str, Any], *, as_json: bool) -> None:
     folder = Path(result["out"]) if result["out"] else None
+    ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
     if not result["complete"]:
-        print(f"stopped at step {result['steps']}; continue with: mpitrain train --resume {folder}", file=sys.stderr)
+        how = f"on {ranks} with: mpitrain train --resume {folder}" if folder else "is not possible: there was no --out"
+        print(f"stopped at step {result['steps']}; to continue {how}", file=sys.stderr)
     else:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
         print(
-            f"{result['algorithm']} on {result['ranks']} rank{'s' * (result['ranks'] > 1)}: test accuracy {result['test_accuracy']:.2%}, "
+            f"{result['algorithm']} on {ranks}: test accuracy {result['test_accuracy']:.2%}, "
             f"test loss {result['test_loss']:.4f} after {result['gradients']} gradients in {result['seconds']:.1f} s "
             f"({result['samples_per_second']:,.0f} samples/s; {shares})"
         )
@@ -199,7 +207,9 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
             write_report([load_run(folder)], folder)
             print(f"report and plots: {folder / 'report.md'}")
     if as_json:
-        print(json.dumps(result))
+        from mpitrain.runfolder import to_json
+
+        print(to_json(result))
 
 
 def _algorithms(args: argparse.Namespace) -> int:
@@ -246,21 +256,11 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data(args: argparse.Namespace) -> int:
-    from mpitrain.data import importers
-
-    return _delegate("mpitrain data", importers, args.rest)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from mpitrain import report
-
-    return _delegate("mpitrain report", report, args.rest)
-
-
-def _delegate(prog: str, module: Any, rest: Sequence[str]) -> int:
-    """Let a module that knows its own options parse the rest of the command line: only then is it imported."""
-    parser = Parser(prog=prog)
+def _delegate(command: str, rest: Sequence[str]) -> int:
+    """Let a module that knows its own options parse the rest of the command line."""
+    where, summary = DELEGATED[command]
+    module = importlib.import_module(where)
+    parser = Parser(prog=f"mpitrain {command}", description=summary)
     module.add_arguments(parser)
     code: int = module.run(parser.parse_args(rest))
     return code

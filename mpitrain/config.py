@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpitrain import algorithms
+from mpitrain.algorithms import Method
 from mpitrain.errors import UsageError
 
 DEFAULT_EPOCHS = 10.0
+BUDGETS = ("epochs", "steps", "gradients", "minutes")
+NOT_OF_THE_RESULT = (*BUDGETS, "device", "evaluate_every", "checkpoint_every", "straggler", "quiet")
+"""What a resumed run may be given anew; all else decides what it computes."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +101,48 @@ class TrainConfig:
     def of_run(cls, run: Path, **changes: Any) -> TrainConfig:
         """The configuration of an existing run, with some of it changed (a longer budget).
 
+        Args:
+            run: Its folder.
+            changes: By the names of the fields; None is no change. What decides the result may be repeated only.
+
         Raises:
-            UsageError: When ``run`` is not the folder of a run.
+            UsageError: When ``run`` is not the folder of a run, or a change would make it another one.
         """
         path = run / "config.json"
         try:
             document = json.loads(path.read_text())["config"]
-        except (OSError, KeyError, ValueError) as error:
-            raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
-        if any(changes.get(name) is not None for name in ("epochs", "steps", "gradients", "minutes")):
-            document.update(epochs=None, steps=None, gradients=None, minutes=None)
-        document.update({name: value for name, value in changes.items() if value is not None})
-        if document.get("straggler") is not None:
-            document["straggler"] = tuple(document["straggler"])
-        return cls(**document)
+            stored = cls(**{**document, "straggler": document["straggler"] and tuple(document["straggler"])})
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({why})") from error
+        changes = {name: value for name, value in changes.items() if value is not None}
+        for key, value in changes.pop("settings", {}).items():
+            _refuse_change(f"--set {key}", value, stored.settings.get(key))
+        for name, value in changes.items():
+            if name not in NOT_OF_THE_RESULT:
+                _refuse_change(f"--{name.replace('_', '-')}", value, getattr(stored, name))
+        if any(name in changes for name in BUDGETS):
+            changes = {**dict.fromkeys(BUDGETS), **changes}
+        return dataclasses.replace(stored, **changes)
+
+
+def _refuse_change(option: str, value: Any, stored: Any) -> None:
+    if value != stored:
+        of_the_run = "the default" if stored is None else stored
+        raise UsageError(
+            f"{option} is {of_the_run} in the run that is resumed, not {value}: leave it out, or start a new run"
+        )
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method; ``--momentum`` is its own setting when it makes the update itself.
+
+    Raises:
+        UsageError: Unknown names, settings out of range.
+    """
+    method = algorithms.create(config.algorithm, config.settings)
+    if method.owns_update and config.momentum is not None:
+        if "momentum" in config.settings:
+            raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
+        method = algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
+    return method

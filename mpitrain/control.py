@@ -25,6 +25,7 @@ class Orders:
 
     save: bool = False
     stop: bool = False
+    over: bool = False  # every rank has made its last step
 
 
 class Control:
@@ -37,10 +38,15 @@ class Control:
 
     def __init__(self, world: World, *, synchronous: bool) -> None:
         self._world, self._synchronous = world, synchronous
-        self._board = Board(world, ("saves", "stop", "done"))
+        self._board = Board(world, ("saves", "stop", "finished", "over"))
         self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
         self._saved = 0  # orders to save that this rank has followed
         self._looked = 0.0
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether an order to stop has been given, as far as this rank knows."""
+        return self._stop
 
     def order(self, *, save: bool = False, stop: bool = False) -> None:
         """Give an order to all ranks. Local; rank 0 only."""
@@ -66,25 +72,28 @@ class Control:
         self._saved = self._saves
         return orders
 
-    def wait_for_rank_0(self, step: int) -> bool:
-        """A rank that is done waits until rank 0 is, or orders something. Local.
+    def finish(self) -> None:
+        """Tell the others that this rank has made its last step. Local."""
+        self._board.write(finished=1)
 
-        Returns:
-            Whether there is an order to save.
+    def rest(self) -> Orders:
+        """The orders for a rank that has made its last step, a moment later: others may be slower. Local.
+
+        The ranks of a synchronous method make their last step together.
         """
+        if self._synchronous:
+            return Orders(over=True)
         if self._world.rank == 0:
-            self._board.write(done=1)
-            return False
-        while not self._synchronous:
+            over = self._saves == self._saved and bool(self._board.read()["finished"].all())
+            self._board.write(over=over)
+        else:
             row = self._board.read_rank(0)
-            self._saves = int(row["saves"])
-            if self._saves > self._saved:
-                self._saved = self._saves
-                return True
-            if row["done"]:
-                break
+            self._saves, self._stop, over = int(row["saves"]), bool(row["stop"]), bool(row["over"])
+        orders = Orders(self._saves > self._saved, self._stop, over)
+        self._saved = self._saves
+        if not orders.save and not over:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        return False
+        return orders
 
     def free(self) -> None:
         """Give the memory back. Collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LOG_LINES = 15.0
+SECONDS_BETWEEN_SAYINGS = 0.25
+"""A tiny model makes hundreds of epochs in a second, and nobody reads a line for each."""
 
 
 class Progress:
@@ -29,7 +32,7 @@ class Progress:
         self._name, self._show = name, show
         self._counts_gradients = gradients is not None
         self._total = gradients if gradients is not None else round(seconds or 0.0, 1)
-        self._said = time.monotonic()
+        self._said, self._spoke = time.monotonic(), -math.inf
         self._bar: Any = None
         if show and sys.stderr.isatty():
             self._bar = tqdm(
@@ -54,12 +57,17 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LOG_LINES:
             self._said = time.monotonic()
-            self.say(f"{self._name}: {done / max(self._total, 1e-9):4.0%}  {seconds:7.1f} s  {status}")
+            self._print(f"{self._name}: {done / max(self._total, 1e-9):4.0%}  {seconds:7.1f} s  {status}")
 
-    def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._show:
-            tqdm.write(text, file=sys.stderr)
+    def say(self, text: str, *, last: bool = False) -> None:
+        """Print a line, above the bar if there is one, unless there has just been another and this is not the last."""
+        now = time.monotonic()
+        if self._show and (last or now - self._spoke >= SECONDS_BETWEEN_SAYINGS):
+            self._spoke = now
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -78,7 +78,7 @@ class Recorder:
 
         Args:
             step: Steps made.
-            loss: Of the last mini-batch.
+            loss: Of the last mini-batch; the running mean so far when the run is resumed.
             compute, exchange: Seconds so far; exchange with waiting.
             statistics: Of the exchanges.
         """
@@ -92,6 +92,11 @@ class Recorder:
             bytes=statistics.bytes_sent,
             rejected=statistics.n_rejected,
         )
+
+    @property
+    def loss(self) -> float:
+        """The running mean of this rank's loss; NaN before the first step."""
+        return self._loss
 
     def totals(self) -> Totals:
         """Sums over all ranks as they stand now. Local."""

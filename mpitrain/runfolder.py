@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import time
 from pathlib import Path
@@ -47,11 +48,33 @@ def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path 
     return folder
 
 
+def reopen(folder: Path, config: TrainConfig, world: World) -> None:
+    """Make a run that is resumed an unfinished one, and note its new budget. Local; only rank 0 does something."""
+    if world.rank != 0:
+        return
+    path = folder / "config.json"
+    write_json(path, {**json.loads(path.read_text()), "config": config.to_json()})
+    (folder / "result.json").unlink(missing_ok=True)
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.write_text(to_json(document, indent=2) + "\n")
     partial.replace(path)
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """As text that every JSON reader takes: there is no NaN and no infinity in JSON, null stands for them."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain import algorithms, checkpoint, data, models, runfolder
-from mpitrain.algorithms import Method
+from mpitrain import checkpoint, data, models, runfolder
 from mpitrain.collectives.world import World
-from mpitrain.config import TrainConfig
-from mpitrain.control import Control, StopSignal
+from mpitrain.config import TrainConfig, method_of
+from mpitrain.control import Control, Orders, StopSignal
 from mpitrain.errors import UsageError
 from mpitrain.evaluation import Evaluator, Point, evaluate_deferred
 from mpitrain.optimizer import DistributedOptimizer
@@ -92,11 +91,16 @@ class Trainer:
         self.seconds_before = 0.0  # of the run that is continued
         self.points: list[Point] = []
         self.snapshots: list[np.ndarray] = []
-        if resume is not None:
-            self._load(resume)
+        self.saved_at: int | None = None  # the step of the newest checkpoint
+        loss = self._load(resume) if resume is not None else float("nan")
         self.recorder = Recorder(world, self.folder, config.batch_size, self.seconds_before if resume else None)
+        self._report_step(loss)
         self.control = Control(world, synchronous=self.method.is_synchronous)
+        self.interrupted = False  # known to rank 0: SIGUSR1 has ended the run
         self.total_steps = self._total_steps()
+        self._staged: int | None = None
+        if resume is not None:
+            runfolder.reopen(resume, config, world)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -118,13 +122,15 @@ class Trainer:
             if orders.save or self._saves_at_this_step():
                 self._save()
             stopped = orders.stop
-        while self.control.wait_for_rank_0(self.step):
-            self._save()
-        seconds = self._seconds()  # rank 0's, when it was done
-        self.world.barrier()
+        self._wait_for_the_others()
+        seconds = self._seconds()
         self.stop_signal.restore()
-        was_stopped = bool(self.world.comm.bcast(stopped and self.stop_signal.received))
-        result = self._finish(seconds, complete=not was_stopped)
+        mine = self._is_over() if self.total_steps is not None else not self.interrupted
+        parts = self.world.comm.allgather((mine, self.step != self.saved_at))
+        complete = all(is_over for is_over, _ in parts)
+        if complete and self._saves() and any(has_moved for _, has_moved in parts):
+            self._save()
+        result = self._finish(seconds, complete=complete)
         self.control.free()
         self.recorder.free()
         self.optimizer.close()
@@ -133,8 +139,9 @@ class Trainer:
     def _make_step(self) -> None:
         began, exchanged = time.perf_counter(), self.optimizer.exchange_seconds
         epoch, k = divmod(self.step, self.sampler.steps_per_epoch)
-        if k == 0 and self.config.sampling == "sharded":
+        if self.config.sampling == "sharded" and epoch != self._staged:
             self.dataset.stage(self.sampler.shard(epoch))
+            self._staged = epoch
         x, y = self.dataset.batch(self.sampler.indices(epoch, k))
         if self.config.augment:
             x = data.augment(x, self.augment_rng)
@@ -148,8 +155,12 @@ class Trainer:
         self.optimizer.step(loss)
         self.step += 1
         self.compute_seconds += time.perf_counter() - began - (self.optimizer.exchange_seconds - exchanged)
+        self._report_step(value)
+
+    def _report_step(self, loss: float) -> None:
+        """Show the others how far this rank is. Local."""
         self.recorder.step_made(
-            self.step, value, self.compute_seconds, self.optimizer.exchange_seconds, self.optimizer.statistics
+            self.step, loss, self.compute_seconds, self.optimizer.exchange_seconds, self.optimizer.statistics
         )
 
     def _lead(self) -> None:
@@ -159,11 +170,33 @@ class Trainer:
         if self._evaluation_is_due(seconds):
             self._evaluate()
         if self.stop_signal.received:
-            self.control.order(save=self.folder is not None, stop=True)
+            self._interrupt()
         elif self._is_over_for_all():
             self.control.order(stop=True)
         elif not self.method.is_synchronous and self._checkpoint_is_due():
             self.control.order(save=True)
+
+    def _interrupt(self) -> None:
+        """SIGUSR1 has come: all ranks save and stop. Local; rank 0 only."""
+        if not self.control.is_stopping:
+            self.interrupted = True
+            self.control.order(save=self.folder is not None, stop=True)
+
+    def _wait_for_the_others(self) -> None:
+        """Until every rank has made its last step; meanwhile rank 0 leads on. Collective."""
+        self.control.finish()
+        orders = Orders()
+        while not orders.over:
+            if self.world.rank == 0 and self.stop_signal.received:
+                self._interrupt()
+            orders = self.control.rest()
+            if orders.save:
+                self._save()
+            elif self.world.rank == 0:
+                self.recorder.record(
+                    self._seconds(), self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics
+                )
+        self.world.barrier()
 
     def _finish(self, seconds: float, *, complete: bool) -> dict[str, Any]:
         """Evaluate the end, and write down what came out. Collective."""
@@ -171,8 +204,8 @@ class Trainer:
             self.recorder.record(
                 seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics, now=True
             )
-            if complete and not (self.points and self.points[-1].step == self.step):
-                self._evaluate(seconds)  # now exact: nobody trains any more
+            if complete and not (self.points and self.points[-1].gradients == self.recorder.totals().gradients):
+                self._evaluate(seconds, last=True)  # now exact: nobody trains any more
         if complete and self.config.defer_evaluation:
             evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
             for point in self.points:
@@ -221,11 +254,13 @@ class Trainer:
             return seconds - self._last_evaluation >= self.config.evaluate_seconds
         return self.step % (self.config.evaluate_every or self.sampler.steps_per_epoch) == 0
 
+    def _saves(self) -> bool:
+        return self.folder is not None and self.config.checkpoint_every != 0
+
     def _checkpoint_is_due(self) -> bool:
-        every = self.config.checkpoint_every
-        if self.folder is None or every == 0:
-            return False
-        return self.step % (every or self.sampler.steps_per_epoch) == 0 or self.step == self.total_steps
+        if not self._saves() or self._is_over():
+            return False  # the end is saved when all have come to it
+        return self.step % (self.config.checkpoint_every or self.sampler.steps_per_epoch) == 0
 
     def _saves_at_this_step(self) -> bool:
         """Ranks that walk in step need no order."""
@@ -233,7 +268,7 @@ class Trainer:
 
     # ---- what is found --------------------------------------------------------------------------------------------
 
-    def _evaluate(self, seconds: float | None = None) -> None:
+    def _evaluate(self, seconds: float | None = None, *, last: bool = False) -> None:
         """Rank 0 looks at what the method evaluates now; its clock stands still meanwhile. Local."""
         if self.world.rank != 0:
             return
@@ -264,7 +299,8 @@ class Trainer:
             if self.recorder.progress is not None and self.step:
                 self.recorder.progress.say(
                     f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "
-                    f"test accuracy {point.test_accuracy:.2%}"
+                    f"test accuracy {point.test_accuracy:.2%}",
+                    last=last,
                 )
         self._paused += time.perf_counter() - began
 
@@ -328,6 +364,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "buffers": dict(self.model.named_buffers()),
             "step": self.step,
+            "loss": self.recorder.loss,
             "seconds": seconds,
             "compute_seconds": self.compute_seconds,
             "exchange_seconds": self.optimizer.exchange_seconds,
@@ -337,10 +374,11 @@ class Trainer:
             "points": [vars(point) for point in self.points],
         }
         checkpoint.save(self.folder / "checkpoints", number, state, self.world)
+        self.saved_at = self.step
         self._paused += time.perf_counter() - began
 
-    def _load(self, run: Path) -> None:
-        """Continue from the newest checkpoint. Collective."""
+    def _load(self, run: Path) -> float:
+        """Continue from the newest checkpoint; returns the running mean of the loss. Collective."""
         path = checkpoint.latest(run / "checkpoints")
         if path is None:
             raise UsageError(f"{run} has no complete checkpoint: start it again, without --resume and into a new --out")
@@ -349,27 +387,14 @@ class Trainer:
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
-        self.step = state["step"]
+        self.step = self.saved_at = state["step"]
         self.seconds_before, self.compute_seconds = state["seconds"], state["compute_seconds"]
         self.optimizer.exchange_seconds = state["exchange_seconds"]
         vars(self.optimizer.statistics).update(state["statistics"])
         torch.set_rng_state(state["torch_rng"])
         self.augment_rng.set_state(state["augment_rng"])
         self.points = [Point(**point) for point in state["points"]]
-
-
-def method_of(config: TrainConfig) -> Method:
-    """The method; ``--momentum`` is its own setting when it makes the update itself.
-
-    Raises:
-        UsageError: Unknown names, settings out of range.
-    """
-    method = algorithms.create(config.algorithm, config.settings)
-    if method.owns_update and config.momentum is not None:
-        if "momentum" in config.settings:
-            raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
-        method = algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
-    return method
+        return float(state["loss"])
 
 
 def _share_cores(world: World) -> None:

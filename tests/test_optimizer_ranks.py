@@ -8,7 +8,8 @@ from torch import nn
 
 from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD
 
-pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5)
+# The first optimizer imports a large part of torch, which takes its time where ranks share a core.
+pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
 
 
 def numbers(model):
@@ -39,7 +40,6 @@ def test_all_begin_with_the_model_of_rank_0(world):
         made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2, dtype=torch.float32))
         made[1].running_mean.fill_(seed + 0.5)
         made[1].num_batches_tracked.fill_(seed + 7)
-        made[0].requires_grad_(seed % 2 == 1 or world.size > 0)
         return made
 
     mine, first = model(world.rank), model(0)

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mpitrain.collectives.locks import LockTable
-from mpitrain.collectives.memory import Window
 from mpitrain.collectives.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -81,6 +79,10 @@ class MPIBlocks:
     def __init__(
         self, world: World, homes: Sequence[int], lengths: Sequence[int], dtype: Any, statistics: Statistics
     ) -> None:
+        # Not above: they start MPI, which a simulation or a list of the methods does without.
+        from mpitrain.collectives.locks import LockTable
+        from mpitrain.collectives.memory import Window
+
         self.homes, self.lengths = tuple(homes), tuple(lengths)
         self.dead: Container[int] = ()
         self._statistics = statistics

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY = "/dev/shm"
 
 LARGEST_MESSAGE_BYTES = 1 << 30
-"""Of one Get or Put: counts are 32-bit numbers before MPI 4, and Open MPI 5 refuses what mpi4py makes of longer ones."""
+"""Of one Get or Put: counts were 32-bit before MPI 4, and Open MPI 5 refuses the type that mpi4py then makes."""
 
 
 def check_room(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
