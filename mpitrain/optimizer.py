@@ -101,16 +101,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat.zero_gradients()
 
     @torch.no_grad()
-    def step(self, loss: Loss | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, loss: Loss | None = None, *, closure: Callable[[], torch.Tensor] | None = None
+    ) -> Any:
         """Exchange and update. Collective for synchronous methods, Local for the others.
 
         Args:
             loss: Of this mini-batch; needed only by methods that rank workers by it. A closure that computes it again
                 is called first, as with any torch optimizer.
+            closure: The same, by the name that torch gives it.
 
         Returns:
             ``loss``, or what the closure returned.
         """
+        if closure is not None:
+            loss = closure
         if callable(loss):
             with torch.enable_grad():
                 loss = loss()
@@ -167,6 +172,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         before it on all ranks, or the parts are of different moments.
         """
         return {
+            "algorithm": self.method.name,
             "parameters": self._worker.x.local.copy(),
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
             "method": {name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()},
@@ -176,8 +182,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Continue from this rank's part of a state. Collective.
 
         Raises:
-            UsageError: When the state is of another model.
+            UsageError: When the state is of another model or another method.
         """
+        if state_dict["algorithm"] != self.method.name:
+            raise UsageError(
+                f"the state is one of {state_dict['algorithm']}, and this optimizer runs {self.method.name}"
+            )
         parameters = state_dict["parameters"]
         if parameters.shape != self._worker.x.local.shape:
             raise UsageError(

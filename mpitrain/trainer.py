@@ -128,9 +128,8 @@ class Trainer:
         mine = self._is_over() if self.total_steps is not None else not self.interrupted
         parts = self.world.comm.allgather((mine, self.step != self.saved_at))
         complete = all(is_over for is_over, _ in parts)
-        if complete and self._saves() and any(has_moved for _, has_moved in parts):
-            self._save()
-        result = self._finish(seconds, complete=complete)
+        has_moved = any(moved for _, moved in parts)
+        result = self._finish(seconds, complete=complete, save=complete and has_moved and self._saves())
         self.control.free()
         self.recorder.free()
         self.optimizer.close()
@@ -198,8 +197,8 @@ class Trainer:
                 )
         self.world.barrier()
 
-    def _finish(self, seconds: float, *, complete: bool) -> dict[str, Any]:
-        """Evaluate the end, and write down what came out. Collective."""
+    def _finish(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
+        """Evaluate the end, save it if it is not saved yet, and write down what came out. Collective."""
         if self.world.rank == 0:
             self.recorder.record(
                 seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics, now=True
@@ -210,6 +209,8 @@ class Trainer:
             evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
             for point in self.points:
                 self.recorder.evaluated(point)
+        if save:
+            self._save()
         document: dict[str, Any] = {}
         if self.world.rank == 0:
             document = self._result(seconds, complete=complete)

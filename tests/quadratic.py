@@ -104,6 +104,11 @@ def standard_error(variance: float, n: int) -> float:
     return float(variance * np.sqrt(2 / n))
 
 
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are one to the last bit; an ``assert`` on the bytes would spend minutes on a diff."""
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
 def assert_states_equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """The same names and, to the bit, the same values."""
     assert a.keys() == b.keys()

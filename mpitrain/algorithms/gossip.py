@@ -92,7 +92,7 @@ class GossipWorker(Worker):
             self.exchange(uniform_peer(self._rng, self.comm.rank, self.comm.size))
 
     def consensus(self, out: Any) -> None:
-        """The mean of all workers as they are now. Local: exact while they rest, between two of their steps otherwise."""
+        """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
         out[...] = 0
         for peer in range(self.comm.size):
             self.comm.read(self.x, peer, lambda x: kernels.scaled_add(out, x, 1.0))

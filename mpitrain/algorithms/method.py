@@ -125,11 +125,12 @@ def describe_range(field: dataclasses.Field[Any]) -> str:
     kind = str(field.type)
     if "bool" in kind:
         return "true or false"
-    words = "a whole number" if "int" in kind else "a number"
-    for key, relation in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<")):
-        if field.metadata.get(key) is not None:
-            words += f" {relation} {field.metadata[key]:g}"
-    return words
+    bounds = [
+        f" {relation} {field.metadata[key]:g}"
+        for key, relation in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
+        if field.metadata.get(key) is not None
+    ]
+    return ("a whole number" if "int" in kind else "a number") + " and".join(bounds)
 
 
 def _within(field: dataclasses.Field[Any], value: float) -> bool:

@@ -38,7 +38,8 @@ class SharedVector:
         self.n = sum(blocks.lengths)
         self._rank = rank
         self._order = visiting_order(len(self.parts), rank, size)
-        self._seen = [0] * len(self.parts)  # the version of each shard after this worker's own last update
+        # The version of each shard after this worker's own last update; None before the first.
+        self._seen: list[int | None] = [None] * len(self.parts)
 
     def update(self, fn: Callable[[slice, Any], int | None]) -> None:
         """Change the vector in place, shard by shard, each under its lock. Local.
@@ -55,8 +56,9 @@ class SharedVector:
             finally:
                 self._blocks.release(block, updated=True)
             self._statistics.bytes_sent += 2 * block.data.nbytes  # pulled and pushed
-            if k == 0:
-                self._statistics.record_staleness(block.version - self._seen[index])
+            seen = self._seen[index]
+            if k == 0 and seen is not None:
+                self._statistics.record_staleness(block.version - seen)
             self._seen[index] = block.version + 1
 
     def read(self, out: Any) -> None:
@@ -76,7 +78,6 @@ class SharedVector:
                 block.data[...] = values[self.parts[index]]
             finally:
                 self._blocks.release(block, updated=True)
-            self._seen[index] = block.version + 1
 
     def free(self) -> None:
         """Give the memory back. Collective."""

@@ -127,7 +127,7 @@ def tidy(axes: Axes) -> None:
 
 def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> None:
     """Above the plots, in as many columns as fit."""
-    labels = [one.label + (f" (median of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
+    labels = [one.label + (f" (median and range of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
     lines = [Line2D([], [], color=one.colour, linestyle=one.dash, linewidth=2) for one in series]
     longest_inches = 0.085 * max(map(len, labels)) + 0.7
     n_columns = max(1, min(len(labels), int(width_inches / longest_inches)))

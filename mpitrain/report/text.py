@@ -32,7 +32,7 @@ def number(value: float | None, form: str) -> str:
 def duration(seconds: float | None) -> str:
     """In seconds, minutes or hours."""
     if seconds is None or seconds < 120:
-        return number(seconds, "{:.1f} s")
+        return number(seconds, "{:.2f} s" if seconds is not None and seconds < 10 else "{:.1f} s")
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

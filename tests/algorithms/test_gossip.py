@@ -149,7 +149,23 @@ def test_nan_of_a_peer_does_not_spread(method):
 def test_peers_are_drawn_by_seed_and_rank():
     def trajectory(seed):
         start = np.arange(20.0).reshape(5, 4)
-        return simulate(PULL, 5, start=start, eta=0.1, seed=seed).run(6).x().tobytes()
+        return simulate(PULL, 5, start=start, eta=0.1, seed=seed).run(6).x()
 
-    assert trajectory(1) == trajectory(1)
-    assert trajectory(1) != trajectory(2)
+    assert np.array_equal(trajectory(1), trajectory(1))
+    assert not np.array_equal(trajectory(1), trajectory(2))
+
+
+def test_peers_are_uniform_and_drawn_by_each_worker_for_itself():
+    p, steps = 4, 3600
+    drawn = [[] for _ in range(p)]
+    simulation = simulate(PULL, p, start=np.zeros(1), eta=0.1)
+    for worker, peers in zip(simulation.workers, drawn, strict=True):
+        worker.exchange = peers.append
+    simulation.run(steps)
+    for i, j in itertools.combinations(range(p), 2):
+        pairs, counts = np.unique(list(zip(drawn[i], drawn[j], strict=True)), axis=0, return_counts=True)
+        assert len(pairs) == (p - 1) ** 2  # all of them, none with itself
+        assert i not in pairs[:, 0]
+        assert j not in pairs[:, 1]
+        q = 1 / (p - 1) ** 2
+        np.testing.assert_allclose(counts, steps * q, atol=4.5 * np.sqrt(steps * q * (1 - q)))

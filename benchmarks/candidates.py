@@ -1,0 +1,113 @@
+"""The operations that are measured beside each other, on vectors of one size.
+
+For each size every rank holds a float32 vector x, and all do the same at once:
+
+    local pass         the fused kernel of the elastic exchange over x and a private c: what memory allows
+    exchange           the same kernel over x and the shared center, shard by shard under our locks
+    Get/Put, Allocate  the same on MPI_Win_allocate: exclusive lock, Get, kernel, Put, unlock, at each rank's share
+    Get/Put, Create    the same on MPI_Win_create over memory of the process
+    all-reduce         ours, in place
+    MPI_Allreduce      in place
+    gloo               torch.distributed's all-reduce
+
+All vectors hold zeros, so that no sum overflows however often it is made.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.partition import split
+from mpitrain.collectives.world import World
+from mpitrain.kernels import elastic_exchange
+
+RATE = 0.1  # alpha; with zeros any will do
+
+REFERENCES = {"exchange": "local pass", "Get/Put, Allocate": "exchange", "Get/Put, Create": "exchange"}
+REFERENCES |= {"MPI_Allreduce": "all-reduce", "gloo": "all-reduce"}
+"""What each operation is compared with."""
+
+
+class Candidates:
+    """All operations on vectors of one size. Collective to make and to free.
+
+    Args:
+        world: The ranks.
+        n: Elements of a vector.
+        with_gloo: Whether torch.distributed could be started.
+    """
+
+    def __init__(self, world: World, n: int, *, with_gloo: bool) -> None:
+        self._comm = MPICommunicator(world)
+        self._world = world
+        x, center = self._comm.vector(n, np.float32), self._comm.shared_vector(n, np.float32)
+        private, summed = np.full(n, 0, np.float32), np.full(n, 0, np.float32)  # full touches the pages
+        self._shares = split(n, world.size)
+        mine = self._shares[world.rank]
+        self._staged = np.full(max(share.stop - share.start for share in self._shares), 0, np.float32)
+        n_bytes = max(4 * (mine.stop - mine.start), 4)
+        allocated = MPI.Win.Allocate(n_bytes, 1, comm=world.comm)
+        memory: Any = allocated.tomemory()
+        np.frombuffer(memory, np.uint8)[:] = 0
+        self._exposed = np.full(n_bytes, 0, np.uint8)
+        created = MPI.Win.Create(self._exposed, 1, comm=world.comm)
+        self._windows = [allocated, created]
+        self.operations: dict[str, Callable[[], object]] = {
+            "local pass": lambda: elastic_exchange(x.local, private, RATE, RATE),
+            "exchange": lambda: center.update(lambda part, c: elastic_exchange(x.local[part], c, RATE, RATE)),
+            "Get/Put, Allocate": lambda: self._get_and_put(allocated, x.local),
+            "Get/Put, Create": lambda: self._get_and_put(created, x.local),
+            "all-reduce": lambda: self._comm.allreduce(x),
+            "MPI_Allreduce": lambda: world.comm.Allreduce(MPI.IN_PLACE, summed),
+        }
+        if with_gloo:
+            import torch
+
+            tensor = torch.from_numpy(np.full(n, 0, np.float32))
+            self.operations["gloo"] = lambda: torch.distributed.all_reduce(tensor)
+
+    def _get_and_put(self, window: MPI.Win, x: np.ndarray) -> None:
+        """The exchange without shared memory: what is fetched is changed and put back, a rank's share at a time."""
+        for k in range(self._world.size):
+            target = (self._world.rank + k) % self._world.size
+            part = self._shares[target]
+            c = self._staged[: part.stop - part.start]
+            window.Lock(target, MPI.LOCK_EXCLUSIVE)
+            window.Get(c, target)
+            window.Flush(target)
+            elastic_exchange(x[part], c, RATE, RATE)
+            window.Put(c, target)
+            window.Unlock(target)
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self.operations.clear()
+        for window in self._windows:
+            window.Free()
+        self._comm.free()
+
+
+def start_gloo(world: World) -> str | None:
+    """Start torch.distributed over the same ranks; why it could not, else None. Collective."""
+    try:
+        import torch.distributed
+
+        with socket.socket() as probe:  # a port that is free now
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        port, host = world.comm.bcast((port, "127.0.0.1" if world.n_nodes == 1 else world.hosts[0]))
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size
+        )
+        problem = None
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+    problems = [theirs for theirs in world.comm.allgather(problem) if theirs]
+    return problems[0] if problems else None

@@ -1,0 +1,163 @@
+"""The exchange with the center and the all-reduce, beside what they replace, on the same ranks in the same run.
+
+    jobs/local.sh 2 python benchmarks/collectives.py [--sizes 4K,256K,4M,32M] [--repeats 30] [--json]
+
+What each operation is stands in candidates.py. They take turns, each after a barrier. A figure is the median over the
+repeats of the slowest rank's time; the repeats of small vectors are several calls each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from candidates import REFERENCES, Candidates, start_gloo
+from mpi4py import MPI
+
+from mpitrain import cli, info
+from mpitrain.collectives.world import World, init
+from mpitrain.errors import UsageError
+from mpitrain.report import text
+from mpitrain.runfolder import to_json
+
+SIZES = "4K,256K,4M,32M"
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+BYTES_OF_A_REPEAT = 2**18  # smaller vectors are called several times for one figure
+MOST_CALLS = 16
+BYTES_OF_ALL_REPEATS = 2**31  # larger vectors are repeated fewer times
+FEWEST_REPEATS = 5
+
+# The bars of the project, for 2 ranks and vectors of 32 MiB.
+BAR_RANKS, BAR_BYTES = 2, 32 * 2**20
+EXCHANGE_AT_MOST, ALL_REDUCE_AT_LEAST = 1.3, 2.0
+
+
+def measure(world: World, operations: dict[str, Callable[[], object]], n_repeats: int, n_calls: int) -> np.ndarray:
+    """Seconds of a call, the slowest rank's: (operations, n_repeats). Collective."""
+    seconds = np.zeros((len(operations), n_repeats))
+    for repeat in range(-2, n_repeats):  # the first two warm up
+        for row, operation in zip(seconds, operations.values(), strict=True):
+            world.barrier()
+            began = time.perf_counter()
+            for _ in range(n_calls):
+                operation()
+            row[max(repeat, 0)] = (time.perf_counter() - began) / n_calls
+    slowest = np.empty_like(seconds)
+    world.comm.Allreduce(seconds, slowest, MPI.MAX)
+    return slowest
+
+
+def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool) -> list[dict[str, Any]]:
+    """A row for each operation on vectors of this size. Collective."""
+    candidates = Candidates(world, n_bytes // 4, with_gloo=with_gloo)
+    n_calls = max(1, min(MOST_CALLS, BYTES_OF_A_REPEAT // n_bytes))
+    n_repeats = max(min(most_repeats, BYTES_OF_ALL_REPEATS // n_bytes), FEWEST_REPEATS)
+    seconds = measure(world, candidates.operations, n_repeats, n_calls)
+    names = list(candidates.operations)
+    candidates.free()
+    median = dict(zip(names, np.median(seconds, axis=1), strict=True))
+    rows = []
+    for name, of_one in zip(names, seconds, strict=True):
+        reference = REFERENCES.get(name)
+        rows.append(
+            {
+                "bytes": n_bytes,
+                "operation": name,
+                "median_seconds": float(median[name]),
+                "p95_seconds": float(np.percentile(of_one, 95)),
+                "reference": reference,
+                "ratio": float(median[name] / median[reference]) if reference else None,
+                "n_repeats": n_repeats,
+                "n_calls": n_calls,
+            }
+        )
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
+    """The project's bars, if this run is one that they are for."""
+    ratios = {row["operation"]: row["ratio"] for row in rows if row["bytes"] == BAR_BYTES}
+    if n_ranks != BAR_RANKS or not ratios:
+        return []
+    exchange, faster = ratios["exchange"], ratios["MPI_Allreduce"]
+    return [
+        {"bar": f"exchange at most {EXCHANGE_AT_MOST} x the local pass", "ratio": exchange}
+        | {"passed": exchange <= EXCHANGE_AT_MOST},
+        {"bar": f"all-reduce at least {ALL_REDUCE_AT_LEAST:g} x faster than MPI_Allreduce", "ratio": faster}
+        | {"passed": faster >= ALL_REDUCE_AT_LEAST},
+    ]
+
+
+def size_of(word: str) -> int:
+    """``4K`` as bytes."""
+    digits, factor = (word[:-1], UNITS[word[-1].upper()]) if word[-1:].upper() in UNITS else (word, 1)
+    if not digits.isdigit() or int(digits) * factor < 4:
+        raise UsageError(f"--sizes takes bytes, such as {SIZES}, not {word!r}")
+    return int(digits) * factor // 4 * 4
+
+
+def name_of(n_bytes: int) -> str:
+    """Bytes as ``4 KiB``."""
+    unit = next((u for u in reversed(UNITS) if n_bytes >= UNITS[u]), None)
+    return f"{n_bytes / UNITS[unit]:g} {unit}iB" if unit else f"{n_bytes} B"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows for people."""
+    return text.table(
+        {
+            "vector": [name_of(row["bytes"]) for row in rows],
+            "operation": [row["operation"] for row in rows],
+            "median ms": [f"{1e3 * row['median_seconds']:.3f}" for row in rows],
+            "p95 ms": [f"{1e3 * row['p95_seconds']:.3f}" for row in rows],
+            "GB/s": [f"{row['bytes'] / row['median_seconds'] / 1e9:.2f}" for row in rows],
+            "beside": [f"{row['ratio']:.2f} x {row['reference']}" if row["ratio"] else "" for row in rows],
+        },
+        left=("operation", "beside"),
+    )
+
+
+def main() -> int:
+    """Collective."""
+    parser = cli.Parser(prog="collectives.py", description="Exchange and all-reduce. Run under mpirun or srun.")
+    parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=30, help="of each operation, at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the JSON document only")
+    options = parser.parse_args()
+    try:
+        sizes = [size_of(word.strip()) for word in options.sizes.split(",")]
+    except UsageError as error:
+        return cli.fail(str(error))
+    world = init()
+    load_before = os.getloadavg()
+    no_gloo = start_gloo(world)
+    rows = [row for n_bytes in sizes for row in bench(world, n_bytes, options.repeats, with_gloo=not no_gloo)]
+    if world.rank == 0:
+        bars = verdicts(rows, world.size)
+        document = {"results": rows, "bars": bars, "gloo": no_gloo or "available", **info.describe(world)}
+        document["load_average"] = {"before": load_before, "after": os.getloadavg()}
+        if not options.json:
+            where = document["machine"]
+            mpi = document["world"]["mpi"]
+            print(
+                f"{world.size} ranks on {where['cores']} cores ({where['processor']}), {mpi}; load {load_before[0]:.1f}"
+            )
+            print("float32; GB/s: bytes of the vector by time\n")
+            print("\n".join([*table(rows), ""]))
+            print(f"no gloo: {no_gloo}\n" if no_gloo else "", end="")
+            for bar in bars:
+                print(f"{'PASS' if bar['passed'] else 'MISSED'}: {bar['bar']}: {bar['ratio']:.2f}")
+        print(to_json(document), flush=True)
+    if not no_gloo:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

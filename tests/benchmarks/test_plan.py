@@ -1,0 +1,89 @@
+"""What a comparison is asked to do: all that is wrong is found before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mpitrain.algorithms import METHODS
+from mpitrain.errors import UsageError
+
+
+@pytest.fixture
+def configurations(script: Callable[[str], ModuleType]) -> Callable[..., dict[str, Any]]:
+    plan = script("plan")
+    return lambda *words: plan.configurations(plan.parser().parse_args(words))
+
+
+def test_all_is_the_registry(configurations: Callable[..., dict[str, Any]]) -> None:
+    assert list(configurations("--algorithms", "all")) == list(METHODS)
+
+
+def test_each_method_has_its_own_learning_rate_and_settings(configurations: Callable[..., dict[str, Any]]) -> None:
+    names = ",".join(METHODS)
+    configs = configurations("--algorithms", names, "--lr", "0.2", "--momentum", "0.5", "--set", "easgd.period=3")
+    for name, method in METHODS.items():
+        assert configs[name].lr == pytest.approx(0.2 * method.learning_rate_factor)
+        assert configs[name].momentum == (None if method.owns_update else 0.5)
+        assert dict(configs[name].settings) == ({"period": "3"} if name == "easgd" else {})
+    assert configurations("--algorithms", "gossip,easgd", "--lr-of", "easgd=0.7")["easgd"].lr == 0.7
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--algorithms", "easgd,nosuch"], "nosuch"),
+        (["--algorithms", "easgd", "--set", "gossip.period=2"], "gossip is not compared"),
+        (["--algorithms", "easgd", "--set", "easgd.nosuch=2"], "nosuch"),
+        (["--set", "period=2"], "easgd.period=10"),
+        (["--lr-of", "easgd.period=2"], "easgd=0.01"),
+        (["--lr-of", "easgd=fast"], "must be a number"),
+        (["--seeds", "0"], "--seeds"),
+        (["--test-samples", "0"], "--test-samples"),
+        (["--target", "95"], "--target"),
+        (["--seconds", "0"], "--seconds"),
+        (["--gradients", "-1"], "--gradients"),
+    ],
+)
+def test_what_is_wrong_is_told(configurations: Callable[..., dict[str, Any]], words: list[str], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        configurations(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "gradients", "every"),
+    [
+        ([], 900, 25),  # rank 0 makes 900/2 steps
+        (["--gradients", "360"], 360, 10),
+        (["--gradients", "360", "--straggler", "1:4"], 360, 16),  # rank 0: 4 of 5
+        (["--gradients", "360", "--straggler", "0:4"], 360, 4),  # rank 0: 1 of 5
+    ],
+)
+def test_rank_0_evaluates_as_often_as_asked(
+    script: Callable[[str], ModuleType],
+    configurations: Callable[..., dict[str, Any]],
+    words: list[str],
+    gradients: int,
+    every: int,
+) -> None:
+    config = configurations("--algorithms", "easgd", *words)["easgd"]
+    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+    assert (config.epochs, config.gradients, config.evaluate_every) == (None, gradients, every)
+
+
+def test_ranks_that_wait_share_the_steps(
+    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
+) -> None:
+    config = configurations("--algorithms", "allreduce", "--gradients", "360", "--straggler", "0:4")["allreduce"]
+    assert script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2).evaluate_every == 10
+
+
+def test_a_time_is_divided_into_equal_parts(
+    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
+) -> None:
+    config = configurations("--algorithms", "easgd", "--seconds", "36")["easgd"]
+    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+    assert (config.minutes, config.evaluate_seconds) == (pytest.approx(0.6), pytest.approx(2))

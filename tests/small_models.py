@@ -1,0 +1,68 @@
+"""Models for the tests of the command line and the trainer, as a user has them: `--model small_models:NAME`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+PIXELS = 64  # the digits are 8 x 8
+
+on_batch: Callable[[int], None] | None = None
+"""Called with the number of the training batch, from 1, by models made by `watched`."""
+
+
+def rank() -> int:
+    """As the launcher calls it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
+
+
+class Watched(nn.Module):
+    """A network with dropout that tells of each training batch."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(PIXELS, 24), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm1d(24), nn.Linear(24, 10)
+        )
+        self._function, self._n = function, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self._n += 1
+            self._function(self._n)
+        return self.layers(x)
+
+
+def watched() -> nn.Module:
+    return Watched(lambda n: on_batch(n) if on_batch is not None else None)
+
+
+def raises_at_step_3_of_rank_1() -> nn.Module:
+    def fail(n: int) -> None:
+        if n == 3 and rank() == 1:
+            raise ArithmeticError("a reason of the model's own")
+
+    return Watched(fail)
+
+
+def kills_rank_1_at_step_30() -> nn.Module:
+    def kill(n: int) -> None:
+        if n == 30 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Watched(kill)
+
+
+def whole_numbers() -> nn.Module:
+    model = nn.Linear(PIXELS, 10)
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(parameter.to(torch.int32), requires_grad=False))
+    return model
+
+
+def no_module() -> int:
+    return 3

@@ -1,0 +1,212 @@
+"""A run that was stopped and goes on: a synchronous one as if nothing had been, the others with every counter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+import torch
+
+from mpitrain import checkpoint
+from mpitrain.algorithms import METHODS
+from mpitrain.config import TrainConfig
+from mpitrain.errors import UsageError
+from mpitrain.metrics import read_metrics
+from mpitrain.trainer import train
+
+SYNCHRONOUS = {
+    "allreduce": TrainConfig(algorithm="allreduce", model="small_models:watched"),
+    "allreduce, sharded": TrainConfig(algorithm="allreduce", model="small_models:watched", sampling="sharded"),
+    "easgd": TrainConfig(algorithm="easgd", settings={"synchronous": "true", "period": "4"}),
+    "eamsgd": TrainConfig(algorithm="eamsgd", settings={"synchronous": "true", "period": "4"}, lr=0.005),
+}
+ASYNCHRONOUS = [
+    ("easgd", {}),
+    ("eamsgd", {}),
+    *(("gossip", {"direction": direction}) for direction in ("pull", "push")),
+]
+
+
+@pytest.fixture
+def go(world, mpi_tmp_path):
+    """Collective. Trains in a folder of the test's own; or goes on there, with the given budget."""
+
+    def go(config: TrainConfig, name: str, *, resume: bool = False, **budget: float):
+        folder = Path(mpi_tmp_path) / name
+        if resume:
+            return train(TrainConfig.of_run(folder, quiet=True, **budget), world, resume=folder)
+        return train(dataclasses.replace(config, out=str(folder), quiet=True, epochs=None, **budget), world)
+
+    go.folder = Path(mpi_tmp_path)
+    return go
+
+
+@pytest.fixture
+def at_batch(world):
+    """Calls a function at a training batch, on one rank or on all, of the model `small_models:watched`."""
+
+    def at_batch(number: int, function, rank: int | None = None) -> None:
+        small_models.on_batch = lambda n: function() if n == number and rank in (None, world.rank) else None
+
+    yield at_batch
+    small_models.on_batch = None
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def saved(world, run: Path) -> dict:
+    """Collective. This rank's part of a run's newest checkpoint, without what depends on the clock."""
+    state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)
+    for name in ("seconds", "compute_seconds", "exchange_seconds", "statistics", "points"):
+        del state[name]
+    return state
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, all the way down."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return np.array_equal(a, b, equal_nan=isinstance(a, (float, np.ndarray)))
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("config", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
+def test_a_resumed_synchronous_run_equals_an_uninterrupted_one(world, go, config):
+    whole = go(config, "whole", steps=60, evaluate_every=7)
+    go(config, "parts", steps=25)  # in the middle of an epoch, and of a period
+    parts = go(config, "parts", resume=True, steps=60)
+    assert (parts["test_loss"], parts["test_accuracy"]) == (whole["test_loss"], whole["test_accuracy"])
+    assert same(saved(world, go.folder / "parts"), saved(world, go.folder / "whole"))
+    assert parts["bytes_sent"] == whole["bytes_sent"]
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("budget", [{"steps": 40}, {"minutes": 5}])
+def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, go, at_batch, budget):
+    config = SYNCHRONOUS["allreduce"]
+    go(config, "whole", steps=40)
+    at_batch(15, interrupt, rank=0)
+    stopped = go(config, "stopped", **budget)
+    assert not stopped["complete"]
+    assert 15 <= stopped["steps"] <= 25
+    assert "test_accuracy" not in stopped
+    assert not (go.folder / "stopped" / "result.json").exists()
+    world.barrier()
+    small_models.on_batch = None
+    finished = go(config, "stopped", resume=True, steps=40)
+    assert finished["complete"]
+    assert (go.folder / "stopped" / "result.json").exists()
+    assert same(saved(world, go.folder / "stopped"), saved(world, go.folder / "whole"))
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("name, settings", ASYNCHRONOUS)
+def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch, name, settings):
+    config = TrainConfig(algorithm=name, settings=settings, model="small_models:watched", lr=0.005)
+    at_batch(12, interrupt, rank=0)
+    before = go(config, "run", steps=30)
+    assert not before["complete"]
+    small_models.on_batch = None
+    after = go(config, "run", resume=True)
+    assert after["complete"]
+    assert after["steps_of_ranks"] == [30] * world.size
+    assert after["gradients"] == 30 * world.size
+    assert after["gradients"] > before["gradients"]
+    assert after["bytes_sent"] >= before["bytes_sent"]
+    assert after["seconds"] >= before["evaluation"][-1]["seconds"]
+    assert after["evaluation"][: len(before["evaluation"])] == before["evaluation"]
+    for table, columns in read_metrics(go.folder / "run" / "metrics.h5").items():
+        for column in ("seconds", "gradients"):
+            values = columns.get(column, np.zeros(1))
+            assert (np.diff(values[np.isfinite(values)]) >= 0).all(), (table, column)
+
+
+@pytest.mark.ranks(2)
+def test_a_signal_is_obeyed_while_a_slow_rank_makes_its_last_steps(world, go, at_batch):
+    config = TrainConfig(model="small_models:watched", checkpoint_every=0)
+    at_batch(5, interrupt, rank=0)  # heard by rank 0, which has no more steps to make
+    slow = dataclasses.replace(config, straggler=(1, 500.0))
+    stopped = go(slow, "run", steps=5)
+    assert not stopped["complete"]
+    assert stopped["steps_of_ranks"][0] == 5
+    assert stopped["steps_of_ranks"][1] < 5
+    small_models.on_batch = None
+    finished = go(config, "run", resume=True, straggler=(1, 1.0))
+    assert finished["steps_of_ranks"] == [5, 5]
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_finished_run_is_saved_as_it_was_evaluated(world, go, name):
+    config = TrainConfig(algorithm=name, lr=0.005)
+    finished = go(config, "run", steps=20, straggler=(world.size - 1, 3.0))
+    again = go(config, "run", resume=True)  # nothing left to do
+    for key in ("test_loss", "test_accuracy", "steps_of_ranks", "gradients", "bytes_sent", "train_loss", "evaluation"):
+        assert again[key] == finished[key], key
+    assert json.loads((go.folder / "run" / "result.json").read_text())["steps"] == 20
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_finished_run_goes_on_with_a_longer_budget_and_is_unfinished_meanwhile(world, go, at_batch):
+    config = TrainConfig(model="small_models:watched", settings={"period": "3"})
+    go(config, "run", steps=10)
+    result = go.folder / "run" / "result.json"
+    assert result.exists()
+    world.barrier()
+    there = []
+    at_batch(10, lambda: there.append(result.exists()), rank=0)
+    longer = go(config, "run", resume=True, epochs=1)
+    assert longer["steps"] == 1438 // 32 // world.size
+    assert longer["settings"]["period"] == 3
+    assert result.exists()
+    assert there == ([False] if world.rank == 0 else [])
+    assert TrainConfig.of_run(go.folder / "run").epochs == 1  # and is kept for the next time
+
+
+@pytest.mark.ranks(1, 2)
+def test_what_a_crash_left_of_a_checkpoint_does_no_harm(world, go):
+    config = TrainConfig(algorithm="allreduce")
+    go(config, "run", steps=10)
+    checkpoints = go.folder / "run" / "checkpoints"
+    stale = checkpoints / ".step-00000020.partial"
+    if world.rank == 0:
+        stale.mkdir()
+        (stale / "rank-00000.h5").write_bytes(b"half of a file")
+        (stale / "rank-00009.h5").touch()
+    world.barrier()
+    assert go(config, "run", resume=True, steps=20)["steps"] == 20
+    world.barrier()
+    newest = checkpoint.latest(checkpoints)
+    assert newest.name == "step-00000020"
+    assert len(list(newest.iterdir())) == world.size
+    assert not stale.exists()
+
+
+def test_only_the_budget_and_what_is_shown_can_be_changed(tmp_path):
+    config = TrainConfig(settings={"period": "3"}, lr=0.1, straggler=(1, 2.0), out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
+    assert TrainConfig.of_run(tmp_path) == config
+    repeated = TrainConfig.of_run(tmp_path, settings={"period": "3"}, lr=0.1, algorithm="easgd", steps=7, quiet=True)
+    assert repeated == dataclasses.replace(config, epochs=None, steps=7, quiet=True)
+    for changes in ({"lr": 0.2}, {"settings": {"period": "4"}}, {"settings": {"rho": "1"}}, {"algorithm": "gossip"}):
+        with pytest.raises(UsageError, match="in the run that is resumed, not .*: leave it out"):
+            TrainConfig.of_run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"config": 3}', '{"config": {"straggler": null, "unknown": 1}}'])
+def test_a_folder_without_a_readable_configuration_is_no_run(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match="is not the folder of a run"):
+        TrainConfig.of_run(tmp_path)
