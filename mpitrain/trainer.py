@@ -274,7 +274,6 @@ class Trainer:
         if self.world.rank != 0:
             return
         began = time.perf_counter()
-        totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
         self._last_evaluation = self._seconds() if seconds is None else seconds
         self.recorder.record(
             self._last_evaluation,
@@ -283,6 +282,7 @@ class Trainer:
             self.optimizer.statistics,
             now=True,
         )
+        totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
         point = Point(
             seconds=self._last_evaluation,
             step=self.step,

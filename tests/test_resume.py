@@ -112,7 +112,7 @@ def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, g
 
 
 @pytest.mark.ranks(1, 2, 4)
-@pytest.mark.parametrize("name, settings", ASYNCHRONOUS)
+@pytest.mark.parametrize(("name", "settings"), ASYNCHRONOUS)
 def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch, name, settings):
     config = TrainConfig(algorithm=name, settings=settings, model="small_models:watched", lr=0.005)
     at_batch(12, interrupt, rank=0)
@@ -201,7 +201,7 @@ def test_only_the_budget_and_what_is_shown_can_be_changed(tmp_path):
     repeated = TrainConfig.of_run(tmp_path, settings={"period": "3"}, lr=0.1, algorithm="easgd", steps=7, quiet=True)
     assert repeated == dataclasses.replace(config, epochs=None, steps=7, quiet=True)
     for changes in ({"lr": 0.2}, {"settings": {"period": "4"}}, {"settings": {"rho": "1"}}, {"algorithm": "gossip"}):
-        with pytest.raises(UsageError, match="in the run that is resumed, not .*: leave it out"):
+        with pytest.raises(UsageError, match=r"in the run that is resumed, not .*: leave it out"):
             TrainConfig.of_run(tmp_path, **changes)
 
 

@@ -1,0 +1,89 @@
+"""What a run can be asked to do, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mpitrain.config import DEFAULT_EPOCHS, TrainConfig, method_of
+from mpitrain.errors import UsageError
+
+BUDGETS = ("epochs", "steps", "gradients", "minutes")
+
+
+def test_without_a_budget_there_is_the_default_one():
+    assert TrainConfig().epochs == DEFAULT_EPOCHS
+    assert TrainConfig(steps=3).epochs is None
+
+
+@pytest.mark.parametrize("a", BUDGETS)
+@pytest.mark.parametrize("b", BUDGETS)
+def test_there_is_one_budget(a, b):
+    if a == b:
+        assert getattr(TrainConfig(**{a: 1}), a) == 1
+    else:
+        with pytest.raises(UsageError, match="give one of --epochs, --steps, --gradients and --minutes"):
+            TrainConfig(**{a: 1, b: 1})
+
+
+@pytest.mark.parametrize("name", [*BUDGETS, "batch_size", "evaluate_every"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_what_must_be_above_zero(name, value):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be more than 0, not"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "checkpoint_every", "seed"])
+def test_what_may_be_zero(name):
+    assert getattr(TrainConfig(**{name: 0}), name) == 0
+    for value in (-1, float("nan")):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be 0 or more, not"):
+            TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_momentum_is_below_one(value):
+    with pytest.raises(UsageError, match="--momentum must be at least 0 and below 1"):
+        TrainConfig(momentum=value)
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf")])
+def test_a_straggler_is_slower(factor):
+    with pytest.raises(UsageError, match="needs a factor of 1 or more"):
+        TrainConfig(straggler=(0, factor))
+
+
+def test_sampling_is_one_of_two():
+    with pytest.raises(UsageError, match="independent or sharded, not 'random'"):
+        TrainConfig(sampling="random")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(settings={"period": "3"}, steps=5, momentum=0.5, straggler=(2, 4.0), out="runs/a"),
+        TrainConfig(algorithm="gossip", minutes=0.5, augment=True, sampling="sharded", checkpoint_every=0),
+    ],
+)
+def test_a_stored_configuration_is_the_same(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
+    assert TrainConfig.of_run(tmp_path) == config
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_new_budget_replaces_the_old_one(budget, tmp_path):
+    config = TrainConfig(steps=5)
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
+    expected = dataclasses.replace(config, **{**dict.fromkeys(BUDGETS), budget: 7})
+    assert TrainConfig.of_run(tmp_path, **{budget: 7}) == expected
+
+
+def test_momentum_belongs_to_whoever_makes_the_update():
+    assert method_of(TrainConfig(algorithm="eamsgd", momentum=0.5)).momentum == 0.5
+    assert method_of(TrainConfig(algorithm="eamsgd", settings={"momentum": "0.7"})).momentum == 0.7
+    assert method_of(TrainConfig(algorithm="easgd", momentum=0.5)) == method_of(TrainConfig(algorithm="easgd"))
+    with pytest.raises(UsageError, match=r"--momentum or --set momentum=\.\.\., not both"):
+        method_of(TrainConfig(algorithm="eamsgd", momentum=0.5, settings={"momentum": "0.7"}))

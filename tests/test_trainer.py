@@ -1,0 +1,150 @@
+"""What a training run promises: that every method learns, that budgets are kept, and what its result says."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+
+from mpitrain.algorithms import METHODS
+from mpitrain.config import TrainConfig
+from mpitrain.metrics import read_metrics
+from mpitrain.trainer import train
+
+ASYNCHRONOUS = [name for name, method in METHODS.items() if not method().is_synchronous]
+GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 200  # of a tiny model, a few milliseconds after another rank has had its turn
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_the_digits(world, name):
+    lr = 0.05 * METHODS[name].learning_rate_factor
+    result = train(TrainConfig(algorithm=name, lr=lr, epochs=20, batch_size=16, quiet=True), world)
+    assert result["test_accuracy"] >= 0.9
+    assert result["test_loss"] < 0.5
+    assert result["rejected"] == 0
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_result_says_what_was_asked_for_and_what_came_out(world, mpi_tmp_path, name):
+    folder = Path(mpi_tmp_path) / "run"
+    lr = 0.05 * METHODS[name].learning_rate_factor
+    result = train(TrainConfig(algorithm=name, lr=lr, steps=20, out=str(folder), quiet=True), world)
+    p = world.size
+    assert (result["algorithm"], result["ranks"], result["complete"]) == (name, p, True)
+    assert result["settings"] == METHODS[name]().settings()
+    assert (result["steps"], result["steps_of_ranks"], result["gradients"]) == (20, [20] * p, 20 * p)
+    assert 0 <= result["test_accuracy"] <= 1
+    assert 0 < result["test_loss"] < math.inf
+    assert 0 < result["train_loss"] < math.inf
+    assert result["seconds"] > 0
+    assert result["samples_per_second"] == pytest.approx(20 * p * 32 / result["seconds"])
+    assert (result["bytes_sent"] > 0) == (p > 1 or METHODS[name].name in ("easgd", "eamsgd"))
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert result["parameters"] > 1000
+    assert {"mpitrain", "python", "torch", "numpy", "mpi4py"} <= result["versions"].keys()
+    assert result["evaluation"][0]["step"] == 0
+    assert result["evaluation"][-1]["step"] == 20
+    assert result["evaluation"][-1]["gradients"] == 20 * p
+    assert result["evaluation"][-1]["test_loss"] == result["test_loss"]
+    assert world.comm.bcast(result) == result  # the same on every rank
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((folder / "config.json").read_text())["config"]["steps"] == 20
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_run_that_diverges_still_writes_documents_that_any_reader_takes(world, mpi_tmp_path):
+    folder = Path(mpi_tmp_path) / "run"
+    train(TrainConfig(algorithm="allreduce", lr=1e30, steps=20, out=str(folder), quiet=True), world)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads((folder / "result.json").read_text(), parse_constant=refuse)["test_loss"] is None
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_of_gradients_counts_those_of_all_ranks(world, name):
+    result = train(TrainConfig(algorithm=name, lr=0.005, gradients=301, quiet=True), world)
+    more = world.size if METHODS[name]().is_synchronous else GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD
+    assert 301 <= result["gradients"] < 301 + more
+    assert sum(result["steps_of_ranks"]) == result["gradients"]
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_a_straggler_holds_nobody_up(world, name):
+    config = TrainConfig(algorithm=name, lr=0.005, gradients=900, straggler=(1, 20.0), quiet=True)
+    fast, slow, also_fast = train(config, world)["steps_of_ranks"]
+    assert slow < min(fast, also_fast)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("settings", [("allreduce", {}), ("easgd", {"synchronous": "true"})])
+def test_a_straggler_holds_up_a_synchronous_method(world, settings):
+    name, hyper_parameters = settings
+    config = TrainConfig(algorithm=name, settings=hyper_parameters, gradients=90, straggler=(1, 4.0), quiet=True)
+    assert train(config, world)["steps_of_ranks"] == [30, 30, 30]
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_of_minutes_ends_all_ranks_together(world, name):
+    world.barrier()
+    began = time.perf_counter()
+    result = train(TrainConfig(algorithm=name, lr=0.005, minutes=0.01, quiet=True), world)
+    ended = world.comm.allgather(time.perf_counter() - began)
+    assert 0.6 <= result["seconds"] < 1.6
+    assert max(ended) - min(ended) < 0.5
+    assert min(result["steps_of_ranks"]) > 0
+
+
+@pytest.mark.ranks(1, 2)
+def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
+    folder = Path(mpi_tmp_path) / "run"
+    seen = []
+
+    def look(n: int) -> None:
+        if n == 40:
+            time.sleep(0.6)  # two rows are a quarter of a second apart
+        if n == 60 and world.rank == world.size - 1:
+            seen.append(read_metrics(folder / "metrics.h5")["progress"]["step"])
+
+    small_models.on_batch = look
+    try:
+        train(TrainConfig(model="small_models:watched", steps=60, out=str(folder), quiet=True), world)
+    finally:
+        small_models.on_batch = None
+    if world.rank == world.size - 1:
+        assert len(seen[0]) > 0
+    world.barrier()  # rank 0 has closed the file
+    final = read_metrics(folder / "metrics.h5")
+    assert final["progress"]["step"].max() == 60
+    assert final["evaluation"]["test_accuracy"][-1] > 0
+    assert np.nansum(final["staleness"]["histogram"][-1]) > 0
+
+
+@pytest.mark.ranks(1, 2)
+def test_without_checkpoints_there_is_no_folder_for_them(world, mpi_tmp_path):
+    folder = Path(mpi_tmp_path) / "run"
+    train(TrainConfig(steps=5, checkpoint_every=0, out=str(folder), quiet=True), world)
+    world.barrier()
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "result.json").exists()
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("sampling", ["independent", "sharded"])
+@pytest.mark.parametrize("name", ["allreduce", "easgd"])
+def test_both_ways_of_sampling_train(world, name, sampling):
+    config = TrainConfig(algorithm=name, sampling=sampling, epochs=3.5, quiet=True)
+    result = train(config, world)
+    assert result["test_accuracy"] > 0.5
+    assert result["steps"] == round(3.5 * (1438 // (32 * world.size)))
