@@ -22,7 +22,7 @@ from mpitrain import cli, info
 from mpitrain.collectives.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.report import text
-from mpitrain.runfolder import to_json
+from mpitrain.trainer.runfolder import to_json
 
 SIZES = "4K,256K,4M,32M"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -29,9 +29,9 @@ import numpy as np
 import plan
 
 from mpitrain import cli
-from mpitrain.config import TrainConfig
 from mpitrain.errors import UsageError
-from mpitrain.runfolder import to_json
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.runfolder import to_json
 
 WARM_UP_STEPS = 12  # more than the period of the methods that exchange every tenth step
 
@@ -51,7 +51,7 @@ def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> 
     """Warm up, run, and tell what came out; returns the exit code. Collective."""
     from mpitrain import info
     from mpitrain.collectives.world import init
-    from mpitrain.trainer import train
+    from mpitrain.trainer.loop import train
 
     world = init(options.device)
     if options.straggler is not None and not 0 <= options.straggler[0] < world.size:

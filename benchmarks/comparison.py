@@ -1,4 +1,4 @@
-"""What a comparison of methods makes of its runs: pure functions of the result documents of ``mpitrain.trainer.train``.
+"""What a comparison of methods makes of its runs: pure functions of the result documents of the trainer.
 
 A method's run reaches the target accuracy where the straight lines between its evaluations cross it first. Of several
 seeds the median counts; a seed that never gets there counts as infinitely slow, so a median exists only where more than

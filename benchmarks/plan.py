@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mpitrain import cli
 from mpitrain.algorithms import METHODS, create
-from mpitrain.config import TrainConfig, method_of
 from mpitrain.errors import UsageError
+from mpitrain.trainer.config import TrainConfig, method_of
 
 ALGORITHMS = "allreduce,gossip,easgd"
 EPOCHS = 30.0

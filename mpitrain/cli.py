@@ -164,7 +164,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     # What can be refused without starting MPI is refused without: no launcher's noise around the message.
     from mpitrain.collectives.world import init
-    from mpitrain.config import TrainConfig, method_of
+    from mpitrain.trainer.config import TrainConfig, method_of
 
     options = {
         field.name: getattr(args, field.name, None)
@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace) -> int:
         init()  # a folder may be missing on one node only: the ranks have to meet, so that this one can end all
         raise
     world = init(config.device)
-    from mpitrain.trainer import train
+    from mpitrain.trainer.loop import train
 
     result = train(config, world, resume=args.resume)
     if world.rank == 0:
@@ -194,7 +194,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration of the run that is resumed; only its budget and what is shown may be changed."""
-    from mpitrain.config import TrainConfig
+    from mpitrain.trainer.config import TrainConfig
 
     if Path(given.pop("out", args.resume)) != args.resume:
         raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
@@ -222,7 +222,7 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
             write_report([load_run(folder)], folder)
             print(f"report and plots: {folder / 'report.md'}")
     if as_json:
-        from mpitrain.runfolder import to_json
+        from mpitrain.trainer.runfolder import to_json
 
         print(to_json(result))
 

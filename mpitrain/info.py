@@ -12,7 +12,7 @@ from mpitrain.collectives.device import gpu_names
 from mpitrain.collectives.memory import SHARED_MEMORY
 from mpitrain.collectives.world import World
 from mpitrain.kernels import cache_root
-from mpitrain.runfolder import versions
+from mpitrain.trainer.runfolder import versions
 
 
 def describe(world: World) -> dict[str, Any]:

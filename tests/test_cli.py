@@ -129,7 +129,7 @@ LOADED_BY = {
     "mpitrain": "import mpitrain",
     "the command": "import mpitrain.cli; mpitrain.cli._parser()",
     "the methods": "import mpitrain.algorithms",
-    "the check of a configuration": "from mpitrain.config import *; method_of(TrainConfig())",
+    "the check of a configuration": "from mpitrain.trainer.config import *; method_of(TrainConfig())",
 }
 HEAVY = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
 

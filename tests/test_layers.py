@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # a package; one that does not exist does no harm. A module of the package that stands nowhere is an error.
 LAYERS = (
     ("__main__", "cli", "report", "info", "simulate"),
-    ("trainer", "control", "evaluation", "progress", "recorder", "runfolder"),
-    ("optimizer", "flat", "checkpoint", "metrics", "config", "simulation"),
+    ("trainer",),
+    ("optimizer", "flat", "checkpoint", "metrics", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
     ("kernels",),
@@ -48,8 +48,8 @@ LIBRARIES = {
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": ("checkpoint", "collectives.device", "data", "evaluation", "flat", "models", "optimizer", "trainer"),
-    "tqdm": ("data", "progress", "simulate"),
+    "torch": ("checkpoint", "collectives.device", "data", "flat", "models", "optimizer", "trainer"),
+    "tqdm": ("data", "simulate", "trainer"),
 }
 
 NOT_AT_IMPORT = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
@@ -175,7 +175,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
         ("collectives.tree", "import mpitrain.flat"),
         ("kernels.host", "from mpitrain.collectives import memory"),
         ("kernels.host", "import cupy"),
-        ("data.images", "from mpitrain.trainer import train"),
+        ("data.images", "from mpitrain.trainer.loop import train"),
         ("models.mlp", "from mpitrain.data import splits"),
         ("errors", "from mpitrain import kernels"),
         ("trainer", "import matplotlib.pyplot as plt"),

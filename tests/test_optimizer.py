@@ -176,7 +176,10 @@ def test_closure_is_called_with_gradients_and_its_loss_returned(world):
 
     with distributed:
         for _ in range(3):
-            wanted, got = optimizer.step(closure_of(plain, optimizer)), distributed.step(closure=closure_of(twin, distributed))
+            wanted, got = (
+                optimizer.step(closure_of(plain, optimizer)),
+                distributed.step(closure=closure_of(twin, distributed)),
+            )
             torch.testing.assert_close(got, wanted)
         assert_equal_models(plain, twin)
 

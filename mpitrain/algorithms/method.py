@@ -26,7 +26,7 @@ from mpitrain.errors import UsageError
 
 def setting(
     default: Any,
-    help: str,  # noqa: A002 - it is what the command line calls it
+    help: str,
     *,
     low: float | None = None,
     high: float | None = None,

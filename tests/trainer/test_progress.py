@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpitrain import progress
-from mpitrain.progress import Progress
+from mpitrain.trainer import progress
+from mpitrain.trainer.progress import Progress
 
 SHARES = {"compute": 0.5, "exchange": 0.25, "waiting": 0.25}
 

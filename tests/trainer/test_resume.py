@@ -15,10 +15,10 @@ import torch
 
 from mpitrain import checkpoint
 from mpitrain.algorithms import METHODS
-from mpitrain.config import TrainConfig
 from mpitrain.errors import UsageError
 from mpitrain.metrics import read_metrics
-from mpitrain.trainer import train
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.loop import train
 
 SYNCHRONOUS = {
     "allreduce": TrainConfig(algorithm="allreduce", model="small_models:watched"),

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from mpitrain.config import DEFAULT_EPOCHS, TrainConfig, method_of
 from mpitrain.errors import UsageError
+from mpitrain.trainer.config import DEFAULT_EPOCHS, TrainConfig, method_of
 
 BUDGETS = ("epochs", "steps", "gradients", "minutes")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.world import World
-from mpitrain.config import TrainConfig
 from mpitrain.errors import UsageError
+from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__
 
 PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")

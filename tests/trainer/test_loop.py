@@ -12,9 +12,9 @@ import pytest
 import small_models
 
 from mpitrain.algorithms import METHODS
-from mpitrain.config import TrainConfig
 from mpitrain.metrics import read_metrics
-from mpitrain.trainer import train
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.loop import train
 
 ASYNCHRONOUS = [name for name, method in METHODS.items() if not method().is_synchronous]
 GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 200  # of a tiny model, a few milliseconds after another rank has had its turn

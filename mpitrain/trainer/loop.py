@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain import checkpoint, data, models, runfolder
+from mpitrain import checkpoint, data, models
 from mpitrain.collectives.world import World
-from mpitrain.config import TrainConfig, method_of
-from mpitrain.control import Control, Orders, StopSignal
 from mpitrain.errors import UsageError
-from mpitrain.evaluation import Evaluator, Point, evaluate_deferred
 from mpitrain.optimizer import DistributedOptimizer
-from mpitrain.progress import Progress
-from mpitrain.recorder import Recorder
+from mpitrain.trainer import runfolder
+from mpitrain.trainer.batches import Batches
+from mpitrain.trainer.budget import Budget
+from mpitrain.trainer.config import TrainConfig, method_of
+from mpitrain.trainer.control import Control, Orders, StopSignal
+from mpitrain.trainer.evaluation import Evaluator, Point, evaluate_deferred
+from mpitrain.trainer.progress import Progress
+from mpitrain.trainer.recorder import Recorder
 
 DEFAULT_MOMENTUM = 0.9
 
@@ -64,24 +67,13 @@ class Trainer:
         if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
             raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
         _share_cores(world)
-        self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling)
-        self.sampler = data.Sampler(
-            self.dataset.n_train,
-            config.batch_size,
-            rank=world.rank,
-            size=world.size,
-            seed=config.seed,
-            mode=config.sampling,
-        )
-        if config.augment and not self.dataset.augmentable:
-            raise UsageError(f"--augment is for photographs of 28x28 pixels or more, which {config.data} has not")
-        model = models.build(config.model, shape=self.dataset.shape, n_classes=self.dataset.n_classes, seed=config.seed)
-        self.model = model.to(world.device)
-        self.evaluator = Evaluator(self.model, self.dataset, world.device)
+        self.batches = Batches(config, world, dataset)
+        of = self.batches.dataset
+        self.model = models.build(config.model, shape=of.shape, n_classes=of.n_classes, seed=config.seed)
+        self.model.to(world.device)
+        self.evaluator = Evaluator(self.model, of, world.device)
         self.folder = resume or runfolder.create(config, self.method.settings(), world)
-        # Dropout and augmentation: each rank its own.
-        torch.manual_seed(config.seed * 100_003 + world.rank)
-        self.augment_rng = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + world.rank)
+        torch.manual_seed(config.seed * 100_003 + world.rank)  # dropout: each rank its own
         base = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=self._base_momentum(), weight_decay=config.weight_decay
         )
@@ -97,8 +89,12 @@ class Trainer:
         self._report_step(loss)
         self.control = Control(world, synchronous=self.method.is_synchronous)
         self.interrupted = False  # known to rank 0: SIGUSR1 has ended the run
-        self.total_steps = self._total_steps()
-        self._staged: int | None = None
+        self.budget = Budget(
+            config,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            n_ranks=world.size,
+            synchronous=self.method.is_synchronous,
+        )
         if resume is not None:
             runfolder.reopen(resume, config, world)
 
@@ -114,22 +110,23 @@ class Trainer:
         if not self.points:
             self._evaluate()
         stopped = False
-        while not stopped and not self._is_over():
+        while not stopped and not self.budget.is_over(self.step):
             self._make_step()
             if self.world.rank == 0:
                 self._lead()
             orders = self.control.listen(self.step)
-            if orders.save or self._saves_at_this_step():
+            # Ranks that walk in step know by themselves when to save; the others wait for rank 0's order.
+            if orders.save or (self.method.is_synchronous and self._save_is_due()):
                 self._save()
             stopped = orders.stop
         self._wait_for_the_others()
         seconds = self._seconds()
         self.stop_signal.restore()
-        mine = self._is_over() if self.total_steps is not None else not self.interrupted
+        mine = not self.interrupted if self.budget.steps is None else self.budget.is_over(self.step)
         parts = self.world.comm.allgather((mine, self.step != self.saved_at))
         complete = all(is_over for is_over, _ in parts)
         has_moved = any(moved for _, moved in parts)
-        result = self._finish(seconds, complete=complete, save=complete and has_moved and self._saves())
+        result = self._finish(seconds, complete=complete, save=complete and has_moved)
         self.control.free()
         self.recorder.free()
         self.optimizer.close()
@@ -137,14 +134,7 @@ class Trainer:
 
     def _make_step(self) -> None:
         began, exchanged = time.perf_counter(), self.optimizer.exchange_seconds
-        epoch, k = divmod(self.step, self.sampler.steps_per_epoch)
-        if self.config.sampling == "sharded" and epoch != self._staged:
-            self.dataset.stage(self.sampler.shard(epoch))
-            self._staged = epoch
-        x, y = self.dataset.batch(self.sampler.indices(epoch, k))
-        if self.config.augment:
-            x = data.augment(x, self.augment_rng)
-        x, y = x.to(self.world.device), y.to(self.world.device)
+        x, y = self.batches.draw(self.step)
         self.optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(self.model(x), y)
         loss.backward()
@@ -165,14 +155,14 @@ class Trainer:
     def _lead(self) -> None:
         """What only rank 0 does after its step. Local."""
         seconds = self._seconds()
-        self.recorder.record(seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics)
-        if self._evaluation_is_due(seconds):
+        self._record(seconds)
+        if self.budget.evaluates(self.step, seconds - self._last_evaluation):
             self._evaluate()
         if self.stop_signal.received:
             self._interrupt()
-        elif self._is_over_for_all():
+        elif self.budget.is_over_for_all(seconds, self.recorder.totals().gradients):
             self.control.order(stop=True)
-        elif not self.method.is_synchronous and self._checkpoint_is_due():
+        elif not self.method.is_synchronous and self._save_is_due():
             self.control.order(save=True)
 
     def _interrupt(self) -> None:
@@ -192,24 +182,20 @@ class Trainer:
             if orders.save:
                 self._save()
             elif self.world.rank == 0:
-                self.recorder.record(
-                    self._seconds(), self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics
-                )
+                self._record(self._seconds())
         self.world.barrier()
 
     def _finish(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
         """Evaluate the end, save it if it is not saved yet, and write down what came out. Collective."""
         if self.world.rank == 0:
-            self.recorder.record(
-                seconds, self.step, self.optimizer.param_groups[0]["lr"], self.optimizer.statistics, now=True
-            )
+            self._record(seconds, now=True)
             if complete and not (self.points and self.points[-1].gradients == self.recorder.totals().gradients):
                 self._evaluate(seconds, last=True)  # now exact: nobody trains any more
         if complete and self.config.defer_evaluation:
             evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
             for point in self.points:
                 self.recorder.evaluated(point)
-        if save:
+        if save and self.folder is not None and self.config.checkpoint_every != 0:
             self._save()
         document: dict[str, Any] = {}
         if self.world.rank == 0:
@@ -219,53 +205,17 @@ class Trainer:
         result: dict[str, Any] = self.world.comm.bcast(document)
         return result
 
-    # ---- when to do what ------------------------------------------------------------------------------------------
-
     def _seconds(self) -> float:
         """Of training so far."""
         return self.seconds_before + time.perf_counter() - self._began - self._paused
 
-    def _total_steps(self) -> int | None:
-        """Of each rank, where that is the budget."""
-        config = self.config
-        if config.epochs is not None:
-            return max(round(config.epochs * self.sampler.steps_per_epoch), 1)
-        if config.gradients is not None and self.method.is_synchronous:
-            return -(-config.gradients // self.world.size)
-        return config.steps
+    def _save_is_due(self) -> bool:
+        return self.folder is not None and self.budget.saves(self.step)
 
-    def _is_over(self) -> bool:
-        """Whether this rank has used up its part of the budget. Local."""
-        if self.total_steps is not None:
-            return self.step >= self.total_steps
-        return False  # rank 0 says when
-
-    def _is_over_for_all(self) -> bool:
-        """Whether a budget that only rank 0 watches is used up. Local; rank 0 only."""
-        if self.config.minutes is not None:
-            return self._seconds() >= 60 * self.config.minutes
-        if self.config.gradients is not None and self.total_steps is None:
-            return self.recorder.totals().gradients >= self.config.gradients
-        return False
-
-    def _evaluation_is_due(self, seconds: float) -> bool:
-        if self._is_over():
-            return False  # the end is evaluated when all have come to it
-        if self.config.evaluate_seconds is not None:
-            return seconds - self._last_evaluation >= self.config.evaluate_seconds
-        return self.step % (self.config.evaluate_every or self.sampler.steps_per_epoch) == 0
-
-    def _saves(self) -> bool:
-        return self.folder is not None and self.config.checkpoint_every != 0
-
-    def _checkpoint_is_due(self) -> bool:
-        if not self._saves() or self._is_over():
-            return False  # the end is saved when all have come to it
-        return self.step % (self.config.checkpoint_every or self.sampler.steps_per_epoch) == 0
-
-    def _saves_at_this_step(self) -> bool:
-        """Ranks that walk in step need no order."""
-        return self.method.is_synchronous and self._checkpoint_is_due()
+    def _record(self, seconds: float, *, now: bool = False) -> None:
+        """Show and store how far all ranks are. Local; rank 0 only."""
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.recorder.record(seconds, self.step, learning_rate, self.optimizer.statistics, now=now)
 
     # ---- what is found --------------------------------------------------------------------------------------------
 
@@ -275,20 +225,14 @@ class Trainer:
             return
         began = time.perf_counter()
         self._last_evaluation = self._seconds() if seconds is None else seconds
-        self.recorder.record(
-            self._last_evaluation,
-            self.step,
-            self.optimizer.param_groups[0]["lr"],
-            self.optimizer.statistics,
-            now=True,
-        )
+        self._record(self._last_evaluation, now=True)
         totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
         point = Point(
             seconds=self._last_evaluation,
             step=self.step,
             gradients=totals.gradients,
             bytes=totals.bytes,
-            epoch=self.step / self.sampler.steps_per_epoch,
+            epoch=self.step / self.batches.steps_per_epoch,
             consensus_distance=self.optimizer.distance(vector),
         )
         self.points.append(point)
@@ -337,13 +281,11 @@ class Trainer:
 
     def _progress(self) -> Progress:
         """The bar of what has to be done."""
-        gradients = self.config.gradients or (self.total_steps and self.total_steps * self.world.size)
-        minutes = self.config.minutes
         return Progress(
             self.method.name,
-            gradients=gradients,
-            seconds=None if minutes is None else 60 * minutes,
-            done=self.step * self.world.size if gradients else self.seconds_before,
+            gradients=self.budget.gradients,
+            seconds=self.budget.seconds,
+            done=self.step * self.world.size if self.budget.gradients else self.seconds_before,
             show=self.world.rank == 0 and not self.config.quiet,
         )
 
@@ -371,7 +313,7 @@ class Trainer:
             "exchange_seconds": self.optimizer.exchange_seconds,
             "statistics": vars(self.optimizer.statistics),
             "torch_rng": torch.get_rng_state(),
-            "augment_rng": self.augment_rng.get_state(),
+            "augment_rng": self.batches.rng.get_state(),
             "points": [vars(point) for point in self.points],
         }
         checkpoint.save(self.folder / "checkpoints", number, state, self.world)
@@ -393,7 +335,7 @@ class Trainer:
         self.optimizer.exchange_seconds = state["exchange_seconds"]
         vars(self.optimizer.statistics).update(state["statistics"])
         torch.set_rng_state(state["torch_rng"])
-        self.augment_rng.set_state(state["augment_rng"])
+        self.batches.rng.set_state(state["augment_rng"])
         self.points = [Point(**point) for point in state["points"]]
         return float(state["loss"])
 

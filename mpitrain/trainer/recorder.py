@@ -13,9 +13,9 @@ import numpy as np
 from mpitrain.collectives.board import Board
 from mpitrain.collectives.statistics import STALENESS_BINS, Statistics
 from mpitrain.collectives.world import World
-from mpitrain.evaluation import Point
 from mpitrain.metrics import MetricsWriter
-from mpitrain.progress import Progress
+from mpitrain.trainer.evaluation import Point
+from mpitrain.trainer.progress import Progress
 
 SECONDS_BETWEEN_RECORDS = 0.25
 LOSS_MEMORY = 0.95

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "mpiexec.hydra", "srun")
 SECONDS_BETWEEN_LOG_LINES = 15.0
 SECONDS_BETWEEN_SAYINGS = 0.25
 """A tiny model makes hundreds of epochs in a second, and nobody reads a line for each."""
+
+
+LAUNCHED_COLUMNS = 110
+"""Under a launcher the width of the terminal is not known."""
+
+
+def ends_in_terminal() -> bool:
+    """Whether somebody reads standard error in a terminal: this process's, or that of the launcher it is piped to."""
+    if sys.stderr.isatty():
+        return True
+    process = os.getppid()
+    while process > 1:
+        try:
+            launcher = Path(f"/proc/{process}/comm").read_text().strip() in LAUNCHERS
+            if launcher and os.readlink(f"/proc/{process}/fd/2").startswith("/dev/pts/"):
+                return True
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])  # its parent
+        except (OSError, ValueError, IndexError):
+            return False
+    return False
 
 
 class Progress:
@@ -34,12 +57,13 @@ class Progress:
         self._total = gradients if gradients is not None else round(seconds or 0.0, 1)
         self._said, self._spoke = time.monotonic(), -math.inf
         self._bar: Any = None
-        if show and sys.stderr.isatty():
+        if show and ends_in_terminal():
             self._bar = tqdm(
                 total=self._total,
                 initial=done,
                 desc=name,
-                dynamic_ncols=True,
+                dynamic_ncols=sys.stderr.isatty(),
+                ncols=None if sys.stderr.isatty() else LAUNCHED_COLUMNS,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             )
 

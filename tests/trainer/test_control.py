@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mpitrain.control import STEPS_BETWEEN_BROADCASTS, Control, StopSignal
+from mpitrain.trainer.control import STEPS_BETWEEN_BROADCASTS, Control, StopSignal
 
 PATIENCE_SECONDS = 30.0
 

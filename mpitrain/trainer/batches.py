@@ -1,0 +1,53 @@
+"""The mini-batches of one rank: drawn, augmented and brought to its device."""
+
+from __future__ import annotations
+
+import torch
+
+from mpitrain import data
+from mpitrain.collectives.world import World
+from mpitrain.errors import UsageError
+from mpitrain.trainer.config import TrainConfig
+
+
+class Batches:
+    """What a rank trains on. Collective over the ranks of a node to make.
+
+    Args:
+        config: The run's.
+        world: The ranks.
+        dataset: When it is loaded already.
+
+    Attributes:
+        dataset: Training and test samples.
+        steps_per_epoch: Of each rank.
+        rng: Of the augmentation.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, dataset: data.Dataset | None = None) -> None:
+        self._config, self._device = config, world.device
+        self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling)
+        if config.augment and not self.dataset.augmentable:
+            raise UsageError(f"--augment is for photographs of 28x28 pixels or more, which {config.data} has not")
+        self._sampler = data.Sampler(
+            self.dataset.n_train,
+            config.batch_size,
+            rank=world.rank,
+            size=world.size,
+            seed=config.seed,
+            mode=config.sampling,
+        )
+        self.steps_per_epoch = self._sampler.steps_per_epoch
+        self.rng = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + world.rank)
+        self._staged: int | None = None
+
+    def draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (b, ...) and labels (b,) of this rank's step; the same again for the same state of ``rng``. Local."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if self._config.sampling == "sharded" and epoch != self._staged:
+            self.dataset.stage(self._sampler.shard(epoch))
+            self._staged = epoch
+        x, y = self.dataset.batch(self._sampler.indices(epoch, k))
+        if self._config.augment:
+            x = data.augment(x, self.rng)
+        return x.to(self._device), y.to(self._device)
