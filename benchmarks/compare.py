@@ -184,7 +184,7 @@ def headline(document: Mapping[str, Any]) -> Sequence[str]:
         rank, factor = settings["straggler"]
         lines.append(f"rank {rank} computes {factor:g} times slower")
     busy = document["load_average"]["before"][0]
-    if busy > 0.5 * cores:
+    if busy > 0.75 * cores:
         lines.append(f"the machine was busy when this began (load {busy:.1f}): times are not to be trusted")
     return lines
 
