@@ -2,13 +2,16 @@
 
 For each size every rank holds a float32 vector x, and all do the same at once:
 
-    local pass         the fused kernel of the elastic exchange over x and a private c: what memory allows
+    local pass         the fused kernel of the elastic exchange over x and a c of each rank's own: what memory allows
     exchange           the same kernel over x and the shared center, shard by shard under our locks
     Get/Put, Allocate  the same on MPI_Win_allocate: exclusive lock, Get, kernel, Put, unlock, at each rank's share
     Get/Put, Create    the same on MPI_Win_create over memory of the process
     all-reduce         ours, in place
     MPI_Allreduce      in place
     gloo               torch.distributed's all-reduce
+
+The c of the local pass lies in the same kind of memory as the center. NumPy's own arrays lie on huge pages, and from
+one allocation to the next a pass over two of them takes up to 1.6 times as long: no reference for anything.
 
 All vectors hold zeros, so that no sum overflows however often it is made.
 """
@@ -28,22 +31,10 @@ from mpitrain.collectives.world import World
 from mpitrain.kernels import elastic_exchange
 
 RATE = 0.1  # alpha; with zeros any will do
-PAGE = 4096  # bytes
 
 REFERENCES = {"exchange": "local pass", "Get/Put, Allocate": "exchange", "Get/Put, Create": "exchange"}
 REFERENCES |= {"MPI_Allreduce": "all-reduce", "gloo": "all-reduce"}
 """What each operation is compared with."""
-
-
-def zeros_like(x: np.ndarray, n: int) -> np.ndarray:
-    """(n,) of private memory that begins at the same byte of a page as ``x``, its pages touched.
-
-    NumPy begins 16 bytes into a page. Where x does not, a load of the one vector looks to the processor like the store
-    to the other that was just made (their addresses agree in the last 12 bits), and a pass takes a third longer.
-    """
-    raw = np.full(x.dtype.itemsize * n + PAGE, 0, np.uint8)
-    start = (x.ctypes.data - raw.ctypes.data) % PAGE
-    return raw[start : start + x.dtype.itemsize * n].view(x.dtype)
 
 
 class Candidates:
@@ -59,10 +50,11 @@ class Candidates:
         self._comm = MPICommunicator(world)
         self._world = world
         x, center = self._comm.vector(n, np.float32), self._comm.shared_vector(n, np.float32)
-        private, summed = zeros_like(x.local, n), zeros_like(x.local, n)
+        own = self._comm.vector(n, np.float32)
+        summed = np.full(n, 0, np.float32)  # full touches the pages
         self._shares = split(n, world.size)
         mine = self._shares[world.rank]
-        self._staged = zeros_like(x.local, max(share.stop - share.start for share in self._shares))
+        self._staged = np.full(max(share.stop - share.start for share in self._shares), 0, np.float32)
         n_bytes = max(4 * (mine.stop - mine.start), 4)
         allocated = MPI.Win.Allocate(n_bytes, 1, comm=world.comm)
         memory: Any = allocated.tomemory()
@@ -71,7 +63,7 @@ class Candidates:
         created = MPI.Win.Create(self._exposed, 1, comm=world.comm)
         self._windows = [allocated, created]
         self.operations: dict[str, Callable[[], object]] = {
-            "local pass": lambda: elastic_exchange(x.local, private, RATE, RATE),
+            "local pass": lambda: elastic_exchange(x.local, own.local, RATE, RATE),
             "exchange": lambda: center.update(lambda part, c: elastic_exchange(x.local[part], c, RATE, RATE)),
             "Get/Put, Allocate": lambda: self._get_and_put(allocated, x.local),
             "Get/Put, Create": lambda: self._get_and_put(created, x.local),
@@ -81,7 +73,7 @@ class Candidates:
         if with_gloo:
             import torch
 
-            tensor = torch.from_numpy(zeros_like(x.local, n))
+            tensor = torch.from_numpy(np.full(n, 0, np.float32))
             self.operations["gloo"] = lambda: torch.distributed.all_reduce(tensor)
 
     def _get_and_put(self, window: MPI.Win, x: np.ndarray) -> None:
