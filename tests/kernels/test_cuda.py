@@ -5,7 +5,6 @@ import types
 
 import numpy as np
 import pytest
-from cuda.bindings import nvrtc
 
 from mpitrain.kernels import cuda, elastic_exchange, library, weighted_mix
 from mpitrain.kernels.storage import STORAGES, storages_of
@@ -15,6 +14,8 @@ NAMES = [kernel.name for kernel in library()]
 
 def compiled(source, capability):
     """The PTX of a CUDA source for a compute capability; NVRTC's log as an assertion where it has one."""
+    from cuda.bindings import nvrtc  # only one of the environments has it, and all of them collect this file
+
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
     options = [f"--gpu-architecture=compute_{capability}".encode(), *(option.encode() for option in cuda.OPTIONS)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
