@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.elastic import ElasticMethod
-from mpitrain.algorithms.method import Segment, Worker, setting
+from mpitrain.algorithms.method import PeriodicWorker, Segment, setting
 from mpitrain.collectives.communicator import Communicator, Vector
 
 
@@ -50,22 +50,16 @@ class EAMSGD(ElasticMethod):
         return EAMSGDWorker(self, comm, x, g)
 
 
-class EAMSGDWorker(Worker):
+class EAMSGDWorker(PeriodicWorker):
     """y, what the model holds, is the look-ahead of position and velocity."""
 
     def __init__(self, method: EAMSGD, comm: Communicator, x: Vector, g: Vector) -> None:
-        super().__init__(comm, x, g)
-        self._method = method
+        super().__init__(method, comm, x, g)
         self._y = x.local
         self._x = x.local.copy()
         self._v = x.local * 0
         self._center = method.center(comm, self._x)
         self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
-
-    def before_update(self) -> None:
-        """grad_point = pre: x <- x - alpha*(x - c), before the momentum step."""
-        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
-            self._exchange()
 
     def update(self, segment: Segment) -> None:
         """v <- delta*v - eta*g;  x <- x + v;  y <- x + delta*v"""
@@ -74,14 +68,11 @@ class EAMSGDWorker(Worker):
             self._x[part], self._v[part], self.g.local[part], self._y[part], eta, self._method.momentum, decay
         )
 
-    def after_update(self) -> None:
-        """grad_point = post: x <- x - alpha*(x - c), and the look-ahead from there."""
-        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
-            self._exchange()
-            kernels.lookahead(self._x, self._v, self._y, self._method.momentum)
-
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """x <- x - alpha*(x - c), and the center's side of it; after the momentum step the look-ahead moves with x."""
         self._center.exchange(self._x, self._method.alpha(self.comm.size, self.learning_rate))
+        if self._method.grad_point == "post":
+            kernels.lookahead(self._x, self._v, self._y, self._method.momentum)
 
     def consensus(self, out: Any) -> None:
         """The center. Local."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain.algorithms.elastic import ElasticMethod
-from mpitrain.algorithms.method import Worker
+from mpitrain.algorithms.method import PeriodicWorker
 from mpitrain.collectives.communicator import Communicator, Vector
 
 
@@ -45,25 +45,15 @@ class EASGD(ElasticMethod):
         return EASGDWorker(self, comm, x, g)
 
 
-class EASGDWorker(Worker):
+class EASGDWorker(PeriodicWorker):
     """x_i is what the model holds; the center is shared."""
 
     def __init__(self, method: EASGD, comm: Communicator, x: Vector, g: Vector) -> None:
-        super().__init__(comm, x, g)
-        self._method = method
+        super().__init__(method, comm, x, g)
         self._center = method.center(comm, x.local)
 
-    def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this exchange."""
-        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
-            self._exchange()
-
-    def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this exchange."""
-        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
-            self._exchange()
-
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """x <- x - alpha*(x - c), and the center's side of it."""
         self._center.exchange(self.x.local, self._method.alpha(self.comm.size, self.learning_rate))
 
     def consensus(self, out: Any) -> None:

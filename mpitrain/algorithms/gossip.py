@@ -16,6 +16,7 @@ The mean of all workers, which is what is evaluated, is preserved in expectation
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Method, Worker, setting
+from mpitrain.algorithms.method import Method, PeriodicWorker, setting
 from mpitrain.collectives.communicator import Communicator, Vector
 from mpitrain.collectives.mailboxes import SEQUENCE_TAG
 from mpitrain.collectives.topology import uniform_peer
@@ -65,31 +66,21 @@ class GossipSGD(Method):
         return (PullWorker if self.direction == "pull" else PushWorker)(self, comm, x, g, seed)
 
 
-class GossipWorker(Worker):
-    """What pull and push share: when to exchange, with whom, and the average."""
+class GossipWorker(PeriodicWorker):
+    """What pull and push share: with whom to average, and what is evaluated."""
 
     def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
-        super().__init__(comm, x, g)
-        self._method = method
+        super().__init__(method, comm, x, g)
         self._rng = np.random.default_rng([seed, comm.rank])
 
-    def exchange(self, peer: int) -> None:
-        """Average with a peer. Local."""
-        raise NotImplementedError
-
-    def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this exchange."""
-        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
-            self._exchange()
-
-    def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this exchange."""
-        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
-            self._exchange()
-
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """Average with a peer drawn uniformly from the others. Local."""
         if self.comm.size > 1:
-            self.exchange(uniform_peer(self._rng, self.comm.rank, self.comm.size))
+            self.average_with(uniform_peer(self._rng, self.comm.rank, self.comm.size))
+
+    @abstractmethod
+    def average_with(self, peer: int) -> None:
+        """One message. Local."""
 
     def consensus(self, out: Any) -> None:
         """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
@@ -119,7 +110,7 @@ class PullWorker(GossipWorker):
         self._boxes.publish(x.local)
         comm.barrier()
 
-    def exchange(self, peer: int) -> None:
+    def average_with(self, peer: int) -> None:
         """x_i <- (x_i + x_j)/2"""
         x = self.x.local
         self._boxes.publish(x)
@@ -154,7 +145,7 @@ class PushWorker(GossipWorker):
         self._boxes = comm.mailboxes(x.local.size, x.local.dtype)
         kernels.push_receive(x.local[:0], x.local[:0].copy(), 1.0)  # compiled before the first exchange
 
-    def exchange(self, peer: int) -> None:
+    def average_with(self, peer: int) -> None:
         """Send x_i, then x_i <- (x_i + sum of what came)/(1 + how many came)"""
         self._boxes.update(peer, self._leave)
         self._boxes.update(self.comm.rank, self._average)

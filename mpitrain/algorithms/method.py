@@ -200,3 +200,29 @@ class Worker(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Collective."""
         self.t = int(state["t"])
+
+
+class PeriodicWorker(Worker):
+    """A worker that exchanges every tau steps; ``grad_point`` says on which side of the gradient.
+
+    Args:
+        method: With the settings ``period`` (tau) and ``grad_point``.
+    """
+
+    def __init__(self, method: Any, comm: Communicator, x: Vector, g: Vector) -> None:
+        super().__init__(comm, x, g)
+        self._method = method
+
+    def before_update(self) -> None:
+        """grad_point = pre: the gradient was taken before this exchange."""
+        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
+            self.exchange()
+
+    def after_update(self) -> None:
+        """grad_point = post: the next gradient is taken after this exchange."""
+        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
+            self.exchange()
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Exchange once. Local, or Collective where the method is synchronous."""

@@ -33,7 +33,7 @@ def test_pull_contracts_as_the_formula_says(p, wanted):
     for i, worker in enumerate(simulation.workers):
         for j in set(range(p)) - {i}:
             worker.x.local[...] = x[i]
-            worker.exchange(j)
+            worker.average_with(j)
             table[i, j] = worker.x.local[0]
             assert table[i, j] == pytest.approx((x[i] + x[j]) / 2, abs=1e-15)
     after = table[np.arange(p), all_choices(p)]
@@ -55,7 +55,9 @@ def test_push_contracts_as_enumeration_says(p, wanted):
     for peers in choices:
         for worker, row in zip(simulation.workers, x, strict=True):
             worker.x.local[...] = row
-        simulation.world.run(lambda comm, peers=peers: simulation.workers[comm.rank].exchange(int(peers[comm.rank])))
+        simulation.world.run(
+            lambda comm, peers=peers: simulation.workers[comm.rank].average_with(int(peers[comm.rank]))
+        )
         total += spread(simulation.x().T)
     np.testing.assert_allclose(total / len(choices) / before, wanted, atol=5e-8)
 
@@ -63,7 +65,7 @@ def test_push_contracts_as_enumeration_says(p, wanted):
 def test_push_averages_with_everything_that_came():
     x = np.array([[1.0], [2.0], [6.0], [11.0]])
     simulation = simulate(PUSH, 4, start=x, eta=0.0, interleave_locks=True)
-    simulation.world.run(lambda comm: simulation.workers[comm.rank].exchange([3, 3, 3, 0][comm.rank]))
+    simulation.world.run(lambda comm: simulation.workers[comm.rank].average_with([3, 3, 3, 0][comm.rank]))
     # x_j <- (x_j + sum of what came)/(1 + how many came)
     np.testing.assert_allclose(simulation.x()[:, 0], [(1 + 11) / 2, 2, 6, (11 + 1 + 2 + 6) / 4], rtol=1e-15)
 
@@ -71,7 +73,7 @@ def test_push_averages_with_everything_that_came():
 def test_two_pulling_workers_keep_their_mean():
     simulation = simulate(PULL, 2, start=[[1.0, -3.0], [5.0, 8.0]], eta=0.0)
     for rank, worker in enumerate(simulation.workers):
-        worker.exchange(1 - rank)
+        worker.average_with(1 - rank)
     assert simulation.x().tolist() == [[3.0, 2.5], [3.0, 2.5]]
 
 
@@ -160,7 +162,7 @@ def test_peers_are_uniform_and_drawn_by_each_worker_for_itself():
     drawn = [[] for _ in range(p)]
     simulation = simulate(PULL, p, start=np.zeros(1), eta=0.1)
     for worker, peers in zip(simulation.workers, drawn, strict=True):
-        worker.exchange = peers.append
+        worker.average_with = peers.append
     simulation.run(steps)
     for i, j in itertools.combinations(range(p), 2):
         pairs, counts = np.unique(list(zip(drawn[i], drawn[j], strict=True)), axis=0, return_counts=True)
