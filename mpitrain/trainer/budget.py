@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mpitrain.trainer.config import TrainConfig
 
 
@@ -34,11 +36,11 @@ class Budget:
         """Whether a rank that has made ``step`` steps is done."""
         return self.steps is not None and step >= self.steps
 
-    def is_over_for_all(self, seconds: float, gradients: int) -> bool:
-        """Whether a budget that only rank 0 watches is used up."""
+    def is_over_for_all(self, seconds: float, count_gradients: Callable[[], int]) -> bool:
+        """Whether a budget that only rank 0 watches is used up; gradients are counted only if they are that budget."""
         if self.seconds is not None:
             return seconds >= self.seconds
-        return self.steps is None and self.gradients is not None and gradients >= self.gradients
+        return self.steps is None and self.gradients is not None and count_gradients() >= self.gradients
 
     def evaluates(self, step: int, seconds_since_last: float) -> bool:
         """Whether rank 0 evaluates after this step; the end is evaluated when all have come to it."""

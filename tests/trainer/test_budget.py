@@ -34,9 +34,9 @@ def test_every_budget_is_steps_of_each_rank_where_each_can_count_them(options, s
 
 def test_rank_0_ends_what_nobody_can_count_alone():
     minutes, gradients = budget(minutes=2.0), budget(gradients=30)
-    assert [minutes.is_over_for_all(seconds, 10**9) for seconds in (119.9, 120.0)] == [False, True]
-    assert [gradients.is_over_for_all(1e9, n) for n in (29, 30, 31)] == [False, True, True]
-    assert not budget(steps=3).is_over_for_all(1e9, 10**9)
+    assert [minutes.is_over_for_all(seconds, lambda: 10**9) for seconds in (119.9, 120.0)] == [False, True]
+    assert [gradients.is_over_for_all(1e9, lambda n=n: n) for n in (29, 30, 31)] == [False, True, True]
+    assert not budget(steps=3).is_over_for_all(1e9, lambda: 10**9)
     assert not minutes.is_over(10**9)
 
 
