@@ -26,14 +26,10 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.method import Method, PeriodicWorker, setting
 from mpitrain.collectives.communicator import Communicator, Vector
-from mpitrain.collectives.mailboxes import SEQUENCE_TAG
 from mpitrain.collectives.topology import uniform_peer
 
 COUNT = 1
 """The tag of a mailbox that counts the vectors summed in it."""
-
-SLOTS = 2
-"""Of a pulling worker's mailboxes: one is written while the other is read."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class PullWorker(GossipWorker):
 
     def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
         super().__init__(method, comm, x, g, seed)
-        self._boxes = comm.mailboxes(x.local.size, x.local.dtype, SLOTS)
+        self._boxes = comm.mailboxes(x.local.size, x.local.dtype, slots=2)
         kernels.pair_average(x.local[:0], x.local[:0].copy())  # compiled before the first exchange
         self._boxes.publish(x.local)
         comm.barrier()
@@ -119,15 +115,12 @@ class PullWorker(GossipWorker):
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, the random state and what peers can read, which is older than ``x``."""
         yield from super().state()
-        published, newest = np.zeros_like(self.x.local), 0.0
+        published = np.empty_like(self.x.local)
 
-        def copy(box: Any, tags: np.ndarray) -> None:
-            nonlocal newest
-            if tags[SEQUENCE_TAG] > newest:
-                newest, published[...] = tags[SEQUENCE_TAG], box
+        def copy(box: Any) -> None:
+            published[...] = box
 
-        for slot in range(SLOTS):
-            self._boxes.update(self.comm.rank, copy, slot)
+        self._boxes.latest(self.comm.rank, copy)
         yield "published", published
 
     def load(self, state: dict[str, Any]) -> None:

@@ -43,10 +43,7 @@ class Mailboxes:
                 What it returns is counted as rejected elements.
             slot: Which of its vectors.
         """
-        nbytes = self._visit(rank * self._slots + slot, fn, updated=True)
-        if rank != self._rank:
-            self._statistics.n_exchanges += 1
-            self._statistics.bytes_sent += nbytes
+        self._count(rank, self._visit(rank * self._slots + slot, fn, updated=True))
 
     def publish(self, values: Any) -> None:
         """Let others read ``values`` (n,) from now on: into the slot that is not the newest. Local."""
@@ -65,8 +62,7 @@ class Mailboxes:
             self._blocks.peek_tags(rank * self._slots + slot, self._peeked)
             if self._peeked[SEQUENCE_TAG] > most:
                 newest, most = slot, float(self._peeked[SEQUENCE_TAG])
-        self._statistics.n_exchanges += 1
-        self._statistics.bytes_sent += self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False)
+        self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:
         block = self._blocks.acquire(index)
@@ -75,6 +71,12 @@ class Mailboxes:
         finally:
             self._blocks.release(block, updated=updated)
         return int(block.data.nbytes)
+
+    def _count(self, rank: int, n_bytes: int) -> None:
+        """A visit to another worker's mailbox is an exchange; one to its own is none."""
+        if rank != self._rank:
+            self._statistics.n_exchanges += 1
+            self._statistics.bytes_sent += n_bytes
 
     def free(self) -> None:
         """Give the memory back. Collective."""

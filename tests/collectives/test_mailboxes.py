@@ -83,6 +83,7 @@ def test_a_visit_to_one_s_own_box_is_no_exchange(comm):
     boxes = comm.mailboxes(100, np.float32)
     boxes.publish(np.ones(100, np.float32))
     boxes.update(comm.rank, lambda box, tags: None)
+    boxes.latest(comm.rank, lambda box: None)
     assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (0, 0)
     boxes.update((comm.rank + 1) % comm.size, lambda box, tags: 7)
     others = int(comm.size > 1)
