@@ -30,6 +30,7 @@ import plan
 
 from mpitrain import cli
 from mpitrain.errors import UsageError
+from mpitrain.trainer import runfolder
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.runfolder import to_json
 
@@ -121,17 +122,12 @@ def make_folder(out: Path | None, world: Any) -> Path:
         UsageError: When it holds something or cannot be made, on all ranks.
     """
     folder = Path(world.comm.bcast(str(out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}")))
-    problem = None
-    if world.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                problem = f"--out {folder} is not empty: choose another folder"
-        except OSError as error:
-            problem = f"--out {folder} cannot be used ({error.strerror or error}): choose another folder"
-    problem = world.comm.bcast(problem)
-    if problem is not None:
-        raise UsageError(problem)
+
+    def refuse_full() -> None:
+        if any(folder.iterdir()):
+            raise UsageError(f"--out {folder} is not empty: choose another folder")
+
+    runfolder.make_folder(folder, world, refuse_full)
     return folder
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,39 @@ def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path 
     """
     if config.out is None:
         return None
-    folder, problem = Path(config.out), None
+    folder = Path(config.out)
     document = {"config": config.to_json(), "algorithm": config.algorithm, "settings": settings}
     document |= {"world": world.describe(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+    def describe() -> None:
+        if (folder / "config.json").exists():
+            raise UsageError(
+                f"{folder} already holds a run: continue it with --resume {folder}, or choose another --out"
+            )
+        write_json(folder / "config.json", document)
+
+    make_folder(folder, world, describe)
+    return folder
+
+
+def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
+    """Make a folder on rank 0, where ``first`` then looks at what it holds and puts something in. Collective.
+
+    Raises:
+        UsageError: What ``first`` raised, or that the folder cannot be used; on all ranks.
+    """
+    problem = None
     if world.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "config.json").exists():
-                problem = f"{folder} already holds a run: continue it with --resume {folder}, or choose another --out"
-            else:
-                write_json(folder / "config.json", document)
+            first()
+        except UsageError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"--out {folder} cannot be used ({error.strerror or error}): choose another folder"
     problem = world.comm.bcast(problem)
     if problem is not None:
         raise UsageError(problem)
-    return folder
 
 
 def reopen(folder: Path, config: TrainConfig, world: World) -> None:
