@@ -13,9 +13,10 @@ DEMO := runs/demo
 DEMO_EPOCHS ?= 20
 BENCH_RANKS ?= 4
 BENCH_OUT := runs/bench
+REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch) .ci/run
 
-.PHONY: setup demo lint test bench clean
+.PHONY: setup demo lint test bench reproduce docs clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -52,6 +53,15 @@ bench: setup
 	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py collectives-openmpi jobs/local.sh 2 python benchmarks/collectives.py
 	VIRTUAL_ENV=$(CURDIR)/$(MPICH) $(OPENMPI)/bin/python benchmarks/record.py collectives-mpich jobs/local.sh 2 python benchmarks/collectives.py
 	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py compare jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT)
+
+# What the papers found, in simulated worlds: each script prints its criterion and draws a figure.
+reproduce: $(OPENMPI)/.ready
+	@failed=; for script in $(REPRODUCTIONS); do \
+	    echo "== $$script"; $(OPENMPI)/bin/python $$script --out runs/reproduce || failed="$$failed $$script"; \
+	done; [ -z "$$failed" ] || { echo "missed:$$failed" >&2; exit 1; }
+
+docs: $(OPENMPI)/.ready
+	$(OPENMPI)/bin/mpitrain algorithms --markdown > docs/methods.md
 
 clean:
 	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache

@@ -39,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
     add("--lr-of", action="append", default=[], metavar="NAME=LR", help="of one algorithm, instead of what it declares")
     add("--momentum", type=float, help="of the local SGD (default: 0.9); not of algorithms that make the update")
     add("--weight-decay", type=float, help="default: 0")
-    add("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a setting of one algorithm")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="a setting of one algorithm; without it, what the algorithm recommends for short runs",
+    )
     add("--target", type=float, help="test accuracy, 0 to 1 (default: the highest whole percent that all runs reach)")
     add("--straggler", type=cli.straggler, metavar="RANK:FACTOR", help="make this rank compute FACTOR times slower")
     add("--sampling", choices=("independent", "sharded"), help="does each rank draw from all data, or from its part")
@@ -84,7 +90,8 @@ def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
             own["lr"] = number(rates[name][""], f"--lr-of {name}=")
         if method.owns_update and "momentum" in common:
             own["momentum"] = None
-        configs[name] = TrainConfig(name, settings[name], **{**common, **own})
+        of_short_runs = {key: str(value) for key, value in method.short_run.items()}
+        configs[name] = TrainConfig(name, {**of_short_runs, **settings[name]}, **{**common, **own})
         method_of(configs[name])
     return configs
 

@@ -1,4 +1,4 @@
-"""``mpitrain info | algorithms | train | data | report``
+"""``mpitrain info | algorithms | train | data | report | simulate``
 
 Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. What a user
 got wrong is one line on standard error and exit code 2.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import HEARD_SECONDS, UsageError
 from mpitrain.version import __version__
 
 EXIT_USAGE = 2
@@ -30,6 +30,7 @@ GRACE_SECONDS = 5.0
 DELEGATED = {
     "data": ("mpitrain.data.importers", "import data sets into HDF5 files"),
     "report": ("mpitrain.report", "plots and a table of runs"),
+    "simulate": ("mpitrain.simulate", "the same methods with many workers in one process, under a virtual clock"),
 }
 """Commands whose module knows their options: it is imported only when it is asked for."""
 
@@ -69,6 +70,7 @@ def fail(text: str, *, on_all_ranks: bool = False) -> int:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         sys.stdout.flush()
+        time.sleep(HEARD_SECONDS)
         mpi.COMM_WORLD.Abort(EXIT_USAGE)  # the others may be waiting for this rank
     return EXIT_USAGE
 
@@ -96,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     methods = commands.add_parser("algorithms", help="every method, its paper and its settings")
-    methods.add_argument("--json", action="store_true", help="one JSON document")
+    form = methods.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON document")
+    form.add_argument("--markdown", action="store_true", help="with equations, as in docs/methods.md")
     methods.set_defaults(run=_algorithms)
 
     train = commands.add_parser("train", help="train a model", description="Run under mpirun or srun.")
@@ -124,12 +128,14 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help="learning rate (default: 0.05)")
     add("--momentum", type=float, help="of the local SGD (default: 0.9, or the algorithm's own)")
     add("--weight-decay", type=float, help="default: 0")
+    add("--average", metavar="KIND", help="evaluate an average of the iterates: polyak or moving:RATE (default: none)")
     add("--seed", type=int, help="of everything random (default: 0)")
     add("--device", choices=("cpu", "cuda"), help="default: cpu")
     add("--sampling", choices=("independent", "sharded"), help="does each rank draw from all data, or from its part")
     add("--augment", action="store_true", default=None, help="random crops and flips of photographs")
     add("--evaluate-every", type=int, metavar="STEPS", help="of rank 0 (default: an epoch)")
     add("--checkpoint-every", type=int, metavar="STEPS", help="of rank 0; 0: never (default: an epoch)")
+    add("--replica-size", type=int, metavar="K", help="ranks that are one worker between them (default: 1)")
     add("--straggler", type=straggler, metavar="RANK:FACTOR", help="make this rank compute FACTOR times slower")
     add("--out", metavar="RUN", help="folder for configuration, metrics, checkpoints and plots")
     add("--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings")
@@ -164,7 +170,8 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     # What can be refused without starting MPI is refused without: no launcher's noise around the message.
     from mpitrain.collectives.world import init
-    from mpitrain.trainer.config import TrainConfig, method_of
+    from mpitrain.replica import check_replica_size
+    from mpitrain.trainer.config import TrainConfig, method_of, warnings_of
 
     options = {
         field.name: getattr(args, field.name, None)
@@ -184,6 +191,10 @@ def _train(args: argparse.Namespace) -> int:
         init()  # a folder may be missing on one node only: the ranks have to meet, so that this one can end all
         raise
     world = init(config.device)
+    check_replica_size(config.replica_size, world)
+    if world.rank == 0:
+        for text in warnings_of(config, world.size // config.replica_size):
+            print(f"mpitrain: warning: {text}", file=sys.stderr, flush=True)
     from mpitrain.trainer.loop import train
 
     result = train(config, world, resume=args.resume)
@@ -204,6 +215,8 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> Any:
 def _tell(result: dict[str, Any], *, as_json: bool) -> None:
     folder = Path(result["out"]) if result["out"] else None
     ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    if result["replica_size"] > 1:
+        ranks += f" ({result['workers']} worker{'s' * (result['workers'] > 1)})"
     if not result["complete"]:
         how = f"on {ranks} with: mpitrain train --resume {folder}" if folder else "is not possible: there was no --out"
         print(f"stopped at step {result['steps']}; to continue {how}", file=sys.stderr)
@@ -228,35 +241,14 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _algorithms(args: argparse.Namespace) -> int:
-    from mpitrain.algorithms import METHODS
-    from mpitrain.algorithms.method import describe_range
+    from mpitrain.algorithms import catalogue
 
-    document: dict[str, dict[str, Any]] = {
-        name: {
-            "class": method.__name__,
-            "summary": method.summary,
-            "source": method.source,
-            "settings": {
-                field.name: {
-                    "default": field.default,
-                    "range": describe_range(field),
-                    "help": field.metadata["help"],
-                }
-                for field in dataclasses.fields(method)
-            },
-        }
-        for name, method in METHODS.items()
-    }
     if _rank() != 0:
         return 0
     if args.json:
-        print(json.dumps(document))
-        return 0
-    for name, method in document.items():
-        print(f"{name}  ({method['class']})\n    {method['summary']}\n    {method['source']}")
-        for key, field in method["settings"].items():
-            print(f"      {key} = {field['default']}   {field['range']}; {field['help']}")
-        print()
+        print(json.dumps(catalogue.catalogue()))
+    else:
+        print(catalogue.markdown() if args.markdown else catalogue.text(), end="")
     return 0
 
 

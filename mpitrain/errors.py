@@ -1,4 +1,8 @@
-"""What a user can get wrong."""
+"""What a user can get wrong, and how the user gets to hear of it."""
+
+HEARD_SECONDS = 0.3
+"""How long a rank waits between its last words and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
+what they wrote a moment before."""
 
 
 class UsageError(ValueError):

@@ -42,6 +42,7 @@ class FlatParameters:
         n: Elements of the vector, padding included.
         dtype: NumPy's name of the parameters' type.
         segments: One slice for each parameter group.
+        layers: One slice for each parameter tensor.
 
     Raises:
         UsageError: No parameters, parameters that are not floating point, or of several types.
@@ -62,6 +63,7 @@ class FlatParameters:
                 end += -(-parameter.numel() // align) * align
             self.segments.append(slice(begin, end))
         self.n = end
+        self.layers = tuple(slice(place.start, place.start + place.parameter.numel()) for place in self._places)
         self.n_parameters = sum(place.parameter.numel() for place in self._places)
 
     def attach(self, x: np.ndarray, g: np.ndarray, *, staged: bool = False) -> None:

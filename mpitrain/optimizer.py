@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain.algorithms.method import Method, Segment
+from mpitrain.algorithms.averaging import Average
+from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.flat import FlatParameters, for_each_state_tensor
+from mpitrain.replica import ReplicaGroup, check_replica_size
+
+MOST_LOOKED_AT = 32
+"""Workers whose distance from the consensus is measured: looking at all of a thousand would take minutes."""
 
 Loss = torch.Tensor | float | Callable[[], torch.Tensor]
 
@@ -41,9 +47,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         method: For example ``mpitrain.EASGD(period=10)``.
         world: Of ``mpitrain.init()``, which is called when it is not given.
         seed: Of the random choices a method makes (whom to gossip with); the same on all ranks.
+        average: A running average that is evaluated instead of what the method evaluates, such as
+            ``mpitrain.Average("polyak")``.
+        replica_size: Ranks that are one worker between them, k: neighbours by rank, with the mean of their gradients.
+            A group with mini-batches of b is one worker with a mini-batch of k*b.
+        fitness: The loss of the model, as it is when called, on data held out from training; for methods that rank
+            workers by it (neuroevolution). It is called without gradients; set the model's mode in it.
 
     Attributes:
-        statistics: What this rank has exchanged so far.
+        statistics: What this rank has exchanged so far, inside its group too.
         exchange_seconds: Time spent in ``step`` outside the local update, waiting included.
 
     Example:
@@ -51,7 +63,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         >>> optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()  # doctest: +SKIP
 
     Raises:
-        UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method.
+        UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method;
+            a number of ranks that cannot be divided into groups.
     """
 
     def __init__(
@@ -62,8 +75,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         *,
         world: World | None = None,
         seed: int = 0,
+        average: Average | None = None,
+        replica_size: int = 1,
+        fitness: Callable[[], float] | None = None,
     ) -> None:
         self.world = world or init()
+        check_replica_size(replica_size, self.world)
         self.method = method
         self._base = base
         _check_base(base, model, method)
@@ -73,13 +90,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._comm = MPICommunicator(self.world)
         self.statistics: Statistics = self._comm.statistics
         for_each_state_tensor(model, self._comm.broadcast)
-        x = self._comm.vector(self._flat.n, self._flat.dtype)
-        g = self._comm.vector(self._flat.n, self._flat.dtype)
-        self._flat.attach(x.local, g.local)
+        self._replica_size = replica_size
+        self._group = ReplicaGroup(self._comm, replica_size, self._flat.n, self._flat.dtype)
+        self._x = self._group.x.local
+        self._flat.attach(self._x, self._group.g.local)
         self._comm.barrier()
-        self._worker = method.worker(self._comm, x, g, seed)
+        self._worker: Worker | None = None  # of a group, its first rank has it
+        if self._group.workers is not None:
+            held_out = None if fitness is None else self._fitness_of(fitness)
+            replica = Replica(self._group.workers, self._group.x, self._group.g, seed, self._flat.layers, held_out)
+            self._worker = method.worker(replica)
+            if average is not None:
+                self._worker = average.carry(self._worker, replica)
+            self._group.open_desk(self._worker.consensus)
         self._scratch: np.ndarray | None = None
         self.exchange_seconds = 0.0
+
+    @property
+    def group(self) -> World | None:
+        """The ranks that are one worker with this one, which make every step together; None where each is one."""
+        return self._group.world
 
     @property
     def n_parameters(self) -> int:
@@ -104,7 +134,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, loss: Loss | None = None, *, closure: Callable[[], torch.Tensor] | None = None
     ) -> Any:
-        """Exchange and update. Collective for synchronous methods, Local for the others.
+        """Exchange and update. Collective for synchronous methods, Local for the others (or Collective over a group).
 
         Args:
             loss: Of this mini-batch; needed only by methods that rank workers by it. A closure that computes it again
@@ -129,14 +159,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
         ]
         began, self._update_seconds = time.perf_counter(), 0.0
         self._flat.to_host()
-        self._worker.step(
-            segments,
-            None if self.method.owns_update else self._local_update,
-            float(loss) if self.method.needs_loss and loss is not None else None,
-        )
+        mean_loss = self._group.average(float(loss) if self.method.needs_loss and loss is not None else None)
+        if self._worker is not None:
+            with self._group.busy:
+                self._worker.step(segments, None if self.method.owns_update else self._local_update, mean_loss)
+        self._group.share()
         self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
         return loss
+
+    def _fitness_of(self, fitness: Callable[[], float]) -> Callable[[np.ndarray], float]:
+        """The fitness of parameters (n,), from that of what the model holds."""
+
+        def of(vector: np.ndarray) -> float:
+            with self._flat.holding(vector):
+                return float(fitness())
+
+        return of
 
     def _local_update(self) -> None:
         began = time.perf_counter()
@@ -158,12 +197,38 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """(n,) what the method evaluates, as ``consensus`` would show it; overwritten by the next call. Local."""
         if self._scratch is None:
             self._scratch = np.zeros(self._flat.n, self._flat.dtype)
-        self._worker.consensus(self._scratch)
+        if self._worker is None:
+            self._group.ask(self._scratch)
+        else:
+            with self._group.busy:
+                self._worker.consensus(self._scratch)
         return self._scratch
 
-    def distance(self, vector: np.ndarray) -> float:
-        """The Euclidean distance of this rank's parameters from a vector (n,). Local."""
-        return float(np.linalg.norm(vector.astype(np.float64) - self._worker.x.local))
+    def metrics(self) -> dict[str, float]:
+        """What the method tells of this worker, by the names in ``method.metrics``. Local.
+
+        A rank that is not the first of its group has no numbers of its own: NaN.
+        """
+        return dict.fromkeys(self.method.metrics, math.nan) if self._worker is None else self._worker.metrics()
+
+    def spread(self, vector: np.ndarray) -> tuple[float, float]:
+        """How far the workers' parameters are from a vector (n,): root mean square distance, and elastic energy. Local.
+
+        The workers are looked at as they are now, at most 32 of them, evenly over the ranks.
+
+        Raises:
+            UsageError: On a rank that is not the first of its group: it cannot reach the other workers.
+        """
+        if self._worker is None:
+            raise UsageError("ask the first rank of a replica group for the spread of the workers")
+        comm = self._worker.comm
+        peers = range(0, comm.size, -(-comm.size // MOST_LOOKED_AT))
+        squares: list[float] = []
+        for peer in peers:
+            comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(x, vector)))
+        mean = float(np.mean(squares))
+        rho = self.method.elastic_coefficient(comm.size, float(self.param_groups[0]["lr"]))
+        return math.sqrt(mean), rho / 2 * comm.size * mean
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
@@ -173,10 +238,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         return {
             "algorithm": self.method.name,
-            "parameters": self._worker.x.local.copy(),
+            "replica_size": self._replica_size,
+            "parameters": self._x.copy(),
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
-            "method": {name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()},
+            "method": self._method_state(),
         }
+
+    def _method_state(self) -> dict[str, Any]:
+        """A copy of what the worker has; nothing on a rank that is not the first of its group."""
+        if self._worker is None:
+            return {}
+        with self._group.busy:
+            return {name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from this rank's part of a state. Collective.
@@ -188,18 +261,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 f"the state is one of {state_dict['algorithm']}, and this optimizer runs {self.method.name}"
             )
+        replica_size = state_dict["replica_size"]
+        if replica_size != self._replica_size:
+            raise UsageError(f"the state is one of replica_size {replica_size}, and this is {self._replica_size}")
         parameters = state_dict["parameters"]
-        if parameters.shape != self._worker.x.local.shape:
+        if parameters.shape != self._x.shape:
             raise UsageError(
-                f"the state holds {parameters.size} parameters and the model has {self._worker.x.local.size}: "
+                f"the state holds {parameters.size} parameters and the model has {self._x.size}: "
                 "it was saved from another model"
             )
         self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
         self._share_with_base()
-        self._worker.x.local[...] = parameters
+        self._x[...] = parameters
         self._flat.to_device()
         self._comm.barrier()
-        self._worker.load(state_dict["method"])
+        if self._worker is not None:
+            with self._group.busy:
+                self._worker.load(state_dict["method"])
         self._comm.barrier()
 
     def close(self) -> None:
@@ -207,6 +285,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._comm is not None and self._flat is not None:
             self._flat.detach()
             self._comm.barrier()
+            self._group.close()
             self._comm.free()
             self._flat = self._comm = None  # type: ignore[assignment]
 
@@ -224,6 +303,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.param_groups = self._base.param_groups
         self.state = self._base.state
         self.defaults = self._base.defaults
+
+
+def _square_distance(a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> float:
+    """||a - b||^2 in float64, block by block."""
+    total = 0.0
+    for start in range(0, a.size, block):
+        difference = a[start : start + block].astype(np.float64) - b[start : start + block]
+        total += float(difference @ difference)
+    return total
 
 
 def _check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Method, Segment, Worker
+from mpitrain.algorithms.averaging import Average
+from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.collectives.schedules import RoundRobin
 from mpitrain.collectives.simulated import SimulatedCommunicator, SimulatedWorld
 
@@ -32,7 +33,11 @@ class Simulation:
         start: (n,) where all begin, or (p, n) one row each; worker 0's seeds whatever is shared.
         learning_rate: eta.
         weight_decay: Added to the gradient.
+        momentum: Of the local SGD, for methods that leave the update to it; in no checkpoint.
         seed: Of the method's random choices.
+        layers, fitness: What a method may ask of a model, as in ``Replica``.
+        average: What is evaluated instead of the method's own.
+        loss: ``loss(rank, x)`` of the mini-batch, for methods that need it; the norm of the gradient when not given.
     """
 
     method: Method
@@ -41,7 +46,12 @@ class Simulation:
     start: np.ndarray
     learning_rate: float
     weight_decay: float = 0.0
+    momentum: float = 0.0
     seed: int = 0
+    layers: tuple[slice, ...] = ()
+    fitness: Callable[[Any], float] | None = None
+    loss: Callable[[int, np.ndarray], float] | None = None
+    average: Average | None = None
 
     def __post_init__(self) -> None:
         starts = np.broadcast_to(self.start, (self.world.size, np.shape(self.start)[-1]))
@@ -50,7 +60,9 @@ class Simulation:
             x, g = comm.vector(starts.shape[1], starts.dtype), comm.vector(starts.shape[1], starts.dtype)
             x.local[...] = starts[comm.rank]
             comm.barrier()
-            return self.method.worker(comm, x, g, self.seed)
+            replica = Replica(comm, x, g, self.seed, self.layers, self.fitness)
+            worker = self.method.worker(replica)
+            return worker if self.average is None else self.average.carry(worker, replica)
 
         # Setting up is collective and takes as many switches as it takes: the schedule is for what follows.
         schedule, self.world.schedule = self.world.schedule, RoundRobin()
@@ -71,7 +83,7 @@ class Simulation:
             update = None if self.method.owns_update else self._sgd(worker)
             for _ in range(steps):
                 worker.g.local[...] = self.gradient(comm.rank, worker.x.local)
-                worker.step(segments, update)
+                worker.step(segments, update, self._loss(worker) if self.method.needs_loss else None)
                 if after_step is not None:
                     after_step(self, comm.rank)
                 comm.end_step()
@@ -89,6 +101,15 @@ class Simulation:
         self.workers[rank].consensus(out)
         return out
 
+    def _loss(self, worker: Worker) -> float:
+        if self.loss is not None:
+            return self.loss(worker.comm.rank, worker.x.local)
+        return float(np.linalg.norm(worker.g.local))
+
     def _sgd(self, worker: Worker) -> Callable[[], object]:
-        """x <- x - eta*(g + decay*x)"""
-        return lambda: kernels.sgd_step(worker.x.local, worker.g.local, self.learning_rate, self.weight_decay)
+        """x <- x - eta*(g + decay*x), or the same with momentum as torch has it."""
+        x, g, eta, decay = worker.x.local, worker.g.local, self.learning_rate, self.weight_decay
+        if self.momentum == 0:
+            return lambda: kernels.sgd_step(x, g, eta, decay)
+        v = np.zeros_like(x)
+        return lambda: kernels.torch_momentum_step(x, v, g, eta, self.momentum, decay)

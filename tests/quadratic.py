@@ -44,7 +44,7 @@ def simulate(
 ) -> Simulation:
     """A simulation of ``p`` workers, ready to run; the gradient is that of h = 1 unless one is given."""
     simulated = SimulatedWorld(p, schedule, **world)
-    return Simulation(method, simulated, gradient or slope(), np.asarray(start), eta, decay, seed)
+    return Simulation(method, simulated, gradient or slope(), np.asarray(start), eta, decay, seed=seed)
 
 
 def states(simulation: Simulation) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("__main__", "cli", "report", "info", "simulate"),
     ("trainer",),
-    ("optimizer", "flat", "checkpoint", "metrics", "simulation"),
+    ("optimizer", "replica", "flat", "checkpoint", "metrics", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
     ("kernels",),

@@ -19,14 +19,16 @@ from mpitrain.report import Run, command, load_run, load_runs, plots, summarise,
 TABLES = {
     "progress": (
         *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
-        *("compute_share", "exchange_share", "waiting_share", "rejected", "consensus_distance"),
+        *("compute_share", "exchange_share", "waiting_share", "rejected", "consensus_distance", "elastic_energy"),
+        *("exchanges", "lock_wait_seconds"),
     ),
     "evaluation": ("seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"),
-    "staleness": ("seconds", ("histogram", (33,))),
+    "staleness": ("seconds", ("histogram", (33,)), ("distance", (33,))),
+    "method": ("seconds", ("leader", (4,))),
 }
 RESULT = {
     "algorithm": "easgd",
-    "settings": {"moving_rate": 0.225, "period": 10},
+    "settings": {"moving_rate": 0.225, "period": 5, "rho": None},
     "ranks": 4,
     "test_accuracy": 0.9,
     "test_loss": 0.3,
@@ -48,9 +50,13 @@ def make_run(folder: Path, *, result: dict[str, Any] | None = None, seed: int = 
             counters = {"seconds": step / 2, "step": step, "gradients": 4 * step, "bytes": 8000 * step}
             shares = {"compute_share": 0.6, "exchange_share": 0.1, "waiting_share": 0.2 if step > 50 else 0.4}
             metrics.append("progress", **counters, **shares, loss=loss, consensus_distance=1 / step)
+            metrics.append("progress", **counters, elastic_energy=2 / step, exchanges=4 * step, lock_wait_seconds=0.25)
+            metrics.append("method", seconds=step / 2, leader=[step // 30] * 4)
             if step % 20 == 0:
                 metrics.append("evaluation", **counters, test_loss=loss, test_accuracy=0.5 + 0.1 * np.sin(step))
-                metrics.append("staleness", seconds=step / 2, histogram=step * (np.arange(33) < 4))
+                metrics.append(
+                    "staleness", seconds=step / 2, histogram=step * (np.arange(33) < 4), distance=np.ones(33)
+                )
     (folder / "config.json").write_text(json.dumps({"algorithm": "easgd", "settings": {"period": 10}}))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
@@ -76,13 +82,13 @@ def test_one_run_is_reported_into_its_own_folder(tmp_path: Path, capsys: pytest.
     run = make_run(tmp_path / "run", result=RESULT)
     assert report_command(run, "--json") == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = ["curves.png", "shares.png", "staleness.png", "consensus.png", "report.md"]
+    names = ["curves.png", "shares.png", "staleness.png", "consensus.png", "method.png", "report.md"]
     assert document["files"] == [str(run / name) for name in names]
     assert all(min(png_size(run / name)) > 200 for name in names[:-1])
     text = (run / "report.md").read_text()
     assert all(f"]({name})" in text for name in names[:-1])
     cells = [cell.strip() for cell in text.splitlines()[4].split("|")]
-    for cell in ("easgd", "moving_rate=0.225, period=10", "90.00%", "50.0 s", "4,000", "80", "2 kB", "10.0%"):
+    for cell in ("easgd", "moving_rate=0.225, period=5", "90.00%", "50.0 s", "4,000", "80", "2 kB", "10.0%"):
         assert cell in cells
 
 

@@ -6,19 +6,83 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mpitrain.algorithms.adag import ADAG
+from mpitrain.algorithms.admm import ADMM
+from mpitrain.algorithms.adownpour import ADownpour, MVADownpour
+from mpitrain.algorithms.adpsgd import ADPSGD
+from mpitrain.algorithms.aeasgd import AEASGD
+from mpitrain.algorithms.agn import AGN
 from mpitrain.algorithms.allreduce import AllReduceSGD
+from mpitrain.algorithms.dasgd import DaSGD
+from mpitrain.algorithms.diloco import DiLoCo
+from mpitrain.algorithms.downpour import Downpour
+from mpitrain.algorithms.dpsgd import DPSGD
+from mpitrain.algorithms.dynsgd import DynSGD
 from mpitrain.algorithms.eamsgd import EAMSGD
 from mpitrain.algorithms.easgd import EASGD
+from mpitrain.algorithms.easgd_tree import EASGDTree
+from mpitrain.algorithms.gosgd import GoSGD
 from mpitrain.algorithms.gossip import GossipSGD
+from mpitrain.algorithms.gpu_asgd import GPUASGD
+from mpitrain.algorithms.localsgd import LocalSGD, PostLocalSGD
+from mpitrain.algorithms.lsgd import LSGD
+from mpitrain.algorithms.mdownpour import MDownpour
 from mpitrain.algorithms.method import Method
+from mpitrain.algorithms.neuroevolution import NeuroevolutionSGD
+from mpitrain.algorithms.parle import EntropySGD, Parle
+from mpitrain.algorithms.robust import RobustSGD
+from mpitrain.algorithms.safeguard import SafeguardSGD
+from mpitrain.algorithms.sgp import StochasticGradientPush
+from mpitrain.algorithms.slowmo import SlowMo
+from mpitrain.algorithms.zealous import ZealousDownpour
 from mpitrain.errors import UsageError
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (AllReduceSGD, EASGD, EAMSGD, GossipSGD)
+    method.name: method for method in (
+        AllReduceSGD, EASGD, EAMSGD, AEASGD, EASGDTree, ADMM, GossipSGD, GoSGD, StochasticGradientPush, DPSGD, ADPSGD,
+        Downpour, MDownpour, ADownpour, MVADownpour, ZealousDownpour, AGN, ADAG, DynSGD, GPUASGD,
+        LocalSGD, PostLocalSGD, SlowMo, DiLoCo, DaSGD, EntropySGD, Parle,
+        LSGD, RobustSGD, SafeguardSGD, NeuroevolutionSGD,
+    )
 }  # fmt: skip
 """The registry: a new method is one more class here."""
 
-__all__ = ["EAMSGD", "EASGD", "METHODS", "AllReduceSGD", "GossipSGD", "Method", "create"]
+__all__ = [
+    "ADAG",
+    "ADMM",
+    "ADPSGD",
+    "AEASGD",
+    "AGN",
+    "DPSGD",
+    "EAMSGD",
+    "EASGD",
+    "EASGDTree",
+    "GPUASGD",
+    "METHODS",
+    "ADownpour",
+    "AllReduceSGD",
+    "DaSGD",
+    "DiLoCo",
+    "Downpour",
+    "DynSGD",
+    "EntropySGD",
+    "GoSGD",
+    "GossipSGD",
+    "LSGD",
+    "LocalSGD",
+    "MDownpour",
+    "MVADownpour",
+    "Method",
+    "Parle",
+    "PostLocalSGD",
+    "SlowMo",
+    "StochasticGradientPush",
+    "ZealousDownpour",
+    "create",
+    "RobustSGD",
+    "SafeguardSGD",
+    "NeuroevolutionSGD",
+]
 
 
 def create(name: str, settings: Mapping[str, str] | None = None) -> Method:

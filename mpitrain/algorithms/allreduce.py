@@ -14,25 +14,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpitrain.algorithms.method import Method, Worker
-from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.algorithms.method import Method, Replica, Worker
 
 
 @dataclass(frozen=True)
 class AllReduceSGD(Method):
     """Every step uses the mean of all workers' gradients. It has no hyper-parameters of its own.
 
-    Communication: 2(p-1)/p vectors a worker and step. Gradient clipping done before ``step`` clips each worker's own
+    Gradient clipping done before ``step`` clips each worker's own
     gradient, before the mean.
     """
 
     name: ClassVar[str] = "allreduce"
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
+    communication: ClassVar[str] = "2(p-1)/p"
 
-    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> AllReduceWorker:
+    def worker(self, replica: Replica) -> AllReduceWorker:
         """Collective."""
-        return AllReduceWorker(comm, x, g)
+        return AllReduceWorker(replica)
 
 
 class AllReduceWorker(Worker):

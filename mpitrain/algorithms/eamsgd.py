@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels
-from mpitrain.algorithms.elastic import ElasticMethod
-from mpitrain.algorithms.method import PeriodicWorker, Segment, setting
-from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.algorithms.elastic import ElasticMethod, ElasticWorker
+from mpitrain.algorithms.method import Replica, Segment, setting
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class EAMSGD(ElasticMethod):
     Args:
         momentum: delta; 0.99 in the paper. The learning rate should be about ten times smaller than that of SGD.
 
-    The other arguments are ``ElasticMethod``'s. Communication: 2/tau vectors a worker and step.
+    The other arguments are ``ElasticMethod``'s.
     """
 
     momentum: float = setting(0.99, "delta, Nesterov momentum of the workers", low=0, below=1)
@@ -42,23 +41,22 @@ class EAMSGD(ElasticMethod):
     name: ClassVar[str] = "eamsgd"
     summary: ClassVar[str] = "elastic averaging with Nesterov momentum on the workers"
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
+    communication: ClassVar[str] = "2/tau (center pulled and pushed); synchronous 2(p-1)/(p*tau)"
     owns_update: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 0.1
 
-    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> EAMSGDWorker:
+    def worker(self, replica: Replica) -> EAMSGDWorker:
         """Collective."""
-        return EAMSGDWorker(self, comm, x, g)
+        return EAMSGDWorker(self, replica)
 
 
-class EAMSGDWorker(PeriodicWorker):
+class EAMSGDWorker(ElasticWorker):
     """y, what the model holds, is the look-ahead of position and velocity."""
 
-    def __init__(self, method: EAMSGD, comm: Communicator, x: Vector, g: Vector) -> None:
-        super().__init__(method, comm, x, g)
-        self._y = x.local
-        self._x = x.local.copy()
-        self._v = x.local * 0
-        self._center = method.center(comm, self._x)
+    def __init__(self, method: EAMSGD, replica: Replica) -> None:
+        self._y = replica.x.local
+        self._x, self._v = self._y.copy(), self._y * 0
+        super().__init__(method, replica, method.center(replica), position=self._x)
         self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
 
     def update(self, segment: Segment) -> None:
@@ -69,25 +67,19 @@ class EAMSGDWorker(PeriodicWorker):
         )
 
     def exchange(self) -> None:
-        """x <- x - alpha*(x - c), and the center's side of it; after the momentum step the look-ahead moves with x."""
-        self._center.exchange(self._x, self._method.alpha(self.comm.size, self.learning_rate))
+        """As without momentum; after the momentum step the look-ahead moves with x."""
+        super().exchange()
         if self._method.grad_point == "post":
             kernels.lookahead(self._x, self._v, self._y, self._method.momentum)
 
-    def consensus(self, out: Any) -> None:
-        """The center. Local."""
-        self._center.read(out)
-
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, position, velocity and the center; the look-ahead is what the model holds."""
+        """The clock, the center, position and velocity; the look-ahead is what the model holds."""
         yield from super().state()
         yield "position", self._x
         yield "velocity", self._v
-        yield from self._center.state()
 
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
         super().load(state)
         self._x[...] = state["position"]
         self._v[...] = state["velocity"]
-        self._center.load(state)

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Method, PeriodicWorker, setting
-from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
 from mpitrain.collectives.topology import uniform_peer
 
 COUNT = 1
@@ -40,8 +40,6 @@ class GossipSGD(Method):
         direction: ``pull`` or ``push``.
         period: tau, local steps between two exchanges of a worker.
         grad_point: ``pre``: the gradient of a step with an exchange is taken before it; ``post``: after it.
-
-    Communication: one vector received and one sent, on average, every tau steps.
     """
 
     direction: str = setting("pull", "who moves a vector: the receiver or the sender", choices=("pull", "push"))
@@ -51,23 +49,24 @@ class GossipSGD(Method):
     name: ClassVar[str] = "gossip"
     summary: ClassVar[str] = "average with one random peer at a time"
     source: ClassVar[str] = "Jin, Yuan, Iandola, Keutzer 2016, arXiv 1611.04581"
+    communication: ClassVar[str] = "1/tau received and, on average, 1/tau sent"
 
     @property
     def is_synchronous(self) -> bool:
         """Nobody waits for anybody."""
         return False
 
-    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> GossipWorker:
+    def worker(self, replica: Replica) -> GossipWorker:
         """Collective."""
-        return (PullWorker if self.direction == "pull" else PushWorker)(self, comm, x, g, seed)
+        return (PullWorker if self.direction == "pull" else PushWorker)(self, replica)
 
 
 class GossipWorker(PeriodicWorker):
     """What pull and push share: with whom to average, and what is evaluated."""
 
-    def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
-        super().__init__(method, comm, x, g)
-        self._rng = np.random.default_rng([seed, comm.rank])
+    def __init__(self, method: GossipSGD, replica: Replica) -> None:
+        super().__init__(method, replica)
+        self._rng = np.random.default_rng([replica.seed, self.comm.rank])
 
     def exchange(self) -> None:
         """Average with a peer drawn uniformly from the others. Local."""
@@ -80,10 +79,7 @@ class GossipWorker(PeriodicWorker):
 
     def consensus(self, out: Any) -> None:
         """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
-        out[...] = 0
-        for peer in range(self.comm.size):
-            self.comm.read(self.x, peer, lambda x: kernels.scaled_add(out, x, 1.0))
-        kernels.scale(out, 1.0 / self.comm.size)
+        mean_of_workers(self.comm, self.x, out)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock and the random state."""
@@ -99,12 +95,13 @@ class GossipWorker(PeriodicWorker):
 class PullWorker(GossipWorker):
     """Publishes its own vector, reads a peer's."""
 
-    def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
-        super().__init__(method, comm, x, g, seed)
-        self._boxes = comm.mailboxes(x.local.size, x.local.dtype, slots=2)
-        kernels.pair_average(x.local[:0], x.local[:0].copy())  # compiled before the first exchange
-        self._boxes.publish(x.local)
-        comm.barrier()
+    def __init__(self, method: GossipSGD, replica: Replica) -> None:
+        super().__init__(method, replica)
+        x = self.x.local
+        self._boxes = self.comm.mailboxes(x.size, x.dtype, slots=2)
+        kernels.pair_average(x[:0], x[:0].copy())  # compiled before the first exchange
+        self._boxes.publish(x)
+        self.comm.barrier()
 
     def average_with(self, peer: int) -> None:
         """x_i <- (x_i + x_j)/2"""
@@ -133,10 +130,11 @@ class PullWorker(GossipWorker):
 class PushWorker(GossipWorker):
     """Leaves its vector with a peer, averages with what others left."""
 
-    def __init__(self, method: GossipSGD, comm: Communicator, x: Vector, g: Vector, seed: int) -> None:
-        super().__init__(method, comm, x, g, seed)
-        self._boxes = comm.mailboxes(x.local.size, x.local.dtype)
-        kernels.push_receive(x.local[:0], x.local[:0].copy(), 1.0)  # compiled before the first exchange
+    def __init__(self, method: GossipSGD, replica: Replica) -> None:
+        super().__init__(method, replica)
+        x = self.x.local
+        self._boxes = self.comm.mailboxes(x.size, x.dtype)
+        kernels.push_receive(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def average_with(self, peer: int) -> None:
         """Send x_i, then x_i <- (x_i + sum of what came)/(1 + how many came)"""

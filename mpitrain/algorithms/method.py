@@ -1,8 +1,8 @@
 """The contract of a method: what it declares, and what everything above it works from.
 
-A method is a frozen dataclass of hyper-parameters. ``worker`` makes the running state of one worker from flat vectors
-and a communicator; the optimizer, the trainer, the checkpoint and the simulator know no more of a method than this
-file says, and none of them asks for its name.
+A method is a frozen dataclass of hyper-parameters. ``worker`` makes the running state of one worker from a ``Replica``:
+flat vectors and a communicator. The optimizer, the trainer, the checkpoint and the simulator know no more of a method
+than this file says, and none of them asks for its name.
 
 One step of a worker, with the gradient already in ``g``::
 
@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain.collectives.communicator import Communicator, Vector
@@ -57,6 +58,29 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Replica:
+    """What a worker is made from: one copy of the model, as flat vectors, and the other workers.
+
+    Attributes:
+        comm: The workers.
+        x: (n,) what the model holds; equal on all workers when they are made.
+        g: (n,) where the gradient will be.
+        seed: Of the run; a worker draws from (seed, rank).
+        layers: Where each parameter tensor lies in the vector, in order; empty when nobody knows, and then the
+            vector is one layer.
+        fitness: The loss of parameters (n,) on data held out from training, for methods that ask for it; the same
+            function on all workers. None when there are no such data.
+    """
+
+    comm: Communicator
+    x: Vector
+    g: Vector
+    seed: int = 0
+    layers: tuple[slice, ...] = ()
+    fitness: Callable[[Any], float] | None = None
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """Hyper-parameters of one method. Subclasses are frozen dataclasses whose fields are made by ``setting``.
 
@@ -64,19 +88,28 @@ class Method(ABC):
         name: In the registry and on the command line.
         summary: One line for ``mpitrain algorithms``.
         source: Authors, title, year, where.
+        communication: What a worker sends and receives a step, in vectors of the model's size.
         owns_update: Whether the method makes the local update itself (then ``update`` is called and the torch
             optimizer only lends its learning rates and weight decays).
         needs_loss: Whether ``step`` must be given the loss.
+        evaluates_history: Whether what it evaluates is an average over the past, which moves on when the workers rest.
         learning_rate_factor: How much larger its learning rate should be than that of SGD with momentum 0.9; a default
             for comparisons, which nothing applies by itself.
+        short_run: Settings for runs of a few hundred steps, in which the paper's periods and windows would hardly come
+            round; for comparisons, like the factor.
+        metrics: The names of what ``Worker.metrics`` tells.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    communication: ClassVar[str]
     owns_update: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
+    evaluates_history: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -91,16 +124,29 @@ class Method(ABC):
         """Whether workers wait for each other in ``step``: then all of them must make the same number of steps."""
         return True
 
-    @abstractmethod
-    def worker(self, comm: Communicator, x: Vector, g: Vector, seed: int = 0) -> Worker:
-        """Allocate what one worker needs. Collective.
+    def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
+        """What is outside a region in which the method is proved to work, one line each.
+
+        Each names the bound and a setting that would be inside.
 
         Args:
-            comm: The workers.
-            x: (n,) what the model holds; equal on all workers.
-            g: (n,) where the gradient will be.
-            seed: Of the run; a worker draws from (seed, rank).
+            size: The number of workers.
+            learning_rate: eta, as the run begins.
         """
+        yield from ()
+
+    def elastic_coefficient(self, size: int, learning_rate: float) -> float:
+        """rho, the strength of the springs between the workers and what is evaluated; 0 where there are none.
+
+        Args:
+            size: The number of workers.
+            learning_rate: eta.
+        """
+        return 0.0
+
+    @abstractmethod
+    def worker(self, replica: Replica) -> Worker:
+        """Allocate what one worker needs. Collective."""
 
     def _check(self, field: dataclasses.Field[Any], value: Any) -> None:
         """Refuse what the method cannot work with, naming what it can."""
@@ -147,17 +193,20 @@ class Worker(ABC):
     """One worker's running state of a method.
 
     Args:
-        comm: The workers.
-        x: (n,) what the model holds.
-        g: (n,) the gradient.
+        replica: What it works on.
 
     Attributes:
+        comm, x, g: The replica's.
         t: The worker's own clock: local steps made.
+        learning_rate: eta of the present step.
+        loss: Of the present mini-batch, for methods that need it.
     """
 
-    def __init__(self, comm: Communicator, x: Vector, g: Vector) -> None:
-        self.comm, self.x, self.g = comm, x, g
+    def __init__(self, replica: Replica) -> None:
+        self.comm, self.x, self.g = replica.comm, replica.x, replica.g
         self.t = 0
+        self.learning_rate = 0.0
+        self.loss: float | None = None
 
     def step(
         self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
@@ -193,6 +242,10 @@ class Worker(ABC):
     def consensus(self, out: Any) -> None:
         """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
 
+    def metrics(self) -> dict[str, float]:
+        """A number for each name in the method's ``metrics``, as it is now. Local, and so cheap that nobody minds."""
+        return {}
+
     def state(self) -> Iterator[tuple[str, Any]]:
         """Name and value of everything a checkpoint must hold besides ``x``: arrays, numbers, strings."""
         yield "t", self.t
@@ -207,10 +260,11 @@ class PeriodicWorker(Worker):
 
     Args:
         method: With the settings ``period`` (tau) and ``grad_point``.
+        replica: What it works on.
     """
 
-    def __init__(self, method: Any, comm: Communicator, x: Vector, g: Vector) -> None:
-        super().__init__(comm, x, g)
+    def __init__(self, method: Any, replica: Replica) -> None:
+        super().__init__(replica)
         self._method = method
 
     def before_update(self) -> None:

@@ -17,14 +17,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from mpi4py import MPI
 
 from mpitrain import kernels
+from mpitrain.collectives.meeting import Meeting
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import split
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels.declare import as_bits
+from mpitrain.kernels.meeting import sum_together
 from mpitrain.kernels.reductions import DIRECT, MOST
 
 if TYPE_CHECKING:
@@ -46,6 +50,8 @@ class AllReduce:
         self._world = world
         self._statistics = statistics
         self._sums: dict[tuple[int, np.dtype], np.ndarray] = {}  # what crosses nodes, kept from call to call
+        self._meeting: Meeting | None = None
+        self._plans: WeakKeyDictionary[Window, Plan] = WeakKeyDictionary()
 
     def __call__(self, window: Window, *, scale: float = 1.0) -> None:
         """Replace every rank's array by ``scale`` times the sum of all. Collective."""
@@ -56,6 +62,10 @@ class AllReduce:
         if world.size == 1:
             if scale != 1.0:
                 kernels.scale(window.local, scale)
+            return
+        plan = self._plans.get(window)
+        if plan is not None:
+            plan(scale)
             return
         self._arrive(window)
         if world.local_rank < world.n_rails:  # on a single node: every rank
@@ -74,7 +84,14 @@ class AllReduce:
         self._arrive(window)
 
     def prepare(self, window: Window) -> None:
-        """Compile what a call will need, so that the first is no slower than the others. Local."""
+        """Compile what a call will need, so that the first is no slower than the others. Collective."""
+        if self._world.size == 1:
+            return
+        if self._meeting is None:
+            self._meeting = Meeting(self._world, self._statistics)
+        if self._world.n_nodes == 1 and self._world.size <= DIRECT:
+            self._plans[window] = Plan(self._world, window, self._meeting)
+            return
         empty = [window.local[:0].copy() for _ in self._world.node_ranks]
         if self._world.n_nodes == 1 and self._world.size <= MOST:
             kernels.reduce_broadcast(empty)
@@ -83,11 +100,16 @@ class AllReduce:
 
     def _arrive(self, window: Window) -> None:
         """Every rank of the node is here, and sees what the others have written."""
+        assert self._meeting is not None
         window.sync()
-        began = time.perf_counter()
-        self._world.node_comm.Barrier()
-        self._statistics.wait_seconds += time.perf_counter() - began
+        self._meeting()
         window.sync()
+
+    def free(self) -> None:
+        """Give back what was made for the windows. Collective."""
+        if self._meeting is not None:
+            self._meeting.free()
+            self._meeting = None
 
     def _sum_of(self, mine: np.ndarray) -> np.ndarray:
         """Room for a sum of slices like ``mine``; at least float32, since MPI adds neither 16-bit type everywhere."""
@@ -95,6 +117,69 @@ class AllReduce:
         if (mine.size, dtype) not in self._sums:
             self._sums[mine.size, dtype] = np.zeros(mine.size, dtype)
         return self._sums[mine.size, dtype]
+
+
+class Plan:
+    """An all-reduce of few ranks on one node, made ready: one compiled call meets, sums and meets again.
+
+    Args:
+        world: The ranks.
+        window: What is summed.
+        meeting: Of the ranks.
+    """
+
+    def __init__(self, world: World, window: Window, meeting: Meeting) -> None:
+        mine = split(window.local.size, world.size)[world.rank]
+        vectors = [vector for rank in world.node_ranks if (vector := window.of(rank)) is not None]
+        self._vectors = tuple(as_bits(vectors) if window.dtype.itemsize == 2 else vectors)
+        self._slice = mine.start, mine.stop
+        self._meeting, self._me, self._end = meeting, world.local_rank, 2 * world.size
+        self._sum = sum_together(world.size, window.dtype)
+
+    def __call__(self, scale: float) -> None:
+        """Every rank's vector becomes ``scale`` times the sum of all. Collective."""
+        meeting = self._meeting
+        head, tail = (meeting.words, self._me, meeting.number + 1), (*self._vectors, *self._slice, scale)
+        meeting.number += 2
+        progress = self._sum(*head, 0, meeting.patience, *tail)
+        if progress != self._end:
+            meeting.wait(lambda progress: self._sum(*head, progress, meeting.patience, *tail), self._end, progress)
+
+
+class PendingAllReduce:
+    """An all-reduce that MPI makes in the background. Collective to make.
+
+    Args:
+        world: The ranks.
+        window: Summed over all ranks, in place; nobody touches it until ``finish``.
+        scale: Times the sum.
+        statistics: Where bytes and waiting are counted.
+    """
+
+    def __init__(self, world: World, window: Window, scale: float, statistics: Statistics) -> None:
+        n_bytes = window.local.nbytes
+        statistics.n_exchanges += 1
+        statistics.bytes_sent += 2 * (world.size - 1) * n_bytes // world.size
+        self._window, self._scale, self._statistics = window, scale, statistics
+        # MPI adds neither 16-bit type everywhere.
+        self._sum = window.local if window.dtype.itemsize >= 4 else window.local.astype(np.float32)
+        self._requests = [
+            world.comm.Iallreduce(MPI.IN_PLACE, self._sum[at : at + LARGEST_COUNT])
+            for at in range(0, self._sum.size, LARGEST_COUNT)
+        ]
+
+    def finish(self) -> None:
+        """Wait for its end. Collective; once more does nothing."""
+        if not self._requests:
+            return
+        began = time.perf_counter()
+        MPI.Request.Waitall(self._requests)
+        self._requests.clear()
+        self._statistics.wait_seconds += time.perf_counter() - began
+        if self._scale != 1.0:
+            kernels.scale(self._sum, self._scale)
+        if self._sum is not self._window.local:
+            self._window.local[...] = self._sum
 
 
 def sum_in_groups(total: np.ndarray, sources: Sequence[np.ndarray], scale: float) -> None:

@@ -108,6 +108,7 @@ class MPIBlocks:
         home, start, length, slot = self._where(index)
         version, waited = self._locks.acquire(home, slot, self.dead)
         self._statistics.wait_seconds += waited
+        self._statistics.lock_wait_seconds += waited
         memory = self._data.of(home)
         if memory is not None:
             self._data.sync()

@@ -5,8 +5,8 @@ This is how rank 0 shows the progress of all ranks without asking any of them fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,33 +16,44 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
 
+Field = str | tuple[str, int]
+"""A name, or a name and how many numbers go by it."""
+
+
 class Board:
     """Numbers of all ranks, by name. Collective to create and to free.
 
     Args:
         world: The ranks.
-        names: Of the numbers each rank writes.
+        fields: What each rank writes.
     """
 
-    def __init__(self, world: World, names: Sequence[str]) -> None:
-        self._world, self._names = world, tuple(names)
-        self._window = Window(world, len(self._names), np.float64)
-        self._rows = np.zeros((world.size, len(self._names)))
+    def __init__(self, world: World, fields: Iterable[Field]) -> None:
+        self._world = world
+        self._places: dict[str, int | slice] = {}
+        width = 0
+        for field in fields:
+            name, n = (field, 1) if isinstance(field, str) else field
+            self._places[name] = width if isinstance(field, str) else slice(width, width + n)
+            width += n
+        self._window = Window(world, width, np.float64)
+        self._rows = np.zeros((world.size, width))
 
-    def write(self, **values: float) -> None:
+    def write(self, **values: Any) -> None:
         """Set some of this rank's numbers. Local."""
         for name, value in values.items():
-            self._window.local[self._names.index(name)] = value
+            self._window.local[self._places[name]] = value
 
     def read(self) -> dict[str, np.ndarray]:
-        """(p,) of each number, as it stands now at every rank. Local."""
+        """(p,) of each number, (p, n) of those that are several, as they stand now at every rank. Local."""
         for rank in range(self._world.size):
             self._fetch(rank)
-        return {name: self._rows[:, k].copy() for k, name in enumerate(self._names)}
+        return {name: self._rows[:, place].copy() for name, place in self._places.items()}
 
-    def read_rank(self, rank: int) -> dict[str, float]:
+    def read_rank(self, rank: int) -> dict[str, Any]:
         """The numbers of one rank as they stand now. Local."""
-        return dict(zip(self._names, self._fetch(rank).tolist(), strict=True))
+        row = self._fetch(rank)
+        return {name: row[place].tolist() for name, place in self._places.items()}
 
     def _fetch(self, rank: int) -> np.ndarray:
         self._window.sync()

@@ -27,18 +27,33 @@ class Vector(Protocol):
     def local(self) -> Any: ...
 
 
+class Pending(Protocol):
+    """An operation that has begun."""
+
+    def finish(self) -> None:
+        """Wait for its end."""
+
+
 class Communicator(Protocol):
     """The workers of a run, as one of them sees them.
 
     Attributes:
         rank: This worker, 0 <= rank < size.
         size: The number of workers, p in the papers.
+        nodes: (size,) the node of each worker.
         statistics: What this worker has exchanged.
     """
 
     rank: int
     size: int
+    nodes: list[int]
     statistics: Statistics
+
+    def split(self, color: int) -> Communicator:
+        """A communicator of those workers that give the same ``color``, in the order of their ranks. Collective.
+
+        It counts into the same statistics and is freed with this one.
+        """
 
     def vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read. Collective."""
@@ -49,14 +64,23 @@ class Communicator(Protocol):
         Nothing is locked: while the peer is at work, a part of it can be one step newer than another.
         """
 
-    def shared_vector(self, n: int, dtype: Any) -> SharedVector:
-        """One vector for all workers, zeros, sharded over them. Collective."""
+    def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
+        """One vector for all workers, zeros, sharded over them; or ``rows`` of them, changed together. Collective."""
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
 
     def allreduce(self, vector: Vector, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
+
+    def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:
+        """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``finish`` is.
+
+        The vector must be left alone until ``finish``; a worker may have one such operation under way.
+        """
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that others do, one-sided, makes ``condition()`` true. Local."""
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""

@@ -34,16 +34,38 @@ class Mailboxes:
         self._n_published = 0
         self._peeked = np.zeros(N_TAGS)
 
-    def update(self, rank: int, fn: Callable[[Any, np.ndarray], int | None], slot: int = 0) -> None:
+    def update(
+        self, rank: int, fn: Callable[[Any, np.ndarray], int | None], slot: int = 0, *, pulls: bool = False
+    ) -> None:
         """Change a worker's mailbox in place. Local.
 
         Args:
             rank: Whose.
             fn: Called with the mailbox's array (n,) and its tags (N_TAGS,), float64, both to be changed in place.
-                What it returns is counted as rejected elements.
+                What it returns is counted as rejected elements. It may visit another mailbox: whoever holds two locks
+                takes those of lower ranks first, so that nobody waits in a circle.
             slot: Which of its vectors.
+            pulls: Whether ``fn`` takes the mailbox's values along too: two vectors are then exchanged.
         """
-        self._count(rank, self._visit(rank * self._slots + slot, fn, updated=True))
+        n_bytes = self._visit(rank * self._slots + slot, fn, updated=True)
+        self._count(rank, 2 * n_bytes if pulls else n_bytes)
+
+    def receive(self, rank: int, fn: Callable[[Any, np.ndarray], int | None], slot: int = 0) -> None:
+        """Call ``fn`` with a worker's mailbox and its tags, both to be left as they are. Local."""
+        self._count(rank, self._visit(rank * self._slots + slot, fn, updated=False))
+
+    def read(self, rank: int, fn: Callable[[Any, np.ndarray], object], slot: int = 0) -> None:
+        """The same for evaluation and checkpoints: not counted as an exchange. Local."""
+
+        def look(box: Any, tags: np.ndarray) -> None:
+            fn(box, tags)
+
+        self._visit(rank * self._slots + slot, look, updated=False)
+
+    def peek(self, rank: int, slot: int = 0) -> np.ndarray:
+        """The tags (N_TAGS,) of a mailbox, without its lock; overwritten by the next call. Local."""
+        self._blocks.peek_tags(rank * self._slots + slot, self._peeked)
+        return self._peeked
 
     def publish(self, values: Any) -> None:
         """Let others read ``values`` (n,) from now on: into the slot that is not the newest. Local."""
@@ -59,9 +81,9 @@ class Mailboxes:
         """Call ``fn`` with what ``rank`` published last, whole (never half of one and half of another). Local."""
         newest, most = 0, -1.0
         for slot in range(self._slots):
-            self._blocks.peek_tags(rank * self._slots + slot, self._peeked)
-            if self._peeked[SEQUENCE_TAG] > most:
-                newest, most = slot, float(self._peeked[SEQUENCE_TAG])
+            number = float(self.peek(rank, slot)[SEQUENCE_TAG])
+            if number > most:
+                newest, most = slot, number
         self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:

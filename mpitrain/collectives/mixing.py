@@ -14,7 +14,7 @@ One convention everywhere: W[i, j] is the weight with which i uses j's vector, s
     push         1 / (1 + out(j))         1 / (1 + out(i))      columns            the sum; agreement is in x / w
 
 Taking one for another biases the result silently on graphs where the degrees differ. These are matrices for analysis
-and for tests; the methods themselves read neighbours and weights and never build one.
+and for tests; D-PSGD takes its rows from one when it is set up, the other methods read neighbours and weights.
 """
 
 from __future__ import annotations

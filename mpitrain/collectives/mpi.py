@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpitrain.collectives import tree
-from mpitrain.collectives.allreduce import AllReduce
+from mpitrain.collectives.allreduce import AllReduce, PendingAllReduce
 from mpitrain.collectives.blocks import MPIBlocks
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.memory import Window
@@ -21,16 +21,27 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
 
+POLL_SECONDS = 20e-6
+"""Between two looks at what others do: a core that another rank may need is given away meanwhile."""
+
+
 class MPICommunicator:
     """Implements ``Communicator`` between the ranks of a world. Each worker is a rank."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, statistics: Statistics | None = None) -> None:
         self.world = world
-        self.rank, self.size = world.rank, world.size
-        self.statistics = Statistics()
+        self.rank, self.size, self.nodes = world.rank, world.size, world.nodes
+        self.statistics = statistics or Statistics()
         self._allreduce = AllReduce(world, self.statistics)
         self._made: list[Any] = []
+        self._pending: PendingAllReduce | None = None
         self._fetched: np.ndarray | None = None
+
+    def split(self, color: int) -> MPICommunicator:
+        """A communicator of those workers that give the same ``color``. Collective."""
+        part = MPICommunicator(self.world.split(color), self.statistics)
+        self._made.extend((part.world, part))
+        return part
 
     def vector(self, n: int, dtype: Any) -> Window:
         """A vector of zeros that peers can read. Collective."""
@@ -54,14 +65,12 @@ class MPICommunicator:
         self.statistics.wire_bytes += vector.local.nbytes
         fn(fetched)
 
-    def shared_vector(self, n: int, dtype: Any) -> SharedVector:
-        """One vector for all workers, zeros, sharded over them. Collective."""
+    def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
+        """One vector for all workers, zeros, sharded over them; or several, changed together. Collective."""
         parts = shards(n, self.size, LARGEST_SHARD)
-        blocks = MPIBlocks(
-            self.world, [s.owner for s in parts], [s.stop - s.start for s in parts], dtype, self.statistics
-        )
+        blocks = MPIBlocks(self.world, [s.owner for s in parts], [rows * s.size for s in parts], dtype, self.statistics)
         self._made.append(blocks)
-        return SharedVector(blocks, self.rank, self.size, self.statistics)
+        return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
@@ -73,6 +82,21 @@ class MPICommunicator:
     def allreduce(self, vector: Any, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
         self._allreduce(vector, scale=1.0 / self.size if mean else 1.0)
+
+    def start_allreduce(self, vector: Any, *, mean: bool = False) -> PendingAllReduce:
+        """Begin an all-reduce that goes on in the background. Collective."""
+        self._pending = PendingAllReduce(self.world, vector, 1.0 / self.size if mean else 1.0, self.statistics)
+        return self._pending
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that others do makes ``condition()`` true. Local."""
+        if condition():
+            return
+        began = time.perf_counter()
+        while not condition():
+            self.world.comm.Iprobe()  # progress, for MPIs whose one-sided operations wait for it
+            time.sleep(POLL_SECONDS)
+        self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
@@ -97,6 +121,10 @@ class MPICommunicator:
 
     def free(self) -> None:
         """Give back everything that was made here. Collective."""
+        if self._pending is not None:
+            self._pending.finish()  # MPI still writes to memory that goes now
+            self._pending = None
         for made in reversed(self._made):
             made.free()
         self._made.clear()
+        self._allreduce.free()

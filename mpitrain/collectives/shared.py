@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.blocks import Blocks
+from mpitrain.collectives.blocks import N_TAGS, Block, Blocks
 from mpitrain.collectives.partition import visiting_order
 from mpitrain.collectives.statistics import Statistics
 
@@ -20,65 +20,165 @@ LARGEST_SHARD = 1 << 19
 """Elements. Large enough that its lock costs nothing beside its bytes, small enough that nobody waits for long."""
 
 
+SAMPLE = 1024
+"""Elements from which the distance that a vector has moved is estimated: measuring all would cost another pass."""
+
+
 class SharedVector:
     """A vector of ``n`` elements that all workers update. Made by ``Communicator.shared_vector``.
+
+    A vector of several rows holds what is changed together, under the same locks: a center and its velocity, say. It is
+    then an array (rows, n), and a shard is (rows, length).
 
     Args:
         blocks: One block a shard, in the order of the vector.
         rank: This worker.
         size: How many there are.
         statistics: Where exchanges, staleness and rejected elements are counted.
+        rows: Vectors that lie side by side in each shard.
+
+    Attributes:
+        staleness: Inside ``fn`` of ``update``: how many updates of this shard by others lie between this worker's last
+            pull of it and now; 0 before the first pull.
+        tags: Inside ``fn`` of ``update``: (N_TAGS,) numbers that belong to the shard, to be changed in place.
     """
 
-    def __init__(self, blocks: Blocks, rank: int, size: int, statistics: Statistics) -> None:
+    def __init__(self, blocks: Blocks, rank: int, size: int, statistics: Statistics, rows: int = 1) -> None:
         self._blocks = blocks
         self._statistics = statistics
-        ends = np.cumsum(blocks.lengths)
-        self.parts = [slice(int(end) - n, int(end)) for end, n in zip(ends, blocks.lengths, strict=True)]
-        self.n = sum(blocks.lengths)
-        self._rank = rank
+        self._rows = rows
+        lengths = [length // rows for length in blocks.lengths]
+        ends = np.cumsum(lengths)
+        self.parts = [slice(int(end) - n, int(end)) for end, n in zip(ends, lengths, strict=True)]
+        self.n = sum(lengths)
+        self.staleness = 0
+        self.tags = np.zeros(N_TAGS)
         self._order = visiting_order(len(self.parts), rank, size)
-        # The version of each shard after this worker's own last update; None before the first.
+        # The version of each shard after this worker's last pull of it; None before the first.
         self._seen: list[int | None] = [None] * len(self.parts)
+        self._sample = _Sample(self.n, blocks.lengths[self._order[0]] // rows if self.parts else 0)
 
-    def update(self, fn: Callable[[slice, Any], int | None]) -> None:
-        """Change the vector in place, shard by shard, each under its lock. Local.
+    def update(self, fn: Callable[[slice, Any], int | None], *, pushes: bool = True, pulls: bool = True) -> None:
+        """Visit the vector in place, shard by shard, each under its lock. Local.
 
         Args:
             fn: Called with where a shard lies in the vector and the shard's array. What it returns is counted as
                 rejected elements.
+            pushes: Whether ``fn`` changes the shard. The staleness of a visit that does is recorded.
+            pulls: Whether ``fn`` takes the shard's values along: staleness counts from the last such visit.
         """
         self._statistics.n_exchanges += 1
         for k, index in enumerate(self._order):
             block = self._blocks.acquire(index)
             try:
-                self._statistics.n_rejected += fn(self.parts[index], block.data) or 0
+                seen, self.tags = self._seen[index], block.tags
+                self.staleness = 0 if seen is None else block.version - seen
+                if k == 0 and pushes and seen is not None:
+                    self._statistics.record_staleness(self.staleness, self._sample.distance(block.data))
+                self._statistics.n_rejected += fn(self.parts[index], self._array(block)) or 0
+                if k == 0 and pulls:
+                    self._sample.take(block.data)
             finally:
-                self._blocks.release(block, updated=True)
-            self._statistics.bytes_sent += 2 * block.data.nbytes  # pulled and pushed
+                self._blocks.release(block, updated=pushes)
+            self._statistics.bytes_sent += (pushes + pulls) * block.data.nbytes
+            if pulls:
+                self._seen[index] = block.version + pushes
+            elif seen is not None:
+                self._seen[index] = seen + pushes  # its own updates are not those of others
+
+    def read(self, out: Any, row: int = 0) -> None:
+        """Copy a row to ``out`` (n,), each shard as it was at one moment. Local; not counted as an exchange."""
+
+        def copy(index: int, shard: Any, _: Block) -> None:
+            out[self.parts[index]] = shard if self._rows == 1 else shard[row]
+
+        self._visit(copy, updated=False)
+
+    def write(self, values: Any, row: int | None = None) -> None:
+        """Replace a row, or all of them, by ``values`` (n,), shard by shard. Local; a barrier makes it everybody's."""
+
+        def fill(index: int, shard: Any, _: Block) -> None:
+            (shard if self._rows == 1 or row is None else shard[row])[...] = values[self.parts[index]]
+
+        self._visit(fill, updated=True)
+
+    def lags(self) -> np.ndarray:
+        """(shards,) how many updates of others each shard has seen since this worker's last pull; -1 before it. Local.
+
+        For checkpoints: ``set_lags`` puts them back.
+        """
+        lags = np.full(len(self.parts), -1.0)
+
+        def note(index: int, _: Any, block: Block) -> None:
             seen = self._seen[index]
-            if k == 0 and seen is not None:
-                self._statistics.record_staleness(block.version - seen)
-            self._seen[index] = block.version + 1
+            if seen is not None:
+                lags[index] = block.version - seen
 
-    def read(self, out: Any) -> None:
-        """Copy the vector to ``out`` (n,), each shard as it was at one moment. Local; not counted as an exchange."""
+        self._visit(note, updated=False)
+        return lags
+
+    def set_lags(self, lags: Any) -> None:
+        """As if each shard's last pull had been ``lags`` (shards,) updates ago: 0 is now. Local."""
+        lags = np.broadcast_to(lags, len(self.parts))
+
+        def note(index: int, _: Any, block: Block) -> None:
+            self._seen[index] = None if lags[index] < 0 else block.version - int(lags[index])
+
+        self._visit(note, updated=False)
+
+    def read_tags(self) -> np.ndarray:
+        """(shards, N_TAGS) the numbers of all shards. Local."""
+        tags = np.zeros((len(self.parts), N_TAGS))
+
+        def copy(index: int, _: Any, block: Block) -> None:
+            tags[index] = block.tags
+
+        self._visit(copy, updated=False)
+        return tags
+
+    def write_tags(self, tags: Any) -> None:
+        """Replace the numbers of all shards by ``tags`` (shards, N_TAGS). Local; a barrier makes it everybody's."""
+
+        def fill(index: int, _: Any, block: Block) -> None:
+            block.tags[:] = tags[index]
+
+        self._visit(fill, updated=True)
+
+    def _visit(self, fn: Callable[[int, Any, Block], None], *, updated: bool) -> None:
         for index in self._order:
             block = self._blocks.acquire(index)
             try:
-                out[self.parts[index]] = block.data
+                fn(index, self._array(block), block)
             finally:
-                self._blocks.release(block, updated=False)
+                self._blocks.release(block, updated=updated)
 
-    def write(self, values: Any) -> None:
-        """Replace the vector by ``values`` (n,), shard by shard. Local; a barrier makes it everybody's."""
-        for index in self._order:
-            block = self._blocks.acquire(index)
-            try:
-                block.data[...] = values[self.parts[index]]
-            finally:
-                self._blocks.release(block, updated=True)
+    def _array(self, block: Block) -> Any:
+        return block.data if self._rows == 1 else block.data.reshape(self._rows, -1)
 
     def free(self) -> None:
         """Give the memory back. Collective."""
         self._blocks.free()
+
+
+class _Sample:
+    """A few elements of a vector as a worker has pulled them.
+
+    Args:
+        n: Elements of the whole vector.
+        length: Of the shard that they are taken from.
+    """
+
+    def __init__(self, n: int, length: int) -> None:
+        self._taken = np.zeros(min(length, SAMPLE))
+        self._moved = np.zeros_like(self._taken)
+        self._scale = n / max(self._taken.size, 1)
+
+    def take(self, shard: Any) -> None:
+        """Keep them as they are now."""
+        self._taken[...] = shard[: self._taken.size]
+
+    def distance(self, shard: Any) -> float:
+        """The Euclidean distance that the whole vector has moved since; exact if it is no larger than the sample."""
+        self._moved[...] = shard[: self._taken.size]
+        self._moved -= self._taken
+        return float(np.sqrt(self._scale * (self._moved @ self._moved)))

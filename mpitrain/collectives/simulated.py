@@ -10,6 +10,7 @@ Only one worker runs at a time, so a lock is never held across a switch: what is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ class SimulatedWorld:
         interleave_locks: Give way before every lock too, so that the visits of two workers to the shards of a vector
             mix as they do between ranks.
         largest_shard: Elements; small ones let a small vector have many shards.
+        nodes: (size,) the node of each worker; all on one when not given.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class SimulatedWorld:
         *,
         interleave_locks: bool = False,
         largest_shard: int = LARGEST_SHARD,
+        nodes: Sequence[int] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"a world has at least 1 worker, not {size}")
@@ -50,11 +53,14 @@ class SimulatedWorld:
         self.schedule = schedule or RoundRobin()
         self.interleave_locks = interleave_locks
         self.largest_shard = largest_shard
-        self.communicators = [SimulatedCommunicator(self, rank) for rank in range(size)]
+        self.nodes = list(nodes) if nodes is not None else [0] * size
+        if len(self.nodes) != size:
+            raise ValueError(f"{size} workers have {size} nodes, not {len(self.nodes)}")
+        everybody = Group(tuple(range(size)))
+        self.communicators = [SimulatedCommunicator(self, rank, everybody) for rank in range(size)]
         self._hub: greenlet | None = None
         self._waiting: set[int] = set()  # workers inside a collective that others have not reached
-        self._collectives: dict[int, list[Any]] = {}
-        self._made: dict[int, Any] = {}
+        self._conditions: dict[int, Callable[[], bool]] = {}  # of workers that wait for what others do
 
     def run(self, program: Callable[[SimulatedCommunicator], T]) -> list[T]:
         """Run ``program(communicator)`` for every worker, until all have returned or the schedule is at its end.
@@ -68,8 +74,7 @@ class SimulatedWorld:
         self._hub = getcurrent()
         # A run that a script or an exception ended may have left workers in a collective: they are gone.
         self._waiting.clear()
-        self._collectives.clear()
-        self._made.clear()
+        self._conditions.clear()
         for communicator in self.communicators:
             communicator.begin()
         results: list[Any] = [None] * self.size
@@ -84,51 +89,92 @@ class SimulatedWorld:
 
         workers = [greenlet(body(rank)) for rank in range(self.size)]
         while unfinished:
-            ready = sorted(unfinished - self._waiting)
-            if not ready:
-                raise RuntimeError(
-                    f"workers {sorted(self._waiting)} wait in a collective that the others have left or never reach"
-                )
+            ready = self._ready(unfinished)
             chosen = self.schedule.choose(ready)
             if chosen is None:
                 break
             workers[chosen].switch()
         return results
 
+    def _ready(self, unfinished: set[int]) -> list[int]:
+        """Who can go on."""
+        for rank, condition in list(self._conditions.items()):
+            if condition():
+                del self._conditions[rank]
+                self.schedule.released(rank)
+        ready = sorted(unfinished - self._waiting - self._conditions.keys())
+        if not ready:
+            stuck = [
+                f"workers {sorted(ranks)} wait {for_what}"
+                for ranks, for_what in (
+                    (self._waiting, "in a collective that the others have left or never reach"),
+                    (self._conditions, "for something that nobody will do"),
+                )
+                if ranks
+            ]
+            raise RuntimeError("; ".join(stuck))
+        return ready
+
     def give_way(self) -> None:
         """Let the schedule decide who goes on. Called by a worker."""
         if self._hub is not None and getcurrent() is not self._hub:
             self._hub.switch()
 
-    def meet(self, rank: int, number: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
+    def wait_until(self, rank: int, condition: Callable[[], bool]) -> None:
+        """Let the others go on until the condition holds. Called by a worker."""
+        if condition():
+            return
+        if self._hub is None or getcurrent() is self._hub:
+            raise RuntimeError("only a worker of a program given to SimulatedWorld.run can wait for the others")
+        self._conditions[rank] = condition
+        self.give_way()
+
+    def meet(self, rank: int, group: Group, number: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
         """A collective: wait until all workers have brought a value, and have what ``combine`` makes of all of them.
 
         Args:
             rank: The worker that calls.
-            number: Its how-manieth collective this is.
+            group: Those that meet.
+            number: Its how-manieth collective of this group this is.
             value: What it brings.
             combine: Called once, by whoever comes last, with the values by rank.
         """
-        values = self._collectives.setdefault(number, [_ABSENT] * self.size)
-        values[rank] = value
+        values = group.collectives.setdefault(number, [_ABSENT] * len(group.ranks))
+        index = group.ranks.index(rank)
+        values[index] = value
         if any(v is _ABSENT for v in values):
             if getcurrent() is self._hub or self._hub is None:
                 raise RuntimeError("a collective needs all workers: call it in a program given to SimulatedWorld.run")
             self._waiting.add(rank)
-            while number not in self._made:
+            while number not in group.made:
                 self.give_way()
         else:
-            self._made[number] = combine(values)
-            self._waiting.clear()
-            self.schedule.all_met()
-        result = self._made[number]
-        values[rank] = _GONE
+            group.made[number] = combine(values)
+            self._waiting -= set(group.ranks)
+            self.schedule.all_met(group.ranks)
+        result = group.made[number]
+        values[index] = _GONE
         if all(v is _GONE for v in values):
-            del self._made[number], self._collectives[number]
+            del group.made[number], group.collectives[number]
         return result
 
 
 _ABSENT, _GONE = object(), object()
+
+
+@dataclass(eq=False)
+class Group:
+    """Workers that have collectives together.
+
+    Attributes:
+        ranks: Their ranks in the world, by their rank in the group.
+        collectives: What those have brought that are waiting, by the number of the collective.
+        made: What came of it, until all have taken it along.
+    """
+
+    ranks: tuple[int, ...]
+    collectives: dict[int, list[Any]] = field(default_factory=dict)
+    made: dict[int, Any] = field(default_factory=dict)
 
 
 class SimulatedVector:
@@ -170,17 +216,63 @@ class SimulatedBlocks:
         """Nothing to give back."""
 
 
-class SimulatedCommunicator:
-    """Implements ``Communicator`` for one simulated worker."""
+@dataclass(frozen=True)
+class SimulatedPending:
+    """An operation that has begun.
 
-    def __init__(self, world: SimulatedWorld, rank: int) -> None:
-        self.world, self.rank, self.size = world, rank, world.size
-        self.statistics = Statistics()
-        self.begin()
+    Attributes:
+        finish: Wait for its end.
+    """
+
+    finish: Callable[[], None]
+
+
+class SimulatedCommunicator:
+    """Implements ``Communicator`` for one simulated worker.
+
+    Args:
+        world: Where it lives.
+        rank: In the group.
+        group: The workers it communicates with.
+        statistics: What it counts into; a new one when not given.
+    """
+
+    def __init__(self, world: SimulatedWorld, rank: int, group: Group, statistics: Statistics | None = None) -> None:
+        self.world, self.rank, self.size = world, rank, len(group.ranks)
+        self.nodes = [world.nodes[member] for member in group.ranks]
+        self.statistics = statistics or Statistics()
+        self._group = group
+        self._parts: list[SimulatedCommunicator] = []
+        self._n_collectives = 0
+        self._counted = 0, 0  # exchanges and bytes up to the last step
 
     def begin(self) -> None:
         """A run begins: all workers count their collectives from 0."""
         self._n_collectives = 0
+        self._group.collectives.clear()
+        self._group.made.clear()
+        for part in self._parts:
+            part.begin()
+
+    def split(self, color: int) -> SimulatedCommunicator:
+        """A communicator of those workers that give the same ``color``. Collective."""
+
+        def make(colors: list[int]) -> dict[int, Group]:
+            ranks = self._group.ranks
+            return {
+                color: Group(tuple(rank for rank, other in zip(ranks, colors, strict=True) if other == color))
+                for color in set(colors)
+            }
+
+        group: Group = self._meet(color, make)[color]
+        part = SimulatedCommunicator(self.world, group.ranks.index(self._rank), group, self.statistics)
+        self._parts.append(part)
+        return part
+
+    @property
+    def _rank(self) -> int:
+        """In the world."""
+        return self._group.ranks[self.rank]
 
     def vector(self, n: int, dtype: Any) -> SimulatedVector:
         """A vector of zeros that peers can read. Collective."""
@@ -191,11 +283,11 @@ class SimulatedCommunicator:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         fn(vector.arrays[peer])
 
-    def shared_vector(self, n: int, dtype: Any) -> SharedVector:
-        """One vector for all workers, zeros, sharded over them. Collective."""
+    def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
+        """One vector for all workers, zeros, sharded over them; or several, changed together. Collective."""
         parts = shards(n, self.size, self.world.largest_shard)
-        blocks = self._blocks([s.owner for s in parts], [s.stop - s.start for s in parts], dtype)
-        return SharedVector(blocks, self.rank, self.size, self.statistics)
+        blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype)
+        return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
@@ -219,6 +311,14 @@ class SimulatedCommunicator:
 
         self._meet(vector.local, add)
 
+    def start_allreduce(self, vector: Any, *, mean: bool = False) -> SimulatedPending:
+        """Begin an all-reduce. Collective. It is made when all have come to its end, from the vectors left alone."""
+        return SimulatedPending(lambda: self.allreduce(vector, mean=mean))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that others do makes ``condition()`` true. Local."""
+        self.world.wait_until(self._rank, condition)
+
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
         array[...] = self._meet(array, lambda arrays: arrays[root].copy())
@@ -240,7 +340,9 @@ class SimulatedCommunicator:
 
     def end_step(self) -> None:
         """This worker has made a local step: its clock moves on, and others may go first. Local."""
-        self.world.schedule.step_made(self.rank)
+        exchanges, sent = self.statistics.n_exchanges, self.statistics.bytes_sent
+        self.world.schedule.step_made(self._rank, exchanges - self._counted[0], sent - self._counted[1])
+        self._counted = exchanges, sent
         self.world.give_way()
 
     def free(self) -> None:
@@ -248,7 +350,7 @@ class SimulatedCommunicator:
 
     def _meet(self, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
         self._n_collectives += 1
-        return self.world.meet(self.rank, self._n_collectives, value, combine)
+        return self.world.meet(self._rank, self._group, self._n_collectives, value, combine)
 
     def _blocks(self, homes: list[int], lengths: list[int], dtype: Any) -> SimulatedBlocks:
         data, tags, versions = self._meet(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 STALENESS_BINS = 33
 """Bins 0..31 count exactly, the last one everything above."""
+
+DISTANCE_BINS = 33
+SMALLEST_DISTANCE_EXPONENT = -23
+"""Bin k counts distances from 2^(k-24) to 2^(k-23): the first has everything below 2^-23, the last all above 2^8."""
 
 
 @dataclass
@@ -21,7 +26,10 @@ class Statistics:
         n_exchanges: Exchanges begun (an all-reduce, a visit to the center, a gossip message).
         n_rejected: Non-finite elements that were kept out of a shared vector.
         wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
+        lock_wait_seconds: The part of it that was for locks.
         staleness: (33,) counts, by how many updates of others lay between two visits to the center.
+        staleness_distance: (33,) counts, by how far the center has moved between the two (Hermans,
+            CERN-THESIS-2017-103, section 4.2), in powers of two.
     """
 
     bytes_sent: int = 0
@@ -29,8 +37,19 @@ class Statistics:
     n_exchanges: int = 0
     n_rejected: int = 0
     wait_seconds: float = 0.0
+    lock_wait_seconds: float = 0.0
     staleness: np.ndarray = field(default_factory=lambda: np.zeros(STALENESS_BINS, np.int64))
+    staleness_distance: np.ndarray = field(default_factory=lambda: np.zeros(DISTANCE_BINS, np.int64))
 
-    def record_staleness(self, n_updates: int) -> None:
-        """Count one visit that found ``n_updates`` updates of others."""
+    def record_staleness(self, n_updates: int, distance: float) -> None:
+        """Count one visit that found ``n_updates`` updates of others, which moved the center by ``distance``."""
         self.staleness[min(n_updates, STALENESS_BINS - 1)] += 1
+        self.staleness_distance[distance_bin(distance)] += 1
+
+
+def distance_bin(distance: float) -> int:
+    """Where a distance is counted."""
+    if not distance > 0:
+        return 0
+    exponent = math.frexp(distance)[1]  # 2^(exponent - 1) <= distance < 2^exponent
+    return min(max(exponent - SMALLEST_DISTANCE_EXPONENT, 0), DISTANCE_BINS - 1)

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from mpitrain.collectives.device import bind
 from mpitrain.collectives.partition import emulated_nodes
 from mpitrain.collectives.progress import ProgressThread
-from mpitrain.errors import UsageError
+from mpitrain.errors import HEARD_SECONDS, UsageError
 
 EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
 """Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
@@ -65,34 +66,59 @@ class World:
         device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
     """
 
-    def __init__(self, comm: Any, device: str) -> None:
+    def __init__(self, comm: Any, device: str, *, whole: World | None = None) -> None:
+        """Collective.
+
+        Args:
+            comm: Of the ranks; the world's own from now on.
+            device: ``cpu``, ``cuda`` or ``cuda:K``.
+            whole: The world that these ranks are a part of: its nodes, device and progress are theirs.
+        """
         from mpi4py import MPI
 
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        machine = comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
-        n_emulated = _emulated_nodes_setting()
-        if n_emulated > 1:
-            colours = emulated_nodes(machine.Get_size(), min(n_emulated, machine.Get_size()))
-            self.node_comm = machine.Split(colours[machine.Get_rank()], key=self.rank)
-            machine.Free()
-        else:
-            self.node_comm = machine
+        self.node_comm: Any = self._find_node() if whole is None else comm.Split(whole.node, key=self.rank)
         self.local_rank, self.local_size = self.node_comm.Get_rank(), self.node_comm.Get_size()
         self.node_ranks: list[int] = self.node_comm.allgather(self.rank)
         firsts = sorted(set(comm.allgather(self.node_ranks[0])))
-        self.node, self.n_nodes = firsts.index(self.node_ranks[0]), len(firsts)
+        self.node: int = firsts.index(self.node_ranks[0])
+        self.n_nodes: int = len(firsts)
         self.nodes: list[int] = comm.allgather(self.node)
         self.hosts: list[str] = comm.allgather(socket.gethostname())
         # Ranks with the same local rank: each of these groups carries one slice of what crosses nodes.
         self.n_rails: int = comm.allreduce(self.local_size, op=MPI.MIN)
         on_rail = self.local_rank < self.n_rails
         self.rail_comm = comm.Split(self.local_rank if on_rail else MPI.UNDEFINED, key=self.node)
-        self.device = bind(device, self.local_rank)
+        self.device: str = bind(device, self.local_rank) if whole is None else whole.device
         self._windows: list[Any] = []
-        self._progress = (
-            ProgressThread(comm) if self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE else None
-        )
+        needs_progress = whole is None and self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._progress = ProgressThread(comm) if needs_progress else None
+
+    def split(self, color: int) -> World:
+        """The world of those ranks that give the same ``color``, in the order of their ranks. Collective."""
+        return World(self.comm.Split(color, key=self.rank), self.device, whole=self)
+
+    def free(self) -> None:
+        """Give a part of a world back; the whole one lives as long as the process. Collective."""
+        from mpi4py import MPI
+
+        for comm in (self.rail_comm, self.node_comm, self.comm):
+            if comm != MPI.COMM_NULL:
+                comm.Free()
+
+    def _find_node(self) -> Any:
+        """The ranks that share this one's memory, or the part of them that plays a node. Collective."""
+        from mpi4py import MPI
+
+        machine = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        n_emulated = min(_emulated_nodes_setting(), machine.Get_size())
+        if n_emulated == 1:
+            return machine
+        colors = emulated_nodes(machine.Get_size(), n_emulated)
+        node = machine.Split(colors[machine.Get_rank()], key=self.rank)
+        machine.Free()
+        return node
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
@@ -152,6 +178,7 @@ class World:
         """End every rank now, with this exit code. Local."""
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(HEARD_SECONDS)
         self.comm.Abort(code)
 
 

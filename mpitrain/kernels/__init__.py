@@ -2,11 +2,18 @@
 
 `Kernel` declares one; the library below holds those of the methods, by family:
 
-- elastic averaging: `elastic_exchange elastic_center elastic_pull elastic_sync`
+- elastic averaging: `elastic_exchange elastic_exchange_seen elastic_center elastic_pull elastic_sync
+  elastic_sync_center_first`
+- multipliers: `admm_local admm_turn admm_arrival`
 - local steps: `sgd_step heavy_ball_step eamsgd_step lookahead torch_momentum_step torch_nesterov_step`
-- mixing: `pair_average symmetric_average push_receive downpour_exchange scaled_add scale copy`,
+- parameter servers: `commit_and_pull commit_only pull_only commit_averaged commit_gathered gather_step master_momentum
+  adag_commit adag_scale adag_push`
+- mixing: `pair_average symmetric_average weighted_average push_receive scaled_add scale copy`,
   and for a number of vectors `weighted_mix(k) sum_into(k) sum_everywhere(k)`
-- push-sum: `push_sum_mix debias`
+- push-sum: `debias`
+- between rounds of local steps: `keep_finite outer_gradient slow_momentum outer_nesterov delayed_correction
+  entropy_inner entropy_outer`
+- many workers' vectors side by side: `receive accumulate`, and `robust.Rows`
 - reductions of many vectors: `reduce_sum reduce_broadcast`
 
 Importing this package imports NumPy only. Numba comes with the first call on NumPy arrays, CuPy with the first on
@@ -15,13 +22,32 @@ others.
 
 from __future__ import annotations
 
-from . import elastic, mixing, push_sum, steps
+from . import admm, commit, elastic, mixing, outer, push_sum, robust, steps
+from .admm import admm_arrival, admm_local, admm_turn
 from .cache import cache_root
+from .commit import (
+    adag_commit,
+    adag_push,
+    adag_scale,
+    commit_and_pull,
+    commit_averaged,
+    commit_gathered,
+    commit_only,
+    gather_step,
+    master_momentum,
+    pull_only,
+)
 from .declare import Kernel
-from .elastic import elastic_center, elastic_exchange, elastic_pull, elastic_sync
+from .elastic import (
+    elastic_center,
+    elastic_exchange,
+    elastic_exchange_seen,
+    elastic_pull,
+    elastic_sync,
+    elastic_sync_center_first,
+)
 from .mixing import (
     copy,
-    downpour_exchange,
     pair_average,
     push_receive,
     scale,
@@ -29,44 +55,87 @@ from .mixing import (
     sum_everywhere,
     sum_into,
     symmetric_average,
+    weighted_average,
     weighted_mix,
 )
-from .push_sum import debias, push_sum_mix
+from .outer import (
+    delayed_correction,
+    entropy_inner,
+    entropy_outer,
+    keep_finite,
+    outer_gradient,
+    outer_nesterov,
+    slow_momentum,
+)
+from .push_sum import debias
 from .reductions import reduce_broadcast, reduce_sum
+from .robust import accumulate, receive
 from .steps import eamsgd_step, heavy_ball_step, lookahead, sgd_step, torch_momentum_step, torch_nesterov_step
 
 __all__ = [
     "Kernel",
+    "accumulate",
+    "adag_commit",
+    "adag_push",
+    "adag_scale",
+    "admm_arrival",
+    "admm_local",
+    "admm_turn",
     "cache_root",
+    "commit_and_pull",
+    "commit_averaged",
+    "commit_gathered",
+    "commit_only",
     "copy",
     "debias",
-    "downpour_exchange",
+    "delayed_correction",
     "eamsgd_step",
     "elastic_center",
     "elastic_exchange",
+    "elastic_exchange_seen",
     "elastic_pull",
     "elastic_sync",
+    "elastic_sync_center_first",
+    "entropy_inner",
+    "entropy_outer",
+    "gather_step",
     "heavy_ball_step",
+    "keep_finite",
     "library",
     "lookahead",
+    "master_momentum",
+    "outer_gradient",
+    "outer_nesterov",
     "pair_average",
+    "pull_only",
     "push_receive",
-    "push_sum_mix",
+    "receive",
     "reduce_broadcast",
     "reduce_sum",
     "scale",
     "scaled_add",
     "sgd_step",
+    "slow_momentum",
     "sum_everywhere",
     "sum_into",
     "symmetric_average",
     "torch_momentum_step",
     "torch_nesterov_step",
+    "weighted_average",
     "weighted_mix",
 ]
 
 
 def library() -> tuple[Kernel, ...]:
     """Every declared kernel, and one of each that is made for a number of vectors."""
-    families = (*elastic.KERNELS, *steps.KERNELS, *mixing.KERNELS, *push_sum.KERNELS)
+    families = (
+        *elastic.KERNELS,
+        *admm.KERNELS,
+        *steps.KERNELS,
+        *commit.KERNELS,
+        *mixing.KERNELS,
+        *push_sum.KERNELS,
+        *outer.KERNELS,
+        *robust.KERNELS,
+    )
     return (*families, weighted_mix(2), sum_into(3), sum_everywhere(3))

@@ -2,7 +2,9 @@
 
 Zhang, Choromanska, LeCun: Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, equations
 5-6 and Algorithms 1-2. The rates of worker and center are separate (a_w, a_c), which makes DOWNPOUR-like
-pulls and model averaging special cases; the paper's symmetric exchange is a_w = a_c = alpha and conserves x + c.
+pulls and model averaging special cases; the paper's symmetric exchange is a_w = a_c = alpha and conserves x + c. Both
+sides move from their old values (Jacobi) unless a kernel says otherwise (Gauss-Seidel; Zhang's thesis, 2016,
+https://arxiv.org/abs/1605.02216, chapter 6).
 
 What enters the center is guarded: a worker whose parameters are no longer finite neither spoils the center nor stops.
 """
@@ -25,6 +27,21 @@ elastic_exchange: Final = Kernel(
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
     doc="A worker and the center pull each other together, both from their old values.",
+)
+
+elastic_exchange_seen: Final = Kernel(
+    "elastic_exchange_seen",
+    """
+    d = x - c
+    x = x - a_w * d
+    c = c + a_c * d
+    z = c
+    """,
+    arrays="x c z",
+    scalars="a_w a_c",
+    guard="d",
+    source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
+    doc="As elastic_exchange; besides, z becomes the center as the worker leaves it.",
 )
 
 elastic_center: Final = Kernel(
@@ -63,4 +80,21 @@ elastic_sync: Final = Kernel(
     doc="The synchronous exchange of a rank that keeps a copy of the center: both sides from the old values (Jacobi).",
 )
 
-KERNELS: Final = (elastic_exchange, elastic_center, elastic_pull, elastic_sync)
+elastic_sync_center_first: Final = Kernel(
+    "elastic_sync_center_first",
+    """
+    d = s - p * c
+    c = c + a_c * d
+    x = x - a_w * (x - c)
+    """,
+    arrays="x c s",
+    scalars="a_w a_c p",
+    guard="d",
+    source="Zhang 2016, arXiv 1605.02216, chapter 6",
+    doc="The synchronous exchange in which the workers move towards the center that has already moved (Gauss-Seidel).",
+)
+
+KERNELS: Final = (
+    *(elastic_exchange, elastic_exchange_seen, elastic_center, elastic_pull),
+    *(elastic_sync, elastic_sync_center_first),
+)

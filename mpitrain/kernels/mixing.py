@@ -39,6 +39,19 @@ symmetric_average: Final = Kernel(
     doc="Both become their mean (to rounding); x + z is kept.",
 )
 
+weighted_average: Final = Kernel(
+    "weighted_average",
+    """
+    d = z - x
+    x = x + share * d
+    """,
+    arrays="x z",
+    scalars="share",
+    guard="d",
+    source="Assran et al. 2019, SGP, arXiv 1811.10792; Lian et al. 2017, D-PSGD, arXiv 1705.09056",
+    doc="x becomes (w*x + w_z*z)/(w + w_z) with share = w_z/(w + w_z); z is not touched.",
+)
+
 push_receive: Final = Kernel(
     "push_receive",
     """
@@ -50,20 +63,6 @@ push_receive: Final = Kernel(
     guard="d",
     source=f"{_GOSSIP}, gossiping SGD (push): x = (x + r) / (1 + n)",
     doc="x becomes the mean of itself and n received vectors whose sum is r.",
-)
-
-downpour_exchange: Final = Kernel(
-    "downpour_exchange",
-    """
-    d = v
-    c = c + d
-    x = c
-    v = 0
-    """,
-    arrays="x v c",
-    guard="d",
-    source="Dean et al. 2012, as run by Zhang et al. 2015, arXiv 1412.6651, section 4",
-    doc="A worker pushes its displacement v to the center, takes the center, and gathers anew.",
 )
 
 scaled_add: Final = Kernel(
@@ -81,7 +80,7 @@ copy: Final = Kernel(
     "copy", "y = x", arrays="y x", source="BLAS copy", doc="y becomes x, converted if they are stored differently."
 )
 
-KERNELS: Final = (pair_average, symmetric_average, push_receive, downpour_exchange, scaled_add, scale, copy)
+KERNELS: Final = (pair_average, symmetric_average, weighted_average, push_receive, scaled_add, scale, copy)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.report.runs import Run, load_runs, summarise, temporal_efficiency
@@ -15,8 +16,9 @@ from mpitrain.report.runs import Run, load_runs, summarise, temporal_efficiency
 CAPTIONS = {
     "curves.png": "Loss and accuracy against time, gradients and bytes; training loss as a running median.",
     "shares.png": "Where the ranks' time went.",
-    "staleness.png": "How many updates by others lay between reading and writing.",
-    "consensus.png": "How far apart the workers are.",
+    "staleness.png": "How many updates by others lay between reading and writing, and how far they moved the center.",
+    "consensus.png": "How far the workers are from what is evaluated, and the energy of the springs.",
+    "method.png": "What the method tells of its workers.",
 }
 
 
@@ -89,7 +91,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = {
         "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
         "algorithm": [str(one["algorithm"] or "?") for one in summaries],
-        "settings": [_settings(one["settings"]) for one in summaries],
+        "settings": [_settings(one["settings"], one["algorithm"]) for one in summaries],
         "ranks": [text.number(one["ranks"], "{:.0f}") for one in summaries],
         "accuracy": [text.number(one["test_accuracy"], "{:.2%}") for one in summaries],
         "best": [text.number(one["best_test_accuracy"], "{:.2%}") for one in summaries],
@@ -99,13 +101,23 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         "gradients/s": [text.number(one["gradients_per_second"], "{:,.3g}") for one in summaries],
         "sent/gradient": [text.size(one["bytes_per_gradient"]) for one in summaries],
         "waiting": [text.number(one["waiting_share"], "{:.1%}") for one in summaries],
+        "exchanges": [text.number(one["exchanges"], "{:,.0f}") for one in summaries],
+        "lock wait": [text.duration(one["lock_wait_seconds"]) for one in summaries],
     }
     return text.table(columns, left=("run", "algorithm", "settings"))
 
 
-def _settings(settings: Any) -> str:
+def _settings(settings: Any, algorithm: Any) -> str:
+    """Those that are not the method's defaults."""
     if not isinstance(settings, Mapping):
         return str(settings)
-    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items()).replace(
-        "|", "/"
-    )
+    defaults = METHODS[algorithm]().settings() if algorithm in METHODS else {}
+    shown = [
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+        for k, v in settings.items()
+        if v != defaults.get(k, _NOTHING)
+    ]
+    return ", ".join(shown).replace("|", "/") or "defaults"
+
+
+_NOTHING = object()

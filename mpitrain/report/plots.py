@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
+from mpitrain.collectives.statistics import SMALLEST_DISTANCE_EXPONENT
 from mpitrain.metrics import Column
 from mpitrain.report.runs import SHARES, Run
-from mpitrain.report.style import BYTES, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
+from mpitrain.report.style import BYTES, COLOURS, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
 
 PathLike = str | os.PathLike[str]
 
@@ -28,6 +29,8 @@ DPI = 130
 N_POINTS = 400  # of a drawn line
 MOST_RAW = 6  # lines with their raw values faint behind them: more cannot be told apart
 LAST_BIN = 32  # of a staleness histogram: "32 or more"
+MOST_PANELS = 8  # of what methods tell
+MOST_WORKERS = 8  # with a line each
 
 
 def running_median(x: Column, y: Column) -> tuple[Column, Column]:
@@ -69,27 +72,71 @@ def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_consensus(runs: Sequence[Run], path: PathLike) -> bool:
-    """The distance between the workers against gradients. False without data."""
-    series = [one for one in series_of(runs) if any((_consensus(run)[1] > 0).any() for run in one.runs)]
-    if not series:
+    """How far the workers are from what is evaluated, against gradients, and the energy of the springs, where there are
+    any. False without data."""
+    rows = [("consensus_distance", "distance of the workers"), ("elastic_energy", "elastic energy")]
+    rows = [row for row in rows if any((_spread(run, row[0])[1] > 0).any() for run in runs)]
+    if not rows:
         return False
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for one in series:
-        _draw_line(axes, one, "progress", "gradients", "consensus_distance")
-    tidy(axes)
-    axes.set_ylabel("consensus distance")
-    curves = [_consensus(run) for one in series for run in one.runs]
-    values = np.concatenate([distances for _, distances in curves])
-    scale_y(axes, "consensus_distance", values[values > 0])
-    scale_x(axes, GRADIENTS, [float(gradients[-1]) for gradients, _ in curves if len(gradients)])
-    legend(figure, series, 7.2)
+    figure = Figure(figsize=(7.2, 1.2 + 3.0 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    shown = []
+    for axes, (name, label) in zip(grid, rows, strict=True):
+        series = [one for one in series_of(runs) if any((_spread(run, name)[1] > 0).any() for run in one.runs)]
+        shown += [one for one in series if one not in shown]
+        for one in series:
+            _draw_line(axes, one, "progress", "gradients", name)
+        tidy(axes)
+        axes.set_ylabel(label)
+        values = np.concatenate([_spread(run, name)[1] for one in series for run in one.runs])
+        scale_y(axes, "consensus_distance", values[values > 0])
+    ends = [_spread(run, "consensus_distance")[0] for one in shown for run in one.runs]
+    scale_x(grid[-1], GRADIENTS, [float(gradients[-1]) for gradients in ends if len(gradients)])
+    legend(figure, shown, 7.2)
     figure.savefig(path, dpi=DPI)
     return True
 
 
-def _consensus(run: Run) -> tuple[Column, Column]:
-    return run.curve("progress", "gradients", "consensus_distance")
+def _spread(run: Run, name: str) -> tuple[Column, Column]:
+    return run.curve("progress", "gradients", name)
+
+
+def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
+    """What the methods tell of their workers (the leader, push weights, who was removed). False without data.
+
+    One row for each number of each run, one line for each worker.
+    """
+    panels = [
+        (run, name, values)
+        for run in runs
+        for name, values in run.metrics.get("method", {}).items()
+        if name != "seconds" and values.ndim == 2 and np.isfinite(values).any()
+    ][:MOST_PANELS]
+    if not panels:
+        return False
+    figure = Figure(figsize=(7.2, 0.6 + 1.7 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (run, name, values) in zip(grid, panels, strict=True):
+        seconds = run.column("method", "seconds")
+        n = min(len(seconds), len(values))
+        every = -(-n // N_POINTS) or 1
+        shown = np.unique(np.linspace(0, values.shape[1] - 1, min(values.shape[1], MOST_WORKERS)).astype(int))
+        for k, worker in enumerate(shown):
+            axes.plot(
+                seconds[:n:every],
+                values[:n:every, worker],
+                color=COLOURS[k % len(COLOURS)],
+                linewidth=1.2,
+                drawstyle="steps-post",
+                label=f"worker {worker}",
+            )
+        axes.set_title(f"{run.label}: {name.replace('_', ' ')}", fontsize=10, loc="left")
+        tidy(axes)
+    grid[-1].set_xlabel("seconds")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=DPI)
+    return True
 
 
 def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
@@ -126,33 +173,59 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
-    """How old what a worker got was: one histogram per group (the sum of its runs). False without data."""
+    """How old what a worker got was: one histogram per group (the sum of its runs). False without data.
+
+    By both measures: how many updates of others lay in between, and how far they have moved the center.
+    """
     histograms = []
     for one in series_of(runs):
-        lasts = [run.column("staleness", "histogram") for run in one.runs]
-        counts = np.nansum([last[-1] for last in lasts if len(last)], axis=0) if any(map(len, lasts)) else np.zeros(1)
-        if counts.sum() > 0:
-            histograms.append((one, counts / counts.sum()))
+        updates = _last_histogram(one, "histogram")
+        if updates is not None:
+            histograms.append((one, updates, _last_histogram(one, "distance")))
     if not histograms:
         return False
-    last_used = max(int(np.flatnonzero(shares)[-1]) for _, shares in histograms)
-    figure = Figure(figsize=(7.2, 0.9 + 1.35 * len(histograms)), layout="constrained")
-    grid = figure.subplots(len(histograms), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (one, shares) in zip(grid, histograms, strict=True):
-        axes.bar(np.arange(len(shares)), shares, width=0.85, color=one.colour)
+    last_used = max(int(np.flatnonzero(shares)[-1]) for _, shares, _ in histograms)
+    moved = [distances for _, _, distances in histograms if distances is not None]
+    used = np.flatnonzero(np.sum(moved, axis=0)[1:]) + 1 if moved else np.empty(0, int)
+    # No move at all is the first bin, far below what does move: it is drawn just left of that.
+    at_zero = int(used[0]) - 2 if len(used) else 0
+    figure = Figure(figsize=(7.2 + 3.6 * bool(moved), 0.9 + 1.35 * len(histograms)), layout="constrained")
+    grid = figure.subplots(len(histograms), 1 + bool(moved), sharex="col", squeeze=False)
+    for row, (one, shares, distances) in zip(grid, histograms, strict=True):
+        row[0].bar(np.arange(len(shares)), shares, width=0.85, color=one.colour)
         cumulative = np.cumsum(shares)
         median, p95 = (_bin_name(int(np.searchsorted(cumulative, q))) for q in (0.5 - 1e-9, 0.95 - 1e-9))
-        axes.set_title(f"{one.label}: median {median}, 95 % at most {p95}", fontsize=10, loc="left")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-        tidy(axes)
-    grid[-1].set_xlim(-0.7, max(last_used, 4) + 0.7)
-    grid[-1].xaxis.set_major_locator(MultipleLocator(1 if last_used <= 12 else 2 if last_used <= 20 else 4))
-    grid[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bin_name(round(value))))
-    grid[-1].set_xlabel("staleness (updates by others in between)")
+        row[0].set_title(f"{one.label}: median {median}, 95 % at most {p95}", fontsize=10, loc="left")
+        if distances is not None:
+            row[1].bar([at_zero, *range(1, len(distances))], distances, width=0.85, color=one.colour)
+            median = _distance_name(int(np.searchsorted(np.cumsum(distances), 0.5 - 1e-9)) + 1)
+            row[1].set_title(f"median below {median}", fontsize=10, loc="left")
+        for axes in row:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+            tidy(axes)
+    left = grid[-1][0]
+    left.set_xlim(-0.7, max(last_used, 4) + 0.7)
+    left.xaxis.set_major_locator(MultipleLocator(1 if last_used <= 12 else 2 if last_used <= 20 else 4))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bin_name(round(value))))
+    left.set_xlabel("staleness (updates by others in between)")
+    if moved:
+        right = grid[-1][1]
+        ticks = np.unique(np.linspace(used[0], used[-1], min(len(used), 5)).astype(int)) if len(used) else used
+        right.set_xticks([at_zero, *ticks], ["0", *map(_distance_name, ticks)])
+        right.set_xlim(at_zero - 0.7, (used[-1] if len(used) else 4) + 0.7)
+        right.set_xlabel("distance the center has moved meanwhile")
     figure.supylabel("share of exchanges", fontsize=10)
     figure.savefig(path, dpi=DPI)
     return True
+
+
+def _last_histogram(one: Series, name: str) -> Column | None:
+    """The shares of the bins at the end of the runs of a series; None where nothing was counted."""
+    lasts = [run.column("staleness", name) for run in one.runs]
+    lasts = [last[-1] for last in lasts if len(last)]
+    counts = np.nansum(lasts, axis=0) if lasts else np.zeros(1)
+    return counts / counts.sum() if counts.sum() > 0 else None
 
 
 DRAWINGS: dict[str, Callable[[Sequence[Run], PathLike], bool]] = {
@@ -160,6 +233,7 @@ DRAWINGS: dict[str, Callable[[Sequence[Run], PathLike], bool]] = {
     "shares.png": draw_shares,
     "staleness.png": draw_staleness,
     "consensus.png": draw_consensus,
+    "method.png": draw_method,
 }
 
 
@@ -206,3 +280,8 @@ def _largest(runs: Sequence[Run], table: str, x: str, y: str) -> float:
 
 def _bin_name(index: int) -> str:
     return f"{LAST_BIN}+" if index >= LAST_BIN else str(index)
+
+
+def _distance_name(index: int) -> str:
+    """The lower end of a bin of a histogram of distances."""
+    return f"{2.0 ** (index + SMALLEST_DISTANCE_EXPONENT - 1):.1g}"

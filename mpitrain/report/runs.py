@@ -140,6 +140,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "gradients_per_second": gradients / seconds if gradients is not None and seconds else None,
         "bytes_per_gradient": sent_bytes / gradients if sent_bytes is not None and gradients else None,
         "waiting_share": _number(run.shares().get("waiting")),
+        "exchanges": _number(run.total("exchanges")),
+        "lock_wait_seconds": _number(run.total("lock_wait_seconds")),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mpitrain import algorithms
 from mpitrain.algorithms import Method
+from mpitrain.algorithms.averaging import Average
 from mpitrain.errors import UsageError
 
 DEFAULT_EPOCHS = 10.0
@@ -34,6 +35,7 @@ class TrainConfig:
         batch_size: Of each rank.
         lr, momentum, weight_decay: Of the local SGD. ``momentum`` None means 0.9, or the method's own default when it
             makes the update itself.
+        average: What is evaluated instead of what the method evaluates: ``polyak``, ``moving:RATE``, or None.
         seed: Of everything random: weights, sampling, augmentation, peers.
         device: ``cpu`` or ``cuda``.
         out: The run's folder; made new.
@@ -45,6 +47,7 @@ class TrainConfig:
             the run is not disturbed.
         checkpoint_every: Steps between checkpoints; an epoch when None, never when 0.
         straggler: Rank and factor: this rank computes that many times slower.
+        replica_size: Ranks that are one worker between them, each with mini-batches of its own.
         quiet: No progress bar.
     """
 
@@ -60,6 +63,7 @@ class TrainConfig:
     lr: float = 0.05
     momentum: float | None = None
     weight_decay: float = 0.0
+    average: str | None = None
     seed: int = 0
     device: str = "cpu"
     out: str | None = None
@@ -70,6 +74,7 @@ class TrainConfig:
     defer_evaluation: bool = False
     checkpoint_every: int | None = None
     straggler: tuple[int, float] | None = None
+    replica_size: int = 1
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -80,9 +85,11 @@ class TrainConfig:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         for name in ("epochs", "steps", "gradients", "minutes", "batch_size", "evaluate_every", "evaluate_seconds"):
             self._need(name, lambda v: v > 0, "more than 0")
+        self._need("replica_size", lambda v: v >= 1, "1 or more")
         for name in ("lr", "weight_decay", "checkpoint_every", "seed"):
             self._need(name, lambda v: v >= 0, "0 or more")
         self._need("momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
+        average_of(self)
         if self.sampling not in ("independent", "sharded"):
             raise UsageError(f"--sampling must be independent or sharded, not {self.sampling!r}")
         if self.straggler is not None and not (math.isfinite(self.straggler[1]) and self.straggler[1] >= 1):
@@ -142,7 +149,23 @@ def method_of(config: TrainConfig) -> Method:
     """
     method = algorithms.create(config.algorithm, config.settings)
     if method.owns_update and config.momentum is not None:
+        if "momentum" not in method.settings():
+            raise UsageError(f"{method.name} makes the update itself, without momentum: leave --momentum out")
         if "momentum" in config.settings:
             raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
         method = algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
     return method
+
+
+def average_of(config: TrainConfig) -> Average | None:
+    """What is evaluated instead of what the method evaluates.
+
+    Raises:
+        UsageError: With what ``--average`` takes.
+    """
+    return None if config.average is None else Average.parse(config.average)
+
+
+def warnings_of(config: TrainConfig, n_workers: int) -> list[str]:
+    """What about a run is outside a region in which its method is proved to work, one line each."""
+    return list(method_of(config).warnings(n_workers, config.lr))

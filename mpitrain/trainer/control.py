@@ -1,8 +1,9 @@
 """How rank 0 tells the others to save or to stop, without anybody waiting for it.
 
 Ranks of a synchronous method walk in step: they hear of an order at every tenth step, by a broadcast. Ranks of an
-asynchronous one do not, and look at a board instead, one-sided, a few times a second. What every rank can tell from its
-own step number needs no order.
+asynchronous one do not, and look at a board instead, one-sided, a few times a second. Where such a worker is a group of
+ranks its first rank looks, and the group, which walks in step, hears of it after every step. What every rank can tell
+from its own step number needs no order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
+
+import numpy as np
 
 from mpitrain.collectives.board import Board
 from mpitrain.collectives.world import World
@@ -34,10 +37,11 @@ class Control:
     Args:
         world: The ranks.
         synchronous: Whether the method's ranks walk in step.
+        group: Those that are one worker with this one; None where each rank is one.
     """
 
-    def __init__(self, world: World, *, synchronous: bool) -> None:
-        self._world, self._synchronous = world, synchronous
+    def __init__(self, world: World, *, synchronous: bool, group: World | None = None) -> None:
+        self._world, self._synchronous, self._group = world, synchronous, group
         self._board = Board(world, ("saves", "stop", "finished", "over"))
         self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
         self._saved = 0  # orders to save that this rank has followed
@@ -56,21 +60,33 @@ class Control:
         self._board.write(saves=self._saves, stop=self._stop)
 
     def listen(self, step: int) -> Orders:
-        """The orders for this rank, after its step number ``step``. Collective at every tenth if synchronous."""
+        """The orders for this rank, after its step number ``step``.
+
+        Collective at every tenth if synchronous; if not, Collective over the group at every step, or Local.
+        """
         if self._synchronous:
             if step % STEPS_BETWEEN_BROADCASTS:
                 return Orders()
             self._saves, self._stop = self._world.comm.bcast((self._saves, self._stop))
-        elif self._world.rank != 0:
-            now = time.perf_counter()
-            if now - self._looked < SECONDS_BETWEEN_LOOKS:
-                return Orders()
-            self._looked = now
-            row = self._board.read_rank(0)
-            self._saves, self._stop = int(row["saves"]), bool(row["stop"])
+        elif self._group is None:
+            self._look()
+        else:
+            if self._group.rank == 0:
+                self._look()
+            heard = np.array([self._saves, self._stop], np.int64)
+            self._group.comm.Bcast(heard)
+            self._saves, self._stop = int(heard[0]), bool(heard[1])
         orders = Orders(self._saves > self._saved, self._stop)
         self._saved = self._saves
         return orders
+
+    def _look(self) -> None:
+        """What rank 0 has ordered, if it is time to look again. Local."""
+        now = time.perf_counter()
+        if self._world.rank != 0 and now - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked = now
+            row = self._board.read_rank(0)
+            self._saves, self._stop = int(row["saves"]), bool(row["stop"])
 
     def finish(self) -> None:
         """Tell the others that this rank has made its last step. Local."""

@@ -30,7 +30,9 @@ class Point:
         step: Of rank 0.
         gradients, bytes: Of all ranks.
         epoch: Of rank 0.
-        consensus_distance: Of rank 0's parameters from what is evaluated.
+        consensus_distance: Of the workers' parameters from what is evaluated: the root of the mean square over the
+            workers (over some of them, where there are many).
+        elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
         test_loss: Mean cross entropy over the test set.
         test_accuracy: 0 to 1.
     """
@@ -41,6 +43,7 @@ class Point:
     bytes: int
     epoch: float
     consensus_distance: float
+    elastic_energy: float = 0.0
     test_loss: float = float("nan")
     test_accuracy: float = float("nan")
 

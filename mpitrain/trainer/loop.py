@@ -18,10 +18,11 @@ from mpitrain import checkpoint, data, models
 from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
 from mpitrain.optimizer import DistributedOptimizer
+from mpitrain.replica import check_replica_size
 from mpitrain.trainer import runfolder
 from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget
-from mpitrain.trainer.config import TrainConfig, method_of
+from mpitrain.trainer.config import TrainConfig, average_of, method_of, warnings_of
 from mpitrain.trainer.control import Control, Orders, StopSignal
 from mpitrain.trainer.evaluation import Evaluator, Point, evaluate_deferred
 from mpitrain.trainer.progress import Progress
@@ -66,6 +67,7 @@ class Trainer:
         self.method = method_of(config)
         if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
             raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
+        check_replica_size(config.replica_size, world)
         _share_cores(world)
         self.batches = Batches(config, world, dataset)
         of = self.batches.dataset
@@ -77,7 +79,15 @@ class Trainer:
         base = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=self._base_momentum(), weight_decay=config.weight_decay
         )
-        self.optimizer = DistributedOptimizer(base, self.model, self.method, world=world, seed=config.seed)
+        self.optimizer = DistributedOptimizer(
+            base,
+            self.model,
+            self.method,
+            world=world,
+            seed=config.seed,
+            average=average_of(config),
+            replica_size=config.replica_size,
+        )
         self.step = 0
         self.compute_seconds = 0.0
         self.seconds_before = 0.0  # of the run that is continued
@@ -85,9 +95,10 @@ class Trainer:
         self.snapshots: list[np.ndarray] = []
         self.saved_at: int | None = None  # the step of the newest checkpoint
         loss = self._load(resume) if resume is not None else float("nan")
-        self.recorder = Recorder(world, self.folder, config.batch_size, self.seconds_before if resume else None)
+        continue_from = self.seconds_before if resume else None
+        self.recorder = Recorder(world, self.folder, config.batch_size, self.method.metrics, continue_from)
         self._report_step(loss)
-        self.control = Control(world, synchronous=self.method.is_synchronous)
+        self.control = Control(world, synchronous=self.method.is_synchronous, group=self.optimizer.group)
         self.interrupted = False  # known to rank 0: SIGUSR1 has ended the run
         self.budget = Budget(
             config,
@@ -149,7 +160,12 @@ class Trainer:
     def _report_step(self, loss: float) -> None:
         """Show the others how far this rank is. Local."""
         self.recorder.step_made(
-            self.step, loss, self.compute_seconds, self.optimizer.exchange_seconds, self.optimizer.statistics
+            self.step,
+            loss,
+            self.compute_seconds,
+            self.optimizer.exchange_seconds,
+            self.optimizer.statistics,
+            self.optimizer.metrics(),
         )
 
     def _lead(self) -> None:
@@ -215,7 +231,7 @@ class Trainer:
     def _record(self, seconds: float, *, now: bool = False) -> None:
         """Show and store how far all ranks are. Local; rank 0 only."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.recorder.record(seconds, self.step, learning_rate, self.optimizer.statistics, now=now)
+        self.recorder.record(seconds, self.step, learning_rate, now=now)
 
     # ---- what is found --------------------------------------------------------------------------------------------
 
@@ -227,13 +243,15 @@ class Trainer:
         self._last_evaluation = self._seconds() if seconds is None else seconds
         self._record(self._last_evaluation, now=True)
         totals, vector = self.recorder.totals(), self.optimizer.consensus_vector()
+        distance, energy = self.optimizer.spread(vector)
         point = Point(
             seconds=self._last_evaluation,
             step=self.step,
             gradients=totals.gradients,
             bytes=totals.bytes,
             epoch=self.step / self.batches.steps_per_epoch,
-            consensus_distance=self.optimizer.distance(vector),
+            consensus_distance=distance,
+            elastic_energy=energy,
         )
         self.points.append(point)
         if self.config.defer_evaluation:
@@ -255,9 +273,12 @@ class Trainer:
         document: dict[str, Any] = {
             "algorithm": self.method.name,
             "settings": self.method.settings(),
+            "warnings": warnings_of(self.config, self.world.size // self.config.replica_size),
             "data": self.config.data,
             "model": self.config.model,
             "ranks": self.world.size,
+            "workers": self.world.size // self.config.replica_size,
+            "replica_size": self.config.replica_size,
             "complete": complete,
         }
         if complete:

@@ -5,13 +5,14 @@ Every rank writes its counters on a board after each step; rank 0 reads it a few
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpitrain.collectives.board import Board
-from mpitrain.collectives.statistics import STALENESS_BINS, Statistics
+from mpitrain.collectives.statistics import DISTANCE_BINS, STALENESS_BINS, Statistics
 from mpitrain.collectives.world import World
 from mpitrain.metrics import MetricsWriter
 from mpitrain.trainer.evaluation import Point
@@ -22,28 +23,53 @@ LOSS_MEMORY = 0.95
 """The loss shown is a running mean with this memory."""
 
 SHARES = ("compute", "exchange", "waiting")
-COUNTERS = ("steps", "loss", *SHARES, "bytes", "rejected")
-TABLES: dict[str, list[Any]] = {
-    "progress": [
-        *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
-        *("compute_share", "exchange_share", "waiting_share", "rejected", "consensus_distance"),
-    ],
-    "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
-    "staleness": ["seconds", ("histogram", (STALENESS_BINS,))],
-}
+COUNTERS = ("steps", "loss", *SHARES, "bytes", "rejected", "exchanges", "lock_wait")
+HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
+OF_METHOD = "method_"
+"""Before the name of what a method tells of its workers, on the board."""
+
+
+def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
+    """The tables of a run.
+
+    Args:
+        n_workers: Ranks.
+        metrics: What the method tells of each of them.
+    """
+    return {
+        "progress": [
+            *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
+            *("compute_share", "exchange_share", "waiting_share", "rejected", "exchanges", "lock_wait_seconds"),
+            *("consensus_distance", "elastic_energy"),
+        ],
+        "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
+        # Over all workers; each worker's own are in the table below.
+        "staleness": ["seconds", ("histogram", (STALENESS_BINS,)), ("distance", (DISTANCE_BINS,))],
+        "workers": [
+            "seconds",
+            *((name, (n_workers,)) for name in ("steps", "bytes", "exchanges", "lock_wait_seconds", "waiting_seconds")),
+            *((name, (n_workers, bins)) for name, bins in HISTOGRAMS.items()),
+        ],
+        **({"method": ["seconds", *((name, (n_workers,)) for name in metrics)]} if metrics else {}),
+    }
 
 
 class Totals:
     """Sums over all ranks, from one look at the board.
 
     Args:
-        board: (p,) of each counter.
+        board: (p,) of each counter, (p, bins) of each histogram.
+
+    Attributes:
+        board: The same.
     """
 
     def __init__(self, board: dict[str, np.ndarray]) -> None:
         self.steps_of_ranks = board["steps"].astype(int).tolist()
         self.gradients, self.bytes = int(board["steps"].sum()), int(board["bytes"].sum())
-        self.rejected = int(board["rejected"].sum())
+        self.rejected, self.exchanges = int(board["rejected"].sum()), int(board["exchanges"].sum())
+        self.lock_wait_seconds = float(board["lock_wait"].sum())
+        self.board = board
         finite = board["loss"][np.isfinite(board["loss"]) & (board["steps"] > 0)]
         self.loss = float(finite.mean()) if finite.size else float("nan")
         busy = max(sum(float(board[name].sum()) for name in SHARES), 1e-12)
@@ -57,23 +83,40 @@ class Recorder:
         world: The ranks.
         folder: Of the run; metrics are stored only if there is one.
         batch_size: Samples of a step.
+        metrics: The names of what the method tells of each worker.
         continue_from: Seconds of the run that is resumed: rows of what came after its checkpoint are dropped.
     """
 
-    def __init__(self, world: World, folder: Path | None, batch_size: int, continue_from: float | None = None) -> None:
-        self._world, self._batch_size = world, batch_size
-        self._board = Board(world, COUNTERS)
+    def __init__(
+        self,
+        world: World,
+        folder: Path | None,
+        batch_size: int,
+        metrics: Sequence[str] = (),
+        continue_from: float | None = None,
+    ) -> None:
+        self._world, self._batch_size, self._names = world, batch_size, tuple(metrics)
+        self._board = Board(world, [*COUNTERS, *HISTOGRAMS.items(), *(OF_METHOD + name for name in metrics)])
         self._recorded = -1.0
         self._loss = float("nan")
         self.progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         if world.rank == 0 and folder is not None:
-            self._metrics = MetricsWriter(folder / "metrics.h5", TABLES)
+            wanted = tables(world.size, metrics)
+            self._metrics = MetricsWriter(folder / "metrics.h5", wanted)
             if continue_from is not None:
-                for table in TABLES:
+                for table in wanted:
                     self._metrics.truncate_after(table, "seconds", continue_from)
 
-    def step_made(self, step: int, loss: float, compute: float, exchange: float, statistics: Statistics) -> None:
+    def step_made(
+        self,
+        step: int,
+        loss: float,
+        compute: float,
+        exchange: float,
+        statistics: Statistics,
+        metrics: Mapping[str, float],
+    ) -> None:
         """Put this rank's counters on the board. Local.
 
         Args:
@@ -81,6 +124,7 @@ class Recorder:
             loss: Of the last mini-batch; the running mean so far when the run is resumed.
             compute, exchange: Seconds so far; exchange with waiting.
             statistics: Of the exchanges.
+            metrics: What the method tells of this worker.
         """
         self._loss = loss if np.isnan(self._loss) else LOSS_MEMORY * self._loss + (1 - LOSS_MEMORY) * loss
         self._board.write(
@@ -91,6 +135,10 @@ class Recorder:
             waiting=statistics.wait_seconds,
             bytes=statistics.bytes_sent,
             rejected=statistics.n_rejected,
+            exchanges=statistics.n_exchanges,
+            lock_wait=statistics.lock_wait_seconds,
+            **{name: getattr(statistics, name) for name in HISTOGRAMS},
+            **{OF_METHOD + name: value for name, value in metrics.items()},
         )
 
     @property
@@ -102,9 +150,7 @@ class Recorder:
         """Sums over all ranks as they stand now. Local."""
         return Totals(self._board.read())
 
-    def record(
-        self, seconds: float, step: int, learning_rate: float, statistics: Statistics, *, now: bool = False
-    ) -> None:
+    def record(self, seconds: float, step: int, learning_rate: float, *, now: bool = False) -> None:
         """Move the progress bar on and append a row of metrics, if it is time (or ``now``). Local; rank 0 only."""
         if not now and seconds - self._recorded < SECONDS_BETWEEN_RECORDS:
             return
@@ -132,18 +178,33 @@ class Recorder:
                 learning_rate=learning_rate,
                 samples_per_second=rate,
                 rejected=totals.rejected,
+                exchanges=totals.exchanges,
+                lock_wait_seconds=totals.lock_wait_seconds,
                 **{f"{name}_share": share for name, share in totals.shares.items()},
             )
-            self._metrics.append("staleness", seconds=seconds, histogram=statistics.staleness)
+            board = totals.board
+            histograms = {"histogram": board["staleness"].sum(0), "distance": board["staleness_distance"].sum(0)}
+            self._metrics.append("staleness", seconds=seconds, **histograms)
+            if self._names:
+                of_method = {name: board[OF_METHOD + name] for name in self._names}
+                self._metrics.append("method", seconds=seconds, **of_method)
+            if now:  # as large as there are workers, so not at every row of the others
+                self._metrics.append(
+                    "workers",
+                    seconds=seconds,
+                    **{name: board[name] for name in ("steps", "bytes", "exchanges", *HISTOGRAMS)},
+                    lock_wait_seconds=board["lock_wait"],
+                    waiting_seconds=board["waiting"],
+                )
 
     def evaluated(self, point: Point) -> None:
         """Store an evaluation. Local; rank 0 only."""
         if self._metrics is not None:
-            distance = {"consensus_distance": point.consensus_distance}
-            row = {name: value for name, value in vars(point).items() if name not in distance}
+            spread = {name: getattr(point, name) for name in ("consensus_distance", "elastic_energy")}
+            row = {name: value for name, value in vars(point).items() if name not in spread}
             self._metrics.append("evaluation", **row)
             at = {name: row[name] for name in ("seconds", "step", "gradients", "bytes")}
-            self._metrics.append("progress", **at, **distance)
+            self._metrics.append("progress", **at, **spread)
 
     def close(self) -> None:
         """Finish the bar and the file. Local."""

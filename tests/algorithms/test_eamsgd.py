@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from elastic_definition import Exchanges
 from hypothesis import given
 from hypothesis import strategies as st
 from quadratic import change, radius, same_bits, simulate, slope, standard_error, states, statistics
@@ -48,42 +49,39 @@ def test_mean_velocity_and_center_follow_the_reduced_dynamics(eh, delta, wanted)
     assert radius(groups @ full @ lifted) == pytest.approx(wanted, abs=5e-7)
 
 
-def algorithm_2(script, x, alpha, eta, delta, tau, h, b, decay, grad_point):
+def algorithm_2(script, exchanges, eta, delta, h, b, decay):
     """The paper's loop, one worker's step an entry of the script; the gradient is h_i (y - b_i) at y = x + delta v."""
-    x, v, c, t = x.copy(), np.zeros_like(x), x[0].copy(), np.zeros(len(x), int)
-
-    def exchange(i):
-        nonlocal c
-        e = alpha * (x[i] - c)
-        x[i], c = x[i] - e, c + e
-
+    x, v = exchanges.x, np.zeros_like(exchanges.x)
     for i in script:
         y = x[i] + delta * v[i]
         g = h[i] * (y - b[i]) + decay * y
-        if grad_point == "pre" and t[i] % tau == 0:
-            exchange(i)
+        exchanges.before(i)
         v[i] = delta * v[i] - eta * g
         x[i] = x[i] + v[i]
-        t[i] += 1
-        if grad_point == "post" and t[i] % tau == 0:
-            exchange(i)
-    return x, v, x + delta * v, c
+        exchanges.after(i)
+    return x, v, x + delta * v, exchanges.c
 
 
 @given(
     st.sampled_from(["pre", "post"]),
+    st.sampled_from(["jacobi", "center_first", "worker_first"]),
+    st.sampled_from([None, 0.15]),
     st.integers(1, 3),
     st.sampled_from([0.0, 0.1]),
     st.lists(st.integers(0, 2), max_size=60),
 )
-def test_any_script_gives_what_algorithm_2_says(grad_point, tau, decay, script):
+def test_any_script_gives_what_algorithm_2_says(grad_point, order, center_rate, tau, decay, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=(3, 6)), rng.uniform(0.2, 2, 3), rng.normal(size=3)
-    method = EAMSGD(momentum=0.8, moving_rate=0.3, period=tau, grad_point=grad_point)
+    method = EAMSGD(
+        momentum=0.8, moving_rate=0.3, center_rate=center_rate, order=order, period=tau, grad_point=grad_point
+    )
     simulation = simulate(
         method, 3, start=start, eta=0.1, decay=decay, gradient=slope(h, b), schedule=Scripted(script)
     ).run(10**6)
-    x, v, y, c = algorithm_2(script, start, 0.3, 0.1, 0.8, tau, h, b, decay, grad_point)
+    rates = (0.3, 0.3 if center_rate is None else center_rate)
+    exchanges = Exchanges(start, rates, order=order, grad_point=grad_point, tau=tau)
+    x, v, y, c = algorithm_2(script, exchanges, 0.1, 0.8, h, b, decay)
     after = states(simulation)
     for name, wanted in (("position", x), ("velocity", v), ("parameters", y)):
         np.testing.assert_allclose([state[name] for state in after], wanted, rtol=1e-11, atol=1e-13)
@@ -95,11 +93,15 @@ def test_any_script_gives_what_algorithm_2_says(grad_point, tau, decay, script):
 @pytest.mark.parametrize("synchronous", [False, True])
 # EASGD's decay is taken after the exchange of the step, EAMSGD's with the gradient: post is where these are one.
 @pytest.mark.parametrize(("grad_point", "decay"), [("pre", 0.0), ("post", 0.0), ("post", 0.01)])
-def test_without_momentum_it_is_easgd_bit_for_bit(dtype, tau, synchronous, grad_point, decay):
+@pytest.mark.parametrize("order", ["jacobi", "center_first", "worker_first"])
+def test_without_momentum_it_is_easgd_bit_for_bit(dtype, tau, synchronous, grad_point, decay, order):
     start = np.random.default_rng(7).normal(size=(3, 50)).astype(dtype)
     ends = []
     for kind, more in ((EASGD, {}), (EAMSGD, {"momentum": 0.0})):
-        method = kind(moving_rate=0.3, period=tau, synchronous=synchronous, grad_point=grad_point, **more)
+        method = kind(
+            moving_rate=0.3, center_rate=0.2, order=order, period=tau, synchronous=synchronous,
+            grad_point=grad_point, **more,
+        )  # fmt: skip
         simulation = simulate(
             method, 3, start=start, eta=0.05, decay=decay, gradient=slope([0.5, 1.0, 2.0], [1.0, -2.0, 0.5]),
             schedule=RandomOrder(8), interleave_locks=True, largest_shard=16,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from elastic_definition import Exchanges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import radius, simulate, slope, statistics, sweep_matrix
@@ -9,18 +10,35 @@ from quadratic import radius, simulate, slope, statistics, sweep_matrix
 from mpitrain.algorithms import EASGD
 from mpitrain.collectives.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
 
+rates = st.floats(-0.5, 0.9)
+# With a worker that is first and its gradient from before, an exchange is two visits: others may come between them.
 methods = st.builds(
     EASGD,
-    moving_rate=st.floats(-0.5, 0.9),
+    moving_rate=rates,
+    center_rate=st.none() | rates,
+    order=st.sampled_from(["jacobi", "center_first", "worker_first"]),
     period=st.integers(1, 3),
     grad_point=st.sampled_from(["pre", "post"]),
-)
+).filter(lambda method: method.order != "worker_first" or method.grad_point == "post")
 
 
-def assert_sum(simulation, total):
+def weights(method, p):
+    """What multiplies sum_i x_i and c in the sum that exchanges keep: a_c and a_w, or 1 and 1 where these are equal.
+
+    With the center first the worker sees its difference shortened to 1 - a_c of it; with the worker first the center.
+    """
+    a_w, a_c = method.rates(p, 0.1)
+    if method.order == "center_first":
+        a_w *= 1 - a_c
+    if method.order == "worker_first":
+        a_c *= 1 - a_w
+    return (1.0, 1.0) if a_w == a_c else (a_c, a_w)
+
+
+def assert_sum(simulation, total, of_x=1.0, of_c=1.0):
     x, c = simulation.x(), simulation.consensus()
     scale = 1 + np.abs(x).max() + np.abs(c).max()  # a negative moving rate drives them apart
-    np.testing.assert_allclose(x.sum(0) + c, total, rtol=0, atol=1e-12 * scale)
+    np.testing.assert_allclose(of_x * x.sum(0) + of_c * c, total, rtol=0, atol=1e-12 * scale)
 
 
 @settings(max_examples=60)
@@ -32,8 +50,8 @@ def test_exchanges_conserve_the_sum_at_any_moment(method, p, n, largest_shard, d
         method, p, start=start, eta=0.0, schedule=Scripted(script), interleave_locks=True, largest_shard=largest_shard
     )
     simulation.run(10**6)  # the script ends it, perhaps in the middle of an exchange
-    total = start.sum(0) + start[0]
-    assert_sum(simulation, total)
+    of_x, of_c = weights(method, p)
+    assert_sum(simulation, of_x * start.sum(0) + of_c * start[0], of_x, of_c)
 
 
 @settings(max_examples=60)
@@ -53,44 +71,39 @@ def test_gradients_alone_change_the_sum(method, p, steps, largest_shard, seed):
         method, p, start=start, eta=eta, gradient=gradient,
         schedule=RandomOrder(seed), interleave_locks=True, largest_shard=largest_shard,
     ).run(steps)  # fmt: skip
-    total = start.sum(0) + start[0] - eta * applied
-    assert_sum(simulation, total)
+    of_x, of_c = weights(method, p)
+    assert_sum(simulation, of_x * (start.sum(0) - eta * applied) + of_c * start[0], of_x, of_c)
 
 
-def algorithm_1(script, x, alpha, eta, tau, h, b, decay, grad_point):
+def algorithm_1(script, exchanges, eta, h, b, decay):
     """The paper's loop, one worker's step an entry of the script; the gradient is h_i (x - b_i)."""
-    x, c, t = x.copy(), x[0].copy(), np.zeros(len(x), int)
-
-    def exchange(i):
-        nonlocal c
-        e = alpha * (x[i] - c)
-        x[i], c = x[i] - e, c + e
-
+    x = exchanges.x
     for i in script:
         g = h[i] * (x[i] - b[i])
-        if grad_point == "pre" and t[i] % tau == 0:
-            exchange(i)
+        exchanges.before(i)
         x[i] = x[i] - eta * (g + decay * x[i])
-        t[i] += 1
-        if grad_point == "post" and t[i] % tau == 0:
-            exchange(i)
-    return x, c
+        exchanges.after(i)
+    return x, exchanges.c
 
 
 @given(
     st.sampled_from(["pre", "post"]),
+    st.sampled_from(["jacobi", "center_first", "worker_first"]),
+    st.sampled_from([None, 0.15, 1.0]),
     st.integers(1, 3),
     st.sampled_from([0.0, 0.1]),
     st.lists(st.integers(0, 2), max_size=60),
 )
-def test_any_script_gives_what_algorithm_1_says(grad_point, tau, decay, script):
+def test_any_script_gives_what_algorithm_1_says(grad_point, order, center_rate, tau, decay, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=(3, 6)), rng.uniform(0.2, 2, 3), rng.normal(size=3)
-    method = EASGD(moving_rate=0.3, period=tau, grad_point=grad_point)
+    method = EASGD(moving_rate=0.3, center_rate=center_rate, order=order, period=tau, grad_point=grad_point)
     simulation = simulate(
         method, 3, start=start, eta=0.1, decay=decay, gradient=slope(h, b), schedule=Scripted(script)
     ).run(10**6)
-    x, c = algorithm_1(script, start, 0.3, 0.1, tau, h, b, decay, grad_point)
+    rates = (0.3, 0.3 if center_rate is None else center_rate)
+    exchanges = Exchanges(start, rates, order=order, grad_point=grad_point, tau=tau)
+    x, c = algorithm_1(script, exchanges, 0.1, h, b, decay)
     np.testing.assert_allclose(simulation.x(), x, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(simulation.consensus(), c, rtol=1e-12, atol=1e-13)
 
@@ -119,9 +132,14 @@ def test_round_robin_is_stable_inside_the_papers_bound(eh, fraction, p):
 
 
 @settings(max_examples=15)
-@given(st.integers(0, 2**16), st.sampled_from(["pre", "post"]), st.integers(1, 4))
-def test_staleness_does_not_move_the_fixed_point(seed, grad_point, tau):
-    method = EASGD(moving_rate=0.25, period=tau, grad_point=grad_point)
+@given(
+    st.integers(0, 2**16),
+    st.sampled_from(["pre", "post"]),
+    st.sampled_from(["jacobi", "center_first", "worker_first"]),
+    st.integers(1, 4),
+)
+def test_staleness_does_not_move_the_fixed_point(seed, grad_point, order, tau):
+    method = EASGD(moving_rate=0.25, order=order, period=tau, grad_point=grad_point)
     start = np.random.default_rng(seed).normal(size=(3, 33))
     simulation = simulate(
         method, 3, start=start, eta=0.3, schedule=RandomOrder(seed), interleave_locks=True, largest_shard=8

@@ -64,6 +64,49 @@ def test_stationary_variances_are_the_closed_form():
         assert x.var() == pytest.approx(worker, abs=4 * standard_error(worker, d))
 
 
+@pytest.mark.parametrize(("p", "alpha"), [(1, 0.3), (3, 0.2), (4, 0.225), (5, 0.05)])
+def test_mean_of_the_center_is_the_closed_form(p, alpha):
+    # G, F = 1 - (a -+ sqrt(a^2 - 4 q))/2, a = eh + (p+1) alpha, q = eh p alpha
+    # E[c_t - x*] = G^t (c_0 - x*) + (G^t - F^t)/(G - F) alpha u_0
+    # u_0 = sum_i (x_i0 - x* - alpha/(1 - p alpha - F) (c_0 - x*))
+    best, rng = 0.7, np.random.default_rng(12)
+    start, c = rng.normal(size=(p, 6)), rng.normal(size=6)
+    a, q = EH + (p + 1) * alpha, EH * p * alpha
+    root = np.sqrt(a * a - 4 * q)
+    g, f = 1 - (a - root) / 2, 1 - (a + root) / 2
+    u = (start - best - alpha / (1 - p * alpha - f) * (c - best)).sum(0)
+    method = EASGD(moving_rate=alpha, period=1, synchronous=True)
+    simulation = simulate(method, p, start=start, eta=ETA, gradient=slope(H, best))
+    change(simulation, center=c)
+    for t in range(1, 16):
+        wanted = best + g**t * (c - best) + (g**t - f**t) / (g - f) * alpha * u
+        np.testing.assert_allclose(simulation.run(1).consensus(), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("eta", "alpha"), [(0.1, 0.225), (0.2, 0.1)])
+def test_time_average_of_the_center_is_as_good_as_can_be(eta, alpha):
+    # T Var((1/T) sum c_t) -> sigma^2/(p h^2), whatever eta and alpha. For finite T: c_t sums eta M^(t-1-k)[c, x] xi_k.
+    t_end, d = 1000, 2000
+    matrix, powers, total = np.array([[1 - eta - alpha, alpha], [P * alpha, 1 - P * alpha]]), np.eye(2), 0.0
+    weights = []
+    for _ in range(t_end):
+        total += eta * powers[1, 0]
+        powers = matrix @ powers
+        weights.append(total)
+    exact = np.square(weights).sum() / P / t_end
+    assert exact == pytest.approx(1 / P, rel=0.05)
+    mean = np.zeros(d)
+
+    def add(simulation, rank):
+        nonlocal mean
+        if rank == 0:
+            mean = mean + simulation.consensus() / t_end
+
+    method = EASGD(moving_rate=alpha, period=1, synchronous=True)
+    simulate(method, P, start=np.zeros(d), eta=eta, gradient=slope(H, sigma=1.0, seed=13)).run(t_end, add)
+    assert t_end * mean.var() == pytest.approx(exact, abs=4 * standard_error(exact, d))
+
+
 @pytest.mark.parametrize(("tau", "center"), [(1, 0.9840053316), (5, 0.7260236371)])
 def test_fixed_point_of_unlike_workers_is_that_of_their_envelopes(tau, center):
     h, b, rho, eta = np.array([0.5, 1, 2, 4]), np.array([1, -2, 0.5, 3]), 1.5, 0.1

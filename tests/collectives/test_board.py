@@ -32,6 +32,22 @@ def test_everybody_reads_all_numbers(world, board):
 
 
 @ALL
+def test_several_numbers_go_by_one_name(world):
+    from mpitrain.collectives.board import Board
+
+    board = Board(world, ["step", ("histogram", 3), "loss"])
+    board.write(step=world.rank, histogram=[world.rank, 1, 2], loss=0.5)
+    world.barrier()
+    numbers = board.read()
+    assert numbers["histogram"].tolist() == [[rank, 1, 2] for rank in range(world.size)]
+    assert numbers["step"].tolist() == list(range(world.size))
+    last = world.size - 1
+    assert board.read_rank(last) == {"step": last, "histogram": [last, 1, 2], "loss": 0.5}
+    world.barrier()
+    board.free()
+
+
+@ALL
 def test_what_was_read_stays_as_it_was(world, board):
     before = board.read()
     world.barrier()

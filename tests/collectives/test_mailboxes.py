@@ -89,3 +89,49 @@ def test_a_visit_to_one_s_own_box_is_no_exchange(comm):
     others = int(comm.size > 1)
     assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (others, others * 400)
     assert comm.statistics.n_rejected == 7
+
+
+@ALL
+def test_what_is_received_counts_and_what_is_read_does_not(comm):
+    boxes = comm.mailboxes(50, np.float32, 2)
+    peer, others = (comm.rank + 1) % comm.size, int(comm.size > 1)
+
+    def fill(box, tags):
+        box[:], tags[:] = comm.rank, [comm.rank, 1, 2, 3]
+
+    boxes.update(comm.rank, fill, 1)
+    comm.barrier()
+    found = []
+    look = lambda box, tags: found.append((set(box.tolist()), tags.tolist()))  # noqa: E731
+    boxes.read(peer, look, 1)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (0, 0)
+    boxes.receive(peer, look, 1)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (others, others * 200)
+    boxes.update(peer, look, 1, pulls=True)  # both ways
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (2 * others, others * 600)
+    assert found == [({float(peer)}, [peer, 1, 2, 3])] * 3
+    assert boxes.peek(peer, 1).tolist() == [peer, 1, 2, 3]
+    assert boxes.peek(peer, 0).tolist() == [0, 0, 0, 0]
+
+
+@ALL
+def test_two_locks_at_once_are_taken_in_one_order_by_all(comm):
+    boxes, rng, n_rounds = comm.mailboxes(300, np.float64), np.random.default_rng(comm.rank), 60
+    for _ in range(n_rounds if comm.size > 1 else 0):
+        first, second = sorted((comm.rank, uniform_peer(rng, comm.rank, comm.size)))
+
+        def move(one, _, second=second):
+            def both(other, _):
+                assert np.all(one == one[0])
+                assert np.all(other == other[0])
+                one[:] += 1
+                other[:] -= 1
+
+            boxes.update(second, both)
+
+        boxes.update(first, move)
+    comm.barrier()
+    found = []
+    for rank in range(comm.size):
+        boxes.read(rank, lambda box, _: found.append(float(box[0])))
+    assert sum(found) == 0

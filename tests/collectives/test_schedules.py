@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.collectives.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
+from mpitrain.collectives.schedules import RandomOrder, RoundRobin, Scripted, Until, VirtualTime
 from mpitrain.collectives.simulated import SimulatedWorld
 
 
@@ -90,3 +90,38 @@ def test_everybody_waits_for_the_straggler_in_a_collective():
 def test_virtual_time_wants_positive_numbers(seconds):
     with pytest.raises(ValueError, match="positive number of seconds"):
         VirtualTime(seconds)
+
+
+def test_exchanges_cost_latency_and_bytes():
+    schedule = VirtualTime([1.0, 1.0], latency_seconds=0.25, bytes_per_second=100.0)
+
+    def program(comm):
+        vector = comm.vector(25, np.float64)
+        comm.allreduce(vector)  # 200 bytes: 2*(p - 1)/p of its own
+        comm.end_step()
+        comm.end_step()
+
+    SimulatedWorld(2, schedule).run(program)
+    assert schedule.clocks.tolist() == [1 + 0.25 + 2 + 1] * 2
+
+
+def test_jitter_leaves_the_mean_and_comes_from_the_seed():
+    clocks = []
+    for seed in (1, 1, 2):
+        schedule = VirtualTime([1.0], jitter=0.5, seed=seed)
+        order(schedule, 1, 4000)
+        clocks.append(schedule.clocks[0])
+    assert clocks[0] == clocks[1] != clocks[2]
+    assert abs(clocks[0] / 4000 - 1) < 4 * np.sqrt((np.exp(0.25) - 1) / 4000)
+
+
+def test_a_run_ends_when_something_holds():
+    made = []
+
+    def program(comm):
+        while True:
+            made.append(comm.rank)
+            comm.end_step()
+
+    SimulatedWorld(3, Until(RoundRobin(), lambda: len(made) >= 7)).run(program)
+    assert made == [0, 1, 2, 0, 1, 2, 0]

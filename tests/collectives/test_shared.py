@@ -115,3 +115,91 @@ def test_only_what_crosses_nodes_is_on_the_wire(comm):
     ]
     assert comm.statistics.wire_bytes == sum(2 * 4 * (part.stop - part.start) for part in there)
     assert bool(there) == (comm.world.n_nodes > 1)
+
+
+@ALL
+def test_rows_are_changed_together(comm, monkeypatch):
+    """A velocity and what it moves, say: nobody sees one of them changed and the other not."""
+    from mpitrain.collectives import mpi
+
+    monkeypatch.setattr(mpi, "LARGEST_SHARD", 64)
+    n, n_updates = 500, 20
+    shared = comm.shared_vector(n, np.float64, rows=3)
+    if comm.rank == 0:
+        shared.write(np.arange(n))
+        shared.write(np.zeros(n), row=2)
+    comm.barrier()
+
+    def change(part, rows):
+        assert rows.shape == (3, part.stop - part.start)
+        assert np.array_equal(rows[1] - rows[0], rows[2])
+        rows[1] += 1
+        rows[2] += 1
+
+    for _ in range(n_updates):
+        shared.update(change)
+    comm.barrier()
+    out = np.zeros(n)
+    for row, expected in enumerate([np.arange(n), np.arange(n) + comm.size * n_updates, comm.size * n_updates]):
+        shared.read(out, row)
+        assert np.array_equal(out, np.broadcast_to(expected, n))
+    assert comm.statistics.bytes_sent == n_updates * 2 * 3 * n * 8
+
+
+@ALL
+def test_staleness_counts_from_the_last_pull(comm):
+    """Pushes alone do not bring the worker up to date, pulls alone do; its own pushes are no one else's."""
+    center = comm.shared_vector(100, np.float32)
+    seen = []
+
+    def in_turn(**kind):
+        for turn in range(comm.size):
+            if turn == comm.rank:
+                center.update(lambda part, shard: seen.append(center.staleness), **kind)
+            comm.barrier()
+        found = {*seen}
+        seen.clear()
+        assert len(found) == 1  # all shards agree
+        return found.pop()
+
+    others = comm.size - 1
+    assert in_turn() == 0  # the first pull of all
+    assert in_turn() == others
+    assert in_turn(pulls=False) == others
+    assert in_turn(pulls=False) == others + comm.rank + (others - comm.rank)  # those of two rounds
+    assert in_turn(pushes=False) == 2 * others + (others - comm.rank)
+    assert in_turn(pushes=False) == 0
+    n_pushes = 4
+    assert comm.statistics.staleness.sum() == n_pushes - 1
+    n_bytes = 100 * 4
+    assert comm.statistics.bytes_sent == n_bytes * (2 * 2 + 2 + 2)
+
+
+@ALL
+def test_lags_and_tags_can_be_saved_and_put_back(comm):
+    center = comm.shared_vector(100, np.float64)
+    assert np.all(center.lags() == -1)
+    center.set_lags(0)
+    assert np.all(center.lags() == 0)
+
+    def count(part, shard):
+        center.tags[1] += comm.rank + 1
+
+    comm.barrier()
+    center.update(count)
+    comm.barrier()
+    lags, tags = center.lags(), center.read_tags()
+    assert np.all((lags >= 0) & (lags < comm.size))
+    assert np.all(tags[:, 1] == sum(range(1, comm.size + 1)))
+    comm.barrier()
+
+    copy = comm.shared_vector(100, np.float64)
+    if comm.rank == 0:
+        copy.write_tags(tags)
+    comm.barrier()
+    copy.set_lags(lags)
+    assert np.array_equal(copy.lags(), lags)
+    assert np.array_equal(copy.read_tags(), tags)
+    staleness = []
+    copy.update(lambda part, shard: staleness.append(copy.staleness), pushes=False)
+    assert sorted(staleness) == sorted(lags)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.collectives.schedules import RandomOrder, Scripted
+from mpitrain.collectives.schedules import RandomOrder, Scripted, VirtualTime
 from mpitrain.collectives.simulated import SimulatedWorld
 
 
@@ -109,3 +109,89 @@ def test_locks_are_where_workers_give_way():
     assert sorted(alone) == sorted(mixed)
     assert [rank for rank, _ in alone] in ([0] * 3 + [1] * 3, [1] * 3 + [0] * 3)
     assert [rank for rank, _ in mixed] == [0, 1] * 3
+
+
+@given(st.integers(1, 6), st.integers(0, 2**16))
+def test_parts_of_a_world_have_collectives_of_their_own(size, seed):
+    def program(comm):
+        part = comm.split(comm.rank % 2)
+        inner = part.split(part.rank % 2)
+        total = part.vector(2, np.float64)
+        for _ in range(part.rank + 1 if part.size == 1 else 3):  # the parts need not make the same number
+            total.local[...] = comm.rank
+            part.allreduce(total)
+        assert part.nodes == [comm.nodes[rank] for rank in range(comm.rank % 2, size, 2)]
+        assert inner.gather([comm.rank])[inner.rank, 0] == comm.rank
+        shared = part.shared_vector(4, np.float64)
+        shared.update(lambda _, c: c.__iadd__(1) is None)
+        part.barrier()
+        c = np.zeros(4)
+        shared.read(c)
+        comm.barrier()
+        return part.rank, part.size, total.local[0], c[0], part.statistics is comm.statistics
+
+    world = SimulatedWorld(size, RandomOrder(seed), interleave_locks=True, nodes=[rank // 2 for rank in range(size)])
+    for rank, found in enumerate(world.run(program)):
+        members = range(rank % 2, size, 2)
+        assert found == (rank // 2, len(members), sum(members), len(members), True)
+
+
+def test_waiting_for_a_condition_lets_the_others_go_on():
+    order, arrived = [], []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.wait_until(lambda: len(arrived) == 2)
+        else:
+            for _ in range(comm.rank):
+                comm.end_step()
+            arrived.append(comm.rank)
+        order.append(comm.rank)
+
+    SimulatedWorld(3).run(program)
+    assert order == [1, 2, 0]
+
+
+def test_waiting_for_what_nobody_does_is_reported():
+    def program(comm):
+        if comm.rank == 1:
+            comm.wait_until(lambda: False)
+        elif comm.rank == 2:
+            comm.barrier()
+
+    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for something"):
+        SimulatedWorld(3).run(program)
+
+
+def test_waiting_takes_the_time_of_whom_one_waits_for():
+    done = []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.wait_until(lambda: bool(done))
+        else:
+            comm.end_step()
+            comm.end_step()
+            done.append(True)
+
+    world = SimulatedWorld(2, VirtualTime([1.0, 2.5]))
+    world.run(program)
+    assert world.schedule.clocks.tolist() == [5.0, 5.0]
+
+
+def test_an_allreduce_that_has_begun_sums_what_was_there():
+    def program(comm):
+        vector = comm.vector(3, np.float64)
+        vector.local[...] = comm.rank + 1
+        pending = comm.start_allreduce(vector, mean=True)
+        for _ in range(comm.rank):
+            comm.end_step()
+        pending.finish()
+        return vector.local.tolist()
+
+    assert SimulatedWorld(3, RandomOrder(1)).run(program) == [[2.0] * 3] * 3
+
+
+def test_each_worker_has_a_node():
+    with pytest.raises(ValueError, match="3 workers have 3 nodes, not 2"):
+        SimulatedWorld(3, nodes=[0, 1])

@@ -14,14 +14,34 @@ def normal(*shape, seed=0):
 
 X, C, S, G, V = normal(5, 257)
 A_W, A_C, ETA, DELTA, DECAY = 0.21, 0.34, 0.05, 0.9, 0.01
+OUTER = X - ETA * ((X - G) + A_W * (X - C) + DELTA * (DELTA * V + (X - G) + A_W * (X - C)))  # x after entropy_outer
+LAM = V - (X - C)  # the multiplier of ADMM after a turn, with x = X, lam = V, g = G, center C, and x after it
+TURN = (X - ETA * (G + DECAY * X) + ETA * 2.5 * (LAM + C)) / (1 + ETA * 2.5)
 
 # Kernel: its arrays, its scalars, and what each array becomes. Every right-hand side is at the old values.
 ORACLES = {
     "elastic_exchange": ([X, C], [A_W, A_C], [X - A_W * (X - C), C + A_C * (X - C)]),
+    "elastic_exchange_seen": ([X, C, S], [A_W, A_C], [X - A_W * (X - C), *[C + A_C * (X - C)] * 2]),
     # beta = p*alpha: c' = (1 - beta) c + beta mean(x), s = p mean(x)
     "elastic_center": ([C, S], [A_C / 4, 4], [(1 - A_C) * C + A_C * (S / 4), S]),
     "elastic_pull": ([X, C], [A_W], [(1 - A_W) * X + A_W * C, C]),
     "elastic_sync": ([X, C, S], [A_W, A_C / 4, 4], [(1 - A_W) * X + A_W * C, (1 - A_C) * C + A_C * (S / 4), S]),
+    "elastic_sync_center_first": (
+        [X, C, S],
+        [A_W, A_C / 4, 4],
+        [(1 - A_W) * X + A_W * ((1 - A_C) * C + A_C * (S / 4)), (1 - A_C) * C + A_C * (S / 4), S],
+    ),
+    "admm_local": ([X, V, C, G], [ETA, 2.5, DECAY], [TURN, LAM, TURN - LAM, G]),
+    "admm_turn": (
+        [X, V, S, G, C],
+        [ETA, 2.5, DECAY, 0.25],
+        [TURN, LAM, TURN - LAM, G, C + 0.25 * (TURN - LAM - S)],
+    ),
+    "admm_arrival": (
+        [X, V, S, G, C, X],
+        [ETA, 2.5, DECAY, 0.25],
+        [TURN, LAM, TURN - LAM, G, C, X + 0.25 * (TURN - LAM - S)],
+    ),
     "sgd_step": ([X, G], [ETA, DECAY], [(1 - ETA * DECAY) * X - ETA * G, G]),
     "heavy_ball_step": (
         [X, V, G],
@@ -32,17 +52,59 @@ ORACLES = {
     "pair_average": ([X, C], [], [(X + C) / 2, C]),
     "symmetric_average": ([X, C], [], [(X + C) / 2, (X + C) / 2]),
     "push_receive": ([X, S], [3], [(X + S) / (1 + 3), S]),
-    "downpour_exchange": ([X, V, C], [], [C + V, 0 * V, C + V]),
+    "commit_and_pull": ([X, V, C], [A_W], [C + A_W * (X - V)] * 3),
+    "commit_only": ([X, V, C], [], [X, X, C + (X - V)]),
+    "pull_only": ([X, V, C], [], [C, C - (X - V), C]),
+    "commit_averaged": (
+        [X, V, C, S],
+        [A_C],
+        [C + (X - V), C + (X - V), C + (X - V), (1 - A_C) * S + A_C * (C + (X - V))],
+    ),
+    "commit_gathered": ([X, V, C], [A_W], [C + A_W * V, 0 * V, C + A_W * V]),
+    "gather_step": ([V, G, X], [ETA, DECAY], [V - ETA * (G + DECAY * X), G, X]),
+    "master_momentum": (
+        [X, G, C, V],
+        [ETA, DELTA, DECAY],
+        [
+            C + (1 + DELTA) * (DELTA * V - ETA * (G + DECAY * X)),
+            G,
+            C + DELTA * V - ETA * (G + DECAY * X),
+            DELTA * V - ETA * (G + DECAY * X),
+        ],
+    ),
+    "adag_commit": ([X, V, C], [A_W, 4], [C + A_W * (X - V) / (4 * (C - V) ** 2 + 1)] * 3),
+    "adag_scale": ([X, V, C], [A_W, 4], [A_W * (X - V) / (4 * (C - V) ** 2 + 1), C, C]),
+    "adag_push": ([X, V, C], [], [V + X, V + X, C + X]),
     "scaled_add": ([C, X], [A_W], [C + A_W * X, X]),
     "scale": ([X], [A_W], [A_W * X]),
     "copy": ([X, C], [], [C, C]),
-    "push_sum_mix": ([X, S], [0.5], [0.5 * X + S, S]),
+    "weighted_average": ([X, C], [0.3], [0.7 * X + 0.3 * C, C]),
     "debias": ([C, X], [0.7], [X / 0.7, X]),
+    "keep_finite": ([X], [], [X]),
+    "outer_gradient": ([V, C, X], [], [C - X, C, X]),
+    "slow_momentum": (
+        [X, C, V, G],
+        [DELTA, 1 / ETA, A_W],
+        [C - A_W * (DELTA * V + G / ETA), C - A_W * (DELTA * V + G / ETA), DELTA * V + G / ETA, G],
+    ),
+    "outer_nesterov": (
+        [X, C, V, G],
+        [ETA, DELTA],
+        [C - ETA * (G + DELTA * (DELTA * V + G)), C - ETA * (G + DELTA * (DELTA * V + G)), DELTA * V + G, G],
+    ),
+    "delayed_correction": ([X, S, C], [], [X + C - S, S, C]),
+    "entropy_outer": (
+        [X, V, C, S, G, S],
+        [ETA, DELTA, A_W],
+        [OUTER, DELTA * V + (X - G) + A_W * (X - C), C, OUTER, OUTER, 0 * S],
+    ),
+    "receive": ([X, C], [], [C, C]),
+    "accumulate": ([S, G], [A_W], [S + A_W * G, G]),
     "weighted_mix_2": ([X, C, S], [0.5, 0.2, 0.3], [0.5 * X + 0.2 * C + 0.3 * S, C, S]),
     "sum_into_3": ([X, C, S, V], [1 / 3], [(C + S + V) / 3, C, S, V]),
     "sum_everywhere_3": ([C, S, V], [1 / 3], [(C + S + V) / 3] * 3),
 }
-TRAJECTORIES = {"eamsgd_step", "torch_momentum_step", "torch_nesterov_step"}
+TRAJECTORIES = {"eamsgd_step", "entropy_inner", "torch_momentum_step", "torch_nesterov_step"}
 LIBRARY = {kernel.name: kernel for kernel in kernels.library()}
 
 
@@ -73,6 +135,23 @@ def test_eamsgd_step_is_nesterov_momentum_with_gradients_at_the_look_ahead():
     np.testing.assert_allclose(x, wanted_x, rtol=1e-12)
     np.testing.assert_allclose(v, wanted_v, rtol=1e-10)
     np.testing.assert_allclose(y, wanted_x + DELTA * wanted_v, rtol=1e-12)
+
+
+def test_entropy_inner_is_nesterov_descent_on_the_loss_and_a_spring():
+    import torch
+
+    h, b, x, decay, gamma_inverse, a = np.abs(normal(30, seed=1)), *normal(2, 30, seed=2), 0.01, 0.3, 0.75
+    y, v, z = x.copy(), np.zeros(30), x.copy()
+    p = torch.nn.Parameter(torch.from_numpy(x.copy()))
+    optimizer = torch.optim.SGD([p], lr=ETA, momentum=DELTA, nesterov=True, weight_decay=decay)
+    wanted_z = x.copy()
+    for _ in range(20):
+        p.grad = torch.from_numpy(h * (p.detach().numpy() - b) + gamma_inverse * (p.detach().numpy() - x))
+        optimizer.step()
+        wanted_z = a * wanted_z + (1 - a) * p.detach().numpy()
+        kernels.entropy_inner(y, v, z, x, h * (y - b), ETA, DELTA, gamma_inverse, a, decay)
+    np.testing.assert_allclose(y, p.detach().numpy(), rtol=1e-10)
+    np.testing.assert_allclose(z, wanted_z, rtol=1e-10)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -109,6 +188,15 @@ def test_synchronous_exchange_is_its_two_halves_bit_for_bit():
     assert (both_x.tobytes(), both_c.tobytes()) == (x.tobytes(), c.tobytes())
 
 
+def test_synchronous_exchange_with_the_center_first_is_its_two_halves_bit_for_bit():
+    x, c, s = (a.astype(np.float32) for a in (X, C, S))
+    both_x, both_c = x.copy(), c.copy()
+    kernels.elastic_sync_center_first(both_x, both_c, s, A_W, A_C, 4)
+    kernels.elastic_center(c, s, A_C, 4)
+    kernels.elastic_pull(x, c, A_W)
+    assert (both_x.tobytes(), both_c.tobytes()) == (x.tobytes(), c.tobytes())
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 2**16), st.integers(1, 500))
 def test_equal_rates_conserve_the_sum_of_worker_and_center(alpha, seed, n):
@@ -137,21 +225,40 @@ GUARDED = {name: kernel for name, kernel in LIBRARY.items() if kernel.equations.
 
 def test_what_enters_a_shared_vector_is_guarded():
     assert set(GUARDED) == {
-        *("elastic_exchange", "elastic_center", "elastic_sync", "downpour_exchange"),
-        *("pair_average", "symmetric_average", "push_receive", "push_sum_mix"),
+        *("elastic_exchange", "elastic_exchange_seen", "elastic_center"),
+        *("elastic_sync", "elastic_sync_center_first"),
+        *("admm_local", "admm_turn", "admm_arrival"),
+        *("commit_and_pull", "commit_only", "pull_only", "commit_averaged", "commit_gathered"),
+        *("master_momentum", "adag_commit", "adag_scale", "adag_push"),
+        *("pair_average", "symmetric_average", "push_receive", "weighted_average"),
+        *("keep_finite", "outer_gradient", "slow_momentum", "outer_nesterov"),
+        *("delayed_correction", "entropy_outer"),
+        *("receive", "accumulate"),
     }
 
 
 # Kernel: the array that is to stay finite, and the one that a diverged peer or worker brings.
 PROTECTED = {
     "elastic_exchange": ("c", "x"),
+    "elastic_exchange_seen": ("c", "x"),
     "elastic_center": ("c", "s"),
     "elastic_sync": ("c", "s"),
-    "downpour_exchange": ("c", "v"),
+    "elastic_sync_center_first": ("c", "s"),
+    "admm_local": ("c", "g"),
+    "admm_turn": ("c", "g"),
+    "admm_arrival": ("m", "g"),
+    "commit_and_pull": ("c", "x"),
+    "commit_only": ("c", "x"),
+    "commit_averaged": ("c", "x"),
+    "commit_gathered": ("c", "v"),
+    "master_momentum": ("c", "g"),
+    "adag_commit": ("c", "x"),
+    "adag_push": ("c", "x"),
     "pair_average": ("x", "z"),
     "symmetric_average": ("x", "z"),
     "push_receive": ("x", "r"),
-    "push_sum_mix": ("x", "r"),
+    "weighted_average": ("x", "z"),
+    "delayed_correction": ("x", "m"),
 }
 
 
@@ -163,13 +270,38 @@ def test_a_guard_keeps_what_is_not_finite_out_and_counts_it(name, dtype):
     arrays = {array: normal(1001, seed=j).astype(dtype) for j, array in enumerate(kernel.equations.arrays)}
     where = np.array([0, 1, 63, 64, 500, 999, 1000])
     arrays[bad][where] = [np.nan, np.inf, -np.inf, np.nan, -np.nan, np.inf, np.nan]
-    scalars = {"a_w": 0.5, "a_c": 0.5, "p": 2.0, "n": 1.0, "keep": 1.0}
+    scalars = {"a_w": 0.5, "a_c": 0.5, "p": 2.0, "n": 1.0, "share": 0.5}
+    scalars |= {"rho": 2.0, "a": 0.5, "k": 4.0, "eta": 0.5, "delta": 0.0, "decay": 0.0}
     before = arrays[kept].copy()
     n_rejected = kernel(*arrays.values(), **{scalar: scalars[scalar] for scalar in kernel.equations.scalars})
     assert n_rejected == len(where)
     assert np.isfinite(arrays[kept]).all()
     np.testing.assert_array_equal(arrays[kept][where], before[where])
     assert (np.delete(arrays[kept], where) != np.delete(before, where)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "scalars"),
+    [
+        ("keep_finite", "x", ()),
+        ("receive", "z", ()),
+        ("outer_gradient", "x", ()),
+        ("slow_momentum", "d", (0.9, 2.0, 0.5)),
+        ("outer_nesterov", "d", (0.7, 0.9)),
+        ("entropy_outer", "r", (0.1, 0.9, 2.0)),
+    ],
+)
+def test_what_is_not_finite_counts_as_zero_between_rounds(name, bad, scalars):
+    kernel = LIBRARY[name]
+    arrays = {array: normal(100, seed=j) for j, array in enumerate(kernel.equations.arrays)}
+    arrays[bad][[0, 50, 99]] = [np.nan, np.inf, -np.inf]
+    zero = {array: values.copy() for array, values in arrays.items()}
+    same = {"outer_gradient": "theta", "entropy_outer": "x"}.get(name)  # the difference from it is zero
+    zero[bad][[0, 50, 99]] = zero[same][[0, 50, 99]] if same else 0.0
+    assert kernel(*arrays.values(), *scalars) == 3
+    assert kernel(*zero.values(), *scalars) == 0
+    for array in kernel.equations.stored:
+        np.testing.assert_array_equal(arrays[array], zero[array])
 
 
 def test_a_poisoned_vector_is_rejected_element_by_element():

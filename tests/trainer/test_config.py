@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mpitrain.errors import UsageError
-from mpitrain.trainer.config import DEFAULT_EPOCHS, TrainConfig, method_of
+from mpitrain.trainer.config import DEFAULT_EPOCHS, TrainConfig, average_of, method_of, warnings_of
 
 BUDGETS = ("epochs", "steps", "gradients", "minutes")
 
@@ -87,3 +87,17 @@ def test_momentum_belongs_to_whoever_makes_the_update():
     assert method_of(TrainConfig(algorithm="easgd", momentum=0.5)) == method_of(TrainConfig(algorithm="easgd"))
     with pytest.raises(UsageError, match=r"--momentum or --set momentum=\.\.\., not both"):
         method_of(TrainConfig(algorithm="eamsgd", momentum=0.5, settings={"momentum": "0.7"}))
+
+
+def test_an_average_is_named():
+    assert average_of(TrainConfig()) is None
+    assert average_of(TrainConfig(average="moving:0.5")).rate == 0.5
+    with pytest.raises(UsageError, match=r"average: kind must be one of polyak, moving, not .median"):
+        TrainConfig(average="median")
+
+
+def test_settings_outside_a_proven_region_are_warned_of():
+    assert warnings_of(TrainConfig(settings={"moving_rate": "0.2"}), n_workers=4) == []
+    (text,) = warnings_of(TrainConfig(settings={"moving_rate": "0.5"}), n_workers=4)
+    assert "moving_rate" in text
+    assert "0.225" in text  # 0.9/p would be inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -17,14 +18,15 @@ from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
 
 ASYNCHRONOUS = [name for name, method in METHODS.items() if not method().is_synchronous]
-GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 200  # of a tiny model, a few milliseconds after another rank has had its turn
+GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 3000  # of a tiny model, in a second in which rank 0 does not get its turn
 
 
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_the_digits(world, name):
     lr = 0.05 * METHODS[name].learning_rate_factor
-    result = train(TrainConfig(algorithm=name, lr=lr, epochs=20, batch_size=16, quiet=True), world)
+    settings = {key: str(value) for key, value in METHODS[name].short_run.items()}
+    result = train(TrainConfig(name, settings, lr=lr, epochs=20, batch_size=16, quiet=True), world)
     assert result["test_accuracy"] >= 0.9
     assert result["test_loss"] < 0.5
     assert result["rejected"] == 0
@@ -35,17 +37,19 @@ def test_every_method_learns_the_digits(world, name):
 def test_the_result_says_what_was_asked_for_and_what_came_out(world, mpi_tmp_path, name):
     folder = Path(mpi_tmp_path) / "run"
     lr = 0.05 * METHODS[name].learning_rate_factor
-    result = train(TrainConfig(algorithm=name, lr=lr, steps=20, out=str(folder), quiet=True), world)
+    short = {f.name: 2 for f in dataclasses.fields(METHODS[name]) if f.name.endswith("period")}
+    settings = {key: str(value) for key, value in short.items()}
+    result = train(TrainConfig(name, settings, lr=lr, steps=20, out=str(folder), quiet=True), world)
     p = world.size
     assert (result["algorithm"], result["ranks"], result["complete"]) == (name, p, True)
-    assert result["settings"] == METHODS[name]().settings()
+    assert result["settings"] == METHODS[name](**short).settings()
     assert (result["steps"], result["steps_of_ranks"], result["gradients"]) == (20, [20] * p, 20 * p)
     assert 0 <= result["test_accuracy"] <= 1
     assert 0 < result["test_loss"] < math.inf
     assert 0 < result["train_loss"] < math.inf
     assert result["seconds"] > 0
     assert result["samples_per_second"] == pytest.approx(20 * p * 32 / result["seconds"])
-    assert (result["bytes_sent"] > 0) == (p > 1 or METHODS[name].name in ("easgd", "eamsgd"))
+    assert result["bytes_sent"] > 0 or p == 1 or METHODS[name].needs_loss  # who ranks workers may find nothing to send
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["parameters"] > 1000
     assert {"mpitrain", "python", "torch", "numpy", "mpi4py"} <= result["versions"].keys()
@@ -129,6 +133,12 @@ def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
     assert final["progress"]["step"].max() == 60
     assert final["evaluation"]["test_accuracy"][-1] > 0
     assert np.nansum(final["staleness"]["histogram"][-1]) > 0
+    assert np.nansum(final["staleness"]["distance"][-1]) == np.nansum(final["staleness"]["histogram"][-1])
+    workers = final["workers"]
+    assert workers["steps"][-1].shape == (world.size,)
+    assert np.array_equal(workers["staleness"][-1].sum(0), final["staleness"]["histogram"][-1])
+    assert np.array_equal(workers["exchanges"][-1].sum(), np.nanmax(final["progress"]["exchanges"]))
+    assert np.all(workers["lock_wait_seconds"][-1] <= workers["waiting_seconds"][-1])
 
 
 @pytest.mark.ranks(1, 2)

@@ -1,0 +1,145 @@
+"""Every method in words: what ``mpitrain algorithms`` prints and docs/methods.md holds, made from the declarations."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from typing import Any
+
+from mpitrain.algorithms import METHODS
+from mpitrain.algorithms.method import Method, describe_range
+
+PREFACE = """\
+# Methods
+
+This page is made from the declarations in `mpitrain/algorithms/` by `make docs`; `mpitrain algorithms` prints the same.
+
+Every method runs under `mpirun` (`mpitrain train --algorithm NAME --set KEY=VALUE`), in your own loop
+(`mpitrain.DistributedOptimizer(base, model, mpitrain.CLASS(...))`), in `benchmarks/compare.py` and in
+`mpitrain simulate`.
+
+**Symbols.** p workers; x_i the parameters of worker i, v_i its velocity; c the center; g a mini-batch gradient; eta the
+learning rate, delta the momentum, alpha = eta*rho the moving rate, tau the period in local steps; n the number of
+parameters.
+
+**What is exchanged.** The trainable parameters that the optimizer holds. Buffers, such as the running statistics of
+BatchNorm, stay each worker's own: averaged parameters have none of their own, so they are estimated anew from training
+data before an evaluation (`mpitrain train` does it; in your own loop call `mpitrain.reestimate_batchnorm`).
+
+**Learning-rate schedules.** A `moving_rate` stays what it is while the learning rate decays; with `rho` it follows,
+alpha = eta*rho. Give one of the two.
+
+**Communication** is counted in vectors of n numbers that a worker sends and receives for each of its local steps.
+
+**Running averages.** Any method can carry a Polyak or a moving average of its iterates, which is then evaluated
+instead: `--average polyak`, `mpitrain.Average("moving", 0.001)`.
+"""
+
+SETTINGS_HEAD = "| setting | default | range | meaning |\n|---|---|---|---|\n"
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """What each method declares, by name, ready for JSON."""
+    return {
+        name: {
+            "class": method.__name__,
+            "summary": method.summary,
+            "source": method.source,
+            "communication": method.communication,
+            "synchronous": method().is_synchronous,
+            "owns_update": method.owns_update,
+            "needs_loss": method.needs_loss,
+            "short_run": dict(method.short_run),
+            "learning_rate_factor": method.learning_rate_factor,
+            "metrics": list(method.metrics),
+            "settings": {
+                field.name: {
+                    "default": field.default,
+                    "range": describe_range(field),
+                    "help": field.metadata["help"],
+                }
+                for field in dataclasses.fields(method)
+            },
+        }
+        for name, method in METHODS.items()
+    }
+
+
+def text() -> str:
+    """For the terminal."""
+    parts: list[str] = []
+    for name, method in catalogue().items():
+        lines = [f"{name}  ({method['class']})", f"    {method['summary']}", f"    {method['source']}"]
+        lines += [
+            f"      {key} = {_shown(setting['default'])}   {setting['range']}; {setting['help']}"
+            for key, setting in method["settings"].items()
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown() -> str:
+    """docs/methods.md."""
+    methods = catalogue()
+    rows = [
+        f"| [`{name}`](#{_anchor(name)}) | {method['summary']} | {'yes' if method['synchronous'] else 'no'} "
+        f"| {method['communication']} |"
+        for name, method in methods.items()
+    ]
+    table = "\n".join(["| method | what it does | waits for others | communication |", "|---|---|---|---|", *rows])
+    return "\n".join([PREFACE, table, "", *(_section(name, METHODS[name]) for name in methods)])
+
+
+def _section(name: str, method: type[Method]) -> str:
+    declared = catalogue()[name]
+    facts = [
+        f"- **Class** `mpitrain.{declared['class']}`",
+        f"- **Communication** {declared['communication']}",
+        f"- **Waits for other workers** {'yes' if declared['synchronous'] else 'no'}, with the default settings",
+    ]
+    if declared["owns_update"]:
+        facts.append("- **Local update** its own: pass `torch.optim.SGD` without momentum")
+    else:
+        facts.append("- **Local update** that of any torch optimizer")
+    if declared["needs_loss"]:
+        facts.append("- **Needs the loss** `optimizer.step(loss)`")
+    if declared["metrics"]:
+        facts.append(f"- **Tells of each worker** {', '.join(word.replace('_', ' ') for word in declared['metrics'])}")
+    if declared["learning_rate_factor"] != 1:
+        facts.append(
+            f"- **Learning rate** about {declared['learning_rate_factor']:g} times that of SGD with momentum 0.9"
+        )
+    if declared["short_run"]:
+        settings = ", ".join(f"`{key}={_shown(value)}`" for key, value in declared["short_run"].items())
+        facts.append(f"- **For a few hundred steps** {settings}")
+    rows = [
+        f"| `{key}` | {_shown(setting['default'])} | {_cell(setting['range'])} | {_cell(setting['help'])} |"
+        for key, setting in declared["settings"].items()
+    ]
+    settings = SETTINGS_HEAD + "\n".join(rows) if rows else "It has no settings."
+    module = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
+    return "\n\n".join([f"## {name}", module, _first_part(method), "\n".join(facts), settings]) + "\n"
+
+
+def _first_part(method: type[Method]) -> str:
+    """The docstring of the class up to its list of arguments."""
+    paragraphs = inspect.cleandoc(method.__doc__ or "").split("\n\n")
+    kept = []
+    for paragraph in paragraphs:
+        if paragraph.startswith(("Args:", "Example:", "Attributes:", "Raises:")):
+            break
+        kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|")

@@ -1,0 +1,76 @@
+"""Words that ranks of a node share, and ways to wait for each other that Numba does not have.
+
+A plain load in a loop may be hoisted out of it, and plain stores may become visible in any order: words that one rank
+writes and another waits for are loaded with acquire and stored with release semantics (C11, section 7.17.3), so that
+what a rank wrote before its store is seen by whoever has loaded the stored value.
+
+Importing this module imports numba; only generated code does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_WORD_BYTES = 8
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Of element ``index`` of an int64 array."""
+    struct = context.make_array(array_type)(context, builder, array)
+    return builder.gep(struct.data, [index])
+
+
+@intrinsic
+def load_acquire(typingctx: Any, words: Any, index: Any) -> Any:
+    """words[index]; everything its writer wrote before is seen from now on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *args)
+        return builder.load_atomic(address, "acquire", _WORD_BYTES)
+
+    return types.int64(words, types.int64), generate
+
+
+@intrinsic
+def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
+    """words[index] = value; whoever loads it sees everything written before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *args[:2])
+        builder.store_atomic(args[2], address, "release", _WORD_BYTES)
+        return context.get_constant(types.int64, 0)
+
+    return types.int64(words, types.int64, types.int64), generate
+
+
+def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
+    """Call an int function of the C library."""
+    kind = ir.FunctionType(_I32, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.sext(builder.call(function, arguments), _I64)
+
+
+@intrinsic
+def give_way(typingctx: Any) -> Any:
+    """Let another process have this core, if one wants it (sched_yield)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "sched_yield", [])
+
+    return types.int64(), generate
+
+
+@intrinsic
+def doze(typingctx: Any, microseconds: Any) -> Any:
+    """Sleep (usleep)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "usleep", [builder.trunc(args[0], _I32)])
+
+    return types.int64(types.int64), generate

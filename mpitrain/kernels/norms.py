@@ -1,0 +1,39 @@
+"""Euclidean norms of long vectors, of whatever type, without a vector of temporaries.
+
+The vectors are walked in blocks that stay in the first-level cache, each widened to float64 and squared there. A sum of
+n float32 squares in float32 may be off by a part of n/10^7, and one of float16 is infinite beyond 65504; in float64
+neither happens at any length. They are for host vectors, which is what methods see.
+
+Bytes moved per element: each vector is read once, nothing is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+BLOCK: Final = 2048  # elements: 16 KiB of float64, half of the smallest first-level cache in use
+
+
+def norm(x: Any) -> float:
+    """The Euclidean norm of ``x`` (n,). NaN or infinite where an element is."""
+    return _root_of_squares(x, None)
+
+
+def distance(x: Any, y: Any) -> float:
+    """The Euclidean norm of ``x - y``, both (n,)."""
+    return _root_of_squares(x, y)
+
+
+def _root_of_squares(x: Any, y: Any | None) -> float:
+    block, total = np.empty(BLOCK), 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(x), BLOCK):
+            stop = min(start + BLOCK, len(x))
+            d = block[: stop - start]
+            d[...] = x[start:stop]
+            if y is not None:
+                d -= y[start:stop]
+            total += float(np.dot(d, d))
+    return float(np.sqrt(total))

@@ -1,0 +1,43 @@
+"""Meetings of the ranks of a node: they order memory and count waiting."""
+
+import time
+
+import numpy as np
+import pytest
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@pytest.fixture
+def meeting(comm):
+    from mpitrain.collectives.meeting import Meeting
+
+    made = Meeting(comm.world, comm.statistics)
+    yield made
+    comm.barrier()
+    made.free()
+
+
+@ALL
+def test_what_was_written_before_is_seen_after(comm, meeting, window):
+    """Everybody writes, everybody reads all of its node, time after time."""
+    mine = window(1000, np.int64)
+    peers = [mine.of(rank) for rank in comm.world.node_ranks]
+    for number in range(50):
+        mine.local[:] = number * 10 + comm.rank
+        meeting()
+        for rank, peer in zip(comm.world.node_ranks, peers, strict=True):
+            assert np.all(peer == number * 10 + rank)
+        meeting()
+
+
+@ALL
+def test_waiting_for_long_is_counted(comm, meeting):
+    late = comm.world.node_ranks[-1]
+    meeting()
+    before = comm.statistics.wait_seconds
+    if comm.rank == late:
+        time.sleep(0.2)
+    meeting()
+    if comm.rank != late:
+        assert comm.statistics.wait_seconds - before > 0.1

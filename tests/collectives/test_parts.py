@@ -1,0 +1,95 @@
+"""What a communicator offers besides: parts of the ranks, waiting one-sided, sums in the background."""
+
+import numpy as np
+import pytest
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@ALL
+def test_parts_are_worlds_of_their_own(comm):
+    part = comm.split(comm.rank % 2)
+    members = list(range(comm.rank % 2, comm.size, 2))
+    assert (part.rank, part.size) == (members.index(comm.rank), len(members))
+    assert part.statistics is comm.statistics
+    # The nodes of the whole, counted anew.
+    nodes = [comm.nodes[rank] for rank in members]
+    assert part.nodes == [sorted(set(nodes)).index(node) for node in nodes]
+    assert part.world.device == comm.world.device
+
+    total = part.vector(1000, np.float32)
+    total.local[...] = comm.rank
+    part.allreduce(total)
+    assert np.all(total.local == sum(members))
+    center = part.shared_vector(1000, np.float32)
+    center.update(lambda _, c: np.add(c, 1, out=c) is None)
+    part.barrier()
+    out = np.zeros(1000, np.float32)
+    center.read(out)
+    assert np.all(out == len(members))
+    # The parts are not in step with each other, and the whole goes on.
+    for _ in range(3 * (comm.rank % 2)):
+        part.barrier()
+    assert comm.gather([part.rank])[:, 0].tolist() == [rank // 2 for rank in range(comm.size)]
+
+
+@ALL
+def test_a_part_of_a_part(comm):
+    inner = comm.split(comm.rank // 2).split(0)
+    assert inner.gather([comm.rank])[:, 0].tolist() == [
+        rank for rank in range(comm.size) if rank // 2 == comm.rank // 2
+    ]
+
+
+@ALL
+def test_one_waits_for_what_another_does(comm):
+    """A message goes round: each rank waits for its own mailbox and fills that of the next."""
+    boxes, tags = comm.mailboxes(4, np.float64), np.zeros(4)
+
+    def arrived():
+        boxes._blocks.peek_tags(comm.rank, tags)
+        return tags[0] > 0
+
+    def post(box, tags):
+        box[...] = comm.rank
+        tags[0] = 1
+
+    if comm.rank > 0:
+        comm.wait_until(arrived)
+    boxes.update((comm.rank + 1) % comm.size, post)
+    comm.wait_until(arrived)
+    found = []
+    boxes.update(comm.rank, lambda box, _: found.extend(box.tolist()))
+    assert found == [(comm.rank - 1) % comm.size] * 4
+    comm.barrier()
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 70_001])
+def test_a_sum_in_the_background(comm, n, dtype):
+    vector = comm.vector(n, dtype)
+    values = np.random.default_rng(0).integers(-4, 4, (comm.size, n)).astype(dtype)
+    vector.local[...] = values[comm.rank]
+    pending = comm.start_allreduce(vector)
+    other = comm.gather([comm.rank])  # something else goes on meanwhile
+    pending.finish()
+    assert other.size == comm.size
+    assert np.array_equal(vector.local, values.sum(0))
+    vector.local[...] = comm.rank
+    comm.start_allreduce(vector, mean=True).finish()
+    np.testing.assert_allclose(vector.local, (comm.size - 1) / 2, rtol=1e-3)
+    assert comm.statistics.n_exchanges == 2
+    assert comm.statistics.bytes_sent == 2 * (2 * (comm.size - 1) * n * np.dtype(dtype).itemsize // comm.size)
+
+
+@ALL
+def test_memory_is_given_back_only_when_nothing_is_under_way(world):
+    from mpitrain.collectives.mpi import MPICommunicator
+
+    for _ in range(3):
+        comm = MPICommunicator(world)
+        vector = comm.vector(1_000_000, np.float32)
+        pending = comm.start_allreduce(vector)
+        comm.free()
+        pending.finish()
