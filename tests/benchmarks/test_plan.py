@@ -28,7 +28,8 @@ def test_each_method_has_its_own_learning_rate_and_settings(configurations: Call
     for name, method in METHODS.items():
         assert configs[name].lr == pytest.approx(0.2 * method.learning_rate_factor)
         assert configs[name].momentum == (None if method.owns_update else 0.5)
-        assert dict(configs[name].settings) == ({"period": "3"} if name == "easgd" else {})
+        recommended = {key: str(value) for key, value in method.short_run.items()}
+        assert dict(configs[name].settings) == recommended | ({"period": "3"} if name == "easgd" else {})
     assert configurations("--algorithms", "gossip,easgd", "--lr-of", "easgd=0.7")["easgd"].lr == 0.7
 
 

@@ -1,0 +1,159 @@
+"""B6: for how many workers and which period DOWNPOUR converges, and what AGN changes.
+
+Hermans' thesis, CERN-THESIS-2017-103, reports that DOWNPOUR with period 1 converges with 10 workers and diverges with
+20, and with 10 workers diverges at periods 5, 10 and 20. Workers served in turn on the quadratic have a closed form,
+
+    stable iff q < 2 sin(pi / (2(2n-1))),   q = 1 - (1-eh)^lam  (DOWNPOUR),   q = (1 - (1-eh)^lam)/lam  (AGN),
+
+and at eh = 0.1 all of these observations follow from it. Measured here: the workers' pushes and pulls themselves, in
+turn, at each point; and the toolkit's own DOWNPOUR and AGN, in a simulated world, at some of them.
+
+    python benchmarks/reproduce/downpour_phase.py [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from figure import COLOURS, Outcome, panels, parser
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
+
+from mpitrain import theory
+from mpitrain.algorithms.agn import AGN
+from mpitrain.algorithms.downpour import Downpour
+from mpitrain.collectives.simulated import SimulatedWorld
+from mpitrain.simulation import Simulation
+
+Array = NDArray[np.float64]
+
+WORKERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 30, 35, 40)
+PERIODS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
+TICKS = (1, 2, 5, 10, 20, 40)
+SIMULATED = tuple((n, period) for n in (2, 4, 10, 20) for period in (1, 2, 5, 20))
+NEAR = 0.01  # a point whose q is this near the bound, relatively, is not judged: it grows too slowly
+OBSERVED = {(10, 1): True, (20, 1): False, (10, 5): False, (10, 10): False, (10, 20): False}
+
+
+def growth(n: int, periods: Array, eh: float, scale: Array, n_rounds: int) -> Array:
+    """By what the center's swing grows in a round of n pushes, for each period: below 1 is convergence.
+
+    Each worker in turn makes its local steps from the center that it pulled last, pushes ``scale`` times what they
+    changed, and pulls. The swings of two halves of the run are compared; a swing lasts about four rounds.
+    """
+    pulled = np.ones((n, len(periods)))
+    c, swings = np.ones(len(periods)), []
+    left = (1 - eh) ** periods
+    logs = np.zeros(len(periods))
+    for _ in range(n_rounds):
+        largest = np.zeros(len(periods))
+        for i in range(n):
+            c = c + scale * (left * pulled[i] - pulled[i])
+            pulled[i] = c
+            largest = np.maximum(largest, np.abs(c))
+        swings.append(np.log(np.maximum(largest, 1e-300)) + logs)
+        size = np.abs(pulled).max(axis=0).clip(1e-300)  # kept near 1, so that nothing overflows
+        pulled, c, logs = pulled / size, c / size, logs + np.log(size)
+    half, window = n_rounds // 2, max(1, n_rounds // 4)
+    late, early = (np.max(swings[end - window : end], axis=0) for end in (n_rounds, half))
+    rate: Array = np.exp((late - early) / (n_rounds - half))
+    return rate
+
+
+def simulated(name: str, n: int, period: int, eh: float, n_rounds: int) -> bool:
+    """Whether the toolkit's method converges in the same setting: whether its center's swing shrinks."""
+    centers: list[float] = []
+    method = (Downpour if name == "DOWNPOUR" else AGN)(period=period)
+    simulation = Simulation(method, SimulatedWorld(n), lambda rank, x: x, np.ones(1), eh)
+
+    def watch(simulation: Simulation, rank: int) -> None:
+        if simulation.workers[rank].t % period == 0:
+            centers.append(abs(float(simulation.consensus()[0])))
+
+    simulation.run(n_rounds * period, watch)
+    swings = np.reshape(centers, (n_rounds, n)).max(axis=1)
+    half, window = n_rounds // 2, max(1, n_rounds // 4)
+    return bool(swings[-window:].max() < swings[half - window : half].max())
+
+
+def judge(outcome: Outcome, name: str, axes: Axes, eh: float, most: int, n_rounds: int) -> dict[tuple[int, int], bool]:
+    """Run the grid for one method, compare with the bound, draw it; returns whether each point converged."""
+    workers, periods = ([v for v in values if v <= most] for values in (WORKERS, PERIODS))
+    lam = np.array(periods, float)
+    scale = np.ones(len(lam)) if name == "DOWNPOUR" else 1 / lam
+    q = np.array([(theory.downpour_q if name == "DOWNPOUR" else theory.agn_q)(eh, period) for period in periods])
+    converged, wrong, n_judged = {}, 0, 0
+    for n in workers:
+        stable = growth(n, lam, eh, scale, n_rounds) < 1
+        bound = theory.downpour_bound(n)
+        for period, one, q_one in zip(periods, stable, q):
+            converged[n, period] = bool(one)
+            if abs(q_one / bound - 1) > NEAR:
+                n_judged += 1
+                wrong += bool(one) != bool(q_one < bound)
+    outcome.criterion(
+        f"{name}: the runs agree with the bound at all of {n_judged} points, exceptions", wrong, wrong == 0
+    )
+    points = [point for point in SIMULATED if point in converged]
+    other = [point for point in points if simulated(name, *point, eh, min(n_rounds, 40)) != converged[point]]
+    outcome.criterion(
+        f"{name}: the toolkit's method does the same at {len(points)} points, exceptions", len(other), not other
+    )
+    for kept, marker, colour, label in ((True, "o", COLOURS[0], "converged"), (False, "x", COLOURS[1], "diverged")):
+        drawn = np.array([point for point, one in converged.items() if one == kept]).reshape(-1, 2)
+        axes.plot(drawn[:, 0], drawn[:, 1], marker, color=colour, markersize=5, linestyle="none", label=label)
+    n_line, period_line = np.linspace(1, most, 300), np.geomspace(1, most, 300)
+    decay = 1 - (1 - eh) ** period_line
+    q_line = decay if name == "DOWNPOUR" else decay / period_line
+    bounds = 2 * np.sin(np.pi / (2 * (2 * n_line - 1)))
+    axes.contour(n_line, period_line, q_line[:, None] - bounds[None, :], levels=[0], colors="black", linewidths=1.5)
+    axes.plot([], [], color="black", linewidth=1.5, label="q = 2 sin(π/(2(2n-1)))")
+    axes.set_title(f"{name}, ηh = {eh:g}")
+    ticks = [tick for tick in TICKS if tick <= most]
+    for axis, words in ((axes.xaxis, "workers n"), (axes.yaxis, "period λ")):
+        axis.set_label_text(words)
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_xlim(0.92, most * 1.09)
+    axes.set_ylim(0.92, most * 1.09)
+    return converged
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    made = parser(__doc__)
+    made.add_argument("--eh", type=float, default=0.1, help="learning rate times curvature (default: %(default)s)")
+    made.add_argument("--most", type=int, default=40, help="largest number of workers, and period (%(default)s)")
+    made.add_argument("--rounds", type=int, default=160, help="pushes of each worker in a run (default: %(default)s)")
+    options = made.parse_args(arguments)
+    outcome = Outcome("downpour_phase", options)
+    figure, ((left, right),) = panels(2, sharey=True)
+    downpour = judge(outcome, "DOWNPOUR", left, options.eh, options.most, options.rounds)
+    agn = judge(outcome, "AGN", right, options.eh, options.most, options.rounds)
+    observed = {point: kept for point, kept in OBSERVED.items() if point in downpour}
+    for (n, period), kept in observed.items():
+        words = (
+            f"{n} workers, period {period}: DOWNPOUR {'converges' if kept else 'diverges'} in Hermans' thesis, here it"
+        )
+        outcome.criterion(words, "converges" if downpour[n, period] else "diverges", downpour[n, period] == kept)
+    rescued = sum(agn[point] and not downpour[point] for point in agn)
+    lost = sum(downpour[point] and not agn[point] for point in agn)
+    outcome.criterion("AGN converges wherever DOWNPOUR does, and more often by", rescued, lost == 0 and rescued > 0)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    outcome.save(figure)
+    rows = [
+        {"n": n, "period": period, "downpour": downpour[n, period], "agn": agn[n, period]} for n, period in downpour
+    ]
+    return outcome.finish(eh=options.eh, converged=rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""B5: what the spread of the inputs bounds, what a negative moving rate is, and where EASGD is trapped.
+
+Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pictures.
+
+1. Under multiplicative noise, curvatures u ~ Gamma(lam, om), p workers that average their gradients multiply E x^2 by
+   1/(p lam + 1) a step at best. The wider the inputs spread (small lam), the more workers it takes to gain anything.
+2. For fixed learning rate and center rate EASGD's mean and center converge fastest at a negative moving rate. The price
+   is drawn too: what workers differ by is multiplied by 1 - eh - alpha, above 1 there.
+3. Two workers in a double well rest in different wells, the center on the saddle, as long as rho < 2/3.
+
+    python benchmarks/reproduce/input_spread.py [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from figure import COLOURS, Outcome, panels, parser
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from mpitrain import theory
+
+Array = NDArray[np.float64]
+
+SHAPES = (0.1, 0.5, 2.0)
+WORKERS = (1, 2, 4, 8, 16, 32, 64)
+EH, BETA = 0.1, 0.9
+N_EASGD = 4
+RHOS = np.arange(1, 50) * 0.02  # 0.66 and 0.68 are next to 2/3
+WELL_START = (0.9, -0.899, 0.0)
+WELL_ETA = 0.05
+
+
+def sampled_factor(shape: float, p: int, n: int, rng: np.random.Generator) -> tuple[float, float]:
+    """E x_{t+1}^2 / E x_t^2 at the best learning rate and its standard error, from n mini-batches of p draws."""
+    eta, _ = theory.spread_sgd_optimum(shape, shape, p)
+    squares = (1 - eta * rng.gamma(shape, 1 / shape, (n, p)).mean(axis=1)) ** 2
+    return float(squares.mean()), float(squares.std() / np.sqrt(n))
+
+
+def simulated_rate(alpha: float, n_steps: int = 600) -> float:
+    """By what EASGD with equal workers shrinks a step, late in a run of the algorithm itself."""
+    x, c, logs = np.ones(N_EASGD), 0.3, []
+    for _ in range(n_steps):
+        x, c = x - EH * x - alpha * (x - c), c + BETA / N_EASGD * float((x - c).sum())
+        norm = float(np.hypot(x[0], c))
+        x, c = np.full(N_EASGD, x[0] / norm), c / norm  # equal workers stay equal, rounding aside
+        logs.append(np.log(norm))
+    return float(np.exp(np.mean(logs[n_steps // 2 :])))
+
+
+def double_well_ends(rhos: Array, n_steps: int) -> Array:
+    """Where gradient descent on the elastic objective ends: (x_1, x_2, c) for each rho, shape (3, rhos)."""
+    s = np.repeat(np.array(WELL_START)[:, None], len(rhos), axis=1)
+    for _ in range(n_steps):
+        x, c = s[:2], s[2]
+        pull = rhos * (x - c)
+        s = s - WELL_ETA * np.vstack([theory.double_well_gradient(x) + pull, -pull.sum(axis=0)])
+    return s
+
+
+def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
+    """Picture 1."""
+    rng = np.random.default_rng(0)
+    outcome.say("  shape  workers   1/(p lam+1)   measured   standard errors off")
+    worst, rows = 0.0, []
+    p_line = np.geomspace(WORKERS[0], WORKERS[-1], 100)
+    for colour, shape in zip(COLOURS, SHAPES):
+        measured = [sampled_factor(shape, p, n, rng) for p in WORKERS]
+        for p, (factor, error) in zip(WORKERS, measured):
+            off = abs(factor - theory.spread_sgd_optimum(shape, shape, p)[1]) / error
+            worst = max(worst, off)
+            rows.append({"shape": shape, "p": p, "factor": factor, "standard_error": error})
+            outcome.say(f"{shape:7g}{p:9}{1 / (p * shape + 1):14.4f}{factor:11.4f}{off:15.2f}")
+        axes.plot(p_line, 1 / (p_line * shape + 1), color=colour, label=f"λ = {shape:g}")
+        factors, errors = np.array(measured).T
+        axes.errorbar(WORKERS, factors, 4 * errors, fmt="o", color=colour, markersize=4, capsize=2)
+    outcome.criterion("all sampled rates within 4 standard errors of 1/(p lam + 1), worst", worst, worst < 4)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(WORKERS, [str(p) for p in WORKERS])
+    axes.set_title("Input spread bounds the speed-up")
+    axes.set_xlabel("workers (or samples) averaged a step")
+    axes.set_ylabel("best E x² ratio a step: 1/(pλ+1)")
+    axes.legend(frameon=False, title="lines: theory, dots: sampled")
+    return {"rates": rows}
+
+
+def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
+    """Picture 2."""
+    best, radius = theory.optimal_moving_rate(EH, BETA)
+    alphas = np.linspace(-0.9, 0.6, 1501)
+    center = np.array([theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA)) for alpha in alphas])
+    apart = np.abs([theory.easgd_disagreement_factor(EH, alpha) for alpha in alphas])
+    found = float(alphas[np.argmin(center)])
+    dots = np.array([-0.8, -0.6, best, -0.25, -0.1, 0.1, 0.225, 0.4])
+    measured = [simulated_rate(alpha) for alpha in dots]
+    error = max(
+        abs(rate - theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA))) for alpha, rate in zip(dots, measured)
+    )
+    outcome.say(f"eh = {EH:g}, beta = {BETA:g}: radius {center.min():.4f} at alpha {found:.3f}, SGD {1 - EH:g}")
+    outcome.criterion("the best moving rate is negative", found, found < 0)
+    outcome.criterion(
+        f"it is -(sqrt(beta)-sqrt(eh))^2 = {best:.3f}, off by", abs(found - best), abs(found - best) < 2e-3
+    )
+    outcome.criterion("there the mean converges faster than SGD, radius", radius, radius < 1 - EH)
+    outcome.criterion("runs of the algorithm shrink as predicted, off by at most", error, error < 0.01)
+    alone = float(np.interp(best, alphas, apart))
+    outcome.criterion("the price: differences between workers grow there, factor", alone, alone > 1)
+    axes.plot(alphas, center, color=COLOURS[0], label="mean and center")
+    axes.plot(dots, measured, "o", color=COLOURS[0], markersize=4)
+    axes.plot(alphas, apart, color=COLOURS[1], linestyle="--", label="differences between workers")
+    axes.axhline(1 - EH, color="#777777", linewidth=1, linestyle=":", label="SGD")
+    axes.axvline(best, color=COLOURS[0], linewidth=1, linestyle=":")
+    axes.annotate(f"α* = {best:.2g}", (best, 0.62), xytext=(4, 0), textcoords="offset points", color=COLOURS[0])
+    axes.set_ylim(0.6, 1.5)
+    axes.set_title(f"Moving rate: ηh = {EH:g}, β = {BETA:g}")
+    axes.set_xlabel("moving rate α")
+    axes.set_ylabel("factor a step")
+    axes.legend(frameon=False, loc="upper right")
+    return {"best_alpha": found, "radius": radius, "disagreement_factor": alone}
+
+
+def double_well(outcome: Outcome, axes: Axes, n_steps: int) -> dict[str, Any]:
+    """Picture 3."""
+    ends = double_well_ends(RHOS, n_steps)
+    trapped = np.abs(ends[2]) < 0.5
+    last, first = float(RHOS[trapped].max(initial=0)), float(RHOS[~trapped].min(initial=np.inf))
+    expected = np.array([theory.trapped_easgd(rho)[0] if rho < theory.EASGD_TRAP else 1.0 for rho in RHOS])  # type: ignore[index]
+    off = float(np.abs(ends[0] - expected).max())
+    outcome.say(f"double well: trapped up to rho = {last:.2f}, free from {first:.2f}")
+    around = last < theory.EASGD_TRAP < first and first - last < 0.03
+    outcome.criterion("the trap ends between neighbours of rho = 2/3", f"{last:.2f} to {first:.2f}", around)
+    outcome.criterion("the workers end at sqrt(1-rho) or at 1, off by at most", off, off < 1e-3)
+    line = np.linspace(0, theory.EASGD_TRAP, 200)
+    for sign in (1, -1):
+        axes.plot(line, sign * np.sqrt(1 - line), color="#777777", linewidth=1)
+    axes.plot([theory.EASGD_TRAP, 1], [1, 1], color="#777777", linewidth=1, label="theory")
+    for colour, marker, name, end in zip(COLOURS, "^vo", ("worker 1", "worker 2", "center"), ends):
+        axes.plot(RHOS, end, marker, color=colour, markersize=4, label=name)
+    axes.axvline(theory.EASGD_TRAP, color="#777777", linewidth=1, linestyle=":")
+    axes.annotate("ρ = 2/3", (theory.EASGD_TRAP, -0.9), xytext=(4, 0), textcoords="offset points")
+    axes.set_title("Double well: start at (0.9, -0.899, 0)")
+    axes.set_xlabel("elastic coefficient ρ")
+    axes.set_ylabel("where they end")
+    axes.legend(frameon=False, loc="center right")
+    return {"trapped_up_to": last, "free_from": first}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    made = parser(__doc__)
+    made.add_argument("--samples", type=int, default=20_000, help="mini-batches sampled a point (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=40_000, help="steps in the double well (default: %(default)s)")
+    options = made.parse_args(arguments)
+    outcome = Outcome("input_spread", options)
+    figure, ((left, middle, right),) = panels(3, width_inches=4.6)
+    results = spread(outcome, left, options.samples)
+    results |= moving_rate(outcome, middle)
+    results |= double_well(outcome, right, options.steps)
+    outcome.save(figure)
+    return outcome.finish(**results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
