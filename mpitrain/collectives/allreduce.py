@@ -28,7 +28,7 @@ from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import split
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.kernels.declare import as_bits
-from mpitrain.kernels.meeting import sum_together
+from mpitrain.kernels.meeting import LOOK_ONCE, sum_together
 from mpitrain.kernels.reductions import DIRECT, MOST
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Plan:
         meeting.number += 2
         progress = self._sum(*head, 0, meeting.patience, *tail)
         if progress != self._end:
-            meeting.wait(lambda progress: self._sum(*head, progress, meeting.patience, *tail), self._end, progress)
+            meeting.wait(lambda progress: self._sum(*head, progress, LOOK_ONCE, *tail), self._end, progress)
 
 
 class PendingAllReduce:

@@ -1,7 +1,8 @@
 """Where the ranks of a node wait for each other, in memory that they share.
 
 An MPI barrier spins, and takes a core from a rank that could work; it also costs two calls into MPI. Here a rank looks
-at the words of the others for a moment, then lets others have its core, then sleeps for longer and longer.
+at the words of the others for a moment, then lets others have its core, then sleeps for longer and longer; asleep, it
+still gives MPI its turn.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ PATIENCE = 4000
 PATIENCE_WITHOUT_A_CORE = 20
 """The same where ranks outnumber cores: who is late may be waiting for this core."""
 
+FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS = 20e-6, 500e-6
+"""Of a rank that has waited for long."""
+
 
 class Meeting:
     """Meetings of the ranks of a node. Collective over all ranks of the world to create and to free.
@@ -41,7 +45,7 @@ class Meeting:
     """
 
     def __init__(self, world: World, statistics: Statistics) -> None:
-        self._me, self._n, self._statistics = world.local_rank, world.local_size, statistics
+        self._me, self._n, self._comm, self._statistics = world.local_rank, world.local_size, world.comm, statistics
         self._window = Window(world, meeting.STRIDE * self._n if self._me == 0 else 0, np.int64)
         words = self._window.of(world.node_ranks[0])
         assert words is not None
@@ -57,12 +61,18 @@ class Meeting:
         words, me, n, number = self.words, self._me, self._n, self.number
         progress = self._meet(words, me, n, number, 0, self.patience)
         if progress != n:
-            self.wait(lambda first: self._meet(words, me, n, number, first, self.patience), n, progress)
+            self.wait(lambda first: self._meet(words, me, n, number, first, meeting.LOOK_ONCE), n, progress)
 
     def wait(self, call: Callable[[int], int], end: int, progress: int) -> None:
-        """Call with the progress made so far, and again with what that returns, until it is ``end``."""
-        began = time.perf_counter()
+        """Call with the progress made so far, and again with what that returns, until it is ``end``.
+
+        Who is late may itself wait, in a one-sided operation of MPI, for this rank to call MPI.
+        """
+        began, nap_seconds = time.perf_counter(), FIRST_NAP_SECONDS
         while progress != end:
+            self._comm.Iprobe()
+            time.sleep(nap_seconds)
+            nap_seconds = min(2 * nap_seconds, LONGEST_NAP_SECONDS)
             progress = call(progress)
         self._statistics.wait_seconds += time.perf_counter() - began
 

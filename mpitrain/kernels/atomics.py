@@ -49,28 +49,12 @@ def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
     return types.int64(words, types.int64, types.int64), generate
 
 
-def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
-    """Call an int function of the C library."""
-    kind = ir.FunctionType(_I32, [argument.type for argument in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.sext(builder.call(function, arguments), _I64)
-
-
 @intrinsic
 def give_way(typingctx: Any) -> Any:
     """Let another process have this core, if one wants it (sched_yield)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, "sched_yield", [])
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield")
+        return builder.sext(builder.call(function, []), _I64)
 
     return types.int64(), generate
-
-
-@intrinsic
-def doze(typingctx: Any, microseconds: Any) -> Any:
-    """Sleep (usleep)."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, "usleep", [builder.trunc(args[0], _I32)])
-
-    return types.int64(types.int64), generate

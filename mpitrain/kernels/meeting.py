@@ -2,7 +2,7 @@
 
 Every rank has a word, on a cache line of its own, with the number of the meeting it has come to; to come is to store
 that number, to wait is to look at the words of the others. A call that has waited for long returns how far it is, so
-that the interpreter can see to signals, and is made again with what it returned.
+that its caller can sleep and see to signals and to MPI, and is made again with what it returned.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from . import cache, host
 from .storage import Storage, compute_type, storage_of
 
 STRIDE: Final = 8  # words: a cache line
-YIELDS: Final = 200  # before the first sleep
-LONGEST_DOZE_MICROSECONDS: Final = 500
-DOZES: Final = 40  # of one call, at most
+YIELDS: Final = 200  # offers of the core, before a call returns without all having come
+LOOK_ONCE: Final = -YIELDS  # as patience
 
 _WAIT: Final = f"""\
 def wait(words, first, n, number, patience):
@@ -26,18 +25,15 @@ def wait(words, first, n, number, patience):
         while load_acquire(words, {STRIDE} * k) < number:
             tries += 1
             if tries > patience:
-                if tries <= patience + {YIELDS}:
-                    give_way()
-                elif tries <= patience + {YIELDS + DOZES}:
-                    doze(min(20 * (tries - patience - {YIELDS}), {LONGEST_DOZE_MICROSECONDS}))
-                else:
+                if tries > patience + {YIELDS}:
                     return k
+                give_way()
     return n
 """
 
 _HEAD: Final = f"""\
 from numba import njit
-from mpitrain.kernels.atomics import doze, give_way, load_acquire, store_release
+from mpitrain.kernels.atomics import give_way, load_acquire, store_release
 {_WAIT}
 wait = njit(wait, nogil=True)
 """

@@ -41,3 +41,21 @@ def test_waiting_for_long_is_counted(comm, meeting):
     meeting()
     if comm.rank != late:
         assert comm.statistics.wait_seconds - before > 0.1
+
+
+@pytest.mark.ranks(2, 3)
+def test_who_waits_still_answers_one_sided_operations(comm, meeting):
+    """A window over a rank's own memory is served by calls into MPI, which a rank that waits here must go on making."""
+    from mpi4py import MPI
+
+    exposed = np.full(4, comm.rank, np.int64)
+    mpi = MPI.Win.Create(exposed, exposed.itemsize, comm=comm.world.comm)
+    seen = np.full(4, -1, np.int64)
+    if comm.rank == 0:
+        for _ in range(20):
+            mpi.Lock(comm.size - 1, MPI.LOCK_EXCLUSIVE)
+            mpi.Get(seen, comm.size - 1)
+            mpi.Unlock(comm.size - 1)
+        assert np.all(seen == comm.size - 1)
+    meeting()
+    mpi.Free()
