@@ -21,7 +21,7 @@ ALIGN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a parameter lies in the vector."""
 
     parameter: torch.nn.Parameter
@@ -43,6 +43,7 @@ class FlatParameters:
         dtype: NumPy's name of the parameters' type.
         segments: One slice for each parameter group.
         layers: One slice for each parameter tensor.
+        places: Where each parameter lies.
 
     Raises:
         UsageError: No parameters, parameters that are not floating point, or of several types.
@@ -53,18 +54,23 @@ class FlatParameters:
         self.torch_dtype = _common_dtype([p for group in trainable for p in group])
         self.dtype = _numpy_dtype(self.torch_dtype)
         align = max(ALIGN_BYTES // self.torch_dtype.itemsize, 1)
-        self._places: list[_Place] = []
+        self.places: list[Place] = []
         self.segments: list[slice] = []
         end = 0
         for parameters in trainable:
             begin = end
             for parameter in parameters:
-                self._places.append(_Place(parameter, end))
+                self.places.append(Place(parameter, end))
                 end += -(-parameter.numel() // align) * align
             self.segments.append(slice(begin, end))
         self.n = end
-        self.layers = tuple(slice(place.start, place.start + place.parameter.numel()) for place in self._places)
-        self.n_parameters = sum(place.parameter.numel() for place in self._places)
+        self.layers = tuple(slice(place.start, place.start + place.parameter.numel()) for place in self.places)
+        self.n_parameters = sum(place.parameter.numel() for place in self.places)
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether the kernels can make the local update: on the host, and not in 16 bits: torch rounds more there."""
+        return self.places[0].parameter.device.type == "cpu" and self.torch_dtype.itemsize >= 4
 
     def attach(self, x: np.ndarray, g: np.ndarray, *, staged: bool = False) -> None:
         """Move the parameters into ``x`` (n,) and their gradients into ``g`` (n,): the tensors become views.
@@ -77,16 +83,16 @@ class FlatParameters:
             staged: Keep copies although the parameters are on the host.
         """
         self._host_x, self._host_g = _as_tensor(x, self.torch_dtype), _as_tensor(g, self.torch_dtype)
-        device = self._places[0].parameter.device
+        device = self.places[0].parameter.device
         self.staged = staged or device.type != "cpu"
         self._x = torch.zeros_like(self._host_x, device=device) if self.staged else self._host_x
         self._g = torch.zeros_like(self._host_g, device=device) if self.staged else self._host_g
         with torch.no_grad():
-            for place in self._places:
+            for place in self.places:
                 view = place.view(self._x)
                 view.copy_(place.parameter)
                 place.parameter.data = view
-        self._gradients = [place.view(self._g) for place in self._places]
+        self._gradients = [place.view(self._g) for place in self.places]
         self.zero_gradients()
         self.to_host()
 
@@ -105,12 +111,17 @@ class FlatParameters:
     def zero_gradients(self) -> None:
         """Set all gradients to zero, in one pass."""
         self._g.zero_()
-        for place, view in zip(self._places, self._gradients, strict=True):
+        for place, view in zip(self.places, self._gradients, strict=True):
             place.parameter.grad = view
+
+    def release_gradients(self) -> None:
+        """Let the next backward pass put its gradients where it computes them, instead of adding them to old ones."""
+        for place in self.places:
+            place.parameter.grad = None
 
     def collect_gradients(self) -> None:
         """Bring gradients back into the vector that were allocated elsewhere (after ``model.zero_grad()``)."""
-        for place, view in zip(self._places, self._gradients, strict=True):
+        for place, view in zip(self.places, self._gradients, strict=True):
             grad = place.parameter.grad
             if grad is view:
                 continue
@@ -124,17 +135,17 @@ class FlatParameters:
     def holding(self, vector: np.ndarray) -> Iterator[None]:
         """The model's parameters are views into ``vector`` (n,) inside; its own vector stays as it is."""
         other = _as_tensor(vector, self.torch_dtype).to(self._x.device)
-        for place in self._places:
+        for place in self.places:
             place.parameter.data = place.view(other)
         try:
             yield
         finally:
-            for place in self._places:
+            for place in self.places:
                 place.parameter.data = place.view(self._x)
 
     def detach(self) -> None:
         """Give the parameters memory of their own again, with the values they have."""
-        for place in self._places:
+        for place in self.places:
             place.parameter.data = place.parameter.data.clone()
             place.parameter.grad = None
 
@@ -144,7 +155,7 @@ class FlatParameters:
         Raises:
             UsageError: With what to do instead.
         """
-        for place in self._places:
+        for place in self.places:
             where = self._x.data_ptr() + place.start * self._x.element_size()
             if place.parameter.data_ptr() != where and place.parameter.numel():
                 raise UsageError(

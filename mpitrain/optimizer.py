@@ -25,6 +25,7 @@ from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.flat import FlatParameters, for_each_state_tensor
+from mpitrain.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.replica import ReplicaGroup, check_replica_size
 
 MOST_LOOKED_AT = 32
@@ -91,14 +92,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.statistics: Statistics = self._comm.statistics
         for_each_state_tensor(model, self._comm.broadcast)
         self._replica_size = replica_size
-        self._group = ReplicaGroup(self._comm, replica_size, self._flat.n, self._flat.dtype)
+        fuses = not method.owns_update and is_plain_sgd(base) and self._flat.may_be_fused
+        self._one_a_node = fuses and method.one_a_node and replica_size == 1
+        self._group = ReplicaGroup(
+            self._comm, replica_size, self._flat.n, self._flat.dtype, one_a_node=self._one_a_node
+        )
         self._x = self._group.x.local
         self._flat.attach(self._x, self._group.g.local)
+        self._local = FusedSGD(base, self._flat, self._x) if fuses and not self._one_a_node else None
+        self._needs_gradient = method.needs_gradient or self._flat.staged or replica_size > 1
         self._comm.barrier()
         self._worker: Worker | None = None  # of a group, its first rank has it
         if self._group.workers is not None:
             held_out = None if fitness is None else self._fitness_of(fitness)
-            replica = Replica(self._group.workers, self._group.x, self._group.g, seed, self._flat.layers, held_out)
+            replica = Replica(
+                self._group.workers,
+                self._group.x,
+                self._group.g,
+                seed,
+                self._flat.layers,
+                held_out,
+                one_a_node=self._one_a_node,
+            )
             self._worker = method.worker(replica)
             if average is not None:
                 self._worker = average.carry(self._worker, replica)
@@ -127,8 +142,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set all gradients to zero, in one pass. They stay views into the flat vector: ``set_to_none`` is ignored."""
-        self._flat.zero_gradients()
+        """Forget all gradients, as torch does, or set them to zero."""
+        if set_to_none:
+            self._flat.release_gradients()
+        else:
+            self._flat.zero_gradients()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -151,18 +169,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 loss = loss()
         if self.method.needs_loss and loss is None:
             raise UsageError(f"{self.method.name} ranks workers by their loss: call optimizer.step(loss)")
-        self._flat.collect_gradients()
+        if self._needs_gradient:
+            self._flat.collect_gradients()
         self._flat.check_attached()
-        segments = [
-            Segment(part, float(group["lr"]), float(group.get("weight_decay", 0.0)))
-            for part, group in zip(self._flat.segments, self.param_groups, strict=True)
-        ]
+        segments = self._segments()
         began, self._update_seconds = time.perf_counter(), 0.0
         self._flat.to_host()
         mean_loss = self._group.average(float(loss) if self.method.needs_loss and loss is not None else None)
         if self._worker is not None:
             with self._group.busy:
-                self._worker.step(segments, None if self.method.owns_update else self._local_update, mean_loss)
+                owns_update = self.method.owns_update or self._one_a_node
+                self._worker.step(segments, None if owns_update else self._local_update, mean_loss)
         self._group.share()
         self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
@@ -177,10 +194,31 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         return of
 
+    def _segments(self) -> list[Segment]:
+        """The parameter groups, as they are now."""
+        if self._one_a_node and not is_plain_sgd(self._base):
+            raise UsageError(
+                "the base optimizer has got hooks, a scheduler of its own, dampening or maximize: "
+                "give it those before the DistributedOptimizer is made, and the scheduler the DistributedOptimizer"
+            )
+        return [
+            Segment(
+                part,
+                float(group["lr"]),
+                float(group.get("weight_decay", 0.0)),
+                float(group.get("momentum", 0.0)),
+                bool(group.get("nesterov", False)),
+            )
+            for part, group in zip(self._flat.segments, self.param_groups, strict=True)
+        ]
+
     def _local_update(self) -> None:
         began = time.perf_counter()
         self._flat.to_device()
-        self._base.step()
+        if self._local is not None and is_plain_sgd(self._base):
+            self._local.step()
+        else:
+            self._base.step()
         self._flat.to_host()
         self._update_seconds = time.perf_counter() - began
 
@@ -272,6 +310,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
         self._share_with_base()
+        if self._local is not None:
+            self._local.adopt_state()
         self._x[...] = parameters
         self._flat.to_device()
         self._comm.barrier()

@@ -66,6 +66,7 @@ class ReplicaGroup:
         size: Ranks of a worker, k; 1: each rank is a worker, and everything here costs nothing.
         n: Elements of the model's vector.
         dtype: Of the elements.
+        one_a_node: The workers of a node hold one ``x`` between them; only where each rank is a worker.
 
     Attributes:
         workers: The communicator of the heads, which the method gets; None on other ranks.
@@ -74,7 +75,7 @@ class ReplicaGroup:
         busy: Held while the worker changes; who asks the worker something waits for it.
     """
 
-    def __init__(self, comm: MPICommunicator, size: int, n: int, dtype: Any) -> None:
+    def __init__(self, comm: MPICommunicator, size: int, n: int, dtype: Any, *, one_a_node: bool = False) -> None:
         self.busy = threading.Lock()
         self.workers: MPICommunicator | None = comm
         self.world: World | None = None
@@ -93,7 +94,8 @@ class ReplicaGroup:
             self.x, self.g = self._shared_x, self._shared_g
             kernels.copy(np.empty(0, dtype), np.empty(0, dtype))  # compiled before the first step
         if self.workers is not None:
-            self.x, self.g = self.workers.vector(n, dtype), self.workers.vector(n, dtype)
+            self.x = self.workers.node_vector(n, dtype) if one_a_node else self.workers.vector(n, dtype)
+            self.g = self.workers.vector(n, dtype)
 
     def average(self, loss: float | None) -> float | None:
         """Make every member's gradient the mean over the group. Collective over the group.

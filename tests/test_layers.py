@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("__main__", "cli", "report", "info", "simulate"),
     ("trainer",),
-    ("optimizer", "replica", "flat", "checkpoint", "metrics", "simulation"),
+    ("optimizer", "replica", "flat", "fused_sgd", "checkpoint", "metrics", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
     ("kernels",),
@@ -48,7 +48,7 @@ LIBRARIES = {
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": ("checkpoint", "collectives.device", "data", "flat", "models", "optimizer", "trainer"),
+    "torch": ("checkpoint", "collectives.device", "data", "flat", "fused_sgd", "models", "optimizer", "trainer"),
     "tqdm": ("data", "simulate", "trainer"),
 }
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from on_ranks import ranks
 from quadratic import simulate, slope
 from torch import nn
 
@@ -74,6 +75,75 @@ def test_ranks_with_b_samples_are_one_process_with_all_of_them(world, dtype, tol
         np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=tolerance, atol=tolerance)
         everyones = world.comm.allgather(numbers(ours))
         assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+
+
+def groups(model):
+    """Two parameter groups with settings of their own."""
+    return torch.optim.SGD(
+        [
+            {"params": model[0].parameters(), "weight_decay": 0.01},
+            {"params": model[2].parameters(), "lr": 0.03, "momentum": 0.8, "nesterov": True},
+        ],
+        lr=0.1,
+        momentum=0.9,
+    )
+
+
+def descend(model, optimizer, t, rank=0, size=1):
+    """A step with this rank's part of the 60 samples of step ``t``."""
+    rng = np.random.default_rng(t)
+    x, y = torch.from_numpy(rng.normal(size=(60, 6))), torch.from_numpy(rng.integers(4, size=60))
+    own = slice(rank * 60 // size, (rank + 1) * 60 // size)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x[own]), y[own]).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_ranks_of_a_node_share_parameters_and_each_keeps_the_momentum_of_its_slice(n_nodes):
+    with ranks(n_nodes) as comm:
+        ours, whole = mlp(comm.rank), mlp(0)
+        alone = groups(whole)
+        with DistributedOptimizer(groups(ours), ours, AllReduceSGD(), world=comm.world) as optimizer:
+            for t in range(9):
+                descend(ours, optimizer, t, comm.rank, comm.size)
+                descend(whole, alone, t)
+            np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=1e-12, atol=1e-12)
+            held = optimizer.state_dict()["method"]["velocity"].size
+            of_nodes = [(comm.nodes[comm.rank], held)]
+            total = dict.fromkeys(comm.nodes, 0)
+            for node, size in comm.world.comm.allreduce(of_nodes):
+                total[node] += size
+            assert set(total.values()) == {optimizer.state_dict()["parameters"].size}
+            comm.barrier()
+            if comm.rank == comm.world.node_ranks[0]:
+                with torch.no_grad():
+                    ours[0].weight.fill_(3.0)
+            comm.barrier()
+            assert (ours[0].weight == 3.0).all()  # there is one copy
+            comm.barrier()
+        assert (ours[0].weight == 3.0).all()  # and after the end each has its own
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
+def test_a_state_continues_on_another_number_of_nodes(before, after):
+    whole = mlp(0)
+    alone = groups(whole)
+    for t in range(9):
+        descend(whole, alone, t)
+    with ranks(before) as comm:
+        model = mlp(0)
+        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+            for t in range(5):
+                descend(model, optimizer, t, comm.rank, comm.size)
+            saved = optimizer.state_dict()
+    with ranks(after) as comm:
+        model = mlp(7)
+        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+            optimizer.load_state_dict(saved)
+            for t in range(5, 9):
+                descend(model, optimizer, t, comm.rank, comm.size)
+            np.testing.assert_allclose(numbers(model), numbers(whole), rtol=1e-12, atol=1e-12)
 
 
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])

@@ -58,6 +58,7 @@ class ADAG(CenterMethod):
     summary: ClassVar[str] = "AGN that damps a commit where the center has moved since the pull"
     source: ClassVar[str] = "Hermans 2017, CERN-THESIS-2017-103"
     communication: ClassVar[str] = "2/tau (commit and pull); C visits twice"
+    needs_gradient: ClassVar[bool] = False
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 5})
 
     def worker(self, replica: Replica) -> ADAGWorker:

@@ -43,6 +43,7 @@ class AveragedDownpour(CenterMethod):
 
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     communication: ClassVar[str] = "2/tau (commit and pull); between nodes 4/tau, as the average travels along"
+    needs_gradient: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE
 

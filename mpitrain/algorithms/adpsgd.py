@@ -54,6 +54,7 @@ class ADPSGD(Method):
     summary: ClassVar[str] = "average with one random neighbour, which gets the mean too; nobody waits"
     source: ClassVar[str] = "Lian, Zhang, Zhang, Liu 2018, arXiv 1710.06952"
     communication: ClassVar[str] = "1 sent and 1 received, and on average as much by neighbours"
+    needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("staleness",)
 
     @property

@@ -5,16 +5,27 @@
 With a mini-batch of b on each of p workers this is SGD with a mini-batch of p*b. Every worker takes the same step from
 the same point, so that all parameters stay equal to the last bit.
 
+Where the local update is that of torch.optim.SGD, the workers of a node therefore hold one copy of the parameters
+between them, and each is in charge of a slice of it: it sums that slice of all gradients and takes momentum, weight
+decay and step in the same pass, block by block, while the sum is in its cache. Nobody holds the momentum of another's
+slice. (Rajbhandari et al., ZeRO, 2020, https://arxiv.org/abs/1910.02054, shard optimizer state in the same way, and
+then gather the parameters, which here lie where all can see them.) With any other optimizer every worker holds its own
+parameters, the mean gradient is written to all, and each makes the same step.
+
 Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677; the baseline of Jin et
 al., How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpitrain.algorithms.method import Method, Replica, Worker
+import numpy as np
+
+from mpitrain import kernels
+from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 
 
 @dataclass(frozen=True)
@@ -29,10 +40,11 @@ class AllReduceSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
     communication: ClassVar[str] = "2(p-1)/p"
+    one_a_node: ClassVar[bool] = True
 
     def worker(self, replica: Replica) -> AllReduceWorker:
         """Collective."""
-        return AllReduceWorker(replica)
+        return (SlicedWorker if replica.one_a_node else AllReduceWorker)(replica)
 
 
 class AllReduceWorker(Worker):
@@ -45,3 +57,55 @@ class AllReduceWorker(Worker):
     def consensus(self, out: Any) -> None:
         """Any worker's parameters: they are equal. Local."""
         out[...] = self.x.local
+
+
+class SlicedWorker(AllReduceWorker):
+    """Makes the steps of torch.optim.SGD for its slice of parameters that the node shares."""
+
+    def __init__(self, replica: Replica) -> None:
+        super().__init__(replica)
+        self._mine = self.comm.slice_of(self.x.local.size)
+        self._v = np.zeros(self._mine.stop - self._mine.start, self.x.local.dtype)
+        for kernel in (kernels.sgd_step, kernels.torch_momentum_step, kernels.torch_nesterov_step):  # compiled
+            kernel(*[self._v[:0].copy() for _ in kernel.equations.arrays], *[0.0 for _ in kernel.equations.scalars])
+
+    def before_update(self) -> None:
+        """The mean is taken in ``update_all``."""
+
+    def update_all(self, segments: Sequence[Segment]) -> None:
+        """gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
+
+        def advance(part: slice, gbar: Any) -> None:
+            for segment in segments:
+                start, stop = max(part.start, segment.part.start), min(part.stop, segment.part.stop)
+                if start < stop:
+                    self._advance(segment, slice(start, stop), gbar[start - part.start : stop - part.start])
+
+        self.comm.reduce_slices(self.g, advance, mean=True)
+
+    def _advance(self, segment: Segment, part: slice, gbar: Any) -> None:
+        """One step of torch.optim.SGD on a part of the slice."""
+        x, eta, decay = self.x.local[part], segment.learning_rate, segment.weight_decay
+        if segment.momentum == 0:
+            kernels.sgd_step(x, gbar, eta, decay)
+            return
+        v = self._v[part.start - self._mine.start : part.stop - self._mine.start]
+        step = kernels.torch_nesterov_step if segment.nesterov else kernels.torch_momentum_step
+        step(x, v, gbar, eta, segment.momentum, decay)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """The clock, and the momentum of this worker's slice."""
+        yield from super().state()
+        yield "slice_start", self._mine.start
+        yield "velocity", self._v
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Collective: the slices may have been others."""
+        super().load(state)
+        held = state["velocity"]
+        for root, (start, size) in enumerate(self.comm.gather([state["slice_start"], held.size]).astype(int)):
+            values = held.copy() if root == self.comm.rank else np.empty(size, held.dtype)
+            self.comm.broadcast(values, root)
+            first, last = max(start, self._mine.start), min(start + size, self._mine.stop)
+            if first < last:
+                self._v[first - self._mine.start : last - self._mine.start] = values[first - start : last - start]

@@ -45,6 +45,7 @@ class DaSGD(Method):
     summary: ClassVar[str] = "local SGD whose averages are made in the background and arrive late"
     source: ClassVar[str] = "Zhou et al. 2020, arXiv 2006.00441"
     communication: ClassVar[str] = "2(p-1)/(p*tau), while the worker computes"
+    needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
 
     @property

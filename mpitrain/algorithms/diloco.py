@@ -49,6 +49,7 @@ class DiLoCo(Method):
     summary: ClassVar[str] = "hundreds of local steps, then a Nesterov step with what they have changed"
     source: ClassVar[str] = "Douillard et al. 2023, arXiv 2311.08105"
     communication: ClassVar[str] = "2(p-1)/(p*H)"
+    needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
     learning_rate_factor: ClassVar[float] = 0.1
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 20})

@@ -47,6 +47,7 @@ class Downpour(CenterMethod):
     summary: ClassVar[str] = "a parameter server that adds up what the workers' local steps change"
     source: ClassVar[str] = "Dean et al. 2012, as run by Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     communication: ClassVar[str] = "1/n_push pushed and 1/n_fetch pulled; 2/tau with one period"
+    needs_gradient: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE
 
     @property

@@ -47,6 +47,7 @@ class DPSGD(Method):
     summary: ClassVar[str] = "average with the neighbours in a graph, in step with them"
     source: ClassVar[str] = "Lian, Zhang, Zhang, Hsieh, Zhang, Liu 2017, arXiv 1705.09056"
     communication: ClassVar[str] = "the number of neighbours (ring: 2) received and as many sent"
+    needs_gradient: ClassVar[bool] = False
 
     def graph(self, size: int) -> Topology:
         """The graph between ``size`` workers: symmetric at every step."""

@@ -42,6 +42,7 @@ class DynSGD(CenterMethod):
     name: ClassVar[str] = "dynsgd"
     summary: ClassVar[str] = "a parameter server that divides each commit by its staleness"
     source: ClassVar[str] = "Hermans 2017, CERN-THESIS-2017-103"
+    needs_gradient: ClassVar[bool] = False
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 5})
 
     def worker(self, replica: Replica) -> DynSGDWorker:

@@ -36,6 +36,7 @@ class EASGD(ElasticMethod):
     summary: ClassVar[str] = "elastic averaging: workers explore, tied to a center by springs"
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     communication: ClassVar[str] = "2/tau (center pulled and pushed); synchronous 2(p-1)/(p*tau)"
+    needs_gradient: ClassVar[bool] = False
 
     def worker(self, replica: Replica) -> ElasticWorker:
         """Collective."""

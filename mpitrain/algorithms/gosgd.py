@@ -53,6 +53,7 @@ class GoSGD(Method):
     summary: ClassVar[str] = "push to a random peer with half the weight; weighted means lose nothing"
     source: ClassVar[str] = "Blot, Picard, Cord, Thome 2016, arXiv 1611.09726"
     communication: ClassVar[str] = "p_ex sent and, on average, p_ex received"
+    needs_gradient: ClassVar[bool] = False
     short_run: ClassVar[MappingProxyType[str, Any]] = MappingProxyType({"probability": 0.2})
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
 

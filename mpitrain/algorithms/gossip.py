@@ -50,6 +50,7 @@ class GossipSGD(Method):
     summary: ClassVar[str] = "average with one random peer at a time"
     source: ClassVar[str] = "Jin, Yuan, Iandola, Keutzer 2016, arXiv 1611.04581"
     communication: ClassVar[str] = "1/tau received and, on average, 1/tau sent"
+    needs_gradient: ClassVar[bool] = False
 
     @property
     def is_synchronous(self) -> bool:

@@ -50,6 +50,7 @@ class GPUASGD(CenterMethod):
     summary: ClassVar[str] = "DOWNPOUR between clients of several GPUs, after a warm start by one"
     source: ClassVar[str] = "Paine, Jin, Yang, Lin, Huang 2013, arXiv 1312.6186"
     communication: ClassVar[str] = "2/n_sync (commit and pull) of a client"
+    needs_gradient: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"warm_start_steps": 20})
 

@@ -50,11 +50,20 @@ def setting(
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the flat vector that is updated with the same settings (a parameter group)."""
+    """A part of the flat vector that is updated with the same settings (a parameter group).
+
+    Attributes:
+        part: Of the vector.
+        learning_rate: eta.
+        weight_decay: The L2 term.
+        momentum, nesterov: Of torch.optim.SGD, for a worker that makes its step.
+    """
 
     part: slice
     learning_rate: float
     weight_decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Replica:
             vector is one layer.
         fitness: The loss of parameters (n,) on data held out from training, for methods that ask for it; the same
             function on all workers. None when there are no such data.
+        one_a_node: The workers of a node hold one ``x`` between them; only for methods that declare it.
     """
 
     comm: Communicator
@@ -78,6 +88,7 @@ class Replica:
     seed: int = 0
     layers: tuple[slice, ...] = ()
     fitness: Callable[[Any], float] | None = None
+    one_a_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,9 @@ class Method(ABC):
         owns_update: Whether the method makes the local update itself (then ``update`` is called and the torch
             optimizer only lends its learning rates and weight decays).
         needs_loss: Whether ``step`` must be given the loss.
+        needs_gradient: Whether ``step`` must find the gradient in ``g``, for more than the local update.
+        one_a_node: Whether all workers hold the same parameters after every step, so that those of a node can hold one
+            copy between them. Where the local update is torch.optim.SGD's, they then do, and the worker makes it.
         evaluates_history: Whether what it evaluates is an average over the past, which moves on when the workers rest.
         learning_rate_factor: How much larger its learning rate should be than that of SGD with momentum 0.9; a default
             for comparisons, which nothing applies by itself.
@@ -106,6 +120,8 @@ class Method(ABC):
     communication: ClassVar[str]
     owns_update: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
+    one_a_node: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -223,13 +239,17 @@ class Worker(ABC):
         if local_update is not None:
             local_update()
         else:
-            for segment in segments:
-                self.update(segment)
+            self.update_all(segments)
         self.after_update()
         self.t += 1
 
     def before_update(self) -> None:  # noqa: B027 - not every method has something to do here
         """What happens with the gradient known and the local update not yet made."""
+
+    def update_all(self, segments: Sequence[Segment]) -> None:
+        """The local update, for methods that own it."""
+        for segment in segments:
+            self.update(segment)
 
     def update(self, segment: Segment) -> None:
         """The local update of a part, for methods that own it."""

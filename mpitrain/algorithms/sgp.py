@@ -71,6 +71,7 @@ class StochasticGradientPush(Method):
     summary: ClassVar[str] = "push-sum: send a share to the next peer in turn, de-bias by weights"
     source: ClassVar[str] = "Assran, Loizou, Ballas, Rabbat 2019, arXiv 1811.10792"
     communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
+    needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
 
     def graph(self, size: int) -> Topology:

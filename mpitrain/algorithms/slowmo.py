@@ -47,6 +47,7 @@ class SlowMo(Method):
     summary: ClassVar[str] = "local steps, averaged with a slow momentum over the rounds"
     source: ClassVar[str] = "Wang, Tantia, Ballas, Rabbat 2019, arXiv 1910.00643"
     communication: ClassVar[str] = "2(p-1)/(p*tau)"
+    needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
     learning_rate_factor: ClassVar[float] = 0.5
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 12})

@@ -44,6 +44,7 @@ class ZealousDownpour(CenterMethod):
     summary: ClassVar[str] = "DOWNPOUR that exchanges whenever nobody else is at the center"
     source: ClassVar[str] = "Hermans 2017, CERN-THESIS-2017-103"
     communication: ClassVar[str] = "2/tau to 2 (commit and pull), and p-1 numbers a step"
+    needs_gradient: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 4})
 

@@ -15,8 +15,8 @@ The order of summation depends on the rank numbers only, so every rank gets the 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 1 << 30
 """Elements of one MPI_Allreduce: counts are 32-bit numbers before MPI 4."""
+
+BLOCK = 1 << 16
+"""Elements that a rank sums at a time where it uses the sum itself: they are then still in its cache."""
 
 
 class AllReduce:
@@ -76,9 +79,7 @@ class AllReduce:
             else:
                 total = self._sum_of(peers[0])
                 sum_in_groups(total, peers, scale)
-                for at in range(0, total.size, LARGEST_COUNT):
-                    world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
-                statistics.wire_bytes += 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
+                self._cross(total)
                 for peer in peers:
                     peer[...] = total
         self._arrive(window)
@@ -97,6 +98,49 @@ class AllReduce:
             kernels.reduce_broadcast(empty)
         else:
             sum_in_groups(self._sum_of(empty[0]), empty, 1.0)
+
+    def slice_of(self, n: int) -> slice:
+        """What this rank has of the sum of vectors of ``n`` elements. Local."""
+        world = self._world
+        return split(n, world.n_rails)[world.local_rank] if world.local_rank < world.n_rails else slice(n, n)
+
+    def reduce_slices(self, window: Window, fn: Callable[[slice, Any], object], *, scale: float = 1.0) -> None:
+        """Give each rank ``scale`` times its slice of the sum of all arrays, which stay as they are. Collective.
+
+        Args:
+            window: Of every rank.
+            fn: Called with parts of ``slice_of(n)`` and the sum of each, in memory that is used again.
+            scale: Times the sum.
+        """
+        world, statistics, n = self._world, self._statistics, window.local.size
+        statistics.n_exchanges += 1
+        statistics.bytes_sent += 2 * (world.size - 1) * window.local.nbytes // world.size
+        mine = self.slice_of(n)
+        if world.size == 1 and scale == 1.0:
+            fn(mine, window.local)
+            return
+        self._arrive(window)
+        peers = [peer for rank in world.node_ranks if (peer := window.of(rank)) is not None]
+        if world.n_nodes > 1:
+            if world.local_rank < world.n_rails:
+                total = self._sum_of(window.local[mine])
+                sum_in_groups(total, [peer[mine] for peer in peers], scale)
+                self._cross(total)
+                fn(mine, total)
+        else:
+            room = self._sum_of(window.local[:BLOCK])
+            for start in range(mine.start, mine.stop, BLOCK):
+                part = slice(start, min(start + BLOCK, mine.stop))
+                total = room[: part.stop - start]
+                sum_in_groups(total, [peer[part] for peer in peers], scale)
+                fn(part, total)
+        self._arrive(window)
+
+    def _cross(self, total: np.ndarray) -> None:
+        """Sum this rank's slice over the nodes. Collective over the ranks with the same local rank."""
+        for at in range(0, total.size, LARGEST_COUNT):
+            self._world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
+        self._statistics.wire_bytes += 2 * (self._world.n_nodes - 1) * total.nbytes // self._world.n_nodes
 
     def _arrive(self, window: Window) -> None:
         """Every rank of the node is here, and sees what the others have written."""

@@ -58,6 +58,9 @@ class Communicator(Protocol):
     def vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read. Collective."""
 
+    def node_vector(self, n: int, dtype: Any) -> Vector:
+        """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
+
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
 
@@ -72,6 +75,24 @@ class Communicator(Protocol):
 
     def allreduce(self, vector: Vector, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
+
+    def slice_of(self, n: int) -> slice:
+        """This worker's part of a vector of ``n`` elements; the workers of a node have all of it between them. Local.
+
+        It is what ``reduce_slices`` gives this worker.
+        """
+
+    def reduce_slices(self, vector: Vector, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
+        """Sum (or average) all workers' vectors, and let each worker use its part of the sum. Collective.
+
+        The vectors stay as they are. When this returns, every worker of the node has returned from its ``fn``, and sees
+        what all have written in it.
+
+        Args:
+            vector: (n,) of each worker.
+            fn: Called with parts of ``slice_of(n)`` and the sum of each, which is lent for that call.
+            mean: The mean of all instead.
+        """
 
     def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:
         """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``finish`` is.

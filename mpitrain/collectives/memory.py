@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mpi4py import MPI
 
+from mpitrain.collectives.partition import split
 from mpitrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,15 +73,17 @@ class Window:
         world: The ranks.
         n: Elements on this rank; ranks may differ.
         dtype: The same on all ranks.
+        one_a_node: The ranks of a node have one array between them; ``n`` is then the same on all of them.
 
     Attributes:
         local: (n,) zeros at first; this rank's array.
     """
 
-    def __init__(self, world: World, n: int, dtype: Any) -> None:
+    def __init__(self, world: World, n: int, dtype: Any, *, one_a_node: bool = False) -> None:
         self.world = world
         self.dtype = np.dtype(dtype)
-        n_bytes = max(n * self.dtype.itemsize, 1)
+        own = n if world.local_rank == 0 or not one_a_node else 0
+        n_bytes = max(own * self.dtype.itemsize, 1)
         check_room_together(world.node_comm.allreduce(n_bytes), world.comm)
         # Separate segments: each begins on a page of its own, on the NUMA domain of the rank that touches it first.
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
@@ -90,12 +93,12 @@ class Window:
         lengths = world.node_comm.allgather(n)
         self._direct: dict[int, np.ndarray] = {}
         for local_rank, rank in enumerate(world.node_ranks):
-            memory: Any = self._shared.Shared_query(local_rank)[0]
+            memory: Any = self._shared.Shared_query(0 if one_a_node else local_rank)[0]
             array = np.frombuffer(memory, np.uint8)[: lengths[local_rank] * self.dtype.itemsize]
             self._direct[rank] = array.view(self.dtype)
         self.local = self._direct[world.rank]
         self._bytes = self.local.view(np.uint8)
-        self._touch()
+        self._touch(split(n, world.local_size)[world.local_rank] if one_a_node else slice(n))
         self._remote: MPI.Win | None = None
         if world.n_nodes > 1:
             self._remote = MPI.Win.Create(self._bytes, 1, comm=world.comm)
@@ -103,13 +106,13 @@ class Window:
         self.sync()
         world.comm.Barrier()
 
-    def _touch(self) -> None:
-        """Zero this rank's pages, even where the memory is new and zero already.
+    def _touch(self, part: slice) -> None:
+        """Zero a part, even where the memory is new and zero already.
 
         A rank that is alone on its node gets memory of the heap, used before. A new segment has no pages yet: touched
         here they lie on this rank's NUMA domain, whoever writes first, and the next ``check_room`` counts them.
         """
-        self._bytes[...] = 0
+        self.local[part] = 0
 
     def of(self, rank: int) -> np.ndarray | None:
         """The array of ``rank`` itself when it is on this node, else None. Local."""

@@ -50,6 +50,12 @@ class MPICommunicator:
         self._made.append(window)
         return window
 
+    def node_vector(self, n: int, dtype: Any) -> Window:
+        """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
+        window = Window(self.world, n, dtype, one_a_node=True)
+        self._made.append(window)
+        return window
+
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         memory = vector.of(peer)
@@ -82,6 +88,14 @@ class MPICommunicator:
     def allreduce(self, vector: Any, *, mean: bool = False) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
         self._allreduce(vector, scale=1.0 / self.size if mean else 1.0)
+
+    def slice_of(self, n: int) -> slice:
+        """This worker's part of a vector of ``n`` elements. Local."""
+        return self._allreduce.slice_of(n)
+
+    def reduce_slices(self, vector: Any, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
+        """Sum all workers' vectors, and let each worker use its part of the sum. Collective."""
+        self._allreduce.reduce_slices(vector, fn, scale=1.0 / self.size if mean else 1.0)
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> PendingAllReduce:
         """Begin an all-reduce that goes on in the background. Collective."""

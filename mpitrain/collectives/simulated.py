@@ -18,7 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from mpitrain.collectives.blocks import N_TAGS, Block
 from mpitrain.collectives.mailboxes import Mailboxes
-from mpitrain.collectives.partition import shards
+from mpitrain.collectives.partition import shards, split
 from mpitrain.collectives.schedules import RoundRobin, Schedule
 from mpitrain.collectives.shared import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.statistics import Statistics
@@ -279,6 +279,12 @@ class SimulatedCommunicator:
         arrays = self._meet(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
         return SimulatedVector(arrays, self.rank)
 
+    def node_vector(self, n: int, dtype: Any) -> SimulatedVector:
+        """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
+        node_of = dict(zip(range(self.size), self.nodes, strict=True))
+        arrays = self._meet(None, lambda _: {node: np.zeros(n, dtype) for node in set(self.nodes)})
+        return SimulatedVector([arrays[node_of[rank]] for rank in range(self.size)], self.rank)
+
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         fn(vector.arrays[peer])
@@ -310,6 +316,21 @@ class SimulatedCommunicator:
                 other[...] = total
 
         self._meet(vector.local, add)
+
+    def slice_of(self, n: int) -> slice:
+        """This worker's part of a vector of ``n`` elements. Local."""
+        neighbours = [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
+        return split(n, len(neighbours))[neighbours.index(self.rank)]
+
+    def reduce_slices(self, vector: Any, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
+        """Sum all workers' vectors, and let each worker use its part of the sum. Collective."""
+        self.statistics.n_exchanges += 1
+        self.statistics.bytes_sent += 2 * (self.size - 1) * vector.local.nbytes // self.size
+        scale = vector.local.dtype.type(1.0 / self.size if mean else 1.0)
+        total = self._meet(vector.local, lambda vectors: scale * sum(vectors[1:], vectors[0].copy()))
+        mine = self.slice_of(vector.local.size)
+        fn(mine, total[mine].copy())
+        self.barrier()
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> SimulatedPending:
         """Begin an all-reduce. Collective. It is made when all have come to its end, from the vectors left alone."""

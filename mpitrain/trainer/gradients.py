@@ -35,7 +35,7 @@ class ModelGradient:
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
         """(n,), overwritten by the next call."""
         self._x[...] = x
-        self._flat.zero_gradients()
+        self._flat.release_gradients()
         inputs, labels = self._dataset.batch(self._samplers[rank].draw())
         loss = torch.nn.functional.cross_entropy(self._model(inputs), labels)
         loss.backward()

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from quadratic import simulate, slope, standard_error
 
 from mpitrain.algorithms import AllReduceSGD
+from mpitrain.algorithms.method import Replica, Segment
 from mpitrain.collectives.schedules import RandomOrder
+from mpitrain.collectives.simulated import SimulatedWorld
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 5])
@@ -57,3 +60,55 @@ def test_one_worker_is_sgd():
     start = np.random.default_rng(4).normal(size=8)
     simulation = simulate(AllReduceSGD(), 1, start=start, eta=0.1, decay=0.01, gradient=slope(2.0)).run(9)
     np.testing.assert_allclose(simulation.x()[0], (1 - 0.1 * 2.01) ** 9 * start, rtol=1e-13)
+
+
+def sliced(p, nodes, schedule=None):
+    """Workers of which those of a node hold one copy of the parameters: what each holds after some steps."""
+    rng, n = np.random.default_rng(5), 53
+    start, h, b = rng.normal(size=n), np.linspace(0.2, 1.5, p), rng.normal(size=p)
+    segments = [
+        Segment(slice(0, 20), 0.1, 0.01, 0.9),
+        Segment(slice(20, 37), 0.05, 0.0, 0.8, nesterov=True),
+        Segment(slice(37, n), 0.2, 0.02),
+    ]
+    gradient = slope(h, b)
+
+    def program(comm):
+        x, g = comm.node_vector(n, np.float64), comm.vector(n, np.float64)
+        x.local[...] = start
+        comm.barrier()
+        worker = AllReduceSGD().worker(Replica(comm, x, g, one_a_node=True))
+        for _ in range(9):
+            g.local[...] = gradient(comm.rank, x.local)
+            worker.step(segments, None)
+        out = np.empty(n)
+        worker.consensus(out)
+        comm.barrier()
+        held = dict(worker.state())["velocity"]
+        return out, held.size
+
+    results = SimulatedWorld(p, schedule, nodes=nodes).run(program)
+
+    parts = [torch.nn.Parameter(torch.from_numpy(start[segment.part].copy())) for segment in segments]
+    alone = torch.optim.SGD(
+        [
+            {"params": [part], "lr": s.learning_rate, "weight_decay": s.weight_decay}
+            | {"momentum": s.momentum, "nesterov": s.nesterov}
+            for part, s in zip(parts, segments, strict=True)
+        ]
+    )
+    for _ in range(9):
+        for part in parts:
+            at = part.detach().numpy()
+            part.grad = torch.from_numpy(np.mean([gradient(rank, at) for rank in range(p)], axis=0))
+        alone.step()
+    return results, np.concatenate([part.detach().numpy() for part in parts])
+
+
+@pytest.mark.parametrize("nodes", [[0], [0, 0], [0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
+def test_workers_that_share_a_copy_take_torchs_steps_each_in_its_slice(nodes):
+    results, wanted = sliced(len(nodes), nodes, RandomOrder(3))
+    for x, _ in results:
+        np.testing.assert_allclose(x, wanted, rtol=1e-12, atol=1e-13)
+    for node in set(nodes):
+        assert sum(held for (_, held), at in zip(results, nodes, strict=True) if at == node) == wanted.size

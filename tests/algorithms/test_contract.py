@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import assert_states_equal, load, same_bits, simulate, slope, states
 
-from mpitrain import UsageError
+from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
+from mpitrain.collectives.simulated import SimulatedWorld
+from mpitrain.simulation import Simulation
 
 STARTS = np.random.default_rng(0).normal(size=(5, 40))
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
@@ -277,3 +279,38 @@ def test_half_precision_runs(method):
         end = simulate(method, 2, start=STARTS[:2].astype(dtype), eta=0.05, gradient=slope(1.0, 0.7)).run(60)
         assert end.x().dtype == dtype
         assert np.isfinite(end.consensus().astype(np.float64)).all()
+
+
+class Blind(Simulation):
+    """Workers that find no gradient in ``g``; only the local update knows it."""
+
+    def run(self, steps, after_step=None):
+        self.known = {}
+        return super().run(steps, after_step)
+
+    def _sgd(self, worker):
+        x, rank = worker.x.local, worker.comm.rank
+        return lambda: kernels.sgd_step(x, self.known[rank], self.learning_rate, self.weight_decay)
+
+    def _loss(self, worker):
+        return float(np.linalg.norm(self.known[worker.comm.rank]))
+
+
+@every_variant
+def test_who_declares_to_need_no_gradient_looks_at_none(method):
+    if method.needs_gradient:
+        return
+    gradient = slope(H, B)
+
+    def hidden(rank, x):
+        blind.known[rank] = gradient(rank, x)
+        return np.full_like(x, np.nan)
+
+    seeing = simulate(method, 3, start=STARTS[:3], eta=0.1, gradient=gradient, seed=1)
+    blind = Blind(method, SimulatedWorld(3), hidden, STARTS[:3], 0.1, seed=1)
+    assert same_bits(blind.run(9).x(), seeing.run(9).x())
+    assert same_bits(blind.consensus(), seeing.consensus())
+
+
+def test_methods_that_make_the_update_need_the_gradient():
+    assert all(method.needs_gradient for method in METHODS.values() if method.owns_update)
