@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from candidates import REFERENCES, Candidates, start_gloo
-from mpi4py import MPI
+from timing import beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 
 from mpitrain import cli, info
 from mpitrain.collectives.world import World, init
@@ -26,9 +23,6 @@ from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 
 SIZES = "4K,256K,4M,32M"
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-BYTES_OF_A_REPEAT = 2**18  # smaller vectors are called several times for one figure
-MOST_CALLS = 16
 BYTES_OF_ALL_REPEATS = 2**31  # larger vectors are repeated fewer times
 FEWEST_REPEATS = 5
 
@@ -37,47 +31,15 @@ BAR_RANKS, BAR_BYTES = 2, 32 * 2**20
 EXCHANGE_AT_MOST, ALL_REDUCE_AT_LEAST = 1.3, 2.0
 
 
-def measure(world: World, operations: dict[str, Callable[[], object]], n_repeats: int, n_calls: int) -> np.ndarray:
-    """Seconds of a call, the slowest rank's: (operations, n_repeats). Collective."""
-    seconds = np.zeros((len(operations), n_repeats))
-    for repeat in range(-2, n_repeats):  # the first two warm up
-        for row, operation in zip(seconds, operations.values(), strict=True):
-            operation()  # each finds its own vectors in the caches, not those of the one before it
-            world.barrier()
-            began = time.perf_counter()
-            for _ in range(n_calls):
-                operation()
-            row[max(repeat, 0)] = (time.perf_counter() - began) / n_calls
-    slowest = np.empty_like(seconds)
-    world.comm.Allreduce(seconds, slowest, MPI.MAX)
-    return slowest
-
-
 def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool) -> list[dict[str, Any]]:
     """A row for each operation on vectors of this size. Collective."""
     candidates = Candidates(world, n_bytes // 4, with_gloo=with_gloo)
-    n_calls = max(1, min(MOST_CALLS, BYTES_OF_A_REPEAT // n_bytes))
+    n_calls = calls_of(n_bytes)
     n_repeats = max(min(most_repeats, BYTES_OF_ALL_REPEATS // n_bytes), FEWEST_REPEATS)
     seconds = measure(world, candidates.operations, n_repeats, n_calls)
     names = list(candidates.operations)
     candidates.free()
-    median = dict(zip(names, np.median(seconds, axis=1), strict=True))
-    rows = []
-    for name, of_one in zip(names, seconds, strict=True):
-        reference = REFERENCES.get(name)
-        rows.append(
-            {
-                "bytes": n_bytes,
-                "operation": name,
-                "median_seconds": float(median[name]),
-                "p95_seconds": float(np.percentile(of_one, 95)),
-                "reference": reference,
-                "ratio": float(median[name] / median[reference]) if reference else None,
-                "n_repeats": n_repeats,
-                "n_calls": n_calls,
-            }
-        )
-    return rows
+    return rows_of(names, seconds, REFERENCES, n_bytes=n_bytes, n_calls=n_calls)
 
 
 def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
@@ -94,20 +56,6 @@ def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
     ]
 
 
-def size_of(word: str) -> int:
-    """``4K`` as bytes."""
-    digits, factor = (word[:-1], UNITS[word[-1].upper()]) if word[-1:].upper() in UNITS else (word, 1)
-    if not digits.isdigit() or int(digits) * factor < 4:
-        raise UsageError(f"--sizes takes bytes, such as {SIZES}, not {word!r}")
-    return int(digits) * factor // 4 * 4
-
-
-def name_of(n_bytes: int) -> str:
-    """Bytes as ``4 KiB``."""
-    unit = next((u for u in reversed(UNITS) if n_bytes >= UNITS[u]), None)
-    return f"{n_bytes / UNITS[unit]:g} {unit}iB" if unit else f"{n_bytes} B"
-
-
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows for people."""
     return text.table(
@@ -116,8 +64,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             "operation": [row["operation"] for row in rows],
             "median ms": [f"{1e3 * row['median_seconds']:.3f}" for row in rows],
             "p95 ms": [f"{1e3 * row['p95_seconds']:.3f}" for row in rows],
-            "GB/s": [f"{row['bytes'] / row['median_seconds'] / 1e9:.2f}" for row in rows],
-            "beside": [f"{row['ratio']:.2f} x {row['reference']}" if row["ratio"] else "" for row in rows],
+            "GB/s": [gb_per_s(row) for row in rows],
+            "beside": [beside(row) for row in rows],
         },
         left=("operation", "beside"),
     )
@@ -143,11 +91,7 @@ def main() -> int:
         document = {"results": rows, "bars": bars, "gloo": no_gloo or "available", **info.describe(world)}
         document["load_average"] = {"before": load_before, "after": os.getloadavg()}
         if not options.json:
-            where = document["machine"]
-            mpi = document["world"]["mpi"]
-            print(
-                f"{world.size} ranks on {where['cores']} cores ({where['processor']}), {mpi}; load {load_before[0]:.1f}"
-            )
+            print(where(document))
             print("float32; GB/s: bytes of the vector by time\n")
             print("\n".join([*table(rows), ""]))
             print(f"no gloo: {no_gloo}\n" if no_gloo else "", end="")

@@ -61,8 +61,19 @@ def eamsgd(
 
 
 def easgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """The same without momentum."""
-    return eamsgd(method, x, gradient, eta, steps, delta=0.0)
+    """The same without momentum; with ``overlap`` the worker's moves come a step late."""
+    if not method.overlap:
+        return eamsgd(method, x, gradient, eta, steps, delta=0.0)
+    c, late, (a_w, a_c), is_pre = x.copy(), np.zeros_like(x), method.rates(1, eta), method.grad_point == "pre"
+    for t in range(steps):
+        g = gradient(x)
+        x, late = x - late, np.zeros_like(x)
+        if is_pre and t % method.period == 0:
+            late, c = a_w * (x - c), c + a_c * (x - c)
+        x = x - eta * g
+        if not is_pre and (t + 1) % method.period == 0:
+            late, c = a_w * (x - c), c + a_c * (x - c)
+    return x
 
 
 def aeasgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:

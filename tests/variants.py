@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from mpitrain import UsageError
 from mpitrain.algorithms import METHODS, Method
 
 
@@ -22,4 +23,7 @@ def variants() -> Iterator[tuple[str, Method]]:
         period = {f.name: 2 for f in fields if f.name.endswith("period")}
         for values in itertools.product(*chosen.values()):
             settings: dict[str, Any] = dict(zip(chosen, values, strict=True)) | period
-            yield "-".join([name, *map(str, values)]), method(**settings)
+            try:
+                yield "-".join([name, *map(str, values)]), method(**settings)
+            except UsageError:
+                continue  # two that exclude each other

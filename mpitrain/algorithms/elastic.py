@@ -255,6 +255,10 @@ class AsynchronousCenter:
         a_w, a_c = jacobi_rates(self._order, a_w, a_c)
         self._c.update(lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c))
 
+    def displace(self, x: Any, a_w: float, a_c: float) -> None:
+        """The center's side of an exchange; ``x``, a copy of the worker's, becomes what it has to subtract. Local."""
+        self._c.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
+
     def pull(self, x: Any, a_w: float) -> None:
         """x <- x - a_w*(x - c). Local."""
         self._c.update(lambda part, c: kernels.elastic_pull(x[part], c, a_w), pushes=False)

@@ -102,19 +102,22 @@ class MPIBlocks:
         remote = [n for home, n in zip(self.homes, self.lengths, strict=True) if self._data.of(home) is None]
         self._staging = np.zeros(max(remote, default=0), dtype)
         self._staged_tags = np.zeros(N_TAGS)
+        # A block of this node has one record, which belongs to whoever holds its lock.
+        self._in_place = [self._record(index) for index in range(len(self.homes))]
 
     def acquire(self, index: int) -> Block:
         """Lock a block and have it as an array. Local; waits for the present owner."""
-        home, start, length, slot = self._where(index)
+        home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
         version, waited = self._locks.acquire(home, slot, self.dead)
-        self._statistics.wait_seconds += waited
-        self._statistics.lock_wait_seconds += waited
-        memory = self._data.of(home)
-        if memory is not None:
-            self._data.sync()
-            tags = self._tags.of(home)
-            assert tags is not None
-            return Block(index, memory[start : start + length], tags[slot * N_TAGS : (slot + 1) * N_TAGS], version)
+        if waited:
+            self._statistics.wait_seconds += waited
+            self._statistics.lock_wait_seconds += waited
+        if block is not None:
+            if not self._locks.orders_memory:
+                self._data.sync()
+            block.version = version
+            return block
+        start, length = self._starts[index], self.lengths[index]
         staged = self._staging[:length]
         self._data.get(home, staged, start)
         self._tags.get(home, self._staged_tags, slot * N_TAGS)
@@ -125,10 +128,13 @@ class MPIBlocks:
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock. Local."""
-        home, start, length, slot = self._where(block.index)
-        if self._data.of(home) is not None:
-            self._data.sync()
+        index = block.index
+        home, slot = self.homes[index], self._slots[index]
+        if self._in_place[index] is not None:
+            if not self._locks.orders_memory:
+                self._data.sync()
         elif updated:
+            start, length = self._starts[index], self.lengths[index]
             self._data.put(home, block.data, start)
             self._tags.put(home, block.tags, slot * N_TAGS)
             self._data.flush(home)
@@ -138,19 +144,17 @@ class MPIBlocks:
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
         """Copy a block's tags without its lock: each number is whole, two of them may be of different times. Local."""
-        home, _, _, slot = self._where(index)
-        tags = self._tags.of(home)
-        if tags is not None:
+        home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
+        if block is not None:
             self._tags.sync()
-            out[:] = tags[slot * N_TAGS : (slot + 1) * N_TAGS]
+            out[:] = block.tags
         else:
             self._tags.get(home, out, slot * N_TAGS)
             self._tags.flush(home)
 
     def lock_owner(self, index: int) -> int | None:
         """The rank that holds a block's lock now. Local."""
-        home, _, _, slot = self._where(index)
-        return self._locks.owner(home, slot)
+        return self._locks.owner(self.homes[index], self._slots[index])
 
     def free(self) -> None:
         """Give the memory back. Collective."""
@@ -158,5 +162,10 @@ class MPIBlocks:
         self._tags.free()
         self._data.free()
 
-    def _where(self, index: int) -> tuple[int, int, int, int]:
-        return self.homes[index], self._starts[index], self.lengths[index], self._slots[index]
+    def _record(self, index: int) -> Block | None:
+        """A block of this node as whoever holds its lock has it, None for one of another node."""
+        home, start, length, slot = self.homes[index], self._starts[index], self.lengths[index], self._slots[index]
+        memory, tags = self._data.of(home), self._tags.of(home)
+        if memory is None or tags is None:
+            return None
+        return Block(index, memory[start : start + length], tags[slot * N_TAGS : (slot + 1) * N_TAGS], version=0)

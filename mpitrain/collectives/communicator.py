@@ -34,6 +34,13 @@ class Pending(Protocol):
         """Wait for its end."""
 
 
+class Started(Pending, Protocol):
+    """A local operation that has begun, and of which one can see whether it has ended."""
+
+    @property
+    def done(self) -> bool: ...
+
+
 class Communicator(Protocol):
     """The workers of a run, as one of them sees them.
 
@@ -98,6 +105,12 @@ class Communicator(Protocol):
         """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``finish`` is.
 
         The vector must be left alone until ``finish``; a worker may have one such operation under way.
+        """
+
+    def start(self, fn: Callable[[], object]) -> Started:
+        """Begin ``fn``, which exchanges something by itself, in the background. Local.
+
+        Until it has ended the worker touches nothing that ``fn`` touches. Functions run one after the other.
         """
 
     def wait_until(self, condition: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Owner-aware, versioned locks on one word each, for whoever can reach it by MPI.
+"""Owner-aware, versioned locks on one word each, for whoever can reach it.
 
 A lock word holds a version and an owner::
 
@@ -8,6 +8,10 @@ so that one compare-and-swap takes the lock and tells how many updates it has se
 update, and one takes it over from a rank that is known to be dead. (An exclusive ``MPI_Win_lock`` held by a dead rank
 is lost for ever, and nobody can tell by whom it was held.) The version read here was read in the critical section
 itself: it is the true staleness of Hermans (CERN-THESIS-2017-103, chapter 4), not one read beside a race.
+
+Where all ranks share one node the words lie in its memory and are swapped by the CPU, which costs a part of a call
+into MPI and orders what is read and written under the lock. Otherwise all ranks, those of the word's own node too, swap
+them by MPI: its atomic operations and the CPU's must not be mixed on one word (MPI 4.1, section 12.7).
 """
 
 from __future__ import annotations
@@ -15,18 +19,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
 
+from mpitrain.collectives.meeting import PATIENCE, PATIENCE_WITHOUT_A_CORE
+from mpitrain.collectives.memory import Window
+from mpitrain.kernels import locks
+from mpitrain.kernels.locks import OWNER_BITS, OWNER_MASK, STRIDE
+
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
-OWNER_BITS = 24
-OWNER_MASK = (1 << OWNER_BITS) - 1
-
-SPINS_BEFORE_SLEEP = 20
+YIELDS_BEFORE_SLEEP = 20
 SLEEP_SECONDS = 50e-6
 LONGEST_SLEEP_SECONDS = 1e-3
 
@@ -37,26 +43,17 @@ class LockTable:
     Args:
         world: The ranks.
         counts: How many words each rank is the home of.
+
+    Attributes:
+        orders_memory: Whether what one rank writes under a lock to memory that it shares with the next owner is seen by
+            that one without more ado (a ``Window.sync``).
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._comm = world.comm
         self._me = world.rank + 1
-        self._window = MPI.Win.Allocate(8 * max(counts[world.rank], 1), 8, comm=world.comm)
-        memory: Any = self._window.tomemory()
-        words = np.frombuffer(memory, np.int64)
-        words[:] = 0
-        self._window.Lock_all()
-        self._window.Sync()
-        self._expected = [np.zeros(n, np.int64) for n in counts]  # the last version seen: the next guess
-        self._compare, self._origin, self._result = (np.zeros(1, np.int64) for _ in range(3))
-        world.comm.Barrier()
-
-    def _compare_and_swap(self, home: int, index: int, expected: int, new: int) -> int:
-        self._compare[0], self._origin[0] = expected, new
-        self._window.Compare_and_swap(self._origin, self._compare, self._result, home, index)
-        self._window.Flush(home)
-        return int(self._result[0])
+        self.orders_memory = world.n_nodes == 1
+        self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
     def acquire(self, home: int, index: int, dead: Container[int] = ()) -> tuple[int, float]:
         """Take the lock, however long its owner holds it. Local.
@@ -69,32 +66,27 @@ class LockTable:
         Returns:
             The number of updates counted so far, and the seconds spent waiting for another owner (0 when it was free).
         """
-        free = int(self._expected[home][index])
-        found = self._compare_and_swap(home, index, free, free | self._me)
-        if found == free:
-            return free >> OWNER_BITS, 0.0
-        began, spins = time.perf_counter(), 0
-        while True:
-            owner = (found & OWNER_MASK) - 1
-            free = found & ~OWNER_MASK
-            if owner < 0 or owner in dead:
-                expected = found
-            else:
-                self._back_off(spins)
-                spins += 1
-                expected = free  # perhaps it was given back without an update
-            found = self._compare_and_swap(home, index, expected, free | self._me)
-            if found == expected:
-                waited = time.perf_counter() - began if spins else 0.0
-                return free >> OWNER_BITS, waited
+        found = self._words.take(home, index)
+        if not found & OWNER_MASK:
+            return found >> OWNER_BITS, 0.0
+        began, n_waits = time.perf_counter(), 0
+        while found & OWNER_MASK:
+            if (found & OWNER_MASK) - 1 not in dead:
+                if n_waits:  # most owners have it for no longer than it takes to look again
+                    self._back_off(n_waits)
+                n_waits += 1
+            elif self._words.swap(home, index, found, found & ~OWNER_MASK | self._me) == found:
+                break
+            found = self._words.take(home, index, patient=True)
+        return found >> OWNER_BITS, time.perf_counter() - began if n_waits else 0.0
 
-    def _back_off(self, spins: int) -> None:
+    def _back_off(self, n_waits: int) -> None:
         """Let the owner work: it may need the very core that spins here, or this rank's attention to its messages."""
         self._comm.Iprobe(source=self._me - 1)
-        if spins < SPINS_BEFORE_SLEEP:
+        if n_waits < YIELDS_BEFORE_SLEEP:
             os.sched_yield()
         else:
-            time.sleep(min(SLEEP_SECONDS * 2 ** min(spins - SPINS_BEFORE_SLEEP, 5), LONGEST_SLEEP_SECONDS))
+            time.sleep(min(SLEEP_SECONDS * 2 ** min(n_waits - YIELDS_BEFORE_SLEEP, 5), LONGEST_SLEEP_SECONDS))
 
     def release(self, home: int, index: int, version: int, *, updated: bool) -> None:
         """Give the lock back, counting an update when there was one. Local.
@@ -103,18 +95,99 @@ class LockTable:
             RuntimeError: When another rank has taken the lock over in the meantime (it took this one for dead).
         """
         held = version << OWNER_BITS | self._me
-        free = (version + updated) << OWNER_BITS
-        found = self._compare_and_swap(home, index, held, free)
+        found = self._words.swap(home, index, held, (version + updated) << OWNER_BITS)
         if found != held:
             raise RuntimeError(
                 f"the lock was taken over by rank {(found & OWNER_MASK) - 1}: this rank was taken for dead"
             )
-        self._expected[home][index] = free
 
     def owner(self, home: int, index: int) -> int | None:
         """The rank that holds the lock now, None when it is free. Local."""
-        found = self._compare_and_swap(home, index, 0, 0)
+        found = self._words.swap(home, index, 0, 0)
         return (found & OWNER_MASK) - 1 if found & OWNER_MASK else None
+
+    def free(self) -> None:
+        """Give the words back. Collective."""
+        self._words.free()
+
+
+class Words(Protocol):
+    """Words at the ranks, by the rank where they live and their number there, that all ranks can swap."""
+
+    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+        """Write this rank's owner bits into a word that has none. Local.
+
+        Args:
+            home, index: Which word.
+            patient: Look for a moment, where looking costs nothing, instead of once.
+
+        Returns:
+            The word as it was: with owner bits when somebody has it, who keeps it.
+        """
+
+    def swap(self, home: int, index: int, expected: int, new: int) -> int:
+        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+
+    def free(self) -> None:
+        """Give the words back. Collective."""
+
+
+class NodeWords:
+    """Words in the memory of the one node where all ranks are, swapped by the CPU. Collective to create and to free."""
+
+    def __init__(self, world: World, counts: Sequence[int]) -> None:
+        self._mine = world.rank + 1
+        enough_cores = world.local_size <= len(os.sched_getaffinity(0))
+        self._patience = PATIENCE if enough_cores else PATIENCE_WITHOUT_A_CORE
+        self._window = Window(world, STRIDE * counts[world.rank], np.int64)
+        self._words = [self._window.of(rank) for rank in range(world.size)]
+        self._take, self._swap = locks.take(), locks.swap()
+
+    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+        """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
+        return self._take(self._words[home], STRIDE * index, self._mine, self._patience if patient else 0)
+
+    def swap(self, home: int, index: int, expected: int, new: int) -> int:
+        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        return self._swap(self._words[home], STRIDE * index, expected, new)
+
+    def free(self) -> None:
+        """Give the words back. Collective."""
+        self._words.clear()
+        self._window.free()
+
+
+class MPIWords:
+    """Words that ranks of several nodes swap by MPI. Collective to create and to free."""
+
+    def __init__(self, world: World, counts: Sequence[int]) -> None:
+        self._mine = world.rank + 1
+        self._window = MPI.Win.Allocate(8 * max(counts[world.rank], 1), 8, comm=world.comm)
+        memory: Any = self._window.tomemory()
+        words = np.frombuffer(memory, np.int64)
+        words[:] = 0
+        self._window.Lock_all()
+        self._window.Sync()
+        self._last_seen = [[0] * n for n in counts]  # without their owners: to look first would be a message more
+        self._compare, self._origin, self._result = (np.zeros(1, np.int64) for _ in range(3))
+        world.comm.Barrier()
+
+    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+        """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
+        while True:
+            free = self._last_seen[home][index]
+            found = self.swap(home, index, free, free | self._mine)
+            if found == free or found & OWNER_MASK:
+                return found
+
+    def swap(self, home: int, index: int, expected: int, new: int) -> int:
+        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        self._compare[0], self._origin[0] = expected, new
+        self._window.Compare_and_swap(self._origin, self._compare, self._result, home, index)
+        self._window.Flush(home)
+        found = int(self._result[0])
+        self._last_seen[home][index] = (new if found == expected else found) & ~OWNER_MASK
+        return found
 
     def free(self) -> None:
         """Give the words back. Collective."""

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mpi4py import MPI
 
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce, PendingAllReduce
+from mpitrain.collectives.background import Background, Started
 from mpitrain.collectives.blocks import MPIBlocks
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.memory import Window
@@ -35,6 +37,7 @@ class MPICommunicator:
         self._allreduce = AllReduce(world, self.statistics)
         self._made: list[Any] = []
         self._pending: PendingAllReduce | None = None
+        self._background = Background(threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE)
         self._fetched: np.ndarray | None = None
 
     def split(self, color: int) -> MPICommunicator:
@@ -102,6 +105,10 @@ class MPICommunicator:
         self._pending = PendingAllReduce(self.world, vector, 1.0 / self.size if mean else 1.0, self.statistics)
         return self._pending
 
+    def start(self, fn: Callable[[], object]) -> Started:
+        """Begin ``fn`` in the background. Local."""
+        return self._background.start(fn)
+
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that others do makes ``condition()`` true. Local."""
         if condition():
@@ -135,6 +142,7 @@ class MPICommunicator:
 
     def free(self) -> None:
         """Give back everything that was made here. Collective."""
+        self._background.stop()
         if self._pending is not None:
             self._pending.finish()  # MPI still writes to memory that goes now
             self._pending = None

@@ -7,6 +7,7 @@ what the methods allow: they are elementwise. Every worker begins at a different
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,13 +74,18 @@ class SharedVector:
             try:
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen
-                if k == 0 and pushes and seen is not None:
-                    self._statistics.record_staleness(self.staleness, self._sample.distance(block.data))
-                self._statistics.n_rejected += fn(self.parts[index], self._array(block)) or 0
+                counts = k == 0 and pushes and seen is not None
+                if counts:
+                    self._sample.compare(block.data)
+                n_rejected = fn(self.parts[index], self._array(block)) or 0
                 if k == 0 and pulls:
                     self._sample.take(block.data)
             finally:
                 self._blocks.release(block, updated=pushes)
+            # The rest needs no lock, for which others may wait.
+            if counts:
+                self._statistics.record_staleness(self.staleness, self._sample.distance())
+            self._statistics.n_rejected += n_rejected
             self._statistics.bytes_sent += (pushes + pulls) * block.data.nbytes
             if pulls:
                 self._seen[index] = block.version + pushes
@@ -177,8 +183,11 @@ class _Sample:
         """Keep them as they are now."""
         self._taken[...] = shard[: self._taken.size]
 
-    def distance(self, shard: Any) -> float:
-        """The Euclidean distance that the whole vector has moved since; exact if it is no larger than the sample."""
+    def compare(self, shard: Any) -> None:
+        """Keep how far they have moved since."""
         self._moved[...] = shard[: self._taken.size]
         self._moved -= self._taken
-        return float(np.sqrt(self._scale * (self._moved @ self._moved)))
+
+    def distance(self) -> float:
+        """The Euclidean distance that the whole vector had moved when compared; exact if the sample is all of it."""
+        return math.sqrt(self._scale * self._moved.dot(self._moved))

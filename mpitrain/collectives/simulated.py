@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from greenlet import getcurrent, greenlet
 
+from mpitrain.collectives.background import Started
 from mpitrain.collectives.blocks import N_TAGS, Block
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.partition import shards, split
@@ -335,6 +336,11 @@ class SimulatedCommunicator:
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> SimulatedPending:
         """Begin an all-reduce. Collective. It is made when all have come to its end, from the vectors left alone."""
         return SimulatedPending(lambda: self.allreduce(vector, mean=mean))
+
+    def start(self, fn: Callable[[], object]) -> Started:
+        """Do ``fn``; that it has been done is seen at the worker's next step. Local."""
+        fn()
+        return Started()
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that others do makes ``condition()`` true. Local."""

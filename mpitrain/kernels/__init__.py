@@ -2,8 +2,8 @@
 
 `Kernel` declares one; the library below holds those of the methods, by family:
 
-- elastic averaging: `elastic_exchange elastic_exchange_seen elastic_center elastic_pull elastic_sync
-  elastic_sync_center_first`
+- elastic averaging: `elastic_exchange elastic_exchange_seen elastic_displacement elastic_center elastic_pull
+  elastic_sync elastic_sync_center_first`
 - multipliers: `admm_local admm_turn admm_arrival`
 - local steps: `sgd_step heavy_ball_step eamsgd_step lookahead torch_momentum_step torch_nesterov_step`
 - parameter servers: `commit_and_pull commit_only pull_only commit_averaged commit_gathered gather_step master_momentum
@@ -40,6 +40,7 @@ from .commit import (
 from .declare import Kernel
 from .elastic import (
     elastic_center,
+    elastic_displacement,
     elastic_exchange,
     elastic_exchange_seen,
     elastic_pull,
@@ -92,6 +93,7 @@ __all__ = [
     "eamsgd_step",
     "elastic_center",
     "elastic_exchange",
+    "elastic_displacement",
     "elastic_exchange_seen",
     "elastic_pull",
     "elastic_sync",

@@ -2,7 +2,7 @@
 
 A plain load in a loop may be hoisted out of it, and plain stores may become visible in any order: words that one rank
 writes and another waits for are loaded with acquire and stored with release semantics (C11, section 7.17.3), so that
-what a rank wrote before its store is seen by whoever has loaded the stored value.
+what a rank wrote before its store is seen by whoever has loaded the stored value. A compare-and-swap is both at once.
 
 Importing this module imports numba; only generated code does.
 """
@@ -47,6 +47,18 @@ def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
         return context.get_constant(types.int64, 0)
 
     return types.int64(words, types.int64, types.int64), generate
+
+
+@intrinsic
+def compare_and_swap(typingctx: Any, words: Any, index: Any, expected: Any, new: Any) -> Any:
+    """words[index], which becomes new if it was expected: a load with acquire and a store with release semantics."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *args[:2])
+        found_and_done = builder.cmpxchg(address, *args[2:], "acq_rel", "acquire")
+        return builder.extract_value(found_and_done, 0)
+
+    return types.int64(words, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

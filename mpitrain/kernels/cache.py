@@ -97,10 +97,10 @@ def _platform_key() -> str:
     import numba
     from numba.core import config
 
-    conversions = Path(__file__).with_name("halves.py").read_text()
+    intrinsics = [Path(__file__).with_name(name).read_text() for name in ("halves.py", "atomics.py")]
     cpu = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
     overrides = [getattr(config, name) for name in ("CPU_NAME", "CPU_FEATURES", "OPT")]
-    return repr((conversions, numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))
+    return repr((intrinsics, numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))
 
 
 def _module(stem: str, source: str) -> tuple[ModuleType, bool]:

@@ -44,6 +44,20 @@ elastic_exchange_seen: Final = Kernel(
     doc="As elastic_exchange; besides, z becomes the center as the worker leaves it.",
 )
 
+elastic_displacement: Final = Kernel(
+    "elastic_displacement",
+    """
+    d = x - c
+    x = a_w * d
+    c = c + a_c * d
+    """,
+    arrays="x c",
+    scalars="a_w a_c",
+    guard="d",
+    source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
+    doc="As elastic_exchange for a worker that goes on meanwhile: x, its copy, becomes what it has to subtract.",
+)
+
 elastic_center: Final = Kernel(
     "elastic_center",
     """
@@ -95,6 +109,6 @@ elastic_sync_center_first: Final = Kernel(
 )
 
 KERNELS: Final = (
-    *(elastic_exchange, elastic_exchange_seen, elastic_center, elastic_pull),
+    *(elastic_exchange, elastic_exchange_seen, elastic_displacement, elastic_center, elastic_pull),
     *(elastic_sync, elastic_sync_center_first),
 )

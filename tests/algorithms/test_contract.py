@@ -1,7 +1,6 @@
 """What every method in the registry keeps to. No method has its name here."""
 
 import dataclasses
-import itertools
 import math
 import tracemalloc
 
@@ -11,6 +10,7 @@ from alone import ALONE, sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import assert_states_equal, load, same_bits, simulate, slope, states
+from variants import variants
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
@@ -26,18 +26,7 @@ def settings_of(method, *, numeric=None):
     return fields if numeric is None else [f for f in fields if numeric == ("int" in f.type or "float" in f.type)]
 
 
-def variants():
-    """Each method with each of its choices and switches, exchanging at every second step so that a short run does."""
-    for name, method in METHODS.items():
-        chosen = {f.name: f.metadata["choices"] or (False, True) for f in settings_of(method, numeric=False)}
-        period = {f.name: 2 for f in settings_of(method) if f.name.endswith("period")}
-        for values in itertools.product(*chosen.values()):
-            yield pytest.param(
-                method(**dict(zip(chosen, values, strict=True)), **period), id="-".join([name, *map(str, values)])
-            )
-
-
-ALL_VARIANTS = list(variants())
+ALL_VARIANTS = [pytest.param(method, id=name) for name, method in variants()]
 NUMBERS = [pytest.param(m, f, id=f"{n}-{f.name}") for n, m in METHODS.items() for f in settings_of(m, numeric=True)]
 every_variant = pytest.mark.parametrize("method", ALL_VARIANTS)
 every_method = pytest.mark.parametrize("name", METHODS)

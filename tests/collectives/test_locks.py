@@ -1,5 +1,7 @@
 """Owner-aware locks: one owner at a time, versions that count, and what becomes of the lock of a dead rank."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -96,6 +98,51 @@ def test_a_free_lock_was_not_waited_for(world, locks):
         assert waited == 0.0
 
 
+@ALL
+def test_the_cpu_swaps_words_that_all_ranks_share_and_mpi_all_others(world, locks):
+    from mpitrain.collectives.locks import MPIWords, NodeWords
+
+    assert type(locks._words) is (NodeWords if world.n_nodes == 1 else MPIWords)
+
+
+@ALL
+def test_what_is_written_under_the_lock_is_seen_by_its_next_owner(one_node):
+    """Without any other synchronisation, where all ranks are on one node."""
+    from mpitrain.collectives.locks import LockTable
+    from mpitrain.collectives.memory import Window
+
+    n = 300
+    locks, window = LockTable(one_node, [2] * one_node.size), Window(one_node, 1000, np.int64)
+    home = one_node.size - 1
+    memory = window.of(home)
+    assert locks.orders_memory
+    for _ in range(n):
+        version, _ = locks.acquire(home, 1)
+        assert np.all(memory == version)
+        memory += 1
+        locks.release(home, 1, version, updated=True)
+    one_node.barrier()
+    assert np.all(memory == n * one_node.size)
+    one_node.barrier()
+    window.free()
+    locks.free()
+
+
+@pytest.mark.ranks(2, 3, 4, 5)
+def test_waiting_for_an_owner_is_counted(world, locks):
+    home, index = last_word(world)
+    if world.rank == 0:
+        locks.acquire(home, index)
+    world.barrier()
+    if world.rank == 0:
+        time.sleep(0.2)
+        locks.release(home, index, 0, updated=True)
+    else:
+        version, waited = locks.acquire(home, index)
+        locks.release(home, index, version, updated=True)
+        assert waited > 0.1
+
+
 @pytest.mark.ranks(2, 3, 4, 5)
 def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch):
     home, index = last_word(world)
@@ -103,11 +150,17 @@ def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch)
         version, _ = locks.acquire(home, index)
     world.barrier()
     if world.rank == 1:
-        swaps = []
-        swap = locks._compare_and_swap
-        monkeypatch.setattr(locks, "_compare_and_swap", lambda *word: swaps.append(word) or swap(*word))
+        done, swap = [], locks._words.swap
+
+        def watched(home, index, expected, new):
+            found = swap(home, index, expected, new)
+            if found == expected:
+                done.append((expected, new))
+            return found
+
+        monkeypatch.setattr(locks._words, "swap", watched)
         assert locks.acquire(home, index, dead={0})[0] == 0
-        assert len(swaps) == 2  # the first tells who holds it
+        assert done == [(1, 2)]  # from rank 0's to its own: at no time was it anybody else's
         assert locks.owner(home, index) == 1
         locks.release(home, index, 0, updated=True)
     world.barrier()

@@ -121,7 +121,7 @@ def test_elements_beyond_2_gib_are_reached(world, window, fetch, store, monkeypa
     """Only the last pages are touched: the vector takes no memory."""
     from mpitrain.collectives.memory import Window
 
-    monkeypatch.setattr(Window, "_touch", lambda self: None)
+    monkeypatch.setattr(Window, "_touch", lambda self, part: None)
     n = 2**31 // np.dtype(dtype).itemsize + 2**16
     big = window(n if world.rank == 1 else 1, dtype)
     at = n - 1000
@@ -142,7 +142,7 @@ def test_blocks_beyond_2_gib_are_exchanged(world, monkeypatch):
     from mpitrain.collectives.memory import Window
     from mpitrain.collectives.statistics import Statistics
 
-    monkeypatch.setattr(Window, "_touch", lambda self: None)
+    monkeypatch.setattr(Window, "_touch", lambda self, part: None)
     blocks = MPIBlocks(world, [1, 1], [2**29, 1000], np.float32, Statistics())
     for _ in range(10):
         block = blocks.acquire(1)

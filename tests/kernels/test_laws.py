@@ -21,6 +21,7 @@ TURN = (X - ETA * (G + DECAY * X) + ETA * 2.5 * (LAM + C)) / (1 + ETA * 2.5)
 # Kernel: its arrays, its scalars, and what each array becomes. Every right-hand side is at the old values.
 ORACLES = {
     "elastic_exchange": ([X, C], [A_W, A_C], [X - A_W * (X - C), C + A_C * (X - C)]),
+    "elastic_displacement": ([X, C], [A_W, A_C], [A_W * (X - C), C + A_C * (X - C)]),
     "elastic_exchange_seen": ([X, C, S], [A_W, A_C], [X - A_W * (X - C), *[C + A_C * (X - C)] * 2]),
     # beta = p*alpha: c' = (1 - beta) c + beta mean(x), s = p mean(x)
     "elastic_center": ([C, S], [A_C / 4, 4], [(1 - A_C) * C + A_C * (S / 4), S]),
@@ -225,7 +226,7 @@ GUARDED = {name: kernel for name, kernel in LIBRARY.items() if kernel.equations.
 
 def test_what_enters_a_shared_vector_is_guarded():
     assert set(GUARDED) == {
-        *("elastic_exchange", "elastic_exchange_seen", "elastic_center"),
+        *("elastic_exchange", "elastic_exchange_seen", "elastic_displacement", "elastic_center"),
         *("elastic_sync", "elastic_sync_center_first"),
         *("admm_local", "admm_turn", "admm_arrival"),
         *("commit_and_pull", "commit_only", "pull_only", "commit_averaged", "commit_gathered"),
