@@ -41,6 +41,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
     with ``mpitrain.reestimate_batchnorm`` before an averaged model is evaluated.
 
+    Under ``AllReduceSGD`` around a plain ``torch.optim.SGD`` the ranks of a node hold one copy of the parameters between
+    them, and each the momentum of its part: it is not in ``state``. Whoever changes parameters by hand changes them for
+    all, and does so between two barriers.
+
     Args:
         base: Any torch optimizer over parameters of ``model``. Methods that make the update themselves (EAMSGD) want a
             plain ``torch.optim.SGD`` without momentum, and take learning rates and weight decays from it.
@@ -308,6 +312,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"the state holds {parameters.size} parameters and the model has {self._x.size}: "
                 "it was saved from another model"
             )
+        self._comm.barrier()  # parameters that the node shares must not change under somebody who still reads them
         self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
         self._share_with_base()
         if self._local is not None:

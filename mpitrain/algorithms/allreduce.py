@@ -6,11 +6,11 @@ With a mini-batch of b on each of p workers this is SGD with a mini-batch of p*b
 the same point, so that all parameters stay equal to the last bit.
 
 Where the local update is that of torch.optim.SGD, the workers of a node therefore hold one copy of the parameters
-between them, and each is in charge of a slice of it: it sums that slice of all gradients and takes momentum, weight
-decay and step in the same pass, block by block, while the sum is in its cache. Nobody holds the momentum of another's
-slice. (Rajbhandari et al., ZeRO, 2020, https://arxiv.org/abs/1910.02054, shard optimizer state in the same way, and
-then gather the parameters, which here lie where all can see them.) With any other optimizer every worker holds its own
-parameters, the mean gradient is written to all, and each makes the same step.
+between them, and each is in charge of a slice of it: one kernel reads that slice of all gradients where they lie and
+takes mean, momentum, weight decay and step in one pass. Nobody holds the momentum of another's slice. (Rajbhandari et
+al., ZeRO, 2020, https://arxiv.org/abs/1910.02054, shard optimizer state in the same way, and then gather the
+parameters, which here lie where all can see them.) With any other optimizer every worker holds its own parameters, the
+mean gradient is written to all, and each makes the same step.
 
 Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677; the baseline of Jin et
 al., How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581.
@@ -66,7 +66,9 @@ class SlicedWorker(AllReduceWorker):
         super().__init__(replica)
         self._mine = self.comm.slice_of(self.x.local.size)
         self._v = np.zeros(self._mine.stop - self._mine.start, self.x.local.dtype)
-        for kernel in (kernels.sgd_step, kernels.torch_momentum_step, kernels.torch_nesterov_step):  # compiled
+        neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
+        for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
+            kernel = kernels.mean_step(kind, neighbours if neighbours <= kernels.MOST_OF_A_MEAN else 1)
             kernel(*[self._v[:0].copy() for _ in kernel.equations.arrays], *[0.0 for _ in kernel.equations.scalars])
 
     def before_update(self) -> None:
@@ -75,23 +77,24 @@ class SlicedWorker(AllReduceWorker):
     def update_all(self, segments: Sequence[Segment]) -> None:
         """gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
 
-        def advance(part: slice, gbar: Any) -> None:
+        def advance(part: slice, addends: Sequence[Any]) -> None:
             for segment in segments:
                 start, stop = max(part.start, segment.part.start), min(part.stop, segment.part.stop)
                 if start < stop:
-                    self._advance(segment, slice(start, stop), gbar[start - part.start : stop - part.start])
+                    inside = slice(start - part.start, stop - part.start)
+                    self._advance(segment, slice(start, stop), [addend[inside] for addend in addends])
 
-        self.comm.reduce_slices(self.g, advance, mean=True)
+        self.comm.reduce_slices(self.g, advance)
 
-    def _advance(self, segment: Segment, part: slice, gbar: Any) -> None:
+    def _advance(self, segment: Segment, part: slice, addends: Sequence[Any]) -> None:
         """One step of torch.optim.SGD on a part of the slice."""
-        x, eta, decay = self.x.local[part], segment.learning_rate, segment.weight_decay
+        x, share, eta, decay = self.x.local[part], 1 / self.comm.size, segment.learning_rate, segment.weight_decay
         if segment.momentum == 0:
-            kernels.sgd_step(x, gbar, eta, decay)
+            kernels.mean_step("sgd", len(addends))(x, *addends, share, eta, decay)
             return
         v = self._v[part.start - self._mine.start : part.stop - self._mine.start]
-        step = kernels.torch_nesterov_step if segment.nesterov else kernels.torch_momentum_step
-        step(x, v, gbar, eta, segment.momentum, decay)
+        kind = "nesterov" if segment.nesterov else "momentum"
+        kernels.mean_step(kind, len(addends))(x, v, *addends, share, eta, segment.momentum, decay)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, and the momentum of this worker's slice."""

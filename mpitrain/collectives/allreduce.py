@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 LARGEST_COUNT = 1 << 30
 """Elements of one MPI_Allreduce: counts are 32-bit numbers before MPI 4."""
 
-BLOCK = 1 << 16
-"""Elements that a rank sums at a time where it uses the sum itself: they are then still in its cache."""
+BLOCK = 1 << 17
+"""Elements that a rank sums at a time for somebody who uses the sum at once: they are then still in its cache."""
 
 
 class AllReduce:
@@ -104,36 +104,38 @@ class AllReduce:
         world = self._world
         return split(n, world.n_rails)[world.local_rank] if world.local_rank < world.n_rails else slice(n, n)
 
-    def reduce_slices(self, window: Window, fn: Callable[[slice, Any], object], *, scale: float = 1.0) -> None:
-        """Give each rank ``scale`` times its slice of the sum of all arrays, which stay as they are. Collective.
+    def reduce_slices(self, window: Window, fn: Callable[[slice, Sequence[np.ndarray]], object]) -> None:
+        """Give each rank what adds up to its slice of the sum of all arrays, which stay as they are. Collective.
 
         Args:
             window: Of every rank.
-            fn: Called with parts of ``slice_of(n)`` and the sum of each, in memory that is used again.
-            scale: Times the sum.
+            fn: Called with parts of ``slice_of(n)`` and vectors whose sum is wanted; those of the ranks themselves on a
+                node with few, else one, in memory that is used again.
         """
         world, statistics, n = self._world, self._statistics, window.local.size
         statistics.n_exchanges += 1
         statistics.bytes_sent += 2 * (world.size - 1) * window.local.nbytes // world.size
         mine = self.slice_of(n)
-        if world.size == 1 and scale == 1.0:
-            fn(mine, window.local)
+        if world.size == 1:
+            fn(mine, [window.local])
             return
         self._arrive(window)
         peers = [peer for rank in world.node_ranks if (peer := window.of(rank)) is not None]
         if world.n_nodes > 1:
             if world.local_rank < world.n_rails:
                 total = self._sum_of(window.local[mine])
-                sum_in_groups(total, [peer[mine] for peer in peers], scale)
+                sum_in_groups(total, [peer[mine] for peer in peers], 1.0)
                 self._cross(total)
-                fn(mine, total)
+                fn(mine, [total])
+        elif len(peers) <= DIRECT:
+            fn(mine, [peer[mine] for peer in peers])
         else:
             room = self._sum_of(window.local[:BLOCK])
             for start in range(mine.start, mine.stop, BLOCK):
                 part = slice(start, min(start + BLOCK, mine.stop))
                 total = room[: part.stop - start]
-                sum_in_groups(total, [peer[part] for peer in peers], scale)
-                fn(part, total)
+                sum_in_groups(total, [peer[part] for peer in peers], 1.0)
+                fn(part, [total])
         self._arrive(window)
 
     def _cross(self, total: np.ndarray) -> None:

@@ -5,10 +5,17 @@ the same lock. Whoever holds the lock has the block as an array: on the block's 
 that a kernel works on it in place; on other nodes a staging buffer that is fetched on ``acquire`` and committed on
 ``release``, before the lock is free again. So a read-modify-write is atomic and ordered in both cases, and the pull
 that follows a push sees that push.
+
+Between nodes the home's progress thread (``collectives.progress``) takes the lock and sends the block, and later stores
+it and frees the lock: two round trips. Whoever says which block it wants next has it fetched while it changes this one
+and while this one is on its way home, so that a link carries data in both directions. No circle of waiting ranks can
+close: to give a block back waits for nothing. Without such threads (MPI without MPI_THREAD_MULTIPLE) everything is done
+by MPI's one-sided operations.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,9 +23,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels.locks import OWNER_BITS
 
 if TYPE_CHECKING:
+    from mpitrain.collectives.progress import Transfer
+    from mpitrain.collectives.served import ServedLocks
     from mpitrain.collectives.world import World
+
+NOTHING = np.zeros(0, np.uint8)
+
+N_ROOMS = 3
+"""For blocks of other nodes."""
 
 N_TAGS = 4
 """Numbers that travel with a block: a count, a weight, a clock."""
@@ -52,8 +67,13 @@ class Blocks(Protocol):
     def lengths(self) -> Sequence[int]:
         """The number of elements of each block."""
 
-    def acquire(self, index: int) -> Block:
-        """Lock a block and have it as an array. Local; waits for the present owner."""
+    def acquire(self, index: int, then: int | None = None) -> Block:
+        """Lock a block and have it as an array. Local; waits for the present owner.
+
+        Args:
+            index: Which block.
+            then: The one that this worker acquires next, after it has released this one: it may set out already.
+        """
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock. Local."""
@@ -82,6 +102,7 @@ class MPIBlocks:
         # Not above: they start MPI, which a simulation or a list of the methods does without.
         from mpitrain.collectives.locks import LockTable
         from mpitrain.collectives.memory import Window
+        from mpitrain.collectives.served import ServedLocks
 
         self.homes, self.lengths = tuple(homes), tuple(lengths)
         self.dead: Container[int] = ()
@@ -98,49 +119,101 @@ class MPIBlocks:
             counts[home] += 1
         self._data = Window(world, used[world.rank], dtype)
         self._tags = Window(world, counts[world.rank] * N_TAGS, np.float64)
-        self._locks = LockTable(world, counts)
+        self._served = ServedLocks(world, counts, world._progress) if world._progress is not None else None
+        self._locks: LockTable = self._served or LockTable(world, counts)
+        bases = (self._data.local.ctypes.data, self._tags.local.ctypes.data)
+        self._bases: list[tuple[int, int]] = world.comm.allgather(bases)
         remote = [n for home, n in zip(self.homes, self.lengths, strict=True) if self._data.of(home) is None]
-        self._staging = np.zeros(max(remote, default=0), dtype)
-        self._staged_tags = np.zeros(N_TAGS)
+        # One that comes, one that is worked on, and one that is on its way home.
+        self._staging = [np.zeros(max(remote, default=0), dtype) for _ in range(N_ROOMS)]
+        self._staged_tags = np.zeros((N_ROOMS, N_TAGS))
+        self._buffer = 0
+        self._coming: tuple[Block, Transfer] | None = None
+        self._leaving: deque[Transfer] = deque()
         # A block of this node has one record, which belongs to whoever holds its lock.
         self._in_place = [self._record(index) for index in range(len(self.homes))]
 
-    def acquire(self, index: int) -> Block:
-        """Lock a block and have it as an array. Local; waits for the present owner."""
+    def acquire(self, index: int, then: int | None = None) -> Block:
+        """Lock a block and have it as an array; another one may set out. Local; waits for the present owner."""
         home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
-        version, waited = self._locks.acquire(home, slot, self.dead)
-        if waited:
-            self._statistics.wait_seconds += waited
-            self._statistics.lock_wait_seconds += waited
-        if block is not None:
-            if not self._locks.orders_memory:
+        served = None if self.dead else self._served  # its threads do not know who is dead
+        if block is None and served is not None:
+            block = self._arrived(served, index)
+        else:
+            version, waited = self._locks.acquire(home, slot, self.dead)
+            self._count_wait(waited)
+            if block is None:
+                block = self._get(index)
+            elif not self._locks.orders_memory:
                 self._data.sync()
             block.version = version
-            return block
-        start, length = self._starts[index], self.lengths[index]
-        staged = self._staging[:length]
-        self._data.get(home, staged, start)
-        self._tags.get(home, self._staged_tags, slot * N_TAGS)
-        self._data.flush(home)
-        self._tags.flush(home)
-        self._statistics.wire_bytes += length * self._itemsize
-        return Block(index, staged, self._staged_tags, version)
+        if then is not None and served is not None and self._in_place[then] is None:
+            self._commit(all_but=N_ROOMS - 2)  # the oldest one leaves its room to it
+            self._coming = self._set_out(served, then)
+        return block
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock. Local."""
         index = block.index
         home, slot = self.homes[index], self._slots[index]
-        if self._in_place[index] is not None:
-            if not self._locks.orders_memory:
-                self._data.sync()
-        elif updated:
-            start, length = self._starts[index], self.lengths[index]
-            self._data.put(home, block.data, start)
+        remote = self._in_place[index] is None
+        if remote and updated:
+            self._statistics.wire_bytes += block.data.nbytes
+        if remote and self._served is not None:
+            arrays = (block.data, block.tags) if updated else (NOTHING, NOTHING)
+            leaving = self._served.store(home, slot, self._addresses(index), arrays, block.version, updated)
+            self._leaving.append(leaving)
+            if self._coming is None:
+                self._commit()
+            return
+        if remote and updated:
+            self._data.put(home, block.data, self._starts[index])
             self._tags.put(home, block.tags, slot * N_TAGS)
             self._data.flush(home)
             self._tags.flush(home)
-            self._statistics.wire_bytes += length * self._itemsize
+        elif not self._locks.orders_memory:
+            self._data.sync()
         self._locks.release(home, slot, block.version, updated=updated)
+
+    def _set_out(self, served: ServedLocks, index: int) -> tuple[Block, Transfer]:
+        """Begin to lock and to fetch a block of another node."""
+        block = self._room(index)
+        arrays = block.data, block.tags
+        return block, served.fetch(self.homes[index], self._slots[index], self._addresses(index), arrays)
+
+    def _arrived(self, served: ServedLocks, index: int) -> Block:
+        """A block of another node, locked and fetched."""
+        block, transfer = self._coming or self._set_out(served, index)
+        self._coming = None
+        self._count_wait(transfer.wait_for_lock())
+        block.version = transfer.wait() >> OWNER_BITS
+        return block
+
+    def _commit(self, all_but: int = 0) -> None:
+        """Wait until the blocks that were given back, but for the last ones, are at home and their locks free."""
+        while len(self._leaving) > all_but:
+            self._leaving.popleft().wait()
+
+    def _get(self, index: int) -> Block:
+        """A block of another node by one-sided operations."""
+        home, block = self.homes[index], self._room(index)
+        self._data.get(home, block.data, self._starts[index])
+        self._tags.get(home, block.tags, self._slots[index] * N_TAGS)
+        self._data.flush(home)
+        self._tags.flush(home)
+        return block
+
+    def _room(self, index: int) -> Block:
+        """Where a block of another node is fetched to."""
+        self._buffer = (self._buffer + 1) % N_ROOMS
+        data = self._staging[self._buffer][: self.lengths[index]]
+        self._statistics.wire_bytes += data.nbytes
+        return Block(index, data, self._staged_tags[self._buffer], version=0)
+
+    def _count_wait(self, seconds: float) -> None:
+        if seconds:
+            self._statistics.wait_seconds += seconds
+            self._statistics.lock_wait_seconds += seconds
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
         """Copy a block's tags without its lock: each number is whole, two of them may be of different times. Local."""
@@ -161,6 +234,11 @@ class MPIBlocks:
         self._locks.free()
         self._tags.free()
         self._data.free()
+
+    def _addresses(self, index: int) -> tuple[int, int]:
+        """Of a block and its tags, in the process that is its home."""
+        data, tags = self._bases[self.homes[index]]
+        return data + self._starts[index] * self._itemsize, tags + self._slots[index] * N_TAGS * 8
 
     def _record(self, index: int) -> Block | None:
         """A block of this node as whoever holds its lock has it, None for one of another node."""

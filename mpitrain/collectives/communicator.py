@@ -89,16 +89,17 @@ class Communicator(Protocol):
         It is what ``reduce_slices`` gives this worker.
         """
 
-    def reduce_slices(self, vector: Vector, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
-        """Sum (or average) all workers' vectors, and let each worker use its part of the sum. Collective.
+    def reduce_slices(self, vector: Vector, fn: Callable[[slice, Sequence[Any]], object]) -> None:
+        """Give each worker what adds up to the sum of all workers' vectors in its part. Collective.
 
-        The vectors stay as they are. When this returns, every worker of the node has returned from its ``fn``, and sees
-        what all have written in it.
+        Where it can be read where it lies, nothing has been added up yet, so that whoever uses the sum can add in the
+        same pass. The vectors must stay as they are. When this returns, every worker of the node has returned from its
+        ``fn``, and sees what all have written in it.
 
         Args:
             vector: (n,) of each worker.
-            fn: Called with parts of ``slice_of(n)`` and the sum of each, which is lent for that call.
-            mean: The mean of all instead.
+            fn: Called with parts of ``slice_of(n)``, all of it in the end, and for each with 1 to 8 vectors of that
+                part, which are lent for that call.
         """
 
     def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:

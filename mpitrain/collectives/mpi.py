@@ -96,9 +96,9 @@ class MPICommunicator:
         """This worker's part of a vector of ``n`` elements. Local."""
         return self._allreduce.slice_of(n)
 
-    def reduce_slices(self, vector: Any, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
-        """Sum all workers' vectors, and let each worker use its part of the sum. Collective."""
-        self._allreduce.reduce_slices(vector, fn, scale=1.0 / self.size if mean else 1.0)
+    def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
+        """Give each worker what adds up to the sum of all workers' vectors in its part. Collective."""
+        self._allreduce.reduce_slices(vector, fn)
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> PendingAllReduce:
         """Begin an all-reduce that goes on in the background. Collective."""

@@ -55,6 +55,7 @@ class SharedVector:
         self.staleness = 0
         self.tags = np.zeros(N_TAGS)
         self._order = visiting_order(len(self.parts), rank, size)
+        self._steps = list(zip(self._order, [*self._order[1:], None]))  # and the next
         # The version of each shard after this worker's last pull of it; None before the first.
         self._seen: list[int | None] = [None] * len(self.parts)
         self._sample = _Sample(self.n, blocks.lengths[self._order[0]] // rows if self.parts else 0)
@@ -69,8 +70,8 @@ class SharedVector:
             pulls: Whether ``fn`` takes the shard's values along: staleness counts from the last such visit.
         """
         self._statistics.n_exchanges += 1
-        for k, index in enumerate(self._order):
-            block = self._blocks.acquire(index)
+        for k, (index, then) in enumerate(self._steps):
+            block = self._blocks.acquire(index, then)
             try:
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen
@@ -80,8 +81,10 @@ class SharedVector:
                 n_rejected = fn(self.parts[index], self._array(block)) or 0
                 if k == 0 and pulls:
                     self._sample.take(block.data)
-            finally:
-                self._blocks.release(block, updated=pushes)
+            except BaseException:
+                self._give_up(block, then, updated=pushes)
+                raise
+            self._blocks.release(block, updated=pushes)
             # The rest needs no lock, for which others may wait.
             if counts:
                 self._statistics.record_staleness(self.staleness, self._sample.distance())
@@ -151,12 +154,20 @@ class SharedVector:
         self._visit(fill, updated=True)
 
     def _visit(self, fn: Callable[[int, Any, Block], None], *, updated: bool) -> None:
-        for index in self._order:
-            block = self._blocks.acquire(index)
+        for index, then in self._steps:
+            block = self._blocks.acquire(index, then)
             try:
                 fn(index, self._array(block), block)
-            finally:
-                self._blocks.release(block, updated=updated)
+            except BaseException:
+                self._give_up(block, then, updated=updated)
+                raise
+            self._blocks.release(block, updated=updated)
+
+    def _give_up(self, block: Block, then: int | None, *, updated: bool) -> None:
+        """End a visit early: the next block may have set out already."""
+        self._blocks.release(block, updated=updated)
+        if then is not None:
+            self._blocks.release(self._blocks.acquire(then), updated=False)
 
     def _array(self, block: Block) -> Any:
         return block.data if self._rows == 1 else block.data.reshape(self._rows, -1)

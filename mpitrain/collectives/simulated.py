@@ -199,7 +199,7 @@ class SimulatedBlocks:
         self.homes, self.lengths = tuple(homes), tuple(block.size for block in data)
         self._world, self._data, self._tags, self._versions = world, data, tags, versions
 
-    def acquire(self, index: int) -> Block:
+    def acquire(self, index: int, then: int | None = None) -> Block:
         """Have a block as an array; nobody else runs until it is released."""
         if self._world.interleave_locks:
             self._world.give_way()
@@ -323,14 +323,13 @@ class SimulatedCommunicator:
         neighbours = [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
         return split(n, len(neighbours))[neighbours.index(self.rank)]
 
-    def reduce_slices(self, vector: Any, fn: Callable[[slice, Any], object], *, mean: bool = False) -> None:
-        """Sum all workers' vectors, and let each worker use its part of the sum. Collective."""
+    def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
+        """Give each worker what adds up to the sum of all workers' vectors in its part. Collective."""
         self.statistics.n_exchanges += 1
         self.statistics.bytes_sent += 2 * (self.size - 1) * vector.local.nbytes // self.size
-        scale = vector.local.dtype.type(1.0 / self.size if mean else 1.0)
-        total = self._meet(vector.local, lambda vectors: scale * sum(vectors[1:], vectors[0].copy()))
+        total = self._meet(vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()))
         mine = self.slice_of(vector.local.size)
-        fn(mine, total[mine].copy())
+        fn(mine, [total[mine].copy()])
         self.barrier()
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> SimulatedPending:

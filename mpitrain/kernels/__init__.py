@@ -9,7 +9,7 @@
 - parameter servers: `commit_and_pull commit_only pull_only commit_averaged commit_gathered gather_step master_momentum
   adag_commit adag_scale adag_push`
 - mixing: `pair_average symmetric_average weighted_average push_receive scaled_add scale copy`,
-  and for a number of vectors `weighted_mix(k) sum_into(k) sum_everywhere(k)`
+  and for a number of vectors `weighted_mix(k) sum_into(k) sum_everywhere(k) mean_step(kind, k)`
 - push-sum: `debias`
 - between rounds of local steps: `keep_finite outer_gradient slow_momentum outer_nesterov delayed_correction
   entropy_inner entropy_outer`
@@ -71,9 +71,19 @@ from .outer import (
 from .push_sum import debias
 from .reductions import reduce_broadcast, reduce_sum
 from .robust import accumulate, receive
-from .steps import eamsgd_step, heavy_ball_step, lookahead, sgd_step, torch_momentum_step, torch_nesterov_step
+from .steps import (
+    MOST_OF_A_MEAN,
+    eamsgd_step,
+    heavy_ball_step,
+    lookahead,
+    mean_step,
+    sgd_step,
+    torch_momentum_step,
+    torch_nesterov_step,
+)
 
 __all__ = [
+    "MOST_OF_A_MEAN",
     "Kernel",
     "accumulate",
     "adag_commit",
@@ -106,6 +116,7 @@ __all__ = [
     "library",
     "lookahead",
     "master_momentum",
+    "mean_step",
     "outer_gradient",
     "outer_nesterov",
     "pair_average",
@@ -140,4 +151,5 @@ def library() -> tuple[Kernel, ...]:
         *outer.KERNELS,
         *robust.KERNELS,
     )
-    return (*families, weighted_mix(2), sum_into(3), sum_everywhere(3))
+    of_many = (weighted_mix(2), sum_into(3), sum_everywhere(3))
+    return (*families, *of_many, *(mean_step(kind, 2) for kind in ("sgd", "momentum", "nesterov")))

@@ -7,6 +7,7 @@ agree while eta is constant; when eta changes, the papers' velocity keeps the st
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from .declare import Kernel
@@ -14,9 +15,20 @@ from .declare import Kernel
 _SUTSKEVER: Final = "Sutskever, Martens, Dahl, Hinton 2013, On the importance of initialization and momentum"
 _TORCH: Final = "torch.optim.SGD, https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html"
 
+_SGD: Final = "x = x - eta * (g + decay * x)"
+_MOMENTUM: Final = """\
+v = delta * v + (g + decay * x)
+x = x - eta * v
+"""
+_NESTEROV: Final = """\
+h = g + decay * x
+v = delta * v + h
+x = x - eta * (h + delta * v)
+"""
+
 sgd_step: Final = Kernel(
     "sgd_step",
-    "x = x - eta * (g + decay * x)",
+    _SGD,
     arrays="x g",
     scalars="eta decay",
     source="Robbins and Monro 1951, with an L2 term",
@@ -59,10 +71,7 @@ lookahead: Final = Kernel(
 
 torch_momentum_step: Final = Kernel(
     "torch_momentum_step",
-    """
-    v = delta * v + (g + decay * x)
-    x = x - eta * v
-    """,
+    _MOMENTUM,
     arrays="x v g",
     scalars="eta delta decay",
     source=f"{_TORCH}, momentum without dampening",
@@ -71,15 +80,43 @@ torch_momentum_step: Final = Kernel(
 
 torch_nesterov_step: Final = Kernel(
     "torch_nesterov_step",
-    """
-    h = g + decay * x
-    v = delta * v + h
-    x = x - eta * (h + delta * v)
-    """,
+    _NESTEROV,
     arrays="x v g",
     scalars="eta delta decay",
     source=f"{_TORCH}, nesterov=True",
     doc="One step of torch.optim.SGD with nesterov=True; v starts at zero.",
 )
+
+MOST_OF_A_MEAN: Final = 8
+"""Gradients of which a step can take the mean: beyond that the prefetchers lose track of the streams."""
+
+_OF_THE_MEAN: Final = {
+    "sgd": ("x", "eta decay", _SGD),
+    "momentum": ("x v", "eta delta decay", _MOMENTUM),
+    "nesterov": ("x v", "eta delta decay", _NESTEROV),
+}
+
+
+@functools.cache
+def mean_step(kind: str, k: int) -> Kernel:
+    """A step of torch.optim.SGD with the gradient ``g = a * (z1 + ... + zk)``, which is never written anywhere.
+
+    Args:
+        kind: ``sgd`` (arrays x z1...zk), ``momentum`` or ``nesterov`` (arrays x v z1...zk).
+        k: Gradients, 1 to 8; the scalar a comes before those of the step.
+    """
+    if not 1 <= k <= MOST_OF_A_MEAN:
+        raise ValueError(f"{k} gradients; a step takes 1 to {MOST_OF_A_MEAN}, add more of them up first")
+    names = [f"z{j}" for j in range(1, k + 1)]
+    arrays, scalars, equations = _OF_THE_MEAN[kind]
+    return Kernel(
+        f"mean_{kind}_step_{k}",
+        f"g = a * ({' + '.join(names)})\n{equations}",
+        arrays=" ".join([arrays, *names]),
+        scalars=f"a {scalars}",
+        source=_TORCH,
+        doc=f"One step of torch.optim.SGD with the mean of {k} gradients.",
+    )
+
 
 KERNELS: Final = (sgd_step, heavy_ball_step, eamsgd_step, lookahead, torch_momentum_step, torch_nesterov_step)

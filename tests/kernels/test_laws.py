@@ -17,6 +17,7 @@ A_W, A_C, ETA, DELTA, DECAY = 0.21, 0.34, 0.05, 0.9, 0.01
 OUTER = X - ETA * ((X - G) + A_W * (X - C) + DELTA * (DELTA * V + (X - G) + A_W * (X - C)))  # x after entropy_outer
 LAM = V - (X - C)  # the multiplier of ADMM after a turn, with x = X, lam = V, g = G, center C, and x after it
 TURN = (X - ETA * (G + DECAY * X) + ETA * 2.5 * (LAM + C)) / (1 + ETA * 2.5)
+MEAN = (C + S) / 2 + DECAY * X  # of two gradients C and S, with the decay
 
 # Kernel: its arrays, its scalars, and what each array becomes. Every right-hand side is at the old values.
 ORACLES = {
@@ -102,6 +103,17 @@ ORACLES = {
     "receive": ([X, C], [], [C, C]),
     "accumulate": ([S, G], [A_W], [S + A_W * G, G]),
     "weighted_mix_2": ([X, C, S], [0.5, 0.2, 0.3], [0.5 * X + 0.2 * C + 0.3 * S, C, S]),
+    "mean_sgd_step_2": ([X, C, S], [0.5, ETA, DECAY], [X - ETA * ((C + S) / 2 + DECAY * X), C, S]),
+    "mean_momentum_step_2": (
+        [X, V, C, S],
+        [0.5, ETA, DELTA, DECAY],
+        [X - ETA * (DELTA * V + MEAN), DELTA * V + MEAN, C, S],
+    ),
+    "mean_nesterov_step_2": (
+        [X, V, C, S],
+        [0.5, ETA, DELTA, DECAY],
+        [X - ETA * (MEAN + DELTA * (DELTA * V + MEAN)), DELTA * V + MEAN, C, S],
+    ),
     "sum_into_3": ([X, C, S, V], [1 / 3], [(C + S + V) / 3, C, S, V]),
     "sum_everywhere_3": ([C, S, V], [1 / 3], [(C + S + V) / 3] * 3),
 }

@@ -4,7 +4,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpitrain.kernels import reduce_broadcast, reduce_sum, sum_everywhere, sum_into, weighted_mix
+from mpitrain.kernels import (
+    mean_step,
+    reduce_broadcast,
+    reduce_sum,
+    sgd_step,
+    sum_everywhere,
+    sum_into,
+    torch_momentum_step,
+    torch_nesterov_step,
+    weighted_mix,
+)
 from mpitrain.kernels.reductions import BLOCK
 
 COUNTS = [1, 2, 3, 8, 9, 13]  # declared kernels up to 8, blocks beyond; tails of a group
@@ -67,6 +77,28 @@ def test_vectors_that_are_not_alike_are_refused(k):
         reduce_broadcast([*ones[1:], read_only])
     with pytest.raises(ValueError):
         reduce_sum(read_only, ones)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("kind", "step"), [("sgd", sgd_step), ("momentum", torch_momentum_step), ("nesterov", torch_nesterov_step)]
+)
+def test_a_step_with_a_mean_is_the_step_with_what_is_the_mean(kind, step, k):
+    rng = np.random.default_rng(k)
+    gradients, (x, v) = list(rng.normal(size=(k, 101))), rng.normal(size=(2, 101))
+    state = [x.copy()] if kind == "sgd" else [x.copy(), v.copy()]
+    scalars = [0.1, 0.02] if kind == "sgd" else [0.1, 0.9, 0.02]
+    mean_step(kind, k)(*state, *gradients, 1 / k, *scalars)
+    wanted = [x, v][: len(state)]
+    step(*wanted, sum(gradients) / k, *scalars)
+    for got, want in zip(state, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_a_step_with_too_many_gradients_is_refused(k):
+    with pytest.raises(ValueError, match=f"{k} gradients"):
+        mean_step("sgd", k)
 
 
 @pytest.mark.parametrize("k", [0, 65])

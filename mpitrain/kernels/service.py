@@ -1,0 +1,200 @@
+"""The loop of the thread that serves other nodes (``collectives.progress``), compiled: it runs without Python's lock.
+
+It calls MPI by the addresses of its functions. Handles, pointers and ints are all passed as 64-bit integers, which the
+calling conventions of x86-64 and ARM put where shorter ones are looked for.
+
+A request is (kind, rank, address, n_bytes, address of tags, n_bytes of tags, address of a lock word, before, after,
+tag of its messages):
+
+    SWAP    make the word ``after`` if it is ``before``, and answer what it was
+    FETCH   send the two stretches of memory
+    TAKE    the same, when the owner bits of the word are free and have been set to ``after``
+    STORE   receive the two stretches, then the same as SWAP
+
+Every one is answered by a header (the word as it was, how often it was found taken), FETCH and TAKE by data after it.
+Data travel in pieces that MPIs send at once: larger messages are negotiated, and over TCP they then use only one
+direction of the link at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import cache
+
+SWAP, FETCH, TAKE, STORE = 1, 2, 3, 4
+REQUEST_WORDS: Final = 10
+STATE_WORDS: Final = 16  # of a request under way: the request, how many pieces, how often the word was taken, a header
+HEADER_WORDS: Final = 2
+PIECE_BYTES: Final = 60_000  # with a header below the 64 KiB at which both Open MPI and MPICH begin to negotiate
+N_PIECES: Final = 128  # of a request under way at a time
+TAG_REQUEST: Final = 1
+STORED: Final = 1 << 12  # added to the tag of what comes to be stored: both ends count their own requests
+OWNER_MASK: Final = (1 << 24) - 1  # as in collectives.locks
+FUNCTIONS: Final = (
+    "MPI_Testany",
+    "MPI_Wait",
+    "MPI_Send",
+    "MPI_Isend",
+    "MPI_Irecv",
+    "MPI_Testall",
+    "usleep",
+    "MPI_Cancel",
+)
+
+IDLE_MICROSECONDS: Final = 1000  # between two looks, when nobody has asked for anything lately
+BUSY_MICROSECONDS: Final = 20
+LOOKS_AFTER_REQUEST: Final = 100  # in quick succession: the next one is near
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function there with a tuple of int64; what it returns is an int."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(_I32, [_I64] * len(values))
+        return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), values), _I64)
+
+    return types.int64(types.int64, arguments), generate
+
+
+@intrinsic
+def swap_at(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
+    """The int64 at an address, which becomes new if it was expected: acquire and release."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire"), 0)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+_SERVE: Final = f"""\
+from numba import njit
+from mpitrain.kernels.atomics import load_acquire
+from mpitrain.kernels.service import call, swap_at
+
+@njit(nogil=True)
+def post(functions, comm, byte, state, pieces, request_bytes):
+    n = 0
+    while n < {N_PIECES} and state[3] + state[5] > 0:
+        k = 2 if state[3] > 0 else 4
+        size = min(state[k + 1], {PIECE_BYTES})
+        at = pieces + n * request_bytes
+        if state[0] == {STORE}:
+            call(functions[4], (state[k], size, byte, state[1], {STORED} + state[9], comm, at))
+        else:
+            call(functions[3], (state[k], size, byte, state[1], state[9], comm, at))
+        state[k] += size
+        state[k + 1] -= size
+        n += 1
+    state[10] = n
+
+@njit(nogil=True)
+def answer(functions, comm, byte, state, header, found):
+    state[12] = found
+    state[13] = state[11]
+    call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[1], state[9], comm))
+
+SIGNATURE = (
+    "int64(int64[::1], int64, int64, int64, int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
+)
+def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, memory):
+    at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
+    n_ranks = requests.shape[0]
+    quiet = {LOOKS_AFTER_REQUEST}
+    n_served = 0
+    at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
+    for rank in range(n_ranks):
+        here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
+        call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
+    asks = -1
+    while load_acquire(stop, 0) == 0:
+        n_active = 0
+        free = -1
+        for slot in range(states.shape[0]):
+            state = states[slot]
+            if state[0] == 0:
+                free = slot
+                continue
+            n_active += 1
+            header = at_states + 8 * ({STATE_WORDS} * slot + 12)
+            pieces = at_pieces + slot * {N_PIECES} * request_bytes
+            if state[0] == {TAKE}:
+                word = swap_at(state[6], 0, 0)
+                if word & {OWNER_MASK} != 0 or swap_at(state[6], word, word | state[8]) != word:
+                    state[11] += 1
+                    continue
+                answer(functions, comm, byte, state, header, word)
+                state[0] = {FETCH}
+                post(functions, comm, byte, state, pieces, request_bytes)
+            call(functions[5], (state[10], pieces, at_flag, at_statuses))
+            if flag[0] != 0:
+                if state[3] + state[5] > 0:
+                    post(functions, comm, byte, state, pieces, request_bytes)
+                else:
+                    if state[0] == {STORE}:
+                        found = swap_at(state[6], state[7], state[8])
+                        answer(functions, comm, byte, state, header, found)
+                    state[0] = 0
+                    free = slot
+                    n_active -= 1
+                    n_served += 1
+        if asks < 0:
+            flag[0] = 0
+            call(functions[0], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
+            if flag[0] != 0:
+                asks = flag[1]
+        if asks >= 0 and free >= 0:
+            state = states[free]
+            state[11] = 0
+            for k in range({REQUEST_WORDS}):
+                state[k] = requests[asks, k]
+            here, at = at_requests + 8 * {REQUEST_WORDS} * asks, at_next + asks * request_bytes
+            call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
+            asks = -1
+            header = at_states + 8 * ({STATE_WORDS} * free + 12)
+            if state[0] == {SWAP}:
+                answer(functions, comm, byte, state, header, swap_at(state[6], state[7], state[8]))
+                state[0] = 0
+            elif state[0] != {TAKE}:
+                if state[0] == {FETCH}:
+                    answer(functions, comm, byte, state, header, 0)
+                post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
+            quiet = 0
+        elif n_active > 0:
+            call(functions[6], ({BUSY_MICROSECONDS},))
+            quiet = 0
+        else:
+            quiet += 1
+            call(functions[6], ({BUSY_MICROSECONDS} if quiet < {LOOKS_AFTER_REQUEST} else {IDLE_MICROSECONDS},))
+    for rank in range(n_ranks):
+        if rank != asks:
+            call(functions[7], (at_next + rank * request_bytes,))
+            call(functions[1], (at_next + rank * request_bytes, at_statuses))
+    return n_served
+"""
+
+
+@functools.cache
+def serve() -> Callable[..., int]:
+    """``serve(functions, comm, byte, request_bytes, stop, flag, requests, states, memory)``: until stop[0].
+
+    ``functions`` are the addresses of FUNCTIONS, ``comm`` and ``byte`` MPI's handles, ``request_bytes`` the size of an
+    MPI_Request, ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros,
+    ``memory`` the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests and
+    ``states``. A request that waits for a lock has a slot until the lock is free: there must be more than the ranks
+    have under way. Every rank has a receive of its own: MPICH's from any source can stay incomplete for ever when two
+    threads are in MPI. Returns how many requests were served.
+    """
+    return cache.compiled("serve", "words", _SERVE)
