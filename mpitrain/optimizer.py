@@ -41,9 +41,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
     with ``mpitrain.reestimate_batchnorm`` before an averaged model is evaluated.
 
-    Under ``AllReduceSGD`` around a plain ``torch.optim.SGD`` the ranks of a node hold one copy of the parameters between
-    them, and each the momentum of its part: it is not in ``state``. Whoever changes parameters by hand changes them for
-    all, and does so between two barriers.
+    Under ``AllReduceSGD`` around a plain ``torch.optim.SGD`` the ranks of a node hold one copy of the parameters
+    between them, and each the momentum of its part: it is not in ``state``. Whoever changes parameters by hand changes
+    them for all, and does so between two barriers.
 
     Args:
         base: Any torch optimizer over parameters of ``model``. Methods that make the update themselves (EAMSGD) want a
