@@ -119,7 +119,7 @@ class MPIBlocks:
             counts[home] += 1
         self._data = Window(world, used[world.rank], dtype)
         self._tags = Window(world, counts[world.rank] * N_TAGS, np.float64)
-        self._served = ServedLocks(world, counts, world._progress) if world._progress is not None else None
+        self._served = ServedLocks(world, counts, world.service) if world.service is not None else None
         self._locks: LockTable = self._served or LockTable(world, counts)
         bases = (self._data.local.ctypes.data, self._tags.local.ctypes.data)
         self._bases: list[tuple[int, int]] = world.comm.allgather(bases)

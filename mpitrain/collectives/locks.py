@@ -10,8 +10,9 @@ is lost for ever, and nobody can tell by whom it was held.) The version read her
 itself: it is the true staleness of Hermans (CERN-THESIS-2017-103, chapter 4), not one read beside a race.
 
 Where all ranks share one node the words lie in its memory and are swapped by the CPU, which costs a part of a call
-into MPI and orders what is read and written under the lock. Otherwise all ranks, those of the word's own node too, swap
-them by MPI: its atomic operations and the CPU's must not be mixed on one word (MPI 4.1, section 12.7).
+into MPI and orders what is read and written under the lock. Between nodes either the CPU of the word's node swaps it
+for everybody (``served``), or all ranks, those of its own node too, do it by MPI: its atomic operations and the CPU's
+must not be mixed on one word (MPI 4.1, section 12.7).
 """
 
 from __future__ import annotations

@@ -25,6 +25,18 @@ from mpitrain.errors import HEARD_SECONDS, UsageError
 EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
 """Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
 
+BETWEEN_NODES = "MPITRAIN_BETWEEN_NODES"
+"""Environment: how a rank visits vectors on other nodes.
+
+``messages``: asks the thread of the rank that has them; the fastest over TCP, and the default.
+``windows``: MPI's one-sided operations, for networks that read and write remote memory by themselves.
+"""
+
+WAYS = {
+    "messages": "messages, served by the progress thread of the rank that has the vector",
+    "windows": "RMA window, Get/compute/Put under an owner-aware lock",
+}
+
 _world: World | None = None
 
 
@@ -64,6 +76,7 @@ class World:
         node_ranks: The ranks of this node, by local rank.
         nodes, hosts: The node and the host name of each rank.
         device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
+        service: What serves ranks of other nodes, and lets them serve this one; None with ``windows``.
     """
 
     def __init__(self, comm: Any, device: str, *, whole: World | None = None) -> None:
@@ -94,6 +107,7 @@ class World:
         self._windows: list[Any] = []
         needs_progress = whole is None and self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._progress = ProgressThread(comm) if needs_progress else None
+        self.service = self._progress if _between_nodes_setting() == "messages" else None
 
     def split(self, color: int) -> World:
         """The world of those ranks that give the same ``color``, in the order of their ranks. Collective."""
@@ -167,9 +181,9 @@ class World:
             "transport": {
                 "on a node": "shared-memory window, read and written in place",
                 "parameters on GPUs": "not used" if self.device == "cpu" else "staged through host memory every step",
-                "between nodes": "RMA window, Get/compute/Put under an owner-aware lock"
-                if self.n_nodes > 1
-                else "not used",
+                "between nodes": "not used"
+                if self.n_nodes == 1
+                else WAYS["messages" if self.service is not None else "windows"],
             },
             "progress thread": self._progress is not None,
         }
@@ -213,6 +227,13 @@ def _emulated_nodes_setting() -> int:
     if not text.isdigit() or int(text) < 1:
         raise UsageError(f"{EMULATED_NODES} must be a whole number of nodes, 1 or more, not {text!r}")
     return int(text)
+
+
+def _between_nodes_setting() -> str:
+    way = os.environ.get(BETWEEN_NODES, "messages")
+    if way not in WAYS:
+        raise UsageError(f"{BETWEEN_NODES} must be one of {', '.join(WAYS)}, not {way!r}")
+    return way
 
 
 def _end_all_ranks_on_exception(world: World) -> None:

@@ -35,6 +35,19 @@ def two_nodes() -> Iterator[Any]:
         world._progress.stop()
 
 
+@pytest.fixture(scope="session")
+def windows() -> Iterator[Any]:
+    """Collective. As two nodes that visit each other's memory by MPI's one-sided operations."""
+    from mpitrain.collectives.world import BETWEEN_NODES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BETWEEN_NODES, "windows")
+        world = make_world(2)
+    yield world
+    if world._progress is not None:
+        world._progress.stop()
+
+
 @pytest.fixture(scope="session", params=["one_node", "two_nodes"])
 def world(request: pytest.FixtureRequest) -> Any:
     """Collective. One after the other."""

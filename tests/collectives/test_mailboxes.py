@@ -6,6 +6,14 @@ import pytest
 from mpitrain.collectives.topology import uniform_peer
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])
+def world(request):
+    """Collective. One node, and two between which messages or one-sided operations carry the blocks."""
+    return request.getfixturevalue(request.param)
+
+
 SIZES = [(300, 40), (2**19 + 1000, 2)]  # elements, rounds
 
 

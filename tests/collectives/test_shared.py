@@ -8,6 +8,12 @@ from mpitrain import kernels
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 
+@pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])
+def world(request):
+    """Collective. One node, and two between which messages or one-sided operations carry the blocks."""
+    return request.getfixturevalue(request.param)
+
+
 @ALL
 @pytest.mark.parametrize(
     ("n", "largest_shard", "n_updates"),

@@ -118,3 +118,23 @@ def test_a_world_describes_itself(world):
     assert described["threads"] == "multiple"
     assert described["progress thread"] == (world.n_nodes > 1)
     assert described["mpi"].startswith(("Open MPI", "MPICH")) or os.environ.get("VIRTUAL_ENV") is None
+
+
+@pytest.mark.ranks(1)
+def test_an_unknown_way_between_nodes_is_refused(monkeypatch):
+    from mpi4py import MPI
+
+    from mpitrain import UsageError
+    from mpitrain.collectives.world import BETWEEN_NODES, World
+
+    monkeypatch.setenv(BETWEEN_NODES, "pigeons")
+    with pytest.raises(UsageError, match=f"{BETWEEN_NODES} must be one of messages, windows, not 'pigeons'"):
+        World(MPI.COMM_WORLD.Dup(), "cpu")
+
+
+@pytest.mark.ranks(2, 3)
+def test_the_way_between_nodes_is_told(two_nodes, windows, one_node):
+    ways = [world.describe()["transport"]["between nodes"] for world in (two_nodes, windows, one_node)]
+    assert "messages" in ways[0]
+    assert "RMA window" in ways[1]
+    assert ways[2] == "not used"

@@ -1,0 +1,66 @@
+"""A link between two network namespaces whose frames arrive some milliseconds later: for kernels without netem.
+
+    delay.py MILLISECONDS PID PID READY
+
+Each namespace, given by a process that lives in it, gets a TAP device eth0; what one sends the other receives after
+the delay, in order. The file READY is made when both devices are there. Runs until it is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import select
+import struct
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+CLONE_NEWNET = 0x40000000
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x2, 0x1000
+LONGEST_FRAME = 65_600
+
+
+def open_tap(pid: int) -> int:
+    """Make the device eth0 in the network namespace of ``pid``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/self/ns/net", os.O_RDONLY)
+    there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+    for space, inside in ((there, True), (home, False)):
+        if libc.setns(space, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(space)
+        if inside:
+            tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", b"eth0", IFF_TAP | IFF_NO_PI))
+    return tap
+
+
+def carry(taps: tuple[int, int], delay_seconds: float) -> None:
+    """Pass frames on for ever."""
+    under_way: deque[tuple[float, int, bytes]] = deque()  # in the order of arrival: the delay is the same for all
+    other = {taps[0]: taps[1], taps[1]: taps[0]}
+    while True:
+        patience = max(under_way[0][0] - time.monotonic(), 0) if under_way else None
+        for tap in select.select(taps, [], [], patience)[0]:  # epoll would round up to milliseconds
+            frame = os.read(tap, LONGEST_FRAME)
+            under_way.append((time.monotonic() + delay_seconds, other[tap], frame))
+        while under_way and under_way[0][0] <= time.monotonic():
+            _, tap, frame = under_way.popleft()
+            with suppress(OSError):  # nobody listens on a device that is not up yet
+                os.write(tap, frame)
+
+
+def main() -> None:
+    """Never returns."""
+    milliseconds, *pids, ready = sys.argv[1:]
+    taps = open_tap(int(pids[0])), open_tap(int(pids[1]))
+    Path(ready).touch()
+    carry(taps, float(milliseconds) / 1e3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a link between two ranks carries by plain sockets, without MPI: what everything else is compared with."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import numpy as np
+
+PIECE_BYTES = 2**18
+SETTLE_SECONDS = 0.1  # slow start, and the burst that a shaped link lets through
+
+
+def connect(listener: socket.socket | None, address: tuple[str, int]) -> socket.socket:
+    """The two ends of a connection: the one that has a listener accepts."""
+    connection = listener.accept()[0] if listener else socket.create_connection(address)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def send_for(connection: socket.socket, seconds: float) -> None:
+    """Send as much as goes, then say that this was all."""
+    piece, end = bytes(PIECE_BYTES), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        connection.sendall(piece)
+    connection.shutdown(socket.SHUT_WR)
+
+
+def receive_all(connection: socket.socket) -> float:
+    """Bytes a second until the other end has said that this was all; 0 when it sent nothing to speak of."""
+    room = bytearray(PIECE_BYTES)
+    n_bytes, began, last = 0, 0.0, 0.0
+    first = time.perf_counter()
+    while n_now := connection.recv_into(room):
+        last = time.perf_counter()
+        if began:
+            n_bytes += n_now
+        elif last - first > SETTLE_SECONDS:
+            began = last
+    return n_bytes / (last - began) if n_bytes else 0.0
+
+
+def bandwidth(connection: socket.socket, seconds: float, *, sends: bool) -> float:
+    """Bytes a second that arrived here, while this end did or did not send too. The other end calls it as well."""
+    if not sends:
+        connection.shutdown(socket.SHUT_WR)
+        return receive_all(connection)
+    sender = threading.Thread(target=send_for, args=(connection, seconds))
+    sender.start()
+    received = receive_all(connection)
+    sender.join()
+    return received
+
+
+def round_trip(connection: socket.socket, n_times: int, *, first: bool) -> float:
+    """Seconds from sending one byte until the answer is here, the median. The other end calls it as well."""
+    seconds = np.empty(n_times)
+    for k in range(n_times):
+        began = time.perf_counter()
+        if first:
+            connection.sendall(b"!")
+        connection.recv(1)
+        if not first:
+            connection.sendall(b"!")
+        seconds[k] = time.perf_counter() - began
+    return float(np.median(seconds))
