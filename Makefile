@@ -2,7 +2,8 @@
 # make demo    train with EASGD on 4 ranks, then plot
 # make lint    ruff, mypy, codespell, shellcheck
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
-# make bench   the benchmarks; tables into benchmarks/results/ (BENCH_RANKS=4 for the comparison of methods)
+# make bench   the benchmarks, ten minutes; benchmarks/results/bench.md has all tables and plots (BENCH_RANKS=4 for the
+#              comparison of methods, BENCH_MORE_RANKS="4 8" for the collectives)
 # make clean   remove what the others made, the environments included
 
 SHELL := bash
@@ -12,9 +13,10 @@ MPICH := .venv/mpich
 DEMO := runs/demo
 DEMO_EPOCHS ?= 20
 BENCH_RANKS ?= 4
+BENCH_MORE_RANKS ?= 4 8
 BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
-SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch) .ci/run
+SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
 
 .PHONY: setup demo lint test bench reproduce docs clean
 
@@ -47,12 +49,32 @@ lint: $(OPENMPI)/.ready
 test: setup lint
 	$(OPENMPI)/bin/python tests/run.py
 
+# What fails does not stop the others; the names come at the end. The hosts of between-* need root and Linux.
 bench: setup
-	@rm -rf $(BENCH_OUT)
-	$(OPENMPI)/bin/python benchmarks/record.py kernels $(OPENMPI)/bin/python benchmarks/kernels.py
-	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py collectives-openmpi jobs/local.sh 2 python benchmarks/collectives.py
-	VIRTUAL_ENV=$(CURDIR)/$(MPICH) $(OPENMPI)/bin/python benchmarks/record.py collectives-mpich jobs/local.sh 2 python benchmarks/collectives.py
-	VIRTUAL_ENV=$(CURDIR)/$(OPENMPI) $(OPENMPI)/bin/python benchmarks/record.py compare jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT)
+	@rm -rf $(BENCH_OUT); failed=; \
+	record() { \
+	    local name=$$1 mpi=$$2; shift 2; echo "== $$name"; \
+	    VIRTUAL_ENV=$(CURDIR)/.venv/$$mpi $(OPENMPI)/bin/python benchmarks/record.py $$name "$$@" || failed="$$failed $$name"; \
+	}; \
+	record kernels openmpi $(OPENMPI)/bin/python benchmarks/kernels.py --repeats 11; \
+	for mpi in openmpi mpich; do \
+	    python=.venv/$$mpi/bin/python; \
+	    record collectives-$$mpi $$mpi jobs/local.sh 2 python benchmarks/collectives.py --repeats 20; \
+	    for n in $(BENCH_MORE_RANKS); do \
+	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 7; \
+	    done; \
+	    record windows-$$mpi $$mpi jobs/local.sh 2 python benchmarks/windows.py --most 64M --repeats 10; \
+	    record startup-$$mpi $$mpi $$python benchmarks/startup.py; \
+	    if [ "$$(id -u)" = 0 ] && [ -f benchmarks/hosts.py ]; then \
+	        record between-$$mpi $$mpi $$python benchmarks/hosts.py; \
+	    fi; \
+	done; \
+	record steps-openmpi openmpi jobs/local.sh 2 python benchmarks/steps.py --repeats 7; \
+	record steps-mpich mpich jobs/local.sh 2 python benchmarks/steps.py --model mlp --repeats 7; \
+	record stragglers-openmpi openmpi jobs/local.sh 2 python benchmarks/stragglers.py --seeds 1; \
+	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
+	$(OPENMPI)/bin/python benchmarks/page.py || failed="$$failed page"; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 # What the papers found, in simulated worlds: each script prints its criterion and draws a figure.
 reproduce: $(OPENMPI)/.ready

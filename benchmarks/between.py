@@ -1,7 +1,8 @@
 """What hosts.py measures between two hosts: this runs on their ranks, under mpirun. Rank 0 prints a JSON document.
 
-between.py link SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes; the stall
-between.py latency          round trips of TCP and of the exchange on a link that is slow to answer
+between.py link SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes; the stall;
+                            steps with exchanges in the foreground and in the background
+between.py latency          round trips of TCP and of the exchange on a link that is slow to answer; the same steps
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from candidates import RATE, start_gloo
 from mpi4py import MPI
 from numba import njit
 
-from mpitrain import info
+from mpitrain import EASGD, info
+from mpitrain.algorithms.method import Replica, Segment
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world import World, init
 from mpitrain.kernels import elastic_exchange
@@ -34,6 +36,10 @@ PAUSE_SECONDS = 2e-3  # between two exchanges with a busy rank, at most
 CALL_SECONDS = 0.05  # of the loop that keeps the interpreter lock
 
 ROUND_TRIPS = 20
+
+OVERLAPPED = 272_474  # parameters of a ResNet-20, whose exchange takes less than tau steps
+TAU, STEP_SECONDS = 10, 0.016
+N_TURNS, STEPS_OF_A_TURN = 5, 3 * TAU
 
 
 class Pair:
@@ -177,6 +183,46 @@ def stalls(world: World) -> list[dict[str, Any]]:
     return rows
 
 
+def overlaps(world: World) -> list[dict[str, Any]]:
+    """Seconds of a step that computes for ``STEP_SECONDS``, alone and with an exchange every tau steps. Collective."""
+    comm = MPICommunicator(world)
+    a = np.ones((300, 300), np.float32)
+    product = np.empty_like(a)
+    began = time.perf_counter()
+    for _ in range(50):
+        np.matmul(a, a, out=product)
+    n_products = max(int(50 * STEP_SECONDS / (time.perf_counter() - began)), 1)
+    n_products = int(world.comm.bcast(n_products))
+
+    def compute() -> None:
+        for _ in range(n_products):
+            np.matmul(a, a, out=product)
+
+    steps: dict[str, Callable[[], object]] = {"computing alone": compute}
+    for overlap in (False, True):
+        x, g = comm.vector(OVERLAPPED, np.float32), comm.vector(OVERLAPPED, np.float32)
+        worker = EASGD(period=TAU, overlap=overlap).worker(Replica(comm, x, g))
+        segments = [Segment(slice(0, OVERLAPPED), 0.0)]
+        name = f"easgd, tau {TAU}" + overlap * ", overlap"
+        steps[name] = lambda worker=worker, segments=segments: worker.step(segments, compute)  # type: ignore[misc]
+    seconds = np.zeros((len(steps), N_TURNS))
+    for turn in range(-1, N_TURNS):  # the first warms up
+        for row, step in zip(seconds, steps.values(), strict=True):
+            world.barrier()
+            began = time.perf_counter()
+            for _ in range(STEPS_OF_A_TURN):
+                step()
+            row[max(turn, 0)] = (time.perf_counter() - began) / STEPS_OF_A_TURN
+    world.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    world.barrier()
+    comm.free()
+    median = np.median(seconds, axis=1)
+    return [
+        {"step": name, "median_seconds": float(of_one), "of_alone": float(of_one / median[0])}
+        for name, of_one in zip(steps, median, strict=True)
+    ]
+
+
 def latencies(world: World) -> dict[str, Any]:
     """Seconds of a round trip and of an exchange of a small vector by one rank and by all. Collective."""
     comm = MPICommunicator(world)
@@ -207,14 +253,20 @@ def main() -> None:
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
     if what == "latency":
-        document["latency"] = latencies(world)
+        document |= {"latency": latencies(world), "slow_overlaps": overlaps(world)}
     else:
         no_gloo = start_gloo(world)
         measured, rows = [measure_tcp(world)], []
         for word in words:
             rows += transfers(world, int(word), with_gloo=not no_gloo)
             measured.append(measure_tcp(world))
-        document |= {"tcp": measured, "transfers": rows, "stalls": stalls(world), "gloo": no_gloo or "available"}
+        document |= {
+            "tcp": measured,
+            "transfers": rows,
+            "stalls": stalls(world),
+            "overlaps": overlaps(world),
+            "gloo": no_gloo or "available",
+        }
         document |= info.describe(world)
     if world.rank == 0:
         print(to_json(document), flush=True)

@@ -9,6 +9,7 @@ starts ranks on them as it does on real ones. It needs root and Linux. What is m
                  carries in both directions at once
     stall        how long an exchange of a small vector takes while the other rank computes and calls no MPI
     latency      an exchange of a small vector on a link of 10 ms there and back, in round trips
+    overlap      training steps on both links with exchanges in the foreground and in the background, beside computing
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ LONGEST_SECONDS = 110.0  # of one launch
 BAR_BYTES = 16_000_000
 SHARE_AT_LEAST = 0.85
 STALL_BELOW_SECONDS = 0.02
+OVERLAPPED_AT_MOST = 1.05
 
 
 class HostsError(Exception):
@@ -159,6 +161,13 @@ def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
             {"bar": f"{which} exchange with a computing rank below {1e3 * STALL_BELOW_SECONDS:.0f} ms"}
             | {"value": seconds, "passed": seconds < STALL_BELOW_SECONDS, "text": f"{1e3 * seconds:.1f} ms"}
         )
+    for link in ("overlaps", "slow_overlaps"):
+        ratio = document[link][-1]["of_alone"]
+        name = f"link of {RATE}" if link == "overlaps" else f"link of {2 * DELAY_MS} ms there and back"
+        bars.append(
+            {"bar": f"{name}: overlapped step at most {OVERLAPPED_AT_MOST:g} x computing alone"}
+            | {"value": ratio, "passed": ratio <= OVERLAPPED_AT_MOST, "text": f"{ratio:.3f}"}
+        )
     return bars
 
 
@@ -202,6 +211,19 @@ def tables(document: dict[str, Any]) -> list[str]:
                 "round trips": [f"{row['round_trips']:.1f}" for row in delays],
             },
             left=("operation",),
+        ),
+        "",
+        *text.table(
+            {
+                "step": [row["step"] for row in document["overlaps"]],
+                f"ms, {RATE}": [f"{1e3 * row['median_seconds']:.2f}" for row in document["overlaps"]],
+                "of alone": [f"{row['of_alone']:.3f}" for row in document["overlaps"]],
+                f"ms, {2 * DELAY_MS} ms round trip": [
+                    f"{1e3 * row['median_seconds']:.2f}" for row in document["slow_overlaps"]
+                ],
+                "of alone, slow": [f"{row['of_alone']:.3f}" for row in document["slow_overlaps"]],
+            },
+            left=("step",),
         ),
         "",
     ]

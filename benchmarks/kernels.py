@@ -2,10 +2,23 @@
 
 A kernel is one pass, so its floor is the time that its bytes need: each array read once and, if assigned, written
 once. The practical limit is an in-place scale of the very same arrays, measured in turn with the kernel, because one
-read and one write of each line is the pattern that memory serves best. An array that is only written is first read by
-the hardware, which is not counted here: such kernels stay well below the limit. NumPy evaluates the same equations an
-operator at a time, torch too, but in place where it has an operation for it; both with one thread, as a rank on its own
-core has it.
+read and one write of each line is the pattern that memory serves best. Two columns compare with it:
+
+    %        by bytes moved: GB/s of the kernel by GB/s of the scale
+    lines %  by lines fetched: time of the scale by time of the kernel
+
+One core fetches lines at a fixed rate, and whether a line is written back afterwards hardly matters: a kernel that only
+reads some of its arrays takes as long as if it changed them too, stays below the limit by bytes, and is at it by lines.
+An array that is only written is fetched by the hardware first, which counts as a line and not as bytes.
+
+NumPy evaluates the same equations an operator at a time, torch too, but in place where it has an operation for it; both
+with one thread, as a rank on its own core has it. They do it without the guards against what is not finite, which our
+kernels have. torch.compile is not among them: its first kernel took 24 s to compile, and it needs a C++ compiler.
+
+The project's bars are for fused kernels: those that change two arrays or more in place (that read the old value of at
+least two arrays and assign a new one to each). ``elastic_exchange`` and ``torch_momentum_step`` are such, and so is
+``reduce_broadcast``; ``scaled_add``, ``elastic_pull`` and ``copy``, for which libraries have a function or need no
+intermediate vector, are not. A bar's figure is that of the fused kernel that is farthest from it.
 
     python benchmarks/kernels.py [--n 8000000] [--repeats 21] [--kernels elastic_exchange,scale] [--json]
 """
@@ -34,6 +47,11 @@ import torch  # noqa: E402
 
 from mpitrain.kernels import Kernel, library, reduce_broadcast, reduce_sum, scale  # noqa: E402
 
+# The project's bars, for fused kernels on vectors of this many elements or more: what no cache holds.
+BAR_ELEMENTS = 4_000_000
+OF_LIMIT_AT_LEAST, OF_NUMPY_AT_LEAST = 0.9, 4.0
+FEWEST_UPDATED = 2  # arrays of a fused kernel
+
 
 def torch_elastic_exchange(x: Any, c: Any, a_w: float, a_c: float) -> None:
     d = x - c
@@ -51,7 +69,7 @@ def torch_momentum_step(x: Any, v: Any, g: Any, eta: float, delta: float, decay:
 
 
 # Where torch has in-place operations for it, it is measured with those; elsewhere with the equations.
-TORCH: dict[str, Callable[..., None]] = {
+TORCH: dict[str, Callable[..., object]] = {
     "elastic_exchange": torch_elastic_exchange,
     "sgd_step": torch_sgd_step,
     "torch_momentum_step": torch_momentum_step,
@@ -59,6 +77,12 @@ TORCH: dict[str, Callable[..., None]] = {
     "scaled_add": lambda y, x, a: y.add_(x, alpha=a),
     "scale": lambda x, a: x.mul_(a),
     "copy": lambda y, x: y.copy_(x),
+    "keep_finite": lambda x: x.nan_to_num_(0.0, 0.0, 0.0),
+}
+
+# Without its guard this one does nothing.
+NUMPY: dict[str, Callable[..., object]] = {
+    "keep_finite": lambda x: np.nan_to_num(x, copy=False, nan=0.0, posinf=0.0, neginf=0.0),
 }
 
 
@@ -101,25 +125,67 @@ def bench_kernel(kernel: Kernel, n: int, repeats: int) -> dict[str, Any]:
     scalars = [1.0 if name in ("keep", "w", "a", "w0") else 1e-3 for name in kernel.equations.scalars]
     tensors = [torch.from_numpy(array) for array in arrays]
     eager = expression(kernel)
-    torch_eager = TORCH.get(kernel.name, eager)
+    numpy_eager, torch_eager = (peers.get(kernel.name, eager) for peers in (NUMPY, TORCH))
     timed = medians(
         {
             "mpitrain": lambda: kernel(*arrays, *scalars),
             "limit": lambda: [scale(array, 1.0) for array in arrays],
-            "numpy": lambda: eager(*arrays, *scalars),
+            "numpy": lambda: numpy_eager(*arrays, *scalars),
             "torch": lambda: torch_eager(*tensors, *scalars),
         },
         repeats,
     )
-    n_bytes = kernel.bytes_per_element(np.float32) * n
-    result: dict[str, Any] = {"kernel": kernel.name, "bytes_per_element": kernel.bytes_per_element(np.float32)}
-    for name, figures in timed.items():
-        moved = 8 * n * len(arrays) if name == "limit" else n_bytes
-        result[f"{name}_gb_per_s"] = moved / figures["median_seconds"] / 1e9
-        result[f"{name}_p95_seconds"] = figures["p95_seconds"]
-    result["limit_fraction"] = result["mpitrain_gb_per_s"] / result["limit_gb_per_s"]
+    result = row_of(kernel.name, timed, n, kernel.bytes_per_element(np.float32), len(arrays))
+    result["n_updated"] = len(set(kernel.equations.loaded) & set(kernel.equations.stored))
     result["call_seconds"] = call_seconds(kernel, scalars)
     return result
+
+
+def row_of(
+    name: str, timed: dict[str, dict[str, float]], n: int, bytes_per_element: int, n_arrays: int
+) -> dict[str, Any]:
+    """The figures of one kernel.
+
+    Args:
+        name: Of the kernel.
+        timed: What ``medians`` returned for "mpitrain", "limit", "numpy" and "torch".
+        n: Elements of a vector.
+        bytes_per_element: That the kernel moves.
+        n_arrays: How many float32 vectors there are; the limit reads and writes each.
+    """
+    row: dict[str, Any] = {"kernel": name, "bytes_per_element": bytes_per_element}
+    for key, figures in timed.items():
+        moved = n * (8 * n_arrays if key == "limit" else bytes_per_element)
+        row[f"{key}_gb_per_s"] = moved / figures["median_seconds"] / 1e9
+        row[f"{key}_p95_seconds"] = figures["p95_seconds"]
+    row["limit_fraction"] = row["mpitrain_gb_per_s"] / row["limit_gb_per_s"]
+    row["lines_fraction"] = timed["limit"]["median_seconds"] / timed["mpitrain"]["median_seconds"]
+    row["of_numpy"] = timed["numpy"]["median_seconds"] / timed["mpitrain"]["median_seconds"]
+    return row
+
+
+def verdicts(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    """The project's bars, if this run is one that they are for.
+
+    Args:
+        rows: Of all kernels; which are fused is in the module's docstring.
+        n: Elements of a vector.
+    """
+    fused = [row for row in rows if row["n_updated"] >= FEWEST_UPDATED]
+    if n < BAR_ELEMENTS or not fused:
+        return []
+    limit = f"fused kernels at least {OF_LIMIT_AT_LEAST:.0%} of an in-place scale"
+    bars = []
+    for column, least, bar in (
+        ("lines_fraction", OF_LIMIT_AT_LEAST, f"{limit}, by lines fetched"),
+        ("limit_fraction", OF_LIMIT_AT_LEAST, f"{limit}, by bytes moved"),
+        ("of_numpy", OF_NUMPY_AT_LEAST, f"fused kernels at least {OF_NUMPY_AT_LEAST:g} x faster than NumPy"),
+    ):
+        worst = min(fused, key=lambda row: row[column])
+        missed = [row["kernel"] for row in fused if row[column] < least]
+        bar = f"{bar} (least: {worst['kernel']}; {len(fused) - len(missed)} of {len(fused)} pass)"
+        bars.append({"bar": bar, "ratio": worst[column], "passed": not missed, "missed_by": missed})
+    return bars
 
 
 def call_seconds(kernel: Kernel, scalars: Sequence[float]) -> float:
@@ -157,20 +223,16 @@ def bench_reduction(name: str, k: int, n: int, repeats: int) -> dict[str, Any]:
             tensor.copy_(total)
 
     if name == "reduce_sum":
-        n_bytes, run = 4 * n * (k + 1), lambda: reduce_sum(out, vectors, 1 / k)
+        assigned, run = [out], lambda: reduce_sum(out, vectors, 1 / k)
     else:
-        n_bytes, run = 8 * n * k, lambda: reduce_broadcast(vectors, 1 / k)
+        assigned, run = [], lambda: reduce_broadcast(vectors, 1 / k)
+    arrays = [*vectors, *assigned]
     timed = medians(
-        {"mpitrain": run, "limit": lambda: [scale(v, 1.0) for v in vectors], "numpy": numpy_sum, "torch": torch_sum},
+        {"mpitrain": run, "limit": lambda: [scale(v, 1.0) for v in arrays], "numpy": numpy_sum, "torch": torch_sum},
         repeats,
     )
-    result: dict[str, Any] = {"kernel": f"{name}({k})", "bytes_per_element": n_bytes // n}
-    for key, figures in timed.items():
-        moved = 8 * n * k if key == "limit" else n_bytes
-        result[f"{key}_gb_per_s"] = moved / figures["median_seconds"] / 1e9
-        result[f"{key}_p95_seconds"] = figures["p95_seconds"]
-    result["limit_fraction"] = result["mpitrain_gb_per_s"] / result["limit_gb_per_s"]
-    return result
+    bytes_per_element = 4 * (k + 1) if assigned else 8 * k
+    return row_of(f"{name}({k})", timed, n, bytes_per_element, len(arrays)) | {"n_updated": 0 if assigned else k}
 
 
 def hardware() -> dict[str, Any]:
@@ -197,7 +259,11 @@ def main() -> None:
 
     if table:
         print(f"{options.n} float32, median of {options.repeats}, one thread; GB/s", file=table)
-        print(f"{'kernel':<22}{'bytes':>6}{'mpitrain':>10}{'limit':>8}{'%':>5}{'NumPy':>8}{'torch':>8}{'call us':>9}")
+        print(
+            f"{'kernel':<26}{'bytes':>6}{'mpitrain':>10}{'limit':>8}{'%':>5}{'lines %':>9}"
+            f"{'NumPy':>8}{'torch':>8}{'call us':>9}",
+            file=table,
+        )
     results = []
     jobs: list[Callable[[], dict[str, Any]]] = [
         lambda kernel=kernel: bench_kernel(kernel, options.n, options.repeats)  # type: ignore[misc]
@@ -215,9 +281,10 @@ def main() -> None:
         results.append(row)
         if table:
             print(
-                f"{row['kernel']:<22}{row['bytes_per_element']:>6}{row['mpitrain_gb_per_s']:>10.1f}"
-                f"{row['limit_gb_per_s']:>8.1f}{100 * row['limit_fraction']:>5.0f}{row['numpy_gb_per_s']:>8.1f}"
-                f"{row['torch_gb_per_s']:>8.1f}{1e6 * row.get('call_seconds', float('nan')):>9.2f}",
+                f"{row['kernel']:<26}{row['bytes_per_element']:>6}{row['mpitrain_gb_per_s']:>10.1f}"
+                f"{row['limit_gb_per_s']:>8.1f}{100 * row['limit_fraction']:>5.0f}{100 * row['lines_fraction']:>9.0f}"
+                f"{row['numpy_gb_per_s']:>8.1f}{row['torch_gb_per_s']:>8.1f}"
+                + (f"{1e6 * row['call_seconds']:>9.2f}" if "call_seconds" in row else ""),
                 flush=True,
             )
     versions = {
@@ -227,7 +294,14 @@ def main() -> None:
         "llvmlite": llvmlite.__version__,
         "torch": torch.__version__,
     }
-    document = {"n": options.n, "repeats": options.repeats, "results": results}
+    bars = verdicts(results, options.n)
+    if table:
+        print()
+        for bar in bars:
+            print(f"{'PASS' if bar['passed'] else 'MISSED'}: {bar['bar']}: {bar['ratio']:.2f}")
+            if bar["missed_by"]:
+                print(f"    missed by {', '.join(bar['missed_by'])}")
+    document = {"n": options.n, "repeats": options.repeats, "results": results, "bars": bars}
     print(json.dumps({**document, "versions": versions, "hardware": hardware()}))
 
 

@@ -6,8 +6,20 @@ where it does not (``mpitrain info``), an exchange is made at once, and nothing 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+_of_thread = threading.local()
+
+
+def in_background() -> bool:
+    """Whether this thread's work is of the kind that must not take a core from the one that computes. Local."""
+    return getattr(_of_thread, "is_background", False)
+
+
+def _begin() -> None:
+    _of_thread.is_background = True
 
 
 class Started:
@@ -48,7 +60,7 @@ class Background:
             fn()
             return Started()
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "exchange")
+            self._pool = ThreadPoolExecutor(1, "exchange", _begin)
         return Started(self._pool.submit(fn))
 
     def stop(self) -> None:

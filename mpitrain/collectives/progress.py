@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain.collectives.background import in_background
 from mpitrain.kernels import service
 from mpitrain.kernels.locks import OWNER_MASK
 
@@ -32,6 +33,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 """What goes together: a block and its tags."""
 
 SLOTS_OF_A_RANK = 4  # it waits for one lock and gives two others back, at the most
+NAP_SECONDS = 200e-6  # between two looks of a background thread, where an MPI that waits would spin
 TAGS = range(2, 1000)  # of requests and what they move, in turn: only a few are under way
 
 
@@ -146,6 +148,8 @@ class Transfer:
         Raises:
             RuntimeError: When it was not what it must have been.
         """
+        while in_background() and not self._requests[0].Testall(self._requests):
+            time.sleep(NAP_SECONDS)
         self._requests[0].Waitall(self._requests)
         found = int(self._header[0])
         if self._expected is not None and found != self._expected:
@@ -156,6 +160,8 @@ class Transfer:
     def wait_for_lock(self) -> float:
         """Until the lock is this rank's. Returns the seconds that this took if another one had it, else 0. Local."""
         began = time.perf_counter()
+        while in_background() and not self._requests[0].Test():
+            time.sleep(NAP_SECONDS)
         self._requests[0].Wait()
         return time.perf_counter() - began if self._header[1] else 0.0
 
