@@ -1,6 +1,8 @@
 """Data that needs no download: scikit-learn's digits, and samples drawn from a formula."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +19,9 @@ BLOCK = 256  # synthetic samples that share a random stream, so that any rank ca
 
 def digits(*, split_seed: int) -> Dataset:
     """1,797 handwritten digits of 8x8 pixels in 0..16 (UCI, by scikit-learn); a fifth of each class is the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UsageError("digits come with scikit-learn: pip install scikit-learn, or use --data synthetic") from error
-    found = load_digits()
-    images = found.images.astype(np.uint8)[:, None]  # (1797, 1, 8, 8)
-    labels = found.target.astype(np.int64)
+    table = _digits_table()
+    images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 8, 8)
+    labels = table[:, -1].astype(np.int64)
     is_test = stratified(labels, 0.2, split_seed)
     train = images[~is_test]
     return Dataset(
@@ -37,6 +35,23 @@ def digits(*, split_seed: int) -> Dataset:
         test_images=MemoryImages(images[is_test]),
         test_labels=labels[is_test],
     )
+
+
+def _digits_table() -> NDArray[np.float64]:
+    """(1797, 65): 64 pixels and the label of each digit.
+
+    It is read from the file that scikit-learn comes with, because importing scikit-learn takes a second.
+    """
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise UsageError("digits come with scikit-learn: pip install scikit-learn, or use --data synthetic")
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits  # it has moved
+
+    loaded = load_digits()
+    return np.column_stack([loaded.data, loaded.target])
 
 
 def synthetic(options: str, *, world: World, seed: int, limits: Limits) -> Dataset:

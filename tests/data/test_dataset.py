@@ -105,6 +105,27 @@ def test_training_batches_are_full_and_mixed(lone):
     assert [len(y) for _, y in data.train_batches(30, 20)] == [20]
 
 
+def test_digits_are_those_of_scikit_learn(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    from mpitrain.data import builtin
+
+    wanted = load_digits()
+    read = builtin._digits_table()
+    assert np.array_equal(read[:, :-1], wanted.data)
+    assert np.array_equal(read[:, -1], wanted.target)
+    monkeypatch.setattr(builtin.Path, "exists", lambda self: False)  # where scikit-learn keeps the file elsewhere
+    assert np.array_equal(builtin._digits_table(), read)
+
+
+def test_without_scikit_learn_digits_are_refused(monkeypatch):
+    from mpitrain.data import builtin
+
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install scikit-learn"):
+        builtin._digits_table()
+
+
 def test_digits_are_split_by_class(lone):
     data = load("digits", world=lone)
     assert (data.n_train + data.n_test, data.shape, data.n_classes, data.storage) == (1797, (1, 8, 8), 10, "private")
