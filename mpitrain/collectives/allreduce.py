@@ -6,7 +6,8 @@ the sum back to all of them, in one pass over cache-sized blocks. Nothing is pac
 Across nodes::
 
     1. each of the first R local ranks sums its slice over its node       (R: the smallest number of ranks on a node)
-    2. MPI_Allreduce of that slice among the ranks with the same local rank: all R carry traffic, nothing crosses twice
+    2. the ranks with the same local rank sum that slice, by MPI_Allreduce if it is small and in a ring if it is large:
+       all R carry traffic, nothing crosses twice
     3. each writes its slice to all ranks of its node
 
 The order of summation depends on the rank numbers only, so every rank gets the same bits, at every run.
@@ -23,6 +24,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain import kernels
+from mpitrain.collectives import ring
 from mpitrain.collectives.meeting import Meeting
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import split
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 1 << 30
 """Elements of one MPI_Allreduce: counts are 32-bit numbers before MPI 4."""
+
+RING_BYTES = 1 << 17
+"""Bytes of a part from which a ring is faster than MPI_Allreduce, which has fewer round trips."""
 
 BLOCK = 1 << 17
 """Elements that a rank sums at a time for somebody who uses the sum at once: they are then still in its cache."""
@@ -53,6 +58,7 @@ class AllReduce:
         self._world = world
         self._statistics = statistics
         self._sums: dict[tuple[int, np.dtype], np.ndarray] = {}  # what crosses nodes, kept from call to call
+        self._rooms: dict[tuple[int, np.dtype], np.ndarray] = {}
         self._meeting: Meeting | None = None
         self._plans: WeakKeyDictionary[Window, Plan] = WeakKeyDictionary()
 
@@ -140,9 +146,20 @@ class AllReduce:
 
     def _cross(self, total: np.ndarray) -> None:
         """Sum this rank's slice over the nodes. Collective over the ranks with the same local rank."""
-        for at in range(0, total.size, LARGEST_COUNT):
-            self._world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
-        self._statistics.wire_bytes += 2 * (self._world.n_nodes - 1) * total.nbytes // self._world.n_nodes
+        world = self._world
+        if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes:
+            largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
+            ring.allreduce(world.rail_comm, total, self._room(largest, total.dtype))
+        else:
+            for at in range(0, total.size, LARGEST_COUNT):
+                world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
+        self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
+
+    def _room(self, n: int, dtype: np.dtype) -> np.ndarray:
+        """For what comes in from another node."""
+        if (n, dtype) not in self._rooms:
+            self._rooms[n, dtype] = np.zeros(n, dtype)
+        return self._rooms[n, dtype]
 
     def _arrive(self, window: Window) -> None:
         """Every rank of the node is here, and sees what the others have written."""

@@ -94,7 +94,7 @@ class ProgressThread:
             take: The address of a lock word, and the owner bits to set in it first, as soon as nobody else's are set.
         """
         tag, header, requests = self._expect(rank)
-        requests += [self._comm.Irecv(piece, rank, tag) for piece in _pieces(arrays)]
+        requests += [self._comm.Irecv(piece, rank, tag) for piece in pieces(*arrays)]
         kind = service.TAKE if take[0] else service.FETCH
         self._ask(kind, rank, tag, addresses, arrays, (take[0], 0, take[1]))
         return Transfer(header, requests)
@@ -103,7 +103,7 @@ class ProgressThread:
         """Begin to copy arrays to addresses of ``rank``, and to swap a lock word when they are there. Local."""
         tag, header, requests = self._expect(rank)
         self._ask(service.STORE, rank, tag, addresses, arrays, swap)
-        requests += [self._comm.Isend(piece, rank, service.STORED + tag) for piece in _pieces(arrays)]
+        requests += [self._comm.Isend(piece, rank, service.STORED + tag) for piece in pieces(*arrays)]
         return Transfer(header, requests, swap[1])
 
     def _expect(self, rank: int) -> tuple[int, np.ndarray, list[Any]]:
@@ -166,7 +166,7 @@ class Transfer:
         return time.perf_counter() - began if self._header[1] else 0.0
 
 
-def _pieces(arrays: tuple[np.ndarray, ...]) -> list[Any]:
+def pieces(*arrays: np.ndarray) -> list[Any]:
     """Their bytes as the service cuts them, for MPI."""
     from mpi4py import MPI
 
