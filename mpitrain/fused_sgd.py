@@ -37,21 +37,19 @@ class FusedSGD:
     def __init__(self, base: torch.optim.Optimizer, flat: FlatParameters, x: np.ndarray) -> None:
         self._base, self._flat, self._x = base, flat, x
         self._v: np.ndarray | None = None
-        for kernel in (kernels.sgd_step, kernels.torch_momentum_step, kernels.torch_nesterov_step):  # compiled
-            kernel(*[x[:0].copy() for _ in kernel.equations.arrays], *[0.0 for _ in kernel.equations.scalars])
+        self._places = {place.parameter: place for place in flat.places}
+        for kernel in (kernels.sgd_step, kernels.torch_momentum_step, kernels.torch_nesterov_step):
+            kernel.prepare(x)
 
     def step(self) -> None:
         """What ``base.step()`` does."""
         if self._v is None and any(group["momentum"] for group in self._base.param_groups):
             self._v = np.zeros_like(self._x)
             self.adopt_state()
-        places = iter(self._flat.places)
         for group in self._base.param_groups:
             for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                place = next(places)
-                if parameter.grad is not None:
+                place = self._places.get(parameter)  # none for those that were frozen from the beginning
+                if place is not None and parameter.grad is not None:
                     self._advance(group, slice(place.start, place.start + parameter.numel()), parameter.grad)
 
     def adopt_state(self) -> None:

@@ -88,6 +88,17 @@ def test_settings_may_change_at_any_step():
     assert_equal(plain, twin, torch.float64)
 
 
+def test_a_parameter_frozen_later_moves_no_other():
+    plain, twin = mlp(torch.float64), mlp(torch.float64)
+    optimizer, base = groups(plain, momentum=0.9), groups(twin, momentum=0.9)
+    ours = fused(twin, base)
+    for model, step in ((plain, optimizer.step), (twin, ours.step)):
+        steps(model, 2, step)
+        model[0].weight.requires_grad_(False)
+        steps(model, 3, step, first=3)
+    assert_equal(plain, twin, torch.float64)
+
+
 def test_state_goes_into_a_plain_optimizer_and_back():
     settings = {"momentum": 0.9}
     plain, twin, third = mlp(torch.float64), mlp(torch.float64), mlp(torch.float64)

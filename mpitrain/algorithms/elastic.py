@@ -346,4 +346,4 @@ def _compile(exchange: kernels.Kernel, order: str, like: Any) -> None:
     """All that an exchange may call, before the first one, so that it takes no longer than the others."""
     halves = (kernels.elastic_pull, kernels.elastic_center) if order == "worker_first" else ()
     for kernel in (exchange, *halves):
-        kernel(*[like[:0].copy() for _ in kernel.equations.arrays], *[0.0 for _ in kernel.equations.scalars])
+        kernel.prepare(like)

@@ -78,7 +78,7 @@ class AllReduce:
             return
         self._arrive(window)
         if world.local_rank < world.n_rails:  # on a single node: every rank
-            mine = split(n, world.n_rails)[world.local_rank]
+            mine = self.slice_of(n)
             peers = [peer[mine] for rank in world.node_ranks if (peer := window.of(rank)) is not None]
             if world.n_nodes == 1 and world.size <= MOST:
                 kernels.reduce_broadcast(peers, scale)

@@ -74,6 +74,10 @@ class Kernel:
             f"{len(self.equations.loaded)} read, {len(self.equations.stored)} written."
         )
 
+    def prepare(self, like: Any) -> None:
+        """Compile for arrays of the dtype of ``like`` (n,), so that the first call is no slower than the others."""
+        self(*[like[:0].copy() for _ in self.equations.arrays], *[0.0 for _ in self.equations.scalars])
+
     def __call__(self, *operands: Any, **scalars: float) -> int:
         """Runs the kernel in place on NumPy or CuPy arrays.
 
