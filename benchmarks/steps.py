@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from candidates import start_gloo
 from mpi4py import MPI
+from timing import where
 
 import mpitrain
 from mpitrain import cli, info, models
@@ -210,10 +211,7 @@ def main() -> int:
         document = {"results": rows, "bars": bars, "gloo": no_gloo or "available", **info.describe(world)}
         document["load_average"] = {"before": load_before, "after": os.getloadavg()}
         if not options.json:
-            where, mpi = document["machine"], document["world"]["mpi"]
-            print(
-                f"{world.size} ranks on {where['cores']} cores ({where['processor']}), {mpi}; load {load_before[0]:.1f}"
-            )
+            print(where(document))
             print(f"batch {BATCH}, float32, one thread a rank\n")
             print("\n".join([*table(rows), ""]))
             print(f"no gloo: {no_gloo}\n" if no_gloo else "", end="")

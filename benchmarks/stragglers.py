@@ -18,6 +18,7 @@ from typing import Any
 import comparison
 import numpy as np
 import plan
+from timing import where
 
 from mpitrain import cli
 from mpitrain.algorithms import METHODS, create
@@ -85,8 +86,7 @@ def run(options: Any) -> int:
         document = {"results": rows, "bars": bars, "factor": options.factor, **info.describe(world)}
         document["load_average"] = {"before": load_before, "after": os.getloadavg()}
         if not options.json:
-            cores = f"{document['machine']['cores']} cores ({document['machine']['processor']})"
-            print(f"{world.size} ranks on {cores}, {document['world']['mpi']}; load {load_before[0]:.1f}")
+            print(where(document))
             print(f"rank {SLOW_RANK} computes {options.factor:g} times slower; {MODEL} on digits\n")
             print("\n".join([*table(rows), ""]))
             for bar in bars:
