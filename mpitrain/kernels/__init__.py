@@ -15,6 +15,7 @@
   entropy_inner entropy_outer`
 - many workers' vectors side by side: `receive accumulate`, and `robust.Rows`
 - reductions of many vectors: `reduce_sum reduce_broadcast`
+- no arithmetic, but wherever vectors lie: `assign to_host`
 
 Importing this package imports NumPy only. Numba comes with the first call on NumPy arrays, CuPy with the first on
 others.
@@ -47,6 +48,7 @@ from .elastic import (
     elastic_sync,
     elastic_sync_center_first,
 )
+from .gpu import assign, to_host
 from .mixing import (
     copy,
     pair_average,
@@ -92,6 +94,7 @@ __all__ = [
     "admm_arrival",
     "admm_local",
     "admm_turn",
+    "assign",
     "cache_root",
     "commit_and_pull",
     "commit_averaged",
@@ -132,6 +135,7 @@ __all__ = [
     "sum_everywhere",
     "sum_into",
     "symmetric_average",
+    "to_host",
     "torch_momentum_step",
     "torch_nesterov_step",
     "weighted_average",

@@ -1,18 +1,19 @@
 """`Kernel`: arithmetic declared once, as its paper writes it, and run where the arrays live.
 
 See docs/architecture.md, "Kernels". The equations become a NumPy evaluation (`reference`), a Numba loop (`host`) and a
-CuPy ElementwiseKernel (`cuda`); none contracts or reassociates, so all three give the same bits, NaN payloads excepted.
+CUDA kernel (`cuda`); none contracts or reassociates, so all three give the same bits, NaN payloads excepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 import numpy as np
 
 from . import cuda, host, reference
 from .equations import parse
+from .gpu import is_device
 from .storage import STORAGES, Storage, storage_of, storages_of
 
 # numpy.ndarray.flags.num: C contiguous, aligned; and writeable for what is assigned. One look instead of three.
@@ -76,10 +77,13 @@ class Kernel:
 
     def prepare(self, like: Any) -> None:
         """Compile for arrays of the dtype of ``like`` (n,), so that the first call is no slower than the others."""
+        if is_device(like):
+            cuda.prepare(self.name, self.equations, like)
+            return
         self(*[like[:0].copy() for _ in self.equations.arrays], *[0.0 for _ in self.equations.scalars])
 
     def __call__(self, *operands: Any, **scalars: float) -> int:
-        """Runs the kernel in place on NumPy or CuPy arrays.
+        """Runs the kernel in place on NumPy arrays, or on CuPy arrays of one GPU, on CuPy's current stream.
 
         Args:
             *operands: the arrays in declared order: 1-D, contiguous, of one length; float16, bfloat16, float32 or
@@ -87,7 +91,9 @@ class Kernel:
             **scalars: the other scalars by name.
 
         Returns:
-            How many elements the guard has replaced; 0 without a guard.
+            How many elements the guard has replaced; 0 without a guard. On a GPU the kernel has begun, no more, and
+            what a guarded one returns is a `cuda.Rejected`, which stands for that int: it adds up without waiting, and
+            ``int()`` of it, its truth, or a comparison waits for the GPU.
 
         Raises:
             ValueError: the operands do not fit the declaration.
@@ -130,7 +136,7 @@ class Kernel:
         return host.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
 
     def cuda_source(self, dtypes: Any) -> str:
-        """Self-contained CUDA C around the loop body that CuPy compiles, for one dtype or a tuple of them."""
+        """The CUDA C that CuPy compiles, self-contained, for one dtype or a tuple with one for each array."""
         return cuda.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
 
     def __repr__(self) -> str:
@@ -163,13 +169,12 @@ class Kernel:
 
     def _elsewhere(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
         """Arrays that are not plain, valid NumPy arrays: subclasses such as memmap, CuPy's, and mistakes."""
-        if all(isinstance(array, np.ndarray) for array in arrays):
-            if all(type(array) is np.ndarray for array in arrays):
-                self._refuse(arrays)
-            return self(*[np.asarray(array) for array in arrays], *scalars)
-        if not all(hasattr(array, "__cuda_array_interface__") for array in arrays):
+        if is_device(arrays[0]):
+            # A Rejected is not an int, but does what is done with one.
+            return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
+        if not all(isinstance(array, np.ndarray) for array in arrays) or all(type(a) is np.ndarray for a in arrays):
             self._refuse(arrays)
-        return cuda.run(self.name, self.equations, arrays, scalars)
+        return self(*[np.asarray(array) for array in arrays], *scalars)
 
     def _refuse(self, arrays: Sequence[Any]) -> NoReturn:
         shape = getattr(arrays[0], "shape", None)
