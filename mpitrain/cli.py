@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpitrain.collectives.transport import TRANSPORTS
 from mpitrain.errors import HEARD_SECONDS, UsageError
 from mpitrain.version import __version__
 
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what this MPI, these GPUs and this machine can do, and what will be used")
     info.add_argument("--json", action="store_true", help="one JSON document")
+    info.add_argument(
+        "--probe",
+        action="store_true",
+        help="try again which operations of this MPI work with which memory (on several ranks tried once in any case)",
+    )
     info.set_defaults(run=_info)
 
     methods = commands.add_parser("algorithms", help="every method, its paper and its settings")
@@ -131,6 +137,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--average", metavar="KIND", help="evaluate an average of the iterates: polyak or moving:RATE (default: none)")
     add("--seed", type=int, help="of everything random (default: 0)")
     add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add(
+        "--transport",
+        choices=TRANSPORTS,
+        help="of vectors on GPUs: auto takes what works best; the others force one (default: auto)",
+    )
     add("--sampling", choices=("independent", "sharded"), help="does each rank draw from all data, or from its part")
     add("--augment", action="store_true", default=None, help="random crops and flips of photographs")
     add("--evaluate-every", type=int, metavar="STEPS", help="of rank 0 (default: an epoch)")
@@ -190,7 +201,7 @@ def _train(args: argparse.Namespace) -> int:
             return fail(str(error), on_all_ranks=True)
         init()  # a folder may be missing on one node only: the ranks have to meet, so that this one can end all
         raise
-    world = init(config.device)
+    world = init(config.device, config.transport)
     check_replica_size(config.replica_size, world)
     if world.rank == 0:
         for text in warnings_of(config, world.size // config.replica_size):
@@ -253,13 +264,16 @@ def _algorithms(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from mpitrain.collectives.probe import of_hosts
     from mpitrain.collectives.world import init
     from mpitrain.info import describe, show
 
     world = init()
+    probes = of_hosts(world, again=args.probe)
     document = describe(world)
     if world.rank == 0:
-        print(json.dumps(document) if args.json else show(document))
+        whole = {**document, "probes": [probe.document() for probe in probes]}
+        print(json.dumps(whole) if args.json else show(document, probes))
     return 0
 
 

@@ -60,9 +60,23 @@ def test_a_run_leaves_its_plots_and_can_be_reported_again(trained: tuple[Path, s
     assert json.loads(stdout.splitlines()[-1])["runs"][0]["algorithm"] == "easgd"
 
 
-def test_info_of_several_ranks_is_one_document(tmp_path: Path) -> None:
+def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # with host memory only: every crash with a GPU's costs a start
     _, stdout, stderr = split(3, tmp_path, "info", "--json")
-    assert json.loads(stdout)["world"]["ranks"] == 3
+    document = json.loads(stdout)
+    assert document["world"]["ranks"] == 3
+    assert stderr.startswith("mpitrain: trying what this MPI does")
+    assert stderr.count("\n") == 1
+    [probe] = document["probes"]
+    assert {row["host"]["verdict"] for row in probe["outcomes"].values()} == {"ok"}
+    _, stdout, stderr = split(3, tmp_path, "info", "--json")
+    assert json.loads(stdout)["probes"] == [probe]
+    assert stderr == ""
+    _, stdout, stderr = split(0, tmp_path, "info")
+    assert f"measured {probe['measured']}" in stdout
     assert stderr == ""
 
 

@@ -40,7 +40,7 @@ EXEMPT = ("__init__",)
 
 # Where a library may be imported. One that is not named may be imported anywhere.
 LIBRARIES = {
-    "cupy": ("kernels.cuda", "collectives.device"),
+    "cupy": ("kernels.cuda", "kernels.gpu", "collectives.device", "collectives.probe_child"),
     "greenlet": ("collectives.simulated",),
     "h5py": ("checkpoint", "data", "info", "metrics", "report"),
     "matplotlib": ("report",),
