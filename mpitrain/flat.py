@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from mpitrain import kernels
 from mpitrain.errors import UsageError
+from mpitrain.kernels.gpu import is_device
 
 ALIGN_BYTES = 64
 
@@ -66,26 +68,37 @@ class FlatParameters:
             self.segments.append(slice(begin, end))
         self.n = end
         self.layers = tuple(slice(place.start, place.start + place.parameter.numel()) for place in self.places)
+        self._hooks: list[Any] = []
         self.n_parameters = sum(place.parameter.numel() for place in self.places)
 
     @property
     def may_be_fused(self) -> bool:
         """Whether the kernels can make the local update: on the host, and not in 16 bits: torch rounds more there."""
-        return self.places[0].parameter.device.type == "cpu" and self.torch_dtype.itemsize >= 4
+        return self.device.type == "cpu" and self.torch_dtype.itemsize >= 4
 
-    def attach(self, x: np.ndarray, g: np.ndarray, *, staged: bool = False) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.places[0].parameter.device
+
+    @property
+    def compute_stream(self) -> int:
+        """The address of the stream on which torch computes now; 0 on the host."""
+        return int(torch.cuda.current_stream(self.device).cuda_stream) if self.device.type == "cuda" else 0
+
+    def attach(self, x: Any, g: Any, *, staged: bool = False) -> None:
         """Move the parameters into ``x`` (n,) and their gradients into ``g`` (n,): the tensors become views.
 
-        Parameters on another device than the host become views into vectors there, and ``x`` and ``g`` are their
-        copies in host memory: ``to_host`` and ``to_device`` carry one to the other.
+        Parameters on a GPU while ``x`` and ``g`` are in host memory become views into vectors there, and ``x`` and
+        ``g`` are their copies: ``to_host`` and ``to_device`` carry one to the other.
 
         Args:
-            x, g: Zeros, in host memory.
+            x, g: Zeros, in host memory or in that of the parameters' GPU.
             staged: Keep copies although the parameters are on the host.
         """
         self._host_x, self._host_g = _as_tensor(x, self.torch_dtype), _as_tensor(g, self.torch_dtype)
-        device = self.places[0].parameter.device
-        self.staged = staged or device.type != "cpu"
+        device = self.device
+        self.staged = staged or device.type != self._host_x.device.type
         self._x = torch.zeros_like(self._host_x, device=device) if self.staged else self._host_x
         self._g = torch.zeros_like(self._host_g, device=device) if self.staged else self._host_g
         with torch.no_grad():
@@ -122,6 +135,7 @@ class FlatParameters:
 
     def collect_gradients(self) -> None:
         """Bring gradients back into the vector that were allocated elsewhere (after ``model.zero_grad()``)."""
+        elsewhere = []
         for place, view in zip(self.places, self._gradients, strict=True):
             grad = place.parameter.grad
             if grad is view:
@@ -129,8 +143,45 @@ class FlatParameters:
             if grad is None:
                 view.zero_()
             elif grad.data_ptr() != view.data_ptr():
-                self._copy(view, grad)
+                elsewhere.append((view, grad))
             place.parameter.grad = view
+        if elsewhere and self.device.type == "cuda":  # one launch instead of one for each tensor
+            torch._foreach_copy_([view for view, _ in elsewhere], [grad for _, grad in elsewhere])
+            return
+        for view, grad in elsewhere:
+            self._copy(view, grad)
+
+    def when_ready(self, ready: Callable[[int], object], complete: Callable[[], object]) -> None:
+        """Be told of gradients during backward passes, until ``detach``.
+
+        Args:
+            ready: Called with the number of a layer whose gradient is in the vector.
+            complete: Called at the end of a backward pass, when all are.
+        """
+        engine: Any = torch.autograd.Variable._execution_engine
+        is_expected = False
+
+        def end() -> None:
+            nonlocal is_expected
+            is_expected = False
+            with torch.no_grad():
+                self.collect_gradients()
+                complete()
+
+        def hook(layer: int, parameter: torch.nn.Parameter) -> None:
+            nonlocal is_expected
+            if not is_expected:
+                is_expected = True
+                engine.queue_callback(end)
+            view, grad = self._gradients[layer], parameter.grad
+            if grad is not None and grad is not view:
+                with torch.no_grad():
+                    self._copy(view, grad)
+                parameter.grad = view
+            ready(layer)
+
+        for layer, place in enumerate(self.places):
+            self._hooks.append(place.parameter.register_post_accumulate_grad_hook(partial(hook, layer)))
 
     def _copy(self, view: torch.Tensor, grad: torch.Tensor) -> None:
         """``view.copy_(grad)``; on the host our kernel does it in a third of torch's time."""
@@ -140,7 +191,7 @@ class FlatParameters:
             view.copy_(grad)
 
     @contextmanager
-    def holding(self, vector: np.ndarray) -> Iterator[None]:
+    def holding(self, vector: Any) -> Iterator[None]:
         """The model's parameters are views into ``vector`` (n,) inside; its own vector stays as it is."""
         other = _as_tensor(vector, self.torch_dtype).to(self._x.device)
         for place in self.places:
@@ -153,6 +204,8 @@ class FlatParameters:
 
     def detach(self) -> None:
         """Give the parameters memory of their own again, with the values they have."""
+        for hook in self._hooks:
+            hook.remove()
         for place in self.places:
             place.parameter.data = place.parameter.data.clone()
             place.parameter.grad = None
@@ -196,8 +249,13 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return np.dtype(known[dtype])
 
 
-def _as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def _as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """The same memory as a tensor."""
+    if is_device(array):
+        tensor: torch.Tensor = torch.from_dlpack(  # type: ignore[attr-defined]
+            array.view(np.uint16) if dtype == torch.bfloat16 else array
+        )
+        return tensor.view(dtype)
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

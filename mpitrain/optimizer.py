@@ -11,7 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ from mpitrain.collectives.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.flat import FlatParameters, for_each_state_tensor
 from mpitrain.fused_sgd import FusedSGD, is_plain_sgd
+from mpitrain.kernels import gpu
 from mpitrain.replica import ReplicaGroup, check_replica_size
 
 MOST_LOOKED_AT = 32
@@ -92,11 +93,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat = FlatParameters(base.param_groups)
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with_base()
-        self._comm = MPICommunicator(self.world)
+        on_gpu = self._flat.device.type == torch.device(self.world.device).type
+        self._gpu = self.world.gpu if on_gpu and replica_size == 1 and not method.on_host else None
+        self._comm = MPICommunicator(self.world, on_host=self._gpu is None)
         self.statistics: Statistics = self._comm.statistics
         for_each_state_tensor(model, self._comm.broadcast)
         self._replica_size = replica_size
-        fuses = not method.owns_update and is_plain_sgd(base) and self._flat.may_be_fused
+        fuses = self._gpu is None and not method.owns_update and is_plain_sgd(base) and self._flat.may_be_fused
         self._one_a_node = fuses and method.one_a_node and replica_size == 1
         self._group = ReplicaGroup(
             self._comm, replica_size, self._flat.n, self._flat.dtype, one_a_node=self._one_a_node
@@ -105,8 +108,31 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat.attach(self._x, self._group.g.local)
         self._local = FusedSGD(base, self._flat, self._x) if fuses and not self._one_a_node else None
         self._needs_gradient = method.needs_gradient or self._flat.staged or replica_size > 1
-        self._comm.barrier()
         self._worker: Worker | None = None  # of a group, its first rank has it
+        with self._exchanging():
+            self._make_worker(method, seed, average, fitness)
+        if method.takes_gradients_early and replica_size == 1 and not self._flat.staged:
+            self._flat.when_ready(self._gradient_ready, self._gradient_complete)
+        self._scratch: Any = None
+        self.exchange_seconds = 0.0
+
+    def _gradient_ready(self, layer: int) -> None:
+        assert self._worker is not None
+        with self._exchanging():
+            self._worker.gradient_ready(layer)
+
+    def _gradient_complete(self) -> None:
+        assert self._worker is not None
+        began = time.perf_counter()
+        with self._exchanging():
+            self._worker.gradient_complete()
+        self.exchange_seconds += time.perf_counter() - began
+
+    def _make_worker(
+        self, method: Method, seed: int, average: Average | None, fitness: Callable[[], float] | None
+    ) -> None:
+        """Collective."""
+        self._comm.barrier()
         if self._group.workers is not None:
             held_out = None if fitness is None else self._fitness_of(fitness)
             replica = Replica(
@@ -122,8 +148,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if average is not None:
                 self._worker = average.carry(self._worker, replica)
             self._group.open_desk(self._worker.consensus)
-        self._scratch: np.ndarray | None = None
-        self.exchange_seconds = 0.0
+
+    def _exchanging(self) -> AbstractContextManager[None]:
+        """What the worker does on a GPU belongs in here."""
+        return nullcontext() if self._gpu is None else self._gpu.exchanging(self._flat.compute_stream)
 
     @property
     def group(self) -> World | None:
@@ -181,7 +209,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat.to_host()
         mean_loss = self._group.average(float(loss) if self.method.needs_loss and loss is not None else None)
         if self._worker is not None:
-            with self._group.busy:
+            with self._group.busy, self._exchanging():
                 owns_update = self.method.owns_update or self._one_a_node
                 self._worker.step(segments, None if owns_update else self._local_update, mean_loss)
         self._group.share()
@@ -221,6 +249,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat.to_device()
         if self._local is not None and is_plain_sgd(self._base):
             self._local.step()
+        elif self._gpu is not None:
+            with self._gpu.computing(self._flat.compute_stream):
+                self._base.step()
         else:
             self._base.step()
         self._flat.to_host()
@@ -232,17 +263,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         Local: one rank alone may enter, at any time, while the others train on. Exact between two barriers.
         """
-        with self._flat.holding(self.consensus_vector()):
+        with self._flat.holding(self._consensus()):
             yield
 
     def consensus_vector(self) -> np.ndarray:
         """(n,) what the method evaluates, as ``consensus`` would show it; overwritten by the next call. Local."""
+        return gpu.to_host(self._consensus())
+
+    def _consensus(self) -> Any:
+        """The same where the worker's vectors are."""
         if self._scratch is None:
-            self._scratch = np.zeros(self._flat.n, self._flat.dtype)
+            self._scratch = np.zeros_like(self._x)
         if self._worker is None:
             self._group.ask(self._scratch)
         else:
-            with self._group.busy:
+            with self._group.busy, self._exchanging():
                 self._worker.consensus(self._scratch)
         return self._scratch
 
@@ -266,8 +301,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         comm = self._worker.comm
         peers = range(0, comm.size, -(-comm.size // MOST_LOOKED_AT))
         squares: list[float] = []
-        for peer in peers:
-            comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(x, vector)))
+        with self._exchanging():
+            for peer in peers:
+                comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(gpu.to_host(x), vector)))
         mean = float(np.mean(squares))
         rho = self.method.elastic_coefficient(comm.size, float(self.param_groups[0]["lr"]))
         return math.sqrt(mean), rho / 2 * comm.size * mean
@@ -281,7 +317,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return {
             "algorithm": self.method.name,
             "replica_size": self._replica_size,
-            "parameters": self._x.copy(),
+            "parameters": _copy(self._x),
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
             "method": self._method_state(),
         }
@@ -290,8 +326,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """A copy of what the worker has; nothing on a rank that is not the first of its group."""
         if self._worker is None:
             return {}
-        with self._group.busy:
-            return {name: value.copy() if hasattr(value, "copy") else value for name, value in self._worker.state()}
+        with self._group.busy, self._exchanging():
+            return {name: _copy(value) if hasattr(value, "copy") else value for name, value in self._worker.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from this rank's part of a state. Collective.
@@ -317,13 +353,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._share_with_base()
         if self._local is not None:
             self._local.adopt_state()
-        self._x[...] = parameters
-        self._flat.to_device()
-        self._comm.barrier()
-        if self._worker is not None:
-            with self._group.busy:
-                self._worker.load(state_dict["method"])
-        self._comm.barrier()
+        with self._exchanging():
+            gpu.assign(self._x, parameters)
+            self._flat.to_device()
+            self._comm.barrier()
+            if self._worker is not None:
+                with self._group.busy:
+                    self._worker.load(state_dict["method"])
+            self._comm.barrier()
 
     def close(self) -> None:
         """Give the shared memory back; the model keeps its parameters. Collective; once is enough."""
@@ -348,6 +385,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.param_groups = self._base.param_groups
         self.state = self._base.state
         self.defaults = self._base.defaults
+
+
+def _copy(array: Any) -> np.ndarray:
+    """A copy in host memory."""
+    copied: np.ndarray = array.get() if gpu.is_device(array) else array.copy()
+    return copied
 
 
 def _square_distance(a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> float:

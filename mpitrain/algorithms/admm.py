@@ -127,7 +127,7 @@ class ADMMWorker(Worker):
         super().__init__(replica)
         self._method = method
         self._dtype = np.promote_types(self.x.local.dtype, np.float32)
-        self._lam = np.zeros(self.x.local.size, self._dtype)
+        self._lam = np.zeros_like(self.x.local, dtype=self._dtype)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock and the multiplier."""
@@ -137,7 +137,7 @@ class ADMMWorker(Worker):
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
         super().load(state)
-        self._lam[...] = state["multiplier"]
+        kernels.assign(self._lam, state["multiplier"])
 
 
 class SynchronousADMMWorker(ADMMWorker):
@@ -176,7 +176,7 @@ class SynchronousADMMWorker(ADMMWorker):
     def load(self, state: dict[str, Any]) -> None:
         """Local."""
         super().load(state)
-        self._c.local[...] = state["center"]
+        kernels.assign(self._c.local, state["center"])
 
 
 class TurnADMMWorker(ADMMWorker):
@@ -190,9 +190,10 @@ class TurnADMMWorker(ADMMWorker):
         x, size = self.x.local, self.comm.size
         self._rows = ("center",) if method.arrivals == 1 else ("center", "mean")
         self._center = self.comm.shared_vector(x.size, self._dtype, rows=len(self._rows))
-        self._s = x.astype(self._dtype)
+        self._s = np.zeros_like(x, dtype=self._dtype)
+        kernels.copy(self._s, x)
         self._segments: list[Segment] = []
-        self._clock = self.comm.vector(1, np.float64)
+        self._clock = self.comm.numbers(1)
         self._seen = [0.0] * size
         self._awaited = self._who_comes_before()
         nothing = [self._s[:0].copy() for _ in self._rows]
@@ -234,7 +235,7 @@ class TurnADMMWorker(ADMMWorker):
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
         super().load(state)
-        self._s[...] = state["contribution"]
+        kernels.assign(self._s, state["contribution"])
         self._clock.local[0] = self.t
         self._seen = [0.0] * self.comm.size
         self._seed(state)

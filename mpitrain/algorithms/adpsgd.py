@@ -150,7 +150,8 @@ class ADPSGDWorker(Worker):
         """Fill this worker's mailbox. Collective: afterwards those of all are filled."""
 
         def fill(box: Any, tags: np.ndarray) -> None:
-            box[...], tags[AVERAGED] = x, averaged
+            kernels.assign(box, x)
+            tags[AVERAGED] = averaged
 
         self._boxes.update(self.comm.rank, fill)
         self.comm.barrier()

@@ -136,4 +136,4 @@ class EarlyWorker(ElasticWorker):
         """Collective."""
         super().load(state)
         self._n_local = int(state["n_local"])
-        self._remembered.seen[...] = state["seen"]
+        kernels.assign(self._remembered.seen, state["seen"])

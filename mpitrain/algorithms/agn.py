@@ -100,5 +100,5 @@ class MeanGradientWorker(CenterWorker):
 
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
-        self._v[...] = state["gathered"]
+        kernels.assign(self._v, state["gathered"])
         super().load(state)

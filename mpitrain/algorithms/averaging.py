@@ -149,5 +149,5 @@ class AveragedWorker(Worker):
         """Collective."""
         self._worker.load(state)
         self.t = self._worker.t
-        self._z.local[...] = state["average_of_iterates"]
+        kernels.assign(self._z.local, state["average_of_iterates"])
         self.comm.barrier()

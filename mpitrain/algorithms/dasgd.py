@@ -113,5 +113,5 @@ class DaSGDWorker(PeriodicWorker):
             self._under_way.finish()
             self._under_way = None
         if "snapshot" in state:
-            self._snapshot[...] = state["snapshot"]
+            kernels.assign(self._snapshot, state["snapshot"])
             self._begin()

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mpitrain import kernels
 from mpitrain.algorithms.elastic import ElasticMethod, ElasticWorker
 from mpitrain.algorithms.method import Replica, Segment, setting
@@ -55,7 +57,7 @@ class EAMSGDWorker(ElasticWorker):
 
     def __init__(self, method: EAMSGD, replica: Replica) -> None:
         self._y = replica.x.local
-        self._x, self._v = self._y.copy(), self._y * 0
+        self._x, self._v = self._y.copy(), np.zeros_like(self._y)
         super().__init__(method, replica, method.center(replica), position=self._x)
         self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
 
@@ -81,5 +83,5 @@ class EAMSGDWorker(ElasticWorker):
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
         super().load(state)
-        self._x[...] = state["position"]
-        self._v[...] = state["velocity"]
+        kernels.assign(self._x, state["position"])
+        kernels.assign(self._v, state["velocity"])

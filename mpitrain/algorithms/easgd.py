@@ -133,6 +133,6 @@ class OverlappedWorker(ElasticWorker):
         super().load(state)
         self._under_way = None
         if "under_way" in state:
-            self._moved[...] = state["under_way"]
+            kernels.assign(self._moved, state["under_way"])
             self._under_way = self.comm.start(lambda: None)  # the center has it
             self._settle()

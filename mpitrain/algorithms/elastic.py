@@ -332,7 +332,7 @@ class SynchronousCenter:
 
     def load(self, state: dict[str, Any]) -> None:
         """Local."""
-        self._c[...] = state["center"]
+        kernels.assign(self._c, state["center"])
 
     def _sum(self, x: Any) -> None:
         self._s.local[...] = x

@@ -148,7 +148,7 @@ class GoSGDWorker(Worker):
         self._w = float(state["push_weight"])
 
         def fill(box: Any, tags: np.ndarray) -> None:
-            box[...] = state["inbox"]
+            kernels.assign(box, state["inbox"])
             tags[WEIGHT] = state["inbox_weight"]
 
         self._boxes.update(self.comm.rank, fill)

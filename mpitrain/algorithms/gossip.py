@@ -172,7 +172,7 @@ class PushWorker(GossipWorker):
         super().load(state)
 
         def fill(box: Any, tags: np.ndarray) -> None:
-            box[...] = state["inbox"]
+            kernels.assign(box, state["inbox"])
             tags[COUNT] = state["inbox_count"]
 
         self._boxes.update(self.comm.rank, fill)

@@ -71,9 +71,9 @@ class GPUASGDWorker(DisplacementWorker):
     def __init__(self, method: GPUASGD, replica: Replica) -> None:
         super().__init__(method, replica)
         self._waits = method.warm_start_steps > 0 and self.comm.rank > 0
-        self._made = self.comm.vector(1, np.float64)  # client 0 shows its steps
+        self._made = self.comm.numbers(1)  # client 0 shows its steps
         self._seen = np.zeros(1)
-        self._join(slice(0, 0), np.zeros(0, self._dtype))  # compiled now
+        self._join(slice(0, 0), np.zeros_like(self.x.local, dtype=self._dtype, shape=0))  # compiled now
         self.comm.barrier()
 
     def step(

@@ -242,7 +242,7 @@ class LSGDWorker(Worker):
         for name, following in (("group", self._group), ("all", self._all)):
             following.leader = int(state[f"{name}_leader"])
             if following.z.size:
-                following.z[...] = state[f"{name}_leader_parameters"]
+                kernels.assign(following.z, state[f"{name}_leader_parameters"])
 
 
 class SynchronousLSGDWorker(LSGDWorker):
@@ -281,7 +281,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
         super().__init__(method, replica)
         x = self.x.local
         self._boxes = self.comm.mailboxes(x.size, x.dtype, slots=2)
-        self._shown = self.comm.vector(3, np.float64)
+        self._shown = self.comm.numbers(3)
         self._board = np.zeros((self.comm.size, 3))
         if method.grad_point == "pre":
             self._group.round = self._all.round = -1  # the first exchange is before the first step

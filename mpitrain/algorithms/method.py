@@ -104,8 +104,8 @@ class Method(ABC):
             optimizer only lends its learning rates and weight decays).
         needs_loss: Whether ``step`` must be given the loss.
         needs_gradient: Whether ``step`` must find the gradient in ``g``, for more than the local update.
-        one_a_node: Whether all workers hold the same parameters after every step, so that those of a node can hold one
-            copy between them. Where the local update is torch.optim.SGD's, they then do, and the worker makes it.
+        on_host: Whether it computes with its vectors otherwise than by kernels, and so needs them in host memory.
+            Parameters on a GPU are then copied there and back at every step.
         evaluates_history: Whether what it evaluates is an average over the past, which moves on when the workers rest.
         learning_rate_factor: How much larger its learning rate should be than that of SGD with momentum 0.9; a default
             for comparisons, which nothing applies by itself.
@@ -121,7 +121,7 @@ class Method(ABC):
     owns_update: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
-    one_a_node: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -139,6 +139,22 @@ class Method(ABC):
     def is_synchronous(self) -> bool:
         """Whether workers wait for each other in ``step``: then all of them must make the same number of steps."""
         return True
+
+    @property
+    def one_a_node(self) -> bool:
+        """Whether all workers hold the same parameters after every step, so that those of a node can hold one copy.
+
+        Where the local update is torch.optim.SGD's, they then do, and the worker makes it.
+        """
+        return False
+
+    @property
+    def takes_gradients_early(self) -> bool:
+        """Whether the worker is told during the backward pass which parts of the gradient are there.
+
+        After ``gradient_complete`` the gradient in ``g``, which is that of the parameters, is what it has made of it.
+        """
+        return False
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """What is outside a region in which the method is proved to work, one line each.
@@ -242,6 +258,12 @@ class Worker(ABC):
             self.update_all(segments)
         self.after_update()
         self.t += 1
+
+    def gradient_ready(self, layer: int) -> None:  # noqa: B027 - not every method has something to do here
+        """During a backward pass: the gradient of ``replica.layers[layer]`` is in ``g``."""
+
+    def gradient_complete(self) -> None:  # noqa: B027 - not every method has something to do here
+        """The backward pass is at its end, and all of the gradient is in ``g``."""
 
     def before_update(self) -> None:  # noqa: B027 - not every method has something to do here
         """What happens with the gradient known and the local update not yet made."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain import kernels
 from mpitrain.collectives.blocks import N_TAGS
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.collectives.mailboxes import SEQUENCE_TAG
@@ -123,7 +124,7 @@ class Neighbours:
         yield "message_tags", tags
         yield "due", json.dumps(self._due)
         if self._overlap:
-            yield "messages", np.stack([self._copy(step % self._slots) for step in self._late_steps()])
+            yield "messages", np.stack([kernels.to_host(self._copy(step % self._slots)) for step in self._late_steps()])
 
     def load(self, t: int, state: dict[str, Any]) -> None:
         """Continue at step t. Collective."""
@@ -135,7 +136,7 @@ class Neighbours:
             def fill(box: Any, tags: np.ndarray, slot: int = slot) -> None:
                 tags[:] = state["message_tags"][slot]
                 if slot in rows:
-                    box[...] = rows[slot]
+                    kernels.assign(box, rows[slot])
 
             self._boxes.update(self._comm.rank, fill, slot)
         self._comm.barrier()

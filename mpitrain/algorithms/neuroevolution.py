@@ -82,6 +82,7 @@ class NeuroevolutionSGD(Method):
     summary: ClassVar[str] = "a population of models: local SGD, crossover of the best, too similar ones suppressed"
     source: ClassVar[str] = "our reconstruction of Zhang, Hao, Gao, Wei, Tang 2020, arXiv 2012.11184 (abstract)"
     communication: ClassVar[str] = "at most 2/tau received (a child's parents)"
+    on_host: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 25})

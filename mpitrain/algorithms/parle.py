@@ -195,10 +195,10 @@ class InnerLoopWorker(Worker):
     def load(self, state: dict[str, Any]) -> None:
         """Local."""
         super().load(state)
-        self._x[...] = state["position"]
-        self._z[...] = state["running_average"]
-        self._u[...] = state["outer_velocity"]
-        self._v[...] = state["inner_velocity"]
+        kernels.assign(self._x, state["position"])
+        kernels.assign(self._z, state["running_average"])
+        kernels.assign(self._u, state["outer_velocity"])
+        kernels.assign(self._v, state["inner_velocity"])
 
 
 class EntropyWorker(InnerLoopWorker):
@@ -256,4 +256,4 @@ class ParleWorker(InnerLoopWorker):
     def load(self, state: dict[str, Any]) -> None:
         """Local."""
         super().load(state)
-        self._r.local[...] = state["reference"]
+        kernels.assign(self._r.local, state["reference"])

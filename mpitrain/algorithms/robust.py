@@ -64,6 +64,7 @@ class RobustSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
     communication: ClassVar[str] = COMMUNICATION
+    on_host: ClassVar[bool] = True
 
     def tolerated(self, size: int) -> int:
         """f among ``size`` workers.

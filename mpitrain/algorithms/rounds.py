@@ -83,5 +83,5 @@ class OuterWorker(PeriodicWorker):
     def load(self, state: dict[str, Any]) -> None:
         """Local."""
         super().load(state)
-        self._theta[...] = state["outer_parameters"]
-        self._momentum[...] = state["outer_momentum"]
+        kernels.assign(self._theta, state["outer_parameters"])
+        kernels.assign(self._momentum, state["outer_momentum"])

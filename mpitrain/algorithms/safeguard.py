@@ -85,6 +85,7 @@ class SafeguardSGD(Method):
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
     communication: ClassVar[str] = COMMUNICATION
+    on_host: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"short_window": 50, "long_window": 150})
     metrics: ClassVar[tuple[str, ...]] = ("n_good", "removed_at", "n_undecided")
 

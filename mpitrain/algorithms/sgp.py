@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mpitrain import kernels
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.algorithms.neighbours import Neighbours
@@ -90,7 +88,7 @@ class SGPWorker(Worker):
         super().__init__(replica)
         z, graph = self.x.local, method.graph(self.comm.size)
         self._w = 1.0
-        self._shown = self.comm.vector(1, np.float64)  # w, for the consensus of peers
+        self._shown = self.comm.numbers(1)  # w, for the consensus of peers
         # All w_i stay 1; without this they would only to rounding.
         self._stays_one = method.overlap == 0 and is_regular(graph)
         self._neighbours = Neighbours(self.comm, graph, z, method.overlap)

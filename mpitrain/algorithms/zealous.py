@@ -64,7 +64,7 @@ class ZealousWorker(DisplacementWorker):
 
     def __init__(self, method: ZealousDownpour, replica: Replica) -> None:
         super().__init__(method, replica)
-        self._visiting = self.comm.vector(1, np.float64)
+        self._visiting = self.comm.numbers(1)
         self._seen = np.zeros(1)
         self.comm.barrier()
 

@@ -11,13 +11,18 @@ Across nodes::
     3. each writes its slice to all ranks of its node
 
 The order of summation depends on the rank numbers only, so every rank gets the same bits, at every run.
+
+Vectors in GPU memory are summed the same way where the ranks of a node map each other's, by one kernel a rank; what
+crosses nodes then goes by way of the host, or from the device where MPI is known to do that. Where nothing maps them
+they are summed in their mirrors in host memory, in chunks: one is summed while the next is on its way there.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,10 +30,13 @@ from mpi4py import MPI
 
 from mpitrain import kernels
 from mpitrain.collectives import ring
+from mpitrain.collectives.device_memory import DeviceWindow
 from mpitrain.collectives.meeting import Meeting
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import split
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.collectives.transport import Transport
+from mpitrain.kernels import gpu
 from mpitrain.kernels.declare import as_bits
 from mpitrain.kernels.meeting import LOOK_ONCE, sum_together
 from mpitrain.kernels.reductions import DIRECT, MOST
@@ -41,6 +49,11 @@ LARGEST_COUNT = 1 << 30
 
 RING_BYTES = 1 << 17
 """Bytes of a part from which a ring is faster than MPI_Allreduce, which has fewer round trips."""
+
+CHUNK_BYTES = 8 << 20
+"""Of device memory that is summed by way of the host: a fraction of a millisecond on its way there."""
+
+AnyWindow = Window | DeviceWindow
 
 BLOCK = 1 << 17
 """Elements that a rank sums at a time for somebody who uses the sum at once: they are then still in its cache."""
@@ -57,28 +70,43 @@ class AllReduce:
     def __init__(self, world: World, statistics: Statistics) -> None:
         self._world = world
         self._statistics = statistics
-        self._sums: dict[tuple[int, np.dtype], np.ndarray] = {}  # what crosses nodes, kept from call to call
-        self._rooms: dict[tuple[int, np.dtype], np.ndarray] = {}
+        self._rooms: dict[tuple[str, bool, int, np.dtype], Any] = {}  # of what crosses nodes, kept from call to call
         self._meeting: Meeting | None = None
-        self._plans: WeakKeyDictionary[Window, Plan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[AnyWindow, Plan] = WeakKeyDictionary()
 
-    def __call__(self, window: Window, *, scale: float = 1.0) -> None:
-        """Replace every rank's array by ``scale`` times the sum of all. Collective."""
+    def __call__(self, window: AnyWindow, part: slice | None = None, *, scale: float = 1.0) -> None:
+        """Replace every rank's array, or a part of it, by ``scale`` times the sum of all. Collective."""
         world, statistics = self._world, self._statistics
-        n, itemsize = window.local.size, window.dtype.itemsize
+        plan = self._plans.get(window) if part is None else None
+        part = part or slice(0, window.local.size)
         statistics.n_exchanges += 1
-        statistics.bytes_sent += 2 * (world.size - 1) * n * itemsize // world.size
+        statistics.bytes_sent += 2 * (world.size - 1) * (part.stop - part.start) * window.dtype.itemsize // world.size
         if world.size == 1:
             if scale != 1.0:
-                kernels.scale(window.local, scale)
-            return
-        plan = self._plans.get(window)
-        if plan is not None:
+                kernels.scale(window.local[part], scale)
+        elif plan is not None:
             plan(scale)
-            return
+        elif isinstance(window, Window) or self._transport.maps:
+            self._in_place(window, part, scale)
+        elif self._transport.sums:
+            self._by_mpi(window.local[part], scale)
+        else:
+            assert window.mirror is not None
+            self._in_mirrors(window, window.mirror, part, scale)
+
+    @property
+    def _transport(self) -> Transport:
+        """Of vectors on GPUs."""
+        assert self._world.transport is not None
+        return self._world.transport
+
+    def _in_place(self, window: AnyWindow, part: slice, scale: float) -> None:
+        """Sum a part of all arrays, which the ranks of a node reach where they lie. Collective."""
+        world = self._world
         self._arrive(window)
         if world.local_rank < world.n_rails:  # on a single node: every rank
-            mine = self.slice_of(n)
+            mine = self.slice_of(part.stop - part.start)
+            mine = slice(part.start + mine.start, part.start + mine.stop)
             peers = [peer[mine] for rank in world.node_ranks if (peer := window.of(rank)) is not None]
             if world.n_nodes == 1 and world.size <= MOST:
                 kernels.reduce_broadcast(peers, scale)
@@ -87,15 +115,44 @@ class AllReduce:
                 sum_in_groups(total, peers, scale)
                 self._cross(total)
                 for peer in peers:
-                    peer[...] = total
+                    kernels.copy(peer, total)
         self._arrive(window)
 
-    def prepare(self, window: Window) -> None:
+    def _in_mirrors(self, window: DeviceWindow, mirror: Window, part: slice, scale: float) -> None:
+        """Sum what lies in device memory by way of the host. Collective."""
+        device, step = gpu.current(), max(CHUNK_BYTES // window.dtype.itemsize, 1)
+        chunks = [slice(at, min(at + step, part.stop)) for at in range(part.start, part.stop, step)]
+        marks = deque(device.copy_out(mirror.local[chunk], window.local[chunk]) for chunk in chunks[:1])
+        for k, chunk in enumerate(chunks):
+            for following in chunks[k + 1 : k + 2]:
+                marks.append(device.copy_out(mirror.local[following], window.local[following]))
+            device.wait_for(marks.popleft())
+            self._in_place(mirror, chunk, scale)
+            device.copy(window.local[chunk], mirror.local[chunk])
+
+    def _by_mpi(self, array: Any, scale: float) -> None:
+        """Let MPI sum what lies in device memory. Collective."""
+        total = array if array.dtype.itemsize >= 4 else self._sum_of(array)
+        if total is not array:
+            kernels.copy(total, array)
+        gpu.settle(total)
+        for at in range(0, total.size, LARGEST_COUNT):
+            self._world.comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
+        if scale != 1.0:
+            kernels.scale(total, scale)
+        if total is not array:
+            kernels.copy(array, total)
+
+    def prepare(self, window: AnyWindow) -> None:
         """Compile what a call will need, so that the first is no slower than the others. Collective."""
         if self._world.size == 1:
             return
         if self._meeting is None:
             self._meeting = Meeting(self._world, self._statistics)
+        if isinstance(window, DeviceWindow):
+            kernels.scale.prepare(window.local)
+            kernels.copy.prepare(window.local)
+            return
         if self._world.n_nodes == 1 and self._world.size <= DIRECT:
             self._plans[window] = Plan(self._world, window, self._meeting)
             return
@@ -110,7 +167,7 @@ class AllReduce:
         world = self._world
         return split(n, world.n_rails)[world.local_rank] if world.local_rank < world.n_rails else slice(n, n)
 
-    def reduce_slices(self, window: Window, fn: Callable[[slice, Sequence[np.ndarray]], object]) -> None:
+    def reduce_slices(self, window: AnyWindow, fn: Callable[[slice, Sequence[Any]], object]) -> None:
         """Give each rank what adds up to its slice of the sum of all arrays, which stay as they are. Collective.
 
         Args:
@@ -144,24 +201,39 @@ class AllReduce:
                 fn(part, [total])
         self._arrive(window)
 
-    def _cross(self, total: np.ndarray) -> None:
+    def _cross(self, total: Any) -> None:
         """Sum this rank's slice over the nodes. Collective over the ranks with the same local rank."""
         world = self._world
-        if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes:
+        on_gpu = gpu.is_device(total)
+        if on_gpu and not self._transport.sums:
+            device, host = gpu.current(), self._room("on the host", total, total.size)
+            device.copy(host, total)
+            device.settle()
+            self._cross(host)
+            device.copy(total, host)
+            return
+        gpu.settle(total)
+        if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
             largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
-            ring.allreduce(world.rail_comm, total, self._room(largest, total.dtype))
+            ring.allreduce(world.rail_comm, total, self._room("arriving", total, largest))
         else:
             for at in range(0, total.size, LARGEST_COUNT):
                 world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
 
-    def _room(self, n: int, dtype: np.dtype) -> np.ndarray:
-        """For what comes in from another node."""
-        if (n, dtype) not in self._rooms:
-            self._rooms[n, dtype] = np.zeros(n, dtype)
-        return self._rooms[n, dtype]
+    def _room(self, what_for: str, like: Any, n: int) -> Any:
+        """(n,) elements of the kind of ``like``, and where it is unless it is for what leaves the GPU."""
+        # MPI adds neither 16-bit type everywhere.
+        dtype = like.dtype if like.dtype.itemsize >= 4 else np.dtype(np.float32)
+        key = (what_for, gpu.is_device(like), n, dtype)
+        if key not in self._rooms:
+            if what_for == "on the host":
+                self._rooms[key] = gpu.current().page_locked(n, dtype)
+            else:
+                self._rooms[key] = np.zeros_like(like, dtype=dtype, shape=n)
+        return self._rooms[key]
 
-    def _arrive(self, window: Window) -> None:
+    def _arrive(self, window: AnyWindow) -> None:
         """Every rank of the node is here, and sees what the others have written."""
         assert self._meeting is not None
         window.sync()
@@ -174,12 +246,9 @@ class AllReduce:
             self._meeting.free()
             self._meeting = None
 
-    def _sum_of(self, mine: np.ndarray) -> np.ndarray:
-        """Room for a sum of slices like ``mine``; at least float32, since MPI adds neither 16-bit type everywhere."""
-        dtype = mine.dtype if mine.dtype.itemsize >= 4 else np.dtype(np.float32)
-        if (mine.size, dtype) not in self._sums:
-            self._sums[mine.size, dtype] = np.zeros(mine.size, dtype)
-        return self._sums[mine.size, dtype]
+    def _sum_of(self, mine: Any) -> Any:
+        """Room for a sum of slices like ``mine``; at least float32."""
+        return self._room("sum", mine, mine.size)
 
 
 class Plan:
@@ -219,13 +288,15 @@ class PendingAllReduce:
         statistics: Where bytes and waiting are counted.
     """
 
-    def __init__(self, world: World, window: Window, scale: float, statistics: Statistics) -> None:
+    def __init__(self, world: World, window: AnyWindow, scale: float, statistics: Statistics) -> None:
         n_bytes = window.local.nbytes
         statistics.n_exchanges += 1
         statistics.bytes_sent += 2 * (world.size - 1) * n_bytes // world.size
         self._window, self._scale, self._statistics = window, scale, statistics
-        # MPI adds neither 16-bit type everywhere.
-        self._sum = window.local if window.dtype.itemsize >= 4 else window.local.astype(np.float32)
+        # MPI adds neither 16-bit type everywhere, and who knows in which thread it would touch device memory.
+        self._sum = gpu.to_host(window.local)
+        if window.dtype.itemsize < 4:
+            self._sum = self._sum.astype(np.float32)
         self._requests = [
             world.comm.Iallreduce(MPI.IN_PLACE, self._sum[at : at + LARGEST_COUNT])
             for at in range(0, self._sum.size, LARGEST_COUNT)
@@ -242,10 +313,10 @@ class PendingAllReduce:
         if self._scale != 1.0:
             kernels.scale(self._sum, self._scale)
         if self._sum is not self._window.local:
-            self._window.local[...] = self._sum
+            gpu.assign(self._window.local, self._sum)
 
 
-def sum_in_groups(total: np.ndarray, sources: Sequence[np.ndarray], scale: float) -> None:
+def sum_in_groups(total: Any, sources: Sequence[Any], scale: float) -> None:
     """``total = scale * sum(sources)``, however many there are and also where they are 16-bit and the total is not."""
     most = DIRECT if total.dtype != sources[0].dtype else MOST
     kernels.reduce_sum(total, sources[:most], 1.0 if len(sources) > most else scale)

@@ -16,16 +16,18 @@ by MPI's one-sided operations.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels.gpu import address_of
 from mpitrain.kernels.locks import OWNER_BITS
 
 if TYPE_CHECKING:
+    from mpitrain.collectives.memory import Window
     from mpitrain.collectives.progress import Transfer
     from mpitrain.collectives.served import ServedLocks
     from mpitrain.collectives.world import World
@@ -94,10 +96,24 @@ class MPIBlocks:
         lengths: The number of elements of each block.
         dtype: Of the elements.
         statistics: Where bytes and waiting are counted.
+        window: Makes the memory where they live; a window on GPUs is visited by one-sided operations between nodes.
+        n_rooms: Blocks of other nodes that this worker has at once.
+
+    Attributes:
+        before_wait: Called before this worker waits for a lock. Whoever gives blocks back later than it could must do
+            so then, or two workers might wait for each other.
     """
 
     def __init__(
-        self, world: World, homes: Sequence[int], lengths: Sequence[int], dtype: Any, statistics: Statistics
+        self,
+        world: World,
+        homes: Sequence[int],
+        lengths: Sequence[int],
+        dtype: Any,
+        statistics: Statistics,
+        *,
+        window: Callable[..., Window] | None = None,
+        n_rooms: int = N_ROOMS,
     ) -> None:
         # Not above: they start MPI, which a simulation or a list of the methods does without.
         from mpitrain.collectives.locks import LockTable
@@ -106,6 +122,7 @@ class MPIBlocks:
 
         self.homes, self.lengths = tuple(homes), tuple(lengths)
         self.dead: Container[int] = ()
+        self.before_wait: Callable[[], object] | None = None
         self._statistics = statistics
         self._itemsize = np.dtype(dtype).itemsize
         # Where a block lies in its home's window, and which of the home's locks is its own.
@@ -117,16 +134,17 @@ class MPIBlocks:
             self._slots.append(counts[home])
             used[home] += length
             counts[home] += 1
-        self._data = Window(world, used[world.rank], dtype)
+        self._data = (window or Window)(world, used[world.rank], dtype)
         self._tags = Window(world, counts[world.rank] * N_TAGS, np.float64)
-        self._served = ServedLocks(world, counts, world.service) if world.service is not None else None
+        service = world.service if isinstance(self._data.local, np.ndarray) else None
+        self._served = ServedLocks(world, counts, service) if service is not None else None
         self._locks: LockTable = self._served or LockTable(world, counts)
-        bases = (self._data.local.ctypes.data, self._tags.local.ctypes.data)
+        bases = (address_of(self._data.local), address_of(self._tags.local))
         self._bases: list[tuple[int, int]] = world.comm.allgather(bases)
         remote = [n for home, n in zip(self.homes, self.lengths, strict=True) if self._data.of(home) is None]
         # One that comes, one that is worked on, and one that is on its way home.
-        self._staging = [np.zeros(max(remote, default=0), dtype) for _ in range(N_ROOMS)]
-        self._staged_tags = np.zeros((N_ROOMS, N_TAGS))
+        self._staging = [np.zeros_like(self._data.local, shape=max(remote, default=0)) for _ in range(n_rooms)]
+        self._staged_tags = np.zeros((n_rooms, N_TAGS))
         self._buffer = 0
         self._coming: tuple[Block, Transfer] | None = None
         self._leaving: deque[Transfer] = deque()
@@ -140,7 +158,7 @@ class MPIBlocks:
         if block is None and served is not None:
             block = self._arrived(served, index)
         else:
-            version, waited = self._locks.acquire(home, slot, self.dead)
+            version, waited = self._locks.acquire(home, slot, self.dead, self.before_wait)
             self._count_wait(waited)
             if block is None:
                 block = self._get(index)
@@ -148,7 +166,7 @@ class MPIBlocks:
                 self._data.sync()
             block.version = version
         if then is not None and served is not None and self._in_place[then] is None:
-            self._commit(all_but=N_ROOMS - 2)  # the oldest one leaves its room to it
+            self._commit(all_but=1)  # the one before it leaves its room to it
             self._coming = self._set_out(served, then)
         return block
 
@@ -167,10 +185,7 @@ class MPIBlocks:
                 self._commit()
             return
         if remote and updated:
-            self._data.put(home, block.data, self._starts[index])
-            self._tags.put(home, block.tags, slot * N_TAGS)
-            self._data.flush(home)
-            self._tags.flush(home)
+            self._put(block)
         elif not self._locks.orders_memory:
             self._data.sync()
         self._locks.release(home, slot, block.version, updated=updated)
@@ -185,6 +200,8 @@ class MPIBlocks:
         """A block of another node, locked and fetched."""
         block, transfer = self._coming or self._set_out(served, index)
         self._coming = None
+        if self.before_wait is not None:
+            self.before_wait()
         self._count_wait(transfer.wait_for_lock())
         block.version = transfer.wait() >> OWNER_BITS
         return block
@@ -198,14 +215,36 @@ class MPIBlocks:
         """A block of another node by one-sided operations."""
         home, block = self.homes[index], self._room(index)
         self._data.get(home, block.data, self._starts[index])
-        self._tags.get(home, block.tags, self._slots[index] * N_TAGS)
+        tags = self._tags_in_place(index)
+        if tags is None:
+            self._tags.get(home, block.tags, self._slots[index] * N_TAGS)
+            self._tags.flush(home)
+        else:
+            block.tags[:] = tags
         self._data.flush(home)
-        self._tags.flush(home)
         return block
+
+    def _put(self, block: Block) -> None:
+        """The same in the other direction."""
+        index = block.index
+        home = self.homes[index]
+        self._data.put(home, block.data, self._starts[index])
+        tags = self._tags_in_place(index)
+        if tags is None:
+            self._tags.put(home, block.tags, self._slots[index] * N_TAGS)
+            self._tags.flush(home)
+        else:
+            tags[:] = block.tags
+        self._data.flush(home)
+
+    def _tags_in_place(self, index: int) -> np.ndarray | None:
+        """Of a block whose home is on this node, also where its data are in the memory of a GPU."""
+        tags, slot = self._tags.of(self.homes[index]), self._slots[index]
+        return None if tags is None else tags[slot * N_TAGS : (slot + 1) * N_TAGS]
 
     def _room(self, index: int) -> Block:
         """Where a block of another node is fetched to."""
-        self._buffer = (self._buffer + 1) % N_ROOMS
+        self._buffer = (self._buffer + 1) % len(self._staging)
         data = self._staging[self._buffer][: self.lengths[index]]
         self._statistics.wire_bytes += data.nbytes
         return Block(index, data, self._staged_tags[self._buffer], version=0)
@@ -217,13 +256,18 @@ class MPIBlocks:
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
         """Copy a block's tags without its lock: each number is whole, two of them may be of different times. Local."""
-        home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
-        if block is not None:
+        tags = self._tags_in_place(index)
+        if tags is not None:
             self._tags.sync()
-            out[:] = block.tags
+            out[:] = tags
         else:
-            self._tags.get(home, out, slot * N_TAGS)
-            self._tags.flush(home)
+            self._tags.get(self.homes[index], out, self._slots[index] * N_TAGS)
+            self._tags.flush(self.homes[index])
+
+    def memory(self) -> list[Any]:
+        """What ``acquire`` may return parts of: the arrays of this node's ranks, and the rooms for others. Local."""
+        ranks = {home for home in self.homes if self._data.of(home) is not None}
+        return [*[self._data.of(rank) for rank in sorted(ranks)], *self._staging]
 
     def lock_owner(self, index: int) -> int | None:
         """The rank that holds a block's lock now. Local."""
@@ -242,8 +286,8 @@ class MPIBlocks:
 
     def _record(self, index: int) -> Block | None:
         """A block of this node as whoever holds its lock has it, None for one of another node."""
-        home, start, length, slot = self.homes[index], self._starts[index], self.lengths[index], self._slots[index]
-        memory, tags = self._data.of(home), self._tags.of(home)
+        start, length = self._starts[index], self.lengths[index]
+        memory, tags = self._data.of(self.homes[index]), self._tags_in_place(index)
         if memory is None or tags is None:
             return None
-        return Block(index, memory[start : start + length], tags[slot * N_TAGS : (slot + 1) * N_TAGS], version=0)
+        return Block(index, memory[start : start + length], tags, version=0)

@@ -65,6 +65,9 @@ class Communicator(Protocol):
     def vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read. Collective."""
 
+    def numbers(self, n: int) -> Vector:
+        """A few numbers, float64 zeros in host memory wherever vectors are, that peers can read. Collective."""
+
     def node_vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
 
@@ -80,8 +83,14 @@ class Communicator(Protocol):
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
 
-    def allreduce(self, vector: Vector, *, mean: bool = False) -> None:
-        """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
+    def allreduce(self, vector: Vector, *, mean: bool = False, part: slice | None = None) -> None:
+        """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective.
+
+        Args:
+            vector: (n,) of each worker.
+            mean: Divide by the number of workers.
+            part: Of the vector, the same on all workers; the rest is left alone.
+        """
 
     def slice_of(self, n: int) -> slice:
         """This worker's part of a vector of ``n`` elements; the workers of a node have all of it between them. Local.

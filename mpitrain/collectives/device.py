@@ -1,6 +1,13 @@
-"""Which device a rank computes on."""
+"""Which device a rank computes on.
+
+Local rank r takes GPU r modulo the number of those that it sees. A launcher that shows every rank one of its own (SLURM
+with --gpus-per-task, CUDA_VISIBLE_DEVICES in a wrapper) is thereby obeyed; ranks that cannot see each other's GPUs can
+also not map each other's memory (``collectives.transport``).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from mpitrain.errors import UsageError
 
@@ -31,8 +38,31 @@ def bind(device: str, local_rank: int) -> str:
     return device if index else f"cuda:{local_rank % n_gpus}"
 
 
+def take(device: str) -> int:
+    """Make a GPU the one on which torch, too, works when nobody says where; its index."""
+    import torch
+
+    torch.cuda.set_device(device)
+    return torch.device(device).index
+
+
 def gpu_names() -> list[str]:
     """The GPUs that this process sees."""
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+
+
+def shared_gpus(places: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """What there is to say of GPUs that several ranks share, one line each.
+
+    Args:
+        places: The host of each rank, and which of its GPUs the rank has.
+    """
+    for host, identity in dict.fromkeys(places):
+        ranks = [rank for rank, place in enumerate(places) if place == (host, identity)]
+        if len(ranks) > 1:
+            yield (
+                f"ranks {', '.join(map(str, ranks))} share one GPU ({identity} of {host}): they take turns on it; "
+                "for one each, start as many ranks on a node as it has GPUs"
+            )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -56,13 +56,16 @@ class LockTable:
         self.orders_memory = world.n_nodes == 1
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
-    def acquire(self, home: int, index: int, dead: Container[int] = ()) -> tuple[int, float]:
+    def acquire(
+        self, home: int, index: int, dead: Container[int] = (), before_wait: Callable[[], object] | None = None
+    ) -> tuple[int, float]:
         """Take the lock, however long its owner holds it. Local.
 
         Args:
             home: The rank where the word lives.
             index: Which of its words.
             dead: Ranks known to be dead: their locks are taken over.
+            before_wait: Called when somebody has the lock, before this rank waits for it.
 
         Returns:
             The number of updates counted so far, and the seconds spent waiting for another owner (0 when it was free).
@@ -70,6 +73,8 @@ class LockTable:
         found = self._words.take(home, index)
         if not found & OWNER_MASK:
             return found >> OWNER_BITS, 0.0
+        if before_wait is not None:
+            before_wait()
         began, n_waits = time.perf_counter(), 0
         while found & OWNER_MASK:
             if (found & OWNER_MASK) - 1 not in dead:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpitrain.collectives.blocks import N_TAGS, Blocks
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels.gpu import assign
 
 SEQUENCE_TAG = 0
 """The tag that counts what was published; the newer slot has the larger one."""
@@ -72,7 +73,7 @@ class Mailboxes:
         self._n_published += 1
 
         def write(box: Any, tags: np.ndarray) -> None:
-            box[...] = values
+            assign(box, values)
             tags[SEQUENCE_TAG] = self._n_published
 
         self._visit(self._rank * self._slots + self._n_published % self._slots, write, updated=True)
@@ -87,11 +88,13 @@ class Mailboxes:
         self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:
-        block = self._blocks.acquire(index)
+        block, n_rejected = self._blocks.acquire(index), None
         try:
-            self._statistics.n_rejected += fn(block.data, block.tags) or 0
+            n_rejected = fn(block.data, block.tags)
         finally:
             self._blocks.release(block, updated=updated)
+        if n_rejected is not None:
+            self._statistics.n_rejected += n_rejected
         return int(block.data.nbytes)
 
     def _count(self, rank: int, n_bytes: int) -> None:

@@ -10,46 +10,78 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain.collectives import tree
-from mpitrain.collectives.allreduce import AllReduce, PendingAllReduce
+from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduce
 from mpitrain.collectives.background import Background, Started
-from mpitrain.collectives.blocks import MPIBlocks
+from mpitrain.collectives.blocks import Blocks, MPIBlocks
+from mpitrain.collectives.device_memory import DeviceBlocks, DeviceWindow
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import shards
 from mpitrain.collectives.shared import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels import gpu
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
 
+
+LARGEST_DEVICE_SHARD = 1 << 25
+"""Elements of a shard in device memory: a visit costs the GPU's and the host's meeting, which takes some 10 us."""
+
+LARGEST_STAGED_SHARD = 1 << 21
+"""Elements of a shard that GPUs visit by way of the host: one is copied in while another one is copied out."""
+
+N_DEVICE_ROOMS = 4
+"""For blocks of other nodes: one more than a host needs, since a GPU gives them back one later."""
 
 POLL_SECONDS = 20e-6
 """Between two looks at what others do: a core that another rank may need is given away meanwhile."""
 
 
 class MPICommunicator:
-    """Implements ``Communicator`` between the ranks of a world. Each worker is a rank."""
+    """Implements ``Communicator`` between the ranks of a world. Each worker is a rank.
 
-    def __init__(self, world: World, statistics: Statistics | None = None) -> None:
+    Args:
+        world: The ranks.
+        statistics: To be counted into.
+        on_host: Vectors lie in host memory although the ranks have GPUs.
+    """
+
+    def __init__(self, world: World, statistics: Statistics | None = None, *, on_host: bool = False) -> None:
         self.world = world
+        self._on_host = on_host
+        self._gpu = None if on_host else world.gpu
         self.rank, self.size, self.nodes = world.rank, world.size, world.nodes
         self.statistics = statistics or Statistics()
         self._allreduce = AllReduce(world, self.statistics)
         self._made: list[Any] = []
+        self._mirrored: list[DeviceWindow] = []
         self._pending: PendingAllReduce | None = None
         self._background = Background(threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE)
         self._fetched: np.ndarray | None = None
 
     def split(self, color: int) -> MPICommunicator:
         """A communicator of those workers that give the same ``color``. Collective."""
-        part = MPICommunicator(self.world.split(color), self.statistics)
+        part = MPICommunicator(self.world.split(color), self.statistics, on_host=self._on_host)
         self._made.extend((part.world, part))
         return part
 
-    def vector(self, n: int, dtype: Any) -> Window:
+    def vector(self, n: int, dtype: Any) -> AnyWindow:
         """A vector of zeros that peers can read. Collective."""
-        window = Window(self.world, n, dtype)
+        window: AnyWindow
+        if self._gpu is None:
+            window = Window(self.world, n, dtype)
+        else:
+            window = DeviceWindow(self.world, n, dtype, mirrored=True)
+            if window.mirror is not None:
+                self._mirrored.append(window)
         self._allreduce.prepare(window)
+        self._made.append(window)
+        return window
+
+    def numbers(self, n: int) -> Window:
+        """A few numbers, float64 zeros in host memory, that peers can read. Collective."""
+        window = Window(self.world, n, np.float64)
         self._made.append(window)
         return window
 
@@ -60,37 +92,71 @@ class MPICommunicator:
         return window
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
+        """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
+
+        A vector in the memory of a GPU that this one does not map is seen as its owner left it at its last collective.
+        """
         memory = vector.of(peer)
         if memory is not None:
             vector.sync()
             fn(memory)
-            return
+        elif isinstance(vector, DeviceWindow):
+            self._read_mirror(vector, peer, fn)
+        else:
+            fn(self._fetch(vector, peer))
+
+    def _read_mirror(self, vector: DeviceWindow, peer: int, fn: Callable[[Any], object]) -> None:
+        assert vector.mirror is not None
+        vector.mirror.sync()
+        memory = vector.mirror.of(peer)
+        shown = np.empty_like(vector.local)
+        gpu.assign(shown, self._fetch(vector.mirror, peer) if memory is None else memory)
+        fn(shown)
+
+    def _fetch(self, vector: Window, peer: int) -> np.ndarray:
+        """The vector of a rank of another node; overwritten by the next call."""
         if self._fetched is None or self._fetched.size < vector.local.nbytes:
             self._fetched = np.empty(vector.local.nbytes, np.uint8)
         fetched = self._fetched[: vector.local.nbytes].view(vector.dtype)
         vector.get(peer, fetched)
         vector.flush(peer)
         self.statistics.wire_bytes += vector.local.nbytes
-        fn(fetched)
+        return fetched
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
         """One vector for all workers, zeros, sharded over them; or several, changed together. Collective."""
-        parts = shards(n, self.size, LARGEST_SHARD)
-        blocks = MPIBlocks(self.world, [s.owner for s in parts], [rows * s.size for s in parts], dtype, self.statistics)
-        self._made.append(blocks)
+        parts = shards(n, self.size, self._largest_shard())
+        blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype)
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
         homes = [rank for rank in range(self.size) for _ in range(slots)]
-        blocks = MPIBlocks(self.world, homes, [n] * len(homes), dtype, self.statistics)
-        self._made.append(blocks)
-        return Mailboxes(blocks, self.rank, slots, self.statistics)
+        return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
-    def allreduce(self, vector: Any, *, mean: bool = False) -> None:
+    def _blocks(self, homes: Sequence[int], lengths: Sequence[int], dtype: Any) -> Blocks:
+        """Where this communicator's vectors are. Collective."""
+        blocks: Blocks
+        if self._gpu is None:
+            blocks = MPIBlocks(self.world, homes, lengths, dtype, self.statistics)
+        else:
+            assert self.world.transport is not None
+            at_home: Any = DeviceWindow if self.world.transport.in_place else Window
+            options: Any = {"window": at_home, "n_rooms": N_DEVICE_ROOMS}
+            homes_of = MPIBlocks(self.world, homes, lengths, dtype, self.statistics, **options)
+            blocks = DeviceBlocks(self.world, homes_of, dtype)
+        self._made.append(blocks)
+        return blocks
+
+    def _largest_shard(self) -> int:
+        if self._gpu is None:
+            return LARGEST_SHARD
+        assert self.world.transport is not None
+        return LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
+
+    def allreduce(self, vector: Any, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
-        self._allreduce(vector, scale=1.0 / self.size if mean else 1.0)
+        self._allreduce(vector, part, scale=1.0 / self.size if mean else 1.0)
 
     def slice_of(self, n: int) -> slice:
         """This worker's part of a vector of ``n`` elements. Local."""
@@ -107,7 +173,16 @@ class MPICommunicator:
 
     def start(self, fn: Callable[[], object]) -> Started:
         """Begin ``fn`` in the background. Local."""
-        return self._background.start(fn)
+        if self._gpu is None:
+            return self._background.start(fn)
+        device, mark = self._gpu, self._gpu.mark()
+
+        def on_its_own_stream() -> None:
+            with device.in_background():
+                device.after(mark)
+                fn()
+
+        return self._background.start(on_its_own_stream)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that others do makes ``condition()`` true. Local."""
@@ -121,14 +196,21 @@ class MPICommunicator:
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
-        tree.broadcast(self.world, array, root)
+        host = gpu.to_host(array)
+        tree.broadcast(self.world, host, root)
+        if host is not array:
+            gpu.assign(array, host)
 
     def reduce(self, array: Any, root: int = 0) -> None:
         """Sum every worker's array into the root's; the others' are spent. Collective."""
-        tree.reduce(self.world, array, root)
+        host = gpu.to_host(array)
+        tree.reduce(self.world, host, root)
+        if host is not array:
+            gpu.assign(array, host)
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
+        self._publish()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
         self.world.comm.Allgather(mine, all_values)
@@ -136,9 +218,17 @@ class MPICommunicator:
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
+        self._publish()
         began = time.perf_counter()
         self.world.comm.Barrier()
         self.statistics.wait_seconds += time.perf_counter() - began
+
+    def _publish(self) -> None:
+        """Let peers see this worker's vectors as they are now."""
+        for window in self._mirrored:
+            window.publish()
+        if self._gpu is not None:
+            self._gpu.settle()
 
     def free(self) -> None:
         """Give back everything that was made here. Collective."""
@@ -149,4 +239,5 @@ class MPICommunicator:
         for made in reversed(self._made):
             made.free()
         self._made.clear()
+        self._mirrored.clear()
         self._allreduce.free()

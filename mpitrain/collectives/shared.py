@@ -16,6 +16,8 @@ import numpy as np
 from mpitrain.collectives.blocks import N_TAGS, Block, Blocks
 from mpitrain.collectives.partition import visiting_order
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.kernels import gpu
+from mpitrain.kernels.gpu import assign
 
 LARGEST_SHARD = 1 << 19
 """Elements. Large enough that its lock costs nothing beside its bytes, small enough that nobody waits for long."""
@@ -58,7 +60,7 @@ class SharedVector:
         self._steps = list(zip(self._order, [*self._order[1:], None]))  # and the next
         # The version of each shard after this worker's last pull of it; None before the first.
         self._seen: list[int | None] = [None] * len(self.parts)
-        self._sample = _Sample(self.n, blocks.lengths[self._order[0]] // rows if self.parts else 0)
+        self._sample = _Sample(self.n)
 
     def update(self, fn: Callable[[slice, Any], int | None], *, pushes: bool = True, pulls: bool = True) -> None:
         """Visit the vector in place, shard by shard, each under its lock. Local.
@@ -70,36 +72,41 @@ class SharedVector:
             pulls: Whether ``fn`` takes the shard's values along: staleness counts from the last such visit.
         """
         self._statistics.n_exchanges += 1
+        first_staleness: int | None = None
         for k, (index, then) in enumerate(self._steps):
             block = self._blocks.acquire(index, then)
             try:
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen
-                counts = k == 0 and pushes and seen is not None
-                if counts:
-                    self._sample.compare(block.data)
-                n_rejected = fn(self.parts[index], self._array(block)) or 0
+                if k == 0 and pushes and seen is not None:
+                    first_staleness = self.staleness
+                    self._sample.find(block.data)
+                n_rejected = fn(self.parts[index], self._array(block))
                 if k == 0 and pulls:
-                    self._sample.take(block.data)
+                    self._sample.leave(block.data)
             except BaseException:
                 self._give_up(block, then, updated=pushes)
                 raise
             self._blocks.release(block, updated=pushes)
             # The rest needs no lock, for which others may wait.
-            if counts:
-                self._statistics.record_staleness(self.staleness, self._sample.distance())
-            self._statistics.n_rejected += n_rejected
+            if n_rejected is not None:
+                self._statistics.n_rejected += n_rejected
             self._statistics.bytes_sent += (pushes + pulls) * block.data.nbytes
             if pulls:
                 self._seen[index] = block.version + pushes
             elif seen is not None:
                 self._seen[index] = seen + pushes  # its own updates are not those of others
+        # What a GPU has found is known when all shards have been given back.
+        if first_staleness is not None:
+            self._statistics.record_staleness(first_staleness, self._sample.distance())
+        if pulls:
+            self._sample.keep()
 
     def read(self, out: Any, row: int = 0) -> None:
         """Copy a row to ``out`` (n,), each shard as it was at one moment. Local; not counted as an exchange."""
 
         def copy(index: int, shard: Any, _: Block) -> None:
-            out[self.parts[index]] = shard if self._rows == 1 else shard[row]
+            assign(out[self.parts[index]], shard if self._rows == 1 else shard[row])
 
         self._visit(copy, updated=False)
 
@@ -107,7 +114,7 @@ class SharedVector:
         """Replace a row, or all of them, by ``values`` (n,), shard by shard. Local; a barrier makes it everybody's."""
 
         def fill(index: int, shard: Any, _: Block) -> None:
-            (shard if self._rows == 1 or row is None else shard[row])[...] = values[self.parts[index]]
+            assign(shard if self._rows == 1 or row is None else shard[row], values[self.parts[index]])
 
         self._visit(fill, updated=True)
 
@@ -178,27 +185,47 @@ class SharedVector:
 
 
 class _Sample:
-    """A few elements of a vector as a worker has pulled them.
+    """A few elements of the first shard that a worker visits: as it found them, and as it left them last time.
 
     Args:
         n: Elements of the whole vector.
-        length: Of the shard that they are taken from.
     """
 
-    def __init__(self, n: int, length: int) -> None:
-        self._taken = np.zeros(min(length, SAMPLE))
-        self._moved = np.zeros_like(self._taken)
-        self._scale = n / max(self._taken.size, 1)
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._found = self._left = self._kept = np.zeros(0)
+        self._on_gpu = False
 
-    def take(self, shard: Any) -> None:
-        """Keep them as they are now."""
-        self._taken[...] = shard[: self._taken.size]
+    def find(self, shard: Any) -> None:
+        """Note them as they are now. What lies on a GPU is only there when the shard has been given back."""
+        self._make_room(shard)
+        self._copy(self._found, shard)
 
-    def compare(self, shard: Any) -> None:
-        """Keep how far they have moved since."""
-        self._moved[...] = shard[: self._taken.size]
-        self._moved -= self._taken
+    def leave(self, shard: Any) -> None:
+        """The same when the worker has changed them."""
+        self._make_room(shard)
+        self._copy(self._left, shard)
+
+    def keep(self) -> None:
+        """What was left is what the next visit is compared with."""
+        self._left, self._kept = self._kept, self._left
 
     def distance(self) -> float:
-        """The Euclidean distance that the whole vector had moved when compared; exact if the sample is all of it."""
-        return math.sqrt(self._scale * self._moved.dot(self._moved))
+        """The Euclidean distance that the whole vector had moved meanwhile; exact if the sample is all of it."""
+        moved = self._found.astype(np.float64)
+        moved -= self._kept
+        return math.sqrt(self._n / max(moved.size, 1) * moved.dot(moved))
+
+    def _make_room(self, shard: Any) -> None:
+        n = min(shard.size, SAMPLE)
+        if self._kept.size == n:
+            return
+        self._on_gpu = gpu.is_device(shard)
+        room = gpu.current().page_locked if self._on_gpu else np.zeros
+        self._found, self._left, self._kept = (room(n, shard.dtype) for _ in range(3))
+
+    def _copy(self, to: np.ndarray, shard: Any) -> None:
+        if self._on_gpu:
+            gpu.current().copy(to, shard[: to.size])
+        else:
+            to[...] = shard[: to.size]

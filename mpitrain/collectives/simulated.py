@@ -280,6 +280,10 @@ class SimulatedCommunicator:
         arrays = self._meet(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
         return SimulatedVector(arrays, self.rank)
 
+    def numbers(self, n: int) -> SimulatedVector:
+        """A few numbers that peers can read. Collective."""
+        return self.vector(n, np.float64)
+
     def node_vector(self, n: int, dtype: Any) -> SimulatedVector:
         """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
         node_of = dict(zip(range(self.size), self.nodes, strict=True))
@@ -301,12 +305,13 @@ class SimulatedCommunicator:
         homes = [rank for rank in range(self.size) for _ in range(slots)]
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
-    def allreduce(self, vector: Any, *, mean: bool = False) -> None:
+    def allreduce(self, vector: Any, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective."""
-        n_bytes = vector.local.nbytes
+        mine = vector.local if part is None else vector.local[part]
+        n_bytes = mine.nbytes
         self.statistics.n_exchanges += 1
         self.statistics.bytes_sent += 2 * (self.size - 1) * n_bytes // self.size
-        scale = vector.local.dtype.type(1.0 / self.size if mean else 1.0)
+        scale = mine.dtype.type(1.0 / self.size if mean else 1.0)
 
         def add(vectors: list[np.ndarray]) -> None:
             total = vectors[0]
@@ -316,7 +321,7 @@ class SimulatedCommunicator:
             for other in vectors[1:]:
                 other[...] = total
 
-        self._meet(vector.local, add)
+        self._meet(mine, add)
 
     def slice_of(self, n: int) -> slice:
         """This worker's part of a vector of ``n`` elements. Local."""

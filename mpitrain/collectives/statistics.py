@@ -24,7 +24,8 @@ class Statistics:
             whether they crossed a wire or were read in place in the memory of the node. Evaluation is not in it.
         wire_bytes: Bytes that this worker moved between nodes, for whatever purpose.
         n_exchanges: Exchanges begun (an all-reduce, a visit to the center, a gossip message).
-        n_rejected: Non-finite elements that were kept out of a shared vector.
+        n_rejected: Non-finite elements that were kept out of a shared vector; on a GPU a ``cuda.Rejected``, which
+            ``int`` makes a number.
         wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
         lock_wait_seconds: The part of it that was for locks.
         staleness: (33,) counts, by how many updates of others lay between two visits to the center.

@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.device import bind
+from mpitrain.collectives.device import bind, shared_gpus, take
 from mpitrain.collectives.partition import emulated_nodes
 from mpitrain.collectives.progress import ProgressThread
+from mpitrain.collectives.transport import TRANSPORTS, Transport, choose
 from mpitrain.errors import HEARD_SECONDS, UsageError
+from mpitrain.kernels import gpu
+from mpitrain.kernels.gpu import Gpu
 
 EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
 """Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
@@ -40,27 +43,36 @@ WAYS = {
 _world: World | None = None
 
 
-def init(device: str | None = None) -> World:
+def init(device: str | None = None, transport: str | None = None) -> World:
     """Start MPI, once, and say who this rank is. Collective on the first call, which decides the device.
 
     Args:
         device: ``"cpu"`` (the default) or ``"cuda"``.
+        transport: How vectors on GPUs reach other ranks: ``"auto"`` (the default: what works best), ``"ipc"``,
+            ``"cuda-aware"`` or ``"staged"``; see ``collectives.transport``.
 
     Returns:
         The world; the same object at every call.
 
     Raises:
         UsageError: When there is no MPI, when the launcher and MPI disagree about the number of ranks, when a device
-            is asked for that this machine does not have, or another one than at the first call.
+            or a transport is asked for that does not work here, or another one than at the first call.
     """
     global _world
     if _world is None:
-        _world = World(_start_mpi(), device or "cpu")
+        if transport not in (None, *TRANSPORTS):
+            raise UsageError(f"unknown transport {transport!r}: it must be one of {', '.join(TRANSPORTS)}")
+        _world = World(_start_mpi(), device or "cpu", transport or "auto")
         if _world.size > 1:
             _end_all_ranks_on_exception(_world)
     elif device is not None and not _world.device.startswith(device):
         raise UsageError(
             f"this process already runs on {_world.device}: pass device={device!r} to the first mpitrain.init()"
+        )
+    elif transport not in (None, _world.wanted_transport):
+        raise UsageError(
+            f"this process already uses transport {_world.wanted_transport}: "
+            f"pass transport={transport!r} to the first mpitrain.init()"
         )
     return _world
 
@@ -76,15 +88,18 @@ class World:
         node_ranks: The ranks of this node, by local rank.
         nodes, hosts: The node and the host name of each rank.
         device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
+        gpu: This rank's GPU; None on the host.
+        transport: How vectors on GPUs reach other ranks; None on the host.
         service: What serves ranks of other nodes, and lets them serve this one; None with ``windows``.
     """
 
-    def __init__(self, comm: Any, device: str, *, whole: World | None = None) -> None:
+    def __init__(self, comm: Any, device: str, transport: str = "auto", *, whole: World | None = None) -> None:
         """Collective.
 
         Args:
             comm: Of the ranks; the world's own from now on.
             device: ``cpu``, ``cuda`` or ``cuda:K``.
+            transport: One of ``TRANSPORTS``.
             whole: The world that these ranks are a part of: its nodes, device and progress are theirs.
         """
         from mpi4py import MPI
@@ -104,10 +119,31 @@ class World:
         on_rail = self.local_rank < self.n_rails
         self.rail_comm = comm.Split(self.local_rank if on_rail else MPI.UNDEFINED, key=self.node)
         self.device: str = bind(device, self.local_rank) if whole is None else whole.device
+        self.wanted_transport = transport
+        self.gpu: Gpu | None = None if whole is None else whole.gpu
+        self.transport: Transport | None = None
+        if whole is not None:
+            self.transport = whole.transport and whole.transport.of_part(self.n_nodes)
+        elif self.device != "cpu":
+            self._take_gpu(transport)
         self._windows: list[Any] = []
         needs_progress = whole is None and self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._progress = ProgressThread(comm) if needs_progress else None
         self.service = self._progress if _between_nodes_setting() == "messages" else None
+
+    def _take_gpu(self, transport: str) -> None:
+        """Collective."""
+        try:
+            self.gpu = gpu.use(take(self.device))
+        except ImportError as error:
+            raise UsageError(
+                f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or run with --device cpu"
+            ) from error
+        self.transport = choose(self, transport, self.gpu)
+        places = self.comm.allgather((self.hosts[self.rank], self.gpu.identity))
+        if self.rank == 0:
+            for text in shared_gpus(places):
+                print(f"mpitrain: {text}", file=sys.stderr, flush=True)
 
     def split(self, color: int) -> World:
         """The world of those ranks that give the same ``color``, in the order of their ranks. Collective."""
@@ -180,7 +216,7 @@ class World:
             "device": self.device,
             "transport": {
                 "on a node": "shared-memory window, read and written in place",
-                "parameters on GPUs": "not used" if self.device == "cpu" else "staged through host memory every step",
+                **({} if self.transport is None else self.transport.describe()),
                 "between nodes": "not used"
                 if self.n_nodes == 1
                 else WAYS["messages" if self.service is not None else "windows"],

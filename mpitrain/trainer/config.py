@@ -17,7 +17,7 @@ from mpitrain.errors import UsageError
 
 DEFAULT_EPOCHS = 10.0
 BUDGETS = ("epochs", "steps", "gradients", "minutes")
-NOT_OF_THE_RESULT = (*BUDGETS, "device", "evaluate_every", "checkpoint_every", "straggler", "quiet")
+NOT_OF_THE_RESULT = (*BUDGETS, "device", "transport", "evaluate_every", "checkpoint_every", "straggler", "quiet")
 """What a resumed run may be given anew; all else decides what it computes."""
 
 
@@ -38,6 +38,7 @@ class TrainConfig:
         average: What is evaluated instead of what the method evaluates: ``polyak``, ``moving:RATE``, or None.
         seed: Of everything random: weights, sampling, augmentation, peers.
         device: ``cpu`` or ``cuda``.
+        transport: How vectors on GPUs reach other ranks: ``auto``, ``ipc``, ``cuda-aware`` or ``staged``.
         out: The run's folder; made new.
         sampling: ``independent`` (each rank shuffles the whole set) or ``sharded``.
         augment: Random crops and flips.
@@ -66,6 +67,7 @@ class TrainConfig:
     average: str | None = None
     seed: int = 0
     device: str = "cpu"
+    transport: str = "auto"
     out: str | None = None
     sampling: str = "independent"
     augment: bool = False

@@ -134,7 +134,7 @@ class Recorder:
             exchange=max(exchange - statistics.wait_seconds, 0.0),
             waiting=statistics.wait_seconds,
             bytes=statistics.bytes_sent,
-            rejected=statistics.n_rejected,
+            rejected=int(statistics.n_rejected),
             exchanges=statistics.n_exchanges,
             lock_wait=statistics.lock_wait_seconds,
             **{name: getattr(statistics, name) for name in HISTOGRAMS},

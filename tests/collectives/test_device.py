@@ -39,3 +39,11 @@ def test_local_rank_r_takes_gpu_r_modulo_their_number(gpus):
 def test_a_gpu_asked_for_by_number_is_taken(gpus):
     gpus(3)
     assert [device.bind("cuda:2", r) for r in range(2)] == ["cuda:2", "cuda:2"]
+
+
+def test_shared_gpus_are_told_of():
+    places = [("a", "0000:01"), ("a", "0000:02"), ("b", "0000:01"), ("a", "0000:01"), ("b", "0000:01")]
+    first, second = device.shared_gpus(places)
+    assert first.startswith("ranks 0, 3 share one GPU (0000:01 of a)")
+    assert second.startswith("ranks 2, 4 share one GPU (0000:01 of b)")
+    assert not list(device.shared_gpus(places[:3]))

@@ -1,0 +1,116 @@
+"""Every method that keeps its vectors in device memory does there what it does in host memory. None is named here."""
+
+import numpy as np
+import pytest
+from on_gpus import TRANSPORTS, gpus
+from on_ranks import ranks
+from quadratic import slope
+from variants import variants
+
+from mpitrain import kernels
+from mpitrain.algorithms.method import Replica, Segment
+
+pytestmark = pytest.mark.time_limit(120)
+
+N, STEPS, ETA, DECAY, SEED = 50, 7, 0.05, 0.01, 3
+H, B = np.array([0.5, 1.0, 2.0]), np.array([1.0, -2.0, 0.5])
+START = np.random.default_rng(1).normal(size=N)
+LAYERS = (slice(0, 20), slice(20, N))
+gradient = slope(H, B)
+
+ON_GPUS = [(name, method) for name, method in variants() if not method.on_host]
+SYNCHRONOUS = [pytest.param(method, id=name) for name, method in ON_GPUS if method.is_synchronous]
+ASYNCHRONOUS = [pytest.param(method, id=name) for name, method in ON_GPUS if not method.is_synchronous]
+
+
+def overlaps(param):
+    return getattr(param.values[0], "overlap", False)
+
+
+WHERE = [(1, transport) for transport in TRANSPORTS] + [(2, "staged")]
+
+
+class Run:
+    """This rank's worker. Collective."""
+
+    def __init__(self, method, comm):
+        self.method, self.comm = method, comm
+        x, g = comm.vector(N, START.dtype), comm.vector(N, START.dtype)
+        kernels.assign(x.local, START)
+        comm.barrier()
+        self.worker = method.worker(Replica(comm, x, g, SEED, LAYERS))
+        self.x, self.g = x.local, g.local
+
+    def steps(self, n):
+        update = None if self.method.owns_update else lambda: kernels.sgd_step(self.x, self.g, ETA, DECAY)
+        for _ in range(n):
+            x = kernels.to_host(self.x)
+            kernels.assign(self.g, gradient(self.comm.rank, x))
+            loss = float(H[self.comm.rank] * np.sum((x - B[self.comm.rank]) ** 2) / 2)
+            self.worker.step([Segment(slice(0, N), ETA, DECAY)], update, loss if self.method.needs_loss else None)
+        return self
+
+    def state(self):
+        state = dict(self.worker.state())
+        copied = {n: np.array(kernels.to_host(v)) if hasattr(v, "copy") else v for n, v in state.items()}
+        return np.array(kernels.to_host(self.x)), copied
+
+    def load(self, state):
+        kernels.assign(self.x, state[0])
+        self.comm.barrier()
+        self.worker.load(state[1])
+        return self
+
+    def found(self):
+        """What the model holds, and what would be evaluated, (2, n)."""
+        self.comm.barrier()
+        out = np.zeros_like(self.x)
+        self.worker.consensus(out)
+        self.comm.barrier()
+        return np.stack([kernels.to_host(self.x), kernels.to_host(out)])
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("method", SYNCHRONOUS)
+@pytest.mark.parametrize("where", WHERE, ids=str)
+def test_a_synchronous_method_makes_the_same_steps(world, method, where):
+    with ranks(where[0]) as comm:
+        wanted = Run(method, comm).steps(STEPS).found()
+    with gpus(*where) as comm:
+        found = Run(method, comm).steps(STEPS).found()
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    assert np.abs(found[0] - START).max() > 1e-3
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("method", ASYNCHRONOUS)
+@pytest.mark.parametrize("where", WHERE, ids=str)
+def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
+    """What ranks do depends on who comes first; alone it is what the host does."""
+    with gpus(*where) as comm:
+        # Whether an exchange in the background has ended when one looks is another matter.
+        alone = comm.size == 1 and not getattr(method, "overlap", False)
+        found = Run(method, comm).steps(STEPS if alone else 4 * STEPS).found()
+        size = comm.size
+    if alone:
+        with ranks(where[0]) as comm:
+            wanted = Run(method, comm).steps(STEPS).found()
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    assert np.isfinite(found).all()
+    low, high = min(B[:size].min(), START.min()), max(B[:size].max(), START.max())
+    assert (found >= low - 1.0).all()
+    assert (found <= high + 1.0).all()
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("method", [param for param in (*SYNCHRONOUS, *ASYNCHRONOUS) if not overlaps(param)])
+def test_a_state_from_device_memory_continues_in_host_memory_and_back(world, method):
+    """Alone: then what follows a state is what would have followed without."""
+    with ranks(1) as comm:
+        wanted = Run(method, comm).steps(6).found()
+        state = Run(method, comm).steps(2).state()
+    with gpus(1, "ipc") as comm:
+        state = Run(method, comm).load(state).steps(2).state()
+    with gpus(1, "staged") as comm:
+        found = Run(method, comm).load(state).steps(2).found()
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
