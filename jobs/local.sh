@@ -41,6 +41,8 @@ case $version in
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
         # Without this every window prints "OSC UCX component priority set inside component query failed".
         export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx}
+        # Between ranks of one machine libfabric is of no use, and to look for its networks takes a second.
+        export OMPI_MCA_btl=${OMPI_MCA_btl:-^ofi}
         ;;
     *)
         # MPICH's hydra: fork the ranks here, whatever resource manager it believes to see.

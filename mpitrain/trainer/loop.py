@@ -22,6 +22,7 @@ from mpitrain.replica import check_replica_size
 from mpitrain.trainer import runfolder
 from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget
+from mpitrain.trainer.compiler import do_without_compiler
 from mpitrain.trainer.config import TrainConfig, average_of, method_of, warnings_of
 from mpitrain.trainer.control import Control, Orders, StopSignal
 from mpitrain.trainer.evaluation import Evaluator, Point, evaluate_deferred
@@ -76,6 +77,7 @@ class Trainer:
         self.evaluator = Evaluator(self.model, of, world.device)
         self.folder = resume or runfolder.create(config, self.method.settings(), world)
         torch.manual_seed(config.seed * 100_003 + world.rank)  # dropout: each rank its own
+        do_without_compiler()
         base = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=self._base_momentum(), weight_decay=config.weight_decay
         )
