@@ -4,6 +4,9 @@
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
 # make bench   the benchmarks, ten minutes; benchmarks/results/bench.md has all tables and plots (BENCH_RANKS=4 for the
 #              comparison of methods, BENCH_MORE_RANKS="4 8" for the collectives)
+# make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; benchmarks/results/gpu.md has all.
+#              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
+#              BENCH_GPU_PARTS="kernels exchange training" are the parts
 # make clean   remove what the others made, the environments included
 
 SHELL := bash
@@ -18,7 +21,7 @@ BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
 
-.PHONY: setup demo lint test bench reproduce docs clean
+.PHONY: setup demo lint test bench bench-gpu reproduce docs clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -75,6 +78,9 @@ bench: setup
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python benchmarks/page.py || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+bench-gpu:
+	@MPIRUN="$(MPIRUN)" $(if $(filter file,$(origin PYTHON)),python3,"$(PYTHON)") benchmarks/gpu_bench.py $(BENCH_GPU_PARTS)
 
 # What the papers found, in simulated worlds: each script prints its criterion and draws a figure.
 reproduce: $(OPENMPI)/.ready

@@ -48,6 +48,8 @@ MPI_NAMES = {"openmpi": "Open MPI", "mpich": "MPICH"}
 DASHES: dict[str, Dash] = {"openmpi": "-", "mpich": "--"}
 MARKERS = {"openmpi": "o", "mpich": "s"}
 BAR_RANKS = 2  # of the plots against the size of a vector
+ON_GPU = "gpu-"
+"""What the names of results on a GPU begin with: those of another machine, which have a page of their own."""
 
 GREY, PALE = "#555555", "#BBBBBB"
 LIMIT_COLOURS = {"local pass": "#000000", "local copy": "#000000", "local sum": "#888888"}
@@ -88,10 +90,17 @@ class Result:
         return n_ranks
 
 
-def load(folder: Path) -> list[Result]:
-    """What is kept in a folder: benchmark by benchmark, Open MPI before MPICH, few ranks before many."""
+def load(folder: Path, *, on_gpu: bool = False) -> list[Result]:
+    """What is kept in a folder: benchmark by benchmark, Open MPI before MPICH, few ranks before many.
+
+    Args:
+        folder: With results of any kind.
+        on_gpu: Whether those on a GPU are wanted, or the others.
+    """
     results = []
     for path in folder.glob("*.json"):
+        if path.name.startswith(ON_GPU) != on_gpu:
+            continue
         beside = path.with_suffix(".md")
         markdown = beside.read_text() if beside.exists() else ""
         results.append(Result(path.stem, json.loads(path.read_text()), markdown))
@@ -550,7 +559,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args()
-    if not any(options.results.glob("*.json")):
+    if not load(options.results):
         print(f"{options.results} holds no results: run make bench first", file=sys.stderr)
         return 2
     print(f"wrote {write(options.results)}")

@@ -1,0 +1,95 @@
+"""Whether a GPU can be measured, and what is said of it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from launching import ROOT, environment
+
+H200 = {"name": "NVIDIA H200", "n_gpus": 1, "memory_gib": 139.8, "l2_mib": 60.0, "driver": "580.1"}
+H200 |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.0"}
+
+
+@pytest.fixture
+def machine(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("gpu_machine")
+
+
+def driver(monkeypatch: pytest.MonkeyPatch, *, code: int = 0, n_gpus: int = 1) -> None:
+    """NVIDIA's library, as far as it is asked."""
+
+    def count(found: Any) -> int:
+        found._obj.value = n_gpus
+        return 0
+
+    library = SimpleNamespace(cuInit=lambda flags: code, cuDeviceGetCount=count)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+
+
+def test_without_a_driver_there_is_no_gpu(machine: ModuleType) -> None:
+    assert "there is no NVIDIA GPU here" in machine.problem(driver="libnosuch.so.1")
+
+
+def test_a_driver_that_fails_is_told_by_its_code(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, code=100)
+    assert "error 100" in machine.problem()
+
+
+def test_hidden_gpus_are_not_there(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, n_gpus=0)
+    assert "CUDA_VISIBLE_DEVICES" in machine.problem()
+
+
+def test_what_python_lacks_is_named(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch)
+    assert machine.problem(["numpy"]) is None
+    told = machine.problem(["numpy", "nosuchpackage"])
+    assert "lacks nosuchpackage" in told
+    assert "PYTHON=" in told
+    assert "\n" not in told
+
+
+def test_cuda_versions_are_read(machine: ModuleType) -> None:
+    assert [machine.version_of(n) for n in (13000, 12090)] == ["13.0", "12.9"]
+
+
+def test_the_line_of_a_gpu_has_what_decides(machine: ModuleType) -> None:
+    assert machine.line(H200) == ("NVIDIA H200, 139.8 GiB, L2 60 MiB, driver 580.1, CUDA 13.0 (CuPy 13.0, torch 13.0)")
+    assert machine.line(H200 | {"n_gpus": 2}).startswith("2 x NVIDIA H200")
+
+
+def test_a_machine_without_nvidia_smi_has_an_unknown_driver(
+    machine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert machine.driver_version() == "unknown"
+
+
+@pytest.mark.parametrize("name", ["gpu_bench", "gpu_kernels", "gpu_exchange", "gpu_training"])
+def test_without_a_gpu_each_script_ends_with_one_line(name: str) -> None:
+    env = environment("active", {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, f"benchmarks/{name}.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "there is no NVIDIA GPU" in line
+
+
+def test_the_page_of_results_needs_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = importlib.import_module("gpu_page")
+    monkeypatch.setattr(sys, "argv", ["gpu_page.py", "--results", str(tmp_path)])
+    assert page.main() == 2
+    assert "make bench-gpu" in capsys.readouterr().err
