@@ -1,12 +1,15 @@
 """The world: one object a process, and nodes that are a partition of its ranks."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
+from standin_gpu import StandInGpu
 
 import mpitrain
 from mpitrain import UsageError
+from mpitrain.kernels import gpu
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
@@ -19,6 +22,52 @@ def test_init_gives_the_same_world_every_time():
     assert world.device == "cpu"
     with pytest.raises(UsageError, match=r"already runs on cpu.*device='cuda'"):
         mpitrain.init("cuda")
+
+
+@ALL
+def test_an_unknown_transport_or_another_one_is_a_usage_error(monkeypatch):
+    from mpitrain.collectives import world
+
+    mpitrain.init()
+    with pytest.raises(UsageError, match=r"already uses transport auto.*transport='ipc'"):
+        mpitrain.init(transport="ipc")
+    monkeypatch.setattr(world, "_world", None)
+    with pytest.raises(UsageError, match="unknown transport 'nccl': it must be one of auto, ipc, cuda-aware, staged"):
+        mpitrain.init(transport="nccl")
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monkeypatch, capfd):
+    from mpi4py import MPI
+
+    from mpitrain.collectives import world
+
+    taken = []
+    monkeypatch.setattr(world, "bind", lambda device, local_rank: f"{device}:{local_rank}")
+    monkeypatch.setattr(world, "take", lambda device: taken.append(device) or 0)
+    monkeypatch.setattr(gpu, "_current", StandInGpu())
+    made = world.World(MPI.COMM_WORLD.Dup(), "cuda", "staged")
+    assert taken == [made.device] == [f"cuda:{made.local_rank}"]
+    assert made.gpu is gpu.current()
+    assert made.transport == made.split(0).transport
+    assert "page-locked" in made.describe()["transport"]["vectors on GPUs, shared"]
+    said = capfd.readouterr().err
+    shared = f"mpitrain: ranks {', '.join(map(str, range(made.size)))} share one GPU" in said
+    assert shared == (made.rank == 0 and made.size > 1)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_gpu_without_cupy_is_a_usage_error(monkeypatch):
+    from mpi4py import MPI
+
+    from mpitrain.collectives import world
+
+    monkeypatch.setattr(world, "bind", lambda device, local_rank: "cuda:0")
+    monkeypatch.setattr(world, "take", lambda device: 0)
+    monkeypatch.setattr(gpu, "_current", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UsageError, match=r"need CuPy .*pip install 'mpitrain\[gpu\]'"):
+        world.World(MPI.COMM_WORLD.Dup(), "cuda")
 
 
 @ALL
