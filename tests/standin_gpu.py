@@ -14,6 +14,7 @@ orders it behind an exchange therefore waits for the exchange.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import tempfile
@@ -59,6 +60,7 @@ class Stream:
 Mark = tuple[Stream, int]
 
 _threads = threading.local()
+_numbers = itertools.count()  # of allocations: a name is not used again
 
 
 def current_stream() -> Stream:
@@ -211,12 +213,10 @@ class StandInGpu:
         self.maps = maps
         self.compute, self.exchange, self._out = Stream(), Stream(), Stream()
         self._names: dict[int, str] = {}
-        self._n_made = 0
         self.page_locked_memory: list[np.ndarray] = []
 
     def zeros(self, n: int, dtype: Any) -> DeviceArray:
-        self._n_made += 1
-        path = FOLDER / f"mpitrain-test-{os.getpid()}-{id(self)}-{self._n_made}"
+        path = FOLDER / f"mpitrain-test-{os.getpid()}-{next(_numbers)}"
         n_bytes = max(n * np.dtype(dtype).itemsize, 1)
         path.write_bytes(bytes(n_bytes))
         array = _open(path, n, dtype)
