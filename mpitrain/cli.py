@@ -19,6 +19,7 @@ from typing import Any
 
 from mpitrain.collectives.transport import TRANSPORTS
 from mpitrain.errors import HEARD_SECONDS, UsageError
+from mpitrain.kernels.wire import NAMES as WIRE_FORMATS
 from mpitrain.version import __version__
 
 EXIT_USAGE = 2
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what this MPI, these GPUs and this machine can do, and what will be used")
     info.add_argument("--json", action="store_true", help="one JSON document")
+    info.add_argument("--device", choices=("cpu", "cuda"), help="what a run on it would use (default: cpu)")
     info.add_argument(
         "--probe",
         action="store_true",
@@ -147,6 +149,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--evaluate-every", type=int, metavar="STEPS", help="of rank 0 (default: an epoch)")
     add("--checkpoint-every", type=int, metavar="STEPS", help="of rank 0; 0: never (default: an epoch)")
     add("--replica-size", type=int, metavar="K", help="ranks that are one worker between them (default: 1)")
+    add(
+        "--wire",
+        choices=WIRE_FORMATS,
+        help="how vectors cross nodes: int8 means 1 byte for changes of a center, 2 for all else (default: float32)",
+    )
     add("--straggler", type=straggler, metavar="RANK:FACTOR", help="make this rank compute FACTOR times slower")
     add("--out", metavar="RUN", help="folder for configuration, metrics, checkpoints and plots")
     add("--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings")
@@ -268,7 +275,7 @@ def _info(args: argparse.Namespace) -> int:
     from mpitrain.collectives.world import init
     from mpitrain.info import describe, show
 
-    world = init()
+    world = init(args.device)
     probes = of_hosts(world, again=args.probe)
     document = describe(world)
     if world.rank == 0:

@@ -27,6 +27,7 @@ from mpitrain.errors import UsageError
 from mpitrain.flat import FlatParameters, for_each_state_tensor
 from mpitrain.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.kernels import gpu
+from mpitrain.kernels.wire import FLOAT32
 from mpitrain.replica import ReplicaGroup, check_replica_size
 
 MOST_LOOKED_AT = 32
@@ -57,6 +58,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
             ``mpitrain.Average("polyak")``.
         replica_size: Ranks that are one worker between them, k: neighbours by rank, with the mean of their gradients.
             A group with mini-batches of b is one worker with a mini-batch of k*b.
+        wire: How float32 vectors cross nodes: ``"float32"``, as they are; ``"bfloat16"``, ``"float16"`` (2 bytes an
+            element) or ``"int8"`` (1 byte for the changes of a center, 2 for all else). A center stays float32 in
+            memory. What its changes lose on the wire is sent with the next ones (error feedback), but a checkpoint does
+            not hold what is yet to be sent. What a sum of gradients loses is lost. Mailboxes (gossip) and all-reduces
+            in the background (``dasgd``) travel as they are.
         fitness: The loss of the model, as it is when called, on data held out from training; for methods that rank
             workers by it (neuroevolution). It is called without gradients; set the model's mode in it.
 
@@ -70,7 +76,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     Raises:
         UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method;
-            a number of ranks that cannot be divided into groups.
+            a number of ranks that cannot be divided into groups; a wire format where vectors cross nodes without
+            messages.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         average: Average | None = None,
         replica_size: int = 1,
+        wire: str = FLOAT32,
         fitness: Callable[[], float] | None = None,
     ) -> None:
         self.world = world or init()
@@ -93,9 +101,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat = FlatParameters(base.param_groups)
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with_base()
-        on_gpu = self._flat.device.type == torch.device(self.world.device).type
-        self._gpu = self.world.gpu if on_gpu and replica_size == 1 and not method.on_host else None
-        self._comm = MPICommunicator(self.world, on_host=self._gpu is None)
+        wanted = torch.device(self.world.device)
+        if self.world.gpu is not None and any(place.parameter.device != wanted for place in self._flat.places):
+            raise UsageError(
+                f"the model is on {self._flat.device} and this rank on {wanted}: call model.to(world.device) first"
+            )
+        self._gpu = self.world.gpu if replica_size == 1 and not method.on_host else None
+        self._comm = MPICommunicator(self.world, on_host=self._gpu is None, wire=wire)
         self.statistics: Statistics = self._comm.statistics
         for_each_state_tensor(model, self._comm.broadcast)
         self._replica_size = replica_size
@@ -118,8 +130,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _gradient_ready(self, layer: int) -> None:
         assert self._worker is not None
-        with self._exchanging():
-            self._worker.gradient_ready(layer)
+        if self._worker.gradient_ready(layer):
+            with self._exchanging():
+                self._worker.begin_ready()
 
     def _gradient_complete(self) -> None:
         assert self._worker is not None
@@ -268,7 +281,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def consensus_vector(self) -> np.ndarray:
         """(n,) what the method evaluates, as ``consensus`` would show it; overwritten by the next call. Local."""
-        return gpu.to_host(self._consensus())
+        with self._exchanging():
+            return gpu.to_host(self._consensus())
 
     def _consensus(self) -> Any:
         """The same where the worker's vectors are."""
@@ -314,10 +328,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         It is this rank's own: each rank saves one and loads its own again. For asynchronous methods put a barrier
         before it on all ranks, or the parts are of different moments.
         """
+        with self._exchanging():
+            parameters = _copy(self._x)
         return {
             "algorithm": self.method.name,
             "replica_size": self._replica_size,
-            "parameters": _copy(self._x),
+            "parameters": parameters,
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
             "method": self._method_state(),
         }
@@ -348,11 +364,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"the state holds {parameters.size} parameters and the model has {self._x.size}: "
                 "it was saved from another model"
             )
-        self._comm.barrier()  # parameters that the node shares must not change under somebody who still reads them
+        with self._exchanging():
+            self._comm.barrier()  # parameters that the node shares must not change under somebody who still reads them
         self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
         self._share_with_base()
         if self._local is not None:
             self._local.adopt_state()
+        self._comm.drop_residuals()
         with self._exchanging():
             gpu.assign(self._x, parameters)
             self._flat.to_device()
@@ -365,11 +383,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Give the shared memory back; the model keeps its parameters. Collective; once is enough."""
         if self._comm is not None and self._flat is not None:
-            self._flat.detach()
-            self._comm.barrier()
-            self._group.close()
-            self._comm.free()
-            self._flat = self._comm = None  # type: ignore[assignment]
+            with self._exchanging():
+                self._flat.detach()
+                self._comm.barrier()
+                self._group.close()
+                self._comm.free()
+            # What is left would keep the memory of a GPU.
+            self._flat = self._comm = self._x = self._scratch = self._worker = None  # type: ignore[assignment]
 
     def __enter__(self) -> DistributedOptimizer:
         return self

@@ -154,10 +154,11 @@ class ReplicaGroup:
         self.world.comm.Recv(out.view(np.uint8), 0, ANSWER)
 
     def close(self) -> None:
-        """Answer no more. Local; when no member can ask any more."""
+        """Answer no more, and let go of the vectors. Local; when no member can ask any more."""
         if self._desk is not None:
             self._desk.stop()
             self._desk = None
+        del self.x, self.g
 
 
 class Desk:

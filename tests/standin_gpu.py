@@ -123,7 +123,8 @@ class DeviceArray:
         if function not in (np.zeros_like, np.empty_like):
             raise TypeError(f"numpy.{function.__name__} of device arrays: use a kernel")
         like, *rest = args
-        made = DeviceArray(np.zeros(options.get("shape", like.shape), options.get("dtype", like.dtype)))
+        # CuPy takes the shape 0 for none given.
+        made = DeviceArray(np.zeros(options.get("shape") or like.shape, options.get("dtype", like.dtype)))
         assert not rest
         if function is np.empty_like:
             made.host.view(np.uint8).reshape(-1)[...] = 0xA5  # whoever reads it sees that nobody has written it

@@ -213,3 +213,14 @@ def test_replica_groups_train_on_gpus_by_way_of_the_host(world):
             optimizer.step()
             everyones = comm.world.comm.allgather(numbers(model))
     assert all(np.array_equal(each, everyones[0]) for each in everyones)
+
+
+def test_a_model_that_is_elsewhere_is_refused(world):
+    from mpitrain import UsageError
+
+    with gpus(1, "ipc") as comm:
+        model = mlp().to("meta")
+        with pytest.raises(
+            UsageError, match=r"the model is on meta and this rank on cpu: call model.to\(world.device\)"
+        ):
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD(), world=comm.world)

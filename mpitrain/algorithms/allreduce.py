@@ -100,11 +100,19 @@ class EarlyWorker(AllReduceWorker):
         self._is_mean = False
         self.comm.allreduce(self.g, mean=True, part=slice(0, 0))  # compiled before the first step
 
-    def gradient_ready(self, layer: int) -> None:
-        """Begin to sum what has become a whole block, and those before it that wait for it."""
+    def gradient_ready(self, layer: int) -> bool:
+        """Whether a block has become whole, and all that come before it."""
         self._n_missing[self._block_of[layer]] -= 1
-        while len(self._begun) < len(self._blocks) and self._n_missing[len(self._begun)] <= 0:
+        return self._next_is_whole()
+
+    def begin_ready(self) -> None:
+        """Begin to sum it, and those that waited for it."""
+        while self._next_is_whole():
             self._begin()
+
+    def _next_is_whole(self) -> bool:
+        k = len(self._begun)
+        return k < len(self._blocks) and self._n_missing[k] <= 0
 
     def gradient_complete(self) -> None:
         """Sum what no gradient was announced of, and wait for all sums. Collective."""

@@ -73,7 +73,7 @@ class GPUASGDWorker(DisplacementWorker):
         self._waits = method.warm_start_steps > 0 and self.comm.rank > 0
         self._made = self.comm.numbers(1)  # client 0 shows its steps
         self._seen = np.zeros(1)
-        self._join(slice(0, 0), np.zeros_like(self.x.local, dtype=self._dtype, shape=0))  # compiled now
+        self._join(slice(0, 0), np.zeros_like(self.x.local, dtype=self._dtype, shape=(0,)))  # compiled now
         self.comm.barrier()
 
     def step(

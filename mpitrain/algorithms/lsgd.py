@@ -253,6 +253,7 @@ class SynchronousLSGDWorker(LSGDWorker):
         due = [following for following in (self._group, self._all) if clock % following.period == 0]
         if not due:
             return
+        self.comm.publish(self.x)
         losses = self.comm.gather([self.mean_loss()])[:, 0]
         for following in due:
             following.choose(losses)

@@ -259,8 +259,16 @@ class Worker(ABC):
         self.after_update()
         self.t += 1
 
-    def gradient_ready(self, layer: int) -> None:  # noqa: B027 - not every method has something to do here
-        """During a backward pass: the gradient of ``replica.layers[layer]`` is in ``g``."""
+    def gradient_ready(self, layer: int) -> bool:
+        """During a backward pass: the gradient of ``replica.layers[layer]`` is in ``g``.
+
+        Returns:
+            Whether ``begin_ready`` should be called.
+        """
+        return False
+
+    def begin_ready(self) -> None:  # noqa: B027 - not every method has something to do here
+        """Begin what can be begun with the gradients that are there."""
 
     def gradient_complete(self) -> None:  # noqa: B027 - not every method has something to do here
         """The backward pass is at its end, and all of the gradient is in ``g``."""

@@ -68,7 +68,7 @@ class CenterWorker(Worker):
         self._dtype = x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
         self._center = self.comm.shared_vector(x.size, self._dtype, rows=len(self.rows))
         self._seed({name: self.start(name) for name in self.rows}, 0)
-        empty = np.zeros_like(x, dtype=self._dtype, shape=(len(self.rows), 0) if len(self.rows) > 1 else 0)
+        empty = np.zeros_like(x, dtype=self._dtype, shape=(len(self.rows), 0) if len(self.rows) > 1 else (0,))
         self.visit(slice(0, 0), empty)  # compiled now
 
     def start(self, name: str) -> Any:

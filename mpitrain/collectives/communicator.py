@@ -71,6 +71,12 @@ class Communicator(Protocol):
     def node_vector(self, n: int, dtype: Any) -> Vector:
         """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
 
+    def publish(self, vector: Vector) -> None:
+        """Let peers read a vector as it is now, after the next barrier or gather. Local.
+
+        In host memory they do anyway. A barrier publishes all vectors.
+        """
+
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
 

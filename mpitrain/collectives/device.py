@@ -1,8 +1,8 @@
 """Which device a rank computes on.
 
 Local rank r takes GPU r modulo the number of those that it sees. A launcher that shows every rank one of its own (SLURM
-with --gpus-per-task, CUDA_VISIBLE_DEVICES in a wrapper) is thereby obeyed; ranks that cannot see each other's GPUs can
-also not map each other's memory (``collectives.transport``).
+with --gpus-per-task, CUDA_VISIBLE_DEVICES in a wrapper) is thereby obeyed; whether ranks can map memory of GPUs that
+they do not see is tried (``collectives.transport``).
 """
 
 from __future__ import annotations

@@ -145,14 +145,18 @@ class DeviceBlocks:
             self._rooms = [self._gpu.zeros(max(self.lengths, default=0), dtype) for _ in range(N_ROOMS)]
             for memory in homes.memory():
                 self._gpu.lock_pages(memory)
-        self._n_visits = 0
+        self._n_visits = self._n_held = 0
         self._visits: dict[int, Block] = {}  # as their homes have them
         self._leaving: deque[tuple[Any, Block, bool]] = deque()
         self._more = False
 
-    def acquire(self, index: int, then: int | None = None) -> Block:
+    def acquire(self, index: int, then: int | None = None, *, encoded: bool = False) -> Block:
         """Lock a block and have it in device memory. Local; waits for the present owner."""
-        block = self._blocks.acquire(index, then)
+        if self._n_held == 0 and not self._leaving:
+            # What the exchange comes after may take its time, a whole backward pass: nobody should wait for it.
+            self._gpu.settle()
+        self._n_held += 1
+        block = self._blocks.acquire(index, then, encoded=encoded)
         self._more = then is not None
         if self._in_place:
             return block
@@ -164,6 +168,7 @@ class DeviceBlocks:
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock: now, or while the next one is worked on. Local."""
+        self._n_held -= 1
         if not self._in_place:
             home = self._visits.pop(block.index)
             mark = self._gpu.copy_out(home.data, block.data) if updated else self._gpu.mark()
@@ -171,6 +176,10 @@ class DeviceBlocks:
         else:
             self._leaving.append((self._gpu.mark(), block, updated))
         self._give_back(all_but=1 if self._more else 0)
+
+    def drop_residuals(self) -> None:
+        """As ``MPIBlocks`` does. Local."""
+        self._blocks.drop_residuals()
 
     def _give_back(self, all_but: int = 0) -> None:
         while len(self._leaving) > all_but:

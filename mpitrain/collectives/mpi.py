@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from mpi4py import MPI
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduce
 from mpitrain.collectives.background import Background, Started
-from mpitrain.collectives.blocks import Blocks, MPIBlocks
+from mpitrain.collectives.blocks import MPIBlocks
 from mpitrain.collectives.device_memory import DeviceBlocks, DeviceWindow
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import shards
 from mpitrain.collectives.shared import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.statistics import Statistics
+from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
+from mpitrain.kernels.wire import FLOAT32, Format, format_of
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
@@ -45,15 +48,33 @@ class MPICommunicator:
         world: The ranks.
         statistics: To be counted into.
         on_host: Vectors lie in host memory although the ranks have GPUs.
+        wire: How float32 vectors cross nodes: ``"float32"``, as they are; ``"bfloat16"``, ``"float16"`` or ``"int8"``,
+            in 2 bytes or about 1 an element (``kernels.wire``). It holds for visits to shared vectors by ``update``
+            (``read`` and ``write``, which evaluation and checkpoints use, are exact) and for large all-reduces, which
+            take 2 bytes under int8. Mailboxes, peers' vectors and elements of other types travel as they are, but not
+            the sums of 16-bit vectors, which are float32.
+
+    Raises:
+        UsageError: There is no such format, or this world crosses nodes in a way that knows none.
     """
 
-    def __init__(self, world: World, statistics: Statistics | None = None, *, on_host: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        statistics: Statistics | None = None,
+        *,
+        on_host: bool = False,
+        wire: str = FLOAT32,
+    ) -> None:
         self.world = world
         self._on_host = on_host
+        self._wire, self._encoding = wire, format_of(wire)
         self._gpu = None if on_host else world.gpu
         self.rank, self.size, self.nodes = world.rank, world.size, world.nodes
         self.statistics = statistics or Statistics()
-        self._allreduce = AllReduce(world, self.statistics)
+        if self._encoding is not None:
+            self._check_wire()
+        self._allreduce = AllReduce(world, self.statistics, self._encoding)
         self._made: list[Any] = []
         self._mirrored: list[DeviceWindow] = []
         self._pending: PendingAllReduce | None = None
@@ -62,9 +83,32 @@ class MPICommunicator:
 
     def split(self, color: int) -> MPICommunicator:
         """A communicator of those workers that give the same ``color``. Collective."""
-        part = MPICommunicator(self.world.split(color), self.statistics, on_host=self._on_host)
+        part = MPICommunicator(self.world.split(color), self.statistics, on_host=self._on_host, wire=self._wire)
         self._made.extend((part.world, part))
         return part
+
+    def _check_wire(self) -> None:
+        """Encoded vectors cross nodes by messages between hosts."""
+        transport = None if self._gpu is None else self.world.transport
+        if self.world.n_nodes == 1:
+            return
+        if self.world.service is None:
+            raise UsageError(
+                f"wire {self._wire} needs messages between nodes, which there are among all ranks (not in replica "
+                "groups or the tree of easgd_tree), with MPI_THREAD_MULTIPLE, without MPITRAIN_BETWEEN_NODES=windows: "
+                "leave wire out"
+            )
+        if transport is not None and (transport.in_place or transport.sums):
+            raise UsageError(
+                f"wire {self._wire} needs vectors that cross nodes by way of the host, and here MPI moves them from "
+                "device memory: take transport staged or ipc, or leave wire out"
+            )
+
+    def drop_residuals(self) -> None:
+        """Forget what changes of shared vectors have lost on the wire: they get other values. Local."""
+        for made in self._made:
+            if isinstance(made, (MPIBlocks, DeviceBlocks, MPICommunicator)):
+                made.drop_residuals()
 
     def vector(self, n: int, dtype: Any) -> AnyWindow:
         """A vector of zeros that peers can read. Collective."""
@@ -91,10 +135,15 @@ class MPICommunicator:
         self._made.append(window)
         return window
 
+    def publish(self, vector: Any) -> None:
+        """Let peers read a vector as it is now, after the next barrier or gather. Local."""
+        if isinstance(vector, DeviceWindow):
+            vector.publish()
+
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
 
-        A vector in the memory of a GPU that this one does not map is seen as its owner left it at its last collective.
+        A vector in the memory of a GPU that this one does not map is seen as its owner has published it.
         """
         memory = vector.of(peer)
         if memory is not None:
@@ -126,23 +175,26 @@ class MPICommunicator:
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
         """One vector for all workers, zeros, sharded over them; or several, changed together. Collective."""
         parts = shards(n, self.size, self._largest_shard())
-        blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype)
-        return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
+        blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
+        acquire = partial(blocks.acquire, encoded=True)
+        return SharedVector(blocks, self.rank, self.size, self.statistics, rows, acquire=acquire)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Vectors at every worker that others read or change under their locks. Collective."""
         homes = [rank for rank in range(self.size) for _ in range(slots)]
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
-    def _blocks(self, homes: Sequence[int], lengths: Sequence[int], dtype: Any) -> Blocks:
+    def _blocks(
+        self, homes: Sequence[int], lengths: Sequence[int], dtype: Any, encoding: Format | None = None
+    ) -> MPIBlocks | DeviceBlocks:
         """Where this communicator's vectors are. Collective."""
-        blocks: Blocks
+        blocks: MPIBlocks | DeviceBlocks
         if self._gpu is None:
-            blocks = MPIBlocks(self.world, homes, lengths, dtype, self.statistics)
+            blocks = MPIBlocks(self.world, homes, lengths, dtype, self.statistics, encoding=encoding)
         else:
             assert self.world.transport is not None
             at_home: Any = DeviceWindow if self.world.transport.in_place else Window
-            options: Any = {"window": at_home, "n_rooms": N_DEVICE_ROOMS}
+            options: Any = {"window": at_home, "n_rooms": N_DEVICE_ROOMS, "encoding": encoding}
             homes_of = MPIBlocks(self.world, homes, lengths, dtype, self.statistics, **options)
             blocks = DeviceBlocks(self.world, homes_of, dtype)
         self._made.append(blocks)
@@ -210,7 +262,8 @@ class MPICommunicator:
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
-        self._publish()
+        if self._gpu is not None:
+            self._gpu.settle()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
         self.world.comm.Allgather(mine, all_values)
@@ -218,17 +271,13 @@ class MPICommunicator:
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
-        self._publish()
-        began = time.perf_counter()
-        self.world.comm.Barrier()
-        self.statistics.wait_seconds += time.perf_counter() - began
-
-    def _publish(self) -> None:
-        """Let peers see this worker's vectors as they are now."""
         for window in self._mirrored:
             window.publish()
         if self._gpu is not None:
             self._gpu.settle()
+        began = time.perf_counter()
+        self.world.comm.Barrier()
+        self.statistics.wait_seconds += time.perf_counter() - began
 
     def free(self) -> None:
         """Give back everything that was made here. Collective."""

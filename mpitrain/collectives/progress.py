@@ -26,6 +26,7 @@ import numpy as np
 from mpitrain.collectives.background import in_background
 from mpitrain.kernels import service
 from mpitrain.kernels.locks import OWNER_MASK
+from mpitrain.kernels.wire import PLAIN, Encoded
 
 EMPTY = np.zeros(0, np.uint8)
 
@@ -84,7 +85,14 @@ class ProgressThread:
         self._ask(service.SWAP, rank, tag, (0, 0), (EMPTY, EMPTY), (word, before, after))
         return Transfer(header, requests).wait()
 
-    def fetch(self, rank: int, addresses: tuple[int, int], arrays: Arrays, take: tuple[int, int] = (0, 0)) -> Transfer:
+    def fetch(
+        self,
+        rank: int,
+        addresses: tuple[int, int],
+        arrays: Arrays,
+        take: tuple[int, int] = (0, 0),
+        encoded: Encoded = PLAIN,
+    ) -> Transfer:
         """Begin to copy what lies at addresses of ``rank`` to arrays. Local.
 
         Args:
@@ -92,17 +100,33 @@ class ProgressThread:
             addresses: There.
             arrays: Here.
             take: The address of a lock word, and the owner bits to set in it first, as soon as nobody else's are set.
+            encoded: What ``rank`` encodes to the first of the addresses when it has taken the lock.
         """
         tag, header, requests = self._expect(rank)
         requests += [self._comm.Irecv(piece, rank, tag) for piece in pieces(*arrays)]
         kind = service.TAKE if take[0] else service.FETCH
-        self._ask(kind, rank, tag, addresses, arrays, (take[0], 0, take[1]))
+        self._ask(kind, rank, tag, addresses, arrays, (take[0], 0, take[1]), encoded)
         return Transfer(header, requests)
 
-    def store(self, rank: int, addresses: tuple[int, int], arrays: Arrays, swap: tuple[int, int, int]) -> Transfer:
-        """Begin to copy arrays to addresses of ``rank``, and to swap a lock word when they are there. Local."""
+    def store(
+        self,
+        rank: int,
+        addresses: tuple[int, int],
+        arrays: Arrays,
+        swap: tuple[int, int, int],
+        encoded: Encoded = PLAIN,
+    ) -> Transfer:
+        """Begin to copy arrays to addresses of ``rank``, and to swap a lock word when they are there. Local.
+
+        Args:
+            rank: Whose memory.
+            addresses: There.
+            arrays: Here.
+            swap: The address of a lock word, what it is, and what it becomes.
+            encoded: To what ``rank`` adds what has come to the first of the addresses before it swaps.
+        """
         tag, header, requests = self._expect(rank)
-        self._ask(service.STORE, rank, tag, addresses, arrays, swap)
+        self._ask(service.STORE, rank, tag, addresses, arrays, swap, encoded)
         requests += [self._comm.Isend(piece, rank, service.STORED + tag) for piece in pieces(*arrays)]
         return Transfer(header, requests, swap[1])
 
@@ -119,8 +143,10 @@ class ProgressThread:
         addresses: tuple[int, int],
         arrays: Arrays,
         word: tuple[int, int, int],
+        encoded: Encoded = PLAIN,
     ) -> None:
-        words = [kind, self._rank, addresses[0], arrays[0].nbytes, addresses[1], arrays[1].nbytes, *word, tag]
+        stretches = [addresses[0], arrays[0].nbytes, addresses[1], arrays[1].nbytes]
+        words = [kind, self._rank, *stretches, *word, tag, *encoded]
         self._comm.Send(np.array(words, np.int64), rank, service.TAG_REQUEST)
 
     def stop(self) -> None:

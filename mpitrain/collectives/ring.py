@@ -8,6 +8,10 @@ every message is short enough to be sent at once::
 
 Each part is summed in one order, at one rank, so that all ranks get the same bits at every run.
 
+Parts can travel in a wire format (``kernels.wire``). They are then summed in float32 at every rank they pass, and a
+complete part is encoded once, by the rank that has it; that rank, too, goes on with what the others decode. A part is
+rounded once at each rank that it leaves, and what that loses is lost: unlike a center, a sum has no next time.
+
 Source: Patarasuk, Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
 """
 
@@ -20,6 +24,7 @@ from mpi4py import MPI
 
 from mpitrain.collectives.partition import split
 from mpitrain.collectives.progress import pieces
+from mpitrain.kernels.wire import Format
 
 
 def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:
@@ -41,3 +46,33 @@ def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:
         MPI.Request.Waitall(requests)
         if adds:
             coming += into
+
+
+def allreduce_encoded(comm: Any, total: np.ndarray, room: np.ndarray, wire: Format) -> None:
+    """The same for float32 vectors that travel as ``wire`` fetches blocks. Collective.
+
+    Args:
+        comm: As above.
+        total: As above.
+        room: As above: there is place for two parts of 16-bit numbers.
+        wire: The format.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    parts = split(total.size, size)
+    raw = room.view(np.uint8)
+    going, coming = raw[: raw.size // 2], raw[raw.size // 2 :]
+    for step in range(2 * (size - 1)):
+        mine, theirs = (total[parts[(rank - step - k) % size]] for k in (0, 1))
+        sent, received = going[: wire.fetched_bytes(mine.size)], coming[: wire.fetched_bytes(theirs.size)]
+        if step < size:  # later ones are sent on as they have come
+            wire.encode(mine, sent)
+        if step == size - 1:
+            wire.decode(sent, mine)
+        requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(received)]
+        requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(sent)]
+        MPI.Request.Waitall(requests)
+        if step < size - 1:
+            wire.add_fetched(received, theirs)
+        else:
+            wire.decode(received, theirs)
+        going, coming = coming, going

@@ -12,6 +12,7 @@ from mpitrain.collectives.memory import Window
 from mpitrain.collectives.progress import Arrays, ProgressThread, Transfer
 from mpitrain.kernels import locks
 from mpitrain.kernels.locks import OWNER_BITS, OWNER_MASK, STRIDE
+from mpitrain.kernels.wire import PLAIN, Encoded
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
@@ -33,15 +34,24 @@ class ServedLocks(LockTable):
         self._progress = progress
         self._words: ServedWords = ServedWords(world, counts, progress)
 
-    def fetch(self, home: int, index: int, addresses: tuple[int, int], arrays: Arrays) -> Transfer:
+    def fetch(
+        self, home: int, index: int, addresses: tuple[int, int], arrays: Arrays, encoded: Encoded = PLAIN
+    ) -> Transfer:
         """Begin to take a lock of another node and then to copy what lies at addresses there. Local.
 
         ``wait`` of what is returned gives the lock word as it was, with the version.
         """
-        return self._progress.fetch(home, addresses, arrays, (self._words.address(home, index), self._me))
+        return self._progress.fetch(home, addresses, arrays, (self._words.address(home, index), self._me), encoded)
 
     def store(
-        self, home: int, index: int, addresses: tuple[int, int], arrays: Arrays, version: int, updated: bool
+        self,
+        home: int,
+        index: int,
+        addresses: tuple[int, int],
+        arrays: Arrays,
+        version: int,
+        updated: bool,
+        encoded: Encoded = PLAIN,
     ) -> Transfer:
         """Begin to copy arrays to addresses of another node and then to give its lock back, as ``release`` does. Local.
 
@@ -49,7 +59,7 @@ class ServedLocks(LockTable):
         """
         held = version << OWNER_BITS | self._me
         swap = self._words.address(home, index), held, (version + updated) << OWNER_BITS
-        return self._progress.store(home, addresses, arrays, swap)
+        return self._progress.store(home, addresses, arrays, swap, encoded)
 
 
 class ServedWords:

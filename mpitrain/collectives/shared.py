@@ -39,6 +39,8 @@ class SharedVector:
         size: How many there are.
         statistics: Where exchanges, staleness and rejected elements are counted.
         rows: Vectors that lie side by side in each shard.
+        acquire: Has a shard for ``update``, maybe in fewer bytes; ``blocks.acquire`` if it is not given. All other
+            visits are exact.
 
     Attributes:
         staleness: Inside ``fn`` of ``update``: how many updates of this shard by others lie between this worker's last
@@ -46,8 +48,18 @@ class SharedVector:
         tags: Inside ``fn`` of ``update``: (N_TAGS,) numbers that belong to the shard, to be changed in place.
     """
 
-    def __init__(self, blocks: Blocks, rank: int, size: int, statistics: Statistics, rows: int = 1) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        rank: int,
+        size: int,
+        statistics: Statistics,
+        rows: int = 1,
+        *,
+        acquire: Callable[[int, int | None], Block] | None = None,
+    ) -> None:
         self._blocks = blocks
+        self._acquire = acquire or blocks.acquire
         self._statistics = statistics
         self._rows = rows
         lengths = [length // rows for length in blocks.lengths]
@@ -74,7 +86,7 @@ class SharedVector:
         self._statistics.n_exchanges += 1
         first_staleness: int | None = None
         for k, (index, then) in enumerate(self._steps):
-            block = self._blocks.acquire(index, then)
+            block = self._acquire(index, then)
             try:
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen

@@ -290,6 +290,9 @@ class SimulatedCommunicator:
         arrays = self._meet(None, lambda _: {node: np.zeros(n, dtype) for node in set(self.nodes)})
         return SimulatedVector([arrays[node_of[rank]] for rank in range(self.size)], self.rank)
 
+    def publish(self, vector: Any) -> None:
+        """Peers see a vector as it is. Local."""
+
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange."""
         fn(vector.arrays[peer])

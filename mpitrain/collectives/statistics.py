@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class Statistics:
     lock_wait_seconds: float = 0.0
     staleness: np.ndarray = field(default_factory=lambda: np.zeros(STALENESS_BINS, np.int64))
     staleness_distance: np.ndarray = field(default_factory=lambda: np.zeros(DISTANCE_BINS, np.int64))
+
+    def numbers(self) -> dict[str, Any]:
+        """All counters by name, as they are now."""
+        return {**vars(self), "n_rejected": int(self.n_rejected)}
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
         """Count one visit that found ``n_updates`` updates of others, which moved the center by ``distance``."""

@@ -118,7 +118,8 @@ class World:
         self.n_rails: int = comm.allreduce(self.local_size, op=MPI.MIN)
         on_rail = self.local_rank < self.n_rails
         self.rail_comm = comm.Split(self.local_rank if on_rail else MPI.UNDEFINED, key=self.node)
-        self.device: str = bind(device, self.local_rank) if whole is None else whole.device
+        self._own_gpu: Gpu | None = None
+        self.device: str = self._bound(device) if whole is None else whole.device
         self.wanted_transport = transport
         self.gpu: Gpu | None = None if whole is None else whole.gpu
         self.transport: Transport | None = None
@@ -131,14 +132,28 @@ class World:
         self._progress = ProgressThread(comm) if needs_progress else None
         self.service = self._progress if _between_nodes_setting() == "messages" else None
 
+    def _bound(self, device: str) -> str:
+        """This rank's device. Collective: a problem of one rank is everybody's, who would wait for it otherwise."""
+        bound, problem = "", ""
+        try:
+            bound = bind(device, self.local_rank)
+            if bound != "cpu":
+                self._own_gpu = gpu.use(take(bound))
+        except UsageError as error:
+            problem = str(error)
+        except ImportError as error:
+            problem = f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or run with --device cpu"
+        except Exception as error:
+            problem = f"the GPU {bound} of {socket.gethostname()} cannot be used: {type(error).__name__}: {error}"
+        problems = [text for text in self.comm.allgather(problem) if text]
+        if problems:
+            raise UsageError(problems[0])
+        return bound
+
     def _take_gpu(self, transport: str) -> None:
         """Collective."""
-        try:
-            self.gpu = gpu.use(take(self.device))
-        except ImportError as error:
-            raise UsageError(
-                f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or run with --device cpu"
-            ) from error
+        self.gpu = self._own_gpu
+        assert self.gpu is not None
         self.transport = choose(self, transport, self.gpu)
         places = self.comm.allgather((self.hosts[self.rank], self.gpu.identity))
         if self.rank == 0:

@@ -246,9 +246,8 @@ def launcher(name: str, equations: Equations, storages: tuple[Storage, ...]) -> 
 
 def run(name: str, equations: Equations, arrays: Sequence[Any], scalars: Sequence[float]) -> int | Rejected:
     """Runs the kernel on device arrays, on the current stream; see `Kernel.__call__`."""
-    launch = _launch_for(name, equations, arrays)
-    size: int = arrays[0].size
-    return _begin(launch, equations, arrays, scalars, size) if size else 0
+    # Also where there is nothing to do: an empty call before the first one that counts is one that compiles.
+    return _begin(_launch_for(name, equations, arrays), equations, arrays, scalars, arrays[0].size)
 
 
 def prepare(name: str, equations: Equations, like: Any) -> None:
@@ -383,7 +382,7 @@ class _Counters:
 
     They are never reset: a launch has a counter to itself until it is counted, and its number is by how much the
     counter has grown. So nothing is begun on the stream but the kernel, streams may be changed between launches, and
-    the counters of all are read by one copy beside the streams. When none is left, the older half is waited for.
+    a counter is copied to the host behind its kernel. When none is left, the older half is waited for.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -403,7 +402,9 @@ class _Counters:
 
     def launched(self) -> Rejected:
         """What the launch with that counter will have rejected."""
-        launch = _Launched(self, self._free.popleft(), self.gpu.mark())
+        index = self._free.popleft()
+        self.gpu.copy(self._here[index : index + 1], self._each[index])
+        launch = _Launched(self, index, self.gpu.mark())
         with self._lock:
             self._uncounted.append(launch)
         return Rejected(0, (launch,))
@@ -418,8 +419,6 @@ class _Counters:
             self.gpu.wait_for(launch.mark)
         with self._lock:
             launches = [launch for launch in launches if launch.n_rejected is None]  # another thread may have been here
-            with self.gpu.in_background():
-                self.gpu.copy(self._here, self._there)
             for launch in launches:
                 before, total = self._totals[launch.index], int(self._here[launch.index])
                 self._totals[launch.index], launch.n_rejected = total, total - before

@@ -25,6 +25,8 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from mpitrain.errors import UsageError
+
 ALLOCATION_BYTES: Final = 2 << 20
 """Allocations are whole blocks of the driver: smaller ones may share a block, and its handle maps all of it."""
 
@@ -127,11 +129,24 @@ class CudaGpu:
         return str(self._runtime.deviceGetPCIBusId(self.index))
 
     def zeros(self, n: int, dtype: Any) -> Any:
-        """(n,) zeros in device memory of their own, which `handle` can export."""
+        """(n,) zeros in device memory of their own, which `handle` can export.
+
+        Raises:
+            UsageError: There is no room.
+        """
         n_bytes = n * np.dtype(dtype).itemsize
         with self._device:
             # Not from CuPy's pool: its blocks are parts of larger allocations.
-            memory = self._cupy.cuda.Memory(-(-max(n_bytes, 1) // ALLOCATION_BYTES) * ALLOCATION_BYTES)
+            size = -(-max(n_bytes, 1) // ALLOCATION_BYTES) * ALLOCATION_BYTES
+            try:
+                memory = self._cupy.cuda.Memory(size)
+            except self._runtime.CUDARuntimeError as error:
+                free, total = self._runtime.memGetInfo()
+                raise UsageError(
+                    f"no {size >> 20} MiB of memory on GPU {self.index} ({free >> 20} of {total >> 20} MiB are free; "
+                    f"{error}): use a smaller model or batch, or fewer ranks a GPU; "
+                    "torch keeps what it has freed (torch.cuda.empty_cache())"
+                ) from error
             array = self._cupy.ndarray((n,), dtype, self._cupy.cuda.MemoryPointer(memory, 0))
             if n:
                 self._runtime.memsetAsync(array.data.ptr, 0, n_bytes, self._stream())

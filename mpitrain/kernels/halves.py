@@ -1,4 +1,4 @@
-"""float16 and bfloat16 on the host: conversions in LLVM IR, so that loops over them vectorise.
+"""float16, bfloat16 and int8 on the host: conversions in LLVM IR, so that loops over them vectorise.
 
 IEEE 754-2008, binary16 (1 sign, 5 exponent, 10 fraction bits) and bfloat16 (1, 8, 7). Rounding is to nearest, ties to
 even; subnormals and infinities come out as NumPy's and ml_dtypes' own casts have them. IR and not Python because Numba
@@ -19,7 +19,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 
@@ -110,3 +110,43 @@ def float_to_bfloat(typingctx: Any, value: Any) -> Any:
         return b.trunc(b.select(is_nan, nan, rounded), _I16)
 
     return types.uint16(types.float32), generate
+
+
+@intrinsic
+def float_to_int8(typingctx: Any, value: Any) -> Any:
+    """float32, a whole number from -128 to 127 -> int8."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.fptosi(args[0], _I8)
+
+    return types.int8(types.float32), generate
+
+
+@intrinsic
+def int8_to_float(typingctx: Any, level: Any) -> Any:
+    """int8 -> float32."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.sitofp(args[0], _F32)
+
+    return types.float32(types.int8), generate
+
+
+@intrinsic
+def magnitude_bits(typingctx: Any, value: Any) -> Any:
+    """The bits of the absolute value as int32, ordered as magnitudes are: LLVM vectorises a maximum of integers."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.and_(b.bitcast(args[0], _I32), _u32(0x7FFFFFFF))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def float_of_bits(typingctx: Any, bits: Any) -> Any:
+    """int32 -> the float32 of these bits."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.bitcast(args[0], _F32)
+
+    return types.float32(types.int32), generate

@@ -4,7 +4,7 @@ It calls MPI by the addresses of its functions. Handles, pointers and ints are a
 calling conventions of x86-64 and ARM put where shorter ones are looked for.
 
 A request is (kind, rank, address, n_bytes, address of tags, n_bytes of tags, address of a lock word, before, after,
-tag of its messages):
+tag of its messages, wire format, address of a block, n of its elements):
 
     SWAP    make the word ``after`` if it is ``before``, and answer what it was
     FETCH   send the two stretches of memory
@@ -14,6 +14,10 @@ tag of its messages):
 Every one is answered by a header (the word as it was, how often it was found taken), FETCH and TAKE by data after it.
 Data travel in pieces that MPIs send at once: larger messages are negotiated, and over TCP they then use only one
 direction of the link at a time.
+
+With a wire format (``kernels.wire``; 0: none) the first stretch is not the block but a buffer that belongs to it: TAKE
+encodes the block into it before it sends, STORE decodes what it has received there and adds it to the block before it
+swaps. Whoever has the lock has the buffer. What comes from a rank that has lost its lock meanwhile is not added.
 """
 
 from __future__ import annotations
@@ -27,11 +31,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import cache
+from . import cache, wire
 
 SWAP, FETCH, TAKE, STORE = 1, 2, 3, 4
-REQUEST_WORDS: Final = 10
-STATE_WORDS: Final = 16  # of a request under way: the request, how many pieces, how often the word was taken, a header
+KIND, RANK, DATA, DATA_BYTES, TAGS, TAGS_BYTES, WORD, BEFORE, AFTER, TAG, FORMAT, BLOCK, N_ELEMENTS = range(13)
+REQUEST_WORDS: Final = 13
+# Of a request under way: the request, how many pieces, how often the word was found taken, a header, where data begin.
+STARTED, TAKEN, HEADER, BUFFER, STATE_WORDS = 13, 14, 15, 17, 18
 HEADER_WORDS: Final = 2
 PIECE_BYTES: Final = 60_000  # with a header below the 64 KiB at which both Open MPI and MPICH begin to negotiate
 N_PIECES: Final = 128  # of a request under way at a time
@@ -79,32 +85,68 @@ def swap_at(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), generate
 
 
+def _array(element: Any) -> Any:
+    """An intrinsic: the address of elements of this type as a pointer to them."""
+
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+floats_at, shorts_at, levels_at = (_array(element) for element in (types.float32, types.uint16, types.int8))
+
 _SERVE: Final = f"""\
-from numba import njit
+from numba import carray, njit
 from mpitrain.kernels.atomics import load_acquire
-from mpitrain.kernels.service import call, swap_at
+from mpitrain.kernels.service import call, floats_at, levels_at, shorts_at, swap_at
+{wire.conversions(*wire.FORMATS)}
+@njit(nogil=True)
+def encode(state):
+    n = state[{N_ELEMENTS}]
+    block, buffer = carray(floats_at(state[{BLOCK}]), n), carray(shorts_at(state[{BUFFER}]), n)
+    if state[{FORMAT}] == {wire.FORMATS["float16"].code}:
+        encode_float16(block, buffer)
+    else:
+        encode_bfloat16(block, buffer)
+
+@njit(nogil=True)
+def add(state):
+    n, buffer = state[{N_ELEMENTS}], state[{BUFFER}]
+    block = carray(floats_at(state[{BLOCK}]), n)
+    if state[{FORMAT}] == {wire.FORMATS["int8"].code}:
+        n_scales = (n + {wire.GROUP - 1}) // {wire.GROUP}
+        add_int8(carray(floats_at(buffer), n_scales), carray(levels_at(buffer + 4 * n_scales), n), block)
+    elif state[{FORMAT}] == {wire.FORMATS["float16"].code}:
+        add_float16(carray(shorts_at(buffer), n), block)
+    else:
+        add_bfloat16(carray(shorts_at(buffer), n), block)
 
 @njit(nogil=True)
 def post(functions, comm, byte, state, pieces, request_bytes):
     n = 0
-    while n < {N_PIECES} and state[3] + state[5] > 0:
-        k = 2 if state[3] > 0 else 4
+    while n < {N_PIECES} and state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
+        k = {DATA} if state[{DATA_BYTES}] > 0 else {TAGS}
         size = min(state[k + 1], {PIECE_BYTES})
         at = pieces + n * request_bytes
-        if state[0] == {STORE}:
-            call(functions[4], (state[k], size, byte, state[1], {STORED} + state[9], comm, at))
+        if state[{KIND}] == {STORE}:
+            call(functions[4], (state[k], size, byte, state[{RANK}], {STORED} + state[{TAG}], comm, at))
         else:
-            call(functions[3], (state[k], size, byte, state[1], state[9], comm, at))
+            call(functions[3], (state[k], size, byte, state[{RANK}], state[{TAG}], comm, at))
         state[k] += size
         state[k + 1] -= size
         n += 1
-    state[10] = n
+    state[{STARTED}] = n
 
 @njit(nogil=True)
 def answer(functions, comm, byte, state, header, found):
-    state[12] = found
-    state[13] = state[11]
-    call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[1], state[9], comm))
+    state[{HEADER}] = found
+    state[{HEADER} + 1] = state[{TAKEN}]
+    call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
@@ -124,29 +166,33 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
         free = -1
         for slot in range(states.shape[0]):
             state = states[slot]
-            if state[0] == 0:
+            if state[{KIND}] == 0:
                 free = slot
                 continue
             n_active += 1
-            header = at_states + 8 * ({STATE_WORDS} * slot + 12)
+            header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
-            if state[0] == {TAKE}:
-                word = swap_at(state[6], 0, 0)
-                if word & {OWNER_MASK} != 0 or swap_at(state[6], word, word | state[8]) != word:
-                    state[11] += 1
+            if state[{KIND}] == {TAKE}:
+                word = swap_at(state[{WORD}], 0, 0)
+                if word & {OWNER_MASK} != 0 or swap_at(state[{WORD}], word, word | state[{AFTER}]) != word:
+                    state[{TAKEN}] += 1
                     continue
+                if state[{FORMAT}] != 0:
+                    encode(state)
                 answer(functions, comm, byte, state, header, word)
-                state[0] = {FETCH}
+                state[{KIND}] = {FETCH}
                 post(functions, comm, byte, state, pieces, request_bytes)
-            call(functions[5], (state[10], pieces, at_flag, at_statuses))
+            call(functions[5], (state[{STARTED}], pieces, at_flag, at_statuses))
             if flag[0] != 0:
-                if state[3] + state[5] > 0:
+                if state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
                     post(functions, comm, byte, state, pieces, request_bytes)
                 else:
-                    if state[0] == {STORE}:
-                        found = swap_at(state[6], state[7], state[8])
+                    if state[{KIND}] == {STORE}:
+                        if state[{FORMAT}] != 0 and swap_at(state[{WORD}], 0, 0) == state[{BEFORE}]:
+                            add(state)
+                        found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
                         answer(functions, comm, byte, state, header, found)
-                    state[0] = 0
+                    state[{KIND}] = 0
                     free = slot
                     n_active -= 1
                     n_served += 1
@@ -157,18 +203,19 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                 asks = flag[1]
         if asks >= 0 and free >= 0:
             state = states[free]
-            state[11] = 0
+            state[{TAKEN}] = 0
             for k in range({REQUEST_WORDS}):
                 state[k] = requests[asks, k]
+            state[{BUFFER}] = state[{DATA}]
             here, at = at_requests + 8 * {REQUEST_WORDS} * asks, at_next + asks * request_bytes
             call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
             asks = -1
-            header = at_states + 8 * ({STATE_WORDS} * free + 12)
-            if state[0] == {SWAP}:
-                answer(functions, comm, byte, state, header, swap_at(state[6], state[7], state[8]))
-                state[0] = 0
-            elif state[0] != {TAKE}:
-                if state[0] == {FETCH}:
+            header = at_states + 8 * ({STATE_WORDS} * free + {HEADER})
+            if state[{KIND}] == {SWAP}:
+                answer(functions, comm, byte, state, header, swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}]))
+                state[{KIND}] = 0
+            elif state[{KIND}] != {TAKE}:
+                if state[{KIND}] == {FETCH}:
                     answer(functions, comm, byte, state, header, 0)
                 post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
             quiet = 0

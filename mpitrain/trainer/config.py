@@ -14,6 +14,7 @@ from mpitrain import algorithms
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.averaging import Average
 from mpitrain.errors import UsageError
+from mpitrain.kernels.wire import FLOAT32, format_of
 
 DEFAULT_EPOCHS = 10.0
 BUDGETS = ("epochs", "steps", "gradients", "minutes")
@@ -49,6 +50,7 @@ class TrainConfig:
         checkpoint_every: Steps between checkpoints; an epoch when None, never when 0.
         straggler: Rank and factor: this rank computes that many times slower.
         replica_size: Ranks that are one worker between them, each with mini-batches of its own.
+        wire: How vectors cross nodes: ``float32``, ``bfloat16``, ``float16`` or ``int8``; see ``DistributedOptimizer``.
         quiet: No progress bar.
     """
 
@@ -77,6 +79,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     straggler: tuple[int, float] | None = None
     replica_size: int = 1
+    wire: str = FLOAT32
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class TrainConfig:
             self._need(name, lambda v: v >= 0, "0 or more")
         self._need("momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
         average_of(self)
+        format_of(self.wire)
         if self.sampling not in ("independent", "sharded"):
             raise UsageError(f"--sampling must be independent or sharded, not {self.sampling!r}")
         if self.straggler is not None and not (math.isfinite(self.straggler[1]) and self.straggler[1] >= 1):

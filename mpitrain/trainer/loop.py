@@ -89,6 +89,7 @@ class Trainer:
             seed=config.seed,
             average=average_of(config),
             replica_size=config.replica_size,
+            wire=config.wire,
         )
         self.step = 0
         self.compute_seconds = 0.0
@@ -281,6 +282,7 @@ class Trainer:
             "ranks": self.world.size,
             "workers": self.world.size // self.config.replica_size,
             "replica_size": self.config.replica_size,
+            "wire": self.config.wire,
             "complete": complete,
         }
         if complete:
@@ -334,8 +336,9 @@ class Trainer:
             "seconds": seconds,
             "compute_seconds": self.compute_seconds,
             "exchange_seconds": self.optimizer.exchange_seconds,
-            "statistics": vars(self.optimizer.statistics),
+            "statistics": self.optimizer.statistics.numbers(),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.world.device != "cpu" else None,
             "augment_rng": self.batches.rng.get_state(),
             "points": [vars(point) for point in self.points],
         }
@@ -358,6 +361,8 @@ class Trainer:
         self.optimizer.exchange_seconds = state["exchange_seconds"]
         vars(self.optimizer.statistics).update(state["statistics"])
         torch.set_rng_state(state["torch_rng"])
+        if self.world.device != "cpu" and state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
         self.batches.rng.set_state(state["augment_rng"])
         self.points = [Point(**point) for point in state["points"]]
         return float(state["loss"])

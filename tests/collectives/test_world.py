@@ -57,14 +57,15 @@ def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monke
 
 
 @pytest.mark.ranks(1, 2)
-def test_a_gpu_without_cupy_is_a_usage_error(monkeypatch):
+def test_one_rank_without_cupy_is_everybodys_usage_error(monkeypatch):
     from mpi4py import MPI
 
     from mpitrain.collectives import world
 
     monkeypatch.setattr(world, "bind", lambda device, local_rank: "cuda:0")
     monkeypatch.setattr(world, "take", lambda device: 0)
-    monkeypatch.setattr(gpu, "_current", None)
+    alone = MPI.COMM_WORLD.Get_rank() == 0
+    monkeypatch.setattr(gpu, "_current", None if alone else StandInGpu())
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UsageError, match=r"need CuPy .*pip install 'mpitrain\[gpu\]'"):
         world.World(MPI.COMM_WORLD.Dup(), "cuda")
