@@ -16,7 +16,7 @@ MPICH := .venv/mpich
 DEMO := runs/demo
 DEMO_EPOCHS ?= 20
 BENCH_RANKS ?= 4
-BENCH_MORE_RANKS ?= 4 8
+BENCH_MORE_RANKS ?= 4
 BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
@@ -56,8 +56,9 @@ test: setup lint
 bench: setup
 	@rm -rf $(BENCH_OUT); failed=; \
 	record() { \
-	    local name=$$1 mpi=$$2; shift 2; echo "== $$name"; \
+	    local name=$$1 mpi=$$2 began=$$SECONDS; shift 2; echo "== $$name"; \
 	    VIRTUAL_ENV=$(CURDIR)/.venv/$$mpi $(OPENMPI)/bin/python benchmarks/record.py $$name "$$@" || failed="$$failed $$name"; \
+	    echo "== $$name: $$((SECONDS - began)) s"; \
 	}; \
 	record kernels openmpi $(OPENMPI)/bin/python benchmarks/kernels.py --repeats 11; \
 	for mpi in openmpi mpich; do \

@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-k", help="as pytest's -k")
     parser.add_argument("-x", action="store_true", help="as pytest's -x")
     parser.add_argument("--also", help="marks to run too: gpu, shared_data, slow")
-    parser.add_argument("--timeout", type=float, default=1500.0, help="seconds a launch may take (default: %(default)g)")
+    parser.add_argument("--timeout", type=float, default=1500.0, help="seconds of a launch (default: %(default)g)")
     return parser.parse_args()
 
 

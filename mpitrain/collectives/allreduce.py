@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from mpi4py import MPI
@@ -78,20 +77,19 @@ class AllReduce:
         self._wire = wire
         self._rooms: dict[tuple[str, bool, int, np.dtype], Any] = {}  # of what crosses nodes, kept from call to call
         self._meeting: Meeting | None = None
-        self._plans: WeakKeyDictionary[AnyWindow, Plan] = WeakKeyDictionary()
 
     def __call__(self, window: AnyWindow, part: slice | None = None, *, scale: float = 1.0) -> None:
         """Replace every rank's array, or a part of it, by ``scale`` times the sum of all. Collective."""
+        if part is None and window.plan is not None:
+            window.plan(scale)
+            return
         world, statistics = self._world, self._statistics
-        plan = self._plans.get(window) if part is None else None
         part = part or slice(0, window.local.size)
         statistics.n_exchanges += 1
         statistics.bytes_sent += 2 * (world.size - 1) * (part.stop - part.start) * window.dtype.itemsize // world.size
         if world.size == 1:
             if scale != 1.0:
                 kernels.scale(window.local[part], scale)
-        elif plan is not None:
-            plan(scale)
         elif isinstance(window, Window) or self._transport.maps:
             self._in_place(window, part, scale)
         elif self._transport.sums:
@@ -163,7 +161,7 @@ class AllReduce:
             if not self._transport.maps:
                 return
         elif self._world.n_nodes == 1 and self._world.size <= DIRECT:
-            self._plans[window] = Plan(self._world, window, self._meeting)
+            window.plan = Plan(self._world, window, self._meeting, self._statistics)
             return
         empty = [window.local[:0].copy() for _ in self._world.node_ranks]
         if self._world.n_nodes == 1 and self._world.size <= MOST:
@@ -273,24 +271,30 @@ class Plan:
         world: The ranks.
         window: What is summed.
         meeting: Of the ranks.
+        statistics: Where exchanges are counted.
     """
 
-    def __init__(self, world: World, window: Window, meeting: Meeting) -> None:
+    def __init__(self, world: World, window: Window, meeting: Meeting, statistics: Statistics) -> None:
         mine = split(window.local.size, world.size)[world.rank]
         vectors = [vector for rank in world.node_ranks if (vector := window.of(rank)) is not None]
-        self._vectors = tuple(as_bits(vectors) if window.dtype.itemsize == 2 else vectors)
-        self._slice = mine.start, mine.stop
+        self._what = (*(as_bits(vectors) if window.dtype.itemsize == 2 else vectors), mine.start, mine.stop)
         self._meeting, self._me, self._end = meeting, world.local_rank, 2 * world.size
+        self._statistics, self._n_bytes = statistics, 2 * (world.size - 1) * window.local.nbytes // world.size
         self._sum = sum_together(world.size, window.dtype)
 
     def __call__(self, scale: float) -> None:
         """Every rank's vector becomes ``scale`` times the sum of all. Collective."""
-        meeting = self._meeting
-        head, tail = (meeting.words, self._me, meeting.number + 1), (*self._vectors, *self._slice, scale)
-        meeting.number += 2
-        progress = self._sum(*head, 0, meeting.patience, *tail)
+        # A small vector takes some microseconds: each line here is a part of them.
+        meeting, me, what = self._meeting, self._me, self._what
+        words, number = meeting.words, meeting.number + 1
+        meeting.number = number + 1
+        progress = self._sum(words, me, number, 0, meeting.patience, *what, scale)
         if progress != self._end:
-            meeting.wait(lambda progress: self._sum(*head, progress, LOOK_ONCE, *tail), self._end, progress)
+            meeting.wait(
+                lambda first: self._sum(words, me, number, first, LOOK_ONCE, *what, scale), self._end, progress
+            )
+        self._statistics.n_exchanges += 1
+        self._statistics.bytes_sent += self._n_bytes
 
 
 class PendingAllReduce:

@@ -46,7 +46,10 @@ class DeviceWindow:
     Attributes:
         local: (n,) zeros at first; this rank's array.
         mirror: What stands for it in host memory; None if nobody needs one.
+        plan: As of ``memory.Window``: None.
     """
+
+    plan = None
 
     def __init__(self, world: World, n: int, dtype: Any, *, mirrored: bool = False) -> None:
         assert world.gpu is not None

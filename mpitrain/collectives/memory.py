@@ -11,7 +11,7 @@ MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,10 +77,12 @@ class Window:
 
     Attributes:
         local: (n,) zeros at first; this rank's array.
+        plan: Sums it over all ranks in one call; None where that has not been prepared.
     """
 
     def __init__(self, world: World, n: int, dtype: Any, *, one_a_node: bool = False) -> None:
         self.world = world
+        self.plan: Callable[[float], None] | None = None
         self.dtype = np.dtype(dtype)
         own = n if world.local_rank == 0 or not one_a_node else 0
         n_bytes = max(own * self.dtype.itemsize, 1)
@@ -154,4 +156,5 @@ class Window:
             self._remote.Free()
         self._shared.Unlock_all()
         self._direct.clear()
+        self.plan = None
         self._shared.Free()
