@@ -68,13 +68,13 @@ bench: setup
 	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 7; \
 	    done; \
 	    record windows-$$mpi $$mpi jobs/local.sh 2 python benchmarks/windows.py --most 64M --repeats 10; \
-	    record startup-$$mpi $$mpi $$python benchmarks/startup.py; \
+	    record startup-$$mpi $$mpi $$python benchmarks/startup.py --repeats 3 --imports 5; \
 	    if [ "$$(id -u)" = 0 ] && [ -f benchmarks/hosts.py ]; then \
 	        record between-$$mpi $$mpi $$python benchmarks/hosts.py; \
 	    fi; \
 	done; \
-	record steps-openmpi openmpi jobs/local.sh 2 python benchmarks/steps.py --repeats 7; \
-	record steps-mpich mpich jobs/local.sh 2 python benchmarks/steps.py --model mlp --repeats 7; \
+	record steps-openmpi openmpi jobs/local.sh 2 python benchmarks/steps.py --repeats 5; \
+	record steps-mpich mpich jobs/local.sh 2 python benchmarks/steps.py --model mlp --repeats 5; \
 	record stragglers-openmpi openmpi jobs/local.sh 2 python benchmarks/stragglers.py --seeds 1; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python benchmarks/page.py || failed="$$failed page"; \

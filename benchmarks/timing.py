@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES_OF_A_REPEAT = 2**18  # smaller vectors are called several times for one figure
-MOST_CALLS = 16
+MOST_CALLS = 256  # so many that it does not matter how far apart ranks leave the barrier before them
 WARM_UPS = 2
 
 
