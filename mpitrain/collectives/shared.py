@@ -205,17 +205,20 @@ class _Sample:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._found = self._left = self._kept = np.zeros(0)
+        self._size = -1  # there is no room yet
+        self._found = self._left = self._kept = self._moved = np.zeros(0)
         self._on_gpu = False
 
     def find(self, shard: Any) -> None:
         """Note them as they are now. What lies on a GPU is only there when the shard has been given back."""
-        self._make_room(shard)
+        if self._size < 0:
+            self._make_room(shard)
         self._copy(self._found, shard)
 
     def leave(self, shard: Any) -> None:
         """The same when the worker has changed them."""
-        self._make_room(shard)
+        if self._size < 0:
+            self._make_room(shard)
         self._copy(self._left, shard)
 
     def keep(self) -> None:
@@ -224,20 +227,20 @@ class _Sample:
 
     def distance(self) -> float:
         """The Euclidean distance that the whole vector had moved meanwhile; exact if the sample is all of it."""
-        moved = self._found.astype(np.float64)
-        moved -= self._kept
-        return math.sqrt(self._n / max(moved.size, 1) * moved.dot(moved))
+        moved = np.subtract(self._found, self._kept, out=self._moved)
+        return math.sqrt(self._n / max(self._size, 1) * moved.dot(moved))
 
     def _make_room(self, shard: Any) -> None:
-        n = min(shard.size, SAMPLE)
-        if self._kept.size == n:
-            return
-        self._on_gpu = gpu.is_device(shard)
-        room = gpu.current().page_locked if self._on_gpu else np.zeros
-        self._found, self._left, self._kept = (room(n, shard.dtype) for _ in range(3))
+        self._size, self._on_gpu = min(shard.size, SAMPLE), gpu.is_device(shard)
+        self._moved = np.zeros(self._size)
+        if self._on_gpu:
+            rooms = [gpu.current().page_locked(self._size, shard.dtype) for _ in range(3)]
+        else:
+            rooms = [np.zeros(self._size) for _ in range(3)]
+        self._found, self._left, self._kept = rooms
 
     def _copy(self, to: np.ndarray, shard: Any) -> None:
         if self._on_gpu:
-            gpu.current().copy(to, shard[: to.size])
+            gpu.current().copy(to, shard[: self._size])
         else:
-            to[...] = shard[: to.size]
+            to[...] = shard[: self._size]
