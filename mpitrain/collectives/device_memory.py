@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain.collectives.blocks import Block, MPIBlocks
-from mpitrain.collectives.memory import LARGEST_MESSAGE_BYTES, Window
+from mpitrain.collectives.memory import Window, pieces_of
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
@@ -80,20 +80,15 @@ class DeviceWindow:
         """Begin to copy ``out.size`` elements from ``start`` of ``rank`` to device memory; ``flush`` ends it. Local."""
         assert self._remote is not None
         self._gpu.settle()
-        for at, piece in self._pieces(out, start):
+        for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: Any, start: int = 0) -> None:
         """Begin to copy ``values`` from device memory to ``start`` of ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
         self._gpu.settle()
-        for at, piece in self._pieces(values, start):
+        for at, piece in pieces_of(values, start * self.dtype.itemsize):
             self._remote.Put([piece, MPI.BYTE], rank, at)
-
-    def _pieces(self, array: Any, start: int) -> Any:
-        raw, first = array.view(np.uint8), start * self.dtype.itemsize
-        for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
-            yield first + at, raw[at : at + LARGEST_MESSAGE_BYTES]
 
     def flush(self, rank: int) -> None:
         """Wait until what was begun towards ``rank`` is done on both sides. Local."""

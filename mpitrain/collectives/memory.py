@@ -66,6 +66,18 @@ def check_room_together(n_bytes: int, comm: Any) -> None:
         raise UsageError(texts[0])
 
 
+def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
+    """An array's bytes in pieces that one message can carry, and where each lies in a window.
+
+    Args:
+        array: In host or device memory.
+        first: Bytes of the window before it.
+    """
+    raw = array.view(np.uint8)
+    for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
+        yield first + at, raw[at : at + LARGEST_MESSAGE_BYTES]
+
+
 class Window:
     """An array on every rank, reachable by all. Collective to create and to free.
 
@@ -123,20 +135,14 @@ class Window:
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
         """Begin to copy ``out.size`` elements from ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
-        for at, piece in self._pieces(out, start):
+        for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: np.ndarray, start: int = 0) -> None:
         """Begin to copy ``values`` to ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
-        for at, piece in self._pieces(values, start):
+        for at, piece in pieces_of(values, start * self.dtype.itemsize):
             self._remote.Put([piece, MPI.BYTE], rank, at)
-
-    def _pieces(self, array: np.ndarray, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The array's bytes in pieces that one message can carry, and where each lies in the window."""
-        raw, first = array.view(np.uint8), start * self.dtype.itemsize
-        for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
-            yield first + at, raw[at : at + LARGEST_MESSAGE_BYTES]
 
     def flush(self, rank: int) -> None:
         """Wait until what was begun towards ``rank`` is done on both sides. Local."""

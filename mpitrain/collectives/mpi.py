@@ -248,15 +248,16 @@ class MPICommunicator:
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
-        host = gpu.to_host(array)
-        tree.broadcast(self.world, host, root)
-        if host is not array:
-            gpu.assign(array, host)
+        self._on_host_copy(tree.broadcast, array, root)
 
     def reduce(self, array: Any, root: int = 0) -> None:
         """Sum every worker's array into the root's; the others' are spent. Collective."""
+        self._on_host_copy(tree.reduce, array, root)
+
+    def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
+        """A collective of host arrays, for an array wherever it lies."""
         host = gpu.to_host(array)
-        tree.reduce(self.world, host, root)
+        collective(self.world, host, root)
         if host is not array:
             gpu.assign(array, host)
 

@@ -53,7 +53,7 @@ class Transport:
     why: str
 
     def of_part(self, n_nodes: int) -> Transport:
-        """That of some of the ranks, on ``n_nodes`` nodes."""
+        """That of ranks on ``n_nodes`` nodes: it has windows only where not all of them map the memory."""
         return replace(self, n_nodes=n_nodes, windows=self.windows and (not self.maps or n_nodes > 1))
 
     @property
@@ -103,14 +103,12 @@ def choose(world: World, wanted: str, device: Gpu) -> Transport:
         )
     if wanted == "ipc":
         sums = windows = False
-    # Between nodes device memory can be mapped by the ranks of its node only: the others need windows.
-    windows = windows and (not maps or n_nodes > 1)
     why = {
         "ipc": "asked for",
         "cuda-aware": "asked for, and the probe saw it work",
         "auto": "device memory can be mapped" if maps else f"device memory cannot be mapped: {problem}",
     }[wanted]
-    return Transport(maps, sums, windows, n_nodes, why)
+    return Transport(maps, sums, windows, n_nodes, why).of_part(n_nodes)
 
 
 def mapping_problem(world: World, device: Gpu) -> str | None:
