@@ -3,7 +3,7 @@
 # make lint    ruff, mypy, codespell, shellcheck
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
 # make bench   the benchmarks, ten minutes; benchmarks/results/bench.md has all tables and plots (BENCH_RANKS=4 for the
-#              comparison of methods, BENCH_MORE_RANKS="4 8" for the collectives)
+#              comparison of methods, BENCH_MORE_RANKS="3 6" for the collectives)
 # make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; benchmarks/results/gpu.md has all.
 #              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
 #              BENCH_GPU_PARTS="kernels exchange training" are the parts
@@ -16,7 +16,7 @@ MPICH := .venv/mpich
 DEMO := runs/demo
 DEMO_EPOCHS ?= 20
 BENCH_RANKS ?= 4
-BENCH_MORE_RANKS ?= 4
+BENCH_MORE_RANKS ?= 4 8
 BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
@@ -65,7 +65,7 @@ bench: setup
 	    python=.venv/$$mpi/bin/python; \
 	    record collectives-$$mpi $$mpi jobs/local.sh 2 python benchmarks/collectives.py --repeats 20; \
 	    for n in $(BENCH_MORE_RANKS); do \
-	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 7; \
+	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 5 --no-gloo; \
 	    done; \
 	    record windows-$$mpi $$mpi jobs/local.sh 2 python benchmarks/windows.py --most 64M --repeats 10; \
 	    record startup-$$mpi $$mpi $$python benchmarks/startup.py --repeats 3 --imports 5; \

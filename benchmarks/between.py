@@ -1,16 +1,19 @@
 """What hosts.py measures between two hosts: this runs on their ranks, under mpirun. Rank 0 prints a JSON document.
 
 between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
-                                 format; the stall; steps with exchanges in the foreground and in the background
-between.py latency               round trips of TCP and of the exchange on a link that is slow to answer; the same steps
+                                 format; the stall
+between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; training
+                                 steps with exchanges in the foreground and in the background
 """
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,9 @@ ROUND_TRIPS = 20
 
 OVERLAPPED = 272_474  # parameters of a ResNet-20, whose exchange takes less than tau steps
 TAU, STEP_SECONDS = 10, 0.016
-N_TURNS, STEPS_OF_A_TURN = 5, 3 * TAU
+SOCKETS_STEP = "as many bytes by sockets"
+CALIBRATION_SECONDS = 1.0
+N_TURNS, STEPS_OF_A_TURN = 12, 2 * TAU
 
 
 class Pair:
@@ -48,19 +53,27 @@ class Pair:
     def __init__(self, world: World) -> None:
         self.world = world
         self.ends = world.nodes.index(0), world.nodes.index(1)
+        self.first = world.rank == self.ends[0]
 
-    def measure(self, call: Callable[[socket.socket, bool], float]) -> list[float]:
-        """What ``call`` returns at either end, given the connection and whether this is the first. Collective."""
-        world, result = self.world, 0.0
-        first = world.rank == self.ends[0]
-        listener = socket.create_server(("", 0)) if first else None
+    @contextmanager
+    def connected(self) -> Iterator[socket.socket | None]:
+        """A connection of the two; None at the other ranks. Collective."""
+        world = self.world
+        listener = socket.create_server(("", 0)) if self.first else None
         port = world.comm.bcast(listener.getsockname()[1] if listener else 0, self.ends[0])
         if world.rank in self.ends:
             with tcp.connect(listener, (world.hosts[self.ends[0]], port)) as connection:
-                result = call(connection, first)
+                yield connection
+        else:
+            yield None
         if listener:
             listener.close()
-        results = world.comm.allgather(result)
+
+    def measure(self, call: Callable[[socket.socket, bool], float]) -> list[float]:
+        """What ``call`` returns at either end, given the connection and whether this is the first. Collective."""
+        with self.connected() as connection:
+            result = call(connection, self.first) if connection else 0.0
+        results = self.world.comm.allgather(result)
         return [results[rank] for rank in self.ends]
 
 
@@ -184,15 +197,20 @@ def stalls(world: World) -> list[dict[str, Any]]:
 
 
 def overlaps(world: World) -> list[dict[str, Any]]:
-    """Seconds of a step that computes for ``STEP_SECONDS``, alone and with an exchange every tau steps. Collective."""
-    comm = MPICommunicator(world)
+    """Seconds of a step that computes for ``STEP_SECONDS``, alone and with an exchange every tau steps. Collective.
+
+    The limit is what computing takes while plain sockets move as many bytes in the background.
+    """
+    comm, pair = MPICommunicator(world), Pair(world)
     a = np.ones((300, 300), np.float32)
     product = np.empty_like(a)
-    began = time.perf_counter()
-    for _ in range(50):
-        np.matmul(a, a, out=product)
-    n_products = max(int(50 * STEP_SECONDS / (time.perf_counter() - began)), 1)
-    n_products = int(world.comm.bcast(n_products))
+    for _ in range(2):  # the first warms up
+        world.barrier()
+        n_products, end = 0, time.perf_counter() + CALIBRATION_SECONDS
+        while time.perf_counter() < end:
+            np.matmul(a, a, out=product)
+            n_products += 1
+    n_products = max(int(world.comm.bcast(n_products) * STEP_SECONDS / CALIBRATION_SECONDS), 1)
 
     def compute() -> None:
         for _ in range(n_products):
@@ -205,21 +223,34 @@ def overlaps(world: World) -> list[dict[str, Any]]:
         segments = [Segment(slice(0, OVERLAPPED), 0.0)]
         name = f"easgd, tau {TAU}" + overlap * ", overlap"
         steps[name] = lambda worker=worker, segments=segments: worker.step(segments, compute)  # type: ignore[misc]
-    seconds = np.zeros((len(steps), N_TURNS))
-    for turn in range(-1, N_TURNS):  # the first warms up
-        for row, step in zip(seconds, steps.values(), strict=True):
-            world.barrier()
-            began = time.perf_counter()
-            for _ in range(STEPS_OF_A_TURN):
-                step()
-            row[max(turn, 0)] = (time.perf_counter() - began) / STEPS_OF_A_TURN
+    seconds = np.zeros((len(steps) + 1, N_TURNS))
+    with pair.connected() as connection:
+        n_bytes = 4 * OVERLAPPED * world.size // world.n_nodes  # what leaves a node in an exchange of all its ranks
+        by_sockets = tcp.Exchanges(connection, n_bytes) if connection else None
+        t = itertools.count()
+
+        def beside_sockets() -> None:
+            if by_sockets and next(t) % TAU == 0:
+                by_sockets.start()
+            compute()
+
+        steps[SOCKETS_STEP] = beside_sockets
+        for turn in range(-1, N_TURNS):  # the first warms up
+            for row, step in zip(seconds, steps.values(), strict=True):
+                world.barrier()
+                began = time.perf_counter()
+                for _ in range(STEPS_OF_A_TURN):
+                    step()
+                row[max(turn, 0)] = (time.perf_counter() - began) / STEPS_OF_A_TURN
+        if by_sockets:
+            by_sockets.stop()
     world.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     world.barrier()
     comm.free()
-    median = np.median(seconds, axis=1)
+    of_alone = np.median(seconds / seconds[0], axis=1)  # of a turn: its steps follow each other closely
     return [
-        {"step": name, "median_seconds": float(of_one), "of_alone": float(of_one / median[0])}
-        for name, of_one in zip(steps, median, strict=True)
+        {"step": name, "median_seconds": float(of_one), "of_alone": float(ratio)}
+        for name, of_one, ratio in zip(steps, np.median(seconds, axis=1), of_alone, strict=True)
     ]
 
 
@@ -253,7 +284,7 @@ def main() -> None:
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
     if what == "latency":
-        document |= {"latency": latencies(world), "slow_overlaps": overlaps(world)}
+        document |= {"latency": latencies(world), "overlaps": overlaps(world)}
     else:
         no_gloo = start_gloo(world)
         measured, rows = [measure_tcp(world)], []
@@ -266,7 +297,6 @@ def main() -> None:
             "wire": wire,
             "transfers": rows,
             "stalls": stalls(world),
-            "overlaps": overlaps(world),
             "gloo": no_gloo or "available",
         }
         document |= info.describe(world)

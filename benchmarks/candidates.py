@@ -10,6 +10,14 @@ For each size every rank holds a float32 vector x, and all do the same at once:
     MPI_Allreduce      in place
     gloo               torch.distributed's all-reduce
 
+and when these have given their memory back:
+
+    tree reduce + broadcast  ours: the sum along a binomial tree to rank 0, and back along it
+    MPI_Reduce + Bcast       the same by MPI, in place
+    gossip                   a step of D-PSGD on a ring: the mean with both neighbours (2 ranks: with the other one), by
+                             messages in mailboxes that the neighbours read where they lie
+    MPI_Sendrecv + NumPy     the same mean as one writes it without us: two shifts around the ring, then array by array
+
 The c of the local pass lies in the same kind of memory as the center. NumPy's own arrays lie on huge pages, and from
 one allocation to the next a pass over two of them takes up to 1.6 times as long: no reference for anything.
 
@@ -25,15 +33,19 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from mpitrain.algorithms.neighbours import Neighbours
+from mpitrain.collectives.mixing import mixing_matrix
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.partition import split
+from mpitrain.collectives.topology import topology
 from mpitrain.collectives.world import World
-from mpitrain.kernels import elastic_exchange
+from mpitrain.kernels import elastic_exchange, weighted_average
 
 RATE = 0.1  # alpha; with zeros any will do
 
 REFERENCES = {"exchange": "local pass", "Get/Put, Allocate": "exchange", "Get/Put, Create": "exchange"}
 REFERENCES |= {"MPI_Allreduce": "all-reduce", "gloo": "all-reduce"}
+REFERENCES |= {"MPI_Reduce + Bcast": "tree reduce + broadcast", "MPI_Sendrecv + NumPy": "gossip"}
 """What each operation is compared with."""
 
 
@@ -94,6 +106,73 @@ class Candidates:
         self.operations.clear()
         for window in self._windows:
             window.Free()
+        self._comm.free()
+
+
+class Forms:
+    """The tree and the gossip on vectors of one size, beside MPI's. Collective to make, to call and to free.
+
+    Args:
+        world: The ranks.
+        n: Elements of a vector.
+
+    Attributes:
+        operations: By name.
+        vectors: (n,) float32, what each operation changes; the gossip's is one that peers could read, as a method's is.
+    """
+
+    def __init__(self, world: World, n: int) -> None:
+        self._comm = MPICommunicator(world)
+        self._mpi = world.comm
+        plain = np.full(n, 0, np.float32)  # full touches the pages
+        x = self._comm.vector(n, np.float32).local
+        ring = topology("ring", world.size)
+        self._row = mixing_matrix(ring, weights="metropolis")[world.rank].tolist()
+        self._neighbours = Neighbours(self._comm, ring, x)
+        self._hops = sorted({1 % world.size, -1 % world.size} - {0})
+        self._received = [np.full(n, 0, np.float32) for _ in self._hops]
+        self.operations: dict[str, Callable[[], object]] = {
+            "tree reduce + broadcast": lambda: self._along_the_tree(plain),
+            "MPI_Reduce + Bcast": lambda: self._reduce_and_broadcast(plain),
+            "gossip": lambda: self._mix(x),
+            "MPI_Sendrecv + NumPy": lambda: self._shift_and_mix(plain),
+        }
+        self.vectors = dict(zip(self.operations, (plain, plain, x, plain), strict=True))
+
+    def _along_the_tree(self, array: np.ndarray) -> None:
+        self._comm.reduce(array)
+        self._comm.broadcast(array)
+
+    def _reduce_and_broadcast(self, array: np.ndarray) -> None:
+        if self._comm.rank == 0:
+            self._mpi.Reduce(MPI.IN_PLACE, array)
+        else:
+            self._mpi.Reduce(array, None)
+        self._mpi.Bcast(array)
+
+    def _mix(self, x: np.ndarray) -> None:
+        """As in ``algorithms.dpsgd``."""
+        met = self._row[self._comm.rank]
+
+        def average(sender: int, z: Any, _: float) -> int:
+            nonlocal met
+            met += self._row[sender]
+            return weighted_average(x, z, self._row[sender] / met)
+
+        self._neighbours.post(x)
+        self._neighbours.take(average)
+
+    def _shift_and_mix(self, x: np.ndarray) -> None:
+        rank, size = self._comm.rank, self._comm.size
+        for hop, z in zip(self._hops, self._received, strict=True):
+            self._mpi.Sendrecv(x, (rank + hop) % size, recvbuf=z, source=(rank - hop) % size)
+        for z in self._received:
+            x += z
+        x *= 1 / (1 + len(self._received))
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self.operations.clear()
         self._comm.free()
 
 

@@ -1,20 +1,24 @@
-"""The exchange with the center and the all-reduce, beside what they replace, on the same ranks in the same run.
+"""The exchange with the center, the all-reduce, the tree and the gossip, beside what they replace, on the same ranks in
+the same run.
 
-    jobs/local.sh 2 python benchmarks/collectives.py [--sizes 1K,4K,...,32M] [--repeats 30] [--json]
+    jobs/local.sh 2 python benchmarks/collectives.py [--sizes 1K,4K,...,256M] [--repeats 30] [--no-gloo] [--json]
 
-What each operation is stands in candidates.py. They take turns; each is called once for the caches' sake and then,
-after a barrier, timed. A figure is the median over the repeats of the slowest rank's time; the repeats of small vectors
-are several calls each.
+What each operation is stands in candidates.py. They take turns, the tree and the gossip among themselves; each is
+called once for the caches' sake and then, after a barrier, timed. A figure is the median over the repeats of the
+slowest rank's time; the repeats of small vectors are several calls each, of what is slow fewer than of what is fast.
+Without --sizes the tree and the gossip are measured at a few sizes only.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from candidates import REFERENCES, Candidates, start_gloo
-from timing import beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
+import numpy as np
+from candidates import REFERENCES, Candidates, Forms, start_gloo
+from timing import beside, calls_of, gb_per_s, measure, name_of, one_round, rows_of, size_of, slowest, where
 
 from mpitrain import cli, info
 from mpitrain.collectives.world import World, init
@@ -23,8 +27,11 @@ from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 
 SIZES = "1K,4K,16K,64K,256K,1M,4M,32M"
-BYTES_OF_ALL_REPEATS = 2**31  # larger vectors are repeated fewer times
-FEWEST_REPEATS = 5
+SIZES_OF_FORMS = "4K,256K,4M,32M"  # of the tree and the gossip, unless sizes are asked for
+BYTES_OF_ALL_REPEATS = 3 * 2**27  # larger vectors are repeated fewer times
+FEWEST_REPEATS = 5  # for the sake of the bytes; fewer if fewer are asked for
+SECONDS_OF_A_FIGURE = 0.02  # a slow operation fills them with fewer calls than a vector of its size may have
+TRIALS = 2
 
 # The bars of the project, for 2 ranks.
 BAR_RANKS = 2
@@ -34,15 +41,59 @@ ALL_REDUCE_AT_LEAST = {2**25: {"MPI_Allreduce": 3.0, "gloo": 10.0}, 2**22: {"MPI
 NEVER_SLOWER_FROM = 2**10  # bytes: the all-reduce than MPI_Allreduce
 
 
-def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool) -> list[dict[str, Any]]:
-    """A row for each operation on vectors of this size. Collective."""
+def repeats_of(n_bytes: int, most: int) -> int:
+    """How many figures an operation on vectors of this size has."""
+    return min(most, max(BYTES_OF_ALL_REPEATS // n_bytes, FEWEST_REPEATS))
+
+
+def calls_that_fit(seconds: float, n_bytes: int) -> int:
+    """How many calls make one figure, of an operation that takes so long on a vector of this size."""
+    return max(1, min(calls_of(n_bytes), round(SECONDS_OF_A_FIGURE / seconds)))
+
+
+def rows_in_turns(
+    world: World, operations: Mapping[str, Callable[[], object]], n_bytes: int, most_repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each of some operations that take turns. Collective."""
+    n_repeats, most_calls = repeats_of(n_bytes, most_repeats), calls_of(n_bytes)
+    if most_calls == 1:
+        calls = dict.fromkeys(operations, 1)
+        seconds = measure(world, operations, n_repeats, 1)
+    else:
+        least = measure(world, operations, TRIALS, 1).min(axis=1)  # what disturbs one call makes nothing slow
+        calls = {name: calls_that_fit(of_one, n_bytes) for name, of_one in zip(operations, least, strict=True)}
+        rounds = [
+            [one_round({name: operation}, calls[name], world.barrier)[0] for name, operation in operations.items()]
+            for _ in range(n_repeats)
+        ]
+        seconds = slowest(world, np.array(rounds).T)
+    rows = rows_of(list(operations), seconds, REFERENCES, n_bytes=n_bytes, n_calls=most_calls)
+    return [row | {"n_calls": calls[row["operation"]]} for row in rows]
+
+
+def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool, with_forms: bool) -> list[dict[str, Any]]:
+    """A row for each operation on vectors of this size. Collective.
+
+    Args:
+        world: The ranks.
+        n_bytes: Of a vector.
+        most_repeats: Of each operation.
+        with_gloo: Whether torch.distributed could be started.
+        with_forms: Whether the tree and the gossip are measured too.
+    """
     candidates = Candidates(world, n_bytes // 4, with_gloo=with_gloo)
-    n_calls = calls_of(n_bytes)
-    n_repeats = max(min(most_repeats, BYTES_OF_ALL_REPEATS // n_bytes), FEWEST_REPEATS)
-    seconds = measure(world, candidates.operations, n_repeats, n_calls)
-    names = list(candidates.operations)
+    rows = rows_in_turns(world, candidates.operations, n_bytes, most_repeats)
     candidates.free()
-    return rows_of(names, seconds, REFERENCES, n_bytes=n_bytes, n_calls=n_calls)
+    if with_forms:
+        forms = Forms(world, n_bytes // 4)
+        rows += rows_in_turns(world, forms.operations, n_bytes, most_repeats)
+        forms.free()
+    return rows
+
+
+def sizes_of(words: str) -> list[int]:
+    """``4K,32M`` as bytes."""
+    return [size_of(word.strip()) for word in words.split(",")]
 
 
 def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
@@ -95,19 +146,25 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Collective."""
-    parser = cli.Parser(prog="collectives.py", description="Exchange and all-reduce. Run under mpirun or srun.")
-    parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
+    parser = cli.Parser(prog="collectives.py", description="Collectives. Run under mpirun or srun.")
+    default = f"{SIZES}; of the tree and the gossip: {SIZES_OF_FORMS}"
+    parser.add_argument("--sizes", help=f"of a vector, in bytes (default: {default})")
     parser.add_argument("--repeats", type=int, default=30, help="of each operation, at most (default: %(default)s)")
+    parser.add_argument("--no-gloo", action="store_true", help="leave it out: every rank starts torch for it")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     try:
-        sizes = [size_of(word.strip()) for word in options.sizes.split(",")]
+        sizes, of_forms = sizes_of(options.sizes or SIZES), sizes_of(options.sizes or SIZES_OF_FORMS)
     except UsageError as error:
         return cli.fail(str(error))
+    if options.repeats < 1:
+        return cli.fail(f"--repeats must be 1 or more, not {options.repeats}")
     world = init()
     load_before = os.getloadavg()
-    no_gloo = start_gloo(world)
-    rows = [row for n_bytes in sizes for row in bench(world, n_bytes, options.repeats, with_gloo=not no_gloo)]
+    no_gloo = "left out" if options.no_gloo else start_gloo(world)
+    rows = []
+    for n_bytes in sizes:
+        rows += bench(world, n_bytes, options.repeats, with_gloo=not no_gloo, with_forms=n_bytes in of_forms)
     if world.rank == 0:
         bars = verdicts(rows, world.size)
         document = {"results": rows, "bars": bars, "gloo": no_gloo or "available", **info.describe(world)}

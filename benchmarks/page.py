@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ DPI = 130
 ORDER = ("kernels", "collectives", "windows", "steps", "stragglers", "startup", "between", "compare")
 TITLES = {
     "kernels": "Kernels",
-    "collectives": "Exchange and all-reduce",
+    "collectives": "Exchange, all-reduce, tree and gossip",
     "windows": "One-sided MPI",
     "steps": "Training steps",
     "stragglers": "One slow rank",
@@ -50,6 +51,10 @@ MARKERS = {"openmpi": "o", "mpich": "s"}
 BAR_RANKS = 2  # of the plots against the size of a vector
 ON_GPU = "gpu-"
 """What the names of results on a GPU begin with: those of another machine, which have a page of their own."""
+
+SUMS = ("all-reduce", "MPI_Allreduce", "gloo")
+EXCHANGES = ("exchange", "Get/Put, Allocate", "Get/Put, Create")
+FORMS = ("tree reduce + broadcast", "MPI_Reduce + Bcast", "gossip", "MPI_Sendrecv + NumPy")
 
 GREY, PALE = "#555555", "#BBBBBB"
 LIMIT_COLOURS = {"local pass": "#000000", "local copy": "#000000", "local sum": "#888888"}
@@ -297,31 +302,41 @@ def of_pairs(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.ranks == BAR_RANKS]
 
 
+def having(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
+    """Those that have measured any of these operations."""
+    return [result for result in results if any(row["operation"] in names for row in result.document["results"])]
+
+
 def draw_collectives(results: Sequence[Result]) -> Figure | None:
-    """All-reduces, and the exchange with what it replaces, against the size of the vector."""
+    """All-reduces, exchanges, the tree and the gossip, each with what it replaces, against the size of the vector."""
     shown = of_pairs(results)
-    if not shown:
-        return None
-    names = ("all-reduce", "MPI_Allreduce", "gloo"), ("exchange", "Get/Put, Allocate", "Get/Put, Create", "local pass")
+    names = {"All-reduce": SUMS, "Exchange with the center": (*EXCHANGES, "local pass"), "Tree and gossip": FORMS}
     words = {"all-reduce": "ours"}
-    titles = "All-reduce", "Exchange with the center"
-    panels = [(title, [(n, words.get(n, n)) for n in of_one]) for title, of_one in zip(titles, names, strict=True)]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    against_size(figure.subplots(2, 2), shown, panels, lambda result: result.document["results"])
+    panels = [
+        (title, [(n, words.get(n, n)) for n in of_one]) for title, of_one in names.items() if having(shown, of_one)
+    ]
+    if not panels:
+        return None
+    figure = Figure(figsize=(1 + 4.3 * len(panels), 7), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    against_size(grid, shown, panels, lambda result: result.document["results"])
     legend_of_mpis(figure, shown)
     return figure
 
 
-def draw_ranks(results: Sequence[Result]) -> Figure | None:
-    """The same for more ranks, at each size that was measured with all numbers of them."""
+def sizes_of_all(results: Sequence[Result], names: Sequence[str]) -> list[int]:
+    """The sizes, rising, at which each of the results has some of these operations."""
+    of_each = [{row["bytes"] for row in result.document["results"] if row["operation"] in names} for result in results]
+    return sorted(set.intersection(*of_each)) if of_each else []
+
+
+def draw_ranks(results: Sequence[Result], names: Sequence[str] = (*SUMS, *EXCHANGES)) -> Figure | None:
+    """Some operations on more ranks, at each size that was measured with all numbers of them."""
+    results = having(results, names)
     counts = sorted({result.ranks for result in results if result.ranks})
-    if len(counts) < 2:
+    sizes = sizes_of_all(results, names)
+    if len(counts) < 2 or not sizes:
         return None
-    common = set.intersection(*({row["bytes"] for row in result.document["results"]} for result in results))
-    if not common:
-        return None
-    sizes = sorted(common)
-    names = ("all-reduce", "MPI_Allreduce", "gloo", "exchange", "Get/Put, Allocate", "Get/Put, Create")
     figure = Figure(figsize=(5 * len(sizes), 4.6), layout="constrained")
     for axes, n_bytes in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         for colour, name in zip(COLOURS, names, strict=False):
@@ -346,7 +361,7 @@ def draw_ranks(results: Sequence[Result]) -> Figure | None:
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=name) for colour, name in zip(COLOURS, names, strict=False)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=(len(names) + 1) // 2, frameon=False, fontsize=9)
     legend_of_mpis(figure, results)
     return figure
 
@@ -530,6 +545,9 @@ PLOTS = {
         "collectives", draw_collectives, "Two ranks: time above, bandwidth below, against the size of the vector."
     ),
     "bench-ranks.png": Plot("collectives", draw_ranks, "Time against the number of ranks."),
+    "bench-ranks-forms.png": Plot(
+        "collectives", partial(draw_ranks, names=FORMS), "The tree and the gossip: time against the number of ranks."
+    ),
     "bench-windows.png": Plot(
         "windows", draw_windows, "One-sided operations: time above, bandwidth below, against the size of the vector."
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -51,6 +52,47 @@ def bandwidth(connection: socket.socket, seconds: float, *, sends: bool) -> floa
     received = receive_all(connection)
     sender.join()
     return received
+
+
+class Exchanges:
+    """As many bytes out as in, again and again in the background: what is left of an exchange without MPI and locks.
+
+    Args:
+        connection: The other end makes exchanges as well.
+        n_bytes: Each way.
+    """
+
+    def __init__(self, connection: socket.socket, n_bytes: int) -> None:
+        self._connection, self._bytes = connection, bytes(n_bytes)
+        self._room = bytearray(PIECE_BYTES)
+        self._pool = ThreadPoolExecutor(2)
+        self._under_way: list[Future[None]] = []
+
+    def _receive(self) -> None:
+        missing = len(self._bytes)
+        while missing:
+            n_now = self._connection.recv_into(self._room, min(missing, PIECE_BYTES))
+            if not n_now:
+                raise ConnectionError("the other end has gone")
+            missing -= n_now
+
+    def start(self) -> None:
+        """Begin one, when the one before is complete."""
+        self.finish()
+        self._under_way = [
+            self._pool.submit(self._connection.sendall, self._bytes),
+            self._pool.submit(self._receive),
+        ]
+
+    def finish(self) -> None:
+        """Wait until the last one is complete."""
+        for future in self._under_way:
+            future.result()
+
+    def stop(self) -> None:
+        """Finish, and end the threads."""
+        self.finish()
+        self._pool.shutdown()
 
 
 def round_trip(connection: socket.socket, n_times: int, *, first: bool) -> float:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Two hosts on one machine, host1 and host2, with a link between them. Needs root, iproute2 and util-linux.
 #
-#     hosts.sh run rate 1gbit          the link carries that much each way (tc's tbf)
-#     hosts.sh run delay 5             the link takes that many milliseconds each way (delay.py)
+#     hosts.sh run 1gbit 0             the link carries that much each way (tc's tbf)
+#     hosts.sh run 1gbit 5             the same, and takes that many milliseconds each way (delay.py)
 #     hosts.sh enter HOST command ...  run a command on one of them, also from the other one
 #
 # HOSTS_DIR names an empty folder for their state. A host has its own network, host name, IPC, mounts, /dev/shm and
@@ -22,7 +22,7 @@ run() {
 
 # The first process of the process namespace.
 machine() {
-    local kind=$1 value=$2 host pid pids=()
+    local rate=$1 delay=$2 host pid pids=()
     read -r pid _ < /proc/self/stat # as those outside know it
     echo "$pid" > "$HOSTS_DIR/machine.pid"
     mount -t proc proc /proc
@@ -33,14 +33,14 @@ machine() {
         wait_until test -e "$HOSTS_DIR/$host.pid"
         pids+=("$(< "$HOSTS_DIR/$host.pid")")
     done
-    if [ "$kind" = rate ]; then
+    if [ "$delay" = 0 ]; then
         ip link add eth0 netns "${pids[0]}" type veth peer name eth0 netns "${pids[1]}"
     else
-        python3 "$here/delay.py" "$value" "${pids[@]}" "$HOSTS_DIR/delay.ready" &
+        python3 "$here/delay.py" "$delay" "${pids[@]}" "$HOSTS_DIR/delay.ready" &
         wait_until test -e "$HOSTS_DIR/delay.ready"
     fi
     for pid in "${pids[@]}"; do
-        nsenter --target "$pid" --net --uts "$here/hosts.sh" link "$kind" "$value"
+        nsenter --target "$pid" --net --uts "$here/hosts.sh" link "$rate"
     done
     for pid in "${pids[@]}"; do
         wait_until is_up "$pid" # UCX takes no other device
@@ -81,7 +81,7 @@ link() {
     ip addr add "$subnet.${name#host}/24" dev eth0
     ip link set lo up
     ip link set eth0 up
-    [ "$1" = delay ] || tc qdisc replace dev eth0 root tbf rate "$2" burst 256kb latency 50ms
+    tc qdisc replace dev eth0 root tbf rate "$1" burst 256kb latency 50ms
 }
 
 enter() {

@@ -7,8 +7,16 @@ where it does not (``mpitrain info``), an exchange is made at once, and nothing 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+# Between two looks at something that is waited for: a part of the time since the wait began.
+PART_OF_WAITED = 4
+SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 1e-3
+
+# The same for a thread that has nothing else to do. It naps too, but for the first moments.
+SPIN_SECONDS, LONGEST_FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
 
 _of_thread = threading.local()
 
@@ -16,6 +24,23 @@ _of_thread = threading.local()
 def in_background() -> bool:
     """Whether this thread's work is of the kind that must not take a core from the one that computes. Local."""
     return getattr(_of_thread, "is_background", False)
+
+
+def nap_until(is_done: Callable[[], bool]) -> None:
+    """Wait for something by looking at it now and then. Local.
+
+    An MPI that waits spins. In the background that takes the core from the thread that computes. A look takes tens of
+    microseconds from it too: there are the fewer of them the longer it takes. In the foreground it would keep the lock
+    that MPICH has around all of MPI, and this rank would not serve the others meanwhile, for tens of milliseconds.
+    """
+    began = time.perf_counter()
+    shortest, longest = (
+        (SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS) if in_background() else (0.0, LONGEST_FOREGROUND_NAP_SECONDS)
+    )
+    while not is_done():
+        waited = time.perf_counter() - began
+        if waited > SPIN_SECONDS or shortest:
+            time.sleep(min(max(waited / PART_OF_WAITED, shortest), longest))
 
 
 def _begin() -> None:

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 NOTHING = np.zeros(0, np.uint8)
 
-N_ROOMS = 3
-"""For blocks of other nodes."""
+N_ROOMS = 4
+"""For blocks of other nodes: two that come, one that is worked on or leaves, and another one that leaves."""
 
 N_TAGS = 4
 """Numbers that travel with a block: a count, a weight, a clock."""
@@ -175,6 +175,7 @@ class MPIBlocks:
         self._buffer = 0
         self._coming: tuple[Block, Transfer] | None = None
         self._leaving: deque[Transfer] = deque()
+        self._more = False
         # A block of this node has one record, which belongs to whoever holds its lock.
         self._in_place = [self._record(index) for index in range(len(self.homes))]
 
@@ -187,19 +188,20 @@ class MPIBlocks:
             encoded: It may come in the wire format, and its change go back so, if it is one of another node.
         """
         home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
+        self._more = then is not None
         served = None if self.dead else self._served  # its threads do not know who is dead
+        if then is not None and (served is None or self._in_place[then] is not None):
+            then = None  # nothing to set out
         if block is None and served is not None:
-            block = self._arrived(served, index, encoded)
-        else:
-            version, waited = self._locks.acquire(home, slot, self.dead, self.before_wait)
-            self._count_wait(waited)
-            if block is None:
-                block = self._get(index)
-            elif not self._locks.orders_memory:
-                self._data.sync()
-            block.version = version
-        if then is not None and served is not None and self._in_place[then] is None:
-            self._commit(all_but=1)  # the one before it leaves its room to it
+            return self._arrived(served, index, then, encoded)
+        version, waited = self._locks.acquire(home, slot, self.dead, self.before_wait)
+        self._count_wait(waited)
+        if block is None:
+            block = self._get(index)
+        elif not self._locks.orders_memory:
+            self._data.sync()
+        block.version = version
+        if then is not None and served is not None:
             self._coming = self._set_out(served, then, encoded)
         return block
 
@@ -219,7 +221,7 @@ class MPIBlocks:
             self._statistics.wire_bytes += arrays[0].nbytes
             leaving = self._served.store(home, slot, addresses, arrays, block.version, updated, description)
             self._leaving.append(leaving)
-            if self._coming is None:
+            if not self._more:
                 self._commit()
             return
         if remote and updated:
@@ -227,9 +229,12 @@ class MPIBlocks:
         elif not self._locks.orders_memory:
             self._data.sync()
         self._locks.release(home, slot, block.version, updated=updated)
+        if not self._more:
+            self._commit()
 
     def _set_out(self, served: ServedLocks, index: int, encoded: bool) -> tuple[Block, Transfer]:
         """Begin to lock and to fetch a block of another node."""
+        self._commit(all_but=len(self._staging) - 2)  # those before it leave their rooms to it
         block = self._room(index)
         data, addresses, description = block.data, self._addresses(index), wire.PLAIN
         if encoded and self._encoding is not None:
@@ -241,13 +246,15 @@ class MPIBlocks:
         arrays = data, block.tags
         return block, served.fetch(self.homes[index], self._slots[index], addresses, arrays, description)
 
-    def _arrived(self, served: ServedLocks, index: int, encoded: bool) -> Block:
-        """A block of another node, locked and fetched."""
+    def _arrived(self, served: ServedLocks, index: int, then: int | None, encoded: bool) -> Block:
+        """A block of another node, locked and fetched; another one follows closely."""
         block, transfer = self._coming or self._set_out(served, index, encoded)
         self._coming = None
         if self.before_wait is not None:
             self.before_wait()
         self._count_wait(transfer.wait_for_lock())
+        if then is not None:
+            self._coming = self._set_out(served, then, encoded)
         block.version = transfer.wait() >> OWNER_BITS
         if index in self._encoded and self._encoding is not None:
             self._encoding.decode(self._encoded[index][0], block.data)

@@ -17,25 +17,54 @@ from __future__ import annotations
 import atexit
 import ctypes
 import itertools
+import os
+import platform
+import struct
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.background import in_background
+from mpitrain.collectives.background import in_background, nap_until
 from mpitrain.kernels import service
 from mpitrain.kernels.locks import OWNER_MASK
 from mpitrain.kernels.wire import PLAIN, Encoded
 
-EMPTY = np.zeros(0, np.uint8)
-
 Arrays = tuple[np.ndarray, np.ndarray]
 """What goes together: a block and its tags."""
 
-SLOTS_OF_A_RANK = 4  # it waits for one lock and gives two others back, at the most
-NAP_SECONDS = 200e-6  # between two looks of a background thread, where an MPI that waits would spin
+SLOTS_OF_A_RANK = 6  # it fetches two blocks and gives three others back, at the most
 TAGS = range(2, 1000)  # of requests and what they move, in turn: only a few are under way
+
+
+SLICE_NANOSECONDS = 100_000
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
+
+# Looks without a nap, then the shortest and the longest nap between two, in microseconds.
+FOREGROUND, BACKGROUND = (200, 1, 20), (0, 200, 1000)
+
+
+class _Calls:
+    """MPI for compiled code: addresses of its functions, handles and sizes. Local.
+
+    Args:
+        comm: The ranks.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        library = ctypes.CDLL(MPI.__file__)  # and what it is linked with: MPI and the C library
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in service.FUNCTIONS]
+        self.functions = np.array(addresses, np.int64)
+        self.comm = ctypes.c_int64(MPI._handleof(comm)).value
+        self.byte = ctypes.c_int64(MPI._handleof(MPI.BYTE)).value
+        sizes: Any = {kind: MPI._sizeof(kind) for kind in (MPI.Request, MPI.Status)}
+        self.request_bytes, self.status_bytes = sizes[MPI.Request], sizes[MPI.Status]
+        self.error = MPI.Exception
 
 
 class ProgressThread:
@@ -46,8 +75,9 @@ class ProgressThread:
     """
 
     def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()
-        self._rank = comm.Get_rank()
+        self._comm = comm.Dup()  # held: compiled code knows its handle only
+        self._calls = _Calls(self._comm)
+        self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._tags = itertools.cycle(TAGS)
         self._stopped = np.zeros(1, np.int64)
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
@@ -55,23 +85,19 @@ class ProgressThread:
         atexit.register(self.stop)  # runs before MPI is finalized
 
     def _run(self) -> None:
-        from mpi4py import MPI
-
-        library = ctypes.CDLL(MPI.__file__)  # and what it is linked with: MPI and the C library
-        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in service.FUNCTIONS]
-        sizes: Any = {kind: MPI._sizeof(kind) for kind in (MPI.Request, MPI.Status)}
-        n_ranks = self._comm.Get_size()
+        ask_for_short_slices()
+        calls, n_ranks = self._calls, self._size
         n_slots = SLOTS_OF_A_RANK * n_ranks
         flag, requests = np.zeros(2, np.int32), np.zeros((n_ranks, service.REQUEST_WORDS), np.int64)
         states = np.zeros((n_slots, service.STATE_WORDS), np.int64)
-        statuses = np.zeros(service.N_PIECES * sizes[MPI.Status], np.uint8)
-        pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * sizes[MPI.Request], np.uint8)
+        statuses = np.zeros(service.N_PIECES * calls.status_bytes, np.uint8)
+        pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * calls.request_bytes, np.uint8)
         memory = [array.ctypes.data for array in (flag, requests, statuses, pieces, states)]
         service.serve()(
-            np.array(addresses, np.int64),
-            ctypes.c_int64(MPI._handleof(self._comm)).value,
-            ctypes.c_int64(MPI._handleof(MPI.BYTE)).value,
-            sizes[MPI.Request],
+            calls.functions,
+            calls.comm,
+            calls.byte,
+            calls.request_bytes,
             self._stopped,
             flag,
             requests,
@@ -81,9 +107,7 @@ class ProgressThread:
 
     def swap(self, rank: int, word: int, before: int, after: int) -> int:
         """Make the lock word at an address of ``rank`` ``after`` if it is ``before``. Returns what it was. Local."""
-        tag, header, requests = self._expect(rank)
-        self._ask(service.SWAP, rank, tag, (0, 0), (EMPTY, EMPTY), (word, before, after))
-        return Transfer(header, requests).wait()
+        return self._ask(service.SWAP, rank, (0, 0), (), (word, before, after)).wait()
 
     def fetch(
         self,
@@ -102,11 +126,8 @@ class ProgressThread:
             take: The address of a lock word, and the owner bits to set in it first, as soon as nobody else's are set.
             encoded: What ``rank`` encodes to the first of the addresses when it has taken the lock.
         """
-        tag, header, requests = self._expect(rank)
-        requests += [self._comm.Irecv(piece, rank, tag) for piece in pieces(*arrays)]
         kind = service.TAKE if take[0] else service.FETCH
-        self._ask(kind, rank, tag, addresses, arrays, (take[0], 0, take[1]), encoded)
-        return Transfer(header, requests)
+        return self._ask(kind, rank, addresses, arrays, (take[0], 0, take[1]), encoded)
 
     def store(
         self,
@@ -125,29 +146,23 @@ class ProgressThread:
             swap: The address of a lock word, what it is, and what it becomes.
             encoded: To what ``rank`` adds what has come to the first of the addresses before it swaps.
         """
-        tag, header, requests = self._expect(rank)
-        self._ask(service.STORE, rank, tag, addresses, arrays, swap, encoded)
-        requests += [self._comm.Isend(piece, rank, service.STORED + tag) for piece in pieces(*arrays)]
-        return Transfer(header, requests, swap[1])
-
-    def _expect(self, rank: int) -> tuple[int, np.ndarray, list[Any]]:
-        """A tag, and room for the header of the answer."""
-        tag, header = next(self._tags), np.zeros(service.HEADER_WORDS, np.int64)
-        return tag, header, [self._comm.Irecv(header, rank, tag)]
+        return self._ask(service.STORE, rank, addresses, arrays, swap, encoded)
 
     def _ask(
         self,
         kind: int,
         rank: int,
-        tag: int,
         addresses: tuple[int, int],
-        arrays: Arrays,
+        arrays: Sequence[np.ndarray],
         word: tuple[int, int, int],
         encoded: Encoded = PLAIN,
-    ) -> None:
-        stretches = [addresses[0], arrays[0].nbytes, addresses[1], arrays[1].nbytes]
-        words = [kind, self._rank, *stretches, *word, tag, *encoded]
-        self._comm.Send(np.array(words, np.int64), rank, service.TAG_REQUEST)
+    ) -> Transfer:
+        here, there = np.zeros(4, np.int64), [0, 0, 0, 0]
+        for k, (address, array) in enumerate(zip(addresses, arrays, strict=False)):
+            here[2 * k : 2 * k + 2] = array.ctypes.data, array.nbytes
+            there[2 * k : 2 * k + 2] = address, array.nbytes
+        words = np.array([kind, self._rank, *there, *word, next(self._tags), *encoded], np.int64)
+        return Transfer(self._calls, rank, words, here, arrays)
 
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""
@@ -160,13 +175,23 @@ class Transfer:
     """What another rank has been asked for.
 
     Args:
-        header: What it answers first.
-        requests: Of MPI: for the header, then for the data.
-        expected: What the lock word must have been, if anything.
+        calls: Of MPI.
+        rank: Who has been asked.
+        words: The request.
+        here: (4,) Addresses and bytes of what is sent or received.
+        arrays: That this memory belongs to.
     """
 
-    def __init__(self, header: np.ndarray, requests: list[Any], expected: int | None = None) -> None:
-        self._header, self._requests, self._expected = header, requests, expected
+    def __init__(
+        self, calls: _Calls, rank: int, words: np.ndarray, here: np.ndarray, arrays: Sequence[np.ndarray]
+    ) -> None:
+        n = service.n_messages(int(here[1]), int(here[3]))
+        self._calls, self._rank = calls, rank
+        self._words, self._arrays = words, arrays
+        self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
+        self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (calls.request_bytes, calls.status_bytes))
+        known = calls.functions, calls.comm, calls.byte, calls.request_bytes
+        self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
 
     def wait(self) -> int:
         """Until all of it is done. Returns the lock word as it was. Local.
@@ -174,11 +199,9 @@ class Transfer:
         Raises:
             RuntimeError: When it was not what it must have been.
         """
-        while in_background() and not self._requests[0].Testall(self._requests):
-            time.sleep(NAP_SECONDS)
-        self._requests[0].Waitall(self._requests)
+        self._finish(self._n)
         found = int(self._header[0])
-        if self._expected is not None and found != self._expected:
+        if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
             owner = (found & OWNER_MASK) - 1
             raise RuntimeError(f"the lock was taken over by rank {owner}: this rank was taken for dead")
         return found
@@ -186,10 +209,40 @@ class Transfer:
     def wait_for_lock(self) -> float:
         """Until the lock is this rank's. Returns the seconds that this took if another one had it, else 0. Local."""
         began = time.perf_counter()
-        while in_background() and not self._requests[0].Test():
-            time.sleep(NAP_SECONDS)
-        self._requests[0].Wait()
+        self._finish(1)
         return time.perf_counter() - began if self._header[1] else 0.0
+
+    def _finish(self, n: int) -> None:
+        """Until the first n requests are complete."""
+        waited, naps = np.zeros(2, np.int64), BACKGROUND if in_background() else FOREGROUND
+        known = self._calls.functions, n, self._requests, self._statuses, self._flag, waited
+        while not self._checked(service.finish()(*known, *naps)):
+            pass
+
+    def _checked(self, result: int) -> int:
+        if result < 0:
+            raise self._calls.error(-result)
+        return result
+
+
+def ask_for_short_slices() -> None:
+    """Let this thread run soon after it wakes, and then for a short time only. Local.
+
+    Others compute on its core, and a thread that wakes may otherwise have to wait until one of their slices is over,
+    some milliseconds. Linux 6.12 and later know a slice of each thread's own; before, and elsewhere, nothing happens.
+    """
+    number = SCHED_SETATTR.get(platform.machine())
+    if sys.platform == "linux" and number is not None:
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        # struct sched_attr: its size, the normal policy, no flags; nice, no priority; the slice in nanoseconds.
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, SLICE_NANOSECONDS, 0, 0)
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
+
+
+def finish(requests: list[Any]) -> None:
+    """Until all these requests of MPI are done. Local."""
+    if requests:
+        nap_until(lambda: bool(requests[0].Testall(requests)))
 
 
 def pieces(*arrays: np.ndarray) -> list[Any]:

@@ -20,10 +20,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
 from mpitrain.collectives.partition import split
-from mpitrain.collectives.progress import pieces
+from mpitrain.collectives.progress import finish, pieces
 from mpitrain.kernels.wire import Format
 
 
@@ -43,7 +42,7 @@ def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:
         into = room[: coming.size] if adds else coming
         requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(into)]
         requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(going)]
-        MPI.Request.Waitall(requests)
+        finish(requests)
         if adds:
             coming += into
 
@@ -70,7 +69,7 @@ def allreduce_encoded(comm: Any, total: np.ndarray, room: np.ndarray, wire: Form
             wire.decode(sent, mine)
         requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(received)]
         requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(sent)]
-        MPI.Request.Waitall(requests)
+        finish(requests)
         if step < size - 1:
             wire.add_fetched(received, theirs)
         else:

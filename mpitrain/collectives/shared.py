@@ -39,6 +39,8 @@ class SharedVector:
         size: How many there are.
         statistics: Where exchanges, staleness and rejected elements are counted.
         rows: Vectors that lie side by side in each shard.
+        first: The worker whose shards this one visits first; itself if it is not given. It should be as far ahead of
+            this one for all workers, so that no two begin with the same.
         acquire: Has a shard for ``update``, maybe in fewer bytes; ``blocks.acquire`` if it is not given. All other
             visits are exact.
 
@@ -56,6 +58,7 @@ class SharedVector:
         statistics: Statistics,
         rows: int = 1,
         *,
+        first: int | None = None,
         acquire: Callable[[int, int | None], Block] | None = None,
     ) -> None:
         self._blocks = blocks
@@ -68,7 +71,7 @@ class SharedVector:
         self.n = sum(lengths)
         self.staleness = 0
         self.tags = np.zeros(N_TAGS)
-        self._order = visiting_order(len(self.parts), rank, size)
+        self._order = visiting_order(len(self.parts), rank if first is None else first, size)
         self._steps = list(zip(self._order, [*self._order[1:], None]))  # and the next
         # The version of each shard after this worker's last pull of it; None before the first.
         self._seen: list[int | None] = [None] * len(self.parts)

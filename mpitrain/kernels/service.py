@@ -1,6 +1,6 @@
-"""The loop of the thread that serves other nodes (``collectives.progress``), compiled: it runs without Python's lock.
+"""What serves other nodes and what asks them (``collectives.progress``), compiled: it runs without Python's lock.
 
-It calls MPI by the addresses of its functions. Handles, pointers and ints are all passed as 64-bit integers, which the
+Both call MPI by the addresses of its functions. Handles, pointers and ints are all passed as 64-bit integers, which the
 calling conventions of x86-64 and ARM put where shorter ones are looked for.
 
 A request is (kind, rank, address, n_bytes, address of tags, n_bytes of tags, address of a lock word, before, after,
@@ -41,6 +41,7 @@ STARTED, TAKEN, HEADER, BUFFER, STATE_WORDS = 13, 14, 15, 17, 18
 HEADER_WORDS: Final = 2
 PIECE_BYTES: Final = 60_000  # with a header below the 64 KiB at which both Open MPI and MPICH begin to negotiate
 N_PIECES: Final = 128  # of a request under way at a time
+N_SENT: Final = 8  # of those that are sent: what this rank itself asks for waits behind them
 TAG_REQUEST: Final = 1
 STORED: Final = 1 << 12  # added to the tag of what comes to be stored: both ends count their own requests
 OWNER_MASK: Final = (1 << 24) - 1  # as in collectives.locks
@@ -55,9 +56,14 @@ FUNCTIONS: Final = (
     "MPI_Cancel",
 )
 
-IDLE_MICROSECONDS: Final = 1000  # between two looks, when nobody has asked for anything lately
-BUSY_MICROSECONDS: Final = 20
-LOOKS_AFTER_REQUEST: Final = 100  # in quick succession: the next one is near
+# Every look takes the core from whoever computes. The nap before the next one is a part of the time since anything has
+# happened: so a wait takes a quarter longer than it must, and few looks.
+PART_OF_WAITED: Final = 4
+SHORTEST_MICROSECONDS: Final = 20
+LONGEST_MICROSECONDS: Final = 1000
+LONGEST_ACTIVE_MICROSECONDS: Final = 250  # while data move: what the network has been given must not run dry
+
+LOOKS_OF_A_CALL: Final = 100  # of finish
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -129,7 +135,8 @@ def add(state):
 @njit(nogil=True)
 def post(functions, comm, byte, state, pieces, request_bytes):
     n = 0
-    while n < {N_PIECES} and state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
+    most = {N_PIECES} if state[{KIND}] == {STORE} else {N_SENT}
+    while n < most and state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
         k = {DATA} if state[{DATA_BYTES}] > 0 else {TAGS}
         size = min(state[k + 1], {PIECE_BYTES})
         at = pieces + n * request_bytes
@@ -154,7 +161,7 @@ SIGNATURE = (
 def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, memory):
     at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
     n_ranks = requests.shape[0]
-    quiet = {LOOKS_AFTER_REQUEST}
+    waited = {PART_OF_WAITED * LONGEST_MICROSECONDS}
     n_served = 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
@@ -179,11 +186,13 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                     continue
                 if state[{FORMAT}] != 0:
                     encode(state)
+                waited = 0
                 answer(functions, comm, byte, state, header, word)
                 state[{KIND}] = {FETCH}
                 post(functions, comm, byte, state, pieces, request_bytes)
             call(functions[5], (state[{STARTED}], pieces, at_flag, at_statuses))
             if flag[0] != 0:
+                waited = 0
                 if state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
                     post(functions, comm, byte, state, pieces, request_bytes)
                 else:
@@ -218,19 +227,99 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                 if state[{KIND}] == {FETCH}:
                     answer(functions, comm, byte, state, header, 0)
                 post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
-            quiet = 0
-        elif n_active > 0:
-            call(functions[6], ({BUSY_MICROSECONDS},))
-            quiet = 0
+            waited = 0
         else:
-            quiet += 1
-            call(functions[6], ({BUSY_MICROSECONDS} if quiet < {LOOKS_AFTER_REQUEST} else {IDLE_MICROSECONDS},))
+            longest = {LONGEST_ACTIVE_MICROSECONDS} if n_active > 0 else {LONGEST_MICROSECONDS}
+            nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), longest)
+            call(functions[6], (nap,))
+            waited += nap
     for rank in range(n_ranks):
         if rank != asks:
             call(functions[7], (at_next + rank * request_bytes,))
             call(functions[1], (at_next + rank * request_bytes, at_statuses))
     return n_served
 """
+
+
+_ASK: Final = f"""\
+from mpitrain.kernels.service import call
+
+SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], uint8[::1])"
+def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests):
+    at, tag = requests.ctypes.data, words[{TAG}]
+    stores = words[{KIND}] == {STORE}
+    code = call(functions[4], (header.ctypes.data, 8 * {HEADER_WORDS}, byte, rank, tag, comm, at))
+    n = 1
+    for turn in range(2):
+        if (turn == 0) == stores:  # what comes is expected before it is asked for, what goes follows the request
+            code |= call(
+                functions[3],
+                (words.ctypes.data, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at + n * request_bytes),
+            )
+            n += 1
+            continue
+        for k in (0, 2):
+            here, left = stretches[k], stretches[k + 1]
+            while left > 0:
+                size = min(left, {PIECE_BYTES})
+                if stores:
+                    code |= call(
+                        functions[3], (here, size, byte, rank, {STORED} + tag, comm, at + n * request_bytes)
+                    )
+                else:
+                    code |= call(functions[4], (here, size, byte, rank, tag, comm, at + n * request_bytes))
+                n += 1
+                here += size
+                left -= size
+    return n if code == 0 else -code
+"""
+
+_FINISH: Final = f"""\
+from mpitrain.kernels.service import call
+
+SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64[::1], int64, int64, int64)"
+def finish(functions, n, requests, statuses, flag, waited, n_spins, shortest, longest):
+    for look in range({LOOKS_OF_A_CALL}):
+        code = call(functions[5], (n, requests.ctypes.data, flag.ctypes.data, statuses.ctypes.data))
+        if code != 0:
+            return -code
+        if flag[0] != 0:
+            return 1
+        if waited[0] < n_spins:
+            waited[0] += 1
+            continue
+        nap = min(max(waited[1] // {PART_OF_WAITED}, shortest), longest)
+        call(functions[6], (nap,))
+        waited[1] += nap
+    return 0
+"""
+
+
+def n_messages(n_bytes: int, n_bytes_of_tags: int) -> int:
+    """How many requests of MPI ``ask`` needs room for."""
+    return 2 + sum(-(-n // PIECE_BYTES) for n in (n_bytes, n_bytes_of_tags))
+
+
+@functools.cache
+def ask() -> Callable[..., int]:
+    """``ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests)``: ask ``serve`` of a rank.
+
+    ``words`` are the request, ``stretches`` (4,) the addresses and bytes of the memory here that is sent or received,
+    ``header`` where the answer goes, ``requests`` room for ``n_messages`` MPI_Requests: the first is the header's. All
+    of it belongs to MPI until they are complete. Returns how many there are, or an error code of MPI, negative.
+    """
+    return cache.compiled("ask", "words", _ASK)
+
+
+@functools.cache
+def finish() -> Callable[..., int]:
+    """``finish(functions, n, requests, statuses, flag, waited, n_spins, shortest, longest)``: 1 when they are complete.
+
+    It looks ``n_spins`` times without and then with naps of microseconds in between, and returns 0 after some time, so
+    that Python can handle its signals: ``waited`` (2,), zeros at first, says how to go on. An error code of MPI is
+    returned negative.
+    """
+    return cache.compiled("finish", "words", _FINISH)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 K, M = 2**10, 2**20
 COLLECTIVES = ("local pass", "exchange", "Get/Put, Allocate", "Get/Put, Create", "all-reduce", "MPI_Allreduce", "gloo")
+FORMS = ("tree reduce + broadcast", "MPI_Reduce + Bcast", "gossip", "MPI_Sendrecv + NumPy")
 MPI_NAMES = {"openmpi": "Open MPI 5.0", "mpich": "MPICH 5.0"}
 
 
@@ -57,12 +58,12 @@ def everything(folder: Path) -> None:
         {"results": [{"kernel": name, **kernel} for name in "abc"], "hardware": {"cpu": "x", "cores": 2}},
     )
     for mpi in MPI_NAMES:
-        keep(folder, f"collectives-{mpi}", document(rows(COLLECTIVES), mpi))
+        keep(folder, f"collectives-{mpi}", document(rows((*COLLECTIVES, *FORMS)), mpi))
         windows = {"transfers": rows(("local copy", "local sum", *moves)), "exchanges": rows(COLLECTIVES[:4])}
         keep(folder, f"windows-{mpi}", document(windows, mpi))
         steps = [{"model": "mlp", "step": s, "median_seconds": 0.02, "of_alone": 1.0} for s in ("alone", "allreduce")]
         keep(folder, f"steps-{mpi}", document(steps, mpi))
-    keep(folder, "collectives-mpich-8", document(rows(COLLECTIVES), "mpich", 8))
+    keep(folder, "collectives-mpich-8", document(rows((*COLLECTIVES, *FORMS)), "mpich", 8))
     keep(folder, "stragglers-openmpi", document([{"method": "easgd", "kept": 0.98}], factor=4.0))
     row = {"seconds_to_target": None, "gradients_per_second": 2000.0, "bytes_per_gradient": 1e5}
     keep(folder, "compare", document([], rows=[{"algorithm": "easgd", **row}], target_accuracy=0.95))
@@ -148,6 +149,40 @@ def test_what_was_not_measured_is_not_drawn(page: ModuleType, tmp_path: Path) ->
     assert "](" not in text
     assert [path.name for path in tmp_path.glob("*.png")] == []
     assert "0 of 0 passed" in text
+
+
+def ranks_drawn(figure: Any) -> list[list[float]]:
+    """The numbers of ranks at which each line of the first panel has a point."""
+    return [list(line.get_xdata()) for line in figure.axes[0].lines]
+
+
+def test_the_plots_over_ranks_have_every_number_of_them(page: ModuleType) -> None:
+    def measured(ranks: int, operations: tuple[str, ...], sizes: tuple[int, ...] = (4 * K, 4 * M)) -> Any:
+        return page.Result(f"collectives-mpich-{ranks}", document(rows(operations, sizes), "mpich", ranks), "")
+
+    without_gloo = (*COLLECTIVES[:-1], *FORMS)
+    results = [
+        measured(2, (*COLLECTIVES, *FORMS), (K, 4 * K, 4 * M)),
+        measured(4, (*COLLECTIVES, *FORMS)),
+        measured(8, without_gloo),
+    ]
+    figure = page.draw_ranks(results)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["vectors of 4 KiB", "vectors of 4 MiB"]
+    assert ranks_drawn(figure) == [[2, 4, 8], [2, 4, 8], [2, 4], *3 * [[2, 4, 8]]]  # the third is gloo
+    assert ranks_drawn(page.draw_ranks(results, page.FORMS)) == 4 * [[2, 4, 8]]
+    two_and_eight = [measured(2, COLLECTIVES), *results[1:]]
+    assert ranks_drawn(page.draw_ranks(two_and_eight, page.FORMS)) == 4 * [[4, 8]]
+    assert page.draw_ranks([measured(2, COLLECTIVES), results[2]], page.FORMS) is None
+
+
+def test_sets_of_operations_that_were_not_measured_have_no_column(page: ModuleType) -> None:
+    def columns(operations: tuple[str, ...]) -> list[str]:
+        result = page.Result("collectives-openmpi", document(rows(operations)), "")
+        figure = page.draw_collectives([result])
+        return [axes.get_title(loc="left") for axes in figure.axes[: len(figure.axes) // 2]]
+
+    assert columns(COLLECTIVES) == ["All-reduce", "Exchange with the center"]
+    assert columns((*COLLECTIVES, *FORMS)) == ["All-reduce", "Exchange with the center", "Tree and gossip"]
 
 
 @pytest.mark.parametrize(("n_bytes", "name"), [(8, "8"), (1024, "1K"), (4 * M, "4M"), (2**30, "1G")])

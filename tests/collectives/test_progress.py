@@ -64,3 +64,36 @@ def test_a_progress_thread_runs_between_nodes_only_and_stops(one_node, two_nodes
     thread.stop()
     thread.stop()
     assert not thread._thread.is_alive()
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
+    vector = comm.shared_vector(1024 * comm.size, np.float32)
+    visited = []
+    vector.update(lambda part, c: visited.append(part))
+    firsts = [int(row[0]) for row in comm.gather([float(visited[0].start // 1024)])]
+    assert sorted(firsts) == list(range(comm.size))  # no two with the same
+    assert all(two_nodes.nodes[home] != two_nodes.nodes[rank] for rank, home in enumerate(firsts))
+    assert sorted(part.start for part in visited) == sorted(part.start for part in vector.parts)
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("thread", ["foreground", "background"])
+def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
+    from mpitrain.collectives.background import Background
+    from mpitrain.collectives.mpi import LARGEST_SERVED_SHARD
+
+    vector = comm.shared_vector(5 * LARGEST_SERVED_SHARD // 2 * comm.size, np.float32)  # three blocks at each
+    n_visits = 4
+    background = Background(threads=thread == "background")
+
+    def visit():
+        for _ in range(n_visits):
+            vector.update(lambda part, c: np.add(c, 1, out=c) is None)
+
+    background.start(visit).finish()
+    background.stop()
+    comm.barrier()
+    out = np.empty(vector.n, np.float32)
+    vector.read(out)
+    assert np.array_equal(out, np.full_like(out, n_visits * comm.size))

@@ -1,0 +1,52 @@
+"""What a thread that waits costs the one that computes."""
+
+import sys
+import time
+
+import pytest
+
+from mpitrain.collectives import background
+from mpitrain.collectives.progress import ask_for_short_slices
+
+WAIT_SECONDS = 0.2
+
+
+def looks_until(seconds):
+    """How often a wait of so many seconds looks."""
+    end, looks = time.perf_counter() + seconds, []
+
+    def is_done():
+        looks.append(None)
+        return time.perf_counter() >= end
+
+    background.nap_until(is_done)
+    assert time.perf_counter() >= end
+    return len(looks)
+
+
+def test_a_background_thread_looks_seldom_and_the_foreground_often():
+    thread = background.Background(threads=True)
+    counts = []
+    thread.start(lambda: counts.append(looks_until(WAIT_SECONDS))).finish()
+    thread.stop()
+    # Naps of at most a quarter of the wait so far and at most 1 ms: 20 ms are a dozen of looks, the rest 180 at most.
+    assert 1 < counts[0] < 1.3 * WAIT_SECONDS / background.LONGEST_NAP_SECONDS
+    assert looks_until(WAIT_SECONDS) > 1
+
+
+def test_what_is_done_is_looked_at_once():
+    assert looks_until(0.0) == 1
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "an unknown one"])
+def test_short_slices_are_asked_for_where_it_is_known_how(monkeypatch, machine):
+    calls = []
+
+    class Library:
+        def syscall(self, *arguments):
+            calls.append(arguments)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    ask_for_short_slices()
+    assert len(calls) == (machine == "x86_64" and sys.platform == "linux")
