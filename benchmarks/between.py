@@ -29,7 +29,7 @@ from mpitrain.collectives.world import World, init
 from mpitrain.kernels import elastic_exchange
 from mpitrain.trainer.runfolder import to_json
 
-TCP_SECONDS = 1.0
+TCP_SECONDS = 0.7
 BYTES_OF_ALL_REPEATS = 2**28
 FEWEST_REPEATS, MOST_REPEATS = 4, 20
 
@@ -43,8 +43,8 @@ ROUND_TRIPS = 20
 OVERLAPPED = 272_474  # parameters of a ResNet-20, whose exchange takes less than tau steps
 TAU, STEP_SECONDS = 10, 0.016
 SOCKETS_STEP = "as many bytes by sockets"
-CALIBRATION_SECONDS = 1.0
-N_TURNS, STEPS_OF_A_TURN = 12, 2 * TAU
+CALIBRATION_SECONDS = 0.5
+N_TURNS, STEPS_OF_A_TURN = 10, 2 * TAU
 
 
 class Pair:

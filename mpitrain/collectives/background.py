@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 # Between two looks at something that is waited for: a part of the time since the wait began.
-PART_OF_WAITED = 4
+PART_OF_WAITED = 2
 SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 1e-3
 
 # The same for a thread that has nothing else to do. It naps too, but for the first moments.

@@ -57,11 +57,10 @@ FUNCTIONS: Final = (
 )
 
 # Every look takes the core from whoever computes. The nap before the next one is a part of the time since anything has
-# happened: so a wait takes a quarter longer than it must, and few looks.
-PART_OF_WAITED: Final = 4
+# happened: so a wait takes half as long again as it must, at the most, and few looks.
+PART_OF_WAITED: Final = 2
 SHORTEST_MICROSECONDS: Final = 20
 LONGEST_MICROSECONDS: Final = 1000
-LONGEST_ACTIVE_MICROSECONDS: Final = 250  # while data move: what the network has been given must not run dry
 
 LOOKS_OF_A_CALL: Final = 100  # of finish
 
@@ -169,14 +168,12 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
         call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
     asks = -1
     while load_acquire(stop, 0) == 0:
-        n_active = 0
         free = -1
         for slot in range(states.shape[0]):
             state = states[slot]
             if state[{KIND}] == 0:
                 free = slot
                 continue
-            n_active += 1
             header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
             if state[{KIND}] == {TAKE}:
@@ -203,7 +200,6 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                         answer(functions, comm, byte, state, header, found)
                     state[{KIND}] = 0
                     free = slot
-                    n_active -= 1
                     n_served += 1
         if asks < 0:
             flag[0] = 0
@@ -229,8 +225,7 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                 post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
             waited = 0
         else:
-            longest = {LONGEST_ACTIVE_MICROSECONDS} if n_active > 0 else {LONGEST_MICROSECONDS}
-            nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), longest)
+            nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
             waited += nap
     for rank in range(n_ranks):
