@@ -169,7 +169,7 @@ class MPIBlocks:
         self._short = [(np.zeros(in_short, np.uint8), np.zeros(in_short, np.uint8)) for _ in range(n_rooms)]
         self._encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # visited blocks: as fetched, what is sent back
         self._residuals: dict[int, np.ndarray] = {}
-        # One that comes, one that is worked on, and one that is on its way home.
+        # Used in turn: those that come, one that is worked on, those that are on their way home.
         self._staging = [np.zeros_like(self._data.local, shape=(max(remote, default=0),)) for _ in range(n_rooms)]
         self._staged_tags = np.zeros((n_rooms, N_TAGS))
         self._buffer = 0
@@ -248,8 +248,11 @@ class MPIBlocks:
 
     def _arrived(self, served: ServedLocks, index: int, then: int | None, encoded: bool) -> Block:
         """A block of another node, locked and fetched; another one follows closely."""
-        block, transfer = self._coming or self._set_out(served, index, encoded)
-        self._coming = None
+        coming, self._coming = self._coming, None
+        if coming is not None and coming[0].index != index:
+            self._send_back(served, *coming)  # the visit that it set out for was broken off
+            coming = None
+        block, transfer = coming or self._set_out(served, index, encoded)
         if self.before_wait is not None:
             self.before_wait()
         self._count_wait(transfer.wait_for_lock())
@@ -259,6 +262,14 @@ class MPIBlocks:
         if index in self._encoded and self._encoding is not None:
             self._encoding.decode(self._encoded[index][0], block.data)
         return block
+
+    def _send_back(self, served: ServedLocks, block: Block, transfer: Transfer) -> None:
+        """Give a block of another node back that has not been visited."""
+        index, version = block.index, transfer.wait() >> OWNER_BITS
+        self._encoded.pop(index, None)
+        nothing = NOTHING, NOTHING
+        home, slot = self.homes[index], self._slots[index]
+        self._leaving.append(served.store(home, slot, self._addresses(index), nothing, version, False))
 
     def _change(self, block: Block, fetched: np.ndarray, sent: np.ndarray) -> np.ndarray:
         """By how much a block has changed since it was fetched, encoded; what that loses waits for the next time."""

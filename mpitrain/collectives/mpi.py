@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,8 +44,8 @@ LARGEST_STAGED_SHARD = 1 << 21
 N_DEVICE_ROOMS = 5
 """For blocks of other nodes: one more than a host needs, since a GPU gives them back one later."""
 
-POLL_SECONDS = 20e-6
-"""Between two looks at what others do: a core that another rank may need is given away meanwhile."""
+LOOKS_BEFORE_NAPS, POLL_SECONDS = 64, 20e-6
+"""At what others do. Between two looks the core is given to whoever wants it, and soon whether anybody does or not."""
 
 
 class MPICommunicator:
@@ -183,8 +184,8 @@ class MPICommunicator:
         parts = shards(n, self.size, self._largest_shard())
         blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
         acquire = partial(blocks.acquire, encoded=True)
-        # The next node first: whoever begins with its own shards finds some of them taken, for as long as a visit from
-        # another node takes, by one who is a little earlier.
+        # The next node first, usually: whoever begins with its own shards finds some of them taken, for as long as a
+        # visit from another node takes, by one who is a little earlier.
         first = (self.rank + self.world.n_rails) % self.size
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows, first=first, acquire=acquire)
 
@@ -249,10 +250,14 @@ class MPICommunicator:
         """Wait until something that others do makes ``condition()`` true. Local."""
         if condition():
             return
-        began = time.perf_counter()
+        began, looks = time.perf_counter(), 0
         while not condition():
             self.world.comm.Iprobe()  # progress, for MPIs whose one-sided operations wait for it
-            time.sleep(POLL_SECONDS)
+            looks += 1
+            if looks < LOOKS_BEFORE_NAPS:
+                os.sched_yield()
+            else:
+                time.sleep(POLL_SECONDS)
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:

@@ -6,8 +6,8 @@
     |   shard 0   |sh. 1 |   shard 2   |sh. 3 | sh. 4 | sh. 5|     contiguous, each owner the same share
      0            16     32            48     64      80   100
 
-Rank r starts at the first shard of its own and goes round once, so that the workers of an exchange follow each other
-through the vector instead of queueing at the lock of shard 0.
+Rank r starts at the first shard of its own (between nodes: of a rank further on) and goes round once, so that the
+workers of an exchange follow each other through the vector instead of queueing at the lock of shard 0.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from mpitrain.kernels.wire import PLAIN, Encoded
 Arrays = tuple[np.ndarray, np.ndarray]
 """What goes together: a block and its tags."""
 
-SLOTS_OF_A_RANK = 6  # it fetches two blocks and gives three others back, at the most
+SLOTS_OF_A_RANK = 6  # each of its threads waits for one lock at the most; to give blocks back waits for nothing
 TAGS = range(2, 1000)  # of requests and what they move, in turn: only a few are under way
 
 
@@ -65,6 +65,7 @@ class _Calls:
         sizes: Any = {kind: MPI._sizeof(kind) for kind in (MPI.Request, MPI.Status)}
         self.request_bytes, self.status_bytes = sizes[MPI.Request], sizes[MPI.Status]
         self.error = MPI.Exception
+        self.under_way: set[Transfer] = set()  # what MPI reads and writes stays, whatever becomes of who waits for it
 
 
 class ProgressThread:
@@ -190,6 +191,7 @@ class Transfer:
         self._words, self._arrays = words, arrays
         self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
         self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (calls.request_bytes, calls.status_bytes))
+        calls.under_way.add(self)
         known = calls.functions, calls.comm, calls.byte, calls.request_bytes
         self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
 
@@ -200,6 +202,7 @@ class Transfer:
             RuntimeError: When it was not what it must have been.
         """
         self._finish(self._n)
+        self._calls.under_way.discard(self)
         found = int(self._header[0])
         if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
             owner = (found & OWNER_MASK) - 1
@@ -232,7 +235,7 @@ def ask_for_short_slices() -> None:
     some milliseconds. Linux 6.12 and later know a slice of each thread's own; before, and elsewhere, nothing happens.
     """
     number = SCHED_SETATTR.get(platform.machine())
-    if sys.platform == "linux" and number is not None:
+    if sys.platform == "linux" and number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         # struct sched_attr: its size, the normal policy, no flags; nice, no priority; the slice in nanoseconds.
         attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, SLICE_NANOSECONDS, 0, 0)

@@ -149,8 +149,8 @@ class SharedVector:
         return lags
 
     def set_lags(self, lags: Any) -> None:
-        """As if each shard's last pull had been ``lags`` (shards,) updates ago: 0 is now. Local."""
-        lags = np.broadcast_to(lags, len(self.parts))
+        """As if each shard's last pull had been ``lags`` (shards,) updates ago: 0 is now; of as many ranks. Local."""
+        lags = self._for_these_shards(np.atleast_1d(lags))
 
         def note(index: int, _: Any, block: Block) -> None:
             self._seen[index] = None if lags[index] < 0 else block.version - int(lags[index])
@@ -168,12 +168,22 @@ class SharedVector:
         return tags
 
     def write_tags(self, tags: Any) -> None:
-        """Replace the numbers of all shards by ``tags`` (shards, N_TAGS). Local; a barrier makes it everybody's."""
+        """Replace the numbers of all shards by ``tags`` (shards, N_TAGS). Local; a barrier makes it everybody's.
+
+        Args:
+            tags: Of this vector, or of one of as many ranks that were spread over the nodes in another way.
+        """
+        tags = self._for_these_shards(np.asarray(tags))
 
         def fill(index: int, _: Any, block: Block) -> None:
             block.tags[:] = tags[index]
 
         self._visit(fill, updated=True)
+
+    def _for_these_shards(self, values: np.ndarray) -> np.ndarray:
+        """What was said of shards that may have been larger or smaller, with as many at each rank as at another."""
+        n = len(self.parts)
+        return values[np.arange(n) * len(values) // n] if n else values
 
     def _visit(self, fn: Callable[[int, Any, Block], None], *, updated: bool) -> None:
         for index, then in self._steps:
@@ -187,9 +197,11 @@ class SharedVector:
 
     def _give_up(self, block: Block, then: int | None, *, updated: bool) -> None:
         """End a visit early: the next block may have set out already."""
-        self._blocks.release(block, updated=updated)
-        if then is not None:
-            self._blocks.release(self._blocks.acquire(then), updated=False)
+        try:
+            self._blocks.release(block, updated=updated)
+        finally:
+            if then is not None:
+                self._blocks.release(self._blocks.acquire(then), updated=False)
 
     def _array(self, block: Block) -> Any:
         return block.data if self._rows == 1 else block.data.reshape(self._rows, -1)

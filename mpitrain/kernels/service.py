@@ -247,7 +247,7 @@ def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, re
     n = 1
     for turn in range(2):
         if (turn == 0) == stores:  # what comes is expected before it is asked for, what goes follows the request
-            code |= call(
+            code = code or call(
                 functions[3],
                 (words.ctypes.data, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at + n * request_bytes),
             )
@@ -258,11 +258,11 @@ def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, re
             while left > 0:
                 size = min(left, {PIECE_BYTES})
                 if stores:
-                    code |= call(
+                    code = code or call(
                         functions[3], (here, size, byte, rank, {STORED} + tag, comm, at + n * request_bytes)
                     )
                 else:
-                    code |= call(functions[4], (here, size, byte, rank, tag, comm, at + n * request_bytes))
+                    code = code or call(functions[4], (here, size, byte, rank, tag, comm, at + n * request_bytes))
                 n += 1
                 here += size
                 left -= size
@@ -324,8 +324,8 @@ def serve() -> Callable[..., int]:
     ``functions`` are the addresses of FUNCTIONS, ``comm`` and ``byte`` MPI's handles, ``request_bytes`` the size of an
     MPI_Request, ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros,
     ``memory`` the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests and
-    ``states``. A request that waits for a lock has a slot until the lock is free: there must be more than the ranks
-    have under way. Every rank has a receive of its own: MPICH's from any source can stay incomplete for ever when two
-    threads are in MPI. Returns how many requests were served.
+    ``states``. A request that waits for a lock has a slot until the lock is free: there must be more slots than
+    requests of that kind. Every rank has a receive of its own: MPICH's from any source can stay incomplete for ever
+    when two threads are in MPI. Returns how many requests were served.
     """
     return cache.compiled("serve", "words", _SERVE)

@@ -21,7 +21,7 @@ def test_a_visit_that_fails_leaves_every_lock_free(comm, monkeypatch):
     """Also that of the block which had set out already."""
     from mpitrain.collectives import mpi
 
-    monkeypatch.setattr(mpi, "LARGEST_SHARD", 64)
+    monkeypatch.setattr(mpi, "LARGEST_SERVED_SHARD", 64)
     center = comm.shared_vector(1000, np.float32)
     n_shards = len(center.parts)
     comm.barrier()
@@ -73,3 +73,24 @@ def test_blocks_of_any_number_of_pieces_arrive_whole(comm, more, n_pieces):
         )
     assert all(seen.values())
     assert len(seen) == comm.size
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_a_visit_broken_off_between_two_blocks_does_not_spoil_the_next(comm, monkeypatch):
+    """The next block had set out: whoever comes for another one gives it back first."""
+    from mpitrain.collectives import mpi
+
+    monkeypatch.setattr(mpi, "LARGEST_SERVED_SHARD", 64)
+    center = comm.shared_vector(256 * comm.size, np.float32)
+    blocks, n_shards = center._blocks, len(center.parts)
+    comm.barrier()
+    if comm.rank == 0:
+        first, second = center._order[:2]
+        blocks.release(blocks.acquire(first, second), updated=False)  # and an interrupt
+    center.update(lambda part, c: np.add(c, np.arange(part.start, part.stop), out=c) is None)
+    comm.barrier()
+    out = np.empty(center.n, np.float32)
+    center.read(out)
+    assert np.array_equal(out, comm.size * np.arange(center.n))
+    comm.barrier()
+    assert {blocks.lock_owner(index) for index in range(n_shards)} == {None}

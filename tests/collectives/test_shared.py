@@ -22,7 +22,8 @@ def world(request):
 def test_no_update_is_lost_and_no_read_is_torn(comm, monkeypatch, n, largest_shard, n_updates):
     from mpitrain.collectives import mpi
 
-    monkeypatch.setattr(mpi, "LARGEST_SHARD", largest_shard)
+    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+        monkeypatch.setattr(mpi, largest, largest_shard)
     center = comm.shared_vector(n, np.float32)
     out, before = np.full(n, -1.0, np.float32), np.zeros(len(center.parts))
 
@@ -128,7 +129,8 @@ def test_rows_are_changed_together(comm, monkeypatch):
     """A velocity and what it moves, say: nobody sees one of them changed and the other not."""
     from mpitrain.collectives import mpi
 
-    monkeypatch.setattr(mpi, "LARGEST_SHARD", 64)
+    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+        monkeypatch.setattr(mpi, largest, 64)
     n, n_updates = 500, 20
     shared = comm.shared_vector(n, np.float64, rows=3)
     if comm.rank == 0:
@@ -209,3 +211,30 @@ def test_lags_and_tags_can_be_saved_and_put_back(comm):
     staleness = []
     copy.update(lambda part, shard: staleness.append(copy.staleness), pushes=False)
     assert sorted(staleness) == sorted(lags)
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+def test_lags_and_numbers_fit_a_vector_in_larger_or_smaller_shards(comm, monkeypatch):
+    """A run may be resumed with as many ranks on other nodes, where shards are of another size."""
+    from mpitrain.collectives import mpi
+
+    def vector_of(largest):
+        for name in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+            monkeypatch.setattr(mpi, name, largest)
+        return comm.shared_vector(1024 * comm.size, np.float64)
+
+    small, large = vector_of(128), vector_of(512)
+    assert (len(small.parts), len(large.parts)) == (8 * comm.size, 2 * comm.size)
+    numbers = np.arange(2.0 * comm.size)
+    tags = np.zeros((2 * comm.size, 4))
+    tags[:, 2] = numbers
+    if comm.rank == 0:
+        small.write_tags(tags)
+        large.write_tags(np.repeat(tags, 4, axis=0))
+    comm.barrier()
+    assert np.array_equal(small.read_tags()[:, 2], np.repeat(numbers, 4))
+    assert np.array_equal(large.read_tags()[:, 2], numbers)
+    comm.barrier()
+    small.set_lags(numbers)
+    assert np.array_equal(small.lags(), np.repeat(numbers, 4))
+    comm.barrier()

@@ -65,7 +65,8 @@ def is_remote(comm, center):
 def test_center_and_residuals_are_all_that_was_added(connect, name, shard, monkeypatch):
     from mpitrain.collectives import mpi
 
-    monkeypatch.setattr(mpi, "LARGEST_SHARD", shard)
+    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+        monkeypatch.setattr(mpi, largest, shard)
     comm, n, n_rounds = connect(name), 3001, 20
     center, total = comm.shared_vector(n, np.float32), np.zeros(n)
     rng = np.random.default_rng(comm.rank)
@@ -203,7 +204,8 @@ def test_the_first_visit_after_a_visit_that_fails_is_like_any_other(connect, mon
     """The block that had set out already was encoded too."""
     from mpitrain.collectives import mpi
 
-    monkeypatch.setattr(mpi, "LARGEST_SHARD", 64)
+    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+        monkeypatch.setattr(mpi, largest, 64)
     comm, n = connect("bfloat16"), 1000
     center = comm.shared_vector(n, np.float32)
     comm.barrier()
