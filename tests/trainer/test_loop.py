@@ -27,8 +27,7 @@ def test_every_method_learns_the_digits(world, name):
     lr = 0.05 * METHODS[name].learning_rate_factor
     settings = {key: str(value) for key, value in METHODS[name].short_run.items()}
     result = train(TrainConfig(name, settings, lr=lr, epochs=20, batch_size=16, quiet=True), world)
-    # Of ten classes. What an asynchronous worker makes depends on whose turn it is when ranks outnumber cores.
-    assert result["test_accuracy"] >= (0.85 if name in ASYNCHRONOUS else 0.9)
+    assert result["test_accuracy"] >= 0.9
     assert result["test_loss"] < 0.5
     assert result["rejected"] == 0
 
