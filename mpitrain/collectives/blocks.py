@@ -221,14 +221,12 @@ class MPIBlocks:
             self._statistics.wire_bytes += arrays[0].nbytes
             leaving = self._served.store(home, slot, addresses, arrays, block.version, updated, description)
             self._leaving.append(leaving)
-            if not self._more:
-                self._commit()
-            return
-        if remote and updated:
-            self._put(block)
-        elif not self._locks.orders_memory:
-            self._data.sync()
-        self._locks.release(home, slot, block.version, updated=updated)
+        else:
+            if remote and updated:
+                self._put(block)
+            elif not self._locks.orders_memory:
+                self._data.sync()
+            self._locks.release(home, slot, block.version, updated=updated)
         if not self._more:
             self._commit()
 
@@ -250,7 +248,9 @@ class MPIBlocks:
         """A block of another node, locked and fetched; another one follows closely."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0].index != index:
-            self._send_back(served, *coming)  # the visit that it set out for was broken off
+            unvisited, transfer = coming  # the visit that it set out for was broken off
+            unvisited.version = transfer.wait() >> OWNER_BITS
+            self.release(unvisited, updated=False)
             coming = None
         block, transfer = coming or self._set_out(served, index, encoded)
         if self.before_wait is not None:
@@ -262,14 +262,6 @@ class MPIBlocks:
         if index in self._encoded and self._encoding is not None:
             self._encoding.decode(self._encoded[index][0], block.data)
         return block
-
-    def _send_back(self, served: ServedLocks, block: Block, transfer: Transfer) -> None:
-        """Give a block of another node back that has not been visited."""
-        index, version = block.index, transfer.wait() >> OWNER_BITS
-        self._encoded.pop(index, None)
-        nothing = NOTHING, NOTHING
-        home, slot = self.homes[index], self._slots[index]
-        self._leaving.append(served.store(home, slot, self._addresses(index), nothing, version, False))
 
     def _change(self, block: Block, fetched: np.ndarray, sent: np.ndarray) -> np.ndarray:
         """By how much a block has changed since it was fetched, encoded; what that loses waits for the next time."""
