@@ -3,12 +3,11 @@
 between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
                                  format; the stall
 between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; training
-                                 steps with exchanges in the foreground and in the background
+                                 steps with exchanges in the foreground and in the background (overlap.py)
 """
 
 from __future__ import annotations
 
-import itertools
 import socket
 import sys
 import time
@@ -22,8 +21,7 @@ from candidates import RATE, start_gloo
 from mpi4py import MPI
 from numba import njit
 
-from mpitrain import EASGD, info
-from mpitrain.algorithms.method import Replica, Segment
+from mpitrain import info
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world import World, init
 from mpitrain.kernels import elastic_exchange
@@ -39,12 +37,6 @@ PAUSE_SECONDS = 2e-3  # between two exchanges with a busy rank, at most
 CALL_SECONDS = 0.05  # of the loop that keeps the interpreter lock
 
 ROUND_TRIPS = 20
-
-OVERLAPPED = 272_474  # parameters of a ResNet-20, whose exchange takes less than tau steps
-TAU, STEP_SECONDS = 10, 0.016
-SOCKETS_STEP = "as many bytes by sockets"
-CALIBRATION_SECONDS = 0.5
-N_TURNS, STEPS_OF_A_TURN = 10, 2 * TAU
 
 
 class Pair:
@@ -196,64 +188,6 @@ def stalls(world: World) -> list[dict[str, Any]]:
     return rows
 
 
-def overlaps(world: World) -> list[dict[str, Any]]:
-    """Seconds of a step that computes for ``STEP_SECONDS``, alone and with an exchange every tau steps. Collective.
-
-    The limit is what computing takes while plain sockets move as many bytes in the background.
-    """
-    comm, pair = MPICommunicator(world), Pair(world)
-    a = np.ones((300, 300), np.float32)
-    product = np.empty_like(a)
-    for _ in range(2):  # the first warms up
-        world.barrier()
-        n_products, end = 0, time.perf_counter() + CALIBRATION_SECONDS
-        while time.perf_counter() < end:
-            np.matmul(a, a, out=product)
-            n_products += 1
-    n_products = max(int(world.comm.bcast(n_products) * STEP_SECONDS / CALIBRATION_SECONDS), 1)
-
-    def compute() -> None:
-        for _ in range(n_products):
-            np.matmul(a, a, out=product)
-
-    steps: dict[str, Callable[[], object]] = {"computing alone": compute}
-    for overlap in (False, True):
-        x, g = comm.vector(OVERLAPPED, np.float32), comm.vector(OVERLAPPED, np.float32)
-        worker = EASGD(period=TAU, overlap=overlap).worker(Replica(comm, x, g))
-        segments = [Segment(slice(0, OVERLAPPED), 0.0)]
-        name = f"easgd, tau {TAU}" + overlap * ", overlap"
-        steps[name] = lambda worker=worker, segments=segments: worker.step(segments, compute)  # type: ignore[misc]
-    seconds = np.zeros((len(steps) + 1, N_TURNS))
-    with pair.connected() as connection:
-        n_bytes = 4 * OVERLAPPED * world.size // world.n_nodes  # what leaves a node in an exchange of all its ranks
-        by_sockets = tcp.Exchanges(connection, n_bytes) if connection else None
-        t = itertools.count()
-
-        def beside_sockets() -> None:
-            if by_sockets and next(t) % TAU == 0:
-                by_sockets.start()
-            compute()
-
-        steps[SOCKETS_STEP] = beside_sockets
-        for turn in range(-1, N_TURNS):  # the first warms up
-            for row, step in zip(seconds, steps.values(), strict=True):
-                world.barrier()
-                began = time.perf_counter()
-                for _ in range(STEPS_OF_A_TURN):
-                    step()
-                row[max(turn, 0)] = (time.perf_counter() - began) / STEPS_OF_A_TURN
-        if by_sockets:
-            by_sockets.stop()
-    world.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-    world.barrier()
-    comm.free()
-    of_alone = np.median(seconds / seconds[0], axis=1)  # of a turn: its steps follow each other closely
-    return [
-        {"step": name, "median_seconds": float(of_one), "of_alone": float(ratio)}
-        for name, of_one, ratio in zip(steps, np.median(seconds, axis=1), of_alone, strict=True)
-    ]
-
-
 def latencies(world: World) -> dict[str, Any]:
     """Seconds of a round trip and of an exchange of a small vector by one rank and by all. Collective."""
     comm = MPICommunicator(world)
@@ -284,7 +218,9 @@ def main() -> None:
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
     if what == "latency":
-        document |= {"latency": latencies(world), "overlaps": overlaps(world)}
+        import overlap
+
+        document |= {"latency": latencies(world), "overlaps": overlap.measure(Pair(world))}
     else:
         no_gloo = start_gloo(world)
         measured, rows = [measure_tcp(world)], []

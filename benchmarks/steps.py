@@ -16,10 +16,11 @@ median over the turns of the slowest rank's seconds for a step.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,10 +108,10 @@ class Bench:
         model = self._new_model()
         optimizer = mpitrain.DistributedOptimizer(sgd(model), model, method, world=self._world)
         self._optimizers.append(optimizer)
-        return self._step(model, optimizer)
+        return step_of(model, optimizer, self._batches)
 
     def _with_torch(self, model: torch.nn.Module) -> Step:
-        return self._step(model, sgd(model))
+        return step_of(model, sgd(model), self._batches)
 
     def _post_local(self, period: int) -> Step:
         from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
@@ -118,22 +119,21 @@ class Bench:
 
         model = self._new_model()
         averager = PeriodicModelAverager(period=period, warmup_steps=0)
-        return self._step(model, PostLocalSGDOptimizer(optim=sgd(model), averager=averager))
+        return step_of(model, PostLocalSGDOptimizer(optim=sgd(model), averager=averager), self._batches)
 
-    def _step(self, model: torch.nn.Module, optimizer: Any) -> Step:
-        """One step as anybody would write it."""
-        model.train()
-        turn = 0
 
-        def step() -> None:
-            nonlocal turn
-            x, y = self._batches[turn % len(self._batches)]
-            turn += 1
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+def step_of(model: torch.nn.Module, optimizer: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Step:
+    """One step as anybody would write it; the batches take turns."""
+    model.train()
+    in_turn = itertools.cycle(batches)
 
-        return step
+    def step() -> None:
+        x, y = next(in_turn)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
