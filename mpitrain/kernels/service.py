@@ -54,7 +54,13 @@ FUNCTIONS: Final = (
     "MPI_Testall",
     "usleep",
     "MPI_Cancel",
+    "poll",
+    "read",
 )
+
+# Words that the serving thread shares with the others of its rank.
+STOP, ASLEEP, WAITING = 0, 1, 2  # WAITING: of the foreground, then of the background
+SHARED_WORDS: Final = 4
 
 # Every look takes the core from whoever computes. The nap before the next one is a part of the time since anything has
 # happened: so a wait takes half as long again as it must, at the most, and few looks.
@@ -62,7 +68,15 @@ PART_OF_WAITED: Final = 2
 SHORTEST_MICROSECONDS: Final = 20
 LONGEST_MICROSECONDS: Final = 1000
 
+# When nothing has happened for long, and no other thread of its rank waits in MPI, it sleeps until the network has
+# something for MPI, if that has shown before in the files that MPI itself waits for. Not for ever: another thread may
+# take it from there, and nobody says so.
+QUIET_MICROSECONDS: Final = 20_000
+LONGEST_SLEEP_MILLISECONDS: Final = 5
+ENOUGH_TRUST, MOST_TRUST = 4, 8  # so many more messages were announced than came unannounced
+
 LOOKS_OF_A_CALL: Final = 100  # of finish
+ROOM_BYTES: Final = 64
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -106,8 +120,8 @@ def _array(element: Any) -> Any:
 floats_at, shorts_at, levels_at = (_array(element) for element in (types.float32, types.uint16, types.int8))
 
 _SERVE: Final = f"""\
-from numba import carray, njit
-from mpitrain.kernels.atomics import load_acquire
+from numba import carray, int64, njit
+from mpitrain.kernels.atomics import load_acquire, store_release
 from mpitrain.kernels.service import call, floats_at, levels_at, shorts_at, swap_at
 {wire.conversions(*wire.FORMATS)}
 @njit(nogil=True)
@@ -154,26 +168,35 @@ def answer(functions, comm, byte, state, header, found):
     state[{HEADER} + 1] = state[{TAKEN}]
     call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
 
+@njit(nogil=True)
+def in_mpi(shared):
+    return load_acquire(shared, {WAITING}) != 0 or load_acquire(shared, {WAITING} + 1) != 0
+
 SIGNATURE = (
-    "int64(int64[::1], int64, int64, int64, int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
+    "int64(int64[::1], int64, int64, int64, int64, "
+    "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
 )
-def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, memory):
+def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests, states, memory):
     at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
+    at_files, n_files, bell, at_room = memory[5], memory[6], memory[7], memory[8]
     n_ranks = requests.shape[0]
-    waited = {PART_OF_WAITED * LONGEST_MICROSECONDS}
+    waited = {QUIET_MICROSECONDS}
+    slept, announced, trust = 0, 0, 0
+    looks = 0
     n_served = 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
         here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
         call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
     asks = -1
-    while load_acquire(stop, 0) == 0:
-        free = -1
+    while load_acquire(shared, {STOP}) == 0:
+        free, n_busy = -1, 0
         for slot in range(states.shape[0]):
             state = states[slot]
             if state[{KIND}] == 0:
                 free = slot
                 continue
+            n_busy += 1
             header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
             if state[{KIND}] == {TAKE}:
@@ -206,6 +229,10 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
             call(functions[0], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
             if flag[0] != 0:
                 asks = flag[1]
+        looks += 1
+        if slept != 0 and (waited == 0 or asks >= 0):
+            trust = min(trust + 1, {MOST_TRUST}) if announced > 0 else max(trust - 1, 0)
+            slept = 0
         if asks >= 0 and free >= 0:
             state = states[free]
             state[{TAKEN}] = 0
@@ -223,11 +250,21 @@ def serve(functions, comm, byte, request_bytes, stop, flag, requests, states, me
                 if state[{KIND}] == {FETCH}:
                     answer(functions, comm, byte, state, header, 0)
                 post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
-            waited = 0
-        else:
+            waited, looks = 0, 0
+        elif looks < n_looks:
+            continue
+        elif waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0 or in_mpi(shared):
             nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
-            waited += nap
+            waited, announced, slept, looks = waited + nap, 0, 0, 0
+        else:
+            trusts = int64(trust >= {ENOUGH_TRUST})
+            store_release(shared, {ASLEEP}, trusts)
+            announced = call(functions[8], (at_files, n_files, {LONGEST_SLEEP_MILLISECONDS} if trusts else 1))
+            store_release(shared, {ASLEEP}, 0)
+            slept, looks = 1, 0
+            if announced != 0 and call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
+                slept, announced = 0, 0
     for rank in range(n_ranks):
         if rank != asks:
             call(functions[7], (at_next + rank * request_bytes,))
@@ -272,16 +309,16 @@ def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, re
 _FINISH: Final = f"""\
 from mpitrain.kernels.service import call
 
-SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64[::1], int64, int64, int64)"
-def finish(functions, n, requests, statuses, flag, waited, n_spins, shortest, longest):
+SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64, int64[::1], int64, int64, int64)"
+def finish(functions, n, requests, statuses, flag, n_looks, waited, n_spins, shortest, longest):
     for look in range({LOOKS_OF_A_CALL}):
         code = call(functions[5], (n, requests.ctypes.data, flag.ctypes.data, statuses.ctypes.data))
         if code != 0:
             return -code
         if flag[0] != 0:
             return 1
-        if waited[0] < n_spins:
-            waited[0] += 1
+        waited[0] += 1
+        if waited[0] < n_spins or waited[0] % n_looks != 0:
             continue
         nap = min(max(waited[1] // {PART_OF_WAITED}, shortest), longest)
         call(functions[6], (nap,))
@@ -308,10 +345,10 @@ def ask() -> Callable[..., int]:
 
 @functools.cache
 def finish() -> Callable[..., int]:
-    """``finish(functions, n, requests, statuses, flag, waited, n_spins, shortest, longest)``: 1 when they are complete.
+    """``finish(functions, n, requests, statuses, flag, n_looks, waited, n_spins, shortest, longest)``: 1 when complete.
 
-    It looks ``n_spins`` times without and then with naps of microseconds in between, and returns 0 after some time, so
-    that Python can handle its signals: ``waited`` (2,), zeros at first, says how to go on. An error code of MPI is
+    It looks ``n_spins`` times, then ``n_looks`` times between two naps of microseconds, and returns 0 after some time,
+    so that Python can handle its signals: ``waited`` (2,), zeros at first, says how to go on. An error code of MPI is
     returned negative.
     """
     return cache.compiled("finish", "words", _FINISH)
@@ -319,13 +356,15 @@ def finish() -> Callable[..., int]:
 
 @functools.cache
 def serve() -> Callable[..., int]:
-    """``serve(functions, comm, byte, request_bytes, stop, flag, requests, states, memory)``: until stop[0].
+    """``serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests, states, memory)``: until told.
 
     ``functions`` are the addresses of FUNCTIONS, ``comm`` and ``byte`` MPI's handles, ``request_bytes`` the size of an
-    MPI_Request, ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros,
-    ``memory`` the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests and
-    ``states``. A request that waits for a lock has a slot until the lock is free: there must be more slots than
-    requests of that kind. Every rank has a receive of its own: MPICH's from any source can stay incomplete for ever
-    when two threads are in MPI. Returns how many requests were served.
+    MPI_Request, ``n_looks`` how often it looks between two naps, ``shared`` (SHARED_WORDS,) zeros (it ends when STOP is
+    not), ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros, ``memory``
+    the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests, ``states`` and
+    structs pollfd, how many these are, one of their files that is written to when there is something to do, and the
+    address of ROOM_BYTES. A request that waits for a lock has a slot until the lock
+    is free: there must be more slots than requests of that kind. Every rank has a receive of its own: MPICH's from any
+    source can stay incomplete for ever when two threads are in MPI. Returns how many requests were served.
     """
     return cache.compiled("serve", "words", _SERVE)
