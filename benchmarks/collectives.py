@@ -16,9 +16,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from candidates import REFERENCES, Candidates, Forms, start_gloo
-from timing import beside, calls_of, gb_per_s, measure, name_of, one_round, rows_of, size_of, slowest, where
+from timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 
 from mpitrain import cli, info
 from mpitrain.collectives.world import World, init
@@ -55,20 +54,13 @@ def rows_in_turns(
     world: World, operations: Mapping[str, Callable[[], object]], n_bytes: int, most_repeats: int
 ) -> list[dict[str, Any]]:
     """A row for each of some operations that take turns. Collective."""
-    n_repeats, most_calls = repeats_of(n_bytes, most_repeats), calls_of(n_bytes)
-    if most_calls == 1:
-        calls = dict.fromkeys(operations, 1)
-        seconds = measure(world, operations, n_repeats, 1)
-    else:
-        least = measure(world, operations, TRIALS, 1).min(axis=1)  # what disturbs one call makes nothing slow
+    calls, n_warm_ups = dict.fromkeys(operations, 1), WARM_UPS
+    if calls_of(n_bytes) > 1:
+        least = measure(world, operations, TRIALS, calls).min(axis=1)  # what disturbs one call makes nothing slow
         calls = {name: calls_that_fit(of_one, n_bytes) for name, of_one in zip(operations, least, strict=True)}
-        rounds = [
-            [one_round({name: operation}, calls[name], world.barrier)[0] for name, operation in operations.items()]
-            for _ in range(n_repeats)
-        ]
-        seconds = slowest(world, np.array(rounds).T)
-    rows = rows_of(list(operations), seconds, REFERENCES, n_bytes=n_bytes, n_calls=most_calls)
-    return [row | {"n_calls": calls[row["operation"]]} for row in rows]
+        n_warm_ups = 0  # they are warm
+    seconds = measure(world, operations, repeats_of(n_bytes, most_repeats), calls, n_warm_ups)
+    return rows_of(list(operations), seconds, REFERENCES, n_bytes=n_bytes, n_calls=calls)
 
 
 def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool, with_forms: bool) -> list[dict[str, Any]]:

@@ -207,10 +207,7 @@ def bench_reduction(name: str, k: int, n: int, repeats: int) -> dict[str, Any]:
     tensors = [torch.from_numpy(vector) for vector in vectors]
 
     def numpy_sum() -> None:
-        total = np.add(vectors[0], vectors[1])
-        for vector in vectors[2:]:
-            total += vector
-        total *= 1 / k
+        total = sum(vectors[1:], start=vectors[0]) * (1 / k)
         for vector in [out] if name == "reduce_sum" else vectors:
             vector[:] = total
 

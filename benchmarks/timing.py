@@ -23,33 +23,45 @@ BYTES_OF_A_REPEAT = 2**18  # smaller vectors are called several times for one fi
 MOST_CALLS = 256  # so many that it does not matter how far apart ranks leave the barrier before them
 WARM_UPS = 2
 
+Calls = int | Mapping[str, int]
+"""How often an operation is called for one figure: the same number for all, or by name."""
+
 
 def one_round(
-    operations: Mapping[str, Callable[[], object]], n_calls: int, begin: Callable[[], object] | None = None
+    operations: Mapping[str, Callable[[], object]],
+    n_calls: Calls,
+    begin: Callable[[], object] | None = None,
 ) -> list[float]:
     """Seconds of a call of each operation, one after the other.
 
     Args:
         operations: By name.
-        n_calls: Of each, for one figure.
+        n_calls: For one figure.
         begin: Called right before the clock starts: the barrier of operations that all ranks make at once.
     """
     seconds = []
-    for operation in operations.values():
+    for name, operation in operations.items():
+        n = _calls(n_calls, name)
         operation()  # each finds its own vectors in the caches, not those of the one before it
         if begin is not None:
             begin()
         began = time.perf_counter()
-        for _ in range(n_calls):
+        for _ in range(n):
             operation()
-        seconds.append((time.perf_counter() - began) / n_calls)
+        seconds.append((time.perf_counter() - began) / n)
     return seconds
 
 
-def measure(world: World, operations: Mapping[str, Callable[[], object]], n_repeats: int, n_calls: int) -> np.ndarray:
+def measure(
+    world: World,
+    operations: Mapping[str, Callable[[], object]],
+    n_repeats: int,
+    n_calls: Calls,
+    n_warm_ups: int = WARM_UPS,
+) -> np.ndarray:
     """Seconds of a call, the slowest rank's: (operations, n_repeats). Collective."""
-    rounds = [one_round(operations, n_calls, world.barrier) for _ in range(WARM_UPS + n_repeats)]
-    return slowest(world, np.array(rounds[WARM_UPS:]).T)
+    rounds = [one_round(operations, n_calls, world.barrier) for _ in range(n_warm_ups + n_repeats)]
+    return slowest(world, np.array(rounds[n_warm_ups:]).T)
 
 
 def slowest(world: World, seconds: np.ndarray) -> np.ndarray:
@@ -64,7 +76,7 @@ def calls_of(n_bytes: int) -> int:
 
 
 def rows_of(
-    names: Sequence[str], seconds: np.ndarray, references: Mapping[str, str], *, n_bytes: int, n_calls: int
+    names: Sequence[str], seconds: np.ndarray, references: Mapping[str, str], *, n_bytes: int, n_calls: Calls
 ) -> list[dict[str, Any]]:
     """A row for each operation.
 
@@ -88,10 +100,14 @@ def rows_of(
                 "reference": reference,
                 "ratio": float(median[name] / median[reference]) if reference else None,
                 "n_repeats": len(of_one),
-                "n_calls": n_calls,
+                "n_calls": _calls(n_calls, name),
             }
         )
     return rows
+
+
+def _calls(n_calls: Calls, name: str) -> int:
+    return n_calls if isinstance(n_calls, int) else n_calls[name]
 
 
 def beside(row: Mapping[str, Any]) -> str:

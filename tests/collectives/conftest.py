@@ -66,6 +66,18 @@ def comm(world: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`largest_shards(n)`: from now on shards have at most n elements, of whichever node their ranks are."""
+    from mpitrain.collectives import mpi
+
+    def limit(n: int) -> None:
+        for name in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+            monkeypatch.setattr(mpi, name, n)
+
+    return limit
+
+
+@pytest.fixture
 def window(world: Any) -> Iterator[Callable[..., Any]]:
     """Makes windows, `window(n, dtype)`, collectively; they are freed after the test."""
     from mpitrain.collectives.memory import Window

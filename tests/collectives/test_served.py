@@ -17,11 +17,9 @@ def comm(two_nodes):
 
 
 @pytest.mark.ranks(2, 3)
-def test_a_visit_that_fails_leaves_every_lock_free(comm, monkeypatch):
+def test_a_visit_that_fails_leaves_every_lock_free(comm, largest_shards):
     """Also that of the block which had set out already."""
-    from mpitrain.collectives import mpi
-
-    monkeypatch.setattr(mpi, "LARGEST_SERVED_SHARD", 64)
+    largest_shards(64)
     center = comm.shared_vector(1000, np.float32)
     n_shards = len(center.parts)
     comm.barrier()
@@ -76,11 +74,9 @@ def test_blocks_of_any_number_of_pieces_arrive_whole(comm, more, n_pieces):
 
 
 @pytest.mark.ranks(2, 3, 4)
-def test_a_visit_broken_off_between_two_blocks_does_not_spoil_the_next(comm, monkeypatch):
+def test_a_visit_broken_off_between_two_blocks_does_not_spoil_the_next(comm, largest_shards):
     """The next block had set out: whoever comes for another one gives it back first."""
-    from mpitrain.collectives import mpi
-
-    monkeypatch.setattr(mpi, "LARGEST_SERVED_SHARD", 64)
+    largest_shards(64)
     center = comm.shared_vector(256 * comm.size, np.float32)
     blocks, n_shards = center._blocks, len(center.parts)
     comm.barrier()

@@ -19,11 +19,8 @@ def world(request):
     ("n", "largest_shard", "n_updates"),
     [(1000, 64, 40), (70_001, 2**19, 30), (1_200_000, 2**19, 4)],
 )
-def test_no_update_is_lost_and_no_read_is_torn(comm, monkeypatch, n, largest_shard, n_updates):
-    from mpitrain.collectives import mpi
-
-    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
-        monkeypatch.setattr(mpi, largest, largest_shard)
+def test_no_update_is_lost_and_no_read_is_torn(comm, largest_shards, n, largest_shard, n_updates):
+    largest_shards(largest_shard)
     center = comm.shared_vector(n, np.float32)
     out, before = np.full(n, -1.0, np.float32), np.zeros(len(center.parts))
 
@@ -125,12 +122,9 @@ def test_only_what_crosses_nodes_is_on_the_wire(comm):
 
 
 @ALL
-def test_rows_are_changed_together(comm, monkeypatch):
+def test_rows_are_changed_together(comm, largest_shards):
     """A velocity and what it moves, say: nobody sees one of them changed and the other not."""
-    from mpitrain.collectives import mpi
-
-    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
-        monkeypatch.setattr(mpi, largest, 64)
+    largest_shards(64)
     n, n_updates = 500, 20
     shared = comm.shared_vector(n, np.float64, rows=3)
     if comm.rank == 0:
@@ -214,13 +208,11 @@ def test_lags_and_tags_can_be_saved_and_put_back(comm):
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-def test_lags_and_numbers_fit_a_vector_in_larger_or_smaller_shards(comm, monkeypatch):
+def test_lags_and_numbers_fit_a_vector_in_larger_or_smaller_shards(comm, largest_shards):
     """A run may be resumed with as many ranks on other nodes, where shards are of another size."""
-    from mpitrain.collectives import mpi
 
     def vector_of(largest):
-        for name in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
-            monkeypatch.setattr(mpi, name, largest)
+        largest_shards(largest)
         return comm.shared_vector(1024 * comm.size, np.float64)
 
     small, large = vector_of(128), vector_of(512)

@@ -62,11 +62,8 @@ def is_remote(comm, center):
 @ALL
 @formats
 @pytest.mark.parametrize("shard", [70, 1 << 19])
-def test_center_and_residuals_are_all_that_was_added(connect, name, shard, monkeypatch):
-    from mpitrain.collectives import mpi
-
-    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
-        monkeypatch.setattr(mpi, largest, shard)
+def test_center_and_residuals_are_all_that_was_added(connect, name, shard, largest_shards):
+    largest_shards(shard)
     comm, n, n_rounds = connect(name), 3001, 20
     center, total = comm.shared_vector(n, np.float32), np.zeros(n)
     rng = np.random.default_rng(comm.rank)
@@ -200,12 +197,9 @@ def _left_of_row(center, row):
 
 
 @SEVERAL
-def test_the_first_visit_after_a_visit_that_fails_is_like_any_other(connect, monkeypatch):
+def test_the_first_visit_after_a_visit_that_fails_is_like_any_other(connect, largest_shards):
     """The block that had set out already was encoded too."""
-    from mpitrain.collectives import mpi
-
-    for largest in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
-        monkeypatch.setattr(mpi, largest, 64)
+    largest_shards(64)
     comm, n = connect("bfloat16"), 1000
     center = comm.shared_vector(n, np.float32)
     comm.barrier()
