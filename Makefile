@@ -68,7 +68,7 @@ bench: setup
 	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 5 --no-gloo; \
 	    done; \
 	    record windows-$$mpi $$mpi jobs/local.sh 2 python benchmarks/windows.py --most 64M --repeats 10; \
-	    record startup-$$mpi $$mpi $$python benchmarks/startup.py --repeats 3 --imports 5; \
+	    record startup-$$mpi $$mpi $$python benchmarks/startup.py --repeats 3 --imports 3; \
 	    if [ "$$(id -u)" = 0 ] && [ -f benchmarks/hosts.py ]; then \
 	        record between-$$mpi $$mpi $$python benchmarks/hosts.py; \
 	    fi; \

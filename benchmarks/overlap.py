@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from between import Pair
 
 TAU = 10
-RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 6
-MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 8
+RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 8
+MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 6
 N_PARAMETERS = 272_474  # of a ResNet-20
 ALONE, BY_SOCKETS = "alone", "as many bytes by sockets"
 CALIBRATION_SECONDS = 0.5
