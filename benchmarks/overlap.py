@@ -5,8 +5,8 @@ Two models with the same number of parameters, a ResNet-20's:
     resnet20    the network itself, on so small a batch that an exchange comes as often as anybody would want it
     made up     products of matrices for some milliseconds, so few that an exchange takes a good part of tau steps
 
-Each is measured beside its own step alone and, as the limit, beside its own step while plain sockets move as many bytes
-in the background: what the network costs by itself on the cores that also compute.
+Each is measured beside the same step without any exchange (alone) and, as the limit, beside that one while plain
+sockets move as many bytes in the background: what the network costs by itself on the cores that also compute.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
 TAU = 10
 RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 8
 MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 6
-N_PARAMETERS = 272_474  # of a ResNet-20
+N_PARAMETERS = 269_722  # of a ResNet-20
 ALONE, BY_SOCKETS = "alone", "as many bytes by sockets"
 CALIBRATION_SECONDS = 0.5
 SIDE = 300  # of the matrices
 
 Step = Callable[[], object]
 
-
-def name_of(overlap: bool) -> str:
-    """Of a step."""
-    return f"easgd, tau {TAU}" + overlap * ", overlap"
+METHODS = {
+    ALONE: EASGD(period=10**9),  # the next exchange is far away
+    f"easgd, tau {TAU}": EASGD(period=TAU),
+    f"easgd, tau {TAU}, overlap": EASGD(period=TAU, overlap=True),
+}
 
 
 @contextmanager
@@ -53,12 +54,11 @@ def resnet(world: World) -> Iterator[dict[str, Step]]:
     """Steps of a ResNet-20 and torch.optim.SGD with momentum. Collective."""
     generator = torch.Generator().manual_seed(world.rank)
     batches = [(torch.randn(BATCH, *SHAPE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator))]
-    networks = [models.build(RESNET, shape=SHAPE, n_classes=CLASSES, seed=0) for _ in range(3)]
-    steps, optimizers = {ALONE: step_of(networks[0], sgd(networks[0]), batches)}, []
-    for overlap, network in zip((False, True), networks[1:], strict=True):
-        method = EASGD(period=TAU, overlap=overlap)
+    steps, optimizers = {}, []
+    for name, method in METHODS.items():
+        network = models.build(RESNET, shape=SHAPE, n_classes=CLASSES, seed=0)
         optimizers.append(DistributedOptimizer(sgd(network), network, method, world=world))
-        steps[name_of(overlap)] = step_of(network, optimizers[-1], batches)
+        steps[name] = step_of(network, optimizers[-1], batches)
     yield steps
     for optimizer in optimizers:
         optimizer.close()
@@ -77,23 +77,19 @@ def made_up(world: World) -> Iterator[dict[str, Step]]:
         seconds.append(time.perf_counter() - began)
     n_products = world.comm.bcast(max(round(STEP_SECONDS / min(seconds)), 1))  # other threads may just be starting
 
-    def compute() -> None:
-        for _ in range(n_products):
-            np.matmul(a, a, out=product)
+    def step_with(method: EASGD) -> Step:
+        x, g = (comm.vector(N_PARAMETERS, np.float32) for _ in range(2))
+        worker, segments = method.worker(Replica(comm, x, g)), [Segment(slice(0, N_PARAMETERS), 0.0)]
+
+        def local_update() -> None:
+            for _ in range(n_products):
+                np.matmul(a, a, out=product)
+            sgd_step(x.local, g.local, 0.0, 0.0)
+
+        return lambda: worker.step(segments, local_update)
 
     comm = MPICommunicator(world)
-    x, g = (np.zeros(N_PARAMETERS, np.float32) for _ in range(2))
-
-    def alone() -> None:
-        compute()
-        sgd_step(x, g, 0.0, 0.0)
-
-    steps: dict[str, Step] = {ALONE: alone}
-    for overlap in (False, True):
-        replica = Replica(comm, comm.vector(N_PARAMETERS, np.float32), comm.vector(N_PARAMETERS, np.float32))
-        worker = EASGD(period=TAU, overlap=overlap).worker(replica)
-        segments = [Segment(slice(0, N_PARAMETERS), 0.0)]
-        steps[name_of(overlap)] = lambda worker=worker, segments=segments: worker.step(segments, compute)  # type: ignore[misc]
+    steps = {name: step_with(method) for name, method in METHODS.items()}
     yield steps
     comm.free()
 

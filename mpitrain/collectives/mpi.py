@@ -251,13 +251,14 @@ class MPICommunicator:
         if condition():
             return
         began, looks = time.perf_counter(), 0
-        while not condition():
-            self.world.comm.Iprobe()  # progress, for MPIs whose one-sided operations wait for it
-            looks += 1
-            if looks < LOOKS_BEFORE_NAPS:
-                os.sched_yield()
-            else:
-                time.sleep(POLL_SECONDS)
+        with self.world.looking():
+            while not condition():
+                self.world.comm.Iprobe()  # progress, for MPIs whose one-sided operations wait for it
+                looks += 1
+                if looks < LOOKS_BEFORE_NAPS:
+                    os.sched_yield()
+                else:
+                    time.sleep(POLL_SECONDS)
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:

@@ -7,7 +7,9 @@ node nothing of the kind is needed: there is no message.
 
 Every millisecond is for networks of which nothing is known. MPIs wait for their sockets with files that Linux has for
 it (epoll), and such a file can be waited for like any other: where they have announced what came, the thread sleeps
-until they do. An idle one then costs the rank that computes next to nothing, and it answers at once.
+until they do, and an idle one costs the rank that computes next to nothing. What another thread of the rank has taken
+from the socket is not announced: one that looks at MPI for long says so (``looking``), or requests are served up to
+5 ms late.
 
 The thread also does what ranks of other nodes ask for by message: it takes a lock and sends the block, receives the
 block and frees the lock. So an exchange is two round trips, and neither waits for what this rank computes. MPI's own
@@ -29,8 +31,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,25 @@ class _Calls:
         self.error = MPI.Exception
         self.under_way: set[Transfer] = set()  # what MPI reads and writes stays, whatever becomes of who waits for it
         self.shared = np.zeros(service.SHARED_WORDS, np.int64)
-        self.bell = Bell()
+        self._bell, self._lock = Bell(), threading.Lock()
+        self.rung = self._bell.reads
+
+    def ring(self) -> None:
+        """Wake the serving thread."""
+        self._bell.ring()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """While a thread looks at what arrives for MPI: the serving one does not sleep for long."""
+        with self._lock:
+            self.shared[service.LOOKING] += 1
+        if self.shared[service.ASLEEP]:
+            self.ring()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shared[service.LOOKING] -= 1
 
 
 class ProgressThread:
@@ -102,9 +122,9 @@ class ProgressThread:
         states = np.zeros((n_slots, service.STATE_WORDS), np.int64)
         statuses = np.zeros(service.N_PIECES * calls.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * calls.request_bytes, np.uint8)
-        files, room = polled([calls.bell.reads, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
+        files, room = polled([calls.rung, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
         memory = [array.ctypes.data for array in (flag, requests, statuses, pieces, states, files)]
-        memory += [files.size, calls.bell.reads, room.ctypes.data]
+        memory += [files.size, calls.rung, room.ctypes.data]
         service.serve()(
             calls.functions,
             calls.comm,
@@ -177,13 +197,16 @@ class ProgressThread:
         words = np.array([kind, self._rank, *there, *word, next(self._tags), *encoded], np.int64)
         return Transfer(self._calls, rank, words, here, arrays)
 
+    def looking(self) -> AbstractContextManager[None]:
+        """While this thread looks at what arrives for MPI: the serving one does not sleep for long. Local."""
+        return self._calls.looking()
+
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""
         if self._thread.is_alive():
             self._calls.shared[service.STOP] = 1
-            self._calls.bell.ring()
+            self._calls.ring()
             self._thread.join()
-            self._calls.bell.close()
 
 
 class Transfer:
@@ -208,8 +231,6 @@ class Transfer:
         calls.under_way.add(self)
         known = calls.functions, calls.comm, calls.byte, calls.request_bytes
         self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
-        if calls.shared[service.ASLEEP]:
-            calls.bell.ring()  # now both threads look at what arrives: it must not wait for one that sleeps
 
     def wait(self) -> int:
         """Until all of it is done. Returns the lock word as it was. Local.
@@ -235,13 +256,9 @@ class Transfer:
         """Until the first n requests are complete."""
         waited, naps = np.zeros(2, np.int64), BACKGROUND if in_background() else FOREGROUND
         known = self._calls.functions, n, self._requests, self._statuses, self._flag, looks_of_a_wake(), waited
-        here = service.WAITING + in_background()
-        self._calls.shared[here] = 1
-        try:
+        with self._calls.looking():
             while not self._checked(service.finish()(*known, *naps)):
                 pass
-        finally:
-            self._calls.shared[here] = 0
 
     def _checked(self, result: int) -> int:
         if result < 0:
@@ -251,10 +268,13 @@ class Transfer:
 
 @functools.cache
 def looks_of_a_wake() -> int:
-    """How often a thread looks between two naps: Open MPI reads its sockets in one call out of eight. Local."""
+    """How often a thread looks between two naps. Local.
+
+    Open MPI reads its sockets at the end of one call out of eight: the next one sees what came.
+    """
     from mpi4py import MPI
 
-    return 8 if MPI.get_vendor()[0] == "Open MPI" else 1
+    return 9 if MPI.get_vendor()[0] == "Open MPI" else 1
 
 
 class Bell:
@@ -270,8 +290,7 @@ class Bell:
         with suppress(BlockingIOError):  # it has been rung already, and nobody has come
             os.write(self._writes, b"!")
 
-    def close(self) -> None:
-        """Give the files back; nobody waits any more."""
+    def __del__(self) -> None:
         for end in (self.reads, self._writes):
             os.close(end)
 
@@ -312,8 +331,7 @@ def ask_for_short_slices() -> None:
 def finish(requests: list[Any]) -> None:
     """Until all these requests of MPI are done. Local."""
     if requests:
-        looks = range(looks_of_a_wake())
-        nap_until(lambda: any(requests[0].Testall(requests) for _ in looks))
+        nap_until(lambda: bool(requests[0].Testall(requests)))
 
 
 def pieces(*arrays: np.ndarray) -> list[Any]:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -185,9 +186,14 @@ class World:
         machine.Free()
         return node
 
+    def looking(self) -> AbstractContextManager[None]:
+        """While this thread waits in MPI, and may be given what the progress thread waits for. Local."""
+        return self._progress.looking() if self._progress is not None else nullcontext()
+
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
-        self.comm.Barrier()
+        with self.looking():
+            self.comm.Barrier()
 
     def node_barrier(self) -> None:
         """Wait for every rank of this node. Collective over them."""

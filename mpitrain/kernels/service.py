@@ -59,8 +59,8 @@ FUNCTIONS: Final = (
 )
 
 # Words that the serving thread shares with the others of its rank.
-STOP, ASLEEP, WAITING = 0, 1, 2  # WAITING: of the foreground, then of the background
-SHARED_WORDS: Final = 4
+STOP, ASLEEP, LOOKING = 0, 1, 2  # LOOKING: how many others look at what arrives for MPI
+SHARED_WORDS: Final = 3
 
 # Every look takes the core from whoever computes. The nap before the next one is a part of the time since anything has
 # happened: so a wait takes half as long again as it must, at the most, and few looks.
@@ -68,9 +68,9 @@ PART_OF_WAITED: Final = 2
 SHORTEST_MICROSECONDS: Final = 20
 LONGEST_MICROSECONDS: Final = 1000
 
-# When nothing has happened for long, and no other thread of its rank waits in MPI, it sleeps until the network has
-# something for MPI, if that has shown before in the files that MPI itself waits for. Not for ever: another thread may
-# take it from there, and nobody says so.
+# When nothing has happened for long, and no other thread says that it looks, it sleeps until the network has something
+# for MPI, if that has shown before in the files that MPI itself waits for. Not for ever: a thread that has not said so
+# may take it from there.
 QUIET_MICROSECONDS: Final = 20_000
 LONGEST_SLEEP_MILLISECONDS: Final = 5
 ENOUGH_TRUST, MOST_TRUST = 4, 8  # so many more messages were announced than came unannounced
@@ -120,8 +120,8 @@ def _array(element: Any) -> Any:
 floats_at, shorts_at, levels_at = (_array(element) for element in (types.float32, types.uint16, types.int8))
 
 _SERVE: Final = f"""\
-from numba import carray, int64, njit
-from mpitrain.kernels.atomics import load_acquire, store_release
+from numba import carray, njit
+from mpitrain.kernels.atomics import compare_and_swap, load_acquire, store_release
 from mpitrain.kernels.service import call, floats_at, levels_at, shorts_at, swap_at
 {wire.conversions(*wire.FORMATS)}
 @njit(nogil=True)
@@ -167,10 +167,6 @@ def answer(functions, comm, byte, state, header, found):
     state[{HEADER}] = found
     state[{HEADER} + 1] = state[{TAKEN}]
     call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
-
-@njit(nogil=True)
-def in_mpi(shared):
-    return load_acquire(shared, {WAITING}) != 0 or load_acquire(shared, {WAITING} + 1) != 0
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64, "
@@ -253,14 +249,16 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             waited, looks = 0, 0
         elif looks < n_looks:
             continue
-        elif waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0 or in_mpi(shared):
+        elif waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0 or load_acquire(shared, {LOOKING}) != 0:
             nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
             waited, announced, slept, looks = waited + nap, 0, 0, 0
         else:
-            trusts = int64(trust >= {ENOUGH_TRUST})
-            store_release(shared, {ASLEEP}, trusts)
-            announced = call(functions[8], (at_files, n_files, {LONGEST_SLEEP_MILLISECONDS} if trusts else 1))
+            patience = 1
+            if trust >= {ENOUGH_TRUST}:
+                compare_and_swap(shared, {ASLEEP}, 0, 1)  # before the look at who looks: who comes later rings
+                patience = {LONGEST_SLEEP_MILLISECONDS} if load_acquire(shared, {LOOKING}) == 0 else 1
+            announced = call(functions[8], (at_files, n_files, patience))
             store_release(shared, {ASLEEP}, 0)
             slept, looks = 1, 0
             if announced != 0 and call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
@@ -363,8 +361,8 @@ def serve() -> Callable[..., int]:
     not), ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros, ``memory``
     the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests, ``states`` and
     structs pollfd, how many these are, one of their files that is written to when there is something to do, and the
-    address of ROOM_BYTES. A request that waits for a lock has a slot until the lock
-    is free: there must be more slots than requests of that kind. Every rank has a receive of its own: MPICH's from any
-    source can stay incomplete for ever when two threads are in MPI. Returns how many requests were served.
+    address of ROOM_BYTES. A request that waits for a lock has a slot until the lock is free: there must be more slots
+    than requests of that kind. Every rank has a receive of its own: MPICH's from any source can stay incomplete for
+    ever when two threads are in MPI. Returns how many requests were served.
     """
     return cache.compiled("serve", "words", _SERVE)

@@ -1,5 +1,8 @@
 """A serving thread that has nothing to do sleeps, where the network wakes it, and hears what comes."""
 
+import os
+import select
+
 import pytest
 from launching import installed, launch, python
 
@@ -7,7 +10,9 @@ from launching import installed, launch, python
 TCP = {"openmpi": {"OMPI_MCA_btl": "self,tcp"}, "mpich": {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"}}
 
 SCRIPT = """
+import sys
 import time
+from pathlib import Path
 import numpy as np
 import mpitrain
 from mpitrain.collectives.mpi import MPICommunicator
@@ -24,18 +29,23 @@ def wake_ups():
     with open(f"/proc/self/task/{thread}/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
 
+visit()  # compiles what is not compiled yet
+world.barrier()
 for rank in range(2):  # one asks the other, which is not in MPI meanwhile
-    end = time.monotonic() + 2
-    for _ in range(20 * (world.rank == rank)):
-        visit()
-        time.sleep(0.05)
-    time.sleep(max(end - time.monotonic(), 0))
+    asked = Path(sys.argv[1], str(rank))
+    if world.rank == rank:
+        for _ in range(19 + rank):
+            visit()
+            time.sleep(0.05)
+        asked.touch()
+    while not asked.exists():
+        time.sleep(0.01)
     world.barrier()
 before, began = wake_ups(), time.monotonic()
 time.sleep(1)
 seldom = (wake_ups() - before) / (time.monotonic() - began) < 500
 world.barrier()
-for _ in range(20):
+for _ in range(20 - world.rank):
     visit()
 world.barrier()
 out = np.empty(vector.n, np.float32)
@@ -49,8 +59,41 @@ comm.free()
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_it_wakes_seldom_and_is_woken_by_requests(mpi):
+def test_it_wakes_seldom_and_is_woken_by_requests(mpi, tmp_path):
     environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
-    finished = launch(2, [python(mpi), "-c", SCRIPT], mpi=mpi, extra_env=environment)
+    finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
     assert finished.returncode == 0, finished.output
     assert "found [(2, True, [80.0]), (2, True, [80.0])]" in finished.output, finished.output
+
+
+def test_a_bell_is_heard_once_however_often_it_was_rung():
+    from mpitrain.collectives.progress import Bell
+
+    bell, poll = Bell(), select.poll()
+    poll.register(bell.reads, select.POLLIN)
+    assert not poll.poll(0)
+    for _ in range(100_000):  # more than a pipe has room for
+        bell.ring()
+    assert poll.poll(0) == [(bell.reads, select.POLLIN)]
+    while poll.poll(0):
+        assert os.read(bell.reads, 1 << 20)
+    bell.ring()
+    assert poll.poll(0)
+
+
+def test_files_of_events_are_found_and_told_when_something_has_happened():
+    from mpitrain.collectives.progress import Bell, files_of_events, polled
+
+    before, bell = set(files_of_events()), Bell()
+    with select.epoll() as epoll:
+        epoll.register(bell.reads, select.EPOLLIN)
+        (file,) = set(files_of_events()) - before
+        assert file == epoll.fileno()
+        (row,) = polled([file])
+        assert row.nbytes == 8
+        assert (row["fd"], row["events"]) == (file, select.POLLIN)
+        poll = select.poll()
+        poll.register(file, int(row["events"]))
+        assert not poll.poll(0)
+        bell.ring()
+        assert poll.poll(0)
