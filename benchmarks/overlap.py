@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tcp
 import torch
-from mpi4py import MPI
-from steps import CLASSES, SHAPE, sgd, step_of
+from steps import CLASSES, SHAPE, Step, sgd, step_of
+from timing import slowest
 
 from mpitrain import EASGD, DistributedOptimizer, models
 from mpitrain.algorithms.method import Replica, Segment
@@ -39,8 +39,6 @@ N_PARAMETERS = 269_722  # of a ResNet-20
 ALONE, BY_SOCKETS = "alone", "as many bytes by sockets"
 CALIBRATION_SECONDS = 0.5
 SIDE = 300  # of the matrices
-
-Step = Callable[[], object]
 
 METHODS = {
     ALONE: EASGD(period=10**9),  # the next exchange is far away
@@ -132,6 +130,6 @@ def turns(pair: Pair, steps: dict[str, Step], n_turns: int) -> list[tuple[str, f
                 row[max(turn, 0)] = (time.perf_counter() - began) / TAU
         if by_sockets:
             by_sockets.stop()
-    world.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    seconds = slowest(world, seconds)
     of_alone = np.median(seconds / seconds[0], axis=1)  # of a turn: its steps follow each other closely
     return [*zip(candidates, np.median(seconds, axis=1).tolist(), of_alone.tolist(), strict=True)]

@@ -77,12 +77,7 @@ class _Calls:
         self.error = MPI.Exception
         self.under_way: set[Transfer] = set()  # what MPI reads and writes stays, whatever becomes of who waits for it
         self.shared = np.zeros(service.SHARED_WORDS, np.int64)
-        self._bell, self._lock = Bell(), threading.Lock()
-        self.rung = self._bell.reads
-
-    def ring(self) -> None:
-        """Wake the serving thread."""
-        self._bell.ring()
+        self.bell, self._lock = Bell(), threading.Lock()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -90,7 +85,7 @@ class _Calls:
         with self._lock:
             self.shared[service.LOOKING] += 1
         if self.shared[service.ASLEEP]:
-            self.ring()
+            self.bell.ring()
         try:
             yield
         finally:
@@ -122,9 +117,9 @@ class ProgressThread:
         states = np.zeros((n_slots, service.STATE_WORDS), np.int64)
         statuses = np.zeros(service.N_PIECES * calls.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * calls.request_bytes, np.uint8)
-        files, room = polled([calls.rung, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
+        files, room = polled([calls.bell.reads, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
         memory = [array.ctypes.data for array in (flag, requests, statuses, pieces, states, files)]
-        memory += [files.size, calls.rung, room.ctypes.data]
+        memory += [files.size, calls.bell.reads, room.ctypes.data]
         service.serve()(
             calls.functions,
             calls.comm,
@@ -205,7 +200,7 @@ class ProgressThread:
         """End the thread. Local; safe to call again."""
         if self._thread.is_alive():
             self._calls.shared[service.STOP] = 1
-            self._calls.ring()
+            self._calls.bell.ring()
             self._thread.join()
 
 
