@@ -9,7 +9,9 @@ read and one write of each line is the pattern that memory serves best. Two colu
 
 One core fetches lines at a fixed rate, and whether a line is written back afterwards hardly matters: a kernel that only
 reads some of its arrays takes as long as if it changed them too, stays below the limit by bytes, and is at it by lines.
-An array that is only written is fetched by the hardware first, which counts as a line and not as bytes.
+An array that is only written would be fetched by the hardware first, for nothing: from 60 MB of all arrays on it is
+written past the caches instead. One core writes as many lines as it reads, so a kernel that writes more of them than
+it reads, or reads more than it writes, cannot have both directions full.
 
 NumPy evaluates the same equations an operator at a time, torch too, but in place where it has an operation for it; both
 with one thread, as a rank on its own core has it. They do it without the guards against what is not finite, which our

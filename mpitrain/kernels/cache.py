@@ -97,7 +97,8 @@ def _platform_key() -> str:
     import numba
     from numba.core import config
 
-    intrinsics = [Path(__file__).with_name(name).read_text() for name in ("halves.py", "atomics.py", "service.py")]
+    names = ("halves.py", "atomics.py", "service.py", "streaming.py")
+    intrinsics = [Path(__file__).with_name(name).read_text() for name in names]
     cpu = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
     overrides = [getattr(config, name) for name in ("CPU_NAME", "CPU_FEATURES", "OPT")]
     return repr((intrinsics, numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))

@@ -1,5 +1,6 @@
 """NumPy, the reference, and Numba give the same bits, for any length, offset and value."""
 
+import copy
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from mpitrain.kernels import (
     Kernel,
+    commit_gathered,
     elastic_exchange,
     elastic_sync,
+    host,
     library,
     sum_everywhere,
     symmetric_average,
@@ -104,6 +107,69 @@ def test_tails_and_offsets_have_the_bits_of_numpy_and_nothing_else_changes(n, of
 @given(lengths, st.integers(0, 17), st.integers(0, 2**16), st.sampled_from(HALVES))
 def test_16_bit_tails_and_offsets_have_the_bits_of_numpy(n, offset, seed, dtype):
     check(symmetric_average, [dtype] * 2, n, seed, offset)
+
+
+WRITING = [k.name for k in library() if set(k.equations.stored) - set(k.equations.loaded)]
+"""Kernels of which an array is written and not read."""
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """Makes a kernel that streams what it only writes, however short the vectors are."""
+    monkeypatch.setattr(host, "STREAMED_FROM", 0)
+
+    def make(kernel):
+        fresh = copy.copy(kernel)
+        fresh._entries = {}
+        return fresh
+
+    return make
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 511, 512, 513, 1024, 1603])
+@pytest.mark.parametrize("name", WRITING)
+def test_streamed_vectors_have_the_bits_of_numpy_and_nothing_else_changes(streaming, name, n):
+    kernel = streaming(BY_NAME[name])
+    for offset in (0, 1, 13, 16):
+        check(kernel, [np.float32] * len(kernel.equations.arrays), n, seed=n, offset=offset)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float64,) * 3, (np.float16,) * 3, (np.float32, np.float32, np.float64)])
+def test_streamed_vectors_of_any_type_have_the_bits_of_numpy(streaming, dtypes):
+    for n, offset in ((3, 2), (1603, 0), (1603, 5)):
+        check(streaming(commit_gathered), dtypes, n, seed=10, offset=offset)
+
+
+def test_arrays_at_unequal_places_of_their_lines_are_streamed_right(streaming):
+    split = Kernel("split", "y = x + 1\nz = x - 1", arrays="y z x", source="test")
+    x = np.arange(1000, dtype=np.float32)
+    y, z = (np.zeros(1100, np.float32) for _ in range(2))
+    streaming(split)(y[3:1003], z[8:1008], x)
+    np.testing.assert_array_equal(y, np.pad(x + 1, (3, 97)))
+    np.testing.assert_array_equal(z, np.pad(x - 1, (8, 92)))
+
+
+def test_an_array_given_twice_ends_up_as_in_numpy_also_where_it_would_be_streamed(streaming):
+    kernel = streaming(commit_gathered)  # x, v, c: the last one assigned stays
+    for twice in ((0, 0, 1), (0, 1, 0), (0, 1, 1)):
+        arrays, expected = (np.random.default_rng(3).random((2, 1500), np.float32) for _ in range(2))
+        kernel(*[arrays[k] for k in twice], 0.5)
+        kernel.reference(*[expected[k] for k in twice], 0.5)
+        np.testing.assert_array_equal(arrays, expected)
+
+
+def test_only_what_is_written_unread_is_streamed():
+    import numba
+
+    def streams(kernel):
+        namespace: dict = {}
+        exec(kernel.host_source("float32"), namespace)
+        function = numba.njit(namespace["SIGNATURE"], **OPTIONS)(namespace[kernel.name])
+        (assembly,) = function.inspect_asm().values()
+        return bool(re.search(r"\bv?movnt|\bstnp\b", assembly))  # x86, 64-bit ARM
+
+    assert streams(commit_gathered)
+    assert not streams(elastic_exchange)
 
 
 def test_literals_and_scalars_do_not_widen_float32():
