@@ -6,6 +6,8 @@ For each size every rank holds a float32 vector x, and all do the same at once:
     exchange           the same kernel over x and the shared center, shard by shard under our locks
     Get/Put, Allocate  the same on MPI_Win_allocate: exclusive lock, Get, kernel, Put, unlock, at each rank's share
     Get/Put, Create    the same on MPI_Win_create over memory of the process
+    Get/Put, server    the same on MPI_Win_allocate with the whole center at rank 0, as codes with a parameter server
+                       have it; the two above are given our sharding, which spreads the load
     all-reduce         ours, in place
     MPI_Allreduce      in place
     gloo               torch.distributed's all-reduce
@@ -27,7 +29,7 @@ All vectors hold zeros, so that no sum overflows however often it is made.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,10 @@ from mpitrain.kernels import elastic_exchange, weighted_average
 
 RATE = 0.1  # alpha; with zeros any will do
 
-REFERENCES = {"exchange": "local pass", "Get/Put, Allocate": "exchange", "Get/Put, Create": "exchange"}
+GET_AND_PUT = ("Get/Put, Allocate", "Get/Put, Create", "Get/Put, server")
+SERVER = 0  # the rank that has the whole center
+
+REFERENCES = {"exchange": "local pass", **dict.fromkeys(GET_AND_PUT, "exchange")}
 REFERENCES |= {"MPI_Allreduce": "all-reduce", "gloo": "all-reduce"}
 REFERENCES |= {"MPI_Reduce + Bcast": "tree reduce + broadcast", "MPI_Sendrecv + NumPy": "gossip"}
 """What each operation is compared with."""
@@ -64,21 +69,23 @@ class Candidates:
         x, center = self._comm.vector(n, np.float32), self._comm.shared_vector(n, np.float32)
         own = self._comm.vector(n, np.float32)
         summed = np.full(n, 0, np.float32)  # full touches the pages
-        self._shares = split(n, world.size)
-        mine = self._shares[world.rank]
-        self._staged = np.full(max(share.stop - share.start for share in self._shares), 0, np.float32)
+        shares = list(enumerate(split(n, world.size)))
+        mine = shares[world.rank][1]
+        # Each rank begins with its own.
+        in_turn, at_once = [*shares[world.rank :], *shares[: world.rank]], [(SERVER, slice(0, n))]
+        self._staged = np.full(n, 0, np.float32)
         n_bytes = max(4 * (mine.stop - mine.start), 4)
-        allocated = MPI.Win.Allocate(n_bytes, 1, comm=world.comm)
-        memory: Any = allocated.tomemory()
-        np.frombuffer(memory, np.uint8)[:] = 0
+        allocated = self._allocate(n_bytes)
         self._exposed = np.full(n_bytes, 0, np.uint8)
         created = MPI.Win.Create(self._exposed, 1, comm=world.comm)
-        self._windows = [allocated, created]
+        at_server = self._allocate(4 * n if world.rank == SERVER else 0)
+        self._windows = [allocated, created, at_server]
         self.operations: dict[str, Callable[[], object]] = {
             "local pass": lambda: elastic_exchange(x.local, own.local, RATE, RATE),
             "exchange": lambda: center.update(lambda part, c: elastic_exchange(x.local[part], c, RATE, RATE)),
-            "Get/Put, Allocate": lambda: self._get_and_put(allocated, x.local),
-            "Get/Put, Create": lambda: self._get_and_put(created, x.local),
+            "Get/Put, Allocate": lambda: self._get_and_put(allocated, x.local, in_turn),
+            "Get/Put, Create": lambda: self._get_and_put(created, x.local, in_turn),
+            "Get/Put, server": lambda: self._get_and_put(at_server, x.local, at_once),
             "all-reduce": lambda: self._comm.allreduce(x),
             "MPI_Allreduce": lambda: world.comm.Allreduce(MPI.IN_PLACE, summed),
         }
@@ -88,11 +95,16 @@ class Candidates:
             tensor = torch.from_numpy(np.full(n, 0, np.float32))
             self.operations["gloo"] = lambda: torch.distributed.all_reduce(tensor)
 
-    def _get_and_put(self, window: MPI.Win, x: np.ndarray) -> None:
-        """The exchange without shared memory: what is fetched is changed and put back, a rank's share at a time."""
-        for k in range(self._world.size):
-            target = (self._world.rank + k) % self._world.size
-            part = self._shares[target]
+    def _allocate(self, n_bytes: int) -> MPI.Win:
+        window = MPI.Win.Allocate(n_bytes, 1, comm=self._world.comm)
+        if n_bytes:
+            memory: Any = window.tomemory()
+            np.frombuffer(memory, np.uint8)[:] = 0
+        return window
+
+    def _get_and_put(self, window: MPI.Win, x: np.ndarray, parts: Sequence[tuple[int, slice]]) -> None:
+        """The exchange without shared memory: what is fetched is changed and put back, a target's part at a time."""
+        for target, part in parts:
             c = self._staged[: part.stop - part.start]
             window.Lock(target, MPI.LOCK_EXCLUSIVE)
             window.Get(c, target)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from candidates import REFERENCES, Candidates, Forms, start_gloo
+from candidates import GET_AND_PUT, REFERENCES, Candidates, Forms, start_gloo
 from timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 
 from mpitrain import cli, info
@@ -106,7 +106,7 @@ def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
             bar = f"{name_of(n_bytes)}: exchange at most {most:g} x the local pass"
             bars.append({"bar": bar, "ratio": ratio, "passed": ratio <= most})
     for n_bytes, least in GET_PUT_AT_LEAST.items():
-        for name in ("Get/Put, Allocate", "Get/Put, Create"):
+        for name in GET_AND_PUT:
             at_least(n_bytes, name, least, f"{name} at least {least:g} x the exchange")
     for n_bytes, peers in ALL_REDUCE_AT_LEAST.items():
         for name, least in peers.items():

@@ -53,7 +53,7 @@ ON_GPU = "gpu-"
 """What the names of results on a GPU begin with: those of another machine, which have a page of their own."""
 
 SUMS = ("all-reduce", "MPI_Allreduce", "gloo")
-EXCHANGES = ("exchange", "Get/Put, Allocate", "Get/Put, Create")
+EXCHANGES = ("exchange", "Get/Put, Allocate", "Get/Put, Create", "Get/Put, server")
 FORMS = ("tree reduce + broadcast", "MPI_Reduce + Bcast", "gossip", "MPI_Sendrecv + NumPy")
 
 GREY, PALE = "#555555", "#BBBBBB"

@@ -101,10 +101,10 @@ def shared_bytes(n_bytes: int, local_size: int) -> int:
     """What the vectors of this size take of a node's shared memory at once, at most: those of the exchanges.
 
     Each rank has its vector and the one of its local pass, and a third one if there are exchanges in pieces; the center
-    exists once for us, once for Get/Put and once for each kind of pieces.
+    exists once for us, once for Get/Put at each share, once for that at the server and once for each kind of pieces.
     """
     in_pieces = n_bytes <= LARGEST_IN_PIECES
-    return ((2 + in_pieces) * local_size + 2 + 2 * in_pieces) * n_bytes
+    return ((2 + in_pieces) * local_size + 3 + 2 * in_pieces) * n_bytes
 
 
 def no_room(world: World, n_bytes: int) -> str | None:

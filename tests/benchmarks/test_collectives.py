@@ -30,8 +30,9 @@ def collectives(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def rows(n_bytes: int, **changes: float) -> list[dict[str, Any]]:
     """Of one size, each just good enough for its bar at 32 MiB."""
-    ratios = {"exchange": 1.15, "Allocate": 3.0, "Create": 3.0, "MPI_Allreduce": 3.0, "gloo": 10.0} | changes
-    names = {"Allocate": "Get/Put, Allocate", "Create": "Get/Put, Create"}
+    kinds = ("Allocate", "Create", "server")
+    ratios = {"exchange": 1.15, **dict.fromkeys(kinds, 3.0), "MPI_Allreduce": 3.0, "gloo": 10.0} | changes
+    names = {kind: f"Get/Put, {kind}" for kind in kinds}
     made = [{"bytes": n_bytes, "operation": name, "ratio": None} for name in ("local pass", "all-reduce")]
     return made + [{"bytes": n_bytes, "operation": names.get(k, k), "ratio": ratio} for k, ratio in ratios.items()]
 
@@ -43,7 +44,7 @@ def missed(bars: list[dict[str, Any]]) -> list[str]:
 @ONE_RANK
 def test_what_just_meets_its_bars_passes(collectives: ModuleType) -> None:
     bars = collectives.verdicts([*rows(32 * M), *rows(4 * M, gloo=20.0)], 2)
-    assert len(bars) == 8  # five of 32 MiB, two of 4 MiB, one of all sizes
+    assert len(bars) == 9  # six of 32 MiB, two of 4 MiB, one of all sizes
     assert missed(bars) == []
 
 
@@ -54,6 +55,7 @@ def test_what_just_meets_its_bars_passes(collectives: ModuleType) -> None:
         (32 * M, {"exchange": 1.16}, "32 MiB: exchange"),
         (32 * M, {"Allocate": 2.9}, "Get/Put, Allocate"),
         (32 * M, {"Create": 2.9}, "Get/Put, Create"),
+        (32 * M, {"server": 2.9}, "Get/Put, server"),
         (32 * M, {"MPI_Allreduce": 2.9}, "than MPI_Allreduce"),
         (32 * M, {"gloo": 9.9}, "than gloo"),
         (4 * M, {"gloo": 19.9}, "20 x faster than gloo"),
