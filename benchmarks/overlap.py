@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from between import Pair
 
 TAU = 10
-RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 8
+RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 16
 MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 6
 N_PARAMETERS = 269_722  # of a ResNet-20
 ALONE, BY_SOCKETS = "alone", "as many bytes by sockets"

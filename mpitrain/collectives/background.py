@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# Between two looks at something that is waited for: a part of the time since the wait began.
-PART_OF_WAITED = 2
-SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 1e-3
+# Between two looks at something that is waited for, as long as the wait has taken so far.
+SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 4e-3
 
 # The same for a thread that has nothing else to do. It naps too, but for the first moments.
 SPIN_SECONDS, LONGEST_FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
@@ -40,7 +39,7 @@ def nap_until(is_done: Callable[[], bool]) -> None:
     while not is_done():
         waited = time.perf_counter() - began
         if waited > SPIN_SECONDS or shortest:
-            time.sleep(min(max(waited / PART_OF_WAITED, shortest), longest))
+            time.sleep(min(max(waited, shortest), longest))
 
 
 def _begin() -> None:

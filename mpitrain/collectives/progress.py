@@ -54,7 +54,7 @@ SLICE_NANOSECONDS = 100_000
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
 
 # Looks without a nap, then the shortest and the longest nap between two, in microseconds.
-FOREGROUND, BACKGROUND = (200, 1, 20), (0, 200, 1000)
+FOREGROUND, BACKGROUND = (200, 1, 20), (0, 200, 4000)
 
 
 class _Calls:

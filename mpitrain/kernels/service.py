@@ -62,9 +62,8 @@ FUNCTIONS: Final = (
 STOP, ASLEEP, LOOKING = 0, 1, 2  # LOOKING: how many others look at what arrives for MPI
 SHARED_WORDS: Final = 3
 
-# Every look takes the core from whoever computes. The nap before the next one is a part of the time since anything has
-# happened: so a wait takes half as long again as it must, at the most, and few looks.
-PART_OF_WAITED: Final = 2
+# Every look takes the core from whoever computes, and some of its caches. A nap is as long as nothing has happened: a
+# wait takes twice as long as it must at the most, half as long again on average, and its looks are few.
 SHORTEST_MICROSECONDS: Final = 20
 LONGEST_MICROSECONDS: Final = 1000
 
@@ -177,7 +176,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
     at_files, n_files, bell, at_room = memory[5], memory[6], memory[7], memory[8]
     n_ranks = requests.shape[0]
     waited = {QUIET_MICROSECONDS}
-    slept, announced, trust = 0, 0, 0
+    slept, announced, heard, trust = 0, 0, 0, 0
     looks = 0
     n_served = 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
@@ -227,7 +226,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 asks = flag[1]
         looks += 1
         if slept != 0 and (waited == 0 or asks >= 0):
-            trust = min(trust + 1, {MOST_TRUST}) if announced > 0 else max(trust - 1, 0)
+            trust = min(trust + 1, {MOST_TRUST}) if heard != 0 else max(trust - 1, 0)
             slept = 0
         if asks >= 0 and free >= 0:
             state = states[free]
@@ -250,9 +249,10 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
         elif looks < n_looks:
             continue
         elif waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0 or load_acquire(shared, {LOOKING}) != 0:
-            nap = min(max(waited // {PART_OF_WAITED}, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
+            nap = min(max(waited, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
-            waited, announced, slept, looks = waited + nap, 0, 0, 0
+            # What was announced may take MPI more than one wake to make a message of.
+            waited, announced, slept, looks = waited + nap, 0, heard, 0
         else:
             patience = 1
             if trust >= {ENOUGH_TRUST}:
@@ -263,6 +263,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             slept, looks = 1, 0
             if announced != 0 and call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
                 slept, announced = 0, 0
+            heard = 1 if announced > 0 else 0
     for rank in range(n_ranks):
         if rank != asks:
             call(functions[7], (at_next + rank * request_bytes,))
@@ -318,7 +319,7 @@ def finish(functions, n, requests, statuses, flag, n_looks, waited, n_spins, sho
         waited[0] += 1
         if waited[0] < n_spins or waited[0] % n_looks != 0:
             continue
-        nap = min(max(waited[1] // {PART_OF_WAITED}, shortest), longest)
+        nap = min(max(waited[1], shortest), longest)
         call(functions[6], (nap,))
         waited[1] += nap
     return 0
