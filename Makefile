@@ -75,7 +75,7 @@ bench: setup
 	done; \
 	record steps-openmpi openmpi jobs/local.sh 2 python benchmarks/steps.py --repeats 5; \
 	record steps-mpich mpich jobs/local.sh 2 python benchmarks/steps.py --model mlp --repeats 5; \
-	record stragglers-openmpi openmpi jobs/local.sh 2 python benchmarks/stragglers.py --seeds 1; \
+	record stragglers-openmpi openmpi jobs/local.sh 2 python benchmarks/stragglers.py; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python benchmarks/page.py || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }

@@ -224,14 +224,16 @@ class AllReduce:
         if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
             largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
             room = self._room("arriving", total, largest)
-            if self._wire is not None and total.dtype == np.float32:
-                n_bytes = self._wire.fetched_bytes(total.size)
-                ring.allreduce_encoded(world.rail_comm, total, room, self._wire)
-            else:
-                ring.allreduce(world.rail_comm, total, room)
+            with world.looking():
+                if self._wire is not None and total.dtype == np.float32:
+                    n_bytes = self._wire.fetched_bytes(total.size)
+                    ring.allreduce_encoded(world.rail_comm, total, room, self._wire)
+                else:
+                    ring.allreduce(world.rail_comm, total, room)
         else:
-            for at in range(0, total.size, LARGEST_COUNT):
-                world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
+            with world.looking():
+                for at in range(0, total.size, LARGEST_COUNT):
+                    world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * n_bytes // world.n_nodes
 
     def _room(self, what_for: str, like: Any, n: int) -> Any:
@@ -311,7 +313,7 @@ class PendingAllReduce:
         n_bytes = window.local.nbytes
         statistics.n_exchanges += 1
         statistics.bytes_sent += 2 * (world.size - 1) * n_bytes // world.size
-        self._window, self._scale, self._statistics = window, scale, statistics
+        self._world, self._window, self._scale, self._statistics = world, window, scale, statistics
         # MPI adds neither 16-bit type everywhere, and who knows in which thread it would touch device memory.
         self._sum = gpu.to_host(window.local)
         if window.dtype.itemsize < 4:
@@ -326,7 +328,8 @@ class PendingAllReduce:
         if not self._requests:
             return
         began = time.perf_counter()
-        MPI.Request.Waitall(self._requests)
+        with self._world.looking():
+            MPI.Request.Waitall(self._requests)
         self._requests.clear()
         self._statistics.wait_seconds += time.perf_counter() - began
         if self._scale != 1.0:

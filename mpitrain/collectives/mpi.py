@@ -272,7 +272,8 @@ class MPICommunicator:
     def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
         """A collective of host arrays, for an array wherever it lies."""
         host = gpu.to_host(array)
-        collective(self.world, host, root)
+        with self.world.looking():
+            collective(self.world, host, root)
         if host is not array:
             gpu.assign(array, host)
 
@@ -282,7 +283,8 @@ class MPICommunicator:
             self._gpu.settle()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
-        self.world.comm.Allgather(mine, all_values)
+        with self.world.looking():
+            self.world.comm.Allgather(mine, all_values)
         return all_values
 
     def barrier(self) -> None:
@@ -292,7 +294,7 @@ class MPICommunicator:
         if self._gpu is not None:
             self._gpu.settle()
         began = time.perf_counter()
-        self.world.comm.Barrier()
+        self.world.barrier()
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def free(self) -> None:

@@ -8,8 +8,9 @@ node nothing of the kind is needed: there is no message.
 Every millisecond is for networks of which nothing is known. MPIs wait for their sockets with files that Linux has for
 it (epoll), and such a file can be waited for like any other: where they have announced what came, the thread sleeps
 until they do, and an idle one costs the rank that computes next to nothing. What another thread of the rank has taken
-from the socket is not announced: one that looks at MPI for long says so (``looking``), or requests are served up to
-5 ms late.
+from the socket is not announced: one that looks at MPI for long says so (``looking``), or a request is served up to
+5 ms late. An exchange in the background does not look where they are trusted: the serving thread looks for both
+(``watched``).
 
 The thread also does what ranks of other nodes ask for by message: it takes a lock and sends the block, receives the
 block and frees the lock. So an exchange is two round trips, and neither waits for what this rank computes. MPI's own
@@ -39,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.background import in_background, nap_until
-from mpitrain.kernels import service
+from mpitrain.kernels import locks, service
 from mpitrain.kernels.locks import OWNER_MASK
 from mpitrain.kernels.wire import PLAIN, Encoded
 
@@ -78,10 +79,38 @@ class _Calls:
         self.under_way: set[Transfer] = set()  # what MPI reads and writes stays, whatever becomes of who waits for it
         self.shared = np.zeros(service.SHARED_WORDS, np.int64)
         self.bell, self._lock = Bell(), threading.Lock()
+        self._over, self._may_watch = Bell(waits=True), threading.Lock()
+        self._swap = locks.swap()
+
+    def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
+        """Let the serving thread wait for n requests, if it sleeps until the network wakes it. Local.
+
+        This thread sleeps meanwhile: two that look take twice as much from the one that computes.
+
+        Returns:
+            1 when they are complete, an error code of MPI, negative, and 0 if it is for this thread to wait.
+        """
+        shared = self.shared
+        if not shared[service.TRUSTED] or not self._may_watch.acquire(blocking=False):
+            return 0
+        try:
+            if shared[service.OUTCOME] != service.NONE:
+                return 0
+            shared[service.N_WATCHED], shared[service.BELL_OF_WATCHED] = n, self._over.writes
+            shared[service.WATCHED], shared[service.WATCHED_STATUSES] = requests.ctypes.data, statuses.ctypes.data
+            if self._swap(shared, service.OUTCOME, service.NONE, service.WATCHING) != service.NONE:
+                return 0
+            self.bell.ring()
+            self._over.wait()  # read after the serving thread has written the outcome, and then the bell
+            outcome = int(shared[service.OUTCOME])
+            shared[service.OUTCOME] = service.NONE
+            return 1 if outcome == service.COMPLETE else outcome
+        finally:
+            self._may_watch.release()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """While a thread looks at what arrives for MPI: the serving one does not sleep for long."""
+        """While a thread looks at what arrives for MPI: the serving one looks too, after naps."""
         with self._lock:
             self.shared[service.LOOKING] += 1
         if self.shared[service.ASLEEP]:
@@ -193,7 +222,7 @@ class ProgressThread:
         return Transfer(self._calls, rank, words, here, arrays)
 
     def looking(self) -> AbstractContextManager[None]:
-        """While this thread looks at what arrives for MPI: the serving one does not sleep for long. Local."""
+        """While this thread looks at what arrives for MPI: the serving one looks too, after naps. Local."""
         return self._calls.looking()
 
     def stop(self) -> None:
@@ -249,6 +278,8 @@ class Transfer:
 
     def _finish(self, n: int) -> None:
         """Until the first n requests are complete."""
+        if in_background() and self._checked(self._calls.watched(n, self._requests, self._statuses)):
+            return
         waited, naps = np.zeros(2, np.int64), BACKGROUND if in_background() else FOREGROUND
         known = self._calls.functions, n, self._requests, self._statuses, self._flag, looks_of_a_wake(), waited
         with self._calls.looking():
@@ -273,20 +304,28 @@ def looks_of_a_wake() -> int:
 
 
 class Bell:
-    """What another thread rings for one that waits for files. Local."""
+    """What another thread rings for one that waits, among other files or for it alone. Local.
 
-    def __init__(self) -> None:
-        self.reads, self._writes = os.pipe()
-        for end in (self.reads, self._writes):
-            os.set_blocking(end, False)
+    Args:
+        waits: Whether there is nothing else that is waited for: for ``wait``.
+    """
+
+    def __init__(self, *, waits: bool = False) -> None:
+        self.reads, self.writes = os.pipe()
+        os.set_blocking(self.reads, waits)
+        os.set_blocking(self.writes, False)
 
     def ring(self) -> None:
         """Wake who waits, now or when it waits next."""
         with suppress(BlockingIOError):  # it has been rung already, and nobody has come
-            os.write(self._writes, b"!")
+            os.write(self.writes, b"!")
+
+    def wait(self) -> None:
+        """Sleep until it has been rung."""
+        os.read(self.reads, service.ROOM_BYTES)
 
     def __del__(self) -> None:
-        for end in (self.reads, self._writes):
+        for end in (self.reads, self.writes):
             os.close(end)
 
 

@@ -130,8 +130,9 @@ class World:
             self._take_gpu(transport)
         self._windows: list[Any] = []
         needs_progress = whole is None and self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
-        self._progress = ProgressThread(comm) if needs_progress else None
-        self.service = self._progress if _between_nodes_setting() == "messages" else None
+        own = ProgressThread(comm) if needs_progress else None
+        self._progress: ProgressThread | None = own if whole is None else whole._progress
+        self.service = own if _between_nodes_setting() == "messages" else None
 
     def _bound(self, device: str) -> str:
         """This rank's device. Collective: a problem of one rank is everybody's, who would wait for it otherwise."""

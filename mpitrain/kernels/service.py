@@ -1,5 +1,7 @@
 """What serves other nodes and what asks them (``collectives.progress``), compiled: it runs without Python's lock.
 
+What serves also looks, for a thread of this rank that has asked for something in the background, whether that is there.
+
 Both call MPI by the addresses of its functions. Handles, pointers and ints are all passed as 64-bit integers, which the
 calling conventions of x86-64 and ARM put where shorter ones are looked for.
 
@@ -56,23 +58,31 @@ FUNCTIONS: Final = (
     "MPI_Cancel",
     "poll",
     "read",
+    "write",
 )
 
 # Words that the serving thread shares with the others of its rank.
-STOP, ASLEEP, LOOKING = 0, 1, 2  # LOOKING: how many others look at what arrives for MPI
-SHARED_WORDS: Final = 3
+STOP, ASLEEP, LOOKING, TRUSTED = 0, 1, 2, 3  # LOOKING: how many others look at what arrives for MPI
+# Requests that another thread lets the serving one look at: what has become of them, how many, where they and their
+# statuses are, and the file that is written to when it is over.
+OUTCOME, N_WATCHED, WATCHED, WATCHED_STATUSES, BELL_OF_WATCHED = 4, 5, 6, 7, 8
+SHARED_WORDS: Final = 9
+NONE, WATCHING, COMPLETE, CLOSED = 0, 1, 2, 3  # OUTCOME; an error code of MPI is negative
 
 # Every look takes the core from whoever computes, and some of its caches. A nap is as long as nothing has happened: a
 # wait takes twice as long as it must at the most, half as long again on average, and its looks are few.
 SHORTEST_MICROSECONDS: Final = 20
 LONGEST_MICROSECONDS: Final = 1000
 
-# When nothing has happened for long, and no other thread says that it looks, it sleeps until the network has something
-# for MPI, if that has shown before in the files that MPI itself waits for. Not for ever: a thread that has not said so
-# may take it from there.
-QUIET_MICROSECONDS: Final = 20_000
-LONGEST_SLEEP_MILLISECONDS: Final = 5
-ENOUGH_TRUST, MOST_TRUST = 4, 8  # so many more messages were announced than came unannounced
+# When nothing has happened for a while, it sleeps until the network has something for MPI, if that shows in the files
+# that MPI itself waits for. Where it has shown before, they are trusted: it sleeps at once, and longer. It does not if
+# another thread says that it looks, or if it waits for a lock, which no file announces; and never for ever: what
+# another thread has read from the network, or MPI with the call before, is not announced either.
+QUIET_MICROSECONDS: Final = 1000
+SLEEP_MILLISECONDS, LONGEST_SLEEP_MILLISECONDS = 1, 5  # the longer one when it has slept that long in vain
+MOST_IN_VAIN: Final = 64  # announcements of which nothing came: a file that is always readable would make it spin
+# A message that comes between two sleeps is not announced either: it counts for half of one that is.
+CREDIT, ENOUGH_TRUST, MOST_TRUST = 2, 4, 8
 
 LOOKS_OF_A_CALL: Final = 100  # of finish
 ROOM_BYTES: Final = 64
@@ -177,15 +187,16 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
     n_ranks = requests.shape[0]
     waited = {QUIET_MICROSECONDS}
     slept, announced, heard, trust = 0, 0, 0, 0
-    looks = 0
+    looks, in_vain = 0, 0
     n_served = 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
         here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
         call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
     asks = -1
-    while load_acquire(shared, {STOP}) == 0:
-        free, n_busy = -1, 0
+    # To stop is to refuse what is handed over from now on: whatever is being watched is watched to its end.
+    while load_acquire(shared, {STOP}) == 0 or compare_and_swap(shared, {OUTCOME}, {NONE}, {CLOSED}) != {NONE}:
+        free, n_busy, n_locks, happened, came = -1, 0, 0, 0, 0
         for slot in range(states.shape[0]):
             state = states[slot]
             if state[{KIND}] == 0:
@@ -198,20 +209,22 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 word = swap_at(state[{WORD}], 0, 0)
                 if word & {OWNER_MASK} != 0 or swap_at(state[{WORD}], word, word | state[{AFTER}]) != word:
                     state[{TAKEN}] += 1
+                    n_locks += 1
                     continue
                 if state[{FORMAT}] != 0:
                     encode(state)
-                waited = 0
+                happened = 1
                 answer(functions, comm, byte, state, header, word)
                 state[{KIND}] = {FETCH}
                 post(functions, comm, byte, state, pieces, request_bytes)
             call(functions[5], (state[{STARTED}], pieces, at_flag, at_statuses))
             if flag[0] != 0:
-                waited = 0
+                happened = 1
                 if state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
                     post(functions, comm, byte, state, pieces, request_bytes)
                 else:
                     if state[{KIND}] == {STORE}:
+                        came = 1
                         if state[{FORMAT}] != 0 and swap_at(state[{WORD}], 0, 0) == state[{BEFORE}]:
                             add(state)
                         found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
@@ -224,10 +237,23 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             call(functions[0], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
             if flag[0] != 0:
                 asks = flag[1]
+                happened, came = 1, 1
+        if load_acquire(shared, {OUTCOME}) == {WATCHING}:
+            flag[0] = 0
+            code = call(functions[5], (shared[{N_WATCHED}], shared[{WATCHED}], at_flag, shared[{WATCHED_STATUSES}]))
+            if code != 0 or flag[0] != 0:
+                happened, came = 1, 1
+                store_release(shared, {OUTCOME}, -code if code != 0 else {COMPLETE})
+                call(functions[10], (shared[{BELL_OF_WATCHED}], at_room, 1))
+            else:
+                n_busy += 1
         looks += 1
-        if slept != 0 and (waited == 0 or asks >= 0):
-            trust = min(trust + 1, {MOST_TRUST}) if heard != 0 else max(trust - 1, 0)
-            slept = 0
+        if happened != 0:
+            if slept != 0 and came != 0:
+                trust = min(trust + {CREDIT}, {MOST_TRUST}) if heard != 0 else max(trust - 1, 0)
+                store_release(shared, {TRUSTED}, 1 if trust >= {ENOUGH_TRUST} else 0)
+            # Look again before it rests: the call that brought this may have brought more.
+            waited, slept, heard, looks, in_vain = 0, 0, 0, 0, in_vain // 2
         if asks >= 0 and free >= 0:
             state = states[free]
             state[{TAKEN}] = 0
@@ -245,25 +271,37 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 if state[{KIND}] == {FETCH}:
                     answer(functions, comm, byte, state, header, 0)
                 post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
-            waited, looks = 0, 0
+            looks = 0
         elif looks < n_looks:
             continue
-        elif waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0 or load_acquire(shared, {LOOKING}) != 0:
+        elif (
+            n_locks != 0
+            or load_acquire(shared, {LOOKING}) != 0
+            or (
+                (trust < {ENOUGH_TRUST} or in_vain > {MOST_IN_VAIN})
+                and (waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0)
+            )
+        ):
             nap = min(max(waited, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
             # What was announced may take MPI more than one wake to make a message of.
             waited, announced, slept, looks = waited + nap, 0, heard, 0
         else:
-            patience = 1
-            if trust >= {ENOUGH_TRUST}:
+            patience = {SLEEP_MILLISECONDS}
+            if trust >= {ENOUGH_TRUST} and n_busy == 0 and waited >= 1000 * {SLEEP_MILLISECONDS}:
                 compare_and_swap(shared, {ASLEEP}, 0, 1)  # before the look at who looks: who comes later rings
-                patience = {LONGEST_SLEEP_MILLISECONDS} if load_acquire(shared, {LOOKING}) == 0 else 1
+                if load_acquire(shared, {LOOKING}) == 0:
+                    patience = {LONGEST_SLEEP_MILLISECONDS}
             announced = call(functions[8], (at_files, n_files, patience))
             store_release(shared, {ASLEEP}, 0)
-            slept, looks = 1, 0
-            if announced != 0 and call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
-                slept, announced = 0, 0
-            heard = 1 if announced > 0 else 0
+            slept, heard, looks = 1, 0, 0
+            if announced == 0:
+                waited, in_vain = waited + 1000 * patience, 0
+            elif call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
+                waited, announced, slept = 0, 0, 0
+            else:
+                heard = 1 if announced > 0 and in_vain <= {MOST_IN_VAIN} else 0
+                in_vain += 1
     for rank in range(n_ranks):
         if rank != asks:
             call(functions[7], (at_next + rank * request_bytes,))
@@ -359,11 +397,11 @@ def serve() -> Callable[..., int]:
 
     ``functions`` are the addresses of FUNCTIONS, ``comm`` and ``byte`` MPI's handles, ``request_bytes`` the size of an
     MPI_Request, ``n_looks`` how often it looks between two naps, ``shared`` (SHARED_WORDS,) zeros (it ends when STOP is
-    not), ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots, STATE_WORDS) zeros, ``memory``
-    the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests, ``states`` and
-    structs pollfd, how many these are, one of their files that is written to when there is something to do, and the
-    address of ROOM_BYTES. A request that waits for a lock has a slot until the lock is free: there must be more slots
-    than requests of that kind. Every rank has a receive of its own: MPICH's from any source can stay incomplete for
-    ever when two threads are in MPI. Returns how many requests were served.
+    not and nothing is watched), ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots,
+    STATE_WORDS) zeros, ``memory`` the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks
+    MPI_Requests, ``states`` and structs pollfd, how many these are, one of their files that is written to when there is
+    something to do, and the address of ROOM_BYTES. A request that waits for a lock has a slot until the lock is free:
+    there must be more slots than requests of that kind. Every rank has a receive of its own: MPICH's from any source
+    can stay incomplete for ever when two threads are in MPI. Returns how many requests were served.
     """
     return cache.compiled("serve", "words", _SERVE)

@@ -17,8 +17,16 @@ import time
 from pathlib import Path
 import numpy as np
 import mpitrain
+from mpitrain.collectives import progress
 from mpitrain.collectives.mpi import MPICommunicator
 
+watched, outcomes = progress._Calls.watched, []
+
+def noted(*arguments):
+    outcomes.append(watched(*arguments))
+    return outcomes[-1]
+
+progress._Calls.watched = noted
 world = mpitrain.init()
 comm = MPICommunicator(world)
 vector = comm.shared_vector(2000, np.float32)
@@ -36,9 +44,9 @@ world.barrier()
 for rank in range(2):  # one asks the other, which is not in MPI meanwhile
     asked = Path(sys.argv[1], str(rank))
     if world.rank == rank:
-        for _ in range(9 + rank):
+        for _ in range(24 + rank):
             visit()
-            time.sleep(0.2)  # it is quiet after 20 ms of naps, which take longer on a loaded machine
+            time.sleep(0.05)  # longer than the naps of the other one
         asked.touch()
     while not asked.exists():
         time.sleep(0.01)
@@ -48,8 +56,8 @@ before = wakes()
 time.sleep(1)
 n_wakes = wakes() - before
 world.barrier()
-for _ in range(30 - world.rank):
-    visit()
+for k in range(30 - world.rank):
+    comm.start(visit).finish() if k < 10 else visit()
 world.barrier()
 out = np.empty(vector.n, np.float32)
 vector.read(out)
@@ -58,19 +66,23 @@ most = max(world.comm.allgather(n_wakes))
 if world.rank == 0:
     print("found", found, "woke", most)
 world.barrier()
+print(f"watched {sorted(set(outcomes))}\\n", end="", flush=True)
+world.barrier()
 comm.free()
 """
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_one_that_is_asked_for_nothing_sleeps_and_hears_every_request(mpi, tmp_path):
+def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_others(mpi, tmp_path):
     environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
     finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
     assert finished.returncode == 0, finished.output
-    found = re.search(r"found \[\(2, \[80.0\]\), \(2, \[80.0\]\)\] woke (\d+)", finished.output)
+    found = re.search(r"found \[\(2, \[110.0\]\), \(2, \[110.0\]\)\] woke (\d+)", finished.output)
     assert found, finished.output
     # Asleep for 5 ms at a time, 200 times a second; one that naps for 1 ms wakes 900 times, fewer on a loaded machine.
     assert int(found[1]) <= 400
+    # What an exchange in the background waits for, it waits for; the other thread of the rank sleeps.
+    assert finished.output.count("watched [1]") == 2, finished.output
 
 
 def test_a_bell_is_heard_once_however_often_it_was_rung():
