@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from between import Pair
 
 TAU = 10
-RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 16
-MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 6
+RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 24
+MADE_UP, STEP_SECONDS, TURNS_OF_MADE_UP = "made up", 0.016, 12
 N_PARAMETERS = 269_722  # of a ResNet-20
 ALONE, BY_SOCKETS = "alone", "as many bytes by sockets"
 CALIBRATION_SECONDS = 0.5
@@ -42,8 +42,8 @@ SIDE = 300  # of the matrices
 
 METHODS = {
     ALONE: EASGD(period=10**9),  # the next exchange is far away
+    f"easgd, tau {TAU}, overlap": EASGD(period=TAU, overlap=True),  # follows what it is compared with
     f"easgd, tau {TAU}": EASGD(period=TAU),
-    f"easgd, tau {TAU}, overlap": EASGD(period=TAU, overlap=True),
 }
 
 
