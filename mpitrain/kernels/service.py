@@ -81,7 +81,8 @@ LONGEST_MICROSECONDS: Final = 1000
 QUIET_MICROSECONDS: Final = 1000
 SLEEP_MILLISECONDS, LONGEST_SLEEP_MILLISECONDS = 1, 5  # the longer one when it has slept that long in vain
 MOST_IN_VAIN: Final = 64  # announcements of which nothing came: a file that is always readable would make it spin
-# A message that comes between two sleeps is not announced either: it counts for half of one that is.
+# A message that comes between two sleeps is not announced either: it counts for half of one that is. Once there is
+# enough trust, they are trusted until there is none left.
 CREDIT, ENOUGH_TRUST, MOST_TRUST = 2, 4, 8
 
 LOOKS_OF_A_CALL: Final = 100  # of finish
@@ -187,7 +188,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
     n_ranks = requests.shape[0]
     waited = {QUIET_MICROSECONDS}
     slept, announced, heard, trust = 0, 0, 0, 0
-    looks, in_vain = 0, 0
+    looks, in_vain, trusted = 0, 0, 0
     n_served = 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
@@ -251,7 +252,8 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
         if happened != 0:
             if slept != 0 and came != 0:
                 trust = min(trust + {CREDIT}, {MOST_TRUST}) if heard != 0 else max(trust - 1, 0)
-                store_release(shared, {TRUSTED}, 1 if trust >= {ENOUGH_TRUST} else 0)
+                trusted = 1 if trust >= {ENOUGH_TRUST} or (trusted != 0 and trust > 0) else 0
+                store_release(shared, {TRUSTED}, trusted)
             # Look again before it rests: the call that brought this may have brought more.
             waited, slept, heard, looks, in_vain = 0, 0, 0, 0, in_vain // 2
         if asks >= 0 and free >= 0:
@@ -278,7 +280,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             n_locks != 0
             or load_acquire(shared, {LOOKING}) != 0
             or (
-                (trust < {ENOUGH_TRUST} or in_vain > {MOST_IN_VAIN})
+                (trusted == 0 or in_vain > {MOST_IN_VAIN})
                 and (waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0)
             )
         ):
@@ -288,7 +290,7 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             waited, announced, slept, looks = waited + nap, 0, heard, 0
         else:
             patience = {SLEEP_MILLISECONDS}
-            if trust >= {ENOUGH_TRUST} and n_busy == 0 and waited >= 1000 * {SLEEP_MILLISECONDS}:
+            if trusted != 0 and n_busy == 0 and waited >= 1000 * {SLEEP_MILLISECONDS}:
                 compare_and_swap(shared, {ASLEEP}, 0, 1)  # before the look at who looks: who comes later rings
                 if load_acquire(shared, {LOOKING}) == 0:
                     patience = {LONGEST_SLEEP_MILLISECONDS}
