@@ -38,7 +38,7 @@ from mpi4py import MPI
 from mpitrain.algorithms.neighbours import Neighbours
 from mpitrain.collectives.mixing import mixing_matrix
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.partition import split
+from mpitrain.collectives.partition import split, visiting_order
 from mpitrain.collectives.topology import topology
 from mpitrain.collectives.world import World
 from mpitrain.kernels import elastic_exchange, weighted_average
@@ -69,10 +69,10 @@ class Candidates:
         x, center = self._comm.vector(n, np.float32), self._comm.shared_vector(n, np.float32)
         own = self._comm.vector(n, np.float32)
         summed = np.full(n, 0, np.float32)  # full touches the pages
-        shares = list(enumerate(split(n, world.size)))
-        mine = shares[world.rank][1]
-        # Each rank begins with its own.
-        in_turn, at_once = [*shares[world.rank :], *shares[: world.rank]], [(SERVER, slice(0, n))]
+        shares = split(n, world.size)
+        mine = shares[world.rank]
+        in_turn = [(rank, shares[rank]) for rank in visiting_order(world.size, world.rank, world.size)]
+        at_once = [(SERVER, slice(0, n))]
         self._staged = np.full(n, 0, np.float32)
         n_bytes = max(4 * (mine.stop - mine.start), 4)
         allocated = self._allocate(n_bytes)

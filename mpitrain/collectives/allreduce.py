@@ -221,17 +221,16 @@ class AllReduce:
             return
         gpu.settle(total)
         n_bytes = total.nbytes
-        if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
-            largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
-            room = self._room("arriving", total, largest)
-            with world.looking():
+        with world.looking():
+            if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
+                largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
+                room = self._room("arriving", total, largest)
                 if self._wire is not None and total.dtype == np.float32:
                     n_bytes = self._wire.fetched_bytes(total.size)
                     ring.allreduce_encoded(world.rail_comm, total, room, self._wire)
                 else:
                     ring.allreduce(world.rail_comm, total, room)
-        else:
-            with world.looking():
+            else:
                 for at in range(0, total.size, LARGEST_COUNT):
                     world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * n_bytes // world.n_nodes

@@ -278,9 +278,10 @@ class Transfer:
 
     def _finish(self, n: int) -> None:
         """Until the first n requests are complete."""
-        if in_background() and self._checked(self._calls.watched(n, self._requests, self._statuses)):
+        naps = BACKGROUND if in_background() else FOREGROUND
+        if naps is BACKGROUND and self._checked(self._calls.watched(n, self._requests, self._statuses)):
             return
-        waited, naps = np.zeros(2, np.int64), BACKGROUND if in_background() else FOREGROUND
+        waited = np.zeros(2, np.int64)
         known = self._calls.functions, n, self._requests, self._statuses, self._flag, looks_of_a_wake(), waited
         with self._calls.looking():
             while not self._checked(service.finish()(*known, *naps)):
