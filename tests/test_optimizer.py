@@ -246,12 +246,13 @@ def test_models_of_every_type_train(world, method, dtype):
     model = mlp(dtype)
     before = loss_of(model).item()
     with DistributedOptimizer(sgd(model, lr=0.05), model, method) as optimizer:
-        train(model, optimizer, 150)  # ranks that do not wait may begin after the others have ended
+        # In step: who gossips alone is drawn back to where the others have not yet begun, and hardly moves.
+        train(model, optimizer, 150, each=lambda model, optimizer: world.barrier())
         world.barrier()
         with optimizer.consensus():
             after = loss_of(model).item()
         assert next(model.parameters()).dtype == dtype
-        assert after < 0.7 * before
+        assert after < 0.1 * before
         world.barrier()
 
 
