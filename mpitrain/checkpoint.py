@@ -49,6 +49,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
     _write_file(partial / _file_name(world.rank), {"ranks": world.size, "step": step, "state": state})
     world.barrier()
     if world.rank == 0:
+        _stand_in(partial, world)
         _sync_folder(partial)
         if target.exists():  # written before a resume: this one replaces it
             shutil.rmtree(target)
@@ -58,6 +59,17 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
             shutil.rmtree(old)
     world.barrier()
     return target
+
+
+def _stand_in(folder: Path, world: World) -> None:
+    """Give each rank that has died a copy of the part of the next one that lives: when resumed it begins as its twin.
+
+    Local; rank 0 only.
+    """
+    for rank in world.dead:
+        after = (other % world.size for other in range(rank + 1, rank + world.size))
+        heir = next(other for other in after if other not in world.dead)
+        shutil.copyfile(folder / _file_name(heir), folder / _file_name(rank))
 
 
 def latest(folder: Path) -> Path | None:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.transport import TRANSPORTS
-from mpitrain.errors import HEARD_SECONDS, UsageError
+from mpitrain.errors import HEARD_SECONDS, RankFailed, UsageError
 from mpitrain.kernels.wire import NAMES as WIRE_FORMATS
 from mpitrain.version import __version__
 
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
 """A run that was asked to stop by SIGUSR1 and can be continued with --resume."""
@@ -50,31 +51,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UsageError as error:
         return fail(str(error))
+    except RankFailed as error:
+        return fail(str(error), code=EXIT_FAILURE)
     except BrokenPipeError:  # mpitrain algorithms | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush succeeds
         return 1
 
 
-def fail(text: str, *, on_all_ranks: bool = False) -> int:
+def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> int:
     """Tell the problem once, and end all ranks.
 
     Args:
         text: One line.
         on_all_ranks: Whether every rank is sure to find it, as with a wrong argument: then only rank 0 tells it.
+        code: The exit code.
     """
     rank = _rank()
     if rank != 0:
         time.sleep(GRACE_SECONDS)  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
         if on_all_ranks:
-            return EXIT_USAGE
+            return code
     where = f" (rank {rank})" if rank else ""
     print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         sys.stdout.flush()
         time.sleep(HEARD_SECONDS)
-        mpi.COMM_WORLD.Abort(EXIT_USAGE)  # the others may be waiting for this rank
-    return EXIT_USAGE
+        mpi.COMM_WORLD.Abort(code)  # the others may be waiting for this rank
+    return code
 
 
 def _rank() -> int:
@@ -235,6 +239,8 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
     ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
     if result["replica_size"] > 1:
         ranks += f" ({result['workers']} worker{'s' * (result['workers'] > 1)})"
+    if result["died"]:
+        ranks += f" (of which {', '.join(map(str, result['died']))} died)"
     if not result["complete"]:
         how = f"on {ranks} with: mpitrain train --resume {folder}" if folder else "is not possible: there was no --out"
         print(f"stopped at step {result['steps']}; to continue {how}", file=sys.stderr)

@@ -14,3 +14,10 @@ class UsageError(ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(text.split()))
+
+
+class RankFailed(RuntimeError):
+    """A rank has died, and what was begun cannot be done without it.
+
+    It is raised only where the launcher lets the other ranks live (``collectives.failures``); elsewhere they end too.
+    """

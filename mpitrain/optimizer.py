@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain.algorithms.averaging import Average
+from mpitrain.algorithms.averaging import Average, living
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
@@ -305,7 +305,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def spread(self, vector: np.ndarray) -> tuple[float, float]:
         """How far the workers' parameters are from a vector (n,): root mean square distance, and elastic energy. Local.
 
-        The workers are looked at as they are now, at most 32 of them, evenly over the ranks.
+        The workers that live are looked at as they are now, at most 32 of them, evenly over the ranks.
 
         Raises:
             UsageError: On a rank that is not the first of its group: it cannot reach the other workers.
@@ -313,14 +313,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._worker is None:
             raise UsageError("ask the first rank of a replica group for the spread of the workers")
         comm = self._worker.comm
-        peers = range(0, comm.size, -(-comm.size // MOST_LOOKED_AT))
+        peers = living(comm)
+        peers = peers[:: -(-len(peers) // MOST_LOOKED_AT)]
         squares: list[float] = []
         with self._exchanging():
             for peer in peers:
                 comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(gpu.to_host(x), vector)))
         mean = float(np.mean(squares))
         rho = self.method.elastic_coefficient(comm.size, float(self.param_groups[0]["lr"]))
-        return math.sqrt(mean), rho / 2 * comm.size * mean
+        return math.sqrt(mean), rho / 2 * len(living(comm)) * mean
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
@@ -385,7 +386,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._comm is not None and self._flat is not None:
             with self._exchanging():
                 self._flat.detach()
-                self._comm.barrier()
+                self._comm.wait_for_the_living()
                 self._group.close()
                 self._comm.free()
             # What is left would keep the memory of a GPU.

@@ -60,6 +60,16 @@ def kills_rank_1_after_a_checkpoint() -> nn.Module:
     return Watched(kill)
 
 
+def kills_a_rank() -> nn.Module:
+    """Rank $VICTIM, in its 30th step."""
+
+    def kill(n: int) -> None:
+        if n == 30 and rank() == int(os.environ["VICTIM"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Watched(kill)
+
+
 def whole_numbers() -> nn.Module:
     model = nn.Linear(PIXELS, 10)
     for name, parameter in list(model.named_parameters()):

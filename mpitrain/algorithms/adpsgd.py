@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.averaging import living
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.collectives.topology import Topology, topology
 
@@ -88,9 +89,11 @@ class ADPSGDWorker(Worker):
         self._place(y, 0.0)
 
     def before_update(self) -> None:
-        """Average with a neighbour drawn uniformly. Local."""
-        if self._neighbours:
-            self.average_with(self._neighbours[int(self._rng.integers(len(self._neighbours)))])
+        """Average with a neighbour drawn uniformly from those that live. Local."""
+        dead = self.comm.dead
+        neighbours = [peer for peer in self._neighbours if peer not in dead]
+        if neighbours:
+            self.average_with(neighbours[int(self._rng.integers(len(neighbours)))])
 
     def average_with(self, peer: int) -> None:
         """x_i, x_j <- (x_i + x_j)/2, under the locks of both. Local."""
@@ -116,11 +119,12 @@ class ADPSGDWorker(Worker):
         self._boxes.update(self.comm.rank, move)
 
     def consensus(self, out: Any) -> None:
-        """The mean of all x, each as it was at one moment. Local: exact while the workers rest."""
+        """The mean of all x of workers that live, each as it was at one moment. Local: exact while they rest."""
+        workers = living(self.comm)
         out[...] = 0
-        for peer in range(self.comm.size):
+        for peer in workers:
             self._boxes.read(peer, lambda x, _: kernels.scaled_add(out, x, 1.0))
-        kernels.scale(out, 1.0 / self.comm.size)
+        kernels.scale(out, 1.0 / len(workers))
 
     def metrics(self) -> dict[str, float]:
         """How many averagings by others the last gradient did not see."""

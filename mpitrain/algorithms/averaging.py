@@ -21,6 +21,7 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.method import Replica, Segment, Worker
 from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.collectives.topology import uniform_peer
 from mpitrain.errors import UsageError
 
 KINDS = ("polyak", "moving")
@@ -87,12 +88,27 @@ class Average:
         return AveragedWorker(self, worker, replica)
 
 
+def living(comm: Communicator) -> list[int]:
+    """The workers that have not died, as far as this one knows. Local."""
+    dead = comm.dead
+    return [rank for rank in range(comm.size) if rank not in dead]
+
+
+def draw_peer(comm: Communicator, rng: np.random.Generator) -> int | None:
+    """A worker drawn uniformly from the others that live; None where there is none. Local."""
+    if not comm.dead:
+        return uniform_peer(rng, comm.rank, comm.size) if comm.size > 1 else None
+    others = [rank for rank in living(comm) if rank != comm.rank]
+    return others[int(rng.integers(len(others)))] if others else None
+
+
 def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
-    """Write the mean of all workers' vectors, as they are now, to ``out`` (n,). Local."""
+    """Write the mean of the vectors of all workers that live, as they are now, to ``out`` (n,). Local."""
+    workers = living(comm)
     out[...] = 0
-    for peer in range(comm.size):
+    for peer in workers:
         comm.read(vector, peer, lambda x: kernels.scaled_add(out, x, 1.0))
-    kernels.scale(out, 1.0 / comm.size)
+    kernels.scale(out, 1.0 / len(workers))
 
 
 class AveragedWorker(Worker):

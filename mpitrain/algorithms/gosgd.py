@@ -27,9 +27,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.averaging import draw_peer, mean_of_workers
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
-from mpitrain.collectives.topology import uniform_peer
 
 WEIGHT = 1
 """The tag of a mailbox with the weight of what lies in it; 0: it is empty."""
@@ -94,7 +93,9 @@ class GoSGDWorker(Worker):
         if self.comm.size == 1:
             return
         if self._rng.random() < self._method.probability:
-            self.push_to(uniform_peer(self._rng, self.comm.rank, self.comm.size))
+            peer = draw_peer(self.comm, self._rng)
+            if peer is not None:
+                self.push_to(peer)
         self._boxes.update(self.comm.rank, self._take)
 
     def push_to(self, peer: int) -> None:
@@ -103,12 +104,14 @@ class GoSGDWorker(Worker):
         self._boxes.update(peer, self._leave)
 
     def _leave(self, box: Any, tags: np.ndarray) -> int:
-        was_empty = tags[WEIGHT] == 0
-        tags[WEIGHT] += self._w
-        if was_empty:
+        before, tags[WEIGHT] = float(tags[WEIGHT]), 0.0  # meanwhile: who dies in here leaves an empty mailbox
+        weight, n_rejected = before + self._w, 0
+        if before == 0:
             box[...] = self.x.local
-            return 0
-        return kernels.weighted_average(box, self.x.local, self._w / float(tags[WEIGHT]))
+        else:
+            n_rejected = kernels.weighted_average(box, self.x.local, self._w / weight)
+        tags[WEIGHT] = weight
+        return n_rejected
 
     def _take(self, box: Any, tags: np.ndarray) -> int:
         w, tags[WEIGHT] = float(tags[WEIGHT]), 0.0

@@ -24,9 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.averaging import draw_peer, mean_of_workers
 from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
-from mpitrain.collectives.topology import uniform_peer
 
 COUNT = 1
 """The tag of a mailbox that counts the vectors summed in it."""
@@ -70,9 +69,10 @@ class GossipWorker(PeriodicWorker):
         self._rng = np.random.default_rng([replica.seed, self.comm.rank])
 
     def exchange(self) -> None:
-        """Average with a peer drawn uniformly from the others. Local."""
-        if self.comm.size > 1:
-            self.average_with(uniform_peer(self._rng, self.comm.rank, self.comm.size))
+        """Average with a peer drawn uniformly from the others that live. Local."""
+        peer = draw_peer(self.comm, self._rng)
+        if peer is not None:
+            self.average_with(peer)
 
     @abstractmethod
     def average_with(self, peer: int) -> None:
@@ -143,11 +143,12 @@ class PushWorker(GossipWorker):
         self._boxes.update(self.comm.rank, self._average)
 
     def _leave(self, box: Any, tags: np.ndarray) -> None:
-        if tags[COUNT] == 0:
+        count, tags[COUNT] = tags[COUNT], 0  # meanwhile: who dies in here leaves an empty mailbox, not half a sum
+        if count == 0:
             box[...] = self.x.local
         else:
             kernels.scaled_add(box, self.x.local, 1.0)
-        tags[COUNT] += 1
+        tags[COUNT] = count + 1
 
     def _average(self, box: Any, tags: np.ndarray) -> int:
         n_rejected = kernels.push_receive(self.x.local, box, tags[COUNT]) if tags[COUNT] else 0

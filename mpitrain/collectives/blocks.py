@@ -24,7 +24,7 @@ into the next one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -136,7 +136,6 @@ class MPIBlocks:
         from mpitrain.collectives.served import ServedLocks
 
         self.homes, self.lengths = tuple(homes), tuple(lengths)
-        self.dead: Container[int] = ()
         self.before_wait: Callable[[], object] | None = None
         self._statistics = statistics
         self._itemsize = np.dtype(dtype).itemsize
@@ -189,12 +188,12 @@ class MPIBlocks:
         """
         home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
         self._more = then is not None
-        served = None if self.dead else self._served  # its threads do not know who is dead
+        served = self._served
         if then is not None and (served is None or self._in_place[then] is not None):
             then = None  # nothing to set out
         if block is None and served is not None:
             return self._arrived(served, index, then, encoded)
-        version, waited = self._locks.acquire(home, slot, self.dead, self.before_wait)
+        version, waited = self._locks.acquire(home, slot, self.before_wait)
         self._count_wait(waited)
         if block is None:
             block = self._get(index)

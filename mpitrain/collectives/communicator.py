@@ -49,12 +49,17 @@ class Communicator(Protocol):
         size: The number of workers, p in the papers.
         nodes: (size,) the node of each worker.
         statistics: What this worker has exchanged.
+        dead: Workers that have died, as far as this one knows. Nobody waits for them: collectives raise
+            ``errors.RankFailed``. The memory of one of the same node stays as it left it.
     """
 
     rank: int
     size: int
     nodes: list[int]
     statistics: Statistics
+
+    @property
+    def dead(self) -> frozenset[int]: ...
 
     def split(self, color: int) -> Communicator:
         """A communicator of those workers that give the same ``color``, in the order of their ranks. Collective.

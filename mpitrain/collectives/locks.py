@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -51,20 +51,17 @@ class LockTable:
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
-        self._comm = world.comm
+        self._world = world
         self._me = world.rank + 1
         self.orders_memory = world.n_nodes == 1
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
-    def acquire(
-        self, home: int, index: int, dead: Container[int] = (), before_wait: Callable[[], object] | None = None
-    ) -> tuple[int, float]:
-        """Take the lock, however long its owner holds it. Local.
+    def acquire(self, home: int, index: int, before_wait: Callable[[], object] | None = None) -> tuple[int, float]:
+        """Take the lock, however long its owner holds it; that of a dead rank is taken over. Local.
 
         Args:
             home: The rank where the word lives.
             index: Which of its words.
-            dead: Ranks known to be dead: their locks are taken over.
             before_wait: Called when somebody has the lock, before this rank waits for it.
 
         Returns:
@@ -77,7 +74,7 @@ class LockTable:
             before_wait()
         began, n_waits = time.perf_counter(), 0
         while found & OWNER_MASK:
-            if (found & OWNER_MASK) - 1 not in dead:
+            if (found & OWNER_MASK) - 1 not in self._world.dead:
                 if n_waits:  # most owners have it for no longer than it takes to look again
                     self._back_off(n_waits)
                 n_waits += 1
@@ -88,7 +85,7 @@ class LockTable:
 
     def _back_off(self, n_waits: int) -> None:
         """Let the owner work: it may need the very core that spins here, or this rank's attention to its messages."""
-        self._comm.Iprobe(source=self._me - 1)
+        self._world.progress()
         if n_waits < YIELDS_BEFORE_SLEEP:
             os.sched_yield()
         else:

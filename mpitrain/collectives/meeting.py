@@ -45,7 +45,7 @@ class Meeting:
     """
 
     def __init__(self, world: World, statistics: Statistics) -> None:
-        self._me, self._n, self._comm, self._statistics = world.local_rank, world.local_size, world.comm, statistics
+        self._me, self._n, self._world, self._statistics = world.local_rank, world.local_size, world, statistics
         self._window = Window(world, meeting.STRIDE * self._n if self._me == 0 else 0, np.int64)
         words = self._window.of(world.node_ranks[0])
         assert words is not None
@@ -67,10 +67,14 @@ class Meeting:
         """Call with the progress made so far, and again with what that returns, until it is ``end``.
 
         Who is late may itself wait, in a one-sided operation of MPI, for this rank to call MPI.
+
+        Raises:
+            RankFailed: Somebody will not come any more.
         """
         began, nap_seconds = time.perf_counter(), FIRST_NAP_SECONDS
         while progress != end:
-            self._comm.Iprobe()
+            self._world.require_all()
+            self._world.progress()
             time.sleep(nap_seconds)
             nap_seconds = min(2 * nap_seconds, LONGEST_NAP_SECONDS)
             progress = call(progress)

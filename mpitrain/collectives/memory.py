@@ -156,7 +156,14 @@ class Window:
             self._remote.Sync()
 
     def free(self) -> None:
-        """Give the memory back. Collective; arrays taken from it must not be used any more."""
+        """Give the memory back. Collective; arrays taken from it must not be used any more.
+
+        MPI frees a window only where all its ranks do. When one has died it stays until the process ends.
+        """
+        if self.world.outlives:
+            self.world.barrier()
+            if not self.world.is_whole:
+                return
         if self._remote is not None:
             self._remote.Unlock_all()
             self._remote.Free()

@@ -73,6 +73,7 @@ class MPICommunicator:
         on_host: bool = False,
         wire: str = FLOAT32,
     ) -> None:
+        world.require_all()
         self.world = world
         self._on_host = on_host
         self._wire, self._encoding = wire, format_of(wire)
@@ -87,6 +88,11 @@ class MPICommunicator:
         self._pending: PendingAllReduce | None = None
         self._background = Background(threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE)
         self._fetched: np.ndarray | None = None
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """Workers that have died. Local."""
+        return self.world.dead
 
     def split(self, color: int) -> MPICommunicator:
         """A communicator of those workers that give the same ``color``. Collective."""
@@ -253,7 +259,8 @@ class MPICommunicator:
         began, looks = time.perf_counter(), 0
         with self.world.looking():
             while not condition():
-                self.world.comm.Iprobe()  # progress, for MPIs whose one-sided operations wait for it
+                self.world.require_all()
+                self.world.progress()  # for MPIs whose one-sided operations wait for it
                 looks += 1
                 if looks < LOOKS_BEFORE_NAPS:
                     os.sched_yield()
@@ -283,12 +290,17 @@ class MPICommunicator:
             self._gpu.settle()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
-        with self.world.looking():
-            self.world.comm.Allgather(mine, all_values)
+        self.world.together(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]))
+        self.world.require_all()
         return all_values
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
+        self.wait_for_the_living()
+        self.world.require_all()
+
+    def wait_for_the_living(self) -> None:
+        """The same without those that have died. Collective over the others."""
         for window in self._mirrored:
             window.publish()
         if self._gpu is not None:

@@ -28,7 +28,7 @@ class ServedLocks(LockTable):
     """
 
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
-        self._comm = world.comm
+        self._world = world
         self._me = world.rank + 1
         self.orders_memory = True  # every swap is one of the CPU that owns the memory
         self._progress = progress

@@ -18,6 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from mpitrain.collectives.background import Started
 from mpitrain.collectives.blocks import N_TAGS, Block
+from mpitrain.collectives.failures import require_all
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.partition import shards, split
 from mpitrain.collectives.schedules import RoundRobin, Schedule
@@ -57,6 +58,7 @@ class SimulatedWorld:
         self.nodes = list(nodes) if nodes is not None else [0] * size
         if len(self.nodes) != size:
             raise ValueError(f"{size} workers have {size} nodes, not {len(self.nodes)}")
+        self.dead: frozenset[int] = frozenset()
         everybody = Group(tuple(range(size)))
         self.communicators = [SimulatedCommunicator(self, rank, everybody) for rank in range(size)]
         self._hub: greenlet | None = None
@@ -89,7 +91,7 @@ class SimulatedWorld:
             return run_program
 
         workers = [greenlet(body(rank)) for rank in range(self.size)]
-        while unfinished:
+        while unfinished - self.dead:
             ready = self._ready(unfinished)
             chosen = self.schedule.choose(ready)
             if chosen is None:
@@ -103,7 +105,7 @@ class SimulatedWorld:
             if condition():
                 del self._conditions[rank]
                 self.schedule.released(rank)
-        ready = sorted(unfinished - self._waiting - self._conditions.keys())
+        ready = sorted(unfinished - self.dead - self._waiting - self._conditions.keys())
         if not ready:
             stuck = [
                 f"workers {sorted(ranks)} wait {for_what}"
@@ -116,6 +118,12 @@ class SimulatedWorld:
             raise RuntimeError("; ".join(stuck))
         return ready
 
+    def kill(self, rank: int) -> None:
+        """A worker dies: it never runs again, its memory stays, and whoever waits for it gets ``RankFailed``."""
+        self.dead |= {rank}
+        self._waiting.clear()  # they look again
+        self._conditions.clear()
+
     def give_way(self) -> None:
         """Let the schedule decide who goes on. Called by a worker."""
         if self._hub is not None and getcurrent() is not self._hub:
@@ -123,12 +131,12 @@ class SimulatedWorld:
 
     def wait_until(self, rank: int, condition: Callable[[], bool]) -> None:
         """Let the others go on until the condition holds. Called by a worker."""
-        if condition():
-            return
-        if self._hub is None or getcurrent() is self._hub:
-            raise RuntimeError("only a worker of a program given to SimulatedWorld.run can wait for the others")
-        self._conditions[rank] = condition
-        self.give_way()
+        while not condition():
+            if self._hub is None or getcurrent() is self._hub:
+                raise RuntimeError("only a worker of a program given to SimulatedWorld.run can wait for the others")
+            require_all(self.dead)
+            self._conditions[rank] = condition
+            self.give_way()
 
     def meet(self, rank: int, group: Group, number: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
         """A collective: wait until all workers have brought a value, and have what ``combine`` makes of all of them.
@@ -139,6 +147,9 @@ class SimulatedWorld:
             number: Its how-manieth collective of this group this is.
             value: What it brings.
             combine: Called once, by whoever comes last, with the values by rank.
+
+        Raises:
+            RankFailed: One of them has died.
         """
         values = group.collectives.setdefault(number, [_ABSENT] * len(group.ranks))
         index = group.ranks.index(rank)
@@ -146,8 +157,9 @@ class SimulatedWorld:
         if any(v is _ABSENT for v in values):
             if getcurrent() is self._hub or self._hub is None:
                 raise RuntimeError("a collective needs all workers: call it in a program given to SimulatedWorld.run")
-            self._waiting.add(rank)
             while number not in group.made:
+                require_all(self.dead.intersection(group.ranks))
+                self._waiting.add(rank)
                 self.give_way()
         else:
             group.made[number] = combine(values)
@@ -269,6 +281,12 @@ class SimulatedCommunicator:
         part = SimulatedCommunicator(self.world, group.ranks.index(self._rank), group, self.statistics)
         self._parts.append(part)
         return part
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """Workers that have died. Local."""
+        dead = self.world.dead
+        return frozenset(k for k, member in enumerate(self._group.ranks) if member in dead) if dead else dead
 
     @property
     def _rank(self) -> int:

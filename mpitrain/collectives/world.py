@@ -6,18 +6,21 @@ rank ends all of them. A script that runs without a launcher is a world of one r
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from mpitrain.collectives import failures
 from mpitrain.collectives.device import bind, shared_gpus, take
 from mpitrain.collectives.partition import emulated_nodes
 from mpitrain.collectives.progress import ProgressThread
@@ -40,6 +43,8 @@ WAYS = {
     "messages": "messages, served by the progress thread of the rank that has the vector",
     "windows": "RMA window, Get/compute/Put under an owner-aware lock",
 }
+
+T = TypeVar("T")
 
 _world: World | None = None
 
@@ -82,7 +87,7 @@ class World:
     """All ranks of the run.
 
     Attributes:
-        comm: mpi4py's communicator of all ranks (a private copy).
+        comm: mpi4py's communicator of all ranks (a private copy); of those that live, once somebody has died.
         rank, size: Of this process, among all.
         local_rank, local_size: Among the ranks of its node.
         node, n_nodes: Which node this is, and how many there are.
@@ -107,8 +112,16 @@ class World:
 
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._members: Sequence[int] | None = None if whole is None else comm.allgather(whole.rank)
+        self._failures: failures.Failures | None
+        if whole is not None:
+            self._failures = whole._failures
+        else:
+            self._failures = failures.Failures(comm) if self.size > 1 and failures.are_told() else None
+        self._probed = comm if self._failures is None else MPI.COMM_SELF
         self.node_comm: Any = self._find_node() if whole is None else comm.Split(whole.node, key=self.rank)
-        self.local_rank, self.local_size = self.node_comm.Get_rank(), self.node_comm.Get_size()
+        self.local_rank: int = self.node_comm.Get_rank()
+        self.local_size: int = self.node_comm.Get_size()
         self.node_ranks: list[int] = self.node_comm.allgather(self.rank)
         firsts = sorted(set(comm.allgather(self.node_ranks[0])))
         self.node: int = firsts.index(self.node_ranks[0])
@@ -133,6 +146,8 @@ class World:
         own = ProgressThread(comm) if needs_progress else None
         self._progress: ProgressThread | None = own if whole is None else whole._progress
         self.service = own if _between_nodes_setting() == "messages" else None
+        if self._failures is not None and (self.n_nodes > 1 or self.gpu is not None):
+            self._failures.end_all()
 
     def _bound(self, device: str) -> str:
         """This rank's device. Collective: a problem of one rank is everybody's, who would wait for it otherwise."""
@@ -170,6 +185,8 @@ class World:
         """Give a part of a world back; the whole one lives as long as the process. Collective."""
         from mpi4py import MPI
 
+        if not self.is_whole:
+            return  # as with windows (``memory.Window.free``)
         for comm in (self.rail_comm, self.node_comm, self.comm):
             if comm != MPI.COMM_NULL:
                 comm.Free()
@@ -187,14 +204,58 @@ class World:
         machine.Free()
         return node
 
+    @property
+    def outlives(self) -> bool:
+        """Whether ranks hear of one that dies, instead of ending with it. Local."""
+        return self._failures is not None
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """Ranks that have died, as far as this one knows (``collectives.failures``). Local."""
+        dead = failures.NOBODY if self._failures is None else self._failures.dead
+        if not dead or self._members is None:
+            return dead
+        return frozenset(rank for rank, member in enumerate(self._members) if member in dead)
+
+    def require_all(self) -> None:
+        """Raise if a rank has died. Local.
+
+        Raises:
+            RankFailed: It says who.
+        """
+        failures.require_all(self.dead)
+
+    def together(self, collective: Callable[[Any], T]) -> T:
+        """What ``collective(comm)`` returns, done by all ranks that live. Collective.
+
+        Args:
+            collective: Called with the communicator of those ranks, where they have other numbers once somebody has
+                died; called again, on all of them, when somebody dies meanwhile.
+        """
+        with self.looking():
+            return collective(self.comm) if self._failures is None else failures.together(self, collective)
+
+    def look_for_the_dead(self) -> None:
+        """Know at once who has died, instead of a moment later. Local."""
+        if self._failures is not None:
+            self._failures.look()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nobody had died at the last ``together`` or ``barrier``: all ranks know the same. Local."""
+        return bool(self.comm.Get_size() == self.size)
+
+    def progress(self) -> None:
+        """Give MPI a turn: it does what others ask of this rank only when it is called. Local."""
+        self._probed.Iprobe()
+
     def looking(self) -> AbstractContextManager[None]:
         """While this thread waits in MPI, and may be given what the progress thread waits for. Local."""
         return self._progress.looking() if self._progress is not None else nullcontext()
 
     def barrier(self) -> None:
-        """Wait for every rank. Collective."""
-        with self.looking():
-            self.comm.Barrier()
+        """Wait for every rank that lives. Collective."""
+        self.together(lambda comm: comm.Barrier())
 
     def node_barrier(self) -> None:
         """Wait for every rank of this node. Collective over them."""
@@ -244,7 +305,14 @@ class World:
                 else WAYS["messages" if self.service is not None else "windows"],
             },
             "progress thread": self._progress is not None,
+            "a rank that dies": self._after_a_death(),
         }
+
+    def _after_a_death(self) -> str:
+        """What becomes of the others."""
+        if self._failures is None or self.n_nodes > 1 or self.gpu is not None:
+            return "ends all ranks"
+        return "is left behind by methods in which nobody waits; it ends the others"
 
     def abort(self, code: int = 1) -> None:
         """End every rank now, with this exit code. Local."""
@@ -258,6 +326,11 @@ LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 def _start_mpi() -> Any:
+    if failures.are_asked_for() and "mpi4py.MPI" not in sys.modules:
+        import mpi4py
+
+        mpi4py.rc.finalize = False
+        atexit.register(_finalize)
     inside_mpirun = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if not inside_mpirun and "SLURM_PROCID" not in os.environ:
         # One rank needs no network; without this Open MPI's wheel complains of UCX at every window.
@@ -278,6 +351,16 @@ def _start_mpi() -> Any:
             "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
         )
     return MPI.COMM_WORLD.Dup()
+
+
+def _finalize() -> None:
+    """End MPI, where everybody lives: Open MPI's MPI_Finalize may wait for the dead for ever. Collective; at exit."""
+    from mpi4py import MPI
+
+    if _world is not None:
+        _world.barrier()
+    if (_world is None or _world.is_whole) and not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def _emulated_nodes_setting() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mpitrain.collectives.board import Board
 from mpitrain.collectives.world import World
+from mpitrain.errors import RankFailed
 
 STEPS_BETWEEN_BROADCASTS = 10
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -67,7 +68,8 @@ class Control:
         if self._synchronous:
             if step % STEPS_BETWEEN_BROADCASTS:
                 return Orders()
-            self._saves, self._stop = self._world.comm.bcast((self._saves, self._stop))
+            orders = self._saves, self._stop
+            self._saves, self._stop = self._world.together(lambda comm: comm.bcast(orders))
         elif self._group is None:
             self._look()
         else:
@@ -76,7 +78,11 @@ class Control:
             heard = np.array([self._saves, self._stop], np.int64)
             self._group.comm.Bcast(heard)
             self._saves, self._stop = int(heard[0]), bool(heard[1])
-        orders = Orders(self._saves > self._saved, self._stop)
+        return self._followed()
+
+    def _followed(self, *, over: bool = False) -> Orders:
+        """What has been heard, as orders that this rank follows now."""
+        orders = Orders(self._saves > self._saved, self._stop, over)
         self._saved = self._saves
         return orders
 
@@ -85,8 +91,19 @@ class Control:
         now = time.perf_counter()
         if self._world.rank != 0 and now - self._looked >= SECONDS_BETWEEN_LOOKS:
             self._looked = now
-            row = self._board.read_rank(0)
-            self._saves, self._stop = int(row["saves"]), bool(row["stop"])
+            self._heard()
+
+    def _heard(self) -> bool:
+        """Note what rank 0 has ordered; whether it has said that all have made their last step. Local.
+
+        Raises:
+            RankFailed: It will give no more orders.
+        """
+        if 0 in self._world.dead:
+            raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
+        row = self._board.read_rank(0)
+        self._saves, self._stop = int(row["saves"]), bool(row["stop"])
+        return bool(row["over"])
 
     def finish(self) -> None:
         """Tell the others that this rank has made its last step. Local."""
@@ -100,13 +117,13 @@ class Control:
         if self._synchronous:
             return Orders(over=True)
         if self._world.rank == 0:
-            over = self._saves == self._saved and bool(self._board.read()["finished"].all())
+            has_finished = self._board.read()["finished"]
+            has_finished[list(self._world.dead)] = True
+            over = self._saves == self._saved and bool(has_finished.all())
             self._board.write(over=over)
         else:
-            row = self._board.read_rank(0)
-            self._saves, self._stop, over = int(row["saves"]), bool(row["stop"]), bool(row["over"])
-        orders = Orders(self._saves > self._saved, self._stop, over)
-        self._saved = self._saves
+            over = self._heard()
+        orders = self._followed(over=over)
         if not orders.save and not over:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return orders

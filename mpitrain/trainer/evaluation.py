@@ -98,17 +98,19 @@ def evaluate_deferred(points: list[Point], vectors: list[np.ndarray], evaluator:
         evaluator: Each rank's own.
         world: The ranks.
     """
-    n_points = world.comm.bcast(len(points))
+    comm = world.comm  # of those that live
+    rank, size = comm.Get_rank(), comm.Get_size()
+    n_points = comm.bcast(len(points))
     found = []
     for k in range(n_points):
-        worker = k % world.size
-        if world.rank == 0 and worker != 0:
-            world.comm.Send(vectors[k].view(np.uint8), worker, k)
-        if world.rank == worker:
-            vector = vectors[k] if world.rank == 0 else evaluator.empty_vector()
-            if world.rank != 0:
-                world.comm.Recv(vector.view(np.uint8), 0, k)
+        worker = k % size
+        if rank == 0 and worker != 0:
+            comm.Send(vectors[k].view(np.uint8), worker, k)
+        if rank == worker:
+            vector = vectors[k] if rank == 0 else evaluator.empty_vector()
+            if rank != 0:
+                comm.Recv(vector.view(np.uint8), 0, k)
             found.append((k, *evaluator.evaluate(vector)))
-    for results in world.comm.gather(found) or []:
+    for results in comm.gather(found) or []:
         for k, loss, accuracy in results:
             points[k].test_loss, points[k].test_accuracy = loss, accuracy

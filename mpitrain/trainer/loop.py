@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpitrain import checkpoint, data, models
+from mpitrain.collectives.failures import explained
 from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
 from mpitrain.optimizer import DistributedOptimizer
@@ -49,12 +50,14 @@ def train(
 
     Raises:
         UsageError: What is wrong with the configuration or the data, on the ranks that see it.
+        RankFailed: A rank has died without which the others cannot go on.
     """
-    run = Trainer(config, world, resume, dataset)
-    try:
-        return run.train()
-    finally:
-        run.recorder.close()
+    with explained(world):
+        run = Trainer(config, world, resume, dataset)
+        try:
+            return run.train()
+        finally:
+            run.recorder.close()
 
 
 class Trainer:
@@ -137,7 +140,8 @@ class Trainer:
         seconds = self._seconds()
         self.stop_signal.restore()
         mine = not self.interrupted if self.budget.steps is None else self.budget.is_over(self.step)
-        parts = self.world.comm.allgather((mine, self.step != self.saved_at))
+        part = mine, self.step != self.saved_at
+        parts = self.world.together(lambda comm: comm.allgather(part))
         complete = all(is_over for is_over, _ in parts)
         has_moved = any(moved for _, moved in parts)
         result = self._finish(seconds, complete=complete, save=complete and has_moved)
@@ -221,7 +225,7 @@ class Trainer:
             document = self._result(seconds, complete=complete)
             if complete and self.folder is not None:
                 runfolder.write_json(self.folder / "result.json", document)
-        result: dict[str, Any] = self.world.comm.bcast(document)
+        result: dict[str, Any] = self.world.together(lambda comm: comm.bcast(document))
         return result
 
     def _seconds(self) -> float:
@@ -280,6 +284,7 @@ class Trainer:
             "data": self.config.data,
             "model": self.config.model,
             "ranks": self.world.size,
+            "died": sorted(self.world.dead),
             "workers": self.world.size // self.config.replica_size,
             "replica_size": self.config.replica_size,
             "wire": self.config.wire,
@@ -327,7 +332,7 @@ class Trainer:
         began = time.perf_counter()
         seconds = self._seconds()
         self.world.barrier()
-        number = int(self.world.comm.bcast(self.step))
+        number = self.world.together(lambda comm: int(comm.bcast(self.step)))
         state = {
             "optimizer": self.optimizer.state_dict(),
             "buffers": dict(self.model.named_buffers()),

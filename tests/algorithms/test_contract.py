@@ -15,6 +15,7 @@ from variants import variants
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
 from mpitrain.collectives.simulated import SimulatedWorld
+from mpitrain.errors import RankFailed
 from mpitrain.simulation import Simulation
 
 STARTS = np.random.default_rng(0).normal(size=(5, 40))
@@ -303,3 +304,26 @@ def test_who_declares_to_need_no_gradient_looks_at_none(method):
 
 def test_methods_that_make_the_update_need_the_gradient():
     assert all(method.needs_gradient for method in METHODS.values() if method.owns_update)
+
+
+@every_variant
+@pytest.mark.parametrize(("p", "victim"), [(2, 1), (4, 2), (4, 0)])
+def test_who_dies_is_left_behind_where_nobody_waits_and_missed_where_somebody_does(method, p, victim):
+    steps, made = 60, [0] * p
+
+    def count(simulation, rank):
+        made[rank] += 1
+        if (rank, made[rank]) == (victim, 5):
+            simulation.world.kill(victim)
+            simulation.workers[victim].x.local[...] = 1e9  # of no use to anybody from now on
+
+    simulation = simulate(method, p, start=STARTS[:p], eta=0.1, gradient=slope(H, B), largest_shard=8)
+    if method.is_synchronous:
+        with pytest.raises(RankFailed, match=f"^rank {victim} died"):
+            simulation.run(steps, count)
+        return
+    simulation.run(steps, count)
+    assert made == [5 if rank == victim else steps for rank in range(p)]
+    living = [rank for rank in range(p) if rank != victim]
+    assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in living)
+    assert np.abs(simulation.x()[living]).max() < 100

@@ -135,10 +135,12 @@ def test_waiting_for_an_owner_is_counted(world, locks):
         locks.acquire(home, index)
     world.barrier()
     if world.rank == 0:
+        for other in range(1, world.size):
+            world.comm.recv(source=other)
         time.sleep(0.2)
         locks.release(home, index, 0, updated=True)
     else:
-        version, waited = locks.acquire(home, index)
+        version, waited = locks.acquire(home, index, before_wait=lambda: world.comm.send(None, 0))
         locks.release(home, index, version, updated=True)
         assert waited > 0.1
 
@@ -159,7 +161,8 @@ def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch)
             return found
 
         monkeypatch.setattr(locks._words, "swap", watched)
-        assert locks.acquire(home, index, dead={0})[0] == 0
+        monkeypatch.setattr(type(world), "dead", {0})
+        assert locks.acquire(home, index)[0] == 0
         assert done == [(1, 2)]  # from rank 0's to its own: at no time was it anybody else's
         assert locks.owner(home, index) == 1
         locks.release(home, index, 0, updated=True)
@@ -170,15 +173,16 @@ def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch)
 
 
 @pytest.mark.ranks(2, 3, 4, 5)
-def test_survivors_share_the_lock_of_a_dead_rank(world, locks):
+def test_survivors_share_the_lock_of_a_dead_rank(world, locks, monkeypatch):
     n = 30
     home, index = last_word(world)
     if world.rank == 0:
         locks.acquire(home, index)
     world.barrier()
     if world.rank > 0:
+        monkeypatch.setattr(type(world), "dead", {0})
         for _ in range(n):
-            version, _ = locks.acquire(home, index, dead={0})
+            version, _ = locks.acquire(home, index)
             locks.release(home, index, version, updated=True)
     world.barrier()
     assert locks.acquire(home, index)[0] == n * (world.size - 1) if world.rank == 0 else True
