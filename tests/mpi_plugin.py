@@ -129,10 +129,23 @@ class Selection:
 
 
 class SingleProcess(Selection):
-    """One process, no launcher, no MPI."""
+    """One process, no launcher, no MPI; or several that share the tests (pytest-xdist), and one that shows them all."""
 
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config, 0, Watchdog())
+        self._told: str | None = None  # by one that has collected them, to the one that shows them
+
+    def pytest_sessionfinish(self) -> None:
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.pytest_report_collectionfinish(self.config)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._told = getattr(node, "workeroutput", {}).get("deselected", self._told)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._told is not None:
+            terminalreporter.write_line(self._told)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from launching import MPIS, Finished, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
+# The tests of a single process are shared by as many as there are cores: they often wait for what they have launched.
+PROCESSES = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "loadfile"]
 PASSED, FAILED = ("passed", "xfailed"), ("failed", "error", "errors", "xpassed")
 
 
@@ -77,7 +79,8 @@ def run(launches: list[Launch], pytest_arguments: list[str], *, timeout_seconds:
     """Runs one launch after the other and prints the table; returns the exit code."""
     verdicts: dict[Launch, Verdict] = {}
     for this in launches:
-        command = [python(this.mpi), "-m", "pytest", *(["-m", "ranks"] if this.n_ranks else []), *pytest_arguments]
+        kind = ["-m", "ranks"] if this.n_ranks else PROCESSES
+        command = [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments]
         # CI: the same Hypothesis examples every time.
         finished = launch(
             this.n_ranks,

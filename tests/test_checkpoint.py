@@ -22,8 +22,8 @@ from mpitrain import UsageError, checkpoint
 class Alone:
     """All that a checkpoint asks of a world."""
 
-    def __init__(self, rank=0, size=1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank=0, size=1, dead=()):
+        self.rank, self.size, self.dead = rank, size, frozenset(dead)
 
     def barrier(self):
         pass
@@ -133,6 +133,18 @@ def test_same_step_again_replaces(tmp_path):
     checkpoint.save(tmp_path, 3, {"x": 1}, ALONE)
     path = checkpoint.save(tmp_path, 3, {"x": 2}, ALONE)
     assert checkpoint.load(path, ALONE) == {"x": 2}
+
+
+def test_who_has_died_is_stood_in_for_by_the_next_that_lives(tmp_path):
+    def others_write():
+        partial = tmp_path / ".step-00000004.partial"
+        for rank in (3, 4) if partial.exists() else ():
+            checkpoint._write_file(partial / f"rank-{rank:05d}.h5", {"ranks": 6, "step": 4, "state": {"rank": rank}})
+
+    world = Alone(0, 6, dead={1, 2, 5})
+    world.barrier = others_write
+    path = checkpoint.save(tmp_path, 4, {"rank": 0}, world)
+    assert [checkpoint.load(path, Alone(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
 
 
 def test_each_rank_has_its_own_part(tmp_path):
