@@ -15,13 +15,17 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from launching import MPIS, Finished, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 # The tests of a single process are shared by as many as there are cores: they often wait for what they have launched.
-PROCESSES = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "loadfile"]
+CORES = len(os.sched_getaffinity(0))
+PROCESSES = ["-n", str(min(CORES, 8)), "--dist", "loadfile"] if find_spec("xdist") else []
 PASSED, FAILED = ("passed", "xfailed"), ("failed", "error", "errors", "xpassed")
 
 
@@ -76,25 +80,40 @@ def judge(finished: Finished, *, may_be_empty: bool) -> Verdict:
 
 
 def run(launches: list[Launch], pytest_arguments: list[str], *, timeout_seconds: float, selective: bool) -> int:
-    """Runs one launch after the other and prints the table; returns the exit code."""
-    verdicts: dict[Launch, Verdict] = {}
-    for this in launches:
+    """Runs the launches, as many at a time as the cores allow, and prints the table; returns the exit code."""
+
+    def finished_of(this: Launch) -> Finished:
         kind = ["-m", "ranks"] if this.n_ranks else PROCESSES
-        command = [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments]
-        # CI: the same Hypothesis examples every time.
-        finished = launch(
+        return launch(
             this.n_ranks,
-            command,
+            [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments],
             mpi=this.mpi,
             timeout_seconds=timeout_seconds,
-            extra_env={"CI": os.environ.get("CI") or "1"},
+            extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
         )
-        verdict = judge(finished, may_be_empty=selective)
-        verdicts[this] = verdict
-        if not verdict.good:
-            print(finished.output.rstrip())
-        print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
+
+    verdicts: dict[Launch, Verdict] = {}
+    for at_once in groups(launches, CORES):
+        with ThreadPoolExecutor(len(at_once)) as pool:
+            for this, finished in zip(at_once, pool.map(finished_of, at_once), strict=True):
+                verdict = judge(finished, may_be_empty=selective)
+                verdicts[this] = verdict
+                if not verdict.good:
+                    print(finished.output.rstrip())
+                print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
     return summarize(verdicts)
+
+
+def groups(launches: Sequence[Launch], cores: int) -> list[list[Launch]]:
+    """Launches that fit on the cores together: of as many ranks each, in their order. The single process fills them."""
+    made: list[list[Launch]] = []
+    for this in launches:
+        at_once = made[-1] if made else []
+        if at_once and at_once[0].n_ranks == this.n_ranks and 0 < this.n_ranks * (len(at_once) + 1) <= cores:
+            at_once.append(this)
+        else:
+            made.append([this])
+    return made
 
 
 def summarize(verdicts: dict[Launch, Verdict]) -> int:
@@ -138,7 +157,7 @@ def main() -> int:
             raise SystemExit(f"{python(mpi)} does not exist: run 'make setup', or choose --mpi active")
     ranks = sorted({int(n) for n in args.ranks.split(",")})
     launches = [Launch(mpis[0], 0)] if 0 in ranks else []
-    launches += [Launch(mpi, n) for mpi in mpis for n in ranks if n]
+    launches += [Launch(mpi, n) for n in ranks if n for mpi in mpis]
     passed_on = ["-q", "--color=no"] + (["-k", args.k] if args.k else []) + ["-x"] * args.x
     passed_on += (["--also", args.also] if args.also else []) + args.paths
     return run(launches, passed_on, timeout_seconds=args.timeout, selective=bool(args.k or args.paths))

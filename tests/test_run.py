@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from launching import Finished, environment, is_launched, launch
-from run import judge
+from run import Launch, groups, judge
 
 
 def finished(output: str, returncode: int = 0, *, timed_out: bool = False) -> Finished:
@@ -50,3 +50,11 @@ def test_a_command_that_does_not_end_is_ended_with_its_children() -> None:
     assert result.timed_out
     assert result.seconds < 10
     assert result.output == "started\n"
+
+
+@pytest.mark.parametrize(("cores", "at_once"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 1]), (4, [1, 2, 2])])
+def test_launches_run_together_where_the_cores_are_enough(cores: int, at_once: list[int]) -> None:
+    launches = [Launch("openmpi", 0), *(Launch(mpi, n) for n in (1, 2) for mpi in ("openmpi", "mpich"))]
+    made = groups(launches, cores)
+    assert [len(group) for group in made] == at_once
+    assert [launch for group in made for launch in group] == launches
