@@ -50,11 +50,11 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
     world.barrier()
     if world.rank == 0:
         _stand_in(partial, world)
-        _sync_folder(partial)
+        _sync(partial)
         if target.exists():  # written before a resume: this one replaces it
             shutil.rmtree(target)
         partial.rename(target)
-        _sync_folder(folder)
+        _sync(folder)
         for old in _complete(folder)[:-KEEP]:
             shutil.rmtree(old)
     world.barrier()
@@ -70,6 +70,7 @@ def _stand_in(folder: Path, world: World) -> None:
         after = (other % world.size for other in range(rank + 1, rank + world.size))
         heir = next(other for other in after if other not in world.dead)
         shutil.copyfile(folder / _file_name(heir), folder / _file_name(rank))
+        _sync(folder / _file_name(rank))
 
 
 def latest(folder: Path) -> Path | None:
@@ -111,12 +112,12 @@ def _write_file(path: Path, content: dict[str, Any]) -> None:
     with h5py.File(path, "w") as root:
         _write(root, content)
         root.flush()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

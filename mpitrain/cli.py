@@ -239,12 +239,14 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
     ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
     if result["replica_size"] > 1:
         ranks += f" ({result['workers']} worker{'s' * (result['workers'] > 1)})"
-    if result["died"]:
-        ranks += f" (of which {', '.join(map(str, result['died']))} died)"
     if not result["complete"]:
         how = f"on {ranks} with: mpitrain train --resume {folder}" if folder else "is not possible: there was no --out"
         print(f"stopped at step {result['steps']}; to continue {how}", file=sys.stderr)
     else:
+        if result["died"]:
+            from mpitrain.collectives.failures import names_of
+
+            ranks += f" ({names_of(result['died'])} died)"
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
         print(
             f"{result['algorithm']} on {ranks}: test accuracy {result['test_accuracy']:.2%}, "

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain.algorithms.averaging import Average, living
+from mpitrain.algorithms.averaging import Average
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
+from mpitrain.algorithms.peers import living
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init

@@ -26,13 +26,15 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain import kernels
 from mpitrain.collectives.communicator import Vector
-from mpitrain.errors import UsageError
+from mpitrain.collectives.failures import explained
+from mpitrain.errors import RankFailed, UsageError
 
 if TYPE_CHECKING:
     from mpitrain.collectives.mpi import MPICommunicator
@@ -172,7 +174,7 @@ class Desk:
     """
 
     def __init__(self, world: World, vector: np.ndarray, answer: Callable[[Any], None], busy: threading.Lock) -> None:
-        self._comm, self._members = world.comm, range(1, world.size)
+        self._world, self._comm, self._members = world, world.comm, range(1, world.size)
         self._vector, self._answer, self._busy = vector, answer, busy
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="replica-desk", daemon=True)
@@ -180,14 +182,18 @@ class Desk:
         atexit.register(self.stop)  # runs before MPI is finalized
 
     def _run(self) -> None:
+        with suppress(RankFailed), explained(self._world):  # the thread that makes the steps will say so
+            while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
+                for member in self._members:
+                    self._serve(member)
+
+    def _serve(self, member: int) -> None:
         question = np.empty(0, np.uint8)
-        while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
-            for member in self._members:
-                if self._comm.Iprobe(member, ASK):
-                    self._comm.Recv(question, member, ASK)
-                    with self._busy:
-                        self._answer(self._vector)
-                    self._comm.Send(self._vector.view(np.uint8), member, ANSWER)
+        if self._comm.Iprobe(member, ASK):
+            self._comm.Recv(question, member, ASK)
+            with self._busy:
+                self._answer(self._vector)
+            self._comm.Send(self._vector.view(np.uint8), member, ANSWER)
 
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""

@@ -57,9 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency", type=float, default=0.0, metavar="SECONDS", help="of an exchange (default: 0)")
     add("--bandwidth", type=float, default=math.inf, metavar="BYTES/S", help="of a worker's link (default: unlimited)")
     add("--straggler", type=cli.straggler, action="append", default=[], metavar="RANK:FACTOR", help="a slower worker")
+    add("--death", type=death, action="append", default=[], metavar="RANK:SECONDS", help="when a worker dies")
     add("--evaluations", type=int, default=10, help="on the test set, evenly over the run (default: %(default)s)")
     add("--out", type=Path, metavar="RUN", help="folder for the metrics, for mpitrain report")
     add("--json", action="store_true", help="the result as one JSON document")
+
+
+def death(text: str) -> tuple[int, float]:
+    """``RANK:SECONDS`` as numbers."""
+    rank, _, seconds = text.partition(":")
+    try:
+        return int(rank), float(seconds)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be RANK:SECONDS, such as 3:1.5, not {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,6 +155,7 @@ class Study:
         from mpitrain.trainer.evaluation import Evaluator
 
         self._args, self._dataset = args, dataset
+        self._deaths = dict(args.death)
         self._evaluator = Evaluator(model, dataset, "cpu")
         epochs = EPOCHS if args.epochs is None else args.epochs
         self._budget: int | None = args.gradients
@@ -171,8 +182,10 @@ class Study:
         return self._share() >= 1
 
     def step_made(self, simulation: Simulation, rank: int) -> None:
-        """A worker has made a step."""
+        """A worker has made a step, perhaps its last."""
         self._gradients += 1
+        if self._clock.clocks[rank] >= self._deaths.get(rank, math.inf):  # as this step began
+            simulation.world.kill(rank)
         loss = float(self._gradient.losses[rank])
         memory = min(0.95, 1 - 1 / self._gradients)
         self._losses = loss if self._gradients == 1 else memory * self._losses + (1 - memory) * loss
@@ -201,6 +214,7 @@ class Study:
             "train_loss": self._losses,
             "seconds": last["seconds"],
             "gradients": self._gradients,
+            "died": sorted(self._simulation.world.dead),
             "steps_of_workers": [worker.t for worker in self._simulation.workers],
             "bytes_sent": sum(s.bytes_sent for s in statistics),
             "exchanges": sum(s.n_exchanges for s in statistics),
@@ -217,18 +231,28 @@ class Study:
         """Of the budget that is used up."""
         if self._budget is not None:
             return self._gradients / self._budget
-        return float(self._clock.clocks.min()) / float(self._args.seconds)
+        return self._seconds() / float(self._args.seconds)
+
+    def _living(self) -> list[int]:
+        dead = self._simulation.world.dead
+        return [rank for rank in range(len(self._simulation.workers)) if rank not in dead]
+
+    def _seconds(self) -> float:
+        """That all workers who live have made."""
+        clocks = self._clock.clocks
+        return float((clocks[self._living()] if self._deaths else clocks).min())
 
     def _evaluate(self) -> None:
         simulation = self._simulation
-        simulation.workers[0].consensus(self._vector)
+        workers = [simulation.workers[rank] for rank in self._living()]
+        workers[0].consensus(self._vector)
         loss, accuracy = self._evaluator.evaluate(self._vector)
-        squares = [float(np.sum((worker.x.local - self._vector) ** 2)) for worker in simulation.workers]
+        squares = [float(np.sum((worker.x.local - self._vector) ** 2)) for worker in workers]
         self._evaluated += 1
         point = {
-            "seconds": float(self._clock.clocks.min()),
+            "seconds": self._seconds(),
             "gradients": self._gradients,
-            "step": simulation.workers[0].t,
+            "step": workers[0].t,
             "bytes": sum(comm.statistics.bytes_sent for comm in simulation.world.communicators),
             "epoch": self._gradients * self._args.batch_size / self._dataset.n_train,
             "consensus_distance": math.sqrt(float(np.mean(squares))),
@@ -323,6 +347,13 @@ def _config(args: argparse.Namespace) -> TrainConfig:
             raise UsageError(
                 f"--straggler {rank}:{factor:g} must be a worker from 0 to {args.workers - 1} and a factor of 1 or more"
             )
+    for rank, seconds in args.death:
+        if not (0 <= rank < args.workers and 0 <= seconds < math.inf):
+            raise UsageError(
+                f"--death {rank}:{seconds:g} must be a worker from 0 to {args.workers - 1} and a time of 0 or more"
+            )
+    if len({rank for rank, _ in args.death}) == args.workers:
+        raise UsageError("--death must leave a worker alive")
     common = {field.name for field in dataclasses.fields(TrainConfig)} & vars(args).keys()
     shared = {name: getattr(args, name) for name in common - {"epochs", "gradients", "straggler", "out"}}
     config = TrainConfig(settings=cli.settings_of(args.set), **shared)

@@ -62,6 +62,18 @@ def test_seconds_are_a_budget() -> None:
     assert done["seconds"] == pytest.approx(0.5)
 
 
+def test_who_dies_is_left_behind_and_who_waits_for_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--workers", "4", "--seconds", "2", "--step-seconds", "0.1", "--death", "0:0.55", "--death", "2:0.95"]
+    for algorithm in ("easgd", "gossip", "adpsgd"):
+        done = result("--algorithm", algorithm, *words)
+        assert done["died"] == [0, 2]
+        assert done["steps_of_workers"] == [7, 20, 11, 20]
+        assert done["seconds"] == pytest.approx(2)
+        assert done["test_loss"] < done["evaluation"][0]["test_loss"]
+    assert main(["simulate", "--algorithm", "allreduce", *words]) == 1
+    assert capsys.readouterr().err.count("rank 0 died, and who waits for it cannot go on") == 1
+
+
 def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     words = ["simulate", "--workers", "4", "--gradients", "60", "--set", "period=2", "--out", str(folder), "--json"]
@@ -88,6 +100,9 @@ def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureF
         (["--seconds", "inf"], "--seconds"),
         (["--straggler", "16:2"], "must be a worker from 0 to 15"),
         (["--straggler", "1:0.5"], "a factor of 1 or more"),
+        (["--death", "16:2"], "must be a worker from 0 to 15"),
+        (["--death", "1:-1"], "a time of 0 or more"),
+        (["--workers", "2", "--death", "0:1", "--death", "1:2"], "must leave a worker alive"),
         (["--algorithm", "nosuch"], "nosuch"),
         (["--set", "period=0"], "period"),
         (["--average", "median"], "average"),

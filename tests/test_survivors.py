@@ -30,13 +30,13 @@ def train(n_ranks: int, victim: int, *arguments: str, **environment: str) -> Fin
 
 def test_survivors_take_over_the_lock_of_the_dead_and_what_it_had_exchanged_is_kept() -> None:
     script = str(ROOT / "tests" / "surviving.py")
-    done = launch(4, [*ULFM, python("openmpi"), script, "1", "1.5"], timeout_seconds=IN_TIME_SECONDS)
+    done = launch(4, [*ULFM, python("openmpi"), script, "1"], timeout_seconds=IN_TIME_SECONDS)
     assert done.returncode == 0, done.output
     assert done.output.count("mpitrain: rank 1 of 4 died") == 1
     found = document_in(done.output)
     assert (found["dead"], found["living"]) == ([1], [0, 2, 3])
     assert found["finished"][1] == 20
-    assert all(visits > 20 for visits in (found["finished"][rank] for rank in (0, 2, 3)))
+    assert all(found["finished"][rank] >= 50 for rank in (0, 2, 3))
     assert found["wrong"] == 0
     assert found["once_more"] == found["unfinished"] > 0
 
@@ -45,7 +45,6 @@ def test_survivors_take_over_the_lock_of_the_dead_and_what_it_had_exchanged_is_k
     "method",
     [
         ["easgd", "--set", "overlap=true"],
-        ["easgd-tree", "--set", "degree=2"],
         ["gossip", "--set", "direction=push"],
         ["adpsgd"],
     ],
@@ -66,27 +65,29 @@ def test_a_run_goes_on_without_a_rank_that_died(method: list[str], tmp_path: Pat
 
 def test_a_checkpoint_of_the_survivors_is_resumed_by_all_ranks(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = train(3, 1, "--steps", "200", "--checkpoint-every", "100", "--out", str(run))
+    tree = ["--algorithm", "easgd-tree", "--set", "degree=2"]  # rank 2 had an inner node to save
+    done = train(4, 2, *tree, "--steps", "200", "--checkpoint-every", "100", "--out", str(run))
     assert done.returncode == 0, done.output
-    assert json.loads((run / "result.json").read_text())["steps_of_ranks"] == [200, 29, 200]
+    assert "easgd-tree on 4 ranks (rank 2 died): test accuracy" in done.output
+    assert json.loads((run / "result.json").read_text())["steps_of_ranks"] == [200, 200, 29, 200]
     done = launch(
-        3,
+        4,
         ["mpitrain", "train", "--resume", str(run), "--steps", "210"],
         timeout_seconds=IN_TIME_SECONDS,
         extra_env={"PYTHONPATH": str(ROOT / "tests"), "VICTIM": "-1"},
     )
     assert done.returncode == 0, done.output
     result = json.loads((run / "result.json").read_text())
-    assert (result["died"], result["steps_of_ranks"]) == ([], [210, 210, 210])  # the dead one went on as a twin
+    assert (result["died"], result["steps_of_ranks"]) == ([], [210, 210, 210, 210])  # the dead one went on as a twin
     assert result["test_accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("method", ["allreduce", "sgp"])
-def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: str) -> None:
-    done = train(3, 1, "--algorithm", method, "--minutes", "100")
+@pytest.mark.parametrize("method", [["allreduce"], ["sgp"], ["easgd", "--replica-size", "3"]], ids=" ".join)
+def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: list[str]) -> None:
+    done = train(3, 1, "--algorithm", *method, "--minutes", "100")
     assert done.returncode == 1, done.output
     assert "mpitrain: rank 1 of 3 died" in done.output
-    assert "rank 1 died, and here every rank is waited for: start again from the newest checkpoint" in done.output
+    assert "rank 1 died, and who waits for it cannot go on: start again from the newest checkpoint" in done.output
     assert "Traceback" not in done.output
 
 

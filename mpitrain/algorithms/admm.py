@@ -33,7 +33,8 @@ the alternating direction method of multipliers, 2011, section 7.1 (sync). Zhang
 for consensus optimization, 2014 (partial barrier, bounded delay).
 
 Deviations: the exact form of the round-robin equations is our reading. K and T_max are settings of the workers, as
-there is no server: T_max counts a worker's own turns. Shards of the center count their arrivals each for itself.
+there is no server: T_max counts a worker's own turns. Shards of the center count their arrivals each for itself. The
+last contribution of a worker that dies stays in the mean: at rest it is a spring of the others to that place.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ import numpy as np
 
 from mpitrain import kernels, theory
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker, setting
+from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.errors import UsageError
 
 ARRIVALS = 0
 """The tag of a shard that counts the contributions since the center was recomputed."""
+
+ROUNDING = 1e-3
+"""Of a center beside the mean of the contributions, as a part of the largest element: of many millions of turns."""
 
 MOST_MODELLED = 32
 """Workers in the matrix that a warning asks: with more its radius hardly changes."""
@@ -221,10 +226,10 @@ class TurnADMMWorker(ADMMWorker):
         self._center.read(out)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, multiplier and contribution and, with worker 0, the shared memory."""
+        """The clock, multiplier and contribution and, with one worker, the shared memory."""
         yield from super().state()
         yield "contribution", self._s
-        if self.comm.rank == 0:
+        if speaks_for_all(self.comm):
             if len(self._rows) > 1:
                 yield "arrivals", self._center.read_tags()
             for row, name in enumerate(self._rows):
@@ -238,7 +243,21 @@ class TurnADMMWorker(ADMMWorker):
         kernels.assign(self._s, state["contribution"])
         self._clock.local[0] = self.t
         self._seen = [0.0] * self.comm.size
-        self._seed(state)
+        self._seed(self._mended(state))
+
+    def _mended(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with the mean of the contributions as they are now, where that is another one. Collective.
+
+        It is where a worker had died: the contribution that it begins with is that of another one.
+        """
+        mean = self._s.copy()
+        self.comm.reduce(mean)
+        if self.comm.rank != 0:
+            return state
+        mean = kernels.to_host(mean) / self.comm.size
+        name = self._rows[-1]
+        near = np.allclose(mean, state[name], rtol=0, atol=ROUNDING * float(np.abs(mean).max(initial=0.0)))
+        return state if near else {**state, name: mean}
 
     def _visit(self, part: slice, shard: Any) -> int:
         """The turn in one shard, under its lock; with the K-th arrival in it the center becomes the mean."""

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from mpitrain import kernels
 from mpitrain.algorithms.method import Replica, setting
 from mpitrain.algorithms.parameter_server import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
+from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.theory import downpour_warning
 
 CLOCK = 0
@@ -117,7 +118,7 @@ class AveragingWorker(DisplacementWorker):
     def state(self) -> Iterator[tuple[str, Any]]:
         """DOWNPOUR's, with the average and the shards' clocks."""
         yield from super().state()
-        if self.comm.rank == 0:
+        if speaks_for_all(self.comm):
             yield "clocks", self._center.read_tags()
 
     def load(self, state: dict[str, Any]) -> None:

@@ -30,8 +30,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import living
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.peers import living
 from mpitrain.collectives.topology import Topology, topology
 
 AVERAGED = 1

@@ -20,8 +20,8 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.method import Replica, Segment, Worker
+from mpitrain.algorithms.peers import living
 from mpitrain.collectives.communicator import Communicator, Vector
-from mpitrain.collectives.topology import uniform_peer
 from mpitrain.errors import UsageError
 
 KINDS = ("polyak", "moving")
@@ -86,20 +86,6 @@ class Average:
     def carry(self, worker: Worker, replica: Replica) -> Worker:
         """The worker, with an average beside it. Collective."""
         return AveragedWorker(self, worker, replica)
-
-
-def living(comm: Communicator) -> list[int]:
-    """The workers that have not died, as far as this one knows. Local."""
-    dead = comm.dead
-    return [rank for rank in range(comm.size) if rank not in dead]
-
-
-def draw_peer(comm: Communicator, rng: np.random.Generator) -> int | None:
-    """A worker drawn uniformly from the others that live; None where there is none. Local."""
-    if not comm.dead:
-        return uniform_peer(rng, comm.rank, comm.size) if comm.size > 1 else None
-    others = [rank for rank in living(comm) if rank != comm.rank]
-    return others[int(rng.integers(len(others)))] if others else None
 
 
 def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:

@@ -36,6 +36,7 @@ import numpy as np
 
 from mpitrain import kernels, theory
 from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
+from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.errors import UsageError
 from mpitrain.theory.elastic import GradPoint, Order
@@ -272,8 +273,8 @@ class AsynchronousCenter:
         self._c.read(out)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The whole center, in worker 0's part of a checkpoint."""
-        if self._comm.rank == 0:
+        """The whole center, in the part of a checkpoint that is worker 0's, or of the first that lives."""
+        if speaks_for_all(self._comm):
             values = np.empty(self._c.n, self._dtype)
             self._c.read(values)
             yield "center", values

@@ -27,8 +27,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import draw_peer, mean_of_workers
+from mpitrain.algorithms.averaging import mean_of_workers
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.peers import draw_peer
 
 WEIGHT = 1
 """The tag of a mailbox with the weight of what lies in it; 0: it is empty."""

@@ -24,8 +24,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import draw_peer, mean_of_workers
+from mpitrain.algorithms.averaging import mean_of_workers
 from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
+from mpitrain.algorithms.peers import draw_peer
 
 COUNT = 1
 """The tag of a mailbox that counts the vectors summed in it."""

@@ -301,6 +301,9 @@ class AsynchronousLSGDWorker(LSGDWorker):
             for following in begun:
                 following.round, following.pending = total // (self.comm.size * following.period), True
             self._publish(total)
+        dead = list(self.comm.dead)  # nobody waits for these
+        self._board[dead, STAMP] = math.inf
+        self._board[dead, LOSS] = math.inf
         self._pull([f for f in (self._group, self._all) if f.pending and self._published(f)[f.members].all()])
 
     def _look(self) -> None:

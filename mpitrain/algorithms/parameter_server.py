@@ -27,6 +27,7 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.method import Method, Replica, Worker
+from mpitrain.algorithms.peers import speaks_for_all
 
 DOWNPOUR_RATE = 0.25
 """The learning rate of methods whose center takes every commit in full, relative to that of SGD alone.
@@ -116,11 +117,11 @@ class CenterWorker(Worker):
         return {"staleness": float(self._center.staleness)}
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, how old the last pull is, and, with worker 0, all of the shared memory."""
+        """The clock, how old the last pull is, and, with one worker, all of the shared memory."""
         yield from super().state()
         yield "steps", self._steps
         yield "lags", self._center.lags()
-        if self.comm.rank == 0:
+        if speaks_for_all(self.comm):
             for row, name in enumerate(self.rows):
                 values = np.empty(self._center.n, self._dtype)
                 self._center.read(values, row)

@@ -27,6 +27,7 @@ import numpy as np
 
 from mpitrain.algorithms.method import Replica, setting
 from mpitrain.algorithms.parameter_server import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
+from mpitrain.algorithms.peers import living
 from mpitrain.theory import downpour_warning
 
 
@@ -74,7 +75,7 @@ class ZealousWorker(DisplacementWorker):
 
     def is_busy(self) -> bool:
         """Whether another worker is visiting the center now. Local."""
-        return any(self._visits(rank) for rank in range(self.comm.size) if rank != self.comm.rank)
+        return any(self._visits(rank) for rank in living(self.comm) if rank != self.comm.rank)
 
     def commit(self) -> None:
         """Commit and pull, for all to see. Local."""

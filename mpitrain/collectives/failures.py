@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mpitrain.errors import HEARD_SECONDS, RankFailed
+from mpitrain.errors import HEARD_SECONDS, RankFailed, UsageError
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world import World
@@ -50,10 +50,21 @@ def are_asked_for() -> bool:
 
 
 def are_told() -> bool:
-    """Whether ranks outlive one that dies, and hear of it: the launcher and this MPI see to it. Local."""
+    """Whether ranks outlive one that dies, and hear of it: the launcher and this MPI see to it. Local.
+
+    Raises:
+        UsageError: They would outlive it, but this MPI lets one thread only call it, and nobody would hear.
+    """
     from mpi4py import MPI
 
-    return are_asked_for() and MPI.get_vendor()[0] == "Open MPI" and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+    if not are_asked_for() or MPI.get_vendor()[0] != "Open MPI":
+        return False
+    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise UsageError(
+            "this MPI lets one thread of a rank call it (mpitrain info), and to outlive a rank that dies takes two: "
+            "leave --with-ft ulfm out"
+        )
+    return True
 
 
 def names_of(ranks: Collection[int]) -> str:
@@ -69,8 +80,7 @@ def require_all(dead: Collection[int]) -> None:
     """
     if dead:
         raise RankFailed(
-            f"{names_of(dead)} died, and here every rank is waited for: "
-            "start again from the newest checkpoint, or take a method in which nobody waits (mpitrain algorithms)"
+            f"{names_of(dead)} died, and who waits for it cannot go on: start again from the newest checkpoint"
         )
 
 
@@ -186,4 +196,5 @@ def _means_a_death(error: Any, world: World) -> bool:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(world.dead) == known and time.monotonic() < deadline:
         time.sleep(SECONDS_BETWEEN_LOOKS)
+        world.look_for_the_dead()
     return len(world.dead) > known

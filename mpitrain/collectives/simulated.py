@@ -62,6 +62,7 @@ class SimulatedWorld:
         everybody = Group(tuple(range(size)))
         self.communicators = [SimulatedCommunicator(self, rank, everybody) for rank in range(size)]
         self._hub: greenlet | None = None
+        self._unfinished: set[int] = set()  # workers of the present run
         self._waiting: set[int] = set()  # workers inside a collective that others have not reached
         self._conditions: dict[int, Callable[[], bool]] = {}  # of workers that wait for what others do
 
@@ -81,7 +82,7 @@ class SimulatedWorld:
         for communicator in self.communicators:
             communicator.begin()
         results: list[Any] = [None] * self.size
-        unfinished = set(range(self.size))
+        unfinished = self._unfinished = set(range(self.size)) - self.dead
 
         def body(rank: int) -> Callable[[], None]:
             def run_program() -> None:
@@ -91,7 +92,7 @@ class SimulatedWorld:
             return run_program
 
         workers = [greenlet(body(rank)) for rank in range(self.size)]
-        while unfinished - self.dead:
+        while unfinished:
             ready = self._ready(unfinished)
             chosen = self.schedule.choose(ready)
             if chosen is None:
@@ -105,7 +106,7 @@ class SimulatedWorld:
             if condition():
                 del self._conditions[rank]
                 self.schedule.released(rank)
-        ready = sorted(unfinished - self.dead - self._waiting - self._conditions.keys())
+        ready = sorted(unfinished - self._waiting - self._conditions.keys())
         if not ready:
             stuck = [
                 f"workers {sorted(ranks)} wait {for_what}"
@@ -121,6 +122,7 @@ class SimulatedWorld:
     def kill(self, rank: int) -> None:
         """A worker dies: it never runs again, its memory stays, and whoever waits for it gets ``RankFailed``."""
         self.dead |= {rank}
+        self._unfinished.discard(rank)
         self._waiting.clear()  # they look again
         self._conditions.clear()
 
@@ -129,12 +131,12 @@ class SimulatedWorld:
         if self._hub is not None and getcurrent() is not self._hub:
             self._hub.switch()
 
-    def wait_until(self, rank: int, condition: Callable[[], bool]) -> None:
-        """Let the others go on until the condition holds. Called by a worker."""
+    def wait_until(self, rank: int, condition: Callable[[], bool], group: Group) -> None:
+        """Let the others go on until the condition holds, or one of the group has died. Called by a worker."""
         while not condition():
             if self._hub is None or getcurrent() is self._hub:
                 raise RuntimeError("only a worker of a program given to SimulatedWorld.run can wait for the others")
-            require_all(self.dead)
+            require_all(self.dead.intersection(group.ranks))
             self._conditions[rank] = condition
             self.give_way()
 
@@ -369,7 +371,7 @@ class SimulatedCommunicator:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that others do makes ``condition()`` true. Local."""
-        self.world.wait_until(self._rank, condition)
+        self.world.wait_until(self._rank, condition, self._group)
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""

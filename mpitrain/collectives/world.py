@@ -112,7 +112,8 @@ class World:
 
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._members: Sequence[int] | None = None if whole is None else comm.allgather(whole.rank)
+        # Of a part of a world: its ranks as those of the whole one.
+        self._members: Sequence[int] | None = None if whole is None else comm.allgather(whole._in_the_whole(whole.rank))
         self._failures: failures.Failures | None
         if whole is not None:
             self._failures = whole._failures
@@ -217,13 +218,18 @@ class World:
             return dead
         return frozenset(rank for rank, member in enumerate(self._members) if member in dead)
 
+    def _in_the_whole(self, rank: int) -> int:
+        return rank if self._members is None else self._members[rank]
+
     def require_all(self) -> None:
         """Raise if a rank has died. Local.
 
         Raises:
-            RankFailed: It says who.
+            RankFailed: It says who, as a rank of the whole world.
         """
-        failures.require_all(self.dead)
+        dead = self.dead
+        if dead:
+            failures.require_all([self._in_the_whole(rank) for rank in dead])
 
     def together(self, collective: Callable[[Any], T]) -> T:
         """What ``collective(comm)`` returns, done by all ranks that live. Collective.
@@ -357,9 +363,10 @@ def _finalize() -> None:
     """End MPI, where everybody lives: Open MPI's MPI_Finalize may wait for the dead for ever. Collective; at exit."""
     from mpi4py import MPI
 
-    if _world is not None:
-        _world.barrier()
-    if (_world is None or _world.is_whole) and not MPI.Is_finalized():
+    if _world is None or MPI.Is_finalized():  # it ended before it was a world, or has ended MPI itself
+        return
+    _world.barrier()
+    if _world.is_whole:
         MPI.Finalize()
 
 

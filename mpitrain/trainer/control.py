@@ -93,14 +93,22 @@ class Control:
             self._looked = now
             self._heard()
 
+    def require_leader(self) -> None:
+        """Raise if rank 0 has died. Local; after a barrier, on all ranks or on none.
+
+        Raises:
+            RankFailed: It says so.
+        """
+        if 0 in self._world.dead:
+            raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
+
     def _heard(self) -> bool:
         """Note what rank 0 has ordered; whether it has said that all have made their last step. Local.
 
         Raises:
             RankFailed: It will give no more orders.
         """
-        if 0 in self._world.dead:
-            raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
+        self.require_leader()
         row = self._board.read_rank(0)
         self._saves, self._stop = int(row["saves"]), bool(row["stop"])
         return bool(row["over"])

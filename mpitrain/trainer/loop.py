@@ -207,6 +207,7 @@ class Trainer:
             elif self.world.rank == 0:
                 self._record(self._seconds())
         self.world.barrier()
+        self.control.require_leader()
 
     def _finish(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
         """Evaluate the end, save it if it is not saved yet, and write down what came out. Collective."""
@@ -226,6 +227,7 @@ class Trainer:
             if complete and self.folder is not None:
                 runfolder.write_json(self.folder / "result.json", document)
         result: dict[str, Any] = self.world.together(lambda comm: comm.bcast(document))
+        self.control.require_leader()
         return result
 
     def _seconds(self) -> float:
@@ -332,6 +334,7 @@ class Trainer:
         began = time.perf_counter()
         seconds = self._seconds()
         self.world.barrier()
+        self.control.require_leader()
         number = self.world.together(lambda comm: int(comm.bcast(self.step)))
         state = {
             "optimizer": self.optimizer.state_dict(),

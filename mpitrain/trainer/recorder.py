@@ -5,7 +5,7 @@ Every rank writes its counters on a board after each step; rank 0 reads it a few
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,21 @@ class Totals:
 
     Args:
         board: (p,) of each counter, (p, bins) of each histogram.
+        dead: Ranks whose loss is of the past.
 
     Attributes:
         board: The same.
     """
 
-    def __init__(self, board: dict[str, np.ndarray]) -> None:
+    def __init__(self, board: dict[str, np.ndarray], dead: Collection[int] = ()) -> None:
         self.steps_of_ranks = board["steps"].astype(int).tolist()
         self.gradients, self.bytes = int(board["steps"].sum()), int(board["bytes"].sum())
         self.rejected, self.exchanges = int(board["rejected"].sum()), int(board["exchanges"].sum())
         self.lock_wait_seconds = float(board["lock_wait"].sum())
         self.board = board
-        finite = board["loss"][np.isfinite(board["loss"]) & (board["steps"] > 0)]
-        self.loss = float(finite.mean()) if finite.size else float("nan")
+        counts = np.isfinite(board["loss"]) & (board["steps"] > 0)
+        counts[list(dead)] = False
+        self.loss = float(board["loss"][counts].mean()) if counts.any() else float("nan")
         busy = max(sum(float(board[name].sum()) for name in SHARES), 1e-12)
         self.shares = {name: float(board[name].sum()) / busy for name in SHARES}
 
@@ -148,7 +150,7 @@ class Recorder:
 
     def totals(self) -> Totals:
         """Sums over all ranks as they stand now. Local."""
-        return Totals(self._board.read())
+        return Totals(self._board.read(), self._world.dead)
 
     def record(self, seconds: float, step: int, learning_rate: float, *, now: bool = False) -> None:
         """Move the progress bar on and append a row of metrics, if it is time (or ``now``). Local; rank 0 only."""

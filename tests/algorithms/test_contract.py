@@ -327,3 +327,10 @@ def test_who_dies_is_left_behind_where_nobody_waits_and_missed_where_somebody_do
     living = [rank for rank in range(p) if rank != victim]
     assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in living)
     assert np.abs(simulation.x()[living]).max() < 100
+
+    parts = states(simulation)  # as a checkpoint has them: the next that lives stands in
+    parts[victim] = parts[(victim + 1) % p]
+    again = load(run(method, p, 0), parts)
+    assert np.abs(again.consensus(0) - simulation.consensus(living[0])).max() < 10
+    again.run(steps)
+    assert np.abs(again.x()).max() < 100

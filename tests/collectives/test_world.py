@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from standin_gpu import StandInGpu
 
 import mpitrain
 from mpitrain import UsageError
+from mpitrain.errors import RankFailed
 from mpitrain.kernels import gpu
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
@@ -188,3 +190,24 @@ def test_the_way_between_nodes_is_told(two_nodes, windows, one_node):
     assert "messages" in ways[0]
     assert "RMA window" in ways[1]
     assert ways[2] == "not used"
+
+
+@pytest.mark.ranks(4, 5)
+def test_parts_of_parts_count_the_dead_by_their_own_ranks(world):
+    odd = world.split(world.rank % 2)
+    last = odd.split(odd.rank == odd.size - 1)
+    others = world.split(world.rank in (1, 3))
+    for part in (world, odd, last, others):
+        part._failures = SimpleNamespace(dead=frozenset({2, 3}))
+    try:
+        members = {part: part.comm.allgather(world.rank) for part in (odd, last, others)}
+        for part, ranks in members.items():
+            assert part.dead == {k for k, rank in enumerate(ranks) if rank in (2, 3)}
+            if part.dead:
+                with pytest.raises(RankFailed, match=", ".join(str(rank) for rank in ranks if rank in (2, 3))):
+                    part.require_all()
+    finally:
+        for part in (world, odd, last, others):
+            part._failures = None
+    for part in (last, odd, others):
+        part.free()
