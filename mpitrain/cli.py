@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.transport import TRANSPORTS
-from mpitrain.errors import HEARD_SECONDS, RankFailed, UsageError
+from mpitrain.errors import HEARD_SECONDS, TURN_SECONDS, RankFailed, UsageError
 from mpitrain.kernels.wire import NAMES as WIRE_FORMATS
 from mpitrain.version import __version__
 
@@ -68,7 +68,9 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
     """
     rank = _rank()
     if rank != 0:
-        time.sleep(GRACE_SECONDS)  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
+        time.sleep(
+            GRACE_SECONDS + rank * TURN_SECONDS
+        )  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
         if on_all_ranks:
             return code
     where = f" (rank {rank})" if rank else ""

@@ -4,6 +4,10 @@ HEARD_SECONDS = 0.3
 """How long a rank waits between its last words and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
 what they wrote a moment before."""
 
+TURN_SECONDS = 0.5
+"""How much later than the rank before it one ends all ranks, where several might: Open MPI's launcher may hang when two
+do so at once after a third one has died."""
+
 
 class UsageError(ValueError):
     """A mistake in what was asked for, not in mpitrain.

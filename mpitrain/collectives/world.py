@@ -25,7 +25,7 @@ from mpitrain.collectives.device import bind, shared_gpus, take
 from mpitrain.collectives.partition import emulated_nodes
 from mpitrain.collectives.progress import ProgressThread
 from mpitrain.collectives.transport import TRANSPORTS, Transport, choose
-from mpitrain.errors import HEARD_SECONDS, UsageError
+from mpitrain.errors import HEARD_SECONDS, TURN_SECONDS, UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.gpu import Gpu
 
@@ -324,7 +324,7 @@ class World:
         """End every rank now, with this exit code. Local."""
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(HEARD_SECONDS)
+        time.sleep(HEARD_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))
         self.comm.Abort(code)
 
 
