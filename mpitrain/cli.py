@@ -68,9 +68,8 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
     """
     rank = _rank()
     if rank != 0:
-        time.sleep(
-            GRACE_SECONDS + rank * TURN_SECONDS
-        )  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
+        turn = rank * TURN_SECONDS if code == EXIT_FAILURE else 0.0
+        time.sleep(GRACE_SECONDS + turn)  # a launcher may end all ranks when the first ends, and rank 0 has to be heard
         if on_all_ranks:
             return code
     where = f" (rank {rank})" if rank else ""
