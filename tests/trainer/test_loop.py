@@ -26,7 +26,10 @@ GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 3000  # of a tiny model, in a second i
 def test_every_method_learns_the_digits(world, name):
     lr = 0.05 * METHODS[name].learning_rate_factor
     settings = {key: str(value) for key, value in METHODS[name].short_run.items()}
-    result = train(TrainConfig(name, settings, lr=lr, epochs=20, batch_size=16, quiet=True), world)
+    for _ in range(3):  # who gossips with a rank that is kept from its core is drawn back to where that one stands
+        result = train(TrainConfig(name, settings, lr=lr, epochs=20, batch_size=16, quiet=True), world)
+        if min(result["steps_of_ranks"]) > max(result["steps_of_ranks"]) / 2:
+            break
     assert result["test_accuracy"] >= 0.9
     assert result["test_loss"] < 0.5
     assert result["rejected"] == 0
