@@ -168,11 +168,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def straggler(text: str) -> tuple[int, float]:
     """``RANK:FACTOR`` as numbers."""
-    rank, _, factor = text.partition(":")
+    return rank_and_number(text, "RANK:FACTOR, such as 1:4")
+
+
+def rank_and_number(text: str, form: str) -> tuple[int, float]:
+    """A rank and a number, with a colon between them; ``form`` says so to a user who gave something else."""
+    rank, _, number = text.partition(":")
     try:
-        return int(rank), float(factor)
+        return int(rank), float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be RANK:FACTOR, such as 1:4, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be {form}, not {text!r}") from None
 
 
 def settings_of(pairs: Sequence[str]) -> dict[str, str]:

@@ -65,11 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def death(text: str) -> tuple[int, float]:
     """``RANK:SECONDS`` as numbers."""
-    rank, _, seconds = text.partition(":")
-    try:
-        return int(rank), float(seconds)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be RANK:SECONDS, such as 3:1.5, not {text!r}") from None
+    return cli.rank_and_number(text, "RANK:SECONDS, such as 3:1.5")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -234,8 +230,9 @@ class Study:
         return self._seconds() / float(self._args.seconds)
 
     def _living(self) -> list[int]:
-        dead = self._simulation.world.dead
-        return [rank for rank in range(len(self._simulation.workers)) if rank not in dead]
+        from mpitrain.algorithms.peers import living
+
+        return living(self._simulation.world.communicators[0])
 
     def _seconds(self) -> float:
         """That all workers who live have made."""

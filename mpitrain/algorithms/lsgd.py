@@ -301,15 +301,14 @@ class AsynchronousLSGDWorker(LSGDWorker):
             for following in begun:
                 following.round, following.pending = total // (self.comm.size * following.period), True
             self._publish(total)
-        dead = list(self.comm.dead)  # nobody waits for these
-        self._board[dead, STAMP] = math.inf
-        self._board[dead, LOSS] = math.inf
         self._pull([f for f in (self._group, self._all) if f.pending and self._published(f)[f.members].all()])
 
     def _look(self) -> None:
-        """What all workers show now."""
+        """What all workers show now; of the dead nobody waits for anything, and nobody follows them."""
         for peer in range(self.comm.size):
             self.comm.read(self._shown, peer, partial(np.copyto, self._board[peer]))
+        dead = list(self.comm.dead)
+        self._board[dead, STAMP] = self._board[dead, LOSS] = math.inf
 
     def _publish(self, total: int) -> None:
         self._boxes.publish(self.x.local)

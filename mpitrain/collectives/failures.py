@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -72,6 +72,11 @@ def names_of(ranks: Collection[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"
 
 
+def of_part(dead: frozenset[int], members: Sequence[int]) -> frozenset[int]:
+    """The dead by their ranks in a part, whose ``members`` are given by their ranks in the whole. Local."""
+    return frozenset(rank for rank, member in enumerate(members) if member in dead) if dead else dead
+
+
 def require_all(dead: Collection[int]) -> None:
     """Raise if somebody is missing. Local.
 
@@ -92,20 +97,17 @@ class Failures:
 
     Attributes:
         dead: Those known to have died. It grows, by being replaced.
+        leaves_no_survivors: Whether nobody can go on without all the others: whoever dies takes them along.
     """
 
     def __init__(self, comm: Any) -> None:
         self.dead = NOBODY
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
-        self._leave_no_survivors = False
+        self.leaves_no_survivors = False
         self._stopped, self._looking = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mpi-failures", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # runs before MPI is finalized
-
-    def end_all(self) -> None:
-        """From now on nobody can go on without all the others: whoever dies takes them along. Local."""
-        self._leave_no_survivors = True
 
     def _run(self) -> None:
         while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
@@ -127,10 +129,10 @@ class Failures:
 
     def _tell(self, news: frozenset[int]) -> None:
         text = f"{names_of(news)} of {self._size} died"
-        if self._leave_no_survivors:
+        if self.leaves_no_survivors:
             text += ", with memory that the others need: start again from the newest checkpoint"
         print(f"mpitrain: {text}", file=sys.stderr, flush=True)
-        if self._leave_no_survivors:
+        if self.leaves_no_survivors:
             self._stopped.wait(HEARD_SECONDS)
             self._comm.Abort(1)
 

@@ -18,7 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from mpitrain.collectives.background import Started
 from mpitrain.collectives.blocks import N_TAGS, Block
-from mpitrain.collectives.failures import require_all
+from mpitrain.collectives.failures import of_part, require_all
 from mpitrain.collectives.mailboxes import Mailboxes
 from mpitrain.collectives.partition import shards, split
 from mpitrain.collectives.schedules import RoundRobin, Schedule
@@ -287,8 +287,7 @@ class SimulatedCommunicator:
     @property
     def dead(self) -> frozenset[int]:
         """Workers that have died. Local."""
-        dead = self.world.dead
-        return frozenset(k for k, member in enumerate(self._group.ranks) if member in dead) if dead else dead
+        return of_part(self.world.dead, self._group.ranks)
 
     @property
     def _rank(self) -> int:

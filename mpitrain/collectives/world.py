@@ -147,8 +147,8 @@ class World:
         own = ProgressThread(comm) if needs_progress else None
         self._progress: ProgressThread | None = own if whole is None else whole._progress
         self.service = own if _between_nodes_setting() == "messages" else None
-        if self._failures is not None and (self.n_nodes > 1 or self.gpu is not None):
-            self._failures.end_all()
+        if self._failures is not None and whole is None:
+            self._failures.leaves_no_survivors = self.n_nodes > 1 or self.gpu is not None
 
     def _bound(self, device: str) -> str:
         """This rank's device. Collective: a problem of one rank is everybody's, who would wait for it otherwise."""
@@ -214,9 +214,7 @@ class World:
     def dead(self) -> frozenset[int]:
         """Ranks that have died, as far as this one knows (``collectives.failures``). Local."""
         dead = failures.NOBODY if self._failures is None else self._failures.dead
-        if not dead or self._members is None:
-            return dead
-        return frozenset(rank for rank, member in enumerate(self._members) if member in dead)
+        return dead if self._members is None else failures.of_part(dead, self._members)
 
     def _in_the_whole(self, rank: int) -> int:
         return rank if self._members is None else self._members[rank]
@@ -227,9 +225,7 @@ class World:
         Raises:
             RankFailed: It says who, as a rank of the whole world.
         """
-        dead = self.dead
-        if dead:
-            failures.require_all([self._in_the_whole(rank) for rank in dead])
+        failures.require_all([self._in_the_whole(rank) for rank in self.dead])
 
     def together(self, collective: Callable[[Any], T]) -> T:
         """What ``collective(comm)`` returns, done by all ranks that live. Collective.
@@ -316,7 +312,7 @@ class World:
 
     def _after_a_death(self) -> str:
         """What becomes of the others."""
-        if self._failures is None or self.n_nodes > 1 or self.gpu is not None:
+        if self._failures is None or self._failures.leaves_no_survivors:
             return "ends all ranks"
         return "is left behind by methods in which nobody waits; it ends the others"
 
