@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launching import ROOT, Finished, launch, python
 
-IN_TIME_SECONDS = 90.0  # a hang would last for ever
+IN_TIME_SECONDS = 240.0  # a hang would last for ever
 ULFM = ["--with-ft", "ulfm"]
 TRAIN = [*ULFM, "mpitrain", "train", "--quiet", "--model", "small_models:kills_a_rank", "--evaluate-every", "1000"]
 

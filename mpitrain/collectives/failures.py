@@ -18,6 +18,7 @@ https://fault-tolerance.org), and this is what they make of it:
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 import threading
@@ -41,6 +42,9 @@ PATIENCE_SECONDS = 1.0
 SWITCH = "OMPI_MCA_mpi_ft_enable"
 """Environment: what ``mpirun --with-ft ulfm`` sets for its ranks."""
 
+FINALIZE_WITHOUT_BARRIER = "ompi_async_mpi_finalize"
+"""Of Open MPI's library: the flag behind its parameter of that name."""
+
 NOBODY: frozenset[int] = frozenset()
 
 
@@ -52,8 +56,12 @@ def are_asked_for() -> bool:
 def are_told() -> bool:
     """Whether ranks outlive one that dies, and hear of it: the launcher and this MPI see to it. Local.
 
+    If so, they do not wait for it at the end either: the launcher's barrier in MPI_Finalize, which the dead may never
+    come to, is left out.
+
     Raises:
-        UsageError: They would outlive it, but this MPI lets one thread only call it, and nobody would hear.
+        UsageError: They would outlive it, but this MPI lets one thread only call it, and nobody would hear; or it has
+            no way to leave that barrier out.
     """
     from mpi4py import MPI
 
@@ -64,6 +72,12 @@ def are_told() -> bool:
             "this MPI lets one thread of a rank call it (mpitrain info), and to outlive a rank that dies takes two: "
             "leave --with-ft ulfm out"
         )
+    try:  # the parameter itself is read when MPI starts, which a script may have done before
+        ctypes.c_bool.in_dll(ctypes.CDLL(MPI.__file__), FINALIZE_WITHOUT_BARRIER).value = True
+    except ValueError as error:
+        raise UsageError(
+            f"this Open MPI's MPI_Finalize would wait for a rank that died ({error}): leave --with-ft ulfm out"
+        ) from error
     return True
 
 

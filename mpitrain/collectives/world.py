@@ -6,7 +6,6 @@ rank ends all of them. A script that runs without a launcher is a world of one r
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import sys
@@ -328,11 +327,6 @@ LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 def _start_mpi() -> Any:
-    if failures.are_asked_for() and "mpi4py.MPI" not in sys.modules:
-        import mpi4py
-
-        mpi4py.rc.finalize = False
-        atexit.register(_finalize)
     inside_mpirun = any(name in os.environ for name in LAUNCHER_VARIABLES)
     if not inside_mpirun and "SLURM_PROCID" not in os.environ:
         # One rank needs no network; without this Open MPI's wheel complains of UCX at every window.
@@ -353,17 +347,6 @@ def _start_mpi() -> Any:
             "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
         )
     return MPI.COMM_WORLD.Dup()
-
-
-def _finalize() -> None:
-    """End MPI, where everybody lives: Open MPI's MPI_Finalize may wait for the dead for ever. Collective; at exit."""
-    from mpi4py import MPI
-
-    if _world is None or MPI.Is_finalized():  # it ended before it was a world, or has ended MPI itself
-        return
-    _world.barrier()
-    if _world.is_whole:
-        MPI.Finalize()
 
 
 def _emulated_nodes_setting() -> int:
