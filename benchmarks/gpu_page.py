@@ -16,23 +16,14 @@ from typing import Any
 
 import gpu_machine
 import numpy as np
+from kept import Result, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
-from page import (
-    DPI,
-    GREY,
-    RESULTS,
-    Result,
-    bars_of,
-    body,
-    bytes_axis,
-    circumstances,
-    load,
-    plain_log_y,
-    table_of_bars,
-)
+from page import DPI, body, circumstances, table_of_bars
+from plots import GREY, bars_of, bytes_axis, plain_log_y
+from record import RESULTS
 from timing import name_of
 
 from mpitrain.report.style import COLOURS, Dash, tidy

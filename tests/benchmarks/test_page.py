@@ -23,6 +23,18 @@ def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("page")
 
 
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("plots")
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("kept")
+
+
 def document(results: Any, mpi: str = "openmpi", ranks: int = 2, **more: Any) -> dict[str, Any]:
     machine = {"cores": 2, "processor": "a processor"}
     versions = {"mpitrain": "0.1", "torch": "2.13"}
@@ -69,7 +81,7 @@ def everything(folder: Path) -> None:
     keep(folder, "compare", document([], rows=[{"algorithm": "easgd", **row}], target_accuracy=0.95))
 
 
-def test_results_come_benchmark_by_benchmark(page: ModuleType, tmp_path: Path) -> None:
+def test_results_come_benchmark_by_benchmark(kept: ModuleType, tmp_path: Path) -> None:
     for name in (
         "steps-openmpi",
         "collectives-mpich-4",
@@ -80,7 +92,7 @@ def test_results_come_benchmark_by_benchmark(page: ModuleType, tmp_path: Path) -
     ):
         mpi = "mpich" if "mpich" in name else "openmpi"
         keep(tmp_path, name, document([], mpi, 4 if name.endswith("-4") else 2))
-    names = [result.name for result in page.load(tmp_path)]
+    names = [result.name for result in kept.load(tmp_path)]
     collectives = ["collectives-openmpi", "collectives-mpich", "collectives-mpich-4"]
     assert names == ["kernels", *collectives, "steps-openmpi", "other"]
 
@@ -93,12 +105,12 @@ def test_results_come_benchmark_by_benchmark(page: ModuleType, tmp_path: Path) -
         ("compare", "openmpi", "openmpi"),
     ],
 )
-def test_the_mpi_of_a_result(page: ModuleType, name: str, mpi: str, told: str) -> None:
-    assert page.Result(name, document([], mpi), "").mpi == told
+def test_the_mpi_of_a_result(kept: ModuleType, name: str, mpi: str, told: str) -> None:
+    assert kept.Result(name, document([], mpi), "").mpi == told
 
 
-def test_kernels_need_no_mpi(page: ModuleType) -> None:
-    result = page.Result("kernels", {"results": []}, "")
+def test_kernels_need_no_mpi(kept: ModuleType) -> None:
+    result = kept.Result("kernels", {"results": []}, "")
     assert (result.mpi, result.ranks, result.benchmark) == (None, None, "kernels")
 
 
@@ -115,11 +127,11 @@ def test_figures_of_bars(page: ModuleType, bar: dict[str, Any], told: str) -> No
     assert page.figure_of(bar) == told
 
 
-def test_every_bar_has_its_line(page: ModuleType, tmp_path: Path) -> None:
+def test_every_bar_has_its_line(page: ModuleType, kept: ModuleType, tmp_path: Path) -> None:
     bars = [{"bar": "fast", "ratio": 2.0, "passed": True}, {"bar": "faster", "ratio": 1.0, "passed": False}]
     keep(tmp_path, "collectives-mpich", document([], "mpich", bars=bars))
     keep(tmp_path, "kernels", {"results": [], "bars": [{"bar": "near", "ratio": 0.95, "passed": True}]})
-    _, _, *lines = page.table_of_bars(page.load(tmp_path))
+    _, _, *lines = page.table_of_bars(kept.load(tmp_path))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
         ["kernels", "-", "near", "0.950", "PASS"],
@@ -128,11 +140,11 @@ def test_every_bar_has_its_line(page: ModuleType, tmp_path: Path) -> None:
     ]
 
 
-def test_the_page_has_every_table_and_plot(page: ModuleType, tmp_path: Path) -> None:
+def test_the_page_has_every_table_and_plot(page: ModuleType, kept: ModuleType, tmp_path: Path) -> None:
     everything(tmp_path)
     written = page.write(tmp_path)
     text = written.read_text()
-    for result in page.load(tmp_path):
+    for result in kept.load(tmp_path):
         assert f"### {result.name}\n" in text
         assert f"the table of {result.name}\n" in text
     assert "- measured: 2026-11-21\n" in text
@@ -156,9 +168,9 @@ def ranks_drawn(figure: Any) -> list[list[float]]:
     return [list(line.get_xdata()) for line in figure.axes[0].lines]
 
 
-def test_the_plots_over_ranks_have_every_number_of_them(page: ModuleType) -> None:
+def test_the_plots_over_ranks_have_every_number_of_them(kept: ModuleType, plots: ModuleType) -> None:
     def measured(ranks: int, operations: tuple[str, ...], sizes: tuple[int, ...] = (4 * K, 4 * M)) -> Any:
-        return page.Result(f"collectives-mpich-{ranks}", document(rows(operations, sizes), "mpich", ranks), "")
+        return kept.Result(f"collectives-mpich-{ranks}", document(rows(operations, sizes), "mpich", ranks), "")
 
     without_gloo = (*COLLECTIVES[:-1], *FORMS)
     results = [
@@ -166,19 +178,19 @@ def test_the_plots_over_ranks_have_every_number_of_them(page: ModuleType) -> Non
         measured(4, (*COLLECTIVES, *FORMS)),
         measured(8, without_gloo),
     ]
-    figure = page.draw_ranks(results)
+    figure = plots.draw_ranks(results)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["vectors of 4 KiB", "vectors of 4 MiB"]
     assert ranks_drawn(figure) == [[2, 4, 8], [2, 4, 8], [2, 4], *3 * [[2, 4, 8]]]  # the third is gloo
-    assert ranks_drawn(page.draw_ranks(results, page.FORMS)) == 4 * [[2, 4, 8]]
+    assert ranks_drawn(plots.draw_ranks(results, plots.FORMS)) == 4 * [[2, 4, 8]]
     two_and_eight = [measured(2, COLLECTIVES), *results[1:]]
-    assert ranks_drawn(page.draw_ranks(two_and_eight, page.FORMS)) == 4 * [[4, 8]]
-    assert page.draw_ranks([measured(2, COLLECTIVES), results[2]], page.FORMS) is None
+    assert ranks_drawn(plots.draw_ranks(two_and_eight, plots.FORMS)) == 4 * [[4, 8]]
+    assert plots.draw_ranks([measured(2, COLLECTIVES), results[2]], plots.FORMS) is None
 
 
-def test_sets_of_operations_that_were_not_measured_have_no_column(page: ModuleType) -> None:
+def test_sets_of_operations_that_were_not_measured_have_no_column(kept: ModuleType, plots: ModuleType) -> None:
     def columns(operations: tuple[str, ...]) -> list[str]:
-        result = page.Result("collectives-openmpi", document(rows(operations)), "")
-        figure = page.draw_collectives([result])
+        result = kept.Result("collectives-openmpi", document(rows(operations)), "")
+        figure = plots.draw_collectives([result])
         return [axes.get_title(loc="left") for axes in figure.axes[: len(figure.axes) // 2]]
 
     assert columns(COLLECTIVES) == ["All-reduce", "Exchange with the center"]
@@ -186,10 +198,10 @@ def test_sets_of_operations_that_were_not_measured_have_no_column(page: ModuleTy
 
 
 @pytest.mark.parametrize(("n_bytes", "name"), [(8, "8"), (1024, "1K"), (4 * M, "4M"), (2**30, "1G")])
-def test_short_sizes(page: ModuleType, n_bytes: int, name: str) -> None:
-    assert page.short(n_bytes) == name
+def test_short_sizes(plots: ModuleType, n_bytes: int, name: str) -> None:
+    assert plots.short(n_bytes) == name
 
 
-def test_points_rise_with_the_size(page: ModuleType) -> None:
+def test_points_rise_with_the_size(kept: ModuleType, plots: ModuleType) -> None:
     measured = rows(("ours", "theirs"), (4 * M, 4 * K))
-    assert page.sized(page.Result("x", {}, ""), measured, "theirs")[0] == [4 * K, 4 * M]
+    assert plots.sized(kept.Result("x", {}, ""), measured, "theirs")[0] == [4 * K, 4 * M]
