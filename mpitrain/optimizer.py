@@ -225,7 +225,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._worker is not None:
             with self._group.busy, self._exchanging():
                 owns_update = self.method.owns_update or self._one_a_node
-                self._worker.step(segments, None if owns_update else self._local_update, mean_loss)
+                if self._worker.step(segments, None if owns_update else self._local_update, mean_loss):
+                    self._forget_what_is_not_finite()
         self._group.share()
         self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
@@ -270,6 +271,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._base.step()
         self._flat.to_host()
         self._update_seconds = time.perf_counter() - began
+
+    def _forget_what_is_not_finite(self) -> None:
+        """Of what the base optimizer remembers: one bad gradient in its momentum would spoil all steps to come."""
+        stream = self._flat.compute_stream
+        with nullcontext() if self._gpu is None else self._gpu.computing(stream):
+            for remembered in self._base.state.values():
+                for value in remembered.values():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        value.nan_to_num_(0.0, 0.0, 0.0)
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -321,7 +331,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             for peer in peers:
                 comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(gpu.to_host(x), vector)))
         mean = float(np.mean(squares))
-        rho = self.method.elastic_coefficient(comm.size, float(self.param_groups[0]["lr"]))
+        learning_rate = max(segment.learning_rate for segment in self._segments())
+        rho = self.method.elastic_coefficient(comm.size, learning_rate)
         return math.sqrt(mean), rho / 2 * len(living(comm)) * mean
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,6 +346,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return {
             "algorithm": self.method.name,
             "replica_size": self._replica_size,
+            "one_a_node": self._one_a_node,
             "parameters": parameters,
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
             "method": self._method_state(),
@@ -351,7 +363,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Continue from this rank's part of a state. Collective.
 
         Raises:
-            UsageError: When the state is of another model or another method.
+            UsageError: When the state is of another model, another method, or settings with which it keeps other
+                things.
         """
         if state_dict["algorithm"] != self.method.name:
             raise UsageError(
@@ -366,6 +379,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"the state holds {parameters.size} parameters and the model has {self._x.size}: "
                 "it was saved from another model"
             )
+        if state_dict.get("one_a_node", self._one_a_node) != self._one_a_node:
+            here, there = ("with the method", "in the base optimizer")[:: 1 if self._one_a_node else -1]
+            raise UsageError(
+                f"the state keeps the momentum {there}, and this optimizer {here}: "
+                "use the method's settings, the kind of base optimizer and the device that it was saved with"
+            )
         with self._exchanging():
             self._comm.barrier()  # parameters that the node shares must not change under somebody who still reads them
         self._base.load_state_dict(copy.deepcopy(state_dict["base"]))  # torch would go on in the tensors it is given
@@ -379,8 +398,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._comm.barrier()
             if self._worker is not None:
                 with self._group.busy:
-                    self._worker.load(state_dict["method"])
+                    self._load_worker(self._worker, state_dict["method"])
             self._comm.barrier()
+
+    def _load_worker(self, worker: Worker, state: dict[str, Any]) -> None:
+        """Collective."""
+        try:
+            worker.load(state)
+        except KeyError as missing:
+            raise UsageError(
+                f"the state has no {missing}: it was saved with other settings of {self.method.name}, "
+                "or without the average"
+            ) from missing
 
     def close(self) -> None:
         """Give the shared memory back; the model keeps its parameters. Collective; once is enough."""

@@ -80,10 +80,12 @@ class Simulation:
         def program(comm: SimulatedCommunicator) -> None:
             worker = self.workers[comm.rank]
             segments = [Segment(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
-            update = None if self.method.owns_update else self._sgd(worker)
+            update, velocity = (None, None) if self.method.owns_update else self._sgd(worker)
             for _ in range(steps):
                 worker.g.local[...] = self.gradient(comm.rank, worker.x.local)
-                worker.step(segments, update, self._loss(worker) if self.method.needs_loss else None)
+                has_rejected = worker.step(segments, update, self._loss(worker) if self.method.needs_loss else None)
+                if has_rejected and velocity is not None:
+                    kernels.keep_finite(velocity)
                 if after_step is not None:
                     after_step(self, comm.rank)
                 comm.end_step()
@@ -106,10 +108,10 @@ class Simulation:
             return self.loss(worker.comm.rank, worker.x.local)
         return float(np.linalg.norm(worker.g.local))
 
-    def _sgd(self, worker: Worker) -> Callable[[], object]:
-        """x <- x - eta*(g + decay*x), or the same with momentum as torch has it."""
+    def _sgd(self, worker: Worker) -> tuple[Callable[[], object], np.ndarray | None]:
+        """x <- x - eta*(g + decay*x), or the same with momentum as torch has it, and the velocity of that."""
         x, g, eta, decay = worker.x.local, worker.g.local, self.learning_rate, self.weight_decay
         if self.momentum == 0:
-            return lambda: kernels.sgd_step(x, g, eta, decay)
+            return lambda: kernels.sgd_step(x, g, eta, decay), None
         v = np.zeros_like(x)
-        return lambda: kernels.torch_momentum_step(x, v, g, eta, self.momentum, decay)
+        return lambda: kernels.torch_momentum_step(x, v, g, eta, self.momentum, decay), v

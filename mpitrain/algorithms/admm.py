@@ -131,8 +131,9 @@ class ADMMWorker(Worker):
     def __init__(self, method: ADMM, replica: Replica) -> None:
         super().__init__(replica)
         self._method = method
-        self._dtype = np.promote_types(self.x.local.dtype, np.float32)
+        self._dtype = kernels.accumulator(self.x.local.dtype)
         self._lam = np.zeros_like(self.x.local, dtype=self._dtype)
+        self.velocities = (self._lam,)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock and the multiplier."""

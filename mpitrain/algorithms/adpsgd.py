@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.means import mean_of
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.algorithms.peers import living
 from mpitrain.collectives.topology import Topology, topology
@@ -120,11 +121,7 @@ class ADPSGDWorker(Worker):
 
     def consensus(self, out: Any) -> None:
         """The mean of all x of workers that live, each as it was at one moment. Local: exact while they rest."""
-        workers = living(self.comm)
-        out[...] = 0
-        for peer in workers:
-            self._boxes.read(peer, lambda x, _: kernels.scaled_add(out, x, 1.0))
-        kernels.scale(out, 1.0 / len(workers))
+        mean_of(living(self.comm), lambda peer, fn: self._boxes.read(peer, lambda x, _: fn(x)), out)
 
     def metrics(self) -> dict[str, float]:
         """How many averagings by others the last gradient did not see."""

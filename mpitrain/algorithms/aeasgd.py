@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mpitrain import kernels, theory
 from mpitrain.algorithms.elastic import AsynchronousCenter, ElasticWorker, rho_of
 from mpitrain.algorithms.method import Method, Replica, setting
@@ -64,6 +66,11 @@ class AEASGD(Method):
     order: ClassVar[str] = "jacobi"
 
     @property
+    def needs_gradient(self) -> bool:  # type: ignore[override]
+        """To know when gradient and spring balance."""
+        return self.early_exchange
+
+    @property
     def is_synchronous(self) -> bool:
         """Nobody waits for anybody."""
         return False
@@ -94,9 +101,12 @@ class RememberedCenter(AsynchronousCenter):
 
     def __init__(self, comm: Communicator, start: Any) -> None:
         super().__init__(comm, start)
-        self.seen = start.copy()
+        self.seen = np.zeros_like(start, dtype=self._dtype)
+        kernels.copy(self.seen, start)
         comm.broadcast(self.seen)
-        kernels.elastic_exchange_seen(start[:0], start[:0].copy(), self.seen[:0], 0.0, 0.0)  # compiled before the first
+
+    def _compile(self, x: Any, c: Any) -> None:
+        kernels.elastic_exchange_seen(x, c, c.copy(), 0.0, 0.0)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """One fused pass over x, c and what is remembered, shard by shard. Local."""

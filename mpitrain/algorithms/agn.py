@@ -48,6 +48,11 @@ class AGN(CenterMethod):
     source: ClassVar[str] = "Hermans, Spanakis, Moeckel 2017, arXiv 1710.02368"
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 5})
 
+    @property
+    def needs_gradient(self) -> bool:  # type: ignore[override]
+        """To gather it."""
+        return self.normalise == "gradient"
+
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Periods too short for so many workers."""
         text = agn_warning(size, self.period)
@@ -77,11 +82,11 @@ class MeanGradientWorker(CenterWorker):
 
     def step(
         self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
-    ) -> None:
+    ) -> bool:
         """Gather the gradient at x before the local step moves it."""
         for segment in segments:
             self._gather(segment)
-        super().step(segments, local_update, loss)
+        return super().step(segments, local_update, loss)
 
     def _gather(self, segment: Segment) -> None:
         part = segment.part

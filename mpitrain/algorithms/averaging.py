@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.means import mean_of_workers
 from mpitrain.algorithms.method import Replica, Segment, Worker
 from mpitrain.algorithms.peers import living
-from mpitrain.collectives.communicator import Communicator, Vector
 from mpitrain.errors import UsageError
 
 KINDS = ("polyak", "moving")
@@ -38,8 +38,8 @@ class Average:
         kind: ``polyak``: the mean of all iterates; ``moving``: an exponential moving average.
         rate: a, of the moving average; its memory is about 1/a steps.
         source: ``workers``: every worker averages its own parameters, and their mean is evaluated: one pass over the
-            vector a step. ``consensus``: worker 0 averages what the method evaluates, once each of its steps: for a
-            center that is a read of all its shards, for gossip one of all workers.
+            vector a step. ``consensus``: worker 0, or the first that lives, averages what the method evaluates, once
+            each of its steps: for a center that is a read of all its shards, for gossip one of all workers.
 
     Example:
         >>> Average("moving", 0.01).rate_at(7)
@@ -88,15 +88,6 @@ class Average:
         return AveragedWorker(self, worker, replica)
 
 
-def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
-    """Write the mean of the vectors of all workers that live, as they are now, to ``out`` (n,). Local."""
-    workers = living(comm)
-    out[...] = 0
-    for peer in workers:
-        comm.read(vector, peer, lambda x: kernels.scaled_add(out, x, 1.0))
-    kernels.scale(out, 1.0 / len(workers))
-
-
 class AveragedWorker(Worker):
     """A worker of any method and its average z.
 
@@ -109,9 +100,9 @@ class AveragedWorker(Worker):
     def __init__(self, average: Average, worker: Worker, replica: Replica) -> None:
         super().__init__(replica)
         self._average, self._worker = average, worker
+        self._first = 0
         x = self.x.local
-        # In 16 bits the small steps of a long average would be lost.
-        self._z = self.comm.vector(x.size, x.dtype if x.dtype.itemsize >= 4 else np.float32)
+        self._z = self.comm.vector(x.size, kernels.accumulator(x.dtype))
         self._evaluated = np.zeros_like(x) if average.source == "consensus" else None
         self._z.local[...] = x
         kernels.elastic_pull(self._z.local[:0], x[:0], 1.0)  # compiled before the first step
@@ -119,22 +110,43 @@ class AveragedWorker(Worker):
 
     def step(
         self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
-    ) -> None:
-        """The method's step, then z <- (1 - a)*z + a*x."""
-        self._worker.step(segments, local_update, loss)
+    ) -> bool:
+        """The method's step, then z <- (1 - a)*z + a*x; what is not finite is left out of it."""
+        has_rejected = self._worker.step(segments, local_update, loss)
         self.t = self._worker.t
         source = self.x.local
         if self._evaluated is not None:
-            if self.comm.rank != 0:
-                return
+            if self.comm.rank != self._averager():
+                return has_rejected
             self._worker.consensus(self._evaluated)
             source = self._evaluated
         kernels.elastic_pull(self._z.local, source, self._average.rate_at(self.t))
+        return has_rejected
+
+    def _averager(self) -> int:
+        """Who averages what the method evaluates: the first that lives. It goes on from what the dead one had."""
+        first = living(self.comm)[0]
+        if self.comm.rank == first != self._first:
+            self.comm.read(self._z, self._first, lambda z: kernels.copy(self._z.local, z))
+        self._first = first
+        return first
+
+    def gradient_ready(self, layer: int) -> bool:
+        """The method's."""
+        return self._worker.gradient_ready(layer)
+
+    def begin_ready(self) -> None:
+        """The method's."""
+        self._worker.begin_ready()
+
+    def gradient_complete(self) -> None:
+        """The method's."""
+        self._worker.gradient_complete()
 
     def consensus(self, out: Any) -> None:
-        """The average: the mean of all workers', or worker 0's. Local."""
+        """The average: the mean of all workers', or that of the first that lives. Local."""
         if self._evaluated is not None:
-            self.comm.read(self._z, 0, lambda z: kernels.copy(out, z))
+            self.comm.read(self._z, living(self.comm)[0], lambda z: kernels.copy(out, z))
             return
         mean_of_workers(self.comm, self._z, out)
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.means import mean_of_workers
 from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
 from mpitrain.collectives.communicator import Pending
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.means import mean_of_workers
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.algorithms.neighbours import Neighbours
 from mpitrain.collectives.mixing import mixing_matrix

@@ -57,8 +57,11 @@ class EAMSGDWorker(ElasticWorker):
 
     def __init__(self, method: EAMSGD, replica: Replica) -> None:
         self._y = replica.x.local
-        self._x, self._v = self._y.copy(), np.zeros_like(self._y)
+        dtype = kernels.accumulator(self._y.dtype)
+        self._x, self._v = (np.zeros_like(self._y, dtype=dtype) for _ in range(2))
+        kernels.copy(self._x, self._y)
         super().__init__(method, replica, method.center(replica), position=self._x)
+        self.positions, self.velocities = (self._y, self._x), (self._v,)
         self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
 
     def update(self, segment: Segment) -> None:

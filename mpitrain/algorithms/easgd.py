@@ -86,7 +86,8 @@ class OverlappedWorker(ElasticWorker):
         self._moved = np.zeros_like(self._position)  # s_i, then E_i
         self._under_way: Started | None = None
         empty = self._moved[:0]
-        kernels.elastic_displacement(empty, empty.copy(), 0.0, 0.0)  # compiled
+        c = np.zeros_like(empty, dtype=kernels.accumulator(empty.dtype))
+        kernels.elastic_displacement(empty, c, 0.0, 0.0)  # compiled
         kernels.scaled_add(empty, empty.copy(), 0.0)
         kernels.copy(empty, empty.copy())
 

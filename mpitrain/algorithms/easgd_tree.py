@@ -48,6 +48,8 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mpitrain import kernels
 from mpitrain.algorithms.elastic import BETA, AsynchronousCenter
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
@@ -151,8 +153,11 @@ class InnerNode(AsynchronousCenter):
 
     def __init__(self, comm: Communicator, start: Any) -> None:
         super().__init__(comm, start)
-        kernels.elastic_pull(start[:0], start[:0].copy(), 0.0)  # compiled before the first message
-        kernels.elastic_center(start[:0].copy(), start[:0], 0.0, 1.0)
+        x, c = start[:0].copy(), np.zeros_like(start[:0], dtype=self._dtype)
+        kernels.elastic_pull(x, c, 0.0)  # compiled before the first message
+        kernels.elastic_exchange(c, c.copy(), 0.0, 0.0)
+        for message in (x, c):
+            kernels.elastic_center(c.copy(), message, 0.0, 1.0)
 
     def answer(self, message: Any, alpha: float) -> None:
         """Receive a message (n,) and put this node's own, sent before, in its place. Local."""
@@ -199,7 +204,8 @@ class EASGDTreeWorker(Worker):
             for lower, upper, members in zip(below, self._nodes, branches[self.comm.rank], strict=False)
         ]
         # What this worker carries for inner nodes.
-        self._message = self.x.local[: self.x.local.size if len(self._nodes) > 1 else 0].copy()
+        n = self.x.local.size if len(self._nodes) > 1 else 0
+        self._message = np.zeros_like(self.x.local[:n], dtype=kernels.accumulator(self.x.local.dtype))
 
     def _make_nodes(self, groups: Sequence[Sequence[int]], own: Sequence[Members]) -> list[InnerNode]:
         """The inner nodes above this worker, each in the memory of the workers below it. Collective."""
@@ -235,7 +241,8 @@ class EASGDTreeWorker(Worker):
         """Collective."""
         super().load(state)
         for k, node in enumerate(self._nodes, 1):
-            node.load({"center": state.get(f"center_{k}")})
+            # Who stands in for a dead worker may have had fewer nodes above it: a node that is in no part begins anew.
+            node.load({"center": state.get(f"center_{k}", self.x.local)})
 
     def _serve(self, t: int) -> None:
         """Carry the messages that are due at this worker's local step t, from the leaf to the root. Local."""

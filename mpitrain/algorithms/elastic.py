@@ -35,7 +35,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
+from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting, stand_in
 from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.errors import UsageError
@@ -246,10 +246,18 @@ class AsynchronousCenter:
     """
 
     def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
-        self._comm, self._dtype, self._order = comm, start.dtype, order
-        self._c = comm.shared_vector(start.size, start.dtype)
-        _compile(kernels.elastic_exchange, order, start)
+        self._comm, self._dtype, self._order = comm, kernels.accumulator(start.dtype), order
+        self._c = comm.shared_vector(start.size, self._dtype)
+        x, c = start[:0].copy(), np.zeros_like(start[:0], dtype=self._dtype)
+        self._compile(x, c)
         self._seed(start)
+
+    def _compile(self, x: Any, c: Any) -> None:
+        """All that an exchange may call, before the first one, so that it takes no longer than the others."""
+        kernels.elastic_exchange(x, c, 0.0, 0.0)
+        if self._order == "worker_first":
+            kernels.elastic_pull(x, c, 0.0)
+            kernels.elastic_center(c, x, 0.0, 1.0)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """One fused pass over x and c, shard by shard. Local."""
@@ -302,10 +310,16 @@ class SynchronousCenter:
     def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
         self._comm, self._order = comm, order
         self._kernel = kernels.elastic_sync_center_first if order == "center_first" else kernels.elastic_sync
-        self._s = comm.vector(start.size, start.dtype)
-        self._c = start.copy()
+        self._s = comm.vector(start.size, kernels.accumulator(start.dtype))
+        self._c = np.zeros_like(start, dtype=self._s.local.dtype)
+        kernels.copy(self._c, start)
         comm.broadcast(self._c)
-        _compile(self._kernel, order, start)
+        x, c, s = start[:0].copy(), self._c[:0], self._s.local[:0]
+        self._kernel(x, c, s, 0.0, 0.0, 1.0)  # compiled before the first exchange
+        kernels.receive(s, x)
+        if order == "worker_first":
+            kernels.elastic_pull(x, c, 0.0)
+            kernels.elastic_center(c, s, 0.0, 1.0)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """Both sides in one fused pass. Collective."""
@@ -316,7 +330,7 @@ class SynchronousCenter:
 
     def pull(self, x: Any, a_w: float) -> None:
         """x <- x - a_w*(x - c). Local."""
-        kernels.elastic_pull(x, self._c, a_w)
+        self._count(kernels.elastic_pull(x, self._c, a_w))
 
     def push(self, x: Any, a_c: float) -> None:
         """c <- c + a_c*(s - p*c). Collective."""
@@ -325,7 +339,7 @@ class SynchronousCenter:
 
     def read(self, out: Any) -> None:
         """Copy the center to ``out`` (n,). Local."""
-        out[...] = self._c
+        kernels.copy(out, self._c)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """This worker's copy: all are equal."""
@@ -336,15 +350,13 @@ class SynchronousCenter:
         kernels.assign(self._c, state["center"])
 
     def _sum(self, x: Any) -> None:
-        self._s.local[...] = x
+        """s = sum_i x_i, in which c stands where a worker is not finite: it then pulls nobody. Collective."""
+        n_rejected = kernels.receive(self._s.local, x)
+        if n_rejected:
+            kernels.copy(self._s.local, x)
+            stand_in(self._s.local, self._c)
+            self._count(n_rejected)
         self._comm.allreduce(self._s)
 
     def _count(self, n_rejected: int) -> None:
         self._comm.statistics.n_rejected += n_rejected
-
-
-def _compile(exchange: kernels.Kernel, order: str, like: Any) -> None:
-    """All that an exchange may call, before the first one, so that it takes no longer than the others."""
-    halves = (kernels.elastic_pull, kernels.elastic_center) if order == "worker_first" else ()
-    for kernel in (exchange, *halves):
-        kernel.prepare(like)

@@ -78,17 +78,18 @@ class GPUASGDWorker(DisplacementWorker):
 
     def step(
         self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
-    ) -> None:
-        """A step; while it waits, only a look at client 0, and the center when that is done."""
+    ) -> bool:
+        """A step; while it waits, only a look at client 0, and the center when that is done, or has died."""
         if self._waits:
             self.comm.read(self._made, 0, partial(np.copyto, self._seen))
-            if self._seen[0] >= self._method.warm_start_steps:
+            if self._seen[0] >= self._method.warm_start_steps or 0 in self.comm.dead:
                 self._center.update(self._join, pushes=False)
                 self._waits = False  # the next gradient is one of the model that it has now
             self.t += 1
-            return
-        super().step(segments, local_update, loss)
+            return False
+        has_rejected = super().step(segments, local_update, loss)
         self._made.local[0] = self.t
+        return has_rejected
 
     def is_due(self) -> bool:
         """Every n_sync steps, and where the warm start ends: the others shall find all of it."""

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.means import mean_of_workers
 from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting
 from mpitrain.algorithms.rounds import average
 
@@ -49,6 +49,7 @@ class LocalSGD(Method):
     summary: ClassVar[str] = "local steps, then the mean of all parameters"
     source: ClassVar[str] = "Stich 2018, arXiv 1805.09767"
     communication: ClassVar[str] = "2(p-1)/(p*H)"
+    needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
 
     def worker(self, replica: Replica) -> LocalWorker:
@@ -90,6 +91,7 @@ class PostLocalSGD(LocalSGD):
     summary: ClassVar[str] = "synchronous SGD first, local SGD once the learning rate has fallen"
     source: ClassVar[str] = "Lin, Stich, Patel, Jaggi 2018, arXiv 1808.07217"
     communication: ClassVar[str] = "2(p-1)/p before the switch, 2(p-1)/(p*H) after it"
+    needs_gradient: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"switch_step": 100})
 
     def worker(self, replica: Replica) -> PostLocalWorker:

@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.averaging import mean_of_workers
+from mpitrain.algorithms.means import mean_of_workers
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.errors import UsageError

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
+
+from mpitrain import kernels
 from mpitrain.collectives.communicator import Communicator, Vector
 from mpitrain.errors import UsageError
 
@@ -221,8 +224,26 @@ def _within(field: dataclasses.Field[Any], value: float) -> bool:
     )
 
 
+def is_finite(vector: Any) -> bool:
+    """Whether all of a vector (n,) is finite."""
+    return bool(np.isfinite(kernels.to_host(vector)).all())
+
+
+def stand_in(vector: Any, other: Any) -> None:
+    """Put the other's elements (n,) in the place of those of a vector (n,) that are not finite."""
+    own = kernels.to_host(vector)
+    kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
+
+
+STEPS_BETWEEN_LOOKS = 50
+"""On a GPU, at what has been rejected: the look waits for it."""
+
+
 class Worker(ABC):
     """One worker's running state of a method.
+
+    A worker whose gradient was not finite recovers: when something of its, or something that it was sent, has been
+    rejected, it takes what the method evaluates where its own values are not finite.
 
     Args:
         replica: What it works on.
@@ -232,6 +253,8 @@ class Worker(ABC):
         t: The worker's own clock: local steps made.
         learning_rate: eta of the present step.
         loss: Of the present mini-batch, for methods that need it.
+        positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
+        velocities: Its own vectors (n,) that a worker at rest has as zeros.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -239,18 +262,27 @@ class Worker(ABC):
         self.t = 0
         self.learning_rate = 0.0
         self.loss: float | None = None
+        self.positions: tuple[Any, ...] = (self.x.local,)
+        self.velocities: tuple[Any, ...] = ()
+        self._n_rejected = 0  # when it was looked at
 
     def step(
         self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
-    ) -> None:
+    ) -> bool:
         """Make one step with the gradient in ``g``.
 
         Args:
-            segments: Learning rate and weight decay of each part of the vector.
+            segments: Learning rate and weight decay of each part of the vector. Where a method has one eta for the
+                whole vector it is the largest: parts with none are at rest.
             local_update: Updates ``x`` in place; None when the method owns the update.
             loss: Of the mini-batch, for methods that rank workers by it.
+
+        Returns:
+            Whether something has been rejected. The worker has recovered then, and the local update should forget what
+            it remembers and is not finite.
         """
-        self.learning_rate, self.loss = segments[0].learning_rate, loss
+        self.learning_rate = max(segment.learning_rate for segment in segments)
+        self.loss = loss
         self.before_update()
         if local_update is not None:
             local_update()
@@ -258,6 +290,27 @@ class Worker(ABC):
             self.update_all(segments)
         self.after_update()
         self.t += 1
+        return self._recovers()
+
+    def _recovers(self) -> bool:
+        n_rejected: Any = self.comm.statistics.n_rejected
+        if not isinstance(n_rejected, int | np.integer) and self.t % STEPS_BETWEEN_LOOKS:
+            return False
+        before, self._n_rejected = self._n_rejected, int(n_rejected)
+        if self._n_rejected == before:
+            return False
+        self.recover()
+        return True
+
+    def recover(self) -> None:
+        """Take what the method evaluates where this worker's own values are not finite. Local."""
+        if not all(is_finite(vector) for vector in self.positions):
+            evaluated = np.zeros_like(self.x.local)
+            self.consensus(evaluated)
+            for vector in self.positions:
+                stand_in(vector, evaluated)
+        for vector in self.velocities:
+            kernels.keep_finite(vector)
 
     def gradient_ready(self, layer: int) -> bool:
         """During a backward pass: the gradient of ``replica.layers[layer]`` is in ``g``.

@@ -141,6 +141,7 @@ class NeuroevolutionWorker(Worker):
         self._losses = 0.0
         self._fitness, self._best, self._n_suppressed = math.inf, 0, 0
         self.plan: Plan | None = None
+        kernels.keep_finite(x[:0])
         kernels.receive(x[:0], self._start[:0])  # compiled before the first step
         kernels.weighted_average(x[:0], self._start[:0], 0.0)
         kernels.scaled_add(x[:0], self._u[:0], 0.0)
@@ -194,6 +195,7 @@ class NeuroevolutionWorker(Worker):
         if self.plan.children:
             child = self.plan.children.get(self.comm.rank)
             if child is not None:
+                self.comm.statistics.n_rejected += kernels.keep_finite(x)  # what was here is lost
                 self._become(child, (all_rms[child.first] + all_rms[child.second]) / 2)
             self.comm.barrier()  # parents train on when their children have read them
         self._start[...] = x

@@ -65,8 +65,7 @@ class CenterWorker(Worker):
         self._method = method
         self._steps = 0  # since the last commit
         x = self.x.local
-        # In 16 bits a center would lose the small commits.
-        self._dtype = x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
+        self._dtype = kernels.accumulator(x.dtype)
         self._center = self.comm.shared_vector(x.size, self._dtype, rows=len(self.rows))
         self._seed({name: self.start(name) for name in self.rows}, 0)
         empty = np.zeros_like(x, dtype=self._dtype, shape=(len(self.rows), 0) if len(self.rows) > 1 else (0,))

@@ -144,8 +144,11 @@ class InnerLoopWorker(Worker):
         super().__init__(replica)
         self._method: Any = method
         self._y = self.x.local
-        self._x, self._z = self._y.copy(), self._y.copy()
-        self._u, self._v = np.zeros_like(self._y), np.zeros_like(self._y)
+        dtype = kernels.accumulator(self._y.dtype)
+        self._x, self._z, self._u, self._v = (np.zeros_like(self._y, dtype=dtype) for _ in range(4))
+        for vector in (self._x, self._z):
+            kernels.copy(vector, self._y)
+        self.positions, self.velocities = (self._y, self._x, self._z), (self._u, self._v)
         self._segments: list[Segment] = []
         nothing = Segment(slice(0, 0), 0.0)  # compiled before the first step
         self.update(nothing)
@@ -214,7 +217,7 @@ class EntropyWorker(InnerLoopWorker):
 
     def consensus(self, out: Any) -> None:
         """x, as the last outer step has left it. Local."""
-        out[...] = self._x
+        kernels.copy(out, self._x)
 
 
 class ParleWorker(InnerLoopWorker):
@@ -242,7 +245,7 @@ class ParleWorker(InnerLoopWorker):
 
     def consensus(self, out: Any) -> None:
         """r, the mean of all x_a after the last outer step. Local."""
-        out[...] = self._r.local
+        kernels.copy(out, self._r.local)
 
     def metrics(self) -> dict[str, float]:
         """Both couplings."""

@@ -51,9 +51,9 @@ class OuterWorker(PeriodicWorker):
     def __init__(self, method: Any, replica: Replica) -> None:
         super().__init__(method, replica)
         x = self.x.local
-        self._d = self.comm.vector(x.size, x.dtype)
-        self._theta = x.copy()
-        self._momentum = np.zeros_like(x)
+        self._d = self.comm.vector(x.size, kernels.accumulator(x.dtype))
+        self._theta, self._momentum = (np.zeros_like(x, dtype=self._d.local.dtype) for _ in range(2))
+        kernels.copy(self._theta, x)
         self.comm.broadcast(self._theta)
         kernels.outer_gradient(self._d.local[:0], self._theta[:0], x[:0])  # compiled before the first round
 
@@ -72,7 +72,7 @@ class OuterWorker(PeriodicWorker):
 
     def consensus(self, out: Any) -> None:
         """theta, as the last round has left it. Local."""
-        out[...] = self._theta
+        kernels.copy(out, self._theta)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, theta and its momentum."""

@@ -227,7 +227,7 @@ class Window:
         self.length, self.n_steps = length, 0
         self.radius = self.last_radius = 0.0
         self._threshold, self._tolerance = threshold, tolerance
-        self.sums = Rows(m, like.size, like.dtype if like.dtype.itemsize >= 4 else np.float32)
+        self.sums = Rows(m, like.size, kernels.accumulator(like.dtype))
         kernels.accumulate(self.sums.values[0, :0], like[:0], 0.0)  # compiled before the first step
 
     def begin(self) -> None:

@@ -31,6 +31,7 @@ from itertools import count, takewhile
 from typing import Any, ClassVar
 
 from mpitrain import kernels
+from mpitrain.algorithms.means import mean_of
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
 from mpitrain.algorithms.neighbours import Neighbours
 from mpitrain.collectives.topology import Topology, topology
@@ -122,12 +123,13 @@ class SGPWorker(Worker):
 
     def consensus(self, out: Any) -> None:
         """sum_i x_i/sum_i w_i, as they are now. Local: exact while all rest, between their steps otherwise."""
-        out[...] = 0
         weights: list[float] = []
-        for peer in range(self.comm.size):
+
+        def weight_of(peer: int) -> float:
             self.comm.read(self._shown, peer, lambda w: weights.append(float(w[0])))
-            self.comm.read(self.x, peer, lambda z: kernels.scaled_add(out, z, weights[-1]))
-        kernels.scale(out, 1.0 / sum(weights))
+            return weights[-1]
+
+        mean_of(range(self.comm.size), lambda peer, fn: self.comm.read(self.x, peer, fn), out, weight_of)
 
     def metrics(self) -> dict[str, float]:
         """The push weight w."""

@@ -15,7 +15,7 @@
   entropy_inner entropy_outer`
 - many workers' vectors side by side: `receive accumulate`, and `robust.Rows`
 - reductions of many vectors: `reduce_sum reduce_broadcast`
-- no arithmetic, but wherever vectors lie: `assign to_host`
+- no arithmetic, but wherever vectors lie: `assign to_host`; what small changes are added up in: `accumulator`
 
 Importing this package imports NumPy only. Numba comes with the first call on NumPy arrays, CuPy with the first on
 others.
@@ -83,11 +83,13 @@ from .steps import (
     torch_momentum_step,
     torch_nesterov_step,
 )
+from .storage import accumulator
 
 __all__ = [
     "MOST_OF_A_MEAN",
     "Kernel",
     "accumulate",
+    "accumulator",
     "adag_commit",
     "adag_push",
     "adag_scale",

@@ -73,9 +73,13 @@ elastic_center: Final = Kernel(
 
 elastic_pull: Final = Kernel(
     "elastic_pull",
-    "x = x - a_w * (x - c)",
+    """
+    d = x - c
+    x = x - a_w * d
+    """,
     arrays="x c",
     scalars="a_w",
+    guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, eq. 5",
     doc="A worker moves towards the center, which does not move.",
 )

@@ -53,6 +53,11 @@ def storage_of(dtype: Any) -> Storage:
     return STORAGES[name]
 
 
+def accumulator(dtype: Any) -> np.dtype:
+    """What small changes to elements of a dtype are added up in: float32 for 16 bits, which would lose them."""
+    return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
+
+
 def storages_of(dtypes: Any, n_arrays: int) -> tuple[Storage, ...]:
     """One storage for each of `n_arrays` arrays, from one dtype for all of them or a sequence of one each."""
     if not isinstance(dtypes, (tuple, list)):

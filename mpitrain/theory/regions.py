@@ -60,9 +60,9 @@ def mdownpour_warning(p: int, delta: float) -> str | None:
 def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchronous: bool = True) -> str | None:
     """EASGD and EAMSGD with p workers, moving rate alpha and center rate beta (p*alpha unless given).
 
-    A negative alpha is momentum. Otherwise all workers at once need (2-eh)(2-beta) > 2*alpha, one after the other
-    alpha < (4-2eh)/(4-eh) whatever p: told when that holds for no eh, or only below 0.05. Last, beta > 1 lets the
-    center overshoot the mean of the workers when they come together.
+    A negative alpha is momentum. Otherwise all workers at once need (2-eh)(2-beta) > 2*alpha, one after the other the
+    same with beta/p whatever p: told when that holds for no eh, or only below 0.05. Last, beta > 1 lets the center
+    overshoot the mean of the workers when they come together.
     """
     symmetric = beta is None
     beta = p * alpha if beta is None else beta
@@ -70,10 +70,12 @@ def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchron
     if alpha < 0:
         apart = f", and workers move apart where learning rate times curvature is below {-alpha:.3g}" if p > 1 else ""
         return f"moving_rate {alpha:g} is negative: it acts as momentum on the workers' mean{apart}; {inside}"
-    rates = f"moving_rate {alpha:g} with {p} workers" + ("" if symmetric else f" and center rate {beta:g}")
-    largest = _largest_elastic_eh(alpha, beta, synchronous)
+    at_once = beta if synchronous else beta / p
+    rates = f"moving_rate {alpha:g} with {p} workers" + ("" if symmetric else f" and center rate {at_once:g}")
+    largest = 2 - 2 * alpha / (2 - at_once) if at_once < 2 else 0.0
     if largest <= 0:
-        bound = "moving rate + center rate must be below 2" if synchronous else "moving_rate must be below 1"
+        is_one = symmetric and not synchronous
+        bound = "moving_rate must be below 1" if is_one else "moving rate + center rate must be below 2"
         center = f" (the center rate is p*moving_rate, {beta:.3g})" if symmetric and synchronous else ""
         return f"{rates} is stable for no learning rate: {bound}{center}; {inside}"
     if largest < LEAST_EH:
@@ -82,13 +84,6 @@ def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchron
         what = f"p*moving_rate is {beta:.3g}" if symmetric else f"the center rate is {beta:g}"
         return f"{rates}: {what}, and beyond 1 workers that come together push the center past their mean; {inside}"
     return None
-
-
-def _largest_elastic_eh(alpha: float, beta: float, synchronous: bool) -> float:
-    """Up to which eh the exchange is stable, for alpha >= 0; not positive if for none."""
-    if synchronous:
-        return 2 - 2 * alpha / (2 - beta) if beta < 2 else 0.0
-    return 4 * (1 - alpha) / (2 - alpha) if alpha < 1 else 0.0
 
 
 def slowmo_warning(alpha: float, beta: float) -> str | None:

@@ -280,7 +280,7 @@ class Blind(Simulation):
 
     def _sgd(self, worker):
         x, rank = worker.x.local, worker.comm.rank
-        return lambda: kernels.sgd_step(x, self.known[rank], self.learning_rate, self.weight_decay)
+        return lambda: kernels.sgd_step(x, self.known[rank], self.learning_rate, self.weight_decay), None
 
     def _loss(self, worker):
         return float(np.linalg.norm(self.known[worker.comm.rank]))
@@ -300,6 +300,31 @@ def test_who_declares_to_need_no_gradient_looks_at_none(method):
     blind = Blind(method, SimulatedWorld(3), hidden, STARTS[:3], 0.1, seed=1)
     assert same_bits(blind.run(9).x(), seeing.run(9).x())
     assert same_bits(blind.consensus(), seeing.consensus())
+
+
+@every_variant
+def test_a_worker_with_a_gradient_that_is_not_finite_recovers(method):
+    if method.name == "allreduce":  # it has no exchange in which to leave one out: as with any all-reduce, all have it
+        return
+    bad_step, steps = 6, 150
+    made = [0] * 4
+    exact = slope(H, B)
+
+    def gradient(rank, x):
+        made[rank] += 1
+        g = np.array(exact(rank, x))
+        g[3] = np.nan if (rank, made[rank]) == (1, bad_step) else g[3]
+        return g
+
+    momentum = 0.0 if method.owns_update else 0.5
+    world = SimulatedWorld(4, largest_shard=8)
+    simulation = Simulation(method, world, gradient, STARTS[:4], 0.02, momentum=momentum).run(steps)
+    rejected = [int(worker.comm.statistics.n_rejected) for worker in simulation.workers]
+    assert sum(rejected) > 0
+    simulation.run(steps)
+    assert np.isfinite(simulation.x()).all()
+    assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in range(4))
+    assert [int(worker.comm.statistics.n_rejected) for worker in simulation.workers] == rejected
 
 
 def test_methods_that_make_the_update_need_the_gradient():

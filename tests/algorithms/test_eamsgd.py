@@ -157,4 +157,5 @@ def test_nan_never_reaches_the_center(synchronous):
     simulation = simulate(method, 3, start=np.ones(5), eta=0.1, gradient=gradient).run(10)
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
-    assert statistics(simulation, "n_rejected") == ([9, 9, 9] if synchronous else [0, 9, 0])
+    assert simulation.consensus()[2] < 0.9  # drawn on by the others
+    assert statistics(simulation, "n_rejected") == [0, 5, 0]  # in every other step it has recovered

@@ -176,6 +176,5 @@ def test_nan_never_reaches_the_center():
     simulation = simulate(METHOD, 3, start=np.ones(5), eta=ETA, gradient=gradient).run(10)
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
-    assert simulation.consensus()[2] == 1.0  # where one worker is lost, the center waits
-    assert np.argwhere(np.isnan(simulation.x())).tolist() == [[1, 2]]
-    assert statistics(simulation, "n_rejected") == [9, 9, 9]  # one element in each of the nine exchanges that saw it
+    assert simulation.consensus()[2] < 0.9  # drawn on by the others
+    assert statistics(simulation, "n_rejected") == [0, 5, 0]  # in every other step it has recovered

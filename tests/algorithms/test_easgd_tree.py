@@ -306,7 +306,18 @@ def test_what_is_not_finite_stays_with_its_worker(scheme, bad):
     assert np.isfinite(inner_nodes(simulation)).all()
     assert np.isfinite(simulation.x()[[0, 2, 3, 4]]).all()
     assert simulation.consensus()[2] < 0.9  # the others go on
-    assert statistics(simulation, "n_rejected") == [0, 9, 0, 0, 0]
+    assert statistics(simulation, "n_rejected") == [0, 5, 0, 0, 0]  # in every other step it has recovered
+
+
+def test_a_node_that_no_part_of_a_checkpoint_has_begins_anew():
+    method, start = EASGDTree(degree=2, period=1, slow_period=2), np.arange(15.0).reshape(5, 3)
+    saved = states(simulate(method, 5, start=start, eta=0.1, gradient=slope(1.0)).run(6))
+    saved[2] = saved[3] = saved[4]  # ranks 2 and 3 had died, and with them all below their node
+    resumed = simulate(method, 5, start=start, eta=0.1, gradient=slope(1.0))
+    load(resumed, saved)
+    resumed.run(20)
+    assert np.abs(resumed.x()).max() < np.abs(start).max()
+    assert np.isfinite(inner_nodes(resumed)).all()
 
 
 @settings(max_examples=40)

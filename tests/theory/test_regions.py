@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from mpitrain import theory
@@ -64,8 +65,9 @@ def test_the_papers_moving_rate_is_not_remarked_on(p: int, synchronous: bool) ->
         (4, 0.3, None, True, r"p.moving_rate is 1.2, and beyond 1 .*0.225 \(0.9/p\) is inside"),
         (4, 0.1, 1.2, True, "the center rate is 1.2"),
         (4, 0.98, 1.0, True, "only where learning rate times curvature is below 0.04"),
-        (4, 1.2, 0.2, False, "moving_rate must be below 1"),
-        (4, 0.99, 0.9, False, "only where learning rate times curvature is below 0.04"),
+        (4, 1.2, None, False, "moving_rate must be below 1"),
+        (4, 0.1, 7.8, False, "center rate 1.95 is stable for no learning rate: moving rate . center rate must"),
+        (4, 0.99, None, False, "only where learning rate times curvature is below 0.04"),
     ],
 )
 def test_elastic_settings_outside_are_remarked_on(
@@ -84,8 +86,28 @@ def test_elastic_remarks_agree_with_the_region() -> None:
             stable_somewhere = any(theory.easgd_is_stable(eh / 100, alpha, beta) for eh in range(1, 300))
             assert ("no learning rate" in said) == (not stable_somewhere)
     for alpha in (0.1, 0.5, 0.97, 0.999, 1.0, 1.5):
-        said = theory.elastic_warning(1, alpha, 0.9, synchronous=False) or ""
+        said = theory.elastic_warning(1, alpha, synchronous=False) or ""
         assert ("below" in said) == (alpha > theory.round_robin_easgd_bound(0.05))
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_remarks_on_rates_set_apart_agree_with_workers_in_turn(p: int) -> None:
+    for a_w in (0.1, 0.6, 1.2, 1.7):
+        for a_c in (0.05, 0.4, 0.9, 1.5, 1.95):
+            said = theory.elastic_warning(p, a_w, p * a_c, synchronous=False) or ""
+            stable_somewhere = any(_radius_in_turn(p, eh / 100, a_w, a_c) < 1 for eh in range(1, 200, 3))
+            assert ("no learning rate" in said) == (not stable_somewhere)
+
+
+def _radius_in_turn(p: int, eh: float, a_w: float, a_c: float) -> float:
+    """Of a sweep in which each worker, one after the other, exchanges and makes its step, gradient first."""
+    sweep = np.eye(p + 1)
+    for i in range(p):
+        turn = np.eye(p + 1)
+        turn[i, i], turn[i, p] = 1 - eh - a_w, a_w
+        turn[p, i], turn[p, p] = a_c, 1 - a_c
+        sweep = turn @ sweep
+    return float(np.abs(np.linalg.eigvals(sweep)).max())
 
 
 def test_slow_and_outer_momentum() -> None:
