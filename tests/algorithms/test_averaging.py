@@ -149,3 +149,27 @@ def test_average_between_ranks(world):
             torch.testing.assert_close(model.weight.detach(), torch.stack(seen).mean(0))
         torch.testing.assert_close(model.weight.detach(), seen[-1])
         world.barrier()
+
+
+def test_the_next_worker_goes_on_with_the_average_of_one_that_died():
+    def kill(simulation, rank):
+        if rank == 0 and simulation.workers[0].t == 30:
+            simulation.world.kill(0)
+
+    average = Average("moving", 0.2, "consensus")
+    run = Simulation(EASGD(period=1), SimulatedWorld(3), slope(1.0), np.ones(4), 0.1, average=average).run(90, kill)
+    of_method = np.zeros(4)
+    run.workers[1]._worker.consensus(of_method)
+    assert np.abs(of_method).max() < 0.01
+    assert np.abs(run.consensus(1)).max() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["polyak", "moving"])
+def test_an_average_leaves_out_what_is_not_finite(kind):
+    def gradient(rank, x):
+        steps[rank] += 1
+        return np.full_like(x, np.nan) if (rank, steps[rank]) == (1, 7) else x
+
+    steps = [0, 0]
+    run = Simulation(EASGD(period=2), SimulatedWorld(2), gradient, np.ones(4), 0.1, average=Average(kind, 0.2)).run(40)
+    assert np.isfinite(run.consensus()).all()

@@ -14,6 +14,7 @@ from variants import variants
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
+from mpitrain.algorithms.method import Segment
 from mpitrain.collectives.simulated import SimulatedWorld
 from mpitrain.errors import RankFailed
 from mpitrain.simulation import Simulation
@@ -325,6 +326,29 @@ def test_a_worker_with_a_gradient_that_is_not_finite_recovers(method):
     assert np.isfinite(simulation.x()).all()
     assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in range(4))
     assert [int(worker.comm.statistics.n_rejected) for worker in simulation.workers] == rejected
+
+
+@every_variant
+def test_a_parameter_group_at_rest_does_not_stop_the_others(method):
+    """The first group has no learning rate, as when the body of a model is frozen."""
+    groups = [Segment(slice(0, 20), 0.0), Segment(slice(20, 40), 0.1)]
+    run = simulate(method, 3, start=STARTS[:1].repeat(3, axis=0), eta=0.1, gradient=slope(1.0, 0.7))
+
+    def program(comm):
+        worker = run.workers[comm.rank]
+        x, g = worker.x.local[20:], worker.g.local
+
+        def update():
+            kernels.sgd_step(x, g[20:], 0.1, 0.0)
+
+        for _ in range(60):
+            g[...] = worker.x.local - 0.7
+            worker.step(groups, None if method.owns_update else update, 1.0 if method.needs_loss else None)
+            comm.end_step()
+
+    run.world.run(program)
+    before, after = (np.abs(v[20:] - 0.7).max() for v in (STARTS[0], run.consensus()))
+    assert after < before
 
 
 def test_methods_that_make_the_update_need_the_gradient():
