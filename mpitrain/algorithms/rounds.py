@@ -35,9 +35,13 @@ def average_present(comm: Communicator, vector: Vector, n_rejected: int) -> None
     """The mean over the workers whose ``n_rejected`` is 0; the vectors of the others are zeros. Collective."""
     comm.statistics.n_rejected += n_rejected
     n_present = int(comm.gather([n_rejected == 0]).sum())
+    if not n_present:
+        vector.local[...] = float("nan")
+        comm.barrier()  # nobody takes another one's zeros for something to go on from
+        return
     comm.allreduce(vector, mean=n_present == comm.size)
     if n_present < comm.size:
-        kernels.scale(vector.local, 1.0 / n_present if n_present else float("nan"))
+        kernels.scale(vector.local, 1.0 / n_present)
 
 
 class OuterWorker(PeriodicWorker):

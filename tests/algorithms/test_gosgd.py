@@ -157,7 +157,7 @@ def test_nan_of_a_peer_does_not_spread():
         return g
 
     simulation = simulate(ALWAYS, 4, start=np.ones(5), eta=0.1, gradient=gradient).run(20)
-    assert np.argwhere(~np.isfinite(simulation.x())).tolist() == [[1, 2]]
+    assert np.isfinite(np.delete(simulation.x(), 1, axis=0)).all()
     assert sum(statistics(simulation, "n_rejected")) > 0
 
 

@@ -238,7 +238,7 @@ GUARDED = {name: kernel for name, kernel in LIBRARY.items() if kernel.equations.
 
 def test_what_enters_a_shared_vector_is_guarded():
     assert set(GUARDED) == {
-        *("elastic_exchange", "elastic_exchange_seen", "elastic_displacement", "elastic_center"),
+        *("elastic_exchange", "elastic_exchange_seen", "elastic_displacement", "elastic_center", "elastic_pull"),
         *("elastic_sync", "elastic_sync_center_first"),
         *("admm_local", "admm_turn", "admm_arrival"),
         *("commit_and_pull", "commit_only", "pull_only", "commit_averaged", "commit_gathered"),
