@@ -140,8 +140,7 @@ class NodeWords:
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._mine = world.rank + 1
-        enough_cores = world.local_size <= len(os.sched_getaffinity(0))
-        self._patience = PATIENCE if enough_cores else PATIENCE_WITHOUT_A_CORE
+        self._patience = PATIENCE if world.cores >= 1 else PATIENCE_WITHOUT_A_CORE
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._words = [self._window.of(rank) for rank in range(world.size)]
         self._take, self._swap = locks.take(), locks.swap()

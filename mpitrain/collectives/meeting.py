@@ -7,7 +7,6 @@ still gives MPI its turn.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -51,8 +50,7 @@ class Meeting:
         assert words is not None
         self.words: np.ndarray = words
         self.number = 0
-        enough_cores = world.local_size <= len(os.sched_getaffinity(0))
-        self.patience = PATIENCE if enough_cores else PATIENCE_WITHOUT_A_CORE
+        self.patience = PATIENCE if world.cores >= 1 else PATIENCE_WITHOUT_A_CORE
         self._meet = meeting.meet()
 
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""Who owns which slice, in which order shards are visited, who is whose child: integers in, integers out, no MPI.
+"""Who owns which slice, in which order shards are visited, who is whose child, whose the cores are: no MPI.
 
     n = 100 elements, 3 ranks, shards of at most 32 (aligned to 16)
 
@@ -12,7 +12,10 @@ workers of an exchange follow each other through the vector instead of queueing 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line
@@ -108,3 +111,15 @@ def emulated_nodes(local_size: int, n: int) -> list[int]:
         raise ValueError(f"cannot emulate {n} nodes with {local_size} ranks: both must be at least 1")
     n = min(n, local_size)
     return [rank * n // local_size for rank in range(local_size)]
+
+
+def share_of_cores(affinities: Sequence[Collection[int]], rank: int) -> float:
+    """How many of a machine's cores are left to ``rank`` where each is shared by those that may run on it.
+
+    Args:
+        affinities: The cores on which each rank of the machine may run.
+        rank: One of these ranks.
+    """
+    n_bound = Counter(core for cores in affinities for core in cores)
+    # As fractions: of n ranks on n cores each has one, not a little less.
+    return float(sum(Fraction(1, n_bound[core]) for core in affinities[rank]))

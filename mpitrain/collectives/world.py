@@ -21,7 +21,7 @@ import numpy as np
 
 from mpitrain.collectives import failures
 from mpitrain.collectives.device import bind, shared_gpus, take
-from mpitrain.collectives.partition import emulated_nodes
+from mpitrain.collectives.partition import emulated_nodes, share_of_cores
 from mpitrain.collectives.progress import ProgressThread
 from mpitrain.collectives.transport import TRANSPORTS, Transport, choose
 from mpitrain.errors import HEARD_SECONDS, TURN_SECONDS, UsageError
@@ -89,6 +89,7 @@ class World:
         comm: mpi4py's communicator of all ranks (a private copy); of those that live, once somebody has died.
         rank, size: Of this process, among all.
         local_rank, local_size: Among the ranks of its node.
+        cores: This rank's share of its machine's; below 1 where ranks outnumber the cores on which they may run.
         node, n_nodes: Which node this is, and how many there are.
         node_ranks: The ranks of this node, by local rank.
         nodes, hosts: The node and the host name of each rank.
@@ -119,7 +120,12 @@ class World:
         else:
             self._failures = failures.Failures(comm) if self.size > 1 and failures.are_told() else None
         self._probed = comm if self._failures is None else MPI.COMM_SELF
-        self.node_comm: Any = self._find_node() if whole is None else comm.Split(whole.node, key=self.rank)
+        self.node_comm: Any
+        self.cores: float
+        if whole is None:
+            self.node_comm, self.cores = self._find_node()
+        else:  # the others compute too
+            self.node_comm, self.cores = comm.Split(whole.node, key=self.rank), whole.cores
         self.local_rank: int = self.node_comm.Get_rank()
         self.local_size: int = self.node_comm.Get_size()
         self.node_ranks: list[int] = self.node_comm.allgather(self.rank)
@@ -191,18 +197,19 @@ class World:
             if comm != MPI.COMM_NULL:
                 comm.Free()
 
-    def _find_node(self) -> Any:
-        """The ranks that share this one's memory, or the part of them that plays a node. Collective."""
+    def _find_node(self) -> tuple[Any, float]:
+        """The ranks that share this one's memory, or the part of them that plays a node; its cores. Collective."""
         from mpi4py import MPI
 
         machine = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        cores = share_of_cores(machine.allgather(os.sched_getaffinity(0)), machine.Get_rank())
         n_emulated = min(_emulated_nodes_setting(), machine.Get_size())
         if n_emulated == 1:
-            return machine
+            return machine, cores
         colors = emulated_nodes(machine.Get_size(), n_emulated)
         node = machine.Split(colors[machine.Get_rank()], key=self.rank)
         machine.Free()
-        return node
+        return node, cores
 
     @property
     def outlives(self) -> bool:

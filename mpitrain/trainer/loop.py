@@ -377,6 +377,6 @@ class Trainer:
 
 
 def _share_cores(world: World) -> None:
-    """Share the cores of the node between its ranks: without this each would start a thread on every core."""
+    """A thread for each core of this rank's share: without this there would be one for every core that it may use."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.local_size, 1))
+        torch.set_num_threads(max(int(world.cores), 1))

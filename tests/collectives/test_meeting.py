@@ -47,6 +47,21 @@ def test_waiting_for_long_is_counted(comm, meeting):
         assert comm.statistics.wait_seconds - before > 0.1
 
 
+@ALL
+@pytest.mark.parametrize("cores", [0.5, 1.0, 8.0])
+def test_who_has_no_core_of_its_own_is_less_patient(monkeypatch, one_node, cores):
+    from mpitrain.collectives.locks import NodeWords
+    from mpitrain.collectives.meeting import PATIENCE, PATIENCE_WITHOUT_A_CORE, Meeting
+    from mpitrain.collectives.statistics import Statistics
+
+    monkeypatch.setattr(one_node, "cores", cores)
+    meeting, words = Meeting(one_node, Statistics()), NodeWords(one_node, [1] * one_node.size)
+    assert {meeting.patience, words._patience} == {PATIENCE_WITHOUT_A_CORE if cores < 1 else PATIENCE}
+    one_node.barrier()
+    words.free()
+    meeting.free()
+
+
 @pytest.mark.ranks(2, 3)
 def test_who_waits_still_answers_one_sided_operations(comm, meeting):
     """A window over a rank's own memory is served by calls into MPI, which a rank that waits here must go on making."""

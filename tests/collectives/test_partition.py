@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mpitrain.collectives.partition import binomial_tree, emulated_nodes, shards, split, visiting_order
+from mpitrain.collectives.partition import binomial_tree, emulated_nodes, shards, share_of_cores, split, visiting_order
 
 PARTS = range(1, 18)
 LENGTHS = (0, 1, 15, 16, 17, 100, 1023, 4096, 100_003)
@@ -89,6 +89,18 @@ def test_emulated_nodes_are_contiguous_and_near_equal(local_size: int, n: int) -
     assert set(nodes) == set(range(min(n, local_size)))
     counts = [nodes.count(node) for node in set(nodes)]
     assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("n", [*PARTS, 49, 96])
+def test_cores_are_shared_by_the_ranks_that_may_run_on_them(n: int) -> None:
+    everywhere, own = [range(n)] * n, [[core] for core in range(n)]
+    assert [share_of_cores(everywhere, rank) for rank in range(n)] == [1.0] * n
+    assert [share_of_cores(own, rank) for rank in range(n)] == [1.0] * n
+    blocks = [range(8 * rank, 8 * rank + 8) for rank in range(n)]
+    assert [share_of_cores(blocks, rank) for rank in range(n)] == [8.0] * n
+    crowded = [range(2 * n - 1)] * (2 * n)
+    assert all(share_of_cores(crowded, rank) < 1 for rank in range(2 * n))
+    assert share_of_cores([range(n), [n - 1]], 0) == n - 0.5
 
 
 def test_impossible_partitions_are_refused() -> None:

@@ -114,6 +114,26 @@ def test_emulated_nodes_differ_by_at_most_one_rank(two_nodes):
 
 
 @ALL
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_cores_are_shared_by_the_ranks_of_the_machine_that_may_run_on_them(monkeypatch, n_nodes):
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world import EMULATED_NODES, World
+
+    monkeypatch.setenv(EMULATED_NODES, str(n_nodes))
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    bound, first = range(8 * rank, 8 * rank + 8), range(2)
+    for cores, share in ((bound, 8.0), (first, 2 / size), ({rank}, 1.0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(cores))
+        made = World(MPI.COMM_WORLD.Dup(), "cpu")
+        part = made.split(made.rank % 2)
+        assert made.cores == part.cores == share
+        part.free()
+        if made._progress is not None:
+            made._progress.stop()
+
+
+@ALL
 def test_a_shared_array_is_one_memory(world):
     array = world.shared_array((world.local_size, 3), np.int64)
     assert array.shape == (world.local_size, 3)
