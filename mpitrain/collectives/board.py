@@ -46,25 +46,27 @@ class Board:
 
     def read(self) -> dict[str, np.ndarray]:
         """(p,) of each number, (p, n) of those that are several, as they stand now at every rank. Local."""
-        for rank in range(self._world.size):
-            self._fetch(rank)
+        self._window.sync()
+        for rank in [rank for rank in range(self._world.size) if not self._has_come(rank)]:
+            self._window.flush(rank)
         return {name: self._rows[:, place].copy() for name, place in self._places.items()}
 
     def read_rank(self, rank: int) -> dict[str, Any]:
         """The numbers of one rank as they stand now. Local."""
-        row = self._fetch(rank)
+        self._window.sync()
+        if not self._has_come(rank):
+            self._window.flush(rank)
+        row = self._rows[rank]
         return {name: row[place].tolist() for name, place in self._places.items()}
 
-    def _fetch(self, rank: int) -> np.ndarray:
-        self._window.sync()
+    def _has_come(self, rank: int) -> bool:
+        """Copy the numbers of a rank of this node, begin to fetch those of another one."""
         row = self._window.of(rank)
-        if row is not None:
-            self._rows[rank] = row
-        else:
+        if row is None:
             self._window.get(rank, self._rows[rank])
-            self._window.flush(rank)
-        fetched: np.ndarray = self._rows[rank]
-        return fetched
+        else:
+            self._rows[rank] = row
+        return row is not None
 
     def free(self) -> None:
         """Give the memory back. Collective."""

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from mpitrain.trainer.config import TrainConfig
 
+LONGEST_WITHOUT_A_COUNT_SECONDS = 0.1
+"""However far the end seems to be: ranks may become faster."""
+
 
 class Budget:
     """What one run may use.
@@ -31,16 +34,23 @@ class Budget:
             self.steps = -(-config.gradients // n_ranks)
         self.gradients = config.gradients or (self.steps and self.steps * n_ranks)
         self.seconds = None if config.minutes is None else 60 * config.minutes
+        self._countdown = Countdown(self.gradients) if self.steps is None and self.gradients is not None else None
 
     def is_over(self, step: int) -> bool:
         """Whether a rank that has made ``step`` steps is done."""
         return self.steps is not None and step >= self.steps
 
-    def is_over_for_all(self, seconds: float, count_gradients: Callable[[], int]) -> bool:
-        """Whether a budget that only rank 0 watches is used up; gradients are counted only if they are that budget."""
+    def is_over_for_all(self, seconds: float, now: float, count_gradients: Callable[[], int]) -> bool:
+        """Whether a budget that only rank 0 watches is used up.
+
+        Args:
+            seconds: Of training.
+            now: By a clock that never stands still: what others make while rank 0 evaluates counts.
+            count_gradients: Called only if they are that budget, and as many as are left may have been made by now.
+        """
         if self.seconds is not None:
             return seconds >= self.seconds
-        return self.steps is None and self.gradients is not None and count_gradients() >= self.gradients
+        return self._countdown is not None and self._countdown.is_over(now, count_gradients)
 
     def evaluates(self, step: int, seconds_since_last: float) -> bool:
         """Whether rank 0 evaluates after this step; the end is evaluated when all have come to it."""
@@ -54,3 +64,31 @@ class Budget:
         """Whether there is a checkpoint after this step; the end is saved when all have come to it."""
         every = self._config.checkpoint_every
         return every != 0 and not self.is_over(step) and step % (every or self._steps_per_epoch) == 0
+
+
+class Countdown:
+    """Tells when all ranks together have made ``goal`` gradients, counting seldom.
+
+    To count takes a message to and from every rank of other nodes, and it is rank 0 that waits for them. After a count
+    there is no other one before what is left could be made at twice the pace of all counts or of the last two, nor for
+    longer than counting has gone on: the first steps are slow.
+    """
+
+    def __init__(self, goal: int) -> None:
+        self._goal = goal
+        self._counts: list[tuple[float, int]] = []  # the first and the last one: when, how many
+        self._next = 0.0
+
+    def is_over(self, now: float, count: Callable[[], int]) -> bool:
+        """Whether they have been made, as far as this has looked. Local."""
+        if self._counts and now < self._next:
+            return False
+        made = count()
+        wait = LONGEST_WITHOUT_A_COUNT_SECONDS
+        for when, before in self._counts:
+            if made > before:
+                wait = min(wait, (self._goal - made) * (now - when) / (2 * (made - before)))
+        first = self._counts[0] if self._counts else (now, made)
+        self._next = now + min(wait, now - first[0])
+        self._counts = [first, (now, made)]
+        return made >= self._goal

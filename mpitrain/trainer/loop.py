@@ -183,7 +183,7 @@ class Trainer:
             self._evaluate()
         if self.stop_signal.received:
             self._interrupt()
-        elif self.budget.is_over_for_all(seconds, lambda: self.recorder.totals().gradients):
+        elif self.budget.is_over_for_all(seconds, time.perf_counter(), lambda: self.recorder.totals().gradients):
             self.control.order(stop=True)
         elif not self.method.is_synchronous and self._save_is_due():
             self.control.order(save=True)

@@ -47,6 +47,23 @@ def test_several_numbers_go_by_one_name(world):
     board.free()
 
 
+@pytest.mark.ranks(2, 3, 4, 5)
+def test_the_numbers_of_other_nodes_are_on_their_way_together(monkeypatch, two_nodes):
+    from mpitrain.collectives.board import Board
+
+    board, calls = Board(two_nodes, ["step"]), []
+    for name in ("get", "flush"):
+        original = getattr(board._window, name)
+        monkeypatch.setattr(board._window, name, lambda *args, f=original, name=name: (calls.append(name), f(*args)))
+    board.write(step=two_nodes.rank + 1)
+    two_nodes.barrier()
+    assert board.read()["step"].tolist() == list(range(1, two_nodes.size + 1))
+    remote = two_nodes.size - two_nodes.local_size
+    assert calls == ["get"] * remote + ["flush"] * remote
+    two_nodes.barrier()
+    board.free()
+
+
 @ALL
 def test_what_was_read_stays_as_it_was(world, board):
     before = board.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpitrain.trainer.budget import Budget
+from mpitrain.trainer.budget import LONGEST_WITHOUT_A_COUNT_SECONDS, Budget
 from mpitrain.trainer.config import TrainConfig
 
 
@@ -34,10 +34,42 @@ def test_every_budget_is_steps_of_each_rank_where_each_can_count_them(options, s
 
 def test_rank_0_ends_what_nobody_can_count_alone():
     minutes, gradients = budget(minutes=2.0), budget(gradients=30)
-    assert [minutes.is_over_for_all(seconds, lambda: 10**9) for seconds in (119.9, 120.0)] == [False, True]
-    assert [gradients.is_over_for_all(1e9, lambda n=n: n) for n in (29, 30, 31)] == [False, True, True]
-    assert not budget(steps=3).is_over_for_all(1e9, lambda: 10**9)
+    assert [minutes.is_over_for_all(seconds, 0.0, lambda: 10**9) for seconds in (119.9, 120.0)] == [False, True]
+    assert [gradients.is_over_for_all(1e9, 0.0, lambda n=n: n) for n in (29, 30, 31)] == [False, True, True]
+    assert not budget(steps=3).is_over_for_all(1e9, 0.0, lambda: 10**9)
     assert not minutes.is_over(10**9)
+
+
+def end_and_counts(goal, made_at, step_seconds):
+    """When rank 0, with steps of this length, could see that the goal is reached, when it does, how often it counts."""
+    over, counts, k, reached = budget(gradients=goal), [], 0, None
+
+    def count():
+        counts.append(k)
+        return made_at(k * step_seconds)
+
+    while not over.is_over_for_all(0.0, 1000.0 + k * step_seconds, count):
+        if reached is None and made_at(k * step_seconds) >= goal:
+            reached = k
+        k += 1
+    return (k if reached is None else reached) * step_seconds, k * step_seconds, len(counts)
+
+
+@pytest.mark.parametrize("step_seconds", [0.0002, 0.003, 0.04, 0.5])
+@pytest.mark.parametrize("others", [0, 3, 500])
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 30.0])
+def test_gradients_are_counted_seldom_and_their_end_is_seen_at_the_first_step_after_it(step_seconds, others, seconds):
+    pace = (1 + others) / step_seconds
+    reached, seen, n_counts = end_and_counts(round(pace * seconds) + 1, lambda t: int(pace * t), step_seconds)
+    assert seen == reached
+    assert n_counts < 40 + seconds / LONGEST_WITHOUT_A_COUNT_SECONDS
+
+
+def test_ranks_that_become_faster_are_noticed_soon():
+    reached, seen, _ = end_and_counts(100_000, lambda t: 10 * t if t < 60 else 600 + 1e6 * (t - 60), 0.001)
+    assert seen < reached + LONGEST_WITHOUT_A_COUNT_SECONDS + 0.002
+    reached, seen, _ = end_and_counts(1000, lambda t: 0 if t < 0.05 else 1e5 * (t - 0.05), 0.001)
+    assert seen < reached + 0.05 + 0.002  # no longer than has been counted: the first steps of others take long
 
 
 def test_evaluations_and_checkpoints_come_every_epoch_unless_asked_otherwise_and_never_at_the_end():
