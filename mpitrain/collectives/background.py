@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# Between two looks at something that is waited for, as long as the wait has taken so far.
 SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 4e-3
+"""Between two looks at something that is waited for in the background."""
 
-# The same for a thread that has nothing else to do. It naps too, but for the first moments.
-SPIN_SECONDS, LONGEST_FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
+SPIN_SECONDS, FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
+"""The same for a thread that has nothing else to do. It naps too, but for the first moments."""
 
 _of_thread = threading.local()
 
@@ -23,6 +23,25 @@ _of_thread = threading.local()
 def in_background() -> bool:
     """Whether this thread's work is of the kind that must not take a core from the one that computes. Local."""
     return getattr(_of_thread, "is_background", False)
+
+
+class Naps:
+    """Between the looks of a thread at what it waits for: the longer it has waited, the more seldom it looks.
+
+    Args:
+        shortest, longest: Seconds of a nap; between them it is as long as the time since the first one began.
+    """
+
+    def __init__(self, shortest: float, longest: float) -> None:
+        self._shortest, self._longest = shortest, longest
+        self._began: float | None = None
+
+    def rest(self) -> None:
+        """Take the next one. Local."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+        time.sleep(min(max(now - self._began, self._shortest), self._longest))
 
 
 def nap_until(is_done: Callable[[], bool]) -> None:
@@ -33,13 +52,13 @@ def nap_until(is_done: Callable[[], bool]) -> None:
     that MPICH has around all of MPI, and this rank would not serve the others meanwhile, for tens of milliseconds.
     """
     began = time.perf_counter()
-    shortest, longest = (
-        (SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS) if in_background() else (0.0, LONGEST_FOREGROUND_NAP_SECONDS)
-    )
+    if in_background():
+        spin_seconds, naps = 0.0, Naps(SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS)
+    else:
+        spin_seconds, naps = SPIN_SECONDS, Naps(FOREGROUND_NAP_SECONDS, FOREGROUND_NAP_SECONDS)
     while not is_done():
-        waited = time.perf_counter() - began
-        if waited > SPIN_SECONDS or shortest:
-            time.sleep(min(max(waited, shortest), longest))
+        if time.perf_counter() - began >= spin_seconds:
+            naps.rest()
 
 
 def _begin() -> None:

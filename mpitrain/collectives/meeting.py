@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpitrain.collectives.background import Naps
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.kernels import meeting
@@ -69,12 +70,11 @@ class Meeting:
         Raises:
             RankFailed: Somebody will not come any more.
         """
-        began, nap_seconds = time.perf_counter(), FIRST_NAP_SECONDS
+        began, naps = time.perf_counter(), Naps(FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS)
         while progress != end:
             self._world.require_all()
             self._world.progress()
-            time.sleep(nap_seconds)
-            nap_seconds = min(2 * nap_seconds, LONGEST_NAP_SECONDS)
+            naps.rest()
             progress = call(progress)
         self._statistics.wait_seconds += time.perf_counter() - began
 

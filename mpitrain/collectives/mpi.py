@@ -13,10 +13,11 @@ from mpi4py import MPI
 
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduce
-from mpitrain.collectives.background import Background, Started
+from mpitrain.collectives.background import Background, Naps, Started
 from mpitrain.collectives.blocks import MPIBlocks
 from mpitrain.collectives.device_memory import DeviceBlocks, DeviceWindow
 from mpitrain.collectives.mailboxes import Mailboxes
+from mpitrain.collectives.meeting import FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS
 from mpitrain.collectives.memory import Window
 from mpitrain.collectives.partition import shards
 from mpitrain.collectives.shared import LARGEST_SHARD, SharedVector
@@ -44,8 +45,11 @@ LARGEST_STAGED_SHARD = 1 << 21
 N_DEVICE_ROOMS = 5
 """For blocks of other nodes: one more than a host needs, since a GPU gives them back one later."""
 
-LOOKS_BEFORE_NAPS, POLL_SECONDS = 64, 20e-6
+LOOKS_BEFORE_NAPS = 64
 """At what others do. Between two looks the core is given to whoever wants it, and soon whether anybody does or not."""
+
+LONGEST_NAP_BETWEEN_NODES_SECONDS = 2e-3
+"""Longer than on a node: there a look may be a message, which takes time from the very rank that is waited for."""
 
 
 class MPICommunicator:
@@ -256,7 +260,8 @@ class MPICommunicator:
         """Wait until something that others do makes ``condition()`` true. Local."""
         if condition():
             return
-        began, looks = time.perf_counter(), 0
+        longest = LONGEST_NAP_SECONDS if self.world.n_nodes == 1 else LONGEST_NAP_BETWEEN_NODES_SECONDS
+        began, looks, naps = time.perf_counter(), 0, Naps(FIRST_NAP_SECONDS, longest)
         with self.world.looking():
             while not condition():
                 self.world.require_all()
@@ -265,7 +270,7 @@ class MPICommunicator:
                 if looks < LOOKS_BEFORE_NAPS:
                     os.sched_yield()
                 else:
-                    time.sleep(POLL_SECONDS)
+                    naps.rest()
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:

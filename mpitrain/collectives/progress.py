@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.background import in_background, nap_until
+from mpitrain.collectives.background import LONGEST_NAP_SECONDS, SHORTEST_NAP_SECONDS, in_background, nap_until
 from mpitrain.kernels import locks, service
 from mpitrain.kernels.locks import OWNER_MASK
 from mpitrain.kernels.wire import PLAIN, Encoded
@@ -55,7 +55,8 @@ SLICE_NANOSECONDS = 100_000
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
 
 # Looks without a nap, then the shortest and the longest nap between two, in microseconds.
-FOREGROUND, BACKGROUND = (200, 1, 20), (0, 200, 4000)
+FOREGROUND = 200, 1, 20
+BACKGROUND = 0, round(1e6 * SHORTEST_NAP_SECONDS), round(1e6 * LONGEST_NAP_SECONDS)
 
 
 class _Calls:

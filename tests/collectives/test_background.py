@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,9 +30,24 @@ def test_a_background_thread_looks_seldom_and_the_foreground_often():
     counts = []
     thread.start(lambda: counts.append(looks_until(WAIT_SECONDS))).finish()
     thread.stop()
-    # Naps of at most a quarter of the wait so far and at most 1 ms: 20 ms are a dozen of looks, the rest 180 at most.
+    # Naps as long as the wait so far, from 0.2 to 4 ms: the first 4 ms are half a dozen of looks, the rest 49 at most.
     assert 1 < counts[0] < 1.3 * WAIT_SECONDS / background.LONGEST_NAP_SECONDS
     assert looks_until(WAIT_SECONDS) > 1
+
+
+def test_naps_are_as_long_as_the_time_since_the_first_one_between_the_shortest_and_the_longest(monkeypatch):
+    now, slept = [100.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(background, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
+    naps = background.Naps(1.0, 10.0)
+    now[0] += 50  # whatever went before
+    for _ in range(7):
+        naps.rest()
+    assert slept == [1.0, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
 
 
 def test_what_is_done_is_looked_at_once():

@@ -1,5 +1,7 @@
 """What else a communicator does between ranks: reads of a peer's vector, gathering, giving back."""
 
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -38,3 +40,21 @@ def test_a_communicator_gives_back_all_it_made(comm):
         comm.barrier()
         comm.free()
     assert comm._made == []
+
+
+@ALL
+def test_who_waits_for_long_looks_seldom(comm):
+    from mpitrain.collectives import mpi
+
+    seconds, looks = 0.3, 0
+    end = time.perf_counter() + seconds
+
+    def is_over():
+        nonlocal looks
+        looks += 1
+        return time.perf_counter() >= end
+
+    comm.wait_until(is_over)
+    longest = mpi.LONGEST_NAP_SECONDS if comm.world.n_nodes == 1 else mpi.LONGEST_NAP_BETWEEN_NODES_SECONDS
+    assert looks <= 1 + mpi.LOOKS_BEFORE_NAPS + 10 + seconds / longest  # 10 while the naps become longer
+    assert comm.statistics.wait_seconds >= 0.9 * seconds
