@@ -34,8 +34,6 @@ from mpitrain.trainer import runfolder
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.runfolder import to_json
 
-WARM_UP_STEPS = 12  # more than the period of the methods that exchange every tenth step
-
 Results = Mapping[str, list[dict[str, Any]]]  # of each method, its runs seed by seed
 
 
@@ -62,7 +60,7 @@ def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> 
     dataset = load(options, world)
     for name, config in configs.items():
         say(f"warming up: {name}\n")
-        steps = dataclasses.replace(config, epochs=None, gradients=None, minutes=None, steps=WARM_UP_STEPS)
+        steps = dataclasses.replace(config, epochs=None, gradients=None, minutes=None, steps=plan.WARM_UP_STEPS)
         train(dataclasses.replace(steps, straggler=None), world, dataset=dataset)
     out = make_folder(options.out, world)
     results: Results = {name: [] for name in configs}

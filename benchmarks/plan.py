@@ -18,6 +18,9 @@ from mpitrain.trainer.config import TrainConfig, method_of
 ALGORITHMS = "allreduce,gossip,easgd"
 EPOCHS = 30.0
 
+WARM_UP_STEPS = 12
+"""Of each method before anything is timed: more than the period of those that exchange every tenth step."""
+
 TRAIN_OPTIONS = ("data", "model", "batch_size", "momentum", "weight_decay", "sampling", "augment", "straggler")
 """Handed on to ``TrainConfig`` where they are given."""
 

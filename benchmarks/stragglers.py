@@ -34,7 +34,6 @@ GRADIENTS, EVALUATIONS = 1500, 20
 TARGET = 0.95
 MODEL = "mlp:hidden=512x512"
 KEPT_AT_LEAST = 0.95  # of the others' throughput, for methods that wait for nobody
-WARM_UP_STEPS = 12
 
 
 def main() -> int:
@@ -70,7 +69,7 @@ def run(options: Any) -> int:
     kinds = [(name, slow) for name in names for slow in (False, True)]
     results: dict[tuple[str, bool], list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for name in names:  # compiled and warm before anything is timed
-        train(dataclasses.replace(config_of(name), gradients=None, steps=WARM_UP_STEPS), world, dataset=dataset)
+        train(dataclasses.replace(config_of(name), gradients=None, steps=plan.WARM_UP_STEPS), world, dataset=dataset)
     for seed in range(options.seeds):
         for (name, slow), runs in results.items():
             config = dataclasses.replace(

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.collectives.background import threads_may_call_mpi
 from mpitrain.collectives.communicator import Vector
 from mpitrain.collectives.failures import explained
 from mpitrain.errors import RankFailed, UsageError
@@ -137,7 +138,7 @@ class ReplicaGroup:
         Args:
             answer: Writes what the method evaluates to a vector (n,).
         """
-        if self.world is not None and _threads_may_call_mpi(self.world):
+        if self.world is not None and threads_may_call_mpi():
             self._desk = Desk(self.world, np.empty_like(self.x.local), answer, self.busy)
 
     def ask(self, out: np.ndarray) -> None:
@@ -147,7 +148,7 @@ class ReplicaGroup:
             UsageError: When this MPI lets only one thread of a rank call it.
         """
         assert self.world is not None
-        if not _threads_may_call_mpi(self.world):
+        if not threads_may_call_mpi():
             raise UsageError(
                 "this MPI lets one thread of a rank call it (mpitrain info): "
                 "ask the first rank of a replica group for the consensus"
@@ -201,7 +202,3 @@ class Desk:
         if self._thread.is_alive():
             self._thread.join()
         atexit.unregister(self.stop)
-
-
-def _threads_may_call_mpi(world: World) -> bool:
-    return bool(world.describe()["threads"] == "multiple")

@@ -20,6 +20,13 @@ SPIN_SECONDS, FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
 _of_thread = threading.local()
 
 
+def threads_may_call_mpi() -> bool:
+    """Whether several threads of a rank may call this MPI at once. Local; MPI must have been started."""
+    from mpi4py import MPI
+
+    return MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+
 def in_background() -> bool:
     """Whether this thread's work is of the kind that must not take a core from the one that computes. Local."""
     return getattr(_of_thread, "is_background", False)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from mpitrain.collectives.background import threads_may_call_mpi
 from mpitrain.errors import HEARD_SECONDS, RankFailed, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def are_told() -> bool:
 
     if not are_asked_for() or MPI.get_vendor()[0] != "Open MPI":
         return False
-    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+    if not threads_may_call_mpi():
         raise UsageError(
             "this MPI lets one thread of a rank call it (mpitrain info), and to outlive a rank that dies takes two: "
             "leave --with-ft ulfm out"

@@ -9,11 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mpi4py import MPI
 
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduce
-from mpitrain.collectives.background import Background, Naps, Started
+from mpitrain.collectives.background import Background, Naps, Started, threads_may_call_mpi
 from mpitrain.collectives.blocks import MPIBlocks
 from mpitrain.collectives.device_memory import DeviceBlocks, DeviceWindow
 from mpitrain.collectives.mailboxes import Mailboxes
@@ -90,7 +89,7 @@ class MPICommunicator:
         self._made: list[Any] = []
         self._mirrored: list[DeviceWindow] = []
         self._pending: PendingAllReduce | None = None
-        self._background = Background(threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+        self._background = Background(threads=threads_may_call_mpi())
         self._fetched: np.ndarray | None = None
 
     @property

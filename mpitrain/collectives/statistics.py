@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+SHARES = ("compute", "exchange", "waiting")
+"""Where a worker's time goes; what is left is evaluation, checkpoints, loading."""
+
 STALENESS_BINS = 33
 """Bins 0..31 count exactly, the last one everything above."""
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpitrain.collectives import failures
+from mpitrain.collectives.background import threads_may_call_mpi
 from mpitrain.collectives.device import bind, shared_gpus, take
 from mpitrain.collectives.partition import emulated_nodes, share_of_cores
 from mpitrain.collectives.progress import ProgressThread
@@ -148,7 +149,7 @@ class World:
         elif self.device != "cpu":
             self._take_gpu(transport)
         self._windows: list[Any] = []
-        needs_progress = whole is None and self.n_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        needs_progress = whole is None and self.n_nodes > 1 and threads_may_call_mpi()
         own = ProgressThread(comm) if needs_progress else None
         self._progress: ProgressThread | None = own if whole is None else whole._progress
         self.service = own if _between_nodes_setting() == "messages" else None

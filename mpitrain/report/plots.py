@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
-from mpitrain.collectives.statistics import SMALLEST_DISTANCE_EXPONENT
+from mpitrain.collectives.statistics import SHARES, SMALLEST_DISTANCE_EXPONENT, STALENESS_BINS
 from mpitrain.metrics import Column
-from mpitrain.report.runs import SHARES, Run
+from mpitrain.report.runs import Run
 from mpitrain.report.style import BYTES, COLOURS, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
 
 PathLike = str | os.PathLike[str]
@@ -28,7 +28,6 @@ SHARE_COLOURS = {"compute": "#009E73", "exchange": "#0072B2", "waiting": "#E69F0
 DPI = 130
 N_POINTS = 400  # of a drawn line
 MOST_RAW = 6  # lines with their raw values faint behind them: more cannot be told apart
-LAST_BIN = 32  # of a staleness histogram: "32 or more"
 MOST_PANELS = 8  # of what methods tell
 MOST_WORKERS = 8  # with a line each
 
@@ -279,7 +278,7 @@ def _largest(runs: Sequence[Run], table: str, x: str, y: str) -> float:
 
 
 def _bin_name(index: int) -> str:
-    return f"{LAST_BIN}+" if index >= LAST_BIN else str(index)
+    return f"{index}+" if index == STALENESS_BINS - 1 else str(index)
 
 
 def _distance_name(index: int) -> str:

@@ -15,14 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain.collectives.statistics import SHARES
 from mpitrain.errors import UsageError
 from mpitrain.metrics import Column, read_metrics
-
-SHARES = (
-    "compute",
-    "exchange",
-    "waiting",
-)  # where a rank's time goes; what is left is evaluation, checkpoints, loading
 
 
 @dataclass(frozen=True)

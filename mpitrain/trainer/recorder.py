@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.board import Board
-from mpitrain.collectives.statistics import DISTANCE_BINS, STALENESS_BINS, Statistics
+from mpitrain.collectives.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS, Statistics
 from mpitrain.collectives.world import World
 from mpitrain.metrics import MetricsWriter
 from mpitrain.trainer.evaluation import Point
@@ -22,7 +22,6 @@ SECONDS_BETWEEN_RECORDS = 0.25
 LOSS_MEMORY = 0.95
 """The loss shown is a running mean with this memory."""
 
-SHARES = ("compute", "exchange", "waiting")
 COUNTERS = ("steps", "loss", *SHARES, "bytes", "rejected", "exchanges", "lock_wait")
 HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
 OF_METHOD = "method_"
@@ -39,7 +38,8 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
     return {
         "progress": [
             *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
-            *("compute_share", "exchange_share", "waiting_share", "rejected", "exchanges", "lock_wait_seconds"),
+            *(f"{name}_share" for name in SHARES),
+            *("rejected", "exchanges", "lock_wait_seconds"),
             *("consensus_distance", "elastic_energy"),
         ],
         "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
