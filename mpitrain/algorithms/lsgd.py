@@ -275,6 +275,11 @@ class SynchronousLSGDWorker(LSGDWorker):
         self.comm.read(self.x, leader, follow)
 
 
+def copy_loss(to: np.ndarray, shown: np.ndarray) -> None:
+    """Of what a worker shows, nothing but its loss."""
+    to[LOSS] = shown[LOSS]
+
+
 class AsynchronousLSGDWorker(LSGDWorker):
     """Publishes its parameters with its loss, and reads what the leader has published."""
 
@@ -306,13 +311,17 @@ class AsynchronousLSGDWorker(LSGDWorker):
     def _look(self) -> None:
         """What all workers show now; of the dead nobody waits for anything, and nobody follows them."""
         for peer in range(self.comm.size):
-            self.comm.read(self._shown, peer, partial(np.copyto, self._board[peer]))
+            seen, stamp = self._board[peer], self._board[peer, STAMP]
+            self.comm.read(self._shown, peer, partial(np.copyto, seen))
+            if seen[STAMP] != stamp:  # the loss may have been read before the stamp, and be an older one
+                self.comm.read(self._shown, peer, partial(copy_loss, seen))
         dead = list(self.comm.dead)
         self._board[dead, STAMP] = self._board[dead, LOSS] = math.inf
 
     def _publish(self, total: int) -> None:
         self._boxes.publish(self.x.local)
         self._shown.local[LOSS] = self.mean_loss()
+        self.comm.publish(self._shown)
         self._shown.local[STAMP] = total  # last: who sees it sees the loss
         self._board[self.comm.rank] = self._shown.local
 

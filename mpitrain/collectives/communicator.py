@@ -79,7 +79,8 @@ class Communicator(Protocol):
     def publish(self, vector: Vector) -> None:
         """Let peers read a vector as it is now, after the next barrier or gather. Local.
 
-        In host memory they do anyway. A barrier publishes all vectors.
+        In host memory they do anyway, and who sees what is written there after this sees what was written before. A
+        barrier publishes all vectors.
         """
 
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:

@@ -152,9 +152,14 @@ class MPICommunicator:
         return window
 
     def publish(self, vector: Any) -> None:
-        """Let peers read a vector as it is now, after the next barrier or gather. Local."""
+        """Let peers read a vector as it is now, after the next barrier or gather. Local.
+
+        In host memory they do anyway, and who sees what is written there after this sees what was written before.
+        """
         if isinstance(vector, DeviceWindow):
             vector.publish()
+        else:
+            vector.sync()
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.

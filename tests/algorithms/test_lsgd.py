@@ -15,7 +15,9 @@ from quadratic import change, same_bits, simulate, slope, states, statistics
 from torch import nn
 
 from mpitrain import EASGD, LSGD, DistributedOptimizer, UsageError
+from mpitrain.algorithms.lsgd import LOSS, STAMP
 from mpitrain.collectives.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
+from mpitrain.collectives.simulated import SimulatedCommunicator
 
 STARTS = np.random.default_rng(0).normal(size=(5, 6))
 SIDES = pytest.mark.parametrize("grad_point", ["pre", "post"])
@@ -364,6 +366,45 @@ def test_any_script_gives_what_the_rule_says(grad_point, tau, times, group_size,
         lambda rank, x: next(drawn[rank]), method=method, p=4, start=start, eta=0.1, schedule=Scripted(script)
     ).run(10**6)
     np.testing.assert_allclose(end.x(), asynchronous_rule(script, start, losses, method, 0.1), rtol=1e-12, atol=1e-13)
+
+
+def test_a_loss_is_published_before_its_stamp(monkeypatch):
+    published, losses = [], iter([4.0, 3.0, 2.0])
+    monkeypatch.setattr(SimulatedCommunicator, "publish", lambda comm, vector: published.append(vector.local.copy()))
+    method = one_group(synchronous=False)
+    lsgd(lambda rank, x: next(losses), method=method, p=1, start=[[0.0]], eta=0.0).run(3)
+    assert [shown[LOSS] for shown in published] == [4, 3, 2]
+    assert [shown[STAMP] for shown in published] == [-1, 1, 2]
+
+
+@SIDES
+def test_who_reads_a_loss_before_its_stamp_reads_it_again(monkeypatch, grad_point):
+    rng = np.random.default_rng(3)
+    losses, method = rng.random((60, 3)), LSGD(pull=0.3, period=2, grad_point=grad_point)
+    seen, read = {}, SimulatedCommunicator.read
+
+    def read_torn(comm, vector, peer, fn):
+        def tear(numbers):
+            before = seen.get((comm.rank, peer), numbers)
+            seen[comm.rank, peer] = numbers.copy()
+            torn = numbers.copy()
+            if before[STAMP] != numbers[STAMP]:
+                torn[LOSS] = before[LOSS]
+            fn(torn)
+
+        read(comm, vector, peer, tear if vector.local.size == 3 and peer != comm.rank else fn)
+
+    def end():
+        drawn = [iter(column) for column in losses.T]
+        start, schedule = [[0.0, 1.0], [4.0, 2.0], [8.0, 3.0]], RandomOrder(5)
+        simulation = lsgd(
+            lambda rank, x: next(drawn[rank]), method=method, p=3, start=start, eta=0.1, schedule=schedule
+        )
+        return simulation.run(50).x()
+
+    whole = end()
+    monkeypatch.setattr(SimulatedCommunicator, "read", read_torn)
+    assert same_bits(end(), whole)
 
 
 def test_workers_in_step_are_pulled_one_step_after_the_synchronous_ones():

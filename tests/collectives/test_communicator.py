@@ -24,6 +24,15 @@ def test_a_peer_s_vector_is_read_as_it_is(comm, dtype):
 
 
 @ALL
+def test_what_is_written_to_host_memory_after_it_was_published_comes_later(monkeypatch, comm):
+    synchronized = []
+    for vector in (comm.numbers(2), comm.vector(10, np.float32)):
+        monkeypatch.setattr(vector, "sync", lambda vector=vector: synchronized.append(vector))
+        comm.publish(vector)
+        assert synchronized[-1:] == [vector]
+
+
+@ALL
 def test_everybody_gathers_everybody_s_numbers(comm):
     gathered = comm.gather([comm.rank, comm.rank**2 + 0.5])
     assert gathered.dtype == np.float64
