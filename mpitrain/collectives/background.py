@@ -81,6 +81,7 @@ class Started:
 
     def __init__(self, future: Future[object] | None = None) -> None:
         self._future = future
+        self._is_told = future is None
 
     @property
     def done(self) -> bool:
@@ -89,8 +90,14 @@ class Started:
 
     def finish(self) -> None:
         """Wait for its end; raises what it raised. Local."""
+        self._is_told = True
         if self._future is not None:
             self._future.result()
+
+    def finish_untold(self) -> None:
+        """The same, unless somebody has finished it before. Local."""
+        if not self._is_told:
+            self.finish()
 
 
 class Background:
@@ -103,6 +110,7 @@ class Background:
     def __init__(self, *, threads: bool) -> None:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._last = Started()
 
     def start(self, fn: Callable[[], object]) -> Started:
         """Begin ``fn``. Local."""
@@ -111,10 +119,12 @@ class Background:
             return Started()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "exchange", _begin)
-        return Started(self._pool.submit(fn))
+        self._last = Started(self._pool.submit(fn))
+        return self._last
 
     def stop(self) -> None:
-        """Wait until all is done. Local."""
+        """Wait until all is done; raises what the last one raised, if nobody has finished that. Local."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+        self._last.finish_untold()

@@ -54,6 +54,26 @@ def test_what_is_done_is_looked_at_once():
     assert looks_until(0.0) == 1
 
 
+def fail():
+    raise KeyError("shard")
+
+
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_what_fails_last_is_told_at_the_stop_if_nobody_has_heard_of_it(n_before):
+    thread = background.Background(threads=True)
+    for _ in range(n_before):
+        thread.start(lambda: None)
+    thread.start(fail)
+    with pytest.raises(KeyError, match="shard"):
+        thread.stop()
+    thread.stop()  # once is enough
+
+    started = thread.start(fail)
+    with pytest.raises(KeyError, match="shard"):
+        started.finish()
+    thread.stop()
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "an unknown one"])
 def test_short_slices_are_asked_for_where_it_is_known_how(monkeypatch, machine):
     calls = []

@@ -89,7 +89,20 @@ def test_memory_is_given_back_only_when_nothing_is_under_way(world):
 
     for _ in range(3):
         comm = MPICommunicator(world)
-        vector = comm.vector(1_000_000, np.float32)
+        vector, events = comm.vector(1_000_000, np.float32), []
+        vector.local[...] = 1 + comm.rank
         pending = comm.start_allreduce(vector)
+        finish, free = pending.finish, vector.free
+
+        def finish_and_look(finish=finish, vector=vector, events=events):
+            finish()
+            events.append(np.unique(vector.local).tolist())
+
+        def note_and_free(free=free, events=events):
+            events.append("freed")
+            free()
+
+        pending.finish, vector.free = finish_and_look, note_and_free
         comm.free()
-        pending.finish()
+        assert events == [[sum(range(1, 1 + world.size))], "freed"]
+        finish()
