@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 
 import numpy as np
 
@@ -144,6 +144,8 @@ class Control:
 class StopSignal:
     """SIGUSR1 asks for a checkpoint and an end: batch systems send it ahead of the time limit.
 
+    Who enters it puts back what was there before when leaving, however that comes.
+
     Attributes:
         received: Whether it has come.
     """
@@ -158,3 +160,11 @@ class StopSignal:
     def restore(self) -> None:
         """Put back what was there before."""
         signal.signal(signal.SIGUSR1, self._before)
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()

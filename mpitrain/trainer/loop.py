@@ -52,8 +52,9 @@ def train(
         UsageError: What is wrong with the configuration or the data, on the ranks that see it.
         RankFailed: A rank has died without which the others cannot go on.
     """
-    with explained(world):
-        run = Trainer(config, world, resume, dataset)
+    # From here on: a signal must not end a rank that is still loading its data, or one that writes its last checkpoint.
+    with StopSignal() as stop_signal, explained(world):
+        run = Trainer(config, world, stop_signal, resume, dataset)
         try:
             return run.train()
         finally:
@@ -61,13 +62,17 @@ def train(
 
 
 class Trainer:
-    """One run. Collective to make; the arguments are those of ``train``."""
+    """One run. Collective to make; the arguments are those of ``train``, and what asks for an end."""
 
     def __init__(
-        self, config: TrainConfig, world: World, resume: Path | None = None, dataset: data.Dataset | None = None
+        self,
+        config: TrainConfig,
+        world: World,
+        stop_signal: StopSignal,
+        resume: Path | None = None,
+        dataset: data.Dataset | None = None,
     ) -> None:
-        self.config, self.world = config, world
-        self.stop_signal = StopSignal()  # from here on: it must not end a rank that is still loading its data
+        self.config, self.world, self.stop_signal = config, world, stop_signal
         self.method = method_of(config)
         if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
             raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
@@ -138,7 +143,6 @@ class Trainer:
             stopped = orders.stop
         self._wait_for_the_others()
         seconds = self._seconds()
-        self.stop_signal.restore()
         mine = not self.interrupted if self.budget.steps is None else self.budget.is_over(self.step)
         part = mine, self.step != self.saved_at
         parts = self.world.together(lambda comm: comm.allgather(part))

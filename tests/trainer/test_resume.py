@@ -18,6 +18,7 @@ from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.loop import train
 
 SYNCHRONOUS = {
@@ -145,6 +146,58 @@ def test_a_signal_is_obeyed_while_a_slow_rank_makes_its_last_steps(world, go, at
     small_models.on_batch = None
     finished = go(config, "run", resume=True, straggler=(1, 1.0))
     assert finished["steps_of_ranks"] == [5, 5]
+
+
+@pytest.fixture
+def heard():
+    """The signals that reach who was there before the run, and is to be again after it."""
+    heard: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        heard.append(number)
+
+    before = signal.signal(signal.SIGUSR1, note)
+    yield heard
+    assert signal.getsignal(signal.SIGUSR1) is note
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_signal_after_the_last_step_does_not_end_what_is_left_to_do(world, go, monkeypatch, heard):
+    evaluate, save = Evaluator.evaluate, checkpoint.save
+
+    def evaluate_interrupted(self, vector):
+        interrupt()
+        return evaluate(self, vector)
+
+    def save_interrupted(*arguments):
+        interrupt()
+        return save(*arguments)
+
+    def last_step(n: int) -> None:
+        if n == 6:
+            monkeypatch.setattr(Evaluator, "evaluate", evaluate_interrupted)
+            monkeypatch.setattr(checkpoint, "save", save_interrupted)
+
+    monkeypatch.setattr(small_models, "on_batch", last_step)
+    config = TrainConfig(algorithm="allreduce", model="small_models:watched")
+    assert go(config, "run", steps=6)["complete"]
+    assert heard == []
+    assert (go.folder / "run" / "result.json").exists()
+
+
+@pytest.mark.ranks(1)
+def test_a_run_that_fails_puts_the_handler_of_the_signal_back(world, go, at_batch, heard):
+    def fail() -> None:
+        raise ArithmeticError("a reason of the model's own")
+
+    with pytest.raises(UsageError, match="--straggler"):
+        go(TrainConfig(), "none", steps=5, straggler=(1, 2.0))
+    interrupt()
+    assert heard == [signal.SIGUSR1]
+    at_batch(3, fail)
+    with pytest.raises(ArithmeticError):
+        go(TrainConfig(model="small_models:watched"), "run", steps=5)
 
 
 @pytest.mark.ranks(1, 3)
