@@ -335,11 +335,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         rho = self.method.elastic_coefficient(comm.size, learning_rate)
         return math.sqrt(mean), rho / 2 * len(living(comm)) * mean
 
+    def settle(self) -> None:
+        """Nothing of this rank's is under way any more at what all share (an exchange in the background). Local."""
+        if self._worker is not None:
+            with self._group.busy, self._exchanging():
+                self._worker.settle()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
 
-        It is this rank's own: each rank saves one and loads its own again. For asynchronous methods put a barrier
-        before it on all ranks, or the parts are of different moments.
+        It is this rank's own: each rank saves one and loads its own again. For asynchronous methods call ``settle`` and
+        then a barrier before it on all ranks, or the parts are of different moments.
         """
         with self._exchanging():
             parameters = _copy(self._x)

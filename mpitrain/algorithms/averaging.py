@@ -150,6 +150,10 @@ class AveragedWorker(Worker):
             return
         mean_of_workers(self.comm, self._z, out)
 
+    def settle(self) -> None:
+        """The method's."""
+        self._worker.settle()
+
     def metrics(self) -> dict[str, float]:
         """The method's."""
         return self._worker.metrics()

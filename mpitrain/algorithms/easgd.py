@@ -111,29 +111,29 @@ class OverlappedWorker(ElasticWorker):
             self._under_way = None
             kernels.scaled_add(self._position, self._moved, -1.0)
 
-    def _settle(self) -> None:
-        """Nobody else is at the center's shards for this worker. What has been exchanged is not taken yet."""
+    def settle(self) -> None:
+        """Nobody is at the center's shards for this worker. What has been exchanged is not taken yet. Local."""
         if self._under_way is not None:
             self._under_way.finish()
 
     def consensus(self, out: Any) -> None:
         """The center. Local."""
-        self._settle()
+        self.settle()
         super().consensus(out)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, the center, and E_i if it is under way."""
-        self._settle()
+        self.settle()
         yield from super().state()
         if self._under_way is not None:
             yield "under_way", self._moved
 
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
-        self._settle()
+        self.settle()
         super().load(state)
         self._under_way = None
         if "under_way" in state:
             kernels.assign(self._moved, state["under_way"])
             self._under_way = self.comm.start(lambda: None)  # the center has it
-            self._settle()
+            self.settle()

@@ -345,6 +345,9 @@ class Worker(ABC):
     def consensus(self, out: Any) -> None:
         """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
 
+    def settle(self) -> None:  # noqa: B027 - not every method has something to do here
+        """Nothing of this worker's is under way any more at what all share. Local."""
+
     def metrics(self) -> dict[str, float]:
         """A number for each name in the method's ``metrics``, as it is now. Local, and so cheap that nobody minds."""
         return {}

@@ -210,6 +210,7 @@ class Trainer:
                 self._save()
             elif self.world.rank == 0:
                 self._record(self._seconds())
+        self.optimizer.settle()
         self.world.barrier()
         self.control.require_leader()
 
@@ -337,6 +338,7 @@ class Trainer:
         assert self.folder is not None
         began = time.perf_counter()
         seconds = self._seconds()
+        self.optimizer.settle()
         self.world.barrier()
         self.control.require_leader()
         number = self.world.together(lambda comm: int(comm.bcast(self.step)))
