@@ -341,6 +341,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             with self._group.busy, self._exchanging():
                 self._worker.settle()
 
+    def finish(self) -> None:
+        """Hand over what no exchange has taken: the steps a parameter server has not got yet. Local, once, at the end.
+
+        Between two barriers, so that what is evaluated then has the steps of all. Collective over a group.
+        """
+        self._flat.to_host()
+        if self._worker is not None:
+            with self._group.busy, self._exchanging():
+                self._worker.finish()
+        self._group.share()
+        self._flat.to_device()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
 

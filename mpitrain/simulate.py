@@ -194,6 +194,8 @@ class Study:
         """Evaluate the end; returns the result document."""
         from mpitrain.trainer.config import method_of
 
+        for rank in self._living():
+            self._simulation.workers[rank].finish()
         self._evaluate()
         self._bar.close()
         statistics = [comm.statistics for comm in self._simulation.world.communicators]

@@ -7,7 +7,7 @@ from on_ranks import ranks
 from quadratic import simulate, slope
 from torch import nn
 
-from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, GossipSGD
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD
 
 # The first optimizer imports a large part of torch, which takes its time where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
@@ -182,6 +182,25 @@ def test_asynchronous_exchanges_conserve_the_sum_of_workers_and_center(world):
             center = numbers(model)
         np.testing.assert_allclose(sum_of_workers + center, total, rtol=0, atol=1e-12)
         assert np.abs(center).max() > 1e-3
+        world.barrier()
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_the_end_hands_over_what_no_exchange_has_taken(world, in_groups):
+    model, k, n_steps = Point(np.ones(50)), world.size if in_groups else 1, 3
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with DistributedOptimizer(base, model, Downpour(period=100), replica_size=k) as optimizer:
+        for _ in range(n_steps):
+            model.descend(optimizer, 1.0, 0.0)
+        world.barrier()
+        optimizer.settle()
+        optimizer.finish()
+        world.barrier()
+        gained = (1 - 0.1) ** n_steps - 1
+        if world.rank % k == 0:  # the others ask by a message, which not every MPI allows
+            np.testing.assert_allclose(optimizer.consensus_vector()[:50], 1 + world.size // k * gained, rtol=1e-12)
+        everyones = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones) or not in_groups
         world.barrier()
 
 

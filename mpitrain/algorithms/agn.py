@@ -65,7 +65,7 @@ class AGN(CenterMethod):
 
 
 class MeanStepWorker(DisplacementWorker):
-    """Divides its displacement by the number of local steps, which is smaller than tau when it flushes."""
+    """Divides its displacement by the number of local steps, which is smaller than tau at the end of a run."""
 
     def commit_rate(self) -> float:
         """1/tau"""

@@ -154,6 +154,10 @@ class AveragedWorker(Worker):
         """The method's."""
         self._worker.settle()
 
+    def finish(self) -> None:
+        """The method's."""
+        self._worker.finish()
+
     def metrics(self) -> dict[str, float]:
         """The method's."""
         return self._worker.metrics()

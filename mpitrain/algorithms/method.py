@@ -348,6 +348,9 @@ class Worker(ABC):
     def settle(self) -> None:  # noqa: B027 - not every method has something to do here
         """Nothing of this worker's is under way any more at what all share. Local."""
 
+    def finish(self) -> None:  # noqa: B027 - not every method has something to do here
+        """The run is at its end: hand over what no exchange has taken. Local."""
+
     def metrics(self) -> dict[str, float]:
         """A number for each name in the method's ``metrics``, as it is now. Local, and so cheap that nobody minds."""
         return {}

@@ -12,8 +12,9 @@ There is no server process. The center lies in shards in the memory of all worke
 with its own clock: a commit and its pull are atomic shard by shard, and one worker can be ahead of another in one shard
 and behind it in the next.
 
-What a worker has not committed when a run ends (fewer than tau steps) is not in the center, which is what is evaluated.
-Let the number of steps be a multiple of tau where that matters; ``flush`` commits the rest.
+What a worker has not committed when a run ends, fewer than tau steps, is a commit of its own then (``finish``): the
+center that is evaluated has every step. A checkpoint is of the moment before, and who continues it goes on in the
+middle of the period.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class CenterWorker(Worker):
         self._center.update(self.visit)
         self._steps = 0
 
-    def flush(self) -> None:
+    def finish(self) -> None:
         """Commit what has not been committed, before the end of a period. Local."""
         if self._steps:
             self.commit()

@@ -103,6 +103,7 @@ class Trainer:
         self.compute_seconds = 0.0
         self.seconds_before = 0.0  # of the run that is continued
         self.points: list[Point] = []
+        self.has_evaluated_end = False  # the last of the points is the run's end, with all that was handed over
         self.snapshots: list[np.ndarray] = []
         self.saved_at: int | None = None  # the step of the newest checkpoint
         loss = self._load(resume) if resume is not None else float("nan")
@@ -165,6 +166,7 @@ class Trainer:
             time.sleep((self.config.straggler[1] - 1) * (time.perf_counter() - began))
         self.optimizer.step(loss)
         self.step += 1
+        self.has_evaluated_end = False
         self.compute_seconds += time.perf_counter() - began - (self.optimizer.exchange_seconds - exchanged)
         self._report_step(value)
 
@@ -216,16 +218,21 @@ class Trainer:
 
     def _finish(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
         """Evaluate the end, save it if it is not saved yet, and write down what came out. Collective."""
+        saves = save and self.folder is not None and self.config.checkpoint_every != 0
+        # As it is before the handing over: with a longer budget it goes on as if it had not come to an end here.
+        state = self._state(self._seconds()) if saves else None
+        if complete:
+            self._hand_over()
         if self.world.rank == 0:
             self._record(seconds, now=True)
-            if complete and not (self.points and self.points[-1].gradients == self.recorder.totals().gradients):
-                self._evaluate(seconds, last=True)  # now exact: nobody trains any more
+            if complete:
+                self._evaluate_end(seconds)
         if complete and self.config.defer_evaluation:
             evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
             for point in self.points:
                 self.recorder.evaluated(point)
-        if save and self.folder is not None and self.config.checkpoint_every != 0:
-            self._save()
+        if state is not None:
+            self._write(state)
         document: dict[str, Any] = {}
         if self.world.rank == 0:
             document = self._result(seconds, complete=complete)
@@ -234,6 +241,13 @@ class Trainer:
         result: dict[str, Any] = self.world.together(lambda comm: comm.bcast(document))
         self.control.require_leader()
         return result
+
+    def _hand_over(self) -> None:
+        """What no exchange has taken is in the center. Collective."""
+        self.world.barrier()  # the center is not being saved any more
+        self.optimizer.finish()
+        self._report_step(self.recorder.loss)
+        self.world.barrier()
 
     def _seconds(self) -> float:
         """Of training so far."""
@@ -280,6 +294,17 @@ class Trainer:
                     last=last,
                 )
         self._paused += time.perf_counter() - began
+
+    def _evaluate_end(self, seconds: float) -> None:
+        """The same when nobody trains any more, and what is found is exact. Local; rank 0 only."""
+        if self.points and self.points[-1].gradients == self.recorder.totals().gradients:
+            if self.has_evaluated_end:
+                return
+            self.points.pop()  # of the same steps, some of which had not been handed over
+            if self.snapshots:
+                self.snapshots.pop()
+        self._evaluate(seconds, last=True)
+        self.has_evaluated_end = True
 
     def _result(self, seconds: float, *, complete: bool) -> dict[str, Any]:
         """The result document, of what rank 0 knows. Local."""
@@ -335,14 +360,17 @@ class Trainer:
 
     def _save(self) -> None:
         """All ranks stop for a moment and write their parts. Collective."""
-        assert self.folder is not None
         began = time.perf_counter()
         seconds = self._seconds()
         self.optimizer.settle()
         self.world.barrier()
         self.control.require_leader()
-        number = self.world.together(lambda comm: int(comm.bcast(self.step)))
-        state = {
+        self._write(self._state(seconds))
+        self._paused += time.perf_counter() - began
+
+    def _state(self, seconds: float) -> dict[str, Any]:
+        """This rank's part of a checkpoint, without what has been evaluated. Local; between two barriers."""
+        return {
             "optimizer": self.optimizer.state_dict(),
             "buffers": dict(self.model.named_buffers()),
             "step": self.step,
@@ -354,11 +382,18 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.world.device != "cpu" else None,
             "augment_rng": self.batches.rng.get_state(),
+        }
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """Write this rank's part, with what has been evaluated so far. Collective."""
+        assert self.folder is not None
+        number = self.world.together(lambda comm: int(comm.bcast(self.step)))
+        state |= {
             "points": [vars(point) for point in self.points],
+            "has_evaluated_end": self.has_evaluated_end,
         }
         checkpoint.save(self.folder / "checkpoints", number, state, self.world)
         self.saved_at = self.step
-        self._paused += time.perf_counter() - began
 
     def _load(self, run: Path) -> float:
         """Continue from the newest checkpoint; returns the running mean of the loss. Collective."""
@@ -379,6 +414,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
         self.batches.rng.set_state(state["augment_rng"])
         self.points = [Point(**point) for point in state["points"]]
+        self.has_evaluated_end = state.get("has_evaluated_end", False)
         return float(state["loss"])
 
 

@@ -105,8 +105,8 @@ def test_with_another_local_optimizer_they_are_not():
 def test_a_partial_window_is_divided_by_its_own_steps(method, steps):
     start, gradient, noted = whole_numbers(1, 9, seed=steps)
     simulation = simulate(method, 1, start=start, eta=1.0, gradient=gradient).run(steps)
-    for _ in range(2):  # the second flush has nothing to do
-        simulation.workers[0].flush()
+    for _ in range(2):  # the second has nothing to do
+        simulation.workers[0].finish()
     g = np.array([g for _, g in noted])
     windows = [g[k : k + 4] for k in range(0, steps, 4)]
     assert np.array_equal(simulation.consensus(), start - sum(window.sum(0) / len(window) for window in windows))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quadratic import assert_states_equal, load, same_bits, slope, states
 
 from mpitrain import UsageError
-from mpitrain.algorithms import EASGD, METHODS, AllReduceSGD
+from mpitrain.algorithms import EASGD, METHODS, AllReduceSGD, Downpour
 from mpitrain.algorithms.averaging import Average
 from mpitrain.collectives.schedules import RandomOrder
 from mpitrain.collectives.simulated import SimulatedWorld
@@ -73,6 +73,16 @@ def test_average_is_in_the_checkpoint(name, average):
     assert same_bits(resumed.consensus(), alone.consensus())
     assert_states_equal(states(resumed)[0], states(alone)[0])
     assert all("average_of_iterates" in state for state in saved)
+
+
+@every_average
+def test_at_the_end_the_method_is_what_it_is_alone(average):
+    ends = [simulation(Downpour(period=5), average=average).run(7), simulation(Downpour(period=5)).run(7)]
+    for end in ends:
+        for worker in end.workers:
+            worker.settle()
+            worker.finish()
+    assert same_bits(states(ends[0])[0]["center"], states(ends[1])[0]["center"])
 
 
 def test_rate_one_is_the_last_iterate():

@@ -210,6 +210,19 @@ def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after,
 
 
 @every_variant
+def test_what_is_left_at_the_end_is_handed_over_once(method):
+    simulation = run(method, 3, 7)
+    for worker in simulation.workers:
+        worker.settle()
+        worker.finish()
+    end = states(simulation)
+    for worker in simulation.workers:
+        worker.finish()
+    for a, b in zip(states(simulation), end, strict=True):
+        assert_states_equal(a, b)
+
+
+@every_variant
 def test_taking_the_state_disturbs_nothing(method):
     watched, alone = run(method, 3, 3), run(method, 3, 3)
     states(watched)

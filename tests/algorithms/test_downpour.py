@@ -168,13 +168,13 @@ def test_periods_not_given_are_the_period():
     assert (Downpour(period=7, push_period=2).n_push, Downpour(period=7, push_period=2).n_fetch) == (2, 7)
 
 
-def test_flush_commits_what_is_left():
+def test_the_end_commits_what_is_left():
     start, gradient, noted = whole_numbers(3, 9, seed=1)
     simulation = simulate(Downpour(period=4), 3, start=start, eta=1.0, gradient=gradient).run(6)
     assert not np.array_equal(simulation.consensus(), start - sum(g for _, g in noted))
     for _ in range(2):  # the second has nothing to do
         for worker in simulation.workers:
-            worker.flush()
+            worker.finish()
     assert np.array_equal(simulation.consensus(), start - sum(g for _, g in noted))
     assert statistics(simulation, "n_exchanges") == [2, 2, 2]
 
@@ -202,7 +202,7 @@ def test_ranks_lose_nothing_and_count_nothing_twice(world, method):
             total += g
         if method.name == "agn":
             total /= method.period
-        rank.worker.flush()
+        rank.worker.finish()
         assert np.array_equal(rank.consensus(), start - world.comm.allreduce(total))
 
 

@@ -1,4 +1,4 @@
-"""What is under way when a run is saved, or at its end, is in the center that is saved or evaluated."""
+"""A run that is saved or at its end: what is under way then, and what no exchange has taken."""
 
 from __future__ import annotations
 
@@ -92,3 +92,50 @@ def test_the_end_is_evaluated_with_what_was_under_way(world, mpi_tmp_path, far_a
     if world.rank == 0:
         np.testing.assert_array_equal(evaluated[-1], centers[0])
         np.testing.assert_array_equal(saved_center(world, run), centers[0])
+
+
+def not_committed(world, run: Path) -> np.ndarray:
+    """Collective. What the workers of the newest checkpoint had changed and not committed."""
+    state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)["optimizer"]
+    return world.comm.allreduce(state["parameters"].astype(float) - state["method"]["origin"])
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("settings", [{"period": "7"}, {"push_period": "100", "fetch_period": "3"}])
+def test_the_end_is_evaluated_with_every_step_and_saved_in_the_middle_of_a_period(
+    world, mpi_tmp_path, evaluated, settings
+):
+    run = Path(mpi_tmp_path) / "run"
+    finished = train(TrainConfig("downpour", settings, steps=20, lr=0.01, out=str(run), quiet=True), world)
+    world.barrier()
+    left = not_committed(world, run)
+    assert np.abs(left).max() > 1e-3
+    if world.rank == 0:
+        np.testing.assert_allclose(evaluated[-1], saved_center(world, run) + left, rtol=0, atol=1e-6)
+    again = train(TrainConfig.of_run(run, quiet=True), world, resume=run)  # nothing left to do
+    for key in ("test_loss", "evaluation", "gradients", "bytes_sent"):
+        assert again[key] == finished[key], key
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("name", ["downpour", "agn"])
+def test_a_run_with_a_longer_budget_goes_on_as_if_it_had_not_been_at_its_end(world, mpi_tmp_path, name):
+    folders = [Path(mpi_tmp_path) / name for name in ("whole", "parts")]
+    config = TrainConfig(name, {"period": "8"}, lr=0.01, quiet=True)
+    whole, _ = (
+        train(dataclasses.replace(config, epochs=None, steps=steps, out=str(run)), world)
+        for steps, run in zip((30, 20), folders, strict=True)
+    )
+    parts = train(TrainConfig.of_run(folders[1], steps=30, quiet=True), world, resume=folders[1])
+    assert parts["test_loss"] == whole["test_loss"]
+    assert parts["bytes_sent"] == whole["bytes_sent"]
+    np.testing.assert_array_equal(*(saved_center(world, run) for run in folders))
+
+
+@pytest.mark.ranks(1)
+def test_an_evaluation_on_the_way_is_not_taken_for_that_of_the_end(world):
+    result = train(TrainConfig("downpour", {"period": "100"}, gradients=20, evaluate_every=10, quiet=True), world)
+    start, middle, end = result["evaluation"]
+    assert (middle["gradients"], end["gradients"]) == (10, 20)
+    assert middle["test_loss"] == start["test_loss"]
+    assert end["test_loss"] != start["test_loss"]
