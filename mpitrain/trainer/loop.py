@@ -104,7 +104,7 @@ class Trainer:
         self.seconds_before = 0.0  # of the run that is continued
         self.points: list[Point] = []
         self.has_evaluated_end = False  # the last of the points is the run's end, with all that was handed over
-        self.snapshots: list[np.ndarray] = []
+        self.snapshots: list[np.ndarray] = []  # of the last of them, which are not evaluated yet
         self.saved_at: int | None = None  # the step of the newest checkpoint
         loss = self._load(resume) if resume is not None else float("nan")
         continue_from = self.seconds_before if resume else None
@@ -228,8 +228,10 @@ class Trainer:
             if complete:
                 self._evaluate_end(seconds)
         if complete and self.config.defer_evaluation:
-            evaluate_deferred(self.points, self.snapshots, self.evaluator, self.world)
-            for point in self.points:
+            pending = self.points[len(self.points) - len(self.snapshots) :]
+            evaluate_deferred(pending, self.snapshots, self.evaluator, self.world)
+            self.snapshots.clear()
+            for point in pending:
                 self.recorder.evaluated(point)
         if state is not None:
             self._write(state)
@@ -390,6 +392,7 @@ class Trainer:
         number = self.world.together(lambda comm: int(comm.bcast(self.step)))
         state |= {
             "points": [vars(point) for point in self.points],
+            "snapshots": self.snapshots,
             "has_evaluated_end": self.has_evaluated_end,
         }
         checkpoint.save(self.folder / "checkpoints", number, state, self.world)
@@ -414,6 +417,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
         self.batches.rng.set_state(state["augment_rng"])
         self.points = [Point(**point) for point in state["points"]]
+        self.snapshots = state.get("snapshots", [])
         self.has_evaluated_end = state.get("has_evaluated_end", False)
         return float(state["loss"])
 

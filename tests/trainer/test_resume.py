@@ -112,6 +112,27 @@ def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, g
     assert same(saved(world, go.folder / "stopped"), saved(world, go.folder / "whole"))
 
 
+@pytest.mark.ranks(1, 2)
+def test_evaluations_that_are_deferred_wait_in_the_checkpoint(world, go, at_batch):
+    config = dataclasses.replace(SYNCHRONOUS["allreduce"], defer_evaluation=True, evaluate_every=7)
+    whole = go(config, "whole", steps=40)
+    at_batch(15, interrupt, rank=0)
+    assert not go(config, "stopped", steps=40)["complete"]
+    small_models.on_batch = None
+    finished = go(config, "stopped", resume=True)
+    again = go(config, "stopped", resume=True)  # nothing left to do
+    longer = go(config, "stopped", resume=True, steps=45)
+    assert again["evaluation"] == finished["evaluation"] == longer["evaluation"][:-2]
+    for point, wanted in zip(finished["evaluation"], whole["evaluation"], strict=True):
+        for key in ("step", "test_loss", "test_accuracy"):
+            assert point[key] == wanted[key], key
+    assert [point["step"] for point in longer["evaluation"]] == [0, 7, 14, 21, 28, 35, 40, 42, 45]
+    world.barrier()
+    found = read_metrics(go.folder / "stopped" / "metrics.h5")["evaluation"]
+    assert found["step"].tolist() == [point["step"] for point in longer["evaluation"]]
+    assert found["test_loss"].tolist() == [point["test_loss"] for point in longer["evaluation"]]
+
+
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize(("name", "settings"), ASYNCHRONOUS)
 def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch, name, settings):
