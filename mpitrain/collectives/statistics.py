@@ -49,7 +49,7 @@ class Statistics:
 
     def numbers(self) -> dict[str, Any]:
         """All counters by name, as they are now."""
-        return {**copy.deepcopy(vars(self)), "n_rejected": int(self.n_rejected)}
+        return copy.deepcopy({**vars(self), "n_rejected": int(self.n_rejected)})
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
         """Count one visit that found ``n_updates`` updates of others, which moved the center by ``distance``."""
