@@ -104,6 +104,30 @@ def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_says_why() -> 
     assert "rank 3 of 4 died, with memory that the others need: start again from the newest checkpoint" in done.output
 
 
+def test_a_rank_that_has_ended_hears_of_a_death_among_the_others() -> None:
+    script = """
+import os, signal, time
+import mpitrain
+world = mpitrain.init()
+world.barrier()
+if world.rank:
+    time.sleep(0.5)
+    if world.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+"""
+    done = launch(
+        3,
+        [*ULFM, python("openmpi"), "-c", script],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"MPITRAIN_EMULATED_NODES": "2"},
+    )
+    assert not done.timed_out, done.output
+    assert done.returncode == 1, done.output
+    assert "rank 2 of 3 died, with memory that the others need" in done.output
+    assert "Traceback" not in done.output
+
+
 def test_without_ranks_that_die_a_run_is_what_it_always_is(tmp_path: Path) -> None:
     arguments = ["--steps", "40", "--json", "--seed", "3"]
     with_it = train(2, -1, "--algorithm", "allreduce", *arguments)

@@ -82,6 +82,12 @@ def are_told() -> bool:
     return True
 
 
+def wait_to_be_ended() -> None:
+    """After an error of MPI: if it comes of a death, whoever hears of that ends all ranks, and says why. Local."""
+    if are_asked_for():
+        time.sleep(PATIENCE_SECONDS + HEARD_SECONDS)
+
+
 def names_of(ranks: Collection[int]) -> str:
     """``rank 2``, or ``ranks 1, 3``."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"

@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain.collectives import failures
 from mpitrain.collectives.background import LONGEST_NAP_SECONDS, SHORTEST_NAP_SECONDS, in_background, nap_until
 from mpitrain.kernels import locks, service
 from mpitrain.kernels.locks import OWNER_MASK
@@ -50,6 +51,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 SLOTS_OF_A_RANK = 6  # each of its threads waits for one lock at the most; to give blocks back waits for nothing
 TAGS = range(2, 1000)  # of requests and what they move, in turn: only a few are under way
 
+SECONDS_BETWEEN_LOOKS = 0.01  # of a rank at its end for the others
 
 SLICE_NANOSECONDS = 100_000
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
@@ -124,7 +126,7 @@ class _Calls:
 
 
 class ProgressThread:
-    """Serves the ranks of ``comm`` until ``stop``. Collective to create (it duplicates ``comm``).
+    """Serves the ranks of ``comm`` until ``stop``, or all of them end. Collective to create (it duplicates ``comm``).
 
     Args:
         comm: The ranks between which there must be progress. MPI must have been started with MPI_THREAD_MULTIPLE.
@@ -137,7 +139,7 @@ class ProgressThread:
         self._tags = itertools.cycle(TAGS)
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
         self._thread.start()
-        atexit.register(self.stop)  # runs before MPI is finalized
+        atexit.register(self._end)  # runs before MPI is finalized
 
     def _run(self) -> None:
         ask_for_short_slices()
@@ -225,6 +227,26 @@ class ProgressThread:
     def looking(self) -> AbstractContextManager[None]:
         """While this thread looks at what arrives for MPI: the serving one looks too, after naps. Local."""
         return self._calls.looking()
+
+    def _end(self) -> None:
+        """Serve until every rank has come to its end, then stop. Collective, whether or not one has stopped before.
+
+        Who ends first has what the others go on to ask for, and would wait for them in MPI_Finalize without an answer.
+        """
+        from mpi4py import MPI
+
+        try:
+            if not MPI.Is_finalized():
+                ended = self._comm.Ibarrier()
+                with self.looking():
+                    while not ended.Test():
+                        time.sleep(SECONDS_BETWEEN_LOOKS)
+        except BaseException as error:  # Python would note it and go on: the others would wait
+            if isinstance(error, MPI.Exception):
+                failures.wait_to_be_ended()
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            self.stop()
 
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""

@@ -102,6 +102,59 @@ if world.rank == 0:
     assert finished.returncode != 0
 
 
+SHARES = """
+import numpy as np
+from mpitrain.collectives.mpi import MPICommunicator
+comm = MPICommunicator(world)
+vector = comm.shared_vector(8, np.float32)
+pids = world.comm.allgather(os.getpid())
+
+def visit(n):
+    for _ in range(n):
+        vector.update(lambda part, c: np.add(c, 1, out=c) is None)
+"""
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("way", ["messages", "windows"])
+def test_a_rank_that_has_ended_serves_those_that_have_not(mpi, way):
+    script = """
+if world.rank:
+    time.sleep(0.5)
+    visit(20)
+    print("rank", world.rank, "went on")
+"""
+    finished = run(mpi, 3, SHARES + script, MPITRAIN_EMULATED_NODES="2", MPITRAIN_BETWEEN_NODES=way)
+    assert finished.returncode == 0, finished.output
+    assert finished.output.count("went on") == 2
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_one_that_serves_no_longer_keeps_nobody_from_ending(mpi):
+    script = """
+if world.rank == 1:
+    world._progress.stop()
+    time.sleep(0.5)
+"""
+    finished = run(mpi, 3, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode == 0, finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("end", ["raise ValueError('a reason')", "os.kill(pids[0], signal.SIGINT); time.sleep(1000)"])
+def test_a_rank_that_has_ended_does_not_wait_for_those_that_fail(mpi, end):
+    """Another one raises, or it is interrupted itself."""
+    script = f"""
+if world.rank == 1:
+    time.sleep(0.5)
+    visit(1)
+    {end}
+"""
+    finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode != 0
+    assert "rank 1 of 2 failed:" in finished.output or "KeyboardInterrupt" in finished.output
+
+
 @pytest.mark.parametrize("mpi", installed())
 def test_a_world_that_srun_did_not_join_is_a_usage_error(mpi):
     """srun started 4 tasks, and each of them believes to be alone."""
