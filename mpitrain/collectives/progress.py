@@ -111,6 +111,17 @@ class _Calls:
         finally:
             self._may_watch.release()
 
+    def close(self, code: int) -> None:
+        """The serving thread looks no longer: refuse what is handed to it, and give back what it has. Local.
+
+        Args:
+            code: Of the error of MPI that has ended it, negative.
+        """
+        self.shared[service.TRUSTED] = 0
+        if self._swap(self.shared, service.OUTCOME, service.NONE, service.CLOSED) == service.WATCHING:
+            self.shared[service.OUTCOME] = code
+            self._over.ring()
+
     @contextmanager
     def looking(self) -> Iterator[None]:
         """While a thread looks at what arrives for MPI: the serving one looks too, after naps."""
@@ -150,9 +161,11 @@ class ProgressThread:
         statuses = np.zeros(service.N_PIECES * calls.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * calls.request_bytes, np.uint8)
         files, room = polled([calls.bell.reads, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
-        memory = [array.ctypes.data for array in (flag, requests, statuses, pieces, states, files)]
+        arrays = flag, requests, statuses, pieces, states, files
+        memory = [array.ctypes.data for array in arrays]
         memory += [files.size, calls.bell.reads, room.ctypes.data]
-        service.serve()(
+        self._held = *arrays, room  # after an error MPI may go on to write there
+        result = service.serve()(
             calls.functions,
             calls.comm,
             calls.byte,
@@ -164,6 +177,10 @@ class ProgressThread:
             states,
             np.array(memory, np.int64),
         )
+        if result < 0:
+            calls.close(result)
+            failures.wait_to_be_ended()
+            raise RuntimeError(f"this rank can serve other nodes no longer: {calls.error(-result)}")
 
     def swap(self, rank: int, word: int, before: int, after: int) -> int:
         """Make the lock word at an address of ``rank`` ``after`` if it is ``before``. Returns what it was. Local."""

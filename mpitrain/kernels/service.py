@@ -157,26 +157,27 @@ def add(state):
 
 @njit(nogil=True)
 def post(functions, comm, byte, state, pieces, request_bytes):
-    n = 0
+    n, code = 0, 0
     most = {N_PIECES} if state[{KIND}] == {STORE} else {N_SENT}
-    while n < most and state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
+    while code == 0 and n < most and state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
         k = {DATA} if state[{DATA_BYTES}] > 0 else {TAGS}
         size = min(state[k + 1], {PIECE_BYTES})
         at = pieces + n * request_bytes
         if state[{KIND}] == {STORE}:
-            call(functions[4], (state[k], size, byte, state[{RANK}], {STORED} + state[{TAG}], comm, at))
+            code = call(functions[4], (state[k], size, byte, state[{RANK}], {STORED} + state[{TAG}], comm, at))
         else:
-            call(functions[3], (state[k], size, byte, state[{RANK}], state[{TAG}], comm, at))
+            code = call(functions[3], (state[k], size, byte, state[{RANK}], state[{TAG}], comm, at))
         state[k] += size
         state[k + 1] -= size
         n += 1
     state[{STARTED}] = n
+    return code
 
 @njit(nogil=True)
 def answer(functions, comm, byte, state, header, found):
     state[{HEADER}] = found
     state[{HEADER} + 1] = state[{TAKEN}]
-    call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
+    return call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64, "
@@ -189,14 +190,16 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
     waited = {QUIET_MICROSECONDS}
     slept, announced, heard, trust = 0, 0, 0, 0
     looks, in_vain, trusted = 0, 0, 0
-    n_served = 0
+    n_served, code = 0, 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
         here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
-        call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
+        code = code or call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
     asks = -1
     # To stop is to refuse what is handed over from now on: whatever is being watched is watched to its end.
-    while load_acquire(shared, {STOP}) == 0 or compare_and_swap(shared, {OUTCOME}, {NONE}, {CLOSED}) != {NONE}:
+    while code == 0 and (
+        load_acquire(shared, {STOP}) == 0 or compare_and_swap(shared, {OUTCOME}, {NONE}, {CLOSED}) != {NONE}
+    ):
         free, n_busy, n_locks, happened, came = -1, 0, 0, 0, 0
         for slot in range(states.shape[0]):
             state = states[slot]
@@ -215,36 +218,40 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 if state[{FORMAT}] != 0:
                     encode(state)
                 happened = 1
-                answer(functions, comm, byte, state, header, word)
+                code = code or answer(functions, comm, byte, state, header, word)
                 state[{KIND}] = {FETCH}
-                post(functions, comm, byte, state, pieces, request_bytes)
-            call(functions[5], (state[{STARTED}], pieces, at_flag, at_statuses))
+                code = code or post(functions, comm, byte, state, pieces, request_bytes)
+            code = code or call(functions[5], (state[{STARTED}], pieces, at_flag, at_statuses))
+            if code != 0:
+                break
             if flag[0] != 0:
                 happened = 1
                 if state[{DATA_BYTES}] + state[{TAGS_BYTES}] > 0:
-                    post(functions, comm, byte, state, pieces, request_bytes)
+                    code = post(functions, comm, byte, state, pieces, request_bytes)
                 else:
                     if state[{KIND}] == {STORE}:
                         came = 1
                         if state[{FORMAT}] != 0 and swap_at(state[{WORD}], 0, 0) == state[{BEFORE}]:
                             add(state)
                         found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
-                        answer(functions, comm, byte, state, header, found)
+                        code = answer(functions, comm, byte, state, header, found)
                     state[{KIND}] = 0
                     free = slot
                     n_served += 1
         if asks < 0:
             flag[0] = 0
-            call(functions[0], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
+            code = code or call(functions[0], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
             if flag[0] != 0:
                 asks = flag[1]
                 happened, came = 1, 1
+        if code != 0:
+            break
         if load_acquire(shared, {OUTCOME}) == {WATCHING}:
             flag[0] = 0
-            code = call(functions[5], (shared[{N_WATCHED}], shared[{WATCHED}], at_flag, shared[{WATCHED_STATUSES}]))
-            if code != 0 or flag[0] != 0:
+            theirs = call(functions[5], (shared[{N_WATCHED}], shared[{WATCHED}], at_flag, shared[{WATCHED_STATUSES}]))
+            if theirs != 0 or flag[0] != 0:
                 happened, came = 1, 1
-                store_release(shared, {OUTCOME}, -code if code != 0 else {COMPLETE})
+                store_release(shared, {OUTCOME}, -theirs if theirs != 0 else {COMPLETE})
                 call(functions[10], (shared[{BELL_OF_WATCHED}], at_room, 1))
             else:
                 n_busy += 1
@@ -263,16 +270,18 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 state[k] = requests[asks, k]
             state[{BUFFER}] = state[{DATA}]
             here, at = at_requests + 8 * {REQUEST_WORDS} * asks, at_next + asks * request_bytes
-            call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
+            code = call(functions[4], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
             asks = -1
             header = at_states + 8 * ({STATE_WORDS} * free + {HEADER})
             if state[{KIND}] == {SWAP}:
-                answer(functions, comm, byte, state, header, swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}]))
+                found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
+                code = code or answer(functions, comm, byte, state, header, found)
                 state[{KIND}] = 0
             elif state[{KIND}] != {TAKE}:
                 if state[{KIND}] == {FETCH}:
-                    answer(functions, comm, byte, state, header, 0)
-                post(functions, comm, byte, state, at_pieces + free * {N_PIECES} * request_bytes, request_bytes)
+                    code = code or answer(functions, comm, byte, state, header, 0)
+                pieces = at_pieces + free * {N_PIECES} * request_bytes
+                code = code or post(functions, comm, byte, state, pieces, request_bytes)
             looks = 0
         elif looks < n_looks:
             continue
@@ -304,6 +313,8 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             else:
                 heard = 1 if announced > 0 and in_vain <= {MOST_IN_VAIN} else 0
                 in_vain += 1
+    if code != 0:
+        return -code
     for rank in range(n_ranks):
         if rank != asks:
             call(functions[7], (at_next + rank * request_bytes,))
@@ -404,6 +415,7 @@ def serve() -> Callable[..., int]:
     MPI_Requests, ``states`` and structs pollfd, how many these are, one of their files that is written to when there is
     something to do, and the address of ROOM_BYTES. A request that waits for a lock has a slot until the lock is free:
     there must be more slots than requests of that kind. Every rank has a receive of its own: MPICH's from any source
-    can stay incomplete for ever when two threads are in MPI. Returns how many requests were served.
+    can stay incomplete for ever when two threads are in MPI. Returns how many requests were served. After an error of
+    MPI nothing can be relied on: its code is returned at once, negative, and the memory must stay.
     """
     return cache.compiled("serve", "words", _SERVE)

@@ -156,6 +156,19 @@ if world.rank == 1:
 
 
 @pytest.mark.parametrize("mpi", installed())
+def test_a_rank_that_can_serve_no_longer_ends_all(mpi):
+    script = """
+if world.rank == 0:  # a request longer than there is room for
+    world._progress._comm.Send(np.zeros(100), 1, 1)
+time.sleep(1000)
+"""
+    finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode != 0
+    assert "rank 1 of 2 failed:" in finished.output
+    assert "this rank can serve other nodes no longer: " in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
 def test_a_world_that_srun_did_not_join_is_a_usage_error(mpi):
     """srun started 4 tasks, and each of them believes to be alone."""
     finished = run(mpi, 0, "print('went on')", SLURM_STEP_NUM_TASKS="4")

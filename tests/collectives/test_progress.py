@@ -1,9 +1,13 @@
 """A rank that computes or sleeps does not stop the exchange of another: the order of events says so, not their time."""
 
+import ctypes
+import threading
 import time
 
 import numpy as np
 import pytest
+
+from mpitrain.kernels import service
 
 BUSY_SECONDS = 1.0  # an exchange takes milliseconds
 
@@ -97,3 +101,79 @@ def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, threa
     out = np.empty(vector.n, np.float32)
     vector.read(out)
     assert np.array_equal(out, np.full_like(out, n_visits * comm.size))
+
+
+SERVED = {"MPI_Testany": 5, "MPI_Send": 6, "MPI_Isend": 7, "MPI_Irecv": 7, "MPI_Testall": 4}  # and their arguments
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Local. `failing(name, n)`: a service of this rank alone in which a function of MPI fails after n calls.
+
+    Beside it what its thread raised.
+    """
+    from mpi4py import MPI
+
+    from mpitrain.collectives.progress import ProgressThread
+
+    made, raised = [], []
+    monkeypatch.setattr(threading, "excepthook", lambda args: raised.append(str(args.exc_value)))
+    serve = service.serve()
+
+    def make(name, n_good):
+        k, kind = service.FUNCTIONS.index(name), ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * SERVED[name])
+        n_calls = 0
+
+        def call(*arguments):
+            nonlocal n_calls
+            n_calls += 1
+            return real(*arguments) if n_calls <= n_good else MPI.ERR_OTHER
+
+        def serve_badly(functions, *rest):
+            nonlocal real
+            real, functions = kind(int(functions[k])), functions.copy()
+            functions[k] = ctypes.cast(stub, ctypes.c_void_p).value
+            return serve(functions, *rest)
+
+        real, stub = None, kind(call)
+        monkeypatch.setattr(service, "serve", lambda: serve_badly)
+        made.append(ProgressThread(MPI.COMM_SELF))
+        return made[-1], raised
+
+    yield make
+    for thread in made:
+        thread.stop()
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize(("name", "n_good"), [*((name, 0) for name in SERVED), ("MPI_Irecv", 1)])
+def test_an_error_of_mpi_ends_the_service_and_is_told(failing, name, n_good):
+    from mpi4py import MPI
+
+    thread, raised = failing(name, n_good)
+    there, here, none = np.ones(8), np.zeros(8), np.zeros(0)
+    thread.fetch(0, (there.ctypes.data, 0), (here, none))
+    thread._thread.join(20.0)
+    assert not thread._thread.is_alive()
+    assert raised == [f"this rank can serve other nodes no longer: {MPI.Exception(MPI.ERR_OTHER)}"]
+
+
+@pytest.mark.ranks(1, 2)
+def test_who_lets_a_service_wait_hears_of_its_error(failing):
+    from mpi4py import MPI
+
+    from mpitrain.collectives.background import Background
+
+    thread, _ = failing("MPI_Isend", 0)
+    there, here, none, locked = np.ones(8), np.zeros(8), np.zeros(0), np.ones(1, np.int64)
+    waits = thread.fetch(0, (there.ctypes.data, 0), (here, none), (locked.ctypes.data, 2))
+    time.sleep(0.2)  # it has come, and nothing else does
+    shared, background = thread._calls.shared, Background(threads=True)
+    shared[service.TRUSTED] = 1
+    started = background.start(waits.wait)
+    while shared[service.OUTCOME] != service.WATCHING:
+        time.sleep(0.001)
+    thread.fetch(0, (there.ctypes.data, 0), (here.copy(), none))
+    with pytest.raises(MPI.Exception):
+        started.finish()
+    background.stop()
