@@ -97,7 +97,8 @@ class World:
         device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
         gpu: This rank's GPU; None on the host.
         transport: How vectors on GPUs reach other ranks; None on the host.
-        service: What serves ranks of other nodes, and lets them serve this one; None with ``windows``.
+        service: What serves ranks of other nodes, and lets them serve this one; None on one node, with ``windows``, in
+            a part of a world, and where MPI lets one thread only call it.
     """
 
     def __init__(self, comm: Any, device: str, transport: str = "auto", *, whole: World | None = None) -> None:

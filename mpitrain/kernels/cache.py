@@ -3,9 +3,9 @@
 Numba's own cache does the storing. What it needs around it, when many ranks start at once, perhaps in one home
 directory on nodes of different CPUs:
 
-- Generated source is a file at ``<root>/<hash>/<kernel>_<dtypes>.py``. The hash covers the source, the conversions it
-  imports, the versions of Numba and llvmlite, the CPU's name and features and the compiler's options, so unlike
-  processes never meet in one folder.
+- Generated source is a file at ``<root>/<hash>/<kernel>_<dtypes>.py``. The hash covers the source, the modules of
+  this package that it imports from, the versions of Numba and llvmlite, the CPU's name and features and the compiler's
+  options, so unlike processes never meet in one folder.
 - Numba recognises a source by its modification time and size. The file gets a fixed time before it is renamed to its
   place, so it is the same source whichever rank wrote it last.
 - One signature to a file: with two, ranks that compile different ones could both claim the same data file in Numba's
@@ -18,6 +18,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from typing import Any, Final
 
 # error_model: a division by zero gives infinity or NaN, as in NumPy, and no branch to raise from.
 OPTIONS: Final[dict[str, Any]] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
+_IMPORTS: Final = re.compile(r"^from mpitrain\.kernels\.(\w+) import ", re.MULTILINE)
 _SOURCE_TIME: Final = 1_000_000_000  # seconds since 1970; any constant does
 
 statistics: Final = {"compiled": 0, "loaded": 0}  # by this process; for tests and `mpitrain info`
@@ -97,16 +99,19 @@ def _platform_key() -> str:
     import numba
     from numba.core import config
 
-    names = ("halves.py", "atomics.py", "service.py", "streaming.py")
-    intrinsics = [Path(__file__).with_name(name).read_text() for name in names]
     cpu = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
     overrides = [getattr(config, name) for name in ("CPU_NAME", "CPU_FEATURES", "OPT")]
-    return repr((intrinsics, numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))
+    return repr((numba.__version__, llvmlite.__version__, cpu, overrides, sorted(OPTIONS.items())))
+
+
+def _digest(source: str) -> str:
+    imported = [Path(__file__).with_name(f"{name}.py").read_text() for name in sorted({*_IMPORTS.findall(source)})]
+    return hashlib.sha256((_platform_key() + repr(imported) + source).encode()).hexdigest()[:24]
 
 
 def _module(stem: str, source: str) -> tuple[ModuleType, bool]:
     """Imports `source`, from the cache folder where there is one; says whether that was so."""
-    digest = hashlib.sha256((_platform_key() + source).encode()).hexdigest()[:24]
+    digest = _digest(source)
     module_name = f"mpitrain_generated_{digest}"
     root = cache_root()
     if root is None:

@@ -34,6 +34,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import cache, wire
+from .locks import OWNER_MASK
 
 SWAP, FETCH, TAKE, STORE = 1, 2, 3, 4
 KIND, RANK, DATA, DATA_BYTES, TAGS, TAGS_BYTES, WORD, BEFORE, AFTER, TAG, FORMAT, BLOCK, N_ELEMENTS = range(13)
@@ -46,7 +47,6 @@ N_PIECES: Final = 128  # of a request under way at a time
 N_SENT: Final = 8  # of those that are sent: what this rank itself asks for waits behind them
 TAG_REQUEST: Final = 1
 STORED: Final = 1 << 12  # added to the tag of what comes to be stored: both ends count their own requests
-OWNER_MASK: Final = (1 << 24) - 1  # as in collectives.locks
 FUNCTIONS: Final = (
     "MPI_Testany",
     "MPI_Wait",

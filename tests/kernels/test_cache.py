@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mpitrain.kernels
+from mpitrain.kernels import cache
 
 SCRIPT = """
 import json, sys
@@ -83,3 +87,20 @@ def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
+
+
+@pytest.mark.parametrize("imported", ["atomics", "locks"])
+def test_a_kernel_is_compiled_again_when_what_it_imports_from_has_changed(imported, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(Path(cache.__file__).parent, tmp_path / "kernels"))
+    monkeypatch.setattr(cache, "__file__", str(folder / "cache.py"))
+    monkeypatch.setattr(cache, "cache_root", lambda: None)
+    source = f"import math\nfrom mpitrain.kernels.{imported} import __name__ as name\n"
+
+    def named():
+        return cache._module("kernel", source)[0].__name__
+
+    first = named()
+    (folder / "norms.py").write_text("something else")
+    assert named() == first
+    (folder / f"{imported}.py").write_text("something else")
+    assert named() != first
