@@ -97,11 +97,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.world = world or init()
         check_replica_size(replica_size, self.world)
         self.method = method
-        self._base = base
+        self._base, self._model = base, model
         _check_base(base, model, method)
         self._flat = FlatParameters(base.param_groups)
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with_base()
+        self._frozen = [p for group in base.param_groups for p in group["params"] if not p.requires_grad]
+        for parameter in self._frozen:
+            parameter.grad = None  # base.step() would go on with one that is left from before
         wanted = torch.device(self.world.device)
         if self.world.gpu is not None and any(place.parameter.device != wanted for place in self._flat.places):
             raise UsageError(
@@ -218,6 +221,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._needs_gradient:
             self._flat.collect_gradients()
         self._flat.check_attached()
+        self._check_frozen()
         segments = self._segments()
         began, self._update_seconds = time.perf_counter(), 0.0
         self._flat.to_host()
@@ -240,6 +244,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 return float(fitness())
 
         return of
+
+    def _check_frozen(self) -> None:
+        """Raise when a parameter that has no place in the vector is to be trained: nobody would exchange it."""
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                names = (name for name, known in self._model.named_parameters() if known is parameter)
+                raise UsageError(
+                    f"the parameter {next(names, '')} requires a gradient and did not when the DistributedOptimizer "
+                    "was made, so that it is not exchanged: make it trainable before, in a parameter group of its own "
+                    "whose learning rate is 0 as long as it shall rest"
+                )
 
     def _segments(self) -> list[Segment]:
         """The parameter groups, as they are now."""
@@ -439,6 +454,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 self._comm.free()
             # What is left would keep the memory of a GPU.
             self._flat = self._comm = self._x = self._scratch = self._worker = None  # type: ignore[assignment]
+            self._model, self._frozen = None, []  # type: ignore[assignment]
 
     def __enter__(self) -> DistributedOptimizer:
         return self

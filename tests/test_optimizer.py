@@ -323,6 +323,28 @@ def test_model_converted_afterwards_is_refused_at_the_next_step(world):
         refused("moved or converted after", lambda: train(model, optimizer, 1))
 
 
+@pytest.mark.parametrize("base", [sgd, lambda m: torch.optim.Adam(m.parameters())])
+def test_layer_unfrozen_afterwards_is_refused_at_the_next_step(world, base):
+    model = mlp()
+    model[0].requires_grad_(False)
+    with DistributedOptimizer(base(model), model, AllReduceSGD()) as optimizer:
+        train(model, optimizer, 1)
+        model[0].requires_grad_(True)
+        refused(r"0\.weight requires a gradient", lambda: train(model, optimizer, 1))
+        model[0].requires_grad_(False)
+        train(model, optimizer, 1)
+
+
+def test_layer_that_is_frozen_with_a_gradient_rests(world):
+    model = mlp()
+    loss_of(model).backward()
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    with DistributedOptimizer(torch.optim.Adam(model.parameters()), model, EASGD(period=1)) as optimizer:
+        train(model, optimizer, 2)
+        assert torch.equal(model[0].weight, before)
+
+
 def test_groups_added_afterwards_are_refused(world):
     model = mlp()
     with DistributedOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), model, EASGD()) as optimizer:
