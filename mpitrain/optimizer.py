@@ -7,7 +7,6 @@ schedulers, gradient clipping, accumulation and parameter groups work as they do
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import torch
 from mpitrain.algorithms.averaging import Average
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.algorithms.peers import living
+from mpitrain.checks import check_alike, check_base
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init
@@ -77,8 +77,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     Raises:
         UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method;
-            a number of ranks that cannot be divided into groups; a wire format where vectors cross nodes without
-            messages.
+            models that differ between ranks; a number of ranks that cannot be divided into groups; a wire format where
+            vectors cross nodes without messages.
     """
 
     def __init__(
@@ -98,8 +98,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_replica_size(replica_size, self.world)
         self.method = method
         self._base, self._model = base, model
-        _check_base(base, model, method)
+        check_base(base, model, method)
         self._flat = FlatParameters(base.param_groups)
+        check_alike(base, model, method, self.world)
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with_base()
         self._frozen = [p for group in base.param_groups for p in group["params"] if not p.requires_grad]
@@ -485,23 +486,3 @@ def _square_distance(a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> floa
         difference = a[start : start + block].astype(np.float64) - b[start : start + block]
         total += float(difference @ difference)
     return total
-
-
-def _check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> None:
-    of_model = {id(p) for p in model.parameters()}
-    if any(id(p) not in of_model for group in base.param_groups for p in group["params"]):
-        raise UsageError("the base optimizer holds parameters the model does not have: make it from model.parameters()")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UsageError(
-            f"{type(base).__name__} computes several gradients in a step, and a step here exchanges one: "
-            "use an optimizer that works without a closure, e.g. torch.optim.SGD"
-        )
-    if not method.owns_update:
-        return
-    is_plain = all(not group.get("momentum") and not group.get("maximize") for group in base.param_groups)
-    if not isinstance(base, torch.optim.SGD) or not is_plain:
-        raise UsageError(
-            f"{method.name} makes the update itself: pass torch.optim.SGD(..., momentum=0) as the base optimizer, "
-            f"and the momentum to {type(method).__name__}(momentum=...)"
-        )

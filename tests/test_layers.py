@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("__main__", "cli", "report", "info", "simulate"),
     ("trainer",),
-    ("optimizer", "replica", "flat", "fused_sgd", "checkpoint", "metrics", "simulation"),
+    ("optimizer", "replica", "checks", "flat", "fused_sgd", "checkpoint", "metrics", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
     ("kernels",),
@@ -48,7 +48,17 @@ LIBRARIES = {
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": ("checkpoint", "collectives.device", "data", "flat", "fused_sgd", "models", "optimizer", "trainer"),
+    "torch": (
+        "checkpoint",
+        "checks",
+        "collectives.device",
+        "data",
+        "flat",
+        "fused_sgd",
+        "models",
+        "optimizer",
+        "trainer",
+    ),
     "tqdm": ("data", "simulate", "trainer"),
 }
 

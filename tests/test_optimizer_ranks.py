@@ -1,5 +1,7 @@
 """What holds between ranks, whatever their number."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from on_ranks import ranks
 from quadratic import simulate, slope
 from torch import nn
 
-from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD, UsageError
 
 # The first optimizer imports a large part of torch, which takes its time where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
@@ -54,6 +56,43 @@ def test_parameters_outside_the_optimizer_begin_alike_too(world):
     mine[0].requires_grad_(False)
     with DistributedOptimizer(torch.optim.SGD(mine[2].parameters(), lr=0.1), mine, AllReduceSGD()):
         assert np.array_equal(numbers(mine), numbers(first))
+
+
+def of_width(n):
+    return nn.Sequential(nn.Linear(6, n), nn.Linear(n, 4))
+
+
+def freeze_bias(model):
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+OTHERS = {
+    "shape": (lambda: of_width(8), "0.weight is (9, 6) torch.float32 on rank 0, and 0.weight is (8, 6)"),
+    "type": (lambda: of_width(9).double(), "float32 on rank 0, and 0.weight is (9, 6) torch.float64"),
+    "number": (lambda: of_width(9).append(nn.Linear(4, 4)), "on rank 0, and 2.weight is (4, 4)"),
+    "buffers": (lambda: of_width(9).append(nn.BatchNorm1d(4, affine=False)), "on rank 0, and 2.running_mean is (4,)"),
+    "frozen": (lambda: freeze_bias(of_width(9)), "on rank 0, and 0.bias is frozen in parameter group 0"),
+}
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("difference", OTHERS)
+def test_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
+    make, words = OTHERS[difference]
+    last = world.size - 1
+    model = make() if world.rank == last else of_width(9)
+    with pytest.raises(UsageError, match=re.escape(words) + f".* on rank {last}; make the same"):
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD())
+
+
+@pytest.mark.ranks(2, 3)
+def test_order_of_the_parameters_must_be_the_same_on_all(world):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layers = model if world.rank == 0 else reversed(model)
+    base = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+    with pytest.raises(UsageError, match=r"0.weight is trainable .* on rank 0, and 1.weight is trainable .* on rank 1"):
+        DistributedOptimizer(base, model, EASGD())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
