@@ -21,6 +21,7 @@ from mpitrain.algorithms.averaging import Average
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.algorithms.peers import living
 from mpitrain.checks import check_alike, check_base
+from mpitrain.collectives.device import share_cores
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init
@@ -43,6 +44,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     All ranks begin with rank 0's parameters and buffers. The trainable parameters that ``base`` holds are moved into
     one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
     with ``mpitrain.reestimate_batchnorm`` before an averaged model is evaluated.
+
+    torch computes with this rank's share of the node's cores from then on, unless OMP_NUM_THREADS or
+    ``torch.set_num_threads`` says how many.
 
     Under ``AllReduceSGD`` around a plain ``torch.optim.SGD`` the ranks of a node hold one copy of the parameters
     between them, and each the momentum of its part: it is not in ``state``. Whoever changes parameters by hand changes
@@ -95,6 +99,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         fitness: Callable[[], float] | None = None,
     ) -> None:
         self.world = world or init()
+        share_cores(self.world.cores)
         check_replica_size(replica_size, self.world)
         self.method = method
         self._base, self._model = base, model

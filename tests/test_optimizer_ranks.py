@@ -1,5 +1,6 @@
 """What holds between ranks, whatever their number."""
 
+import os
 import re
 
 import numpy as np
@@ -49,6 +50,18 @@ def test_all_begin_with_the_model_of_rank_0(world):
     with DistributedOptimizer(torch.optim.SGD(mine.parameters(), lr=0.1), mine, EASGD()):
         for name, tensor in mine.state_dict().items():
             assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_ranks_share_the_cores(world, monkeypatch):
+    n_cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(n_cores)
+    try:
+        model = mlp(0)
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD()):
+            assert torch.get_num_threads() == max(n_cores // world.local_size, 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_parameters_outside_the_optimizer_begin_alike_too(world):

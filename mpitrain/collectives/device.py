@@ -7,6 +7,7 @@ they do not see is tried (``collectives.transport``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 from mpitrain.errors import UsageError
@@ -44,6 +45,30 @@ def take(device: str) -> int:
 
     torch.cuda.set_device(device)
     return torch.device(device).index
+
+
+def share_cores(cores: float) -> None:
+    """Share the cores of the node between its ranks: without this torch would start a thread on every core. Local.
+
+    Args:
+        cores: This rank's share of them.
+    """
+    limit_threads(max(int(cores), 1))
+
+
+def limit_threads(most: int) -> None:
+    """Let torch compute with this many threads at most, unless the user has said otherwise. Local.
+
+    That is by OMP_NUM_THREADS, or by ``torch.set_num_threads`` with any number but torch's own default: that of the
+    cores, or of their halves (of two hyperthreads it takes one).
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    n_cores, n_threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    if n_threads > most and n_threads in (n_cores, n_cores // 2):
+        torch.set_num_threads(most)
 
 
 def gpu_names() -> list[str]:

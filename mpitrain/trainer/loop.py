@@ -6,7 +6,6 @@ spends on evaluating, nor what all spend on checkpoints.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from mpitrain import checkpoint, data, models
+from mpitrain.collectives.device import share_cores
 from mpitrain.collectives.failures import explained
 from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
@@ -77,7 +77,7 @@ class Trainer:
         if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
             raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
         check_replica_size(config.replica_size, world)
-        _share_cores(world)
+        share_cores(world.cores)
         self.batches = Batches(config, world, dataset)
         of = self.batches.dataset
         self.model = models.build(config.model, shape=of.shape, n_classes=of.n_classes, seed=config.seed)
@@ -420,9 +420,3 @@ class Trainer:
         self.snapshots = state.get("snapshots", [])
         self.has_evaluated_end = state.get("has_evaluated_end", False)
         return float(state["loss"])
-
-
-def _share_cores(world: World) -> None:
-    """A thread for each core of this rank's share: without this there would be one for every core that it may use."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(int(world.cores), 1))

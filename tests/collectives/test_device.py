@@ -1,6 +1,9 @@
 """Which GPU a rank gets, decided without one."""
 
+import os
+
 import pytest
+import torch
 
 from mpitrain import UsageError
 from mpitrain.collectives import device
@@ -47,3 +50,39 @@ def test_shared_gpus_are_told_of():
     assert first.startswith("ranks 0, 3 share one GPU (0000:01 of a)")
     assert second.startswith("ranks 2, 4 share one GPU (0000:01 of b)")
     assert not list(device.shared_gpus(places[:3]))
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """`threads(cores, before)`: torch has so many threads on so many cores; the list shows what it is given then."""
+    given = []
+
+    def of(cores, before):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: before)
+        monkeypatch.setattr(torch, "set_num_threads", given.append)
+        return given
+
+    return of
+
+
+@pytest.mark.parametrize(("n_ranks", "before", "share"), [(2, 16, 8), (4, 8, 4), (3, 16, 5), (32, 16, 1), (5, 16, 3)])
+def test_ranks_share_the_cores_of_their_node(threads, n_ranks, before, share):
+    given = threads(16, before)
+    device.share_cores(16 / n_ranks)
+    assert given == [share]
+
+
+@pytest.mark.parametrize(("n_ranks", "before"), [(4, 7), (4, 1), (4, 4), (1, 8), (1, 16), (2, 8)])
+def test_who_has_chosen_a_number_of_threads_keeps_it(threads, n_ranks, before):
+    given = threads(16, before)
+    device.share_cores(16 / n_ranks)
+    assert given == []
+
+
+def test_the_environment_decides_about_threads(threads, monkeypatch):
+    given = threads(16, 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    device.share_cores(4)
+    assert given == []

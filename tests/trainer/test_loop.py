@@ -7,17 +7,15 @@ import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import small_models
-import torch
 
 from mpitrain.algorithms import METHODS
 from mpitrain.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
-from mpitrain.trainer.loop import _share_cores, train
+from mpitrain.trainer.loop import train
 
 ASYNCHRONOUS = [name for name, method in METHODS.items() if not method().is_synchronous]
 GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 3000  # of a tiny model, in a second in which rank 0 does not get its turn
@@ -109,18 +107,6 @@ def test_a_budget_of_minutes_ends_all_ranks_together(world, name):
     result = train(TrainConfig(algorithm=name, lr=0.005, minutes=0.01, quiet=True), world)
     assert result["seconds"] >= 0.6  # by how much more is the machine's business; that it ends is the watchdog's
     assert min(result["steps_of_ranks"]) > 0
-
-
-@pytest.mark.parametrize(("cores", "threads"), [(0.5, 1), (1.0, 1), (2.5, 2), (8.0, 8)])
-def test_a_rank_has_a_thread_for_each_core_of_its_share_unless_told_otherwise(monkeypatch, cores, threads):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    _share_cores(SimpleNamespace(cores=cores))
-    assert asked == []
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    _share_cores(SimpleNamespace(cores=cores))
-    assert asked == [threads]
 
 
 @pytest.mark.ranks(1, 2)
