@@ -14,6 +14,26 @@ from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
 
 
+def check_kinds(base: object, model: object, method: object) -> None:
+    """Refuse arguments that are something else than what their places are for. Local.
+
+    Raises:
+        UsageError: With what would be right.
+    """
+    if isinstance(base, torch.nn.Module) or isinstance(model, torch.optim.Optimizer):
+        raise UsageError("the base optimizer comes first, then the model: DistributedOptimizer(base, model, method)")
+    if not isinstance(base, torch.optim.Optimizer):
+        raise UsageError(f"base must be a torch optimizer such as torch.optim.SGD(...), not {_short(base)}")
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, not {_short(model)}")
+    if not isinstance(method, Method):
+        raise UsageError(f"method must be a Method such as mpitrain.EASGD(), not {_short(method)}")
+
+
+def _short(value: object) -> str:
+    return f"the class {value.__name__}: write {value.__name__}()" if isinstance(value, type) else f"{value!r:.60}"
+
+
 def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> None:
     """Refuse a base optimizer that does not fit the model or the method. Local.
 

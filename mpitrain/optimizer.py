@@ -20,7 +20,7 @@ import torch
 from mpitrain.algorithms.averaging import Average
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.algorithms.peers import living
-from mpitrain.checks import check_alike, check_base
+from mpitrain.checks import check_alike, check_base, check_kinds
 from mpitrain.collectives.device import share_cores
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
@@ -80,9 +80,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         >>> optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()  # doctest: +SKIP
 
     Raises:
-        UsageError: Parameters that are no floats or of several types; a base optimizer that does not fit the method;
-            models that differ between ranks; a number of ranks that cannot be divided into groups; a wire format where
-            vectors cross nodes without messages.
+        UsageError: Arguments of another kind; parameters that are no floats or of several types; a base optimizer that
+            does not fit the method; models that differ between ranks; a number of ranks that cannot be divided into
+            groups; a wire format where vectors cross nodes without messages.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         wire: str = FLOAT32,
         fitness: Callable[[], float] | None = None,
     ) -> None:
+        check_kinds(base, model, method)
         self.world = world or init()
         share_cores(self.world.cores)
         check_replica_size(replica_size, self.world)

@@ -304,6 +304,15 @@ def test_eamsgd_wants_plain_sgd(world, base):
     )
 
 
+def test_arguments_of_another_kind_are_refused(world):
+    model, base = mlp(), sgd(mlp())
+    refused("the base optimizer comes first, then the model", lambda: DistributedOptimizer(model, base, EASGD()))
+    refused("base must be a torch optimizer", lambda: DistributedOptimizer(model.parameters(), model, EASGD()))
+    refused("model must be a torch.nn.Module", lambda: DistributedOptimizer(base, model.parameters(), EASGD()))
+    refused("such as mpitrain.EASGD.., not 'easgd'", lambda: DistributedOptimizer(base, model, "easgd"))
+    refused("not the class EASGD: write EASGD..", lambda: DistributedOptimizer(base, model, EASGD))
+
+
 def test_parameters_of_another_model_are_refused(world):
     refused("the model does not have", lambda: DistributedOptimizer(sgd(mlp()), mlp(), EASGD()))
 

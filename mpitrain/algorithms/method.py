@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -129,6 +129,14 @@ class Method(ABC):
     learning_rate_factor: ClassVar[float] = 1.0
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse settings that there are not, naming those that there are."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = next((name for name in settings if name not in known), None)
+        if unknown is not None:
+            raise TypeError(f"{cls.__name__} has no setting {unknown!r}: it has {', '.join(known) or 'none'}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpitrain.collectives import failures
 from mpitrain.collectives.background import threads_may_call_mpi
-from mpitrain.collectives.device import bind, shared_gpus, take
+from mpitrain.collectives.device import CPU_INSTEAD, bind, shared_gpus, take
 from mpitrain.collectives.partition import emulated_nodes, share_of_cores
 from mpitrain.collectives.progress import ProgressThread
 from mpitrain.collectives.transport import TRANSPORTS, Transport, choose
@@ -49,11 +49,11 @@ T = TypeVar("T")
 _world: World | None = None
 
 
-def init(device: str | None = None, transport: str | None = None) -> World:
+def init(device: Any = None, transport: str | None = None) -> World:
     """Start MPI, once, and say who this rank is. Collective on the first call, which decides the device.
 
     Args:
-        device: ``"cpu"`` (the default) or ``"cuda"``.
+        device: ``"cpu"`` (the default) or ``"cuda"``, or a ``torch.device``.
         transport: How vectors on GPUs reach other ranks: ``"auto"`` (the default: what works best), ``"ipc"``,
             ``"cuda-aware"`` or ``"staged"``; see ``collectives.transport``.
 
@@ -65,6 +65,7 @@ def init(device: str | None = None, transport: str | None = None) -> World:
             or a transport is asked for that does not work here, or another one than at the first call.
     """
     global _world
+    device = None if device is None else str(device)
     if _world is None:
         if transport not in (None, *TRANSPORTS):
             raise UsageError(f"unknown transport {transport!r}: it must be one of {', '.join(TRANSPORTS)}")
@@ -167,7 +168,7 @@ class World:
         except UsageError as error:
             problem = str(error)
         except ImportError as error:
-            problem = f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or run with --device cpu"
+            problem = f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or {CPU_INSTEAD}"
         except Exception as error:
             problem = f"the GPU {bound} of {socket.gethostname()} cannot be used: {type(error).__name__}: {error}"
         problems = [text for text in self.comm.allgather(problem) if text]

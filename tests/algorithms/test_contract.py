@@ -40,6 +40,14 @@ def run(method, p, steps, **more):
 
 
 @every_method
+def test_an_unknown_setting_is_refused_with_those_that_there_are(name):
+    method = METHODS[name]
+    with pytest.raises(TypeError, match=f"{method.__name__} has no setting 'perod': it has ") as error:
+        method(perod=3)
+    assert all(field.name in str(error.value) for field in settings_of(method))
+
+
+@every_method
 def test_method_says_what_it_is(name):
     method = METHODS[name]
     assert method.name == name

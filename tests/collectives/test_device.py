@@ -27,7 +27,7 @@ def test_an_unknown_device_is_a_usage_error(name):
 
 def test_a_gpu_that_is_not_there_is_a_usage_error(gpus):
     gpus(0)
-    with pytest.raises(UsageError, match="run with --device cpu"):
+    with pytest.raises(UsageError, match=r"run with --device cpu, in a script mpitrain.init\(device='cpu'\)"):
         device.bind("cuda", 0)
     gpus(3)
     with pytest.raises(UsageError, match=r"no cuda:3: .* 3 GPU"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from standin_gpu import StandInGpu
 
 import mpitrain
@@ -21,6 +22,7 @@ def test_init_gives_the_same_world_every_time():
     world = mpitrain.init()
     assert mpitrain.init() is world
     assert mpitrain.init("cpu") is world
+    assert mpitrain.init(torch.device("cpu")) is world
     assert world.device == "cpu"
     with pytest.raises(UsageError, match=r"already runs on cpu.*device='cuda'"):
         mpitrain.init("cuda")
