@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
@@ -34,6 +35,11 @@ from mpitrain.replica import ReplicaGroup, check_replica_size
 
 MOST_LOOKED_AT = 32
 """Workers whose distance from the consensus is measured: looking at all of a thousand would take minutes."""
+
+TOO_LATE_FOR_GROUPS = "add the parameter group to the base optimizer, before the DistributedOptimizer is made"
+
+_open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
+"""Those that are made and not closed."""
 
 Loss = torch.Tensor | float | Callable[[], torch.Tensor]
 
@@ -105,6 +111,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.method = method
         self._base, self._model = base, model
         check_base(base, model, method)
+        self._refuse_what_is_taken()
         self._flat = FlatParameters(base.param_groups)
         check_alike(base, model, method, self.world)
         super().__init__(base.param_groups, dict(base.defaults))
@@ -137,7 +144,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if method.takes_gradients_early and replica_size == 1 and not self._flat.staged:
             self._flat.when_ready(self._gradient_ready, self._gradient_complete)
         self._scratch: Any = None
+        self._shows_consensus = False
         self.exchange_seconds = 0.0
+        _open.add(self)
+
+    def _refuse_what_is_taken(self) -> None:
+        mine = {id(p) for group in self._base.param_groups for p in group["params"]}
+        if any(id(place.parameter) in mine for other in _open for place in other._flat.places):
+            raise UsageError(
+                "a DistributedOptimizer has these parameters already: close() it before another one is made, "
+                "and make that from the torch optimizer"
+            )
+
+    def _check_open(self) -> None:
+        if self._comm is None:
+            raise UsageError("this optimizer is closed: train, evaluate and save before close() or the end of `with`")
 
     def _gradient_ready(self, layer: int) -> None:
         assert self._worker is not None
@@ -185,6 +206,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     @property
     def n_parameters(self) -> int:
         """Trainable parameters."""
+        self._check_open()
         return self._flat.n_parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -194,11 +216,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             UsageError: With what to do instead.
         """
         if hasattr(self, "_worker"):
-            raise UsageError("add the parameter group to the base optimizer, before the DistributedOptimizer is made")
+            raise UsageError(TOO_LATE_FOR_GROUPS)
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, as torch does, or set them to zero."""
+        self._check_open()
         if set_to_none:
             self._flat.release_gradients()
         else:
@@ -218,6 +241,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Returns:
             ``loss``, or what the closure returned.
         """
+        self._check_open()
+        if self._shows_consensus:
+            raise UsageError(
+                "step() inside `with optimizer.consensus()`: the model holds what the method evaluates there; "
+                "train outside of the block"
+            )
         if closure is not None:
             loss = closure
         if callable(loss):
@@ -265,6 +294,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _segments(self) -> list[Segment]:
         """The parameter groups, as they are now."""
+        if len(self.param_groups) != len(self._flat.segments):
+            raise UsageError(TOO_LATE_FOR_GROUPS)
         if self._one_a_node and not is_plain_sgd(self._base):
             raise UsageError(
                 "the base optimizer has got hooks, a scheduler of its own, dampening or maximize: "
@@ -309,11 +340,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         Local: one rank alone may enter, at any time, while the others train on. Exact between two barriers.
         """
+        self._check_open()
+        if self._shows_consensus:
+            raise UsageError("consensus() inside consensus(): the model holds what the method evaluates already")
         with self._flat.holding(self._consensus()):
-            yield
+            self._shows_consensus = True
+            try:
+                yield
+            finally:
+                self._shows_consensus = False
 
     def consensus_vector(self) -> np.ndarray:
         """(n,) what the method evaluates, as ``consensus`` would show it; overwritten by the next call. Local."""
+        self._check_open()
         with self._exchanging():
             return gpu.to_host(self._consensus())
 
@@ -333,6 +372,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         A rank that is not the first of its group has no numbers of its own: NaN.
         """
+        self._check_open()
         return dict.fromkeys(self.method.metrics, math.nan) if self._worker is None else self._worker.metrics()
 
     def spread(self, vector: np.ndarray) -> tuple[float, float]:
@@ -343,6 +383,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: On a rank that is not the first of its group: it cannot reach the other workers.
         """
+        self._check_open()
         if self._worker is None:
             raise UsageError("ask the first rank of a replica group for the spread of the workers")
         comm = self._worker.comm
@@ -381,6 +422,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         It is this rank's own: each rank saves one and loads its own again. For asynchronous methods call ``settle`` and
         then a barrier before it on all ranks, or the parts are of different moments.
         """
+        self._check_open()
         with self._exchanging():
             parameters = _copy(self._x)
         return {
@@ -406,6 +448,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             UsageError: When the state is of another model, another method, or settings with which it keeps other
                 things.
         """
+        self._check_open()
         if state_dict["algorithm"] != self.method.name:
             raise UsageError(
                 f"the state is one of {state_dict['algorithm']}, and this optimizer runs {self.method.name}"
@@ -454,6 +497,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Give the shared memory back; the model keeps its parameters. Collective; once is enough."""
         if self._comm is not None and self._flat is not None:
+            if self._shows_consensus:
+                raise UsageError("close() inside `with optimizer.consensus()`: leave that block first")
+            _open.discard(self)
             with self._exchanging():
                 self._flat.detach()
                 self._comm.wait_for_the_living()

@@ -283,6 +283,48 @@ def test_closed_optimizer_leaves_the_model_and_its_counters(world):
     copy.deepcopy(model).load_state_dict(model.state_dict())
 
 
+USES = {
+    "step": lambda o: o.step(),
+    "zero_grad": lambda o: o.zero_grad(),
+    "consensus": lambda o: o.consensus().__enter__(),
+    "consensus_vector": lambda o: o.consensus_vector(),
+    "spread": lambda o: o.spread(np.zeros(1)),
+    "metrics": lambda o: o.metrics(),
+    "state_dict": lambda o: o.state_dict(),
+    "load_state_dict": lambda o: o.load_state_dict({}),
+    "n_parameters": lambda o: o.n_parameters,
+}
+
+
+@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD()])
+def test_closed_optimizer_says_so(world, method):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, method) as optimizer:
+        train(model, optimizer, 1)
+    for use in USES.values():
+        refused("this optimizer is closed", lambda use=use: use(optimizer))
+
+
+def test_inside_consensus_nothing_is_trained_or_closed(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
+        with optimizer.consensus():
+            refused(r"step\(\) inside `with optimizer.consensus", lambda: train(model, optimizer, 1))
+            refused(r"consensus\(\) inside consensus", lambda: optimizer.consensus().__enter__())
+            refused(r"close\(\) inside", optimizer.close)
+        train(model, optimizer, 1)
+
+
+def test_parameters_belong_to_one_open_optimizer(world):
+    model = mlp()
+    base = sgd(model)
+    with DistributedOptimizer(base, model, EASGD()) as optimizer:
+        for again in (base, sgd(model), optimizer):
+            refused("has these parameters already", lambda again=again: DistributedOptimizer(again, model, EASGD()))
+        train(model, optimizer, 1)
+    DistributedOptimizer(base, model, EASGD()).close()
+
+
 def refused(match, make):
     with pytest.raises(UsageError, match=match) as error:
         make()
@@ -360,6 +402,15 @@ def test_groups_added_afterwards_are_refused(world):
         more = {"params": list(model[2].parameters())}
         refused("before the DistributedOptimizer", lambda: optimizer.add_param_group(more))
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=1)])
+def test_groups_added_to_the_base_are_refused_at_the_next_step(world, method):
+    model = mlp()
+    base = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with DistributedOptimizer(base, model, method) as optimizer:
+        base.add_param_group({"params": list(model[2].parameters())})
+        refused("before the DistributedOptimizer", lambda: train(model, optimizer, 1))
 
 
 def test_optimizer_that_needs_a_closure_is_refused(world):
