@@ -1,11 +1,17 @@
-"""What can be wrong with what a ``DistributedOptimizer`` is given, said before anything is made of it."""
+"""What can be wrong with what a ``DistributedOptimizer`` is given, said before anything is made of it.
+
+And what is wrong where the optimizer that it is made from makes steps by itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -76,6 +82,41 @@ def check_alike(base: torch.optim.Optimizer, model: torch.nn.Module, method: Met
         lambda comm: dict(comm.allgather((world.rank, parts if world.rank in (first, other) else [])))
     )
     raise UsageError(_difference(told[first], told[other], first, other))
+
+
+class BaseWatch:
+    """Warns, once, when a base optimizer makes a step that its DistributedOptimizer did not ask for.
+
+    Args:
+        base: Has this as a hook until ``stop``.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self._is_silent = False
+        self._hook = base.register_step_post_hook(self)
+
+    def __call__(self, base: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """A step was made."""
+        if not self._is_silent:
+            self._is_silent = True
+            warnings.warn(
+                f"{type(base).__name__}.step() was called: it updates this rank alone and exchanges nothing; "
+                "call step() of the DistributedOptimizer instead",
+                stacklevel=3,
+            )
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Inside, steps are those of the DistributedOptimizer."""
+        before, self._is_silent = self._is_silent, True
+        try:
+            yield
+        finally:
+            self._is_silent = before
+
+    def stop(self) -> None:
+        """The optimizer is its user's again."""
+        self._hook.remove()
 
 
 def _described(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> Iterator[str]:

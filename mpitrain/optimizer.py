@@ -21,7 +21,7 @@ import torch
 from mpitrain.algorithms.averaging import Average
 from mpitrain.algorithms.method import Method, Replica, Segment, Worker
 from mpitrain.algorithms.peers import living
-from mpitrain.checks import check_alike, check_base, check_kinds
+from mpitrain.checks import BaseWatch, check_alike, check_base, check_kinds
 from mpitrain.collectives.device import share_cores
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
@@ -146,6 +146,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._scratch: Any = None
         self._shows_consensus = False
         self.exchange_seconds = 0.0
+        self._watch = BaseWatch(base)
         _open.add(self)
 
     def _refuse_what_is_taken(self) -> None:
@@ -318,10 +319,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._local is not None and is_plain_sgd(self._base):
             self._local.step()
         elif self._gpu is not None:
-            with self._gpu.computing(self._flat.compute_stream):
+            with self._gpu.computing(self._flat.compute_stream), self._watch.looking_away():
                 self._base.step()
         else:
-            self._base.step()
+            with self._watch.looking_away():
+                self._base.step()
         self._flat.to_host()
         self._update_seconds = time.perf_counter() - began
 
@@ -500,6 +502,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._shows_consensus:
                 raise UsageError("close() inside `with optimizer.consensus()`: leave that block first")
             _open.discard(self)
+            self._watch.stop()
             with self._exchanging():
                 self._flat.detach()
                 self._comm.wait_for_the_living()

@@ -325,6 +325,23 @@ def test_parameters_belong_to_one_open_optimizer(world):
     DistributedOptimizer(base, model, EASGD()).close()
 
 
+@pytest.mark.parametrize("base", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=1)])
+def test_steps_of_the_base_itself_are_warned_of_once(world, base, method):
+    model = mlp()
+    made = BASES[base](model)
+    with warnings.catch_warnings(), DistributedOptimizer(made, model, method) as optimizer:
+        warnings.simplefilter("error")
+        train(model, optimizer, 2)
+        with pytest.raises(UserWarning, match=r"exchanges nothing; call step\(\) of the DistributedOptimizer"):
+            train(model, made, 1)
+        train(model, made, 1)
+        train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, made, 1)
+
+
 def refused(match, make):
     with pytest.raises(UsageError, match=match) as error:
         make()
