@@ -429,6 +429,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             parameters = _copy(self._x)
         return {
             "algorithm": self.method.name,
+            "rank": self.world.rank,
+            "ranks": self.world.size,
             "replica_size": self._replica_size,
             "one_a_node": self._one_a_node,
             "parameters": parameters,
@@ -447,10 +449,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Continue from this rank's part of a state. Collective.
 
         Raises:
-            UsageError: When the state is of another model, another method, or settings with which it keeps other
-                things.
+            UsageError: When the state is of another rank or another number of ranks, of another model, another method,
+                or settings with which it keeps other things.
         """
         self._check_open()
+        self._check_whose(state_dict)
         if state_dict["algorithm"] != self.method.name:
             raise UsageError(
                 f"the state is one of {state_dict['algorithm']}, and this optimizer runs {self.method.name}"
@@ -485,6 +488,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 with self._group.busy:
                     self._load_worker(self._worker, state_dict["method"])
             self._comm.barrier()
+
+    def _check_whose(self, state: dict[str, Any]) -> None:
+        if "algorithm" not in state:
+            raise UsageError(
+                "this is not a state of a DistributedOptimizer: load that of a torch optimizer into the base "
+                "optimizer, before the DistributedOptimizer is made"
+            )
+        rank, size = state.get("rank", self.world.rank), state.get("ranks", self.world.size)
+        if size != self.world.size:
+            raise UsageError(f"the state is one of {size} ranks, and here are {self.world.size}: go on with as many")
+        if rank != self.world.rank:
+            raise UsageError(
+                f"the state is that of rank {rank}, and this is rank {self.world.rank}: each rank saves a file of its "
+                "own and loads that (to begin as the twin of another, set state['rank'] to the own rank)"
+            )
 
     def _load_worker(self, worker: Worker, state: dict[str, Any]) -> None:
         """Collective."""

@@ -232,6 +232,39 @@ def test_state_of_eamsgd_goes_into_a_fresh_optimizer(world):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
+def test_state_of_another_rank_or_number_of_ranks_is_refused(world):
+    model = mlp()
+    with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
+        state = optimizer.state_dict()
+        for changed, words in (
+            ({"rank": world.rank + 1}, f"that of rank {world.rank + 1}, and this is rank {world.rank}"),
+            ({"ranks": world.size + 1}, f"of {world.size + 1} ranks, and here are {world.size}"),
+        ):
+            refused(words, lambda changed=changed: optimizer.load_state_dict(state | changed))
+        optimizer.load_state_dict(state)
+
+
+def test_state_of_a_torch_optimizer_is_refused(world):
+    model = mlp()
+    base = sgd(model)
+    with DistributedOptimizer(base, model, EASGD()) as optimizer:
+        refused("not a state of a DistributedOptimizer", lambda: optimizer.load_state_dict(base.state_dict()))
+
+
+def test_state_goes_through_a_file_of_torch(world, tmp_path):
+    model = mlp()
+    with DistributedOptimizer(BASES["adamw"](model), model, EASGD(period=1)) as optimizer:
+        train(model, optimizer, 2)
+        file = tmp_path / f"{world.rank}.pt"
+        torch.save(optimizer.state_dict(), file)
+        world.barrier()
+        own = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, 2)
+        world.barrier()
+        optimizer.load_state_dict(torch.load(file, weights_only=False))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+
+
 def test_state_of_another_model_is_refused(world):
     model, larger = mlp(), nn.Linear(5, 100).double()
     with DistributedOptimizer(sgd(larger), larger, EASGD()) as optimizer:

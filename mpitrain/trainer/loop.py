@@ -404,7 +404,8 @@ class Trainer:
         if path is None:
             raise UsageError(f"{run} has no complete checkpoint: start it again, without --resume and into a new --out")
         state = checkpoint.load(path, self.world)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A rank that had died begins as the twin of another, with a copy of its part.
+        self.optimizer.load_state_dict({**state["optimizer"], "rank": self.world.rank})
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
