@@ -261,6 +261,23 @@ def _as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+@contextmanager
+def keeping_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """What happens to a model's buffers inside is undone at the end, whether they are changed or replaced."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in kept:
+                module._buffers[name] = buffer.copy_(values)
+
+
 def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:
     """Call ``fn`` with the bytes of every parameter and buffer of a model and keep what it writes there."""
     with torch.no_grad():

@@ -27,7 +27,7 @@ from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.statistics import Statistics
 from mpitrain.collectives.world import World, init
 from mpitrain.errors import UsageError
-from mpitrain.flat import FlatParameters, for_each_state_tensor
+from mpitrain.flat import FlatParameters, for_each_state_tensor, keeping_buffers
 from mpitrain.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.kernels import gpu
 from mpitrain.kernels.wire import FLOAT32
@@ -49,7 +49,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     All ranks begin with rank 0's parameters and buffers. The trainable parameters that ``base`` holds are moved into
     one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
-    with ``mpitrain.reestimate_batchnorm`` before an averaged model is evaluated.
+    with ``mpitrain.reestimate_batchnorm``, inside of ``consensus()``, before an averaged model is evaluated.
 
     torch computes with this rank's share of the node's cores from then on, unless OMP_NUM_THREADS or
     ``torch.set_num_threads`` says how many.
@@ -340,12 +340,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def consensus(self) -> Iterator[None]:
         """The model holds what the method evaluates (center, average, leader) inside; its own parameters outside.
 
+        What is done to its buffers inside (``reestimate_batchnorm``) is undone at the end.
+
         Local: one rank alone may enter, at any time, while the others train on. Exact between two barriers.
         """
         self._check_open()
         if self._shows_consensus:
             raise UsageError("consensus() inside consensus(): the model holds what the method evaluates already")
-        with self._flat.holding(self._consensus()):
+        with keeping_buffers(self._model), self._flat.holding(self._consensus()):
             self._shows_consensus = True
             try:
                 yield

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD, UsageError
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD, UsageError, reestimate_batchnorm
 
 # The first optimizer imports a large part of torch, which takes its time where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3), pytest.mark.time_limit(180)]
@@ -301,6 +301,21 @@ def test_consensus_is_inside_and_the_parameters_are_outside(world):
             raise KeyError
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
         train(model, optimizer, 1)
+
+
+def test_statistics_that_are_estimated_inside_consensus_are_undone(world):
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    model.register_buffer("mask", torch.ones(3), persistent=False)
+    mask = model.mask
+    with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
+        train(model, optimizer, 2)
+        own = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with optimizer.consensus():
+            reestimate_batchnorm(model, [3 * X])
+            model.mask = torch.zeros(3)
+            assert not torch.equal(model[1].running_mean, own["1.running_mean"])
+        assert all(torch.equal(buffer, own[name]) for name, buffer in model.named_buffers())
+        assert model.mask is mask
 
 
 def test_closed_optimizer_leaves_the_model_and_its_counters(world):
