@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -145,6 +146,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._flat.when_ready(self._gradient_ready, self._gradient_complete)
         self._scratch: Any = None
         self._shows_consensus = False
+        self._has_told = False
         self.exchange_seconds = 0.0
         self._watch = BaseWatch(base)
         _open.add(self)
@@ -268,6 +270,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 owns_update = self.method.owns_update or self._one_a_node
                 if self._worker.step(segments, None if owns_update else self._local_update, mean_loss):
                     self._forget_what_is_not_finite()
+                    self._tell_what_was_rejected()
         self._group.share()
         self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
@@ -335,6 +338,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 for value in remembered.values():
                     if isinstance(value, torch.Tensor) and value.is_floating_point():
                         value.nan_to_num_(0.0, 0.0, 0.0)
+
+    def _tell_what_was_rejected(self) -> None:
+        """Once: from then on ``statistics.n_rejected`` says it."""
+        if not self._has_told:
+            self._has_told = True
+            print(
+                f"mpitrain: rank {self.world.rank}: {int(self.statistics.n_rejected)} values were not finite and were "
+                "kept out of what is exchanged; where its own are not, it goes on from what the method evaluates",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
