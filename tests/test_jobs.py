@@ -89,6 +89,14 @@ class TestSbatch:
         assert self.sbatch(tmp_path).returncode == 0
         assert (tmp_path / "called").read_text() == "<train><--resume><runs/r>"
 
+    def test_a_run_whose_name_reads_as_a_pattern_is_resumed(self, tmp_path: Path) -> None:
+        run_folder = tmp_path / "runs" / "easgd[lr=0.1]*"
+        (run_folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+        (run_folder / "config.json").write_text("{}")
+        self.sbatch(tmp_path, RUN="runs/easgd[lr=0.1]*")
+        assert (tmp_path / "called").read_text() == "<train><--resume><runs/easgd[lr=0.1]*>"
+        assert [path.name for path in run_folder.parent.glob("easgd*")] == ["easgd[lr=0.1]*"]
+
     def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again_and_kept(self, tmp_path: Path) -> None:
         run_folder = tmp_path / "runs" / "r"
         run_folder.mkdir(parents=True)
@@ -101,6 +109,32 @@ class TestSbatch:
         program(launchers / "scontrol", 'echo "$@" > requeued')
         assert self.sbatch(tmp_path, FAIL="1", STATUS="3").returncode == 0
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+    @pytest.mark.parametrize(
+        ("status", "saves", "restarts", "expected"),
+        [
+            ("137", "step-00000020", "0", 0),
+            ("137", "step-00000020", "20", 137),
+            ("137", "step-00000010", "0", 137),  # no further than it was
+            ("1", "step-00000020", "0", 1),
+            ("2", "step-00000020", "0", 2),
+        ],
+    )
+    def test_a_run_that_a_signal_ended_is_requeued_if_it_got_on(
+        self, tmp_path: Path, launchers: Path, status: str, saves: str, restarts: str, expected: int
+    ) -> None:
+        program(launchers / "scontrol", 'echo "$@" > requeued')
+        program(launchers / "mpitrain", f"mkdir -p runs/r/checkpoints/{saves}; exit {status}")
+        (tmp_path / "runs" / "r" / "checkpoints" / "step-00000010").mkdir(parents=True)
+        assert self.sbatch(tmp_path, SLURM_RESTART_COUNT=restarts).returncode == expected
+        assert (tmp_path / "requeued").exists() == (expected == 0)
+
+    def test_usr1_before_there_are_ranks_is_remembered(self, tmp_path: Path, launchers: Path) -> None:
+        program(launchers / "scontrol", 'echo "$@" > requeued')
+        program(launchers / "python", "kill -USR1 $PPID")  # in the check of the launch
+        assert self.sbatch(tmp_path).returncode == 0
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+        assert not (tmp_path / "called").exists()
 
     def test_usr1_is_passed_on_to_the_ranks(self, tmp_path: Path, launchers: Path) -> None:
         program(launchers / "scontrol", 'echo "$@" > requeued')
