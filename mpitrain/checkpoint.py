@@ -79,12 +79,49 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def load_newest(folder: Path, world: World) -> dict[str, Any]:
+    """This rank's part of the newest complete checkpoint of ``RUN/checkpoints``. Collective.
+
+    Rank 0 says which one that is: where a network file system is slow to show what is new, others may see another.
+
+    Raises:
+        UsageError: There is none, or not every rank can read its part of it; the same on all ranks.
+    """
+    newest = latest(folder) if world.rank == 0 else None
+    path = world.together(lambda comm: comm.bcast(newest))
+    if path is None:
+        raise UsageError(
+            f"{folder.parent} has no complete checkpoint: start it again, without --resume and into a new --out"
+        )
+    path = folder / path.name
+    step, state, problem = -1, {}, ""
+    try:
+        step, state = _load_part(path, world)
+    except UsageError as error:
+        problem = str(error)
+    part = step, problem
+    parts = world.together(lambda comm: comm.allgather(part))
+    if problems := [text for _, text in parts if text]:
+        raise UsageError(problems[0])
+    if len(steps := sorted({number for number, _ in parts})) > 1:
+        raise UsageError(
+            f"{path} is not the same for all ranks, but of steps {', '.join(map(str, steps))}: a network file system "
+            "may be slow to show what is new; try again in a minute"
+        )
+    return state
+
+
 def load(path: Path, world: World) -> dict[str, Any]:
     """This rank's part of a checkpoint. Local.
 
     Raises:
         UsageError: When it was written by another number of ranks, or cannot be read.
     """
+    return _load_part(path, world)[1]
+
+
+def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
+    """The number of the checkpoint, as this rank's file tells it, and this rank's state. Local."""
     file = path / _file_name(world.rank)
     n_files = len(list(path.glob("rank-*.h5")))
     if n_files != world.size:
@@ -96,8 +133,7 @@ def load(path: Path, world: World) -> dict[str, Any]:
         raise UsageError(
             f"{file} is no readable checkpoint ({error}): delete {path} to resume from the one before"
         ) from error
-    state: dict[str, Any] = content["state"]
-    return state
+    return content["step"], content["state"]
 
 
 def _file_name(rank: int) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,4 +242,43 @@ def test_ranks_save_and_load_together(world, mpi_tmp_path):
     state = checkpoint.load(path, world)
     assert state["rank"] == world.rank
     assert state["x"].tolist() == [3] * 5
+    world.barrier()
+
+
+@pytest.fixture
+def view(world, mpi_tmp_path):
+    """Collective. A folder for each rank, as if it were one that they see differently: steps 1 and 2 by default."""
+    for step in (1, 2):
+        checkpoint.save(mpi_tmp_path / "all", step, {"rank": world.rank, "step": step}, world)
+    mine = Path(mpi_tmp_path / f"rank-{world.rank}" / "checkpoints")
+    shutil.copytree(mpi_tmp_path / "all", mine)
+    world.barrier()
+    return mine
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_ranks_load_the_newest_one(world, view):
+    assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 2}
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("seen_by_the_last", ["nothing", "an older one", "another one under this name"])
+def test_ranks_never_load_different_ones(world, view, seen_by_the_last):
+    if world.rank == world.size - 1:
+        shutil.rmtree(view / "step-00000002")
+        if seen_by_the_last == "nothing":
+            shutil.rmtree(view / "step-00000001")
+        elif seen_by_the_last == "another one under this name":
+            (view / "step-00000001").rename(view / "step-00000002")
+    with pytest.raises(UsageError) as error:
+        checkpoint.load_newest(view, world)
+    assert len(set(world.comm.allgather(str(error.value)))) == 1
+    if seen_by_the_last == "another one under this name":
+        assert "is not the same for all ranks, but of steps 1, 2" in str(error.value)
+
+
+@pytest.mark.ranks(1, 2)
+def test_all_ranks_say_that_there_is_none(world, mpi_tmp_path):
+    with pytest.raises(UsageError, match="has no complete checkpoint"):
+        checkpoint.load_newest(mpi_tmp_path / "checkpoints", world)
     world.barrier()

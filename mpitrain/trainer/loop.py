@@ -400,10 +400,7 @@ class Trainer:
 
     def _load(self, run: Path) -> float:
         """Continue from the newest checkpoint; returns the running mean of the loss. Collective."""
-        path = checkpoint.latest(run / "checkpoints")
-        if path is None:
-            raise UsageError(f"{run} has no complete checkpoint: start it again, without --resume and into a new --out")
-        state = checkpoint.load(path, self.world)
+        state = checkpoint.load_newest(run / "checkpoints", self.world)
         # A rank that had died begins as the twin of another, with a copy of its part.
         self.optimizer.load_state_dict({**state["optimizer"], "rank": self.world.rank})
         with torch.no_grad():
