@@ -1,17 +1,22 @@
 """Checkpoints: a folder for each, one HDF5 file for each rank in it.
 
-    RUN/checkpoints/step-00000100/rank-00000.h5, rank-00001.h5, ...
+    RUN/checkpoints/step-00000100/rank-00000.h5, rank-00001.h5, ..., checksums.json
 
-Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0
-renames it, which is atomic. A crash at any moment leaves the one before as it was. The newest two are kept.
+Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0 adds
+their checksums (CRC-32) and renames it, which is atomic. A crash at any moment leaves the one before as it was. The
+newest two are kept: a part whose checksum is wrong, as a disk or a lost node may leave it, is not opened (HDF5 may
+crash or hang on it), and all ranks go on from the one before.
 
 A state is nested dicts and lists of arrays, tensors, numbers, strings and None; what is loaded equals what was saved.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,10 @@ from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
 
 KEEP = 2
+CHECKSUMS = "checksums.json"
+"""In a checkpoint: the CRC-32 of each rank's file, by its name. Those of earlier versions have none."""
+
+_BLOCK_BYTES = 2**22
 _KIND, _VALUE, _DTYPE = "kind", "value", "dtype"
 _SIXTEEN_BIT = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -46,10 +55,14 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
-    _write_file(partial / _file_name(world.rank), {"ranks": world.size, "step": step, "state": state})
-    world.barrier()
+    mine = partial / _file_name(world.rank)
+    _write_file(mine, {"ranks": world.size, "step": step, "state": state})
+    part = mine.name, _checksum(mine)
+    checksums = dict(world.together(lambda comm: comm.allgather(part)))
     if world.rank == 0:
-        _stand_in(partial, world)
+        _stand_in(partial, checksums, world)
+        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+        _sync(partial / CHECKSUMS)
         _sync(partial)
         if target.exists():  # written before a resume: this one replaces it
             shutil.rmtree(target)
@@ -61,7 +74,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
     return target
 
 
-def _stand_in(folder: Path, world: World) -> None:
+def _stand_in(folder: Path, checksums: dict[str, int], world: World) -> None:
     """Give each rank that has died a copy of the part of the next one that lives: when resumed it begins as its twin.
 
     Local; rank 0 only.
@@ -70,6 +83,7 @@ def _stand_in(folder: Path, world: World) -> None:
         after = (other % world.size for other in range(rank + 1, rank + world.size))
         heir = next(other for other in after if other not in world.dead)
         shutil.copyfile(folder / _file_name(heir), folder / _file_name(rank))
+        checksums[_file_name(rank)] = checksums[_file_name(heir)]
         _sync(folder / _file_name(rank))
 
 
@@ -80,35 +94,51 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_newest(folder: Path, world: World) -> dict[str, Any]:
-    """This rank's part of the newest complete checkpoint of ``RUN/checkpoints``. Collective.
+    """This rank's part of the newest checkpoint of ``RUN/checkpoints`` that all ranks can read. Collective.
 
-    Rank 0 says which one that is: where a network file system is slow to show what is new, others may see another.
+    Rank 0 says which ones there are: where a network file system is slow to show what is new, others may see others.
 
     Raises:
-        UsageError: There is none, or not every rank can read its part of it; the same on all ranks.
+        UsageError: There is none, or it was written by another number of ranks; the same on all ranks.
     """
-    newest = latest(folder) if world.rank == 0 else None
-    path = world.together(lambda comm: comm.bcast(newest))
-    if path is None:
+    mine = [(path.name, _n_parts(path)) for path in reversed(_complete(folder))] if world.rank == 0 else []
+    found: list[tuple[str, int]] = world.together(lambda comm: comm.bcast(mine))
+    if not found:
         raise UsageError(
             f"{folder.parent} has no complete checkpoint: start it again, without --resume and into a new --out"
         )
-    path = folder / path.name
-    step, state, problem = -1, {}, ""
+    problem = ""
+    for name, n_parts in found:
+        if problem and world.rank == 0:
+            print(f"mpitrain: warning: {problem}: trying {name} instead", file=sys.stderr, flush=True)
+        _require_ranks(folder / name, n_parts, world)
+        state, problem = _load_together(folder / name, world)
+        if state is not None:
+            return state
+    raise UsageError(f"{problem}: there is no other; start the run again, without --resume and into a new --out")
+
+
+def _load_together(path: Path, world: World) -> tuple[dict[str, Any] | None, str]:
+    """This rank's part of a checkpoint; or None, on all ranks, and what is wrong with it. Collective.
+
+    Raises:
+        UsageError: Some ranks see another checkpoint under this name than others; the same on all ranks.
+    """
+    step, state, problem = None, None, ""
     try:
         step, state = _load_part(path, world)
-    except UsageError as error:
+    except _Damaged as error:
         problem = str(error)
     part = step, problem
     parts = world.together(lambda comm: comm.allgather(part))
     if problems := [text for _, text in parts if text]:
-        raise UsageError(problems[0])
+        return None, problems[0]
     if len(steps := sorted({number for number, _ in parts})) > 1:
         raise UsageError(
             f"{path} is not the same for all ranks, but of steps {', '.join(map(str, steps))}: a network file system "
             "may be slow to show what is new; try again in a minute"
         )
-    return state
+    return state, ""
 
 
 def load(path: Path, world: World) -> dict[str, Any]:
@@ -117,23 +147,46 @@ def load(path: Path, world: World) -> dict[str, Any]:
     Raises:
         UsageError: When it was written by another number of ranks, or cannot be read.
     """
-    return _load_part(path, world)[1]
+    _require_ranks(path, _n_parts(path), world)
+    try:
+        return _load_part(path, world)[1]
+    except _Damaged as error:
+        raise UsageError(f"{error}: delete {path} to resume from the one before") from error
+
+
+class _Damaged(UsageError):
+    """A part of a checkpoint cannot be read."""
+
+
+def _n_parts(path: Path) -> int:
+    """How many ranks have written a checkpoint: as its checksums tell it, else as many as it has parts."""
+    try:
+        return len(json.loads((path / CHECKSUMS).read_text()))
+    except (OSError, ValueError):
+        return len(list(path.glob("rank-*.h5")))
+
+
+def _require_ranks(path: Path, n_parts: int, world: World) -> None:
+    if n_parts != world.size:
+        raise UsageError(f"{path} was written by {n_parts} ranks: resume with as many, not with {world.size}")
 
 
 def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
-    """The number of the checkpoint, as this rank's file tells it, and this rank's state. Local."""
+    """The number of the checkpoint, as this rank's file tells it, and this rank's state. Local.
+
+    Raises:
+        _Damaged: When it cannot be read, or is not what was written.
+    """
     file = path / _file_name(world.rank)
-    n_files = len(list(path.glob("rank-*.h5")))
-    if n_files != world.size:
-        raise UsageError(f"{path} was written by {n_files} ranks: resume with as many, not with {world.size}")
     try:
+        manifest = path / CHECKSUMS
+        if manifest.exists() and json.loads(manifest.read_text())[file.name] != _checksum(file):
+            raise ValueError("its checksum is wrong")
         with h5py.File(file, "r") as root:
             content = _read(root)
-    except (OSError, KeyError, ValueError) as error:
-        raise UsageError(
-            f"{file} is no readable checkpoint ({error}): delete {path} to resume from the one before"
-        ) from error
-    return content["step"], content["state"]
+        return content["step"], content["state"]
+    except Exception as error:  # what a damaged file makes of HDF5 has no end
+        raise _Damaged(f"{file} is no readable checkpoint ({type(error).__name__}: {error})") from error
 
 
 def _file_name(rank: int) -> str:
@@ -149,6 +202,15 @@ def _write_file(path: Path, content: dict[str, Any]) -> None:
         _write(root, content)
         root.flush()
     _sync(path)
+
+
+def _checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    value, block = 0, memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(block):
+            value = zlib.crc32(block[:n], value)
+    return value
 
 
 def _sync(path: Path) -> None:

@@ -29,6 +29,15 @@ class Alone:
     def barrier(self):
         pass
 
+    def together(self, collective):
+        return collective(self)
+
+    def allgather(self, value):
+        return [value]
+
+    def bcast(self, value):
+        return value
+
 
 ALONE = Alone()
 FAST = (
@@ -137,13 +146,14 @@ def test_same_step_again_replaces(tmp_path):
 
 
 def test_who_has_died_is_stood_in_for_by_the_next_that_lives(tmp_path):
-    def others_write():
-        partial = tmp_path / ".step-00000004.partial"
-        for rank in (3, 4) if partial.exists() else ():
-            checkpoint._write_file(partial / f"rank-{rank:05d}.h5", {"ranks": 6, "step": 4, "state": {"rank": rank}})
+    def others_write(mine):
+        files = [tmp_path / ".step-00000004.partial" / f"rank-{rank:05d}.h5" for rank in (3, 4)]
+        for rank, file in zip((3, 4), files):
+            checkpoint._write_file(file, {"ranks": 6, "step": 4, "state": {"rank": rank}})
+        return [mine, *((file.name, checkpoint._checksum(file)) for file in files)]
 
     world = Alone(0, 6, dead={1, 2, 5})
-    world.barrier = others_write
+    world.allgather = others_write
     path = checkpoint.save(tmp_path, 4, {"rank": 0}, world)
     assert [checkpoint.load(path, Alone(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
 
@@ -177,6 +187,43 @@ def test_truncated_file_is_named(data):
         assert "\n" not in str(error.value)
 
 
+def zeroed(content):
+    """As a disk leaves a file that lost a page."""
+    return content[:4096] + bytes(4096) + content[8192:]
+
+
+def one_bit_changed(content):
+    """Of a number, which HDF5 would not notice."""
+    at = content.index(np.arange(1000).tobytes()) + 4000
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [zeroed, one_bit_changed])
+def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, damage):
+    path = checkpoint.save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
+    file = path / "rank-00000.h5"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UsageError, match=r"rank-00000.h5 is no readable checkpoint \(.*checksum is wrong\)"):
+        checkpoint.load(path, ALONE)
+
+
+def test_a_checkpoint_without_checksums_loads(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    (path / "checksums.json").unlink()
+    assert checkpoint.load(path, ALONE) == checkpoint.load_newest(tmp_path, ALONE) == {"x": 1}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, OSError, KeyError])
+def test_whatever_hdf5_raises_is_a_usage_error(tmp_path, monkeypatch, error):
+    def fail(group):
+        raise error("Can't decrement id ref count")
+
+    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    monkeypatch.setattr(checkpoint, "_read", fail)
+    with pytest.raises(UsageError, match="is no readable checkpoint"):
+        checkpoint.load(path, ALONE)
+
+
 @pytest.mark.parametrize("bad", [object(), {"x": {1, 2}}, np.array([object()])])
 def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
     checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
@@ -205,13 +252,11 @@ class Watched(dict):
             wait_to_be_killed("in the file")
 
 class World:
-    rank, size, n_barriers = 0, 1, 0
+    rank, size, dead = 0, 1, ()
     def barrier(self):
-        self.n_barriers += 1
-        if self.n_barriers == 1:
-            wait_to_be_killed("before the file")
-        if self.n_barriers == 2:
-            wait_to_be_killed("before the renaming")
+        wait_to_be_killed("before the file")
+    def together(self, collective):
+        wait_to_be_killed("before the renaming")
 
 checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())
 """
@@ -262,19 +307,35 @@ def test_ranks_load_the_newest_one(world, view):
 
 
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("seen_by_the_last", ["nothing", "an older one", "another one under this name"])
-def test_ranks_never_load_different_ones(world, view, seen_by_the_last):
-    if world.rank == world.size - 1:
+def test_ranks_never_load_different_ones(world, view):
+    if world.rank == world.size - 1:  # another one under this name
         shutil.rmtree(view / "step-00000002")
-        if seen_by_the_last == "nothing":
-            shutil.rmtree(view / "step-00000001")
-        elif seen_by_the_last == "another one under this name":
-            (view / "step-00000001").rename(view / "step-00000002")
-    with pytest.raises(UsageError) as error:
+        (view / "step-00000001").rename(view / "step-00000002")
+    with pytest.raises(UsageError, match="is not the same for all ranks, but of steps 1, 2") as error:
         checkpoint.load_newest(view, world)
-    assert len(set(world.comm.allgather(str(error.value)))) == 1
-    if seen_by_the_last == "another one under this name":
-        assert "is not the same for all ranks, but of steps 1, 2" in str(error.value)
+    assert len(set(world.comm.allgather(str(error.value).partition(" is not ")[2]))) == 1
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("last", ["does not see it", "has half of it", "has no checksum"])
+def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, view, last, capfd):
+    newest = view / "step-00000002"
+    if world.rank == world.size - 1:
+        if last == "does not see it":
+            shutil.rmtree(newest)
+        elif last == "has half of it":
+            os.truncate(newest / f"rank-{world.rank:05d}.h5", 1500)
+        else:
+            (newest / "checksums.json").write_text("{}")
+    n_found = 1 if world.size == 1 and last == "does not see it" else 2
+    assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 1}
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "is no readable checkpoint" in line]
+    assert len(warnings) == (world.rank == 0 and n_found == 2)
+    if world.rank == world.size - 1:
+        os.truncate(view / "step-00000001" / f"rank-{world.rank:05d}.h5", 0)
+    with pytest.raises(UsageError, match="is no readable checkpoint.*: there is no other"):
+        checkpoint.load_newest(view, world)
+    world.barrier()
 
 
 @pytest.mark.ranks(1, 2)
