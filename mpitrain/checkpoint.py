@@ -5,18 +5,22 @@
 Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0 adds
 their checksums (CRC-32) and renames it, which is atomic. A crash at any moment leaves the one before as it was. The
 newest two are kept: a part whose checksum is wrong, as a disk or a lost node may leave it, is not opened (HDF5 may
-crash or hang on it), and all ranks go on from the one before.
+crash or hang on it), and all ranks go on from the one before. While a checkpoint is written there is room needed for one
+more than are kept; where there is none, what has been written of it goes and those before stay.
 
 A state is nested dicts and lists of arrays, tensors, numbers, strings and None; what is loaded equals what was saved.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ KEEP = 2
 CHECKSUMS = "checksums.json"
 """In a checkpoint: the CRC-32 of each rank's file, by its name. Those of earlier versions have none."""
 
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _BLOCK_BYTES = 2**22
 _KIND, _VALUE, _DTYPE = "kind", "value", "dtype"
 _SIXTEEN_BIT = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -48,30 +53,89 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
 
     Returns:
         The complete checkpoint.
+
+    Raises:
+        UsageError: It cannot be written, for want of room or otherwise; the same on all ranks.
     """
     target = folder / f"step-{step:08d}"
     partial = folder / f".{target.name}.partial"
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
     mine = partial / _file_name(world.rank)
-    _write_file(mine, {"ranks": world.size, "step": step, "state": state})
-    part = mine.name, _checksum(mine)
-    checksums = dict(world.together(lambda comm: comm.allgather(part)))
+    problem, checksum = "", 0
     if world.rank == 0:
-        _stand_in(partial, checksums, world)
-        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
-        _sync(partial / CHECKSUMS)
-        _sync(partial)
-        if target.exists():  # written before a resume: this one replaces it
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync(folder)
-        for old in _complete(folder)[:-KEEP]:
-            shutil.rmtree(old)
+        _remove_partial(folder)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            problem = _reason(error)
     world.barrier()
+    if not problem:
+        try:
+            _write_file(mine, {"ranks": world.size, "step": step, "state": state})
+            checksum = _checksum(mine)
+        except (OSError, RuntimeError) as error:  # RuntimeError: HDF5 closes a file that it could not write
+            problem = _reason(error)
+    part = mine.name, checksum, _n_bytes(state), problem
+    parts = world.together(lambda comm: comm.allgather(part))
+    problem = next((text for *_, text in parts if text), "")
+    if world.rank == 0 and not problem:
+        try:
+            _publish(partial, target, {name: checksum for name, checksum, *_ in parts}, world)
+        except OSError as error:
+            problem = _reason(error)
+    known = problem
+    problem = world.together(lambda comm: comm.bcast(known))
+    if problem:
+        if world.rank == 0:
+            _remove_partial(folder)
+        newest, mib = latest(folder), sum(n_bytes for _, _, n_bytes, _ in parts) / 2**20
+        what = "no room for" if problem in NO_ROOM else "cannot write"
+        raise UsageError(
+            f"{what} a checkpoint ({mib:.0f} MiB) in {folder} ({problem}): the newest is "
+            f"{newest.name if newest else 'none'}; {KEEP + 1} of them need room"
+        )
     return target
+
+
+def _publish(partial: Path, target: Path, checksums: dict[str, int], world: World) -> None:
+    """Make a checkpoint of what all ranks have written, and remove the oldest. Local; rank 0 only."""
+    _stand_in(partial, checksums, world)
+    (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+    _sync(partial / CHECKSUMS)
+    _sync(partial)
+    if target.exists():  # written before a resume: this one replaces it
+        _remove(target)
+    partial.rename(target)
+    _sync(target.parent)
+    for old in _complete(target.parent)[:-KEEP]:
+        _remove(old)
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what was not completed: it may be what there is no room for. Local; rank 0 only."""
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a crash leaves it whole or as one that was not completed. Local; rank 0 only."""
+    gone = path.rename(path.with_name(f".{path.name}.old.partial"))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why a file cannot be written, in a few words; HDF5 takes a hundred."""
+    number = getattr(error, "errno", None)
+    found = re.search(r"error message = '([^']*)'", str(error))
+    return os.strerror(number) if number else found.group(1) if found else str(error)
+
+
+def _n_bytes(state: Any) -> int:
+    """Of the arrays in a state."""
+    if isinstance(state, dict):
+        return sum(map(_n_bytes, state.values()))
+    if isinstance(state, (list, tuple)):
+        return sum(map(_n_bytes, state))
+    return int(state.nbytes) if isinstance(state, (torch.Tensor, np.ndarray)) else 0
 
 
 def _stand_in(folder: Path, checksums: dict[str, int], world: World) -> None:
@@ -101,6 +165,8 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
     Raises:
         UsageError: There is none, or it was written by another number of ranks; the same on all ranks.
     """
+    if world.rank == 0:
+        _remove_partial(folder)
     mine = [(path.name, _n_parts(path)) for path in reversed(_complete(folder))] if world.rank == 0 else []
     found: list[tuple[str, int]] = world.together(lambda comm: comm.bcast(mine))
     if not found:

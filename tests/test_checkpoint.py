@@ -1,7 +1,9 @@
 """Checkpoints: what is loaded equals what was saved, and a crash leaves the one before."""
 
 import math
+import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -150,7 +152,7 @@ def test_who_has_died_is_stood_in_for_by_the_next_that_lives(tmp_path):
         files = [tmp_path / ".step-00000004.partial" / f"rank-{rank:05d}.h5" for rank in (3, 4)]
         for rank, file in zip((3, 4), files):
             checkpoint._write_file(file, {"ranks": 6, "step": 4, "state": {"rank": rank}})
-        return [mine, *((file.name, checkpoint._checksum(file)) for file in files)]
+        return [mine, *((file.name, checkpoint._checksum(file), 0, "") for file in files)]
 
     world = Alone(0, 6, dead={1, 2, 5})
     world.allgather = others_write
@@ -232,6 +234,39 @@ def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
     checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
+
+
+def test_what_was_not_completed_is_removed(tmp_path):
+    """Before there is room needed for another one, and before the run goes on."""
+
+    def leave():
+        (tmp_path / ".step-00000007.partial").mkdir()
+        (tmp_path / ".step-00000007.partial" / "rank-00000.h5").write_bytes(b"half of a file")
+
+    for act in (
+        lambda: checkpoint.save(tmp_path, 9, {"x": 1}, ALONE),
+        lambda: checkpoint.load_newest(tmp_path, ALONE),
+    ):
+        leave()
+        act()
+        assert not list(tmp_path.glob(".step*"))
+
+
+def test_a_file_that_cannot_be_written_leaves_those_before(tmp_path):
+    """The real HDF5, which raises in several ways; a limit of the process stands in for the disk's."""
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(UsageError) as error:
+            checkpoint.save(tmp_path, 2, {"x": np.zeros(2**18), "y": [np.ones(2**17), "text"]}, ALONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    says = f"cannot write a checkpoint (3 MiB) in {tmp_path} (File too large): the newest is step-00000001; 3 of them"
+    assert str(error.value).startswith(says)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    assert checkpoint.load_newest(tmp_path, ALONE) == {"x": 2}
 
 
 WRITER = """
@@ -342,4 +377,26 @@ def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, v
 def test_all_ranks_say_that_there_is_none(world, mpi_tmp_path):
     with pytest.raises(UsageError, match="has no complete checkpoint"):
         checkpoint.load_newest(mpi_tmp_path / "checkpoints", world)
+    world.barrier()
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("moment", ["_write_file", "_publish"])
+def test_a_full_disk_is_told_on_all_ranks_and_leaves_what_there_was(world, mpi_tmp_path, monkeypatch, moment):
+    def fail(path, *rest):
+        if moment == "_publish" or path.name == f"rank-{world.size - 1:05d}.h5":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.touch()
+
+    folder = Path(mpi_tmp_path)
+    checkpoint.save(folder, 1, {"rank": world.rank}, world)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, moment, fail)
+        with pytest.raises(UsageError, match=r"no room for a checkpoint \(\d+ MiB\).*: the newest is step-00000001"):
+            checkpoint.save(folder, 2, {"rank": world.rank, "x": np.zeros(2**17)}, world)
+    world.barrier()
+    left = [path.name for path in folder.iterdir()]
+    assert world.comm.allgather(left) == [["step-00000001"]] * world.size
+    checkpoint.save(folder, 3, {"rank": world.rank}, world)
+    assert checkpoint.load_newest(folder, world) == {"rank": world.rank}
     world.barrier()
