@@ -52,6 +52,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     one flat vector, and only they are exchanged; buffers (BatchNorm statistics) stay each rank's own: re-estimate them
     with ``mpitrain.reestimate_batchnorm``, inside of ``consensus()``, before an averaged model is evaluated.
 
+    Where the method works with the gradient itself (``needs_gradient``), a parameter without one is updated as if it
+    were zero, which torch would leave out: weight decay and momentum act on it. Give what shall rest a parameter group
+    with learning rate 0.
+
     torch computes with this rank's share of the node's cores from then on, unless OMP_NUM_THREADS or
     ``torch.set_num_threads`` says how many.
 

@@ -2,7 +2,8 @@
 
 The classes are those that run under mpirun, on a real model and real data; only time is made up. A gradient takes a
 worker ``--step-seconds``, an exchange ``--latency`` and its bytes over ``--bandwidth``, so that a cluster that nobody
-has can be studied: a thousand workers, stragglers, slow links. The same seed gives the same run.
+has can be studied: a thousand workers, stragglers, slow links. The same seed gives the same run. torch computes with
+one thread, unless OMP_NUM_THREADS says more.
 """
 
 from __future__ import annotations
@@ -94,12 +95,14 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = _config(args)
     from mpitrain import data, models
+    from mpitrain.collectives.device import limit_threads
     from mpitrain.collectives.schedules import Until, VirtualTime
     from mpitrain.collectives.simulated import SimulatedWorld
     from mpitrain.simulation import Simulation
     from mpitrain.trainer.config import average_of, method_of, warnings_of
     from mpitrain.trainer.gradients import ModelGradient
 
+    limit_threads(1)  # the mini-batches of one worker are small
     method, p = method_of(config), args.workers
     for text in warnings_of(config, p):
         print(f"mpitrain: warning: {text}", file=sys.stderr)

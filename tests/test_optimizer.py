@@ -162,6 +162,16 @@ def test_the_models_own_zero_grad_will_do(world, set_to_none):
         assert_equal_models(plain, twin)
 
 
+@pytest.mark.parametrize(("method", "moves"), [(AllReduceSGD(), True), (EASGD(period=1000), False)])
+def test_a_parameter_without_a_gradient_decays_where_the_method_works_with_gradients(world, method, moves):
+    model = mlp()
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.register_parameter("unused", unused)
+    with DistributedOptimizer(sgd(model, weight_decay=0.5), model, method) as optimizer:
+        train(model, optimizer, 2)
+        assert (unused < 1).all() == moves
+
+
 def test_closure_is_called_with_gradients_and_its_loss_returned(world):
     (plain, optimizer), (twin, distributed) = pair(sgd)
 

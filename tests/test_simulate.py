@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpitrain.cli import main
 from mpitrain.errors import UsageError
@@ -35,6 +37,19 @@ def test_many_workers_learn_and_the_same_seed_gives_the_same_run() -> None:
     seconds = [point["seconds"] for point in one["evaluation"]]
     assert seconds == sorted(seconds)
     assert len(seconds) == 4  # the start, two on the way, and the end
+
+
+def test_torch_computes_with_one_thread_unless_the_environment_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    result("--workers", "2", "--gradients", "4")
+    assert given == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    result("--workers", "2", "--gradients", "4")
+    assert given == [1]
 
 
 def test_who_waits_for_a_straggler_takes_its_time() -> None:
