@@ -306,9 +306,9 @@ def test_rank_whose_gradient_was_not_finite_says_so_once(world, capsys):
         for t in range(6):
             model.descend(optimizer, np.nan if bad and t in (1, 3) else 1.0, 0.0)
             world.barrier()
-        words = f"mpitrain: rank {world.rank}: 64 values were not finite and were kept out"
-        told = capsys.readouterr().err
-        assert told.count("not finite") == told.count(words) == int(bad)
+    words = f"mpitrain: rank {world.rank}: 64 values were not finite and were kept out"
+    told = capsys.readouterr().err
+    assert told.count("not finite") == told.count(words) == int(bad)
 
 
 def test_nan_of_one_rank_stays_with_it_and_it_recovers(world):
