@@ -5,7 +5,7 @@
 Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0 adds
 their checksums (CRC-32) and renames it, which is atomic. A crash at any moment leaves the one before as it was. The
 newest two are kept: a part whose checksum is wrong, as a disk or a lost node may leave it, is not opened (HDF5 may
-crash or hang on it), and all ranks go on from the one before. While a checkpoint is written there is room needed for one
+crash or hang on it), and all ranks go on from the one before. While one is written there has to be room for one
 more than are kept; where there is none, what has been written of it goes and those before stay.
 
 A state is nested dicts and lists of arrays, tensors, numbers, strings and None; what is loaded equals what was saved.
@@ -16,11 +16,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import sys
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 
 from mpitrain.collectives.world import World
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, reason
 
 KEEP = 2
 CHECKSUMS = "checksums.json"
@@ -66,14 +64,14 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
         try:
             partial.mkdir(parents=True)
         except OSError as error:
-            problem = _reason(error)
+            problem = reason(error)
     world.barrier()
     if not problem:
         try:
             _write_file(mine, {"ranks": world.size, "step": step, "state": state})
             checksum = _checksum(mine)
         except (OSError, RuntimeError) as error:  # RuntimeError: HDF5 closes a file that it could not write
-            problem = _reason(error)
+            problem = reason(error)
     part = mine.name, checksum, _n_bytes(state), problem
     parts = world.together(lambda comm: comm.allgather(part))
     problem = next((text for *_, text in parts if text), "")
@@ -81,7 +79,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
         try:
             _publish(partial, target, {name: checksum for name, checksum, *_ in parts}, world)
         except OSError as error:
-            problem = _reason(error)
+            problem = reason(error)
     known = problem
     problem = world.together(lambda comm: comm.bcast(known))
     if problem:
@@ -120,13 +118,6 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint; a crash leaves it whole or as one that was not completed. Local; rank 0 only."""
     gone = path.rename(path.with_name(f".{path.name}.old.partial"))
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _reason(error: OSError | RuntimeError) -> str:
-    """Why a file cannot be written, in a few words; HDF5 takes a hundred."""
-    number = getattr(error, "errno", None)
-    found = re.search(r"error message = '([^']*)'", str(error))
-    return os.strerror(number) if number else found.group(1) if found else str(error)
 
 
 def _n_bytes(state: Any) -> int:
@@ -248,7 +239,7 @@ def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
         manifest = path / CHECKSUMS
         if manifest.exists() and json.loads(manifest.read_text())[file.name] != _checksum(file):
             raise ValueError("its checksum is wrong")
-        with h5py.File(file, "r") as root:
+        with h5py.File(file, "r", locking=False) as root:
             content = _read(root)
         return content["step"], content["state"]
     except Exception as error:  # what a damaged file makes of HDF5 has no end
@@ -264,7 +255,7 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _write_file(path: Path, content: dict[str, Any]) -> None:
-    with h5py.File(path, "w") as root:
+    with h5py.File(path, "w", locking=False) as root:
         _write(root, content)
         root.flush()
     _sync(path)

@@ -264,8 +264,11 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
         if folder is not None:
             from mpitrain.report import load_run, write_report
 
-            write_report([load_run(folder)], folder)
-            print(f"report and plots: {folder / 'report.md'}")
+            try:
+                write_report([load_run(folder)], folder)
+                print(f"report and plots: {folder / 'report.md'}")
+            except (UsageError, OSError) as error:
+                print(f"mpitrain: warning: there is no report ({error})", file=sys.stderr)
     if as_json:
         from mpitrain.trainer.runfolder import to_json
 

@@ -1,5 +1,8 @@
 """What a user can get wrong, and how the user gets to hear of it."""
 
+import os
+import re
+
 HEARD_SECONDS = 0.3
 """How long a rank waits between its last words and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
 what they wrote a moment before."""
@@ -18,6 +21,13 @@ class UsageError(ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(text.split()))
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be used, in a few words; HDF5 takes a hundred."""
+    number = getattr(error, "errno", None)
+    found = re.search(r"error message = '([^']*)'", str(error))
+    return os.strerror(number) if number else found.group(1) if found else str(error)
 
 
 class RankFailed(RuntimeError):

@@ -16,17 +16,22 @@ behaves (HDF5 2.0):
 - A reader repeats what it finds unfinished, 100 times with pauses that double from a nanosecond: on a damaged file, as
   a crashed machine leaves it, that is for ever. 25 times are over in some 50 ms. h5py has no call for that setting. And
   what lies behind the end of a file that was cut off reads as zeros, so the length is compared with the one noted.
-- File locks are asked for with "best-effort": where the file system has none (many network file systems) HDF5 goes on
-  without. All openings in one process must ask alike, or HDF5 refuses the second. HDF5_USE_FILE_LOCKING in the
-  environment overrules this.
+- No file locks are asked for: a run has one writer (`trainer.runfolder.held`), and on a network file system whose
+  locks do not work HDF5 gives up over them. All openings in one process must ask alike, or HDF5 refuses the second.
+  HDF5_USE_FILE_LOCKING in the environment overrules this.
+- A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. So
+  room is taken from the file system before rows are handed to HDF5; where there is none they are dropped, with one
+  warning, and training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,18 +42,23 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, reason
 
 Column = NDArray[np.float64]
 Field = str | tuple[str, tuple[int, ...]]  # a name, or a name and the shape of one row's entry
 Tables = Mapping[str, Sequence[Field]]
 
-LOCKING = "best-effort"
+LOCKING = False
 LIBVER = "v110"  # the oldest format that has SWMR, so that the most tools can read it
 ROWS_PER_CHUNK = 256
 HDF5_ATTEMPTS = 25  # of reading one piece of metadata, see above
 ATTEMPTS = 3  # of reading the file: local file systems keep the order of writes, network ones do not promise it
 PAUSE_SECONDS = 0.1
+FAILURES = (OSError, RuntimeError, KeyError)
+"""What h5py raises when a file cannot be written: RuntimeError of closing it, KeyError of looking for a part of it."""
+BYTES_PER_FIELD = 8192  # more than a column's new chunk and what points to it
+HOLES_BYTES = 2**20  # at the end of a file, in which HDF5 may leave out what it has not written yet
+CANNOT_RESERVE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class MetricsWriter:
@@ -76,6 +86,7 @@ class MetricsWriter:
             UsageError: if there is a file that cannot be read, or one whose fields have other shapes.
         """
         self._path = Path(path)
+        self._has_warned = self._is_broken = False
         self._flush_seconds = flush_seconds
         self._shapes = {
             table: dict((field, ()) if isinstance(field, str) else field for field in fields)
@@ -96,6 +107,10 @@ class MetricsWriter:
         """Puts a new file with these rows in the place of `path` and leaves it open for appending."""
         building = self._path.with_name(f"{self._path.name}.building")
         building.unlink(missing_ok=True)  # of a writer that was killed at this point
+        n_fields = sum(map(len, self._shapes.values()))
+        with building.open("wb") as file:
+            n_bytes = sum(column.nbytes for columns in rows.values() for column in columns.values())
+            reserve(file.fileno(), 0, 2 * n_bytes + BYTES_PER_FIELD * n_fields)
         self._file = h5py.File(building, "w", libver=LIBVER, locking=LOCKING)
         for table, shapes in self._shapes.items():
             old = rows.get(table, {})
@@ -137,7 +152,23 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows that wait, so that readers see them."""
+        """Writes all rows that wait, so that readers see them; drops them if there is no room."""
+        self._flushed_at = time.monotonic()
+        try:
+            if not self._is_broken:
+                self._write()
+        except FAILURES as error:
+            self._warn(error)
+        for rows in self._waiting.values():
+            rows.clear()
+
+    def _write(self) -> None:
+        values = [column.nbytes for rows in self._waiting.values() for row in rows for column in row.values()]
+        descriptor, length = self._file.id.get_vfd_handle(), self._file.id.get_filesize()
+        offset = max(0, length - HOLES_BYTES)
+        n_fields = sum(map(len, self._shapes.values()))
+        reserve(descriptor, offset, length - offset + 2 * sum(values) + BYTES_PER_FIELD * n_fields)
+        self._is_broken = True  # if what follows raises
         for table, rows in self._waiting.items():
             if rows:
                 for field in self._shapes[table]:
@@ -145,9 +176,15 @@ class MetricsWriter:
                     n = len(column)
                     column.resize(n + len(rows), axis=0)
                     column[n:] = np.stack([row[field] for row in rows])
-                rows.clear()
         self._file.flush()  # the file and not each dataset: this notes its length, so that readers know a cut file
-        self._flushed_at = time.monotonic()
+        os.ftruncate(descriptor, self._file.id.get_filesize())
+        self._is_broken = False
+
+    def _warn(self, error: Exception) -> None:
+        if not self._has_warned:
+            text = " ".join(f"rows of {self._path} are lost, as it cannot be written ({reason(error)})".split())
+            print(f"mpitrain: warning: {text}", file=sys.stderr, flush=True)
+        self._has_warned = True
 
     def truncate_after(self, table: str, column: str, value: float) -> None:
         """Drops the rows of `table` whose `column` is above `value` or NaN: what came after a checkpoint.
@@ -169,7 +206,8 @@ class MetricsWriter:
         """Writes what waits and closes the file; more than once does no harm."""
         if self._file:
             self.flush()
-            self._file.close()
+            if not self._is_broken:
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,6 +216,19 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
+    """Takes room for a part of a file, which becomes as long.
+
+    Raises:
+        OSError: if there is none.
+    """
+    try:
+        os.posix_fallocate(descriptor, offset, n_bytes)
+    except OSError as error:
+        if error.errno not in CANNOT_RESERVE:
+            raise
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
@@ -222,7 +273,7 @@ def _open(path: Path) -> Any:
         raise OSError(f"it was cut off after {length} bytes")
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
-    access.set_file_locking(True, True)  # use locks, ignore that they are disabled: "best-effort"
+    access.set_file_locking(LOCKING, True)  # and ignore that they may be disabled
     with contextlib.suppress(
         OSError, AttributeError
     ):  # no such symbol: HDF5 is linked in another way, and tries longer

@@ -1,7 +1,7 @@
 """Checkpoints: what is loaded equals what was saved, and a crash leaves the one before."""
 
-import math
 import errno
+import math
 import os
 import resource
 import shutil
@@ -368,7 +368,7 @@ def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, v
     assert len(warnings) == (world.rank == 0 and n_found == 2)
     if world.rank == world.size - 1:
         os.truncate(view / "step-00000001" / f"rank-{world.rank:05d}.h5", 0)
-    with pytest.raises(UsageError, match="is no readable checkpoint.*: there is no other"):
+    with pytest.raises(UsageError, match=r"is no readable checkpoint.*: there is no other"):
         checkpoint.load_newest(view, world)
     world.barrier()
 

@@ -1,6 +1,8 @@
 """Metrics: what is written is read, by other processes too, while the writer lives and after it was killed."""
 
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -198,6 +200,48 @@ def test_a_file_is_readable_while_it_is_written(path: Path, locking: str) -> Non
         assert rows[-1] > rows[0]
     finally:
         kill(process)
+
+
+NO_LOCKS = """
+#include <errno.h>
+#include <sys/file.h>
+extern "C" int flock(int, int) { errno = ENOLCK; return -1; }
+"""
+
+
+def test_a_file_system_without_locks_does(path: Path) -> None:
+    """As NFS is without its lock daemon."""
+    library = path.with_name("nolock.so")
+    build = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(build, input=NO_LOCKS, text=True, check=True)
+    kill(start_writer(path, 1, LD_PRELOAD=str(library)))
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert len(read_metrics(path)["progress"]["step"]) >= 20
+
+
+def test_rows_that_cannot_be_written_are_dropped_with_one_warning(path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The real HDF5; a limit of the process stands in for the disk's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(path, TABLES, flush_seconds=0) as metrics:
+
+        def append(steps: range) -> None:
+            for step in steps:
+                metrics.append("progress", step=step, loss=1 / step)
+                metrics.append("staleness", step=step, histogram=np.full(33, step))
+
+        append(range(1, 300))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+        try:
+            append(range(300, 2000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        n = min(len(columns["step"]) for columns in read_metrics(path).values())
+        assert 299 <= n < 1999
+        append(range(2000, 2010))
+    for table in read_metrics(path).values():
+        assert set(table["step"]) >= {*range(1, 300), *range(2000, 2010)}
+    assert capsys.readouterr().err.count("cannot be written (File too large)") == 1
 
 
 def test_a_killed_writer_leaves_a_file_that_is_read_and_gone_on_with(path: Path) -> None:

@@ -5,6 +5,8 @@ Every rank writes its counters on a board after each step; rank 0 reads it a few
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import numpy as np
 from mpitrain.collectives.board import Board
 from mpitrain.collectives.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS, Statistics
 from mpitrain.collectives.world import World
-from mpitrain.metrics import MetricsWriter
+from mpitrain.errors import UsageError, reason
+from mpitrain.metrics import FAILURES, MetricsWriter
 from mpitrain.trainer.evaluation import Point
 from mpitrain.trainer.progress import Progress
 
@@ -52,6 +55,37 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
         ],
         **({"method": ["seconds", *((name, (n_workers,)) for name in metrics)]} if metrics else {}),
     }
+
+
+def _open_metrics(path: Path, wanted: dict[str, list[Any]], continue_from: float | None = None) -> MetricsWriter | None:
+    """The file of a run, or a new one in the place of one that cannot be read; None where none can be written.
+
+    Metrics are for plots: a run goes on without.
+    """
+    try:
+        metrics = MetricsWriter(path, wanted)
+        if continue_from is not None:
+            for table in wanted:
+                metrics.truncate_after(table, "seconds", continue_from)
+        return metrics
+    except UsageError as error:
+        others = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+        aside = next(other for other in others if not other.exists())
+        text = f"{error}: it is {aside.name} now, and a new one begins"
+    except FAILURES as error:
+        _tell_without(path, error)
+        return None
+    print(f"mpitrain: warning: {text}", file=sys.stderr, flush=True)
+    try:
+        path.rename(aside)
+        return MetricsWriter(path, wanted)
+    except (UsageError, *FAILURES) as error:
+        _tell_without(path, error)
+        return None
+
+
+def _tell_without(path: Path, error: Exception) -> None:
+    print(f"mpitrain: warning: {path} cannot be written ({reason(error)}): this run has no metrics", file=sys.stderr)
 
 
 class Totals:
@@ -104,11 +138,7 @@ class Recorder:
         self.progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         if world.rank == 0 and folder is not None:
-            wanted = tables(world.size, metrics)
-            self._metrics = MetricsWriter(folder / "metrics.h5", wanted)
-            if continue_from is not None:
-                for table in wanted:
-                    self._metrics.truncate_after(table, "seconds", continue_from)
+            self._metrics = _open_metrics(folder / "metrics.h5", tables(world.size, metrics), continue_from)
 
     def step_made(
         self,

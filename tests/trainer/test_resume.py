@@ -268,6 +268,32 @@ def test_what_a_crash_left_of_a_checkpoint_does_no_harm(world, go):
     assert not stale.exists()
 
 
+@pytest.mark.ranks(1, 2)
+def test_metrics_that_cannot_be_read_do_not_keep_a_run_from_going_on(world, go, capfd):
+    go(TrainConfig(algorithm="allreduce"), "run", steps=10)
+    folder = go.folder / "run"
+    if world.rank == 0:
+        (folder / "metrics.h5.damaged-1").touch()
+        os.truncate(folder / "metrics.h5", 2000)
+    world.barrier()
+    assert go(TrainConfig(algorithm="allreduce"), "run", resume=True, steps=20)["steps"] == 20
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "it is metrics.h5.damaged-2 now" in line]
+    assert len(warnings) == (world.rank == 0)
+    world.barrier()
+    assert (folder / "metrics.h5.damaged-2").stat().st_size == 2000
+    assert max(read_metrics(folder / "metrics.h5")["progress"]["step"]) == 20
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_run_without_a_place_for_its_metrics_goes_on_without(world, go, capfd):
+    folder = go.folder / "run"
+    if world.rank == 0:
+        (folder / "metrics.h5.building").mkdir(parents=True)
+    world.barrier()
+    assert go(TrainConfig(algorithm="allreduce"), "run", steps=10)["complete"]
+    assert capfd.readouterr().err.count("this run has no metrics") == (world.rank == 0)
+
+
 def test_only_the_budget_and_what_is_shown_can_be_changed(tmp_path):
     config = TrainConfig(settings={"period": "3"}, lr=0.1, straggler=(1, 2.0), out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
