@@ -16,7 +16,7 @@ behaves (HDF5 2.0):
 - A reader repeats what it finds unfinished, 100 times with pauses that double from a nanosecond: on a damaged file, as
   a crashed machine leaves it, that is for ever. 25 times are over in some 50 ms. h5py has no call for that setting. And
   what lies behind the end of a file that was cut off reads as zeros, so the length is compared with the one noted.
-- No file locks are asked for: a run has one writer (`trainer.runfolder.held`), and on a network file system whose
+- No file locks are asked for: a run has one writer (`trainer.runlock`), and on a network file system whose
   locks do not work HDF5 gives up over them. All openings in one process must ask alike, or HDF5 refuses the second.
   HDF5_USE_FILE_LOCKING in the environment overrules this.
 - A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. So

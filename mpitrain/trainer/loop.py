@@ -20,7 +20,7 @@ from mpitrain.collectives.world import World
 from mpitrain.errors import UsageError
 from mpitrain.optimizer import DistributedOptimizer
 from mpitrain.replica import check_replica_size
-from mpitrain.trainer import runfolder
+from mpitrain.trainer import runfolder, runlock
 from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget
 from mpitrain.trainer.compiler import do_without_compiler
@@ -52,8 +52,9 @@ def train(
         UsageError: What is wrong with the configuration or the data, on the ranks that see it.
         RankFailed: A rank has died without which the others cannot go on.
     """
+    folder = resume or (None if config.out is None else Path(config.out))
     # From here on: a signal must not end a rank that is still loading its data, or one that writes its last checkpoint.
-    with StopSignal() as stop_signal, explained(world):
+    with StopSignal() as stop_signal, explained(world), runlock.held(folder, world):
         run = Trainer(config, world, stop_signal, resume, dataset)
         try:
             return run.train()

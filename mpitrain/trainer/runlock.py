@@ -1,0 +1,159 @@
+"""Who trains in a run folder: two at once would destroy each other's checkpoints.
+
+    RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
+
+Rank 0 makes the file (O_EXCL), touches it every few seconds, and removes it at the end, after errors too. One that was
+killed leaves it. It is taken over
+
+- at once, if its process was one of this machine and is gone, or if it is of this SLURM job before it was requeued;
+- in all other cases when it has not been touched for two minutes, by the clock of the file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mpitrain.collectives.world import World
+from mpitrain.errors import UsageError
+from mpitrain.trainer import runfolder
+
+NAME = "lock"
+FRESH_SECONDS = 120.0
+SECONDS_BETWEEN_TOUCHES = 10.0
+SECONDS_TO_SETTLE = 0.2
+"""After a takeover: another one, begun at the same moment, has come to its end."""
+
+
+@contextlib.contextmanager
+def held(folder: Path | None, world: World) -> Iterator[None]:
+    """Hold a run folder, which is made if need be; None is none. Collective.
+
+    Raises:
+        UsageError: Another job trains in it, or it cannot be used; on all ranks.
+    """
+    if folder is None:
+        yield
+        return
+    lock = RunLock(folder / NAME)
+    runfolder.make_folder(folder, world, lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class RunLock:
+    """The file. Local; rank 0 only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._text = json.dumps(describe())
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Take it, or take it over.
+
+        Raises:
+            UsageError: It is another's.
+        """
+        try:
+            with self._path.open("x") as file:
+                file.write(self._text)
+        except FileExistsError:
+            self._take_over()
+        self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def _take_over(self) -> None:
+        ours = self._path.with_name(f".{NAME}-{socket.gethostname()}-{os.getpid()}")
+        ours.write_text(self._text)
+        try:
+            owner = read(self._path)
+            try:
+                age = ours.stat().st_mtime - self._path.stat().st_mtime
+            except FileNotFoundError:  # its owner has just come to its end
+                age = FRESH_SECONDS
+            if age < FRESH_SECONDS and not is_gone(owner):
+                job = f" (job {owner['job']})" if owner.get("job") else ""
+                raise UsageError(
+                    f"{self._path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}{job}, "
+                    f"which was there {max(age, 0):.0f} s ago: wait for its end, or {FRESH_SECONDS:.0f} s if it was killed"
+                )
+            ours.replace(self._path)
+        finally:
+            ours.unlink(missing_ok=True)
+        self._released.wait(SECONDS_TO_SETTLE)
+        if not self._is_ours():
+            raise UsageError(f"{self._path.parent} has just been taken by another job: wait for its end")
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._path.read_text() == self._text
+        except OSError:
+            return False
+
+    def _keep(self) -> None:
+        while not self._released.wait(SECONDS_BETWEEN_TOUCHES):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def release(self) -> None:
+        """Remove it, if it was taken and still is ours."""
+        self._released.set()
+        if self._thread is not None and self._is_ours():
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+def describe() -> dict[str, Any]:
+    """This process, as the file tells of it."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _started(pid),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file tells of its owner; nothing where it was written by half or is gone."""
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def is_gone(owner: dict[str, Any]) -> bool:
+    """Whether an owner is known not to live any more, however fresh its file is."""
+    here = describe()
+    if owner.get("machine") == here["machine"]:
+        return _started(owner.get("pid", 0)) != owner.get("started")
+    is_of_this_job = here["job"] is not None and owner.get("job") == here["job"]
+    return is_of_this_job and owner.get("restart") != here["restart"]
+
+
+def _machine() -> str:
+    """This start of this machine, and whose processes can be seen from here: hosts of containers may share a name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks since the machine was; None if there is none, or a dead one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
