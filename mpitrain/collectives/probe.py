@@ -146,12 +146,17 @@ def _measured() -> Probe:
 
 
 def _keep(probe: Probe) -> None:
+    """Store it for the next time, unless there is no room."""
     path = _path(**{name: getattr(probe, name) for name in ("host", "mpi", "gpus", "settings")})
-    if path is not None:
+    if path is None:
+        return
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(probe.document(), indent=1) + "\n")
         partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
 
 
 def _circumstances() -> dict[str, Any]:

@@ -10,6 +10,7 @@ directory on nodes of different CPUs:
   place, so it is the same source whichever rank wrote it last.
 - One signature to a file: with two, ranks that compile different ones could both claim the same data file in Numba's
   index. With one, whoever writes last writes what the others wrote.
+- A folder that lets itself be written to may turn out to be full (a quota): then the next place is tried.
 """
 
 from __future__ import annotations
@@ -48,10 +49,7 @@ def compiled(name: str, label: str, source: str) -> Callable[..., int]:
         The function's compiled entry. It checks nothing: arrays must be of the declared kind.
     """
     with _lock:
-        module, on_disk = _module(f"{name}_{label}", source)
-        import numba
-
-        dispatcher = numba.njit(module.SIGNATURE, cache=on_disk, **OPTIONS)(getattr(module, name))
+        dispatcher = _dispatcher(name, f"{name}_{label}", source)
         statistics["loaded" if sum(dispatcher.stats.cache_hits.values()) else "compiled"] += 1
         # The entry point and not the dispatcher: it takes read-only arrays for what is not assigned, and it does not
         # look at the types again, which the kernels have checked already.
@@ -60,17 +58,42 @@ def compiled(name: str, label: str, source: str) -> Callable[..., int]:
         return entry
 
 
-@functools.cache
+def _dispatcher(name: str, stem: str, source: str) -> Any:
+    """From the cache of the first place that takes it; from none where none does."""
+    import numba
+
+    digest = _digest(source)
+    folders = [root / digest for root in _roots()]
+    have_it = [folder for folder in folders if list(folder.rglob("*.nbc"))]
+    # Who has the source and not what was compiled of it is full, or will have it soon: others may have it now.
+    for folder in [folder for folder in folders if not (have_it and folder.exists()) or folder in have_it]:
+        try:
+            module = _module_on_disk(folder / f"{stem}.py", source)
+            return numba.njit(module.SIGNATURE, cache=True, **OPTIONS)(getattr(module, name))
+        except (OSError, RuntimeError):  # RuntimeError: of Numba, where it can make no folder
+            continue
+    module = ModuleType(_module_name(digest))
+    exec(compile(source, f"<{stem}>", "exec"), module.__dict__)
+    return numba.njit(module.SIGNATURE, **OPTIONS)(getattr(module, name))
+
+
 def cache_root() -> Path | None:
     """The folder of compiled kernels: the first of the candidates that can be written to, None where none can."""
+    return next(iter(_roots()), None)
+
+
+@functools.cache
+def _roots() -> tuple[Path, ...]:
+    """Those candidates that can be written to: with an empty file, for one that is full may hold what is looked for."""
+    found = []
     for candidate in _candidates():
         try:
             candidate.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=candidate):
-                return candidate
+                found.append(candidate)
         except OSError:
             continue
-    return None
+    return tuple(found)
 
 
 def _candidates() -> Iterator[Path]:
@@ -109,24 +132,21 @@ def _digest(source: str) -> str:
     return hashlib.sha256((_platform_key() + repr(imported) + source).encode()).hexdigest()[:24]
 
 
-def _module(stem: str, source: str) -> tuple[ModuleType, bool]:
-    """Imports `source`, from the cache folder where there is one; says whether that was so."""
-    digest = _digest(source)
-    module_name = f"mpitrain_generated_{digest}"
-    root = cache_root()
-    if root is None:
-        module = ModuleType(module_name)
-        exec(compile(source, f"<{stem}>", "exec"), module.__dict__)
-        return module, False
-    path = root / digest / f"{stem}.py"
+def _module_name(digest: str) -> str:
+    return f"mpitrain_generated_{digest}"
+
+
+def _module_on_disk(path: Path, source: str) -> ModuleType:
+    """Imports `source` from a file, which it is written to unless it is there."""
     _write(path, source)
+    module_name = _module_name(path.parent.name)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # Numba looks a cached function's globals up by its module's name
     spec.loader.exec_module(module)
-    return module, True
+    return module
 
 
 def _write(path: Path, source: str) -> None:

@@ -85,7 +85,7 @@ class RunLock:
                 job = f" (job {owner['job']})" if owner.get("job") else ""
                 raise UsageError(
                     f"{self._path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}{job}, "
-                    f"which was there {max(age, 0):.0f} s ago: wait for its end, or {FRESH_SECONDS:.0f} s if it was killed"
+                    f"there {max(age, 0):.0f} s ago: wait for its end, or {FRESH_SECONDS:.0f} s if it was killed"
                 )
             ours.replace(self._path)
         finally:

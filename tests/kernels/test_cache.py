@@ -29,11 +29,15 @@ print(json.dumps(cache.statistics))
 ROOT = Path(mpitrain.kernels.__file__).parents[2]
 
 
-def start(**variables):
+def start(head="", **variables):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MPITRAIN_", "NUMBA_", "XDG_"))}
     environment |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", head + SCRIPT],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -70,6 +74,42 @@ def test_the_first_place_that_can_be_written_to_is_used(tmp_path):
     blocked.touch()
     finish(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
     assert list((tmp_path / "xdg" / "mpitrain").rglob("*.nbc"))
+
+
+# As a quota does it: an empty file can be made, and nothing can be written into it.
+FULL = """
+import builtins, errno, os, tempfile
+real_fdopen, real_open = os.fdopen, builtins.open
+class Full:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def write(self, data): raise OSError(errno.EDQUOT, "Disk quota exceeded")
+def is_full(name): return os.path.realpath(name).startswith({full!r}) and {which!r} in str(name)
+def fdopen(fd, mode="r", *more):
+    file = real_fdopen(fd, mode, *more)
+    return Full(file) if "w" in mode and is_full(os.readlink(f"/proc/self/fd/{{fd}}")) else file
+def open(name, mode="r", *more, **options):
+    file = real_open(name, mode, *more, **options)
+    return Full(file) if "w" in mode and isinstance(name, str) and is_full(name) else file
+os.fdopen, builtins.open = fdopen, open
+"""
+
+
+@pytest.mark.parametrize("which", ["", ".nbc", ".nbi"])
+def test_where_the_first_place_is_full_the_next_one_is_used(tmp_path, which):
+    full, other = tmp_path / "full", tmp_path / "xdg"
+    head = FULL.format(full=str(full), which=which)
+    for expected in ({"compiled": 3, "loaded": 0}, {"compiled": 0, "loaded": 3}):
+        assert finish(start(head, MPITRAIN_CACHE_DIR=full, XDG_CACHE_HOME=other, HOME=tmp_path)) == expected
+    assert len(list(other.rglob("*.nbc"))) == 3
+    assert not [path for path in full.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
+
+
+def test_what_a_full_place_has_is_used(tmp_path):
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    head = FULL.format(full=str(tmp_path), which="")
+    assert finish(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
 
 
 def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
