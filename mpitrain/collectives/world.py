@@ -333,7 +333,8 @@ class World:
         self.comm.Abort(code)
 
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LAUNCHER_VARIABLES = (*WORLD_SIZES, "PMIX_RANK")
 
 
 def _start_mpi() -> Any:
@@ -355,6 +356,13 @@ def _start_mpi() -> Any:
         raise UsageError(
             f"srun started {launched} tasks, but MPI sees a world of 1: this MPI does not speak srun's --mpi type; "
             "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
+        )
+    # Several launchers within each other leave several sizes, and one of them is this MPI's.
+    sizes = [int(text) for name in WORLD_SIZES if (text := os.environ.get(name, "")).isdigit()]
+    if size == 1 and sizes and 1 not in sizes:
+        raise UsageError(
+            f"the launcher started {max(sizes)} ranks, but MPI ({MPI.get_vendor()[0]}) sees a world of 1: the launcher "
+            "is another MPI's; take the mpirun of this Python's environment, or of the MPI module that is loaded"
         )
     return MPI.COMM_WORLD.Dup()
 

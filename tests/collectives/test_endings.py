@@ -1,7 +1,7 @@
 """How a world ends: what one rank raises ends all of them, with its traceback and an exit code that is not zero."""
 
 import pytest
-from launching import installed, launch, python
+from launching import ROOT, installed, launch, python
 
 IN_TIME_SECONDS = 60.0  # a hang would last for ever
 
@@ -182,3 +182,28 @@ def test_mpirun_inside_a_step_of_srun_decides_the_size(mpi):
     finished = run(mpi, 1, "print('ranks', world.size)", SLURM_STEP_NUM_TASKS="4")
     assert finished.returncode == 0
     assert "ranks 1" in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_the_launcher_of_another_mpi_is_a_usage_error(mpi):
+    others = [other for other in installed() if other != mpi]
+    for other in others:
+        command = [python(mpi), "-c", HEAD + "print('ranks', world.size)"]
+        finished = launch(2, command, mpi=other, timeout_seconds=IN_TIME_SECONDS)
+        assert finished.returncode != 0
+        assert "ranks 1" not in finished.output
+        told = "UsageError: the launcher started 2 ranks, but MPI (" in finished.output
+        assert told or "Fatal error in internal_Init_thread" in finished.output  # MPICH may refuse by itself
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_rank_may_start_a_process_that_is_alone(mpi):
+    script = """
+import subprocess
+from launching import environment
+child = "import mpitrain; print('alone', mpitrain.init().size)"
+print(world.size, subprocess.check_output([sys.executable, "-c", child], env=environment("active"), text=True))
+"""
+    finished = run(mpi, 2, script, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert finished.returncode == 0, finished.output
+    assert finished.output.count("2 alone 1") == 2
