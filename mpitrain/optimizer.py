@@ -431,6 +431,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         Between two barriers, so that what is evaluated then has the steps of all. Collective over a group.
         """
+        self._check_open()
         self._flat.to_host()
         if self._worker is not None:
             with self._group.busy, self._exchanging():
