@@ -218,9 +218,10 @@ class _Damaged(UsageError):
 def _n_parts(path: Path) -> int:
     """How many ranks have written a checkpoint: as its checksums tell it, else as many as it has parts."""
     try:
-        return len(json.loads((path / CHECKSUMS).read_text()))
+        told = len(json.loads((path / CHECKSUMS).read_text()))
     except (OSError, ValueError):
-        return len(list(path.glob("rank-*.h5")))
+        told = 0
+    return told or len(list(path.glob("rank-*.h5")))
 
 
 def _require_ranks(path: Path, n_parts: int, world: World) -> None:
