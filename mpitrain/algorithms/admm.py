@@ -46,7 +46,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.method import Method, Replica, Segment, Worker, setting
+from mpitrain.algorithms.method import Method, Replica, Segment, Worker, setting, wide_copy
 from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.errors import UsageError
 
@@ -196,8 +196,7 @@ class TurnADMMWorker(ADMMWorker):
         x, size = self.x.local, self.comm.size
         self._rows = ("center",) if method.arrivals == 1 else ("center", "mean")
         self._center = self.comm.shared_vector(x.size, self._dtype, rows=len(self._rows))
-        self._s = np.zeros_like(x, dtype=self._dtype)
-        kernels.copy(self._s, x)
+        self._s = wide_copy(x)
         self._segments: list[Segment] = []
         self._clock = self.comm.numbers(1)
         self._seen = [0.0] * size

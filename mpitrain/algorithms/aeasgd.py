@@ -28,11 +28,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mpitrain import kernels, theory
 from mpitrain.algorithms.elastic import AsynchronousCenter, ElasticWorker, rho_of
-from mpitrain.algorithms.method import Method, Replica, setting
+from mpitrain.algorithms.method import Method, Replica, setting, wide_copy
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.kernels import norms
 
@@ -101,8 +99,7 @@ class RememberedCenter(AsynchronousCenter):
 
     def __init__(self, comm: Communicator, start: Any) -> None:
         super().__init__(comm, start)
-        self.seen = np.zeros_like(start, dtype=self._dtype)
-        kernels.copy(self.seen, start)
+        self.seen = wide_copy(start)
         comm.broadcast(self.seen)
 
     def _compile(self, x: Any, c: Any) -> None:

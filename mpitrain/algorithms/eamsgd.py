@@ -22,7 +22,7 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.elastic import ElasticMethod, ElasticWorker
-from mpitrain.algorithms.method import Replica, Segment, setting
+from mpitrain.algorithms.method import Replica, Segment, setting, wide_copy
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ class EAMSGDWorker(ElasticWorker):
 
     def __init__(self, method: EAMSGD, replica: Replica) -> None:
         self._y = replica.x.local
-        dtype = kernels.accumulator(self._y.dtype)
-        self._x, self._v = (np.zeros_like(self._y, dtype=dtype) for _ in range(2))
-        kernels.copy(self._x, self._y)
+        self._x = wide_copy(self._y)
+        self._v = np.zeros_like(self._x)
         super().__init__(method, replica, method.center(replica), position=self._x)
         self.positions, self.velocities = (self._y, self._x), (self._v,)
         self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step

@@ -51,9 +51,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.elastic import BETA, AsynchronousCenter
+from mpitrain.algorithms.elastic import BETA, AsynchronousCenter, compile_halves
 from mpitrain.algorithms.method import Method, Replica, Worker, setting
-from mpitrain.collectives.communicator import Communicator
 
 Members = tuple[int, ...]
 """The ranks of the workers below a node; they name it."""
@@ -151,13 +150,12 @@ def most_children(branches: Sequence[Sequence[Members]]) -> int:
 class InnerNode(AsynchronousCenter):
     """A vector in the memory of the workers below it, seeded by the first of them."""
 
-    def __init__(self, comm: Communicator, start: Any) -> None:
-        super().__init__(comm, start)
-        x, c = start[:0].copy(), np.zeros_like(start[:0], dtype=self._dtype)
-        kernels.elastic_pull(x, c, 0.0)  # compiled before the first message
-        kernels.elastic_exchange(c, c.copy(), 0.0, 0.0)
-        for message in (x, c):
-            kernels.elastic_center(c.copy(), message, 0.0, 1.0)
+    def _compile(self, x: Any, c: Any) -> None:
+        """Exchanges of leaves, and messages of other nodes."""
+        super()._compile(x, c)
+        compile_halves(x, c, x)
+        super()._compile(c, c.copy())
+        compile_halves(c, c.copy(), c.copy())
 
     def answer(self, message: Any, alpha: float) -> None:
         """Receive a message (n,) and put this node's own, sent before, in its place. Local."""

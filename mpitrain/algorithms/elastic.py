@@ -35,7 +35,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting, stand_in
+from mpitrain.algorithms.method import Method, PeriodicWorker, Replica, setting, stand_in, wide_copy
 from mpitrain.algorithms.peers import speaks_for_all
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.errors import UsageError
@@ -256,8 +256,7 @@ class AsynchronousCenter:
         """All that an exchange may call, before the first one, so that it takes no longer than the others."""
         kernels.elastic_exchange(x, c, 0.0, 0.0)
         if self._order == "worker_first":
-            kernels.elastic_pull(x, c, 0.0)
-            kernels.elastic_center(c, x, 0.0, 1.0)
+            compile_halves(x, c, x)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """One fused pass over x and c, shard by shard. Local."""
@@ -310,16 +309,14 @@ class SynchronousCenter:
     def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
         self._comm, self._order = comm, order
         self._kernel = kernels.elastic_sync_center_first if order == "center_first" else kernels.elastic_sync
-        self._s = comm.vector(start.size, kernels.accumulator(start.dtype))
-        self._c = np.zeros_like(start, dtype=self._s.local.dtype)
-        kernels.copy(self._c, start)
+        self._c = wide_copy(start)
+        self._s = comm.vector(start.size, self._c.dtype)
         comm.broadcast(self._c)
         x, c, s = start[:0].copy(), self._c[:0], self._s.local[:0]
         self._kernel(x, c, s, 0.0, 0.0, 1.0)  # compiled before the first exchange
         kernels.receive(s, x)
         if order == "worker_first":
-            kernels.elastic_pull(x, c, 0.0)
-            kernels.elastic_center(c, s, 0.0, 1.0)
+            compile_halves(x, c, s)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """Both sides in one fused pass. Collective."""
@@ -360,3 +357,9 @@ class SynchronousCenter:
 
     def _count(self, n_rejected: int) -> None:
         self._comm.statistics.n_rejected += n_rejected
+
+
+def compile_halves(x: Any, c: Any, s: Any) -> None:
+    """Of an exchange: the worker's, and the center's with ``s``, before the first one. All are empty."""
+    kernels.elastic_pull(x, c, 0.0)
+    kernels.elastic_center(c, s, 0.0, 1.0)

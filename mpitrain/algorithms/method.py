@@ -243,6 +243,13 @@ def stand_in(vector: Any, other: Any) -> None:
     kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
 
 
+def wide_copy(vector: Any) -> Any:
+    """A copy of a vector (n,) in which small changes add up (``kernels.accumulator``)."""
+    copied = np.zeros_like(vector, dtype=kernels.accumulator(vector.dtype))
+    kernels.copy(copied, vector)
+    return copied
+
+
 STEPS_BETWEEN_LOOKS = 50
 """On a GPU, at what has been rejected: the look waits for it."""
 

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Method, Replica, Segment, Worker, setting
+from mpitrain.algorithms.method import Method, Replica, Segment, Worker, setting, wide_copy
 from mpitrain.algorithms.rounds import average
 
 
@@ -144,10 +144,8 @@ class InnerLoopWorker(Worker):
         super().__init__(replica)
         self._method: Any = method
         self._y = self.x.local
-        dtype = kernels.accumulator(self._y.dtype)
-        self._x, self._z, self._u, self._v = (np.zeros_like(self._y, dtype=dtype) for _ in range(4))
-        for vector in (self._x, self._z):
-            kernels.copy(vector, self._y)
+        self._x, self._z = wide_copy(self._y), wide_copy(self._y)
+        self._u, self._v = np.zeros_like(self._x), np.zeros_like(self._x)
         self.positions, self.velocities = (self._y, self._x, self._z), (self._u, self._v)
         self._segments: list[Segment] = []
         nothing = Segment(slice(0, 0), 0.0)  # compiled before the first step

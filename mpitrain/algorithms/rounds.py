@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import PeriodicWorker, Replica
+from mpitrain.algorithms.method import PeriodicWorker, Replica, wide_copy
 from mpitrain.collectives.communicator import Communicator, Vector
 
 
@@ -55,9 +55,9 @@ class OuterWorker(PeriodicWorker):
     def __init__(self, method: Any, replica: Replica) -> None:
         super().__init__(method, replica)
         x = self.x.local
-        self._d = self.comm.vector(x.size, kernels.accumulator(x.dtype))
-        self._theta, self._momentum = (np.zeros_like(x, dtype=self._d.local.dtype) for _ in range(2))
-        kernels.copy(self._theta, x)
+        self._theta = wide_copy(x)
+        self._d = self.comm.vector(x.size, self._theta.dtype)
+        self._momentum = np.zeros_like(self._theta)
         self.comm.broadcast(self._theta)
         kernels.outer_gradient(self._d.local[:0], self._theta[:0], x[:0])  # compiled before the first round
 
