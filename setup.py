@@ -53,7 +53,7 @@ setup(
         "test": TEST,
         "dev": TEST + LINT + NVRTC,
     },
-    entry_points={"console_scripts": ["mpitrain = mpitrain.cli:main"]},
+    entry_points={"console_scripts": ["mpitrain = mpitrain.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -21,9 +21,9 @@ from candidates import RATE, start_gloo
 from mpi4py import MPI
 from numba import njit
 
-from mpitrain import info
+from mpitrain.cli import info
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.world import World, init
+from mpitrain.collectives.world.world import World, init
 from mpitrain.kernels import elastic_exchange
 from mpitrain.trainer.runfolder import to_json
 

@@ -35,12 +35,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpitrain.algorithms.neighbours import Neighbours
-from mpitrain.collectives.mixing import mixing_matrix
+from mpitrain.algorithms.gossip.neighbours import Neighbours
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.partition import split, visiting_order
-from mpitrain.collectives.topology import topology
-from mpitrain.collectives.world import World
+from mpitrain.collectives.topology.graphs import topology
+from mpitrain.collectives.topology.mixing import mixing_matrix
+from mpitrain.collectives.topology.partition import split, visiting_order
+from mpitrain.collectives.world.world import World
 from mpitrain.kernels import elastic_exchange, weighted_average
 
 RATE = 0.1  # alpha; with zeros any will do
@@ -163,7 +163,7 @@ class Forms:
         self._mpi.Bcast(array)
 
     def _mix(self, x: np.ndarray) -> None:
-        """As in ``algorithms.dpsgd``."""
+        """As in ``algorithms.gossip.dpsgd``."""
         met = self._row[self._comm.rank]
 
         def average(sender: int, z: Any, _: float) -> int:

@@ -19,8 +19,9 @@ from typing import Any
 from candidates import GET_AND_PUT, REFERENCES, Candidates, Forms, start_gloo
 from timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 
-from mpitrain import cli, info
-from mpitrain.collectives.world import World, init
+from mpitrain.cli import info
+from mpitrain.cli import main as cli
+from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

@@ -28,7 +28,7 @@ import comparison
 import numpy as np
 import plan
 
-from mpitrain import cli
+from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
 from mpitrain.trainer.config import TrainConfig
@@ -48,8 +48,8 @@ def main() -> int:
 
 def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> int:
     """Warm up, run, and tell what came out; returns the exit code. Collective."""
-    from mpitrain import info
-    from mpitrain.collectives.world import init
+    from mpitrain.cli import info
+    from mpitrain.collectives.world.world import init
     from mpitrain.trainer.loop import train
 
     world = init(options.device)

@@ -29,10 +29,11 @@ from gpu_timing import fill
 from timing import beside, gb_per_s, name_of, size_of, where
 from windows import of_all, of_origin
 
-from mpitrain import cli, info
+from mpitrain.cli import info
+from mpitrain.cli import main as cli
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.transport import TRANSPORTS
-from mpitrain.collectives.world import World, init
+from mpitrain.collectives.world.transport import TRANSPORTS
+from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.kernels import elastic_exchange
 from mpitrain.report import text

@@ -36,7 +36,8 @@ from gpu_timing import ClockTimer, EventTimer, Timer, calls_of, fill, medians
 from kernels import FEWEST_UPDATED, TORCH, expression, hardware
 from timing import name_of, size_of
 
-from mpitrain import cli, kernels
+from mpitrain import kernels
+from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.kernels import Kernel, gpu
 from mpitrain.report import text

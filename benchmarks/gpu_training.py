@@ -31,9 +31,10 @@ from mpi4py import MPI
 from timing import where
 
 import mpitrain
-from mpitrain import cli, info
-from mpitrain.collectives.transport import TRANSPORTS
-from mpitrain.collectives.world import World, init
+from mpitrain.cli import info
+from mpitrain.cli import main as cli
+from mpitrain.collectives.world.transport import TRANSPORTS
+from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

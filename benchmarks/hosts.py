@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain import cli
-from mpitrain.kernels.wire import FLOAT32, NAMES
+from mpitrain.cli import main as cli
+from mpitrain.kernels.native.wire import FLOAT32, NAMES
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 

@@ -32,10 +32,10 @@ import numpy as np
 from candidates import RATE, REFERENCES, Candidates
 from mpi4py import MPI
 
-from mpitrain.collectives.locks import LockTable
-from mpitrain.collectives.memory import Window
-from mpitrain.collectives.partition import split, visiting_order
-from mpitrain.collectives.world import World
+from mpitrain.collectives.rma.locks import LockTable
+from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.topology.partition import split, visiting_order
+from mpitrain.collectives.world.world import World
 from mpitrain.kernels import elastic_exchange, scaled_add
 
 KINDS = ("Allocate", "Create")

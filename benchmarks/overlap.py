@@ -24,9 +24,9 @@ from steps import CLASSES, SHAPE, Step, sgd, step_of
 from timing import slowest
 
 from mpitrain import EASGD, DistributedOptimizer, models
-from mpitrain.algorithms.method import Replica, Segment
+from mpitrain.algorithms.base.method import Replica, Segment
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 from mpitrain.kernels import sgd_step
 
 if TYPE_CHECKING:

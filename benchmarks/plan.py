@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpitrain import cli
 from mpitrain.algorithms import METHODS, create
+from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig, method_of
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from timing import where
 
-from mpitrain import cli
+from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 

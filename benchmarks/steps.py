@@ -30,8 +30,10 @@ from mpi4py import MPI
 from timing import where
 
 import mpitrain
-from mpitrain import cli, info, models
-from mpitrain.collectives.world import World, init
+from mpitrain import models
+from mpitrain.cli import info
+from mpitrain.cli import main as cli
+from mpitrain.collectives.world.world import World, init
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 

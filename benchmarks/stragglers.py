@@ -21,8 +21,8 @@ import numpy as np
 import plan
 from timing import where
 
-from mpitrain import cli
 from mpitrain.algorithms import METHODS, create
+from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.config import TrainConfig
@@ -53,8 +53,9 @@ def main() -> int:
 
 def run(options: Any) -> int:
     """Train each method with and without the slow rank, in turn. Collective."""
-    from mpitrain import data, info
-    from mpitrain.collectives.world import init
+    from mpitrain import data
+    from mpitrain.cli import info
+    from mpitrain.collectives.world.world import init
     from mpitrain.trainer.loop import train
 
     names = options.algorithms.split(",")

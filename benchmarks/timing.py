@@ -16,7 +16,7 @@ import numpy as np
 from mpitrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES_OF_A_REPEAT = 2**18  # smaller vectors are called several times for one figure

@@ -25,9 +25,10 @@ import numpy as np
 from one_sided import Calls, Exchanges, Operations, Transfers
 from timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size_of, slowest, where
 
-from mpitrain import cli, info
-from mpitrain.collectives.memory import check_room
-from mpitrain.collectives.world import World, init
+from mpitrain.cli import info
+from mpitrain.cli import main as cli
+from mpitrain.collectives.rma.window import check_room
+from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

@@ -2,6 +2,6 @@
 
 import sys
 
-from mpitrain.cli import main
+from mpitrain.cli.main import main
 
 sys.exit(main())

@@ -33,5 +33,5 @@ def reason(error: Exception) -> str:
 class RankFailed(RuntimeError):
     """A rank has died, and what was begun cannot be done without it.
 
-    It is raised only where the launcher lets the other ranks live (``collectives.failures``); elsewhere they end too.
+    It is raised only where the launcher lets the other ranks live (``world.fault_tolerance``); elsewhere they end too.
     """

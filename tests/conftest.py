@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("mpi_plugin", "standin_gpu")
+pytest_plugins = ("support.mpi_plugin", "support.standin_gpu")
 
 ROOT = Path(__file__).resolve().parent.parent
 

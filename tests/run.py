@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from launching import MPIS, Finished, launch, python
+from support.launching import MPIS, Finished, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 # The tests of a single process are shared by as many as there are cores: they often wait for what they have launched.

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top to the bottom. A module may import from its own layer and from those below. A name stands for a module or
 # a package; one that does not exist does no harm. A module of the package that stands nowhere is an error.
 LAYERS = (
-    ("__main__", "cli", "report", "info", "simulate"),
+    ("__main__", "cli", "report"),
     ("trainer",),
-    ("optimizer", "replica", "checks", "flat", "fused_sgd", "checkpoint", "metrics", "simulation"),
+    ("optimizer", "records", "simulation"),
     ("algorithms", "theory"),
     ("collectives",),
     ("kernels",),
@@ -29,7 +29,7 @@ LAYERS = (
 # Beside the layers: each may import from itself and from what stands here, and may be imported from the top two layers.
 SIBLINGS = {
     "data": ("collectives",),
-    "models": ("flat", "collectives"),
+    "models": ("optimizer.flat", "collectives"),
 }
 
 # Importable from everywhere, importing nothing of ours but each other.
@@ -40,26 +40,16 @@ EXEMPT = ("__init__",)
 
 # Where a library may be imported. One that is not named may be imported anywhere.
 LIBRARIES = {
-    "cupy": ("kernels.cuda", "kernels.gpu", "collectives.device", "collectives.probe_child"),
-    "greenlet": ("collectives.simulated",),
-    "h5py": ("checkpoint", "data", "info", "metrics", "report"),
+    "cupy": ("kernels.compile.cuda", "kernels.gpu", "collectives.world.device", "collectives.probe.child"),
+    "greenlet": ("simulation.communicator",),
+    "h5py": ("records", "data", "cli.info", "report"),
     "matplotlib": ("report",),
     "mpi4py": ("collectives",),
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": (
-        "checkpoint",
-        "checks",
-        "collectives.device",
-        "data",
-        "flat",
-        "fused_sgd",
-        "models",
-        "optimizer",
-        "trainer",
-    ),
-    "tqdm": ("data", "simulate", "trainer"),
+    "torch": ("records.checkpoint", "optimizer", "collectives.world.device", "data", "models", "trainer"),
+    "tqdm": ("data", "cli.simulate", "trainer"),
 }
 
 NOT_AT_IMPORT = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
@@ -177,14 +167,14 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
         ("algorithms.easgd", "from numba import njit"),
         ("algorithms.easgd", "def f():\n    from mpi4py import MPI"),
         ("algorithms.easgd", "import importlib\nimportlib.import_module('cupy')"),
-        ("algorithms.easgd", "from mpitrain.optimizer import DistributedOptimizer"),
+        ("algorithms.easgd", "from mpitrain.optimizer.distributed import DistributedOptimizer"),
         ("algorithms.easgd", "from mpitrain import trainer"),
-        ("algorithms.easgd", "from .. import flat"),
+        ("algorithms.easgd", "from .. import optimizer"),
         ("algorithms.easgd", "from ..data.storage import read"),
         ("collectives.tree", "from mpitrain.algorithms.method import Method"),
-        ("collectives.tree", "import mpitrain.flat"),
-        ("kernels.host", "from mpitrain.collectives import memory"),
-        ("kernels.host", "import cupy"),
+        ("collectives.tree", "import mpitrain.optimizer.flat"),
+        ("kernels.compile.host", "from mpitrain.collectives import memory"),
+        ("kernels.compile.host", "import cupy"),
         ("data.images", "from mpitrain.trainer.loop import train"),
         ("models.mlp", "from mpitrain.data import splits"),
         ("errors", "from mpitrain import kernels"),

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import ROOT, Finished, installed, launch, python
-from mpi_plugin import Outcome, agreed_failure
+from support.launching import ROOT, Finished, installed, launch, python
+from support.mpi_plugin import Outcome, agreed_failure
 
 FIRST_MPI = installed()[:1]
 
@@ -25,7 +25,7 @@ def run_pytest(
     folder: Path, body: str, *options: str, mpi: str, n_ranks: int = 2, timeout_seconds: float = 60.0
 ) -> Finished:
     """Runs a test file with the body given, on `n_ranks` ranks."""
-    (folder / "conftest.py").write_text('pytest_plugins = ("mpi_plugin",)\n')
+    (folder / "conftest.py").write_text('pytest_plugins = ("support.mpi_plugin",)\n')
     (folder / "test_tiny.py").write_text(HEAD + body)
     command = [
         python(mpi),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mpi_plugin import MARKED_RANKS
 from run import LAUNCHED_RANKS
+from support.mpi_plugin import MARKED_RANKS
 
 
 def test_every_marked_rank_count_is_launched(request: pytest.FixtureRequest) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from launching import Finished, environment, is_launched, launch
 from run import Launch, groups, judge
+from support.launching import Finished, environment, is_launched, launch
 
 
 def finished(output: str, returncode: int = 0, *, timed_out: bool = False) -> Finished:

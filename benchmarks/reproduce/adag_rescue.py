@@ -23,14 +23,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from mpitrain.algorithms.adag import ADAG
-from mpitrain.algorithms.agn import AGN
-from mpitrain.algorithms.downpour import Downpour
-from mpitrain.algorithms.dynsgd import DynSGD
-from mpitrain.algorithms.method import Method
-from mpitrain.collectives.schedules import RandomOrder, Schedule, VirtualTime
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.parameter_server.adag import ADAG
+from mpitrain.algorithms.parameter_server.agn import AGN
+from mpitrain.algorithms.parameter_server.downpour import Downpour
+from mpitrain.algorithms.parameter_server.dynsgd import DynSGD
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.schedules import RandomOrder, Schedule, VirtualTime
 
 Array = NDArray[np.float64]
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mpitrain import RobustSGD, SafeguardSGD
 from mpitrain.algorithms import Method
-from mpitrain.algorithms.attacks import (
+from mpitrain.algorithms.byzantine.attacks import (
     Attack,
     Attacked,
     Delayed,
@@ -37,8 +37,8 @@ from mpitrain.algorithms.attacks import (
     variance,
     zero,
 )
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
 
 Array = NDArray[Any]
 

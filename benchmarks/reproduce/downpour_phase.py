@@ -23,10 +23,10 @@ from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from mpitrain import theory
-from mpitrain.algorithms.agn import AGN
-from mpitrain.algorithms.downpour import Downpour
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.algorithms.parameter_server.agn import AGN
+from mpitrain.algorithms.parameter_server.downpour import Downpour
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
 
 Array = NDArray[np.float64]
 

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from mpitrain import theory
 from mpitrain.algorithms import GossipSGD
-from mpitrain.collectives.schedules import RandomOrder, RoundRobin
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.schedules import RandomOrder, RoundRobin
 
 Array = NDArray[np.float64]
 

@@ -26,11 +26,11 @@ import numpy as np
 from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
-from mpitrain.algorithms.easgd import EASGD
-from mpitrain.algorithms.lsgd import LSGD
-from mpitrain.algorithms.method import Method
-from mpitrain.collectives.simulated import SimulatedCommunicator, SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.elastic.easgd import EASGD
+from mpitrain.algorithms.leader.lsgd import LSGD
+from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.engine import Simulation
 
 Array = NDArray[np.float64]
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from mpitrain.algorithms import METHODS
-from mpitrain.collectives.schedules import RandomOrder
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Gradient, Simulation
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Gradient, Simulation
+from mpitrain.simulation.schedules import RandomOrder
 
 Array = NDArray[np.float64]
 

@@ -17,10 +17,10 @@ import numpy as np
 from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
-from mpitrain.algorithms.downpour import Downpour
-from mpitrain.collectives.schedules import RandomOrder, RoundRobin, Schedule, VirtualTime
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.algorithms.parameter_server.downpour import Downpour
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Schedule, VirtualTime
 
 WORKERS = (10, 20, 30, 60)
 JITTER = 0.1

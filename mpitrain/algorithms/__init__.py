@@ -6,35 +6,35 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mpitrain.algorithms.adag import ADAG
-from mpitrain.algorithms.admm import ADMM
-from mpitrain.algorithms.adownpour import ADownpour, MVADownpour
-from mpitrain.algorithms.adpsgd import ADPSGD
-from mpitrain.algorithms.aeasgd import AEASGD
-from mpitrain.algorithms.agn import AGN
-from mpitrain.algorithms.allreduce import AllReduceSGD
-from mpitrain.algorithms.dasgd import DaSGD
-from mpitrain.algorithms.diloco import DiLoCo
-from mpitrain.algorithms.downpour import Downpour
-from mpitrain.algorithms.dpsgd import DPSGD
-from mpitrain.algorithms.dynsgd import DynSGD
-from mpitrain.algorithms.eamsgd import EAMSGD
-from mpitrain.algorithms.easgd import EASGD
-from mpitrain.algorithms.easgd_tree import EASGDTree
-from mpitrain.algorithms.gosgd import GoSGD
-from mpitrain.algorithms.gossip import GossipSGD
-from mpitrain.algorithms.gpu_asgd import GPUASGD
-from mpitrain.algorithms.localsgd import LocalSGD, PostLocalSGD
-from mpitrain.algorithms.lsgd import LSGD
-from mpitrain.algorithms.mdownpour import MDownpour
-from mpitrain.algorithms.method import Method
-from mpitrain.algorithms.neuroevolution import NeuroevolutionSGD
-from mpitrain.algorithms.parle import EntropySGD, Parle
-from mpitrain.algorithms.robust import RobustSGD
-from mpitrain.algorithms.safeguard import SafeguardSGD
-from mpitrain.algorithms.sgp import StochasticGradientPush
-from mpitrain.algorithms.slowmo import SlowMo
-from mpitrain.algorithms.zealous import ZealousDownpour
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.byzantine.robust import RobustSGD
+from mpitrain.algorithms.byzantine.safeguard import SafeguardSGD
+from mpitrain.algorithms.elastic.admm import ADMM
+from mpitrain.algorithms.elastic.aeasgd import AEASGD
+from mpitrain.algorithms.elastic.eamsgd import EAMSGD
+from mpitrain.algorithms.elastic.easgd import EASGD
+from mpitrain.algorithms.elastic.easgd_tree import EASGDTree
+from mpitrain.algorithms.flat_minima.parle import EntropySGD, Parle
+from mpitrain.algorithms.gossip.adpsgd import ADPSGD
+from mpitrain.algorithms.gossip.dpsgd import DPSGD
+from mpitrain.algorithms.gossip.gosgd import GoSGD
+from mpitrain.algorithms.gossip.gossip import GossipSGD
+from mpitrain.algorithms.gossip.sgp import StochasticGradientPush
+from mpitrain.algorithms.leader.lsgd import LSGD
+from mpitrain.algorithms.parameter_server.adag import ADAG
+from mpitrain.algorithms.parameter_server.adownpour import ADownpour, MVADownpour
+from mpitrain.algorithms.parameter_server.agn import AGN
+from mpitrain.algorithms.parameter_server.downpour import Downpour
+from mpitrain.algorithms.parameter_server.dynsgd import DynSGD
+from mpitrain.algorithms.parameter_server.gpu_asgd import GPUASGD
+from mpitrain.algorithms.parameter_server.mdownpour import MDownpour
+from mpitrain.algorithms.parameter_server.zealous import ZealousDownpour
+from mpitrain.algorithms.population.neuroevolution import NeuroevolutionSGD
+from mpitrain.algorithms.synchronous.allreduce import AllReduceSGD
+from mpitrain.algorithms.synchronous.dasgd import DaSGD
+from mpitrain.algorithms.synchronous.diloco import DiLoCo
+from mpitrain.algorithms.synchronous.localsgd import LocalSGD, PostLocalSGD
+from mpitrain.algorithms.synchronous.slowmo import SlowMo
 from mpitrain.errors import UsageError
 
 METHODS: dict[str, type[Method]] = {

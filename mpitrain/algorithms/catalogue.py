@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from mpitrain.algorithms import METHODS
-from mpitrain.algorithms.method import Method, describe_range
+from mpitrain.algorithms.base.method import Method, describe_range
 
 PREFACE = """\
 # Methods

@@ -32,20 +32,20 @@ from mpi4py import MPI
 
 from mpitrain import kernels
 from mpitrain.collectives import ring
-from mpitrain.collectives.device_memory import DeviceWindow
-from mpitrain.collectives.meeting import Meeting
-from mpitrain.collectives.memory import Window
-from mpitrain.collectives.partition import split
-from mpitrain.collectives.statistics import Statistics
-from mpitrain.collectives.transport import Transport
+from mpitrain.collectives.rma.device_window import DeviceWindow
+from mpitrain.collectives.rma.node_barrier import Meeting
+from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.topology.partition import split
+from mpitrain.collectives.world.statistics import Statistics
+from mpitrain.collectives.world.transport import Transport
 from mpitrain.kernels import gpu
-from mpitrain.kernels.declare import as_bits
-from mpitrain.kernels.meeting import LOOK_ONCE, sum_together
+from mpitrain.kernels.compile.declare import as_bits
+from mpitrain.kernels.native.node_barrier import LOOK_ONCE, sum_together
+from mpitrain.kernels.native.wire import Format, prepare
 from mpitrain.kernels.reductions import DIRECT, MOST
-from mpitrain.kernels.wire import Format, prepare
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
 LARGEST_COUNT = 1 << 30
 """Elements of one MPI_Allreduce: counts are 32-bit numbers before MPI 4."""

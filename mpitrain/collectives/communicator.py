@@ -1,7 +1,7 @@
 """What a method sees of the other workers, whether they are MPI ranks or simulated in one process.
 
 A method is written against this and nothing else: vectors (anything with NumPy's slicing) and the calls below.
-``MPICommunicator`` (``collectives.mpi``) and ``SimulatedCommunicator`` (``collectives.simulated``) implement it.
+``MPICommunicator`` (``collectives.mpi``) and ``SimulatedCommunicator`` (``simulation.communicator``) implement it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpitrain.collectives.mailboxes import Mailboxes
-from mpitrain.collectives.shared import SharedVector
-from mpitrain.collectives.statistics import Statistics
+from mpitrain.collectives.rma.mailboxes import Mailboxes
+from mpitrain.collectives.rma.shared_vector import SharedVector
+from mpitrain.collectives.world.statistics import Statistics
 
 
 class Vector(Protocol):

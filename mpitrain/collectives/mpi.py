@@ -12,21 +12,21 @@ import numpy as np
 
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduce
-from mpitrain.collectives.background import Background, Naps, Started, threads_may_call_mpi
-from mpitrain.collectives.blocks import MPIBlocks
-from mpitrain.collectives.device_memory import DeviceBlocks, DeviceWindow
-from mpitrain.collectives.mailboxes import Mailboxes
-from mpitrain.collectives.meeting import FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS
-from mpitrain.collectives.memory import Window
-from mpitrain.collectives.partition import shards
-from mpitrain.collectives.shared import LARGEST_SHARD, SharedVector
-from mpitrain.collectives.statistics import Statistics
+from mpitrain.collectives.rma.blocks import MPIBlocks
+from mpitrain.collectives.rma.device_window import DeviceBlocks, DeviceWindow
+from mpitrain.collectives.rma.mailboxes import Mailboxes
+from mpitrain.collectives.rma.node_barrier import FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS
+from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
+from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.topology.partition import shards
+from mpitrain.collectives.world.background import Background, Naps, Started, threads_may_call_mpi
+from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
-from mpitrain.kernels.wire import FLOAT32, Format, format_of
+from mpitrain.kernels.native.wire import FLOAT32, Format, format_of
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
 
 LARGEST_SERVED_SHARD = 1 << 17
@@ -59,7 +59,7 @@ class MPICommunicator:
         statistics: To be counted into.
         on_host: Vectors lie in host memory although the ranks have GPUs.
         wire: How float32 vectors cross nodes: ``"float32"``, as they are; ``"bfloat16"``, ``"float16"`` or ``"int8"``,
-            in 2 bytes or about 1 an element (``kernels.wire``). It holds for visits to shared vectors by ``update``
+            in 2 bytes or about 1 an element (``native.wire``). It holds for visits to shared vectors by ``update``
             (``read`` and ``write``, which evaluation and checkpoints use, are exact) and for large all-reduces, which
             take 2 bytes under int8. Mailboxes, peers' vectors and elements of other types travel as they are, but not
             the sums of 16-bit vectors, which are float32.

@@ -8,7 +8,7 @@ every message is short enough to be sent at once::
 
 Each part is summed in one order, at one rank, so that all ranks get the same bits at every run.
 
-Parts can travel in a wire format (``kernels.wire``). They are then summed in float32 at every rank they pass, and a
+Parts can travel in a wire format (``native.wire``). They are then summed in float32 at every rank they pass, and a
 complete part is encoded once, by the rank that has it; that rank, too, goes on with what the others decode. A part is
 rounded once at each rank that it leaves, and what that loses is lost: unlike a center, a sum has no next time.
 
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.partition import split
-from mpitrain.collectives.progress import finish, pieces
-from mpitrain.kernels.wire import Format
+from mpitrain.collectives.topology.partition import split
+from mpitrain.collectives.world.progress import finish, pieces
+from mpitrain.kernels.native.wire import Format
 
 
 def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:

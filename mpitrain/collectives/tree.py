@@ -12,10 +12,10 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain import kernels
-from mpitrain.collectives.partition import binomial_tree
+from mpitrain.collectives.topology.partition import binomial_tree
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
 CHUNK_BYTES = 1 << 20
 TAG = 17

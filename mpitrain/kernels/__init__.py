@@ -23,10 +23,9 @@ others.
 
 from __future__ import annotations
 
-from . import admm, commit, elastic, mixing, outer, push_sum, robust, steps
-from .admm import admm_arrival, admm_local, admm_turn
-from .cache import cache_root
-from .commit import (
+from mpitrain.kernels import admm, commit, elastic, mixing, outer, push_sum, robust, steps
+from mpitrain.kernels.admm import admm_arrival, admm_local, admm_turn
+from mpitrain.kernels.commit import (
     adag_commit,
     adag_push,
     adag_scale,
@@ -38,8 +37,10 @@ from .commit import (
     master_momentum,
     pull_only,
 )
-from .declare import Kernel
-from .elastic import (
+from mpitrain.kernels.compile.cache import cache_root
+from mpitrain.kernels.compile.declare import Kernel
+from mpitrain.kernels.compile.storage import accumulator
+from mpitrain.kernels.elastic import (
     elastic_center,
     elastic_displacement,
     elastic_exchange,
@@ -48,8 +49,8 @@ from .elastic import (
     elastic_sync,
     elastic_sync_center_first,
 )
-from .gpu import assign, to_host
-from .mixing import (
+from mpitrain.kernels.gpu import assign, to_host
+from mpitrain.kernels.mixing import (
     copy,
     pair_average,
     push_receive,
@@ -61,7 +62,7 @@ from .mixing import (
     weighted_average,
     weighted_mix,
 )
-from .outer import (
+from mpitrain.kernels.outer import (
     delayed_correction,
     entropy_inner,
     entropy_outer,
@@ -70,10 +71,10 @@ from .outer import (
     outer_nesterov,
     slow_momentum,
 )
-from .push_sum import debias
-from .reductions import reduce_broadcast, reduce_sum
-from .robust import accumulate, receive
-from .steps import (
+from mpitrain.kernels.push_sum import debias
+from mpitrain.kernels.reductions import reduce_broadcast, reduce_sum
+from mpitrain.kernels.robust import accumulate, receive
+from mpitrain.kernels.steps import (
     MOST_OF_A_MEAN,
     eamsgd_step,
     heavy_ball_step,
@@ -83,7 +84,6 @@ from .steps import (
     torch_momentum_step,
     torch_nesterov_step,
 )
-from .storage import accumulator
 
 __all__ = [
     "MOST_OF_A_MEAN",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 _ZHANG: Final = "Zhang et al. 2015, arXiv 1412.6651, section 4"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 _DOWNPOUR: Final = "Dean et al. 2012, as run by Zhang et al. 2015, arXiv 1412.6651, section 4"
 _ADAG: Final = "Hermans 2017, CERN-THESIS-2017-103, ADAG"

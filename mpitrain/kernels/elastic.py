@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 elastic_exchange: Final = Kernel(
     "elastic_exchange",

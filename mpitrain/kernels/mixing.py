@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 _GOSSIP: Final = "Jin, Yuan, Iandola, Keutzer 2016, How to scale distributed deep learning?, arXiv 1611.04581"
 

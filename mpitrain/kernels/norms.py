@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import gpu
+from mpitrain.kernels import gpu
 
 BLOCK: Final = 2048  # elements: 16 KiB of float64, half of the smallest first-level cache in use
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 keep_finite: Final = Kernel(
     "keep_finite",

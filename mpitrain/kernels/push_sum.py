@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 debias: Final = Kernel(
     "debias",

@@ -18,10 +18,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import cache, host
-from .declare import READABLE, WRITEABLE, as_bits
-from .mixing import sum_everywhere, sum_into
-from .storage import Storage, compute_type, storage_of
+from mpitrain.kernels.compile import cache, host
+from mpitrain.kernels.compile.declare import READABLE, WRITEABLE, as_bits
+from mpitrain.kernels.compile.storage import Storage, compute_type, storage_of
+from mpitrain.kernels.mixing import sum_everywhere, sum_into
 
 DIRECT: Final = 8  # vectors; measured with 2 to 16
 GROUP: Final = 4

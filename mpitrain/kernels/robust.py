@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 BLOCK: Final = 1024  # elements of each vector: with 16 vectors 128 KiB, in the second-level cache
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from .declare import Kernel
+from mpitrain.kernels.compile.declare import Kernel
 
 _SUTSKEVER: Final = "Sutskever, Martens, Dahl, Hinton 2013, On the importance of initialization and momentum"
 _TORCH: Final = "torch.optim.SGD, https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html"

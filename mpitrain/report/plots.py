@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
-from mpitrain.collectives.statistics import SHARES, SMALLEST_DISTANCE_EXPONENT, STALENESS_BINS
-from mpitrain.metrics import Column
+from mpitrain.collectives.world.statistics import SHARES, SMALLEST_DISTANCE_EXPONENT, STALENESS_BINS
+from mpitrain.records.metrics import Column
 from mpitrain.report.runs import Run
 from mpitrain.report.style import BYTES, COLOURS, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
 

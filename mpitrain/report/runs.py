@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.statistics import SHARES
+from mpitrain.collectives.world.statistics import SHARES
 from mpitrain.errors import UsageError
-from mpitrain.metrics import Column, read_metrics
+from mpitrain.records.metrics import Column, read_metrics
 
 
 @dataclass(frozen=True)

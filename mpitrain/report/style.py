@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from mpitrain.metrics import Column
+from mpitrain.records.metrics import Column
 from mpitrain.report.runs import Run
 
 Dash = Literal["-", "--", ":", "-."]

@@ -12,8 +12,8 @@ from math import comb
 
 import numpy as np
 
-from mpitrain.collectives.mixing import period_matrix
-from mpitrain.collectives.topology import one_peer_exponential
+from mpitrain.collectives.topology.graphs import one_peer_exponential
+from mpitrain.collectives.topology.mixing import period_matrix
 from mpitrain.errors import UsageError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpitrain import data
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from mpitrain import algorithms
 from mpitrain.algorithms import Method
-from mpitrain.algorithms.averaging import Average
+from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.errors import UsageError
-from mpitrain.kernels.wire import FLOAT32, format_of
+from mpitrain.kernels.native.wire import FLOAT32, format_of
 
 DEFAULT_EPOCHS = 10.0
 BUDGETS = ("epochs", "steps", "gradients", "minutes")

@@ -15,8 +15,8 @@ from types import FrameType, TracebackType
 
 import numpy as np
 
-from mpitrain.collectives.board import Board
-from mpitrain.collectives.world import World
+from mpitrain.collectives.rma.scoreboard import Board
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import RankFailed
 
 STEPS_BETWEEN_BROADCASTS = 10

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 from mpitrain.data import Dataset
-from mpitrain.flat import FlatParameters
 from mpitrain.models import has_batchnorm, reestimate
+from mpitrain.optimizer.flat import FlatParameters
 
 BATCHNORM_SAMPLES = 2000
 BATCH = 500

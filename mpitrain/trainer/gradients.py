@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mpitrain import data
-from mpitrain.flat import FlatParameters
+from mpitrain.optimizer.flat import FlatParameters
 
 
 class ModelGradient:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain import checkpoint, data, models
-from mpitrain.collectives.device import share_cores
-from mpitrain.collectives.failures import explained
-from mpitrain.collectives.world import World
+from mpitrain import data, models
+from mpitrain.collectives.world.device import share_cores
+from mpitrain.collectives.world.fault_tolerance import explained
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
-from mpitrain.optimizer import DistributedOptimizer
-from mpitrain.replica import check_replica_size
+from mpitrain.optimizer.distributed import DistributedOptimizer
+from mpitrain.optimizer.replica_group import check_replica_size
+from mpitrain.records import checkpoint
 from mpitrain.trainer import runfolder, runlock
 from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.board import Board
-from mpitrain.collectives.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS, Statistics
-from mpitrain.collectives.world import World
+from mpitrain.collectives.rma.scoreboard import Board
+from mpitrain.collectives.world.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS, Statistics
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError, reason
-from mpitrain.metrics import FAILURES, MetricsWriter
+from mpitrain.records.metrics import FAILURES, MetricsWriter
 from mpitrain.trainer.evaluation import Point
 from mpitrain.trainer.progress import Progress
 

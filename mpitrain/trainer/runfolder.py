@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
 

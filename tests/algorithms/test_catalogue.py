@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mpitrain.algorithms import METHODS, catalogue
-from mpitrain.cli import main
+from mpitrain.cli.main import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 

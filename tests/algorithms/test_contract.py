@@ -6,18 +6,18 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from alone import ALONE, sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import assert_states_equal, load, same_bits, simulate, slope, states
-from variants import variants
+from support.alone import ALONE, sgd
+from support.quadratic import assert_states_equal, load, same_bits, simulate, slope, states
+from support.variants import variants
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
-from mpitrain.algorithms.method import Segment
-from mpitrain.collectives.simulated import SimulatedWorld
+from mpitrain.algorithms.base.method import Segment
 from mpitrain.errors import RankFailed
-from mpitrain.simulation import Simulation
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
 
 STARTS = np.random.default_rng(0).normal(size=(5, 40))
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])

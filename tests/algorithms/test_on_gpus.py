@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from on_gpus import TRANSPORTS, gpus
-from on_ranks import ranks
-from quadratic import slope
-from variants import variants
+from support.on_gpus import TRANSPORTS, gpus
+from support.on_ranks import ranks
+from support.quadratic import slope
+from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Replica, Segment
+from mpitrain.algorithms.base.method import Replica, Segment
 
 pytestmark = pytest.mark.time_limit(120)
 

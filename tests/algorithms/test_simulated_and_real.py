@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from on_ranks import ranks
-from quadratic import slope
-from variants import variants
+from support.on_ranks import ranks
+from support.quadratic import slope
+from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.method import Replica, Segment
-from mpitrain.collectives.simulated import SimulatedWorld
-from mpitrain.simulation import Simulation
+from mpitrain.algorithms.base.method import Replica, Segment
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
 
 # Every variant makes its windows anew, which takes its time where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpitrain.collectives.world import World
+from mpitrain.collectives.world.world import World
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ONE_RANK = pytest.mark.ranks(1)  # what imports these scripts starts MPI

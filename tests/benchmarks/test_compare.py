@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import launch
+from support.launching import launch
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

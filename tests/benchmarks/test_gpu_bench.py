@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from launching import ROOT, environment
+from support.launching import ROOT, environment
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_ranks import ranks
-from standin_gpu import StandInGpu, install
+from support.on_ranks import ranks
+from support.standin_gpu import StandInGpu, install
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.ranks(1, 2), pytest.mark.time_limit(120)]  # what imports these scripts starts MPI
@@ -33,7 +33,7 @@ def exchange(load: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
     """This rank's GPU; worlds that ask for one get it."""
-    from mpitrain.collectives import world as module
+    from mpitrain.collectives.world import world as module
     from mpitrain.kernels import gpu
 
     device = install(monkeypatch, StandInGpu())
@@ -46,7 +46,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
 @pytest.fixture
 def whole(device: StandInGpu) -> Iterator[Any]:
     """Collective. The ranks, with a GPU that torch does not know."""
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
     with ranks(1) as comm:
         yield World(comm.world.comm.Dup(), "cuda:0", "staged")
@@ -169,7 +169,7 @@ def training(load: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def on_host(device: StandInGpu) -> Iterator[Callable[[str], Any]]:
     """Collective. Makes ranks whose vectors lie in the stand-in's memory, and whose torch computes on the host."""
-    from mpitrain.collectives import transport
+    from mpitrain.collectives.world import transport
 
     with ranks(1) as comm:
 

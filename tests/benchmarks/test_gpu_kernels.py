@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from standin_gpu import StandInGpu, install
+from support.standin_gpu import StandInGpu, install
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 M = 2**20

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from launching import ROOT, environment
+from support.launching import ROOT, environment
 
 H200 = {"name": "NVIDIA H200", "n_gpus": 1, "memory_gib": 139.8, "l2_mib": 60.0, "driver": "580.1"}
 H200 |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.0"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import launch
+from support.launching import launch
 
 from mpitrain.errors import UsageError
 

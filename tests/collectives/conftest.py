@@ -13,7 +13,7 @@ def make_world(n_nodes: int) -> Any:
     """Collective. A world of the ranks of this launch as `n_nodes` nodes (1 where there is only one rank)."""
     from mpi4py import MPI
 
-    from mpitrain.collectives.world import EMULATED_NODES, World
+    from mpitrain.collectives.world.world import EMULATED_NODES, World
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EMULATED_NODES, str(n_nodes))
@@ -38,7 +38,7 @@ def two_nodes() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def windows() -> Iterator[Any]:
     """Collective. As two nodes that visit each other's memory by MPI's one-sided operations."""
-    from mpitrain.collectives.world import BETWEEN_NODES
+    from mpitrain.collectives.world.world import BETWEEN_NODES
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BETWEEN_NODES, "windows")
@@ -80,7 +80,7 @@ def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def window(world: Any) -> Iterator[Callable[..., Any]]:
     """Makes windows, `window(n, dtype)`, collectively; they are freed after the test."""
-    from mpitrain.collectives.memory import Window
+    from mpitrain.collectives.rma.window import Window
 
     made = []
 

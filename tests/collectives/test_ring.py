@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpitrain.collectives.partition import split
+from mpitrain.collectives.topology.partition import split
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 

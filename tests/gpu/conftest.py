@@ -66,7 +66,7 @@ def world_on() -> Iterator[Callable[..., Any]]:
     """Collective to call. Makes a world of all ranks of this launch on ``cpu`` or ``cuda``, with a transport."""
     from mpi4py import MPI
 
-    from mpitrain.collectives.world import World
+    from mpitrain.collectives.world.world import World
 
     made: list[World] = []
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import mpitrain
-from mpitrain.algorithms.method import Method
+from mpitrain.algorithms.base.method import Method
 
 pytestmark = [
     pytest.mark.gpu,

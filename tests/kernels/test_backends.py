@@ -18,14 +18,14 @@ from mpitrain.kernels import (
     commit_gathered,
     elastic_exchange,
     elastic_sync,
-    host,
     library,
     sum_everywhere,
     symmetric_average,
     weighted_mix,
 )
 from mpitrain.kernels import __file__ as package
-from mpitrain.kernels.cache import OPTIONS
+from mpitrain.kernels.compile import host
+from mpitrain.kernels.compile.cache import OPTIONS
 
 ROOT = Path(package).parents[2]
 

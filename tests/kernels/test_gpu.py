@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from standin_gpu import DeviceArray, Stream, on
+from support.standin_gpu import DeviceArray, Stream, on
 
 from mpitrain.kernels import assign, elastic_exchange, gpu, norms, scale, to_host
 from mpitrain.kernels.gpu import address_of, is_device

@@ -6,7 +6,7 @@ from pathlib import Path
 
 TRAIN = """
 import sys
-from mpitrain import cli
+from mpitrain.cli import main as cli
 assert cli.main(["train", "--data", "synthetic", "--steps", "2", "--quiet", {more}]) == 0
 print("torch._dynamo" in sys.modules)
 """

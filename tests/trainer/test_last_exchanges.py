@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
+from support import small_models
 
-from mpitrain import DistributedOptimizer, checkpoint
-from mpitrain.algorithms.elastic import AsynchronousCenter
+from mpitrain import DistributedOptimizer
+from mpitrain.algorithms.elastic.method import AsynchronousCenter
+from mpitrain.records import checkpoint
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.loop import train
@@ -67,7 +68,7 @@ def saved_center(world, run: Path) -> np.ndarray | None:
     return checkpoint.load(checkpoint.latest(run / "checkpoints"), world)["optimizer"]["method"].get("center")
 
 
-OVERLAPPED = TrainConfig("easgd", {"overlap": "true", "period": "1"}, model="small_models:watched", quiet=True)
+OVERLAPPED = TrainConfig("easgd", {"overlap": "true", "period": "1"}, model="support.small_models:watched", quiet=True)
 
 
 @pytest.mark.ranks(1, 2, 3)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
+from support import small_models
 
 from mpitrain.algorithms import METHODS
-from mpitrain.metrics import read_metrics
+from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
 
@@ -122,7 +122,7 @@ def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
 
     small_models.on_batch = look
     try:
-        train(TrainConfig(model="small_models:watched", steps=60, out=str(folder), quiet=True), world)
+        train(TrainConfig(model="support.small_models:watched", steps=60, out=str(folder), quiet=True), world)
     finally:
         small_models.on_batch = None
     if world.rank == world.size - 1:

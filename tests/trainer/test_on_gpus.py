@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from on_gpus import gpus
+from support.on_gpus import gpus
 
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train

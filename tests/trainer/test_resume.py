@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
 import torch
+from support import small_models
 
-from mpitrain import checkpoint
 from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
-from mpitrain.metrics import read_metrics
+from mpitrain.records import checkpoint
+from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.loop import train
 
 SYNCHRONOUS = {
-    "allreduce": TrainConfig(algorithm="allreduce", model="small_models:watched"),
-    "allreduce, sharded": TrainConfig(algorithm="allreduce", model="small_models:watched", sampling="sharded"),
+    "allreduce": TrainConfig(algorithm="allreduce", model="support.small_models:watched"),
+    "allreduce, sharded": TrainConfig(algorithm="allreduce", model="support.small_models:watched", sampling="sharded"),
     "easgd": TrainConfig(algorithm="easgd", settings={"synchronous": "true", "period": "4"}),
     "eamsgd": TrainConfig(algorithm="eamsgd", settings={"synchronous": "true", "period": "4"}, lr=0.005),
 }
@@ -136,7 +136,7 @@ def test_evaluations_that_are_deferred_wait_in_the_checkpoint(world, go, at_batc
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize(("name", "settings"), ASYNCHRONOUS)
 def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch, name, settings):
-    config = TrainConfig(algorithm=name, settings=settings, model="small_models:watched", lr=0.005)
+    config = TrainConfig(algorithm=name, settings=settings, model="support.small_models:watched", lr=0.005)
     at_batch(12, interrupt, rank=0)
     before = go(config, "run", steps=30)
     assert not before["complete"]
@@ -157,7 +157,7 @@ def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch,
 
 @pytest.mark.ranks(2)
 def test_a_signal_is_obeyed_while_a_slow_rank_makes_its_last_steps(world, go, at_batch):
-    config = TrainConfig(model="small_models:watched", checkpoint_every=0)
+    config = TrainConfig(model="support.small_models:watched", checkpoint_every=0)
     at_batch(5, interrupt, rank=0)  # heard by rank 0, which has no more steps to make
     slow = dataclasses.replace(config, straggler=(1, 500.0))
     stopped = go(slow, "run", steps=5)
@@ -201,7 +201,7 @@ def test_a_signal_after_the_last_step_does_not_end_what_is_left_to_do(world, go,
             monkeypatch.setattr(checkpoint, "save", save_interrupted)
 
     monkeypatch.setattr(small_models, "on_batch", last_step)
-    config = TrainConfig(algorithm="allreduce", model="small_models:watched")
+    config = TrainConfig(algorithm="allreduce", model="support.small_models:watched")
     assert go(config, "run", steps=6)["complete"]
     assert heard == []
     assert (go.folder / "run" / "result.json").exists()
@@ -218,7 +218,7 @@ def test_a_run_that_fails_puts_the_handler_of_the_signal_back(world, go, at_batc
     assert heard == [signal.SIGUSR1]
     at_batch(3, fail)
     with pytest.raises(ArithmeticError):
-        go(TrainConfig(model="small_models:watched"), "run", steps=5)
+        go(TrainConfig(model="support.small_models:watched"), "run", steps=5)
 
 
 @pytest.mark.ranks(1, 3)
@@ -234,7 +234,7 @@ def test_a_finished_run_is_saved_as_it_was_evaluated(world, go, name):
 
 @pytest.mark.ranks(1, 2)
 def test_a_finished_run_goes_on_with_a_longer_budget_and_is_unfinished_meanwhile(world, go, at_batch):
-    config = TrainConfig(model="small_models:watched", settings={"period": "3"})
+    config = TrainConfig(model="support.small_models:watched", settings={"period": "3"})
     go(config, "run", steps=10)
     result = go.folder / "run" / "result.json"
     assert result.exists()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_models
+from support import small_models
 
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runlock
@@ -119,7 +119,7 @@ def test_what_another_one_has_taken_over_stays(path):
 @pytest.mark.ranks(1, 2, 3)
 def test_a_second_job_is_refused_on_all_ranks_and_an_error_gives_the_folder_back(world, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
-    config = TrainConfig(model="small_models:watched", epochs=None, steps=5, quiet=True, out=str(folder))
+    config = TrainConfig(model="support.small_models:watched", epochs=None, steps=5, quiet=True, out=str(folder))
     if world.rank == 0:
         folder.mkdir()
         leave(folder / "lock")

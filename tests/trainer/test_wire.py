@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from on_ranks import ranks
+from support.on_ranks import ranks
 from torch import nn
 
 from mpitrain import EASGD, AllReduceSGD, DistributedOptimizer
-from mpitrain.cli import main
+from mpitrain.cli.main import main
 from mpitrain.errors import UsageError
-from mpitrain.kernels.wire import FORMATS
+from mpitrain.kernels.native.wire import FORMATS
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
 

@@ -1,0 +1,56 @@
+"""The mean of what several workers hold, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.peers import living
+from mpitrain.collectives.communicator import Communicator, Vector
+
+Read = Callable[[int, Callable[[Any], object]], object]
+"""``read(peer, fn)``: call ``fn`` with the vector (n,) of a peer."""
+
+
+def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
+    """Write the mean of the vectors of all workers that live, as they are now, to ``out`` (n,). Local."""
+    mean_of(living(comm), lambda peer, fn: comm.read(vector, peer, fn), out)
+
+
+def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int], float] = lambda peer: 1.0) -> None:
+    """Write the mean of the peers' vectors that are finite to ``out`` (n,), NaN if none is. Local.
+
+    Args:
+        peers: Whose vectors.
+        read: Calls a function with one of them.
+        out: In whatever precision; the sum is made in float32 at least.
+        weight_of: Of a peer in the mean, asked just before its vector is read.
+    """
+    dtype = kernels.accumulator(out.dtype)
+    total = out if out.dtype == dtype else np.zeros_like(out, dtype=dtype)
+    total[...] = 0
+    weight = 0.0
+    for peer in peers:
+        weight += (share := weight_of(peer))
+        read(peer, lambda x, share=share: kernels.scaled_add(total, x, share))  # type: ignore[misc]
+    if kernels.keep_finite(total):  # rare: vector by vector
+        weight = _sum_of_finite(peers, read, total, weight_of)
+    kernels.scale(total, 1.0 / weight if weight else float("nan"))
+    if total is not out:
+        kernels.copy(out, total)
+
+
+def _sum_of_finite(peers: Sequence[int], read: Read, total: Any, weight_of: Callable[[int], float]) -> float:
+    """Add up those vectors that are finite as a whole; returns the sum of their weights."""
+    total[...] = 0
+    one, weight = np.empty_like(total), 0.0
+    for peer in peers:
+        share = weight_of(peer)
+        read(peer, lambda x: kernels.copy(one, x))
+        if not kernels.keep_finite(one):
+            kernels.scaled_add(total, one, share)
+            weight += share
+    return weight

@@ -1,0 +1,163 @@
+"""SGP: stochastic gradient push. Workers push shares of themselves over a directed graph; weights undo the unevenness.
+
+    x_i <- x_i - eta*g_i(z_i)                      the gradient is taken at z_i = x_i/w_i, which the model holds
+    send (P_ji x_i, P_ji w_i) to each out-neighbour j, keep (P_ii x_i, P_ii w_i)
+    x_i <- sum of what was kept and came,  w_i likewise,  z_i = x_i/w_i;   at first w_i = 1
+
+with P_ji = 1/(1 + number of out-neighbours): columns sum to 1, so that sum_i w_i = p and sum_i x_i (with what is on its
+way) moves by -eta*sum_i g_i only. On a directed graph the x_i alone agree on nothing; the z_i come to the mean of all.
+
+``overlap`` > 0 is OSGP: a worker goes on without what came late, and takes it up to ``overlap`` steps later.
+
+Source: Assran, Loizou, Ballas, Rabbat, Stochastic Gradient Push for Distributed Deep Learning, 2019,
+https://arxiv.org/abs/1811.10792, algorithms 1 and 2. Kempe, Dobra, Gehrke, Gossip-based computation of aggregate
+information, 2003.
+
+Here a message is the pair (z_i, P_ji w_i), and z_j becomes the mean, weighted by these, of what it is made of. The
+numbers are those above (w_j z_j is the sum of the P_ji x_i); but nothing is divided afterwards, z stays between what is
+averaged, and an element that is not finite can be left out without pulling z towards 0. Where the graph is regular and
+overlap is 0 all w_i are 1 for ever.
+
+Deviations: the local update is any torch optimizer's. It acts on the numerator x_i (momentum acts on x_i, as the
+authors do it), and so does its weight decay: x_i shrinks, and z_i by the same factor. The paper fixes the lateness of
+OSGP; here it is bounded: a message is taken as soon as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import Any, ClassVar
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.evaluation import mean_of
+from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.gossip.neighbours import Neighbours
+from mpitrain.collectives.topology.graphs import Topology, topology
+
+TWO_PEERS = "two_peer_exponential"
+
+TOPOLOGIES = ("one_peer_exponential", TWO_PEERS, "exponential", "ring", "grid", "complete")
+"""Connected graphs that there are for any number of workers."""
+
+
+def two_peer_exponential(size: int) -> Topology:
+    """Directed, two peers a step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
+    hops = list(takewhile(lambda hop: hop < size, (3**k for k in count()))) or [1]
+    steps = tuple(
+        tuple(tuple(sorted({(i + hop) % size, (i + 2 * hop) % size} - {i})) for i in range(size)) for hop in hops
+    )
+    return Topology(TWO_PEERS, size, steps)
+
+
+@dataclass(frozen=True)
+class StochasticGradientPush(Method):
+    """SGP: in step like all-reduce, but each worker sends to one other a step and waits for one.
+
+    For slow networks: what a step costs does not grow with the number of workers.
+
+    Args:
+        topology: Who sends to whom. More peers a step: more to send, and workers that differ less.
+        overlap: How many steps late a message may be taken (OSGP); 0: each waits for those of this step. Every step of
+            overlap costs another vector of memory.
+    """
+
+    topology: str = setting("one_peer_exponential", "who sends to whom", choices=TOPOLOGIES)
+    overlap: int = setting(0, "tau, how many steps late a message may be taken", low=0)
+
+    name: ClassVar[str] = "sgp"
+    summary: ClassVar[str] = "push-sum: send a share to the next peer in turn, de-bias by weights"
+    source: ClassVar[str] = "Assran, Loizou, Ballas, Rabbat 2019, arXiv 1811.10792"
+    communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
+    needs_gradient: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
+
+    def graph(self, size: int) -> Topology:
+        """Who sends to whom among ``size`` workers."""
+        return two_peer_exponential(size) if self.topology == TWO_PEERS else topology(self.topology, size)
+
+    def worker(self, replica: Replica) -> SGPWorker:
+        """Collective."""
+        return SGPWorker(self, replica)
+
+
+class SGPWorker(Worker):
+    """The model holds z between the steps, and the numerator x = w*z during the local update."""
+
+    def __init__(self, method: StochasticGradientPush, replica: Replica) -> None:
+        super().__init__(replica)
+        z, graph = self.x.local, method.graph(self.comm.size)
+        self._w = 1.0
+        self._shown = self.comm.numbers(1)  # w, for the consensus of peers
+        # All w_i stay 1; without this they would only to rounding.
+        self._stays_one = method.overlap == 0 and is_regular(graph)
+        self._neighbours = Neighbours(self.comm, graph, z, method.overlap)
+        kernels.weighted_average(z[:0], z[:0].copy(), 1.0)  # compiled before the first step
+        kernels.scale(z[:0], 1.0)
+        kernels.debias(z[:0], z[:0], 1.0)
+        self._show()
+
+    def before_update(self) -> None:
+        """x_i = w_i z_i"""
+        if self._w != 1.0:
+            kernels.scale(self.x.local, self._w)
+
+    def after_update(self) -> None:
+        """z_i = x_i/w_i, pushed with the share of each; then the mean with what comes. Waits for the in-neighbours."""
+        z = self.x.local
+        if self._w != 1.0:
+            kernels.debias(z, z, self._w)
+        self._w /= 1 + self._neighbours.out_degree(self.t)
+        self._neighbours.post(z, self._w)
+        self._neighbours.take(self._add)
+        if self._stays_one:
+            self._w = 1.0
+        else:
+            self._shown.local[0] = self._w
+
+    def _add(self, _: int, z: Any, w: float) -> int:
+        """(z_i, w_i) <- ((w_i z_i + w z)/(w_i + w), w_i + w)"""
+        self._w += w
+        return kernels.weighted_average(self.x.local, z, w / self._w)
+
+    def consensus(self, out: Any) -> None:
+        """sum_i x_i/sum_i w_i, as they are now. Local: exact while all rest, between their steps otherwise."""
+        weights: list[float] = []
+
+        def weight_of(peer: int) -> float:
+            self.comm.read(self._shown, peer, lambda w: weights.append(float(w[0])))
+            return weights[-1]
+
+        mean_of(range(self.comm.size), lambda peer, fn: self.comm.read(self.x, peer, fn), out, weight_of)
+
+    def metrics(self) -> dict[str, float]:
+        """The push weight w."""
+        return {"push_weight": self._w}
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """The clock, the weight and what is on its way."""
+        yield from super().state()
+        yield "push_weight", self._w
+        yield from self._neighbours.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Collective."""
+        super().load(state)
+        self._w = float(state["push_weight"])
+        self._show()
+        self._neighbours.load(self.t, state)
+
+    def _show(self) -> None:
+        """Let peers read w. Collective."""
+        self._shown.local[0] = self._w
+        self.comm.barrier()
+
+
+def is_regular(graph: Topology) -> bool:
+    """Whether at each step everybody sends to, and hears from, the same number of others."""
+    ranks = range(graph.size)
+    return all(
+        len({len(peers(rank, step)) for rank in ranks for peers in (graph.out_neighbours, graph.in_neighbours)}) == 1
+        for step in range(graph.period)
+    )

@@ -1,0 +1,98 @@
+"""SlowMo: local SGD whose rounds are the steps of a slow heavy ball.
+
+    tau steps of the base optimizer with learning rate gamma, from x0:   x_a = mean_i x_i
+    u  <- beta*u + (x0 - x_a)/gamma
+    x0 <- x0 - alpha*gamma*u;   x_i <- x0
+
+beta = 0 and alpha = 1 is local SGD; tau = 1 with plain SGD is all-reduce SGD with heavy-ball momentum. On a quadratic,
+with q = (1 - gamma*h)^tau, (u, x0) obeys [[beta, 1-q], [-alpha*beta, 1-alpha*(1-q)]] (u in units of a displacement),
+which is stable iff 0 < alpha*(1-q) < 2*(1+beta).
+
+Source: Wang, Tantia, Ballas, Rabbat, SlowMo: Improving communication-efficient distributed SGD with slow momentum,
+2019, https://arxiv.org/abs/1910.00643, algorithm 1. The stability region was derived for this project.
+
+Deviations: the paper's gamma is constant in a round. Here the learning rate may change at every step, and gamma is its
+mean over the round: a decay in the middle of a round does not enter u as a larger gradient. The base optimizer's state
+stays each worker's own. A worker whose parameters are no longer finite is left out of a round and begins the next with
+the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from mpitrain import kernels, theory
+from mpitrain.algorithms.base.method import Method, Replica, setting
+from mpitrain.algorithms.synchronous.outer_optimizer import OuterWorker
+
+
+@dataclass(frozen=True)
+class SlowMo(Method):
+    """Local SGD that remembers, from round to round, which way the average has been going.
+
+    Args:
+        slow_learning_rate: alpha; usually left at 1.
+        slow_momentum: beta; usually 0 to 0.7, larger with more workers.
+        period: tau, local steps a round.
+    """
+
+    slow_learning_rate: float = setting(1.0, "alpha, of the slow step", above=0)
+    slow_momentum: float = setting(0.5, "beta, of the slow step", low=0, below=1)
+    period: int = setting(48, "tau, local steps a round", low=1)
+
+    name: ClassVar[str] = "slowmo"
+    summary: ClassVar[str] = "local steps, averaged with a slow momentum over the rounds"
+    source: ClassVar[str] = "Wang, Tantia, Ballas, Rabbat 2019, arXiv 1910.00643"
+    communication: ClassVar[str] = "2(p-1)/(p*tau)"
+    needs_gradient: ClassVar[bool] = False
+    grad_point: ClassVar[str] = "post"
+    learning_rate_factor: ClassVar[float] = 0.5
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 12})
+
+    def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
+        """alpha >= 2*(1+beta) is unstable wherever a round comes near the minimum (q -> 0)."""
+        found = theory.slowmo_warning(self.slow_learning_rate, self.slow_momentum)
+        if found is not None:
+            yield found
+
+    def worker(self, replica: Replica) -> SlowMoWorker:
+        """Collective."""
+        return SlowMoWorker(self, replica)
+
+
+class SlowMoWorker(OuterWorker):
+    """u, an average of gradients, and theta, the paper's x0."""
+
+    def __init__(self, method: SlowMo, replica: Replica) -> None:
+        super().__init__(method, replica)
+        self._sum_of_rates = 0.0
+        empty = self._theta[:0]
+        kernels.slow_momentum(self.x.local[:0], empty, empty.copy(), self._d.local[:0], 0.0, 0.0, 0.0)
+
+    def after_update(self) -> None:
+        """The step has been made with this learning rate."""
+        self._sum_of_rates += self.learning_rate
+        super().after_update()
+
+    def outer_step(self, d: Any) -> None:
+        """u <- beta*u + d/gamma;  x0 <- x0 - alpha*gamma*u. With gamma = 0 nothing was learned, and nothing moves."""
+        alpha, beta = self._method.slow_learning_rate, self._method.slow_momentum
+        gamma = self._sum_of_rates / self._method.period
+        self._sum_of_rates = 0.0
+        inverse = 1 / gamma if gamma > 0 else 0.0
+        self.comm.statistics.n_rejected += kernels.slow_momentum(
+            self.x.local, self._theta, self._momentum, d, beta, inverse, alpha * gamma
+        )
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """The clock, x0, u and the learning rates of the round so far."""
+        yield from super().state()
+        yield "sum_of_rates", self._sum_of_rates
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Local."""
+        super().load(state)
+        self._sum_of_rates = float(state["sum_of_rates"])

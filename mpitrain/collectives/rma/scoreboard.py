@@ -1,0 +1,73 @@
+"""A board on which every rank writes a few numbers and everybody reads all of them, one-sided.
+
+This is how rank 0 shows the progress of all ranks without asking any of them for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpitrain.collectives.rma.window import Window
+
+if TYPE_CHECKING:
+    from mpitrain.collectives.world.world import World
+
+
+Field = str | tuple[str, int]
+"""A name, or a name and how many numbers go by it."""
+
+
+class Board:
+    """Numbers of all ranks, by name. Collective to create and to free.
+
+    Args:
+        world: The ranks.
+        fields: What each rank writes.
+    """
+
+    def __init__(self, world: World, fields: Iterable[Field]) -> None:
+        self._world = world
+        self._places: dict[str, int | slice] = {}
+        width = 0
+        for field in fields:
+            name, n = (field, 1) if isinstance(field, str) else field
+            self._places[name] = width if isinstance(field, str) else slice(width, width + n)
+            width += n
+        self._window = Window(world, width, np.float64)
+        self._rows = np.zeros((world.size, width))
+
+    def write(self, **values: Any) -> None:
+        """Set some of this rank's numbers. Local."""
+        for name, value in values.items():
+            self._window.local[self._places[name]] = value
+
+    def read(self) -> dict[str, np.ndarray]:
+        """(p,) of each number, (p, n) of those that are several, as they stand now at every rank. Local."""
+        self._window.sync()
+        for rank in [rank for rank in range(self._world.size) if not self._has_come(rank)]:
+            self._window.flush(rank)
+        return {name: self._rows[:, place].copy() for name, place in self._places.items()}
+
+    def read_rank(self, rank: int) -> dict[str, Any]:
+        """The numbers of one rank as they stand now. Local."""
+        self._window.sync()
+        if not self._has_come(rank):
+            self._window.flush(rank)
+        row = self._rows[rank]
+        return {name: row[place].tolist() for name, place in self._places.items()}
+
+    def _has_come(self, rank: int) -> bool:
+        """Copy the numbers of a rank of this node, begin to fetch those of another one."""
+        row = self._window.of(rank)
+        if row is None:
+            self._window.get(rank, self._rows[rank])
+        else:
+            self._rows[rank] = row
+        return row is not None
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self._window.free()

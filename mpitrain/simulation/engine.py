@@ -1,0 +1,117 @@
+"""Run a method in one process: many workers, a schedule, and gradients from a function.
+
+The classes are those that run under mpirun. What a test proves here about a method holds there, up to the order of
+events, which here is the schedule's and there the machine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.iterate_average import Average
+from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
+from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.schedules import RoundRobin
+
+Gradient = Callable[[int, np.ndarray], Any]
+"""``gradient(rank, x)``: the gradient (n,) at what that worker's model holds."""
+
+
+@dataclass
+class Simulation:
+    """Workers of one method in a simulated world.
+
+    Args:
+        method: Its hyper-parameters.
+        world: The workers and their schedule.
+        gradient: What each worker computes.
+        start: (n,) where all begin, or (p, n) one row each; worker 0's seeds whatever is shared.
+        learning_rate: eta.
+        weight_decay: Added to the gradient.
+        momentum: Of the local SGD, for methods that leave the update to it; in no checkpoint.
+        seed: Of the method's random choices.
+        layers, fitness: What a method may ask of a model, as in ``Replica``.
+        average: What is evaluated instead of the method's own.
+        loss: ``loss(rank, x)`` of the mini-batch, for methods that need it; the norm of the gradient when not given.
+    """
+
+    method: Method
+    world: SimulatedWorld
+    gradient: Gradient
+    start: np.ndarray
+    learning_rate: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    seed: int = 0
+    layers: tuple[slice, ...] = ()
+    fitness: Callable[[Any], float] | None = None
+    loss: Callable[[int, np.ndarray], float] | None = None
+    average: Average | None = None
+
+    def __post_init__(self) -> None:
+        starts = np.broadcast_to(self.start, (self.world.size, np.shape(self.start)[-1]))
+
+        def set_up(comm: SimulatedCommunicator) -> Worker:
+            x, g = comm.vector(starts.shape[1], starts.dtype), comm.vector(starts.shape[1], starts.dtype)
+            x.local[...] = starts[comm.rank]
+            comm.barrier()
+            replica = Replica(comm, x, g, self.seed, self.layers, self.fitness)
+            worker = self.method.worker(replica)
+            return worker if self.average is None else self.average.carry(worker, replica)
+
+        # Setting up is collective and takes as many switches as it takes: the schedule is for what follows.
+        schedule, self.world.schedule = self.world.schedule, RoundRobin()
+        self.workers = self.world.run(set_up)
+        self.world.schedule = schedule
+
+    def run(self, steps: int, after_step: Callable[[Simulation, int], None] | None = None) -> Simulation:
+        """Let every worker make this many steps (or until the schedule ends).
+
+        Args:
+            steps: Of each worker.
+            after_step: Called with this object and the rank, whenever a worker has made one.
+        """
+
+        def program(comm: SimulatedCommunicator) -> None:
+            worker = self.workers[comm.rank]
+            segments = [Segment(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
+            update, velocity = (None, None) if self.method.owns_update else self._sgd(worker)
+            for _ in range(steps):
+                worker.g.local[...] = self.gradient(comm.rank, worker.x.local)
+                has_rejected = worker.step(segments, update, self._loss(worker) if self.method.needs_loss else None)
+                if has_rejected and velocity is not None:
+                    kernels.keep_finite(velocity)
+                if after_step is not None:
+                    after_step(self, comm.rank)
+                comm.end_step()
+
+        self.world.run(program)
+        return self
+
+    def x(self) -> np.ndarray:
+        """(p, n) what each worker's model holds."""
+        return np.stack([worker.x.local for worker in self.workers])
+
+    def consensus(self, rank: int = 0) -> np.ndarray:
+        """(n,) what the method evaluates, as one worker sees it."""
+        out = np.zeros_like(self.workers[rank].x.local)
+        self.workers[rank].consensus(out)
+        return out
+
+    def _loss(self, worker: Worker) -> float:
+        if self.loss is not None:
+            return self.loss(worker.comm.rank, worker.x.local)
+        return float(np.linalg.norm(worker.g.local))
+
+    def _sgd(self, worker: Worker) -> tuple[Callable[[], object], np.ndarray | None]:
+        """x <- x - eta*(g + decay*x), or the same with momentum as torch has it, and the velocity of that."""
+        x, g, eta, decay = worker.x.local, worker.g.local, self.learning_rate, self.weight_decay
+        if self.momentum == 0:
+            return lambda: kernels.sgd_step(x, g, eta, decay), None
+        v = np.zeros_like(x)
+        return lambda: kernels.torch_momentum_step(x, v, g, eta, self.momentum, decay), v

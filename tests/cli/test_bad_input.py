@@ -1,0 +1,136 @@
+"""What a user can get wrong ends all ranks with one line and exit code 2, soon, and changes nothing on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from support.launching import Finished, installed, launch
+
+from mpitrain.data import hdf5
+
+IN_TIME_SECONDS = 60.0  # a hang would last for ever
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the bad commands run: data files that are broken in different ways, and a run."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, label in (("good.h5", 1), ("label.h5", 2)):
+        with h5py.File(folder / name, "w") as file:
+            hdf5.create(file, classes=["cat", "dog"], shape=(3, 28, 28), n=(200, 50))
+            file["train"]["labels"][7] = label
+            file.attrs["mean"], file.attrs["std"] = np.full(3, 0.5), np.full(3, 0.2)
+    content = (folder / "good.h5").read_bytes()
+    (folder / "truncated.h5").write_bytes(content[: len(content) // 2])
+    (folder / "text.h5").write_text("these are words\n" * 100)
+    (folder / "file").touch()
+    (folder / "elsewhere").mkdir()
+    done = mpitrain(0, folder, "--data", "synthetic:n=100", "--steps", "4", "--set", "period=3", "--out", "run")
+    assert done.returncode == 0, done.output
+    return folder
+
+
+def mpitrain(n_ranks: int, folder: Path, *arguments: str, mpi: str = "openmpi") -> Finished:
+    extra = {"PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["mpitrain", "train", "--quiet", *arguments]
+    return launch(n_ranks, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS, extra_env=extra, cwd=folder)
+
+
+def check_refused(done: Finished, words: str) -> None:
+    assert not done.timed_out, done.output
+    assert done.output.count("mpitrain: error") == 1, done.output
+    line = next(line for line in done.output.splitlines() if "mpitrain: error" in line)
+    assert words in line
+    assert "Traceback" not in done.output
+    assert done.returncode == 2, done.output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What is wrong whatever the data and the number of ranks: refused before torch is imported or MPI started.
+ARGUMENTS = {
+    "unknown algorithm": (["--algorithm", "nope"], "one of allreduce, easgd"),
+    "unknown setting": (["--set", "foo=1"], "easgd has no setting 'foo': it has moving_rate"),
+    "setting out of range": (["--set", "period=0"], "period must be a whole number >= 1, not 0"),
+    "setting that is no number": (["--set", "moving_rate=nan"], "moving_rate must be a number"),
+    "settings that exclude each other": (["--set", "moving_rate=.1", "--set", "rho=2"], "moving_rate or rho, not both"),
+    "setting without a value": (["--set", "period"], "--set takes KEY=VALUE"),
+    "negative learning rate": (["--lr", "-1"], "--lr must be 0 or more, not -1"),
+    "no epochs": (["--epochs", "0"], "--epochs must be more than 0, not 0"),
+    "two budgets": (["--epochs", "1", "--steps", "2"], "--steps: not allowed with argument --epochs"),
+    "a GPU by number": (["--device", "cuda:7"], "choose from 'cpu', 'cuda'"),
+    "straggler without factor": (["--straggler", "1"], "must be RANK:FACTOR"),
+}
+LOADED = {
+    "no GPU": (["--device", "cuda"], "there is no GPU to be used"),
+    "no run": (["--resume", "elsewhere"], "elsewhere is not the folder of a run"),
+    "other settings than the run's": (["--resume", "run", "--lr", "0.3"], "--lr is 0.05 in the run that is resumed"),
+    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with as many"),
+    "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
+    "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
+    "unknown data": (["--data", "nope"], "no data 'nope': use digits"),
+    "no such file": (["--data", "nope.h5"], "no data file nope.h5"),
+    "truncated file": (["--data", "truncated.h5"], "truncated.h5 is truncated"),
+    "another kind of file": (["--data", "text.h5"], "text.h5 is not an HDF5 file"),
+    "label without a class": (["--data", "label.h5"], "train/labels[7] is 2, but there are 2 classes"),
+    "batch larger than the data": (["--batch-size", "101"], "use --batch-size 100 or less"),
+    "parameters that are no floats": (["--model", "support.small_models:whole_numbers"], "no trainable parameter"),
+    "model that is none": (["--model", "support.small_models:no_module"], "returned a int, not a torch.nn.Module"),
+    "module that is not there": (["--model", "nothing:model"], "cannot be imported (ModuleNotFoundError"),
+    "straggler that is not there": (["--straggler", "9:2"], "names rank 9: there are ranks 0 to 1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_wrong_arguments_are_one_line(folder: Path, arguments: list[str], words: str) -> None:
+    check_refused(mpitrain(2, folder, *arguments), words)
+
+
+@pytest.mark.parametrize(("arguments", "words"), LOADED.values(), ids=LOADED)
+def test_what_is_found_when_loading_is_one_line_and_harms_nothing(
+    folder: Path, arguments: list[str], words: str
+) -> None:
+    before = contents(folder)
+    if "--data" not in arguments and "--resume" not in arguments:
+        arguments = [*arguments, "--data", "synthetic:n=100,shape=64" if "--model" in arguments else "synthetic:n=100"]
+    check_refused(mpitrain(2, folder, *arguments), words)
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif("mpich" not in installed(), reason="no environment of MPICH")
+@pytest.mark.parametrize("case", ["unknown algorithm", "no run", "truncated file"])
+def test_it_is_the_same_under_the_other_mpi(folder: Path, case: str) -> None:
+    arguments, words = {**ARGUMENTS, **LOADED}[case]
+    check_refused(mpitrain(2, folder, *arguments, mpi="mpich"), words)
+
+
+@pytest.mark.parametrize("case", ["unknown setting", "no run", "unknown data"])
+def test_it_is_the_same_without_a_launcher(folder: Path, case: str) -> None:
+    arguments, words = {**ARGUMENTS, **LOADED}[case]
+    done = mpitrain(0, folder, *arguments)
+    check_refused(done, words)
+    assert done.output.count("\n") == 1
+
+
+# Rank 1 is in a folder where neither the data nor the model is.
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "good.h5"], "no data file good.h5"),
+        (["--data", "synthetic:n=100,shape=64", "--model", "here:watched"], "cannot be imported (ModuleNotFoundError"),
+    ],
+    ids=["data", "model"],
+)
+def test_what_only_one_rank_finds_ends_all(folder: Path, mpi: str, arguments: list[str], words: str) -> None:
+    (folder / "here.py").write_text("from small_models import watched\n")
+    script = '[ "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-}}" = 1 ] && cd elsewhere; exec mpitrain train --quiet "$@"'
+    extra = {"PYTHONPATH": str(TESTS)}
+    command = ["bash", "-c", script, "bash", *arguments]
+    check_refused(launch(2, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS, extra_env=extra, cwd=folder), words)

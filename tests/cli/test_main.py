@@ -1,0 +1,168 @@
+"""The commands as a user types them: who prints what, where, and how soon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.launching import Finished, environment, launch, python
+
+from mpitrain.algorithms import METHODS
+from mpitrain.cli.main import main, settings_of, straggler
+
+IN_TIME_SECONDS = 60.0
+
+
+def split(n_ranks: int, folder: Path, *arguments: str) -> tuple[Finished, str, str]:
+    """What a command printed on stdout and on stderr."""
+    script = 'exec "$@" > stdout 2> stderr'
+    root = Path(__file__).resolve().parents[2]
+    launcher = [str(root / "jobs" / "local.sh"), str(n_ranks)] if n_ranks else []
+    command = ["bash", "-c", script, "bash", *launcher, "mpitrain", *arguments]
+    done = launch(0, command, timeout_seconds=IN_TIME_SECONDS, cwd=folder)
+    stdout, stderr = (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    assert done.returncode == 0, stderr
+    return done, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run on 2 ranks, and what it printed on stdout and on stderr."""
+    folder = tmp_path_factory.mktemp("trained")
+    _, stdout, stderr = split(2, folder, "train", "--steps", "50", "--set", "period=5", "--out", "run", "--json")
+    return folder, stdout, stderr
+
+
+def test_only_rank_0_prints_and_the_last_line_is_the_result(trained: tuple[Path, str, str]) -> None:
+    folder, stdout, stderr = trained
+    sentence, report, document = stdout.splitlines()
+    assert sentence.startswith("easgd on 2 ranks: test accuracy ")
+    assert report == "report and plots: run/report.md"
+    result = json.loads(document)
+    assert result == json.loads((folder / "run" / "result.json").read_text())
+    assert result["settings"]["period"] == 5
+    assert result["steps_of_ranks"] == [50, 50]
+    lines = stderr.splitlines()  # a log: no bar, and nothing of the launcher's
+    assert lines
+    assert all(line.startswith("epoch ") for line in lines)
+    assert f"test loss {result['test_loss']:.4f}" in lines[-1]
+
+
+def test_a_run_leaves_its_plots_and_can_be_reported_again(trained: tuple[Path, str, str]) -> None:
+    folder, _, _ = trained
+    assert (folder / "run" / "curves.png").stat().st_size > 1000
+    _, stdout, _ = split(0, folder, "report", "run", "--json")
+    assert json.loads(stdout.splitlines()[-1])["runs"][0]["algorithm"] == "easgd"
+
+
+def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # with host memory only: every crash with a GPU's costs a start
+    _, stdout, stderr = split(3, tmp_path, "info", "--json")
+    document = json.loads(stdout)
+    assert document["world"]["ranks"] == 3
+    assert stderr.startswith("mpitrain: trying what this MPI does")
+    assert stderr.count("\n") == 1
+    [probe] = document["probes"]
+    assert {row["host"]["verdict"] for row in probe["outcomes"].values()} == {"ok"}
+    _, stdout, stderr = split(3, tmp_path, "info", "--json")
+    assert json.loads(stdout)["probes"] == [probe]
+    assert stderr == ""
+    _, stdout, stderr = split(0, tmp_path, "info")
+    assert f"measured {probe['measured']}" in stdout
+    assert stderr == ""
+
+
+def test_one_rank_without_a_launcher_prints_nothing_else(tmp_path: Path) -> None:
+    _, stdout, stderr = split(0, tmp_path, "train", "--data", "synthetic:n=100", "--steps", "2", "--quiet", "--json")
+    assert json.loads(stdout.splitlines()[-1])["ranks"] == 1
+    assert stderr == ""
+
+
+def test_images_are_imported_and_trained_on(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for part, n in (("train", 24), ("test", 8)):
+        for name, brightness in (("dark", 60), ("light", 190)):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for k in range(n):
+                pixels = (brightness + draw.integers(-50, 50, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    _, stdout, _ = split(0, tmp_path, "data", "import", "images", "images", "images.h5")
+    assert stdout == "images.h5: 48 training and 16 test images of 3x32x32, 2 classes\n"
+    options = ["--data", "images.h5", "--model", "resnet20", "--augment", "--sampling", "sharded", "--batch-size", "4"]
+    _, stdout, _ = split(2, tmp_path, "train", *options, "--steps", "6", "--algorithm", "allreduce", "--json")
+    assert 0 <= json.loads(stdout.splitlines()[-1])["test_accuracy"] <= 1
+
+
+def test_algorithms_are_listed_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["algorithms"]) == 0
+    text = capsys.readouterr().out
+    assert main(["algorithms", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document.keys() == METHODS.keys()
+    for name, method in document.items():
+        for words in (f"{name}  ({method['class']})", method["summary"], method["source"]):
+            assert words in map(str.strip, text.splitlines())
+        assert method["settings"].keys() == METHODS[name]().settings().keys()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "import", "images", "--help"]])
+def test_help_is_given_at_every_level(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: mpitrain")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["report"], ["data"], ["train", "--nope"], ["train", "extra"]])
+def test_what_is_no_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("mpitrain: error: ")
+    assert err.count("\n") == 1
+    assert "--help)" in err
+
+
+def test_settings_are_pairs() -> None:
+    assert settings_of(["a=1", "b = x=y"]) == {"a": "1", "b": "x=y"}
+    assert straggler("2:4.5") == (2, 4.5)
+
+
+LOADED_BY = {
+    "mpitrain": "import mpitrain",
+    "the command": "import mpitrain.cli.main; mpitrain.cli.main._parser()",
+    "the methods": "import mpitrain.algorithms",
+    "the check of a configuration": "from mpitrain.trainer.config import *; method_of(TrainConfig())",
+}
+HEAVY = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
+
+
+@pytest.mark.parametrize("statement", LOADED_BY.values(), ids=LOADED_BY)
+def test_what_need_not_wait_for_a_heavy_library_does_not(statement: str) -> None:
+    probe = f"import sys\n{statement}\nprint(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_importing_the_package_takes_a_moment() -> None:
+    command = [python("active"), "-X", "importtime", "-c", "import mpitrain"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment("active"))
+    line = next(line for line in done.stderr.splitlines() if line.endswith("| mpitrain"))
+    assert int(line.split("|")[1]) < 300_000  # microseconds
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = ["bash", "-c", "set -o pipefail; mpitrain algorithms | head -n 1"]
+    done = launch(0, command, timeout_seconds=IN_TIME_SECONDS, cwd=tmp_path)
+    assert done.output == "allreduce  (AllReduceSGD)\n"

@@ -1,0 +1,145 @@
+"""Mailboxes: what is read is one whole message, tags belong to their data, and nothing that was added is lost."""
+
+import numpy as np
+import pytest
+
+from mpitrain.collectives.topology.graphs import uniform_peer
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])
+def world(request):
+    """Collective. One node, and two between which messages or one-sided operations carry the blocks."""
+    return request.getfixturevalue(request.param)
+
+
+SIZES = [(300, 40), (2**19 + 1000, 2)]  # elements, rounds
+
+
+@ALL
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("n", "n_rounds"), SIZES)
+def test_the_latest_is_never_a_mix(comm, n, n_rounds, slots):
+    boxes = comm.mailboxes(n, np.float32, slots)
+    rng = np.random.default_rng(comm.rank)
+    seen = np.zeros(comm.size)
+    values = np.empty(n, np.float32)
+    for k in range(1, n_rounds + 1):
+        values[:] = k * comm.size + comm.rank
+        boxes.publish(values)
+        values[:] = -1
+        peer = uniform_peer(rng, comm.rank, comm.size) if comm.size > 1 else 0
+
+        def look(box, peer=peer):
+            number = box[0]
+            assert np.all(box == number)
+            assert number == 0 or number % comm.size == peer
+            assert number >= seen[peer]  # no older than the last look
+            seen[peer] = number
+
+        boxes.latest(peer, look)
+    comm.barrier()
+    for peer in range(comm.size):
+        boxes.latest(peer, lambda box, peer=peer: values.__setitem__(slice(None), box))
+        assert np.all(values == n_rounds * comm.size + peer)
+
+
+@ALL
+@pytest.mark.parametrize(("n", "n_rounds"), SIZES)
+def test_tags_stay_with_their_data(comm, n, n_rounds):
+    boxes = comm.mailboxes(n, np.float32)
+    rng = np.random.default_rng(comm.rank)
+
+    def replace(box, tags):
+        assert np.array_equal(tags, box[0] * np.arange(1, 5))
+        assert box[-1] == box[0]
+        number = rng.integers(1, 1000)
+        box[:] = number
+        tags[:] = number * np.arange(1, 5)
+
+    for _ in range(n_rounds):
+        boxes.update(int(rng.integers(comm.size)), replace)
+
+
+@ALL
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("n", "n_rounds"), SIZES)
+def test_updates_of_one_box_by_all_lose_nothing(comm, n, n_rounds, slots):
+    boxes = comm.mailboxes(n, np.float32, slots)
+    target, slot = comm.size - 1, slots - 1
+
+    def add_one(box, tags):
+        box += 1
+        tags[3] += 0.5
+
+    for _ in range(n_rounds):
+        boxes.update(target, add_one, slot)
+    comm.barrier()
+    found = []
+    for rank in range(comm.size):
+        for k in range(slots):
+            boxes.update(rank, lambda box, tags: found.append((box.min(), box.max(), tags[3])), k)
+    total = n_rounds * comm.size
+    expected = [(0, 0, 0)] * (comm.size * slots)
+    expected[target * slots + slot] = (total, total, total / 2)
+    assert found == expected
+
+
+@ALL
+def test_a_visit_to_one_s_own_box_is_no_exchange(comm):
+    boxes = comm.mailboxes(100, np.float32)
+    boxes.publish(np.ones(100, np.float32))
+    boxes.update(comm.rank, lambda box, tags: None)
+    boxes.latest(comm.rank, lambda box: None)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (0, 0)
+    boxes.update((comm.rank + 1) % comm.size, lambda box, tags: 7)
+    others = int(comm.size > 1)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (others, others * 400)
+    assert comm.statistics.n_rejected == 7
+
+
+@ALL
+def test_what_is_received_counts_and_what_is_read_does_not(comm):
+    boxes = comm.mailboxes(50, np.float32, 2)
+    peer, others = (comm.rank + 1) % comm.size, int(comm.size > 1)
+
+    def fill(box, tags):
+        box[:], tags[:] = comm.rank, [comm.rank, 1, 2, 3]
+
+    boxes.update(comm.rank, fill, 1)
+    comm.barrier()
+    found = []
+    look = lambda box, tags: found.append((set(box.tolist()), tags.tolist()))  # noqa: E731
+    boxes.read(peer, look, 1)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (0, 0)
+    boxes.receive(peer, look, 1)
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (others, others * 200)
+    boxes.update(peer, look, 1, pulls=True)  # both ways
+    assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (2 * others, others * 600)
+    assert found == [({float(peer)}, [peer, 1, 2, 3])] * 3
+    assert boxes.peek(peer, 1).tolist() == [peer, 1, 2, 3]
+    assert boxes.peek(peer, 0).tolist() == [0, 0, 0, 0]
+
+
+@ALL
+def test_two_locks_at_once_are_taken_in_one_order_by_all(comm):
+    boxes, rng, n_rounds = comm.mailboxes(300, np.float64), np.random.default_rng(comm.rank), 60
+    for _ in range(n_rounds if comm.size > 1 else 0):
+        first, second = sorted((comm.rank, uniform_peer(rng, comm.rank, comm.size)))
+
+        def move(one, _, second=second):
+            def both(other, _):
+                assert np.all(one == one[0])
+                assert np.all(other == other[0])
+                one[:] += 1
+                other[:] -= 1
+
+            boxes.update(second, both)
+
+        boxes.update(first, move)
+    comm.barrier()
+    found = []
+    for rank in range(comm.size):
+        boxes.read(rank, lambda box, _: found.append(float(box[0])))
+    assert sum(found) == 0

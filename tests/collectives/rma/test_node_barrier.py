@@ -1,0 +1,80 @@
+"""Meetings of the ranks of a node: they order memory and count waiting."""
+
+import time
+
+import numpy as np
+import pytest
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+
+
+@pytest.fixture
+def meeting(comm):
+    from mpitrain.collectives.rma.node_barrier import Meeting
+
+    made = Meeting(comm.world, comm.statistics)
+    yield made
+    comm.barrier()
+    made.free()
+
+
+@ALL
+def test_what_was_written_before_is_seen_after(comm, meeting, window):
+    """Everybody writes, everybody reads all of its node, time after time."""
+    mine = window(1000, np.int64)
+    peers = [mine.of(rank) for rank in comm.world.node_ranks]
+    for number in range(50):
+        mine.local[:] = number * 10 + comm.rank
+        meeting()
+        for rank, peer in zip(comm.world.node_ranks, peers, strict=True):
+            assert np.all(peer == number * 10 + rank)
+        meeting()
+
+
+@ALL
+def test_waiting_for_long_is_counted(comm, meeting):
+    from mpitrain.kernels.native.node_barrier import STRIDE
+
+    late = comm.world.node_ranks[-1]
+    meeting()
+    before = comm.statistics.wait_seconds
+    if comm.rank == late:
+        while np.any(meeting.words[:-STRIDE:STRIDE] == meeting.number):  # the others have not come yet
+            time.sleep(0.001)
+        time.sleep(0.2)
+    meeting()
+    if comm.rank != late:
+        assert comm.statistics.wait_seconds - before > 0.1
+
+
+@ALL
+@pytest.mark.parametrize("cores", [0.5, 1.0, 8.0])
+def test_who_has_no_core_of_its_own_is_less_patient(monkeypatch, one_node, cores):
+    from mpitrain.collectives.rma.locks import NodeWords
+    from mpitrain.collectives.rma.node_barrier import PATIENCE, PATIENCE_WITHOUT_A_CORE, Meeting
+    from mpitrain.collectives.world.statistics import Statistics
+
+    monkeypatch.setattr(one_node, "cores", cores)
+    meeting, words = Meeting(one_node, Statistics()), NodeWords(one_node, [1] * one_node.size)
+    assert {meeting.patience, words._patience} == {PATIENCE_WITHOUT_A_CORE if cores < 1 else PATIENCE}
+    one_node.barrier()
+    words.free()
+    meeting.free()
+
+
+@pytest.mark.ranks(2, 3)
+def test_who_waits_still_answers_one_sided_operations(comm, meeting):
+    """A window over a rank's own memory is served by calls into MPI, which a rank that waits here must go on making."""
+    from mpi4py import MPI
+
+    exposed = np.full(4, comm.rank, np.int64)
+    mpi = MPI.Win.Create(exposed, exposed.itemsize, comm=comm.world.comm)
+    seen = np.full(4, -1, np.int64)
+    if comm.rank == 0:
+        for _ in range(20):
+            mpi.Lock(comm.size - 1, MPI.LOCK_EXCLUSIVE)
+            mpi.Get(seen, comm.size - 1)
+            mpi.Unlock(comm.size - 1)
+        assert np.all(seen == comm.size - 1)
+    meeting()
+    mpi.Free()

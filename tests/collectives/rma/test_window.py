@@ -1,0 +1,164 @@
+"""Windows: what one rank writes all others see, on its node and from another, whatever the length and the dtype."""
+
+import os
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpitrain import UsageError
+
+ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+DTYPES = [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+LENGTHS = (17, 0, 1, 100_003, 16)  # of rank 0, 1, ...
+
+
+def counting(rank, n, dtype):
+    """Small whole numbers, exact in every dtype, and different ones at every rank."""
+    return ((np.arange(n) * 7 + rank) % 101).astype(dtype)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_rank_writes_all_others_read(world, window, fetch, dtype):
+    shared = window(LENGTHS[world.rank], dtype)
+    shared.local[:] = counting(world.rank, LENGTHS[world.rank], dtype)
+    shared.sync()
+    world.barrier()
+    for rank in range(world.size):
+        n = LENGTHS[rank]
+        assert np.array_equal(fetch(shared, rank, n), counting(rank, n, dtype))
+        assert np.array_equal(fetch(shared, rank, n - n // 2, n // 2), counting(rank, n, dtype)[n // 2 :])
+
+
+@ALL
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_others_write_a_rank_has(world, window, store, dtype):
+    each = 33
+    shared = window(each * world.size, dtype)
+    for rank in range(world.size):
+        store(shared, rank, counting(world.rank, each, dtype), each * world.rank)
+    world.barrier()
+    shared.sync()
+    assert np.array_equal(shared.local, np.concatenate([counting(rank, each, dtype) for rank in range(world.size)]))
+
+
+@pytest.mark.ranks(2, 3, 4, 5)
+@pytest.mark.parametrize("largest", [1, 7, 64, 99, 100, 101])
+def test_what_one_message_cannot_carry_goes_in_pieces(world, window, fetch, store, monkeypatch, largest):
+    from mpitrain.collectives.rma import window as module
+
+    monkeypatch.setattr(module, "LARGEST_MESSAGE_BYTES", largest)
+    n = 25
+    shared = window(n * world.size + 3, np.float32)
+    for rank in range(world.size):
+        store(shared, rank, counting(world.rank, n, np.float32), n * world.rank + 3)
+    world.barrier()
+    for rank in range(world.size):
+        assert not fetch(shared, rank, 3).any()
+        for writer in range(world.size):
+            assert np.array_equal(fetch(shared, rank, n, n * writer + 3), counting(writer, n, np.float32))
+
+
+@ALL
+def test_a_window_is_zero_at_first_also_in_memory_used_before(world):
+    from mpitrain.collectives.rma.window import Window
+
+    for n in (1, 5000, 300_000):
+        for _ in range(2):
+            used = Window(world, n, np.uint8)
+            assert not used.local.any()
+            world.barrier()
+            used.local[:] = 255
+            used.free()
+
+
+@ALL
+def test_windows_without_elements_are_windows(world, window, fetch, store):
+    shared = window(0, np.float32)
+    for rank in range(world.size):
+        store(shared, rank, np.zeros(0, np.float32))
+        assert fetch(shared, rank, 0).size == 0
+
+
+@ALL
+def test_an_array_is_itself_on_its_node_and_none_elsewhere(world, window):
+    shared = window(3, np.float32)
+    assert shared.of(world.rank) is shared.local
+    assert [shared.of(rank) is not None for rank in range(world.size)] == [node == world.node for node in world.nodes]
+
+
+@ALL
+def test_no_room_on_one_node_is_the_error_of_all(world, window):
+    from mpitrain.collectives.rma.window import Window
+
+    with pytest.raises(UsageError, match="MiB of shared memory are needed"):
+        Window(world, 2**60 if world.rank == world.size - 1 else 1, np.uint8)
+    assert window(1, np.uint8).local[0] == 0
+
+
+@pytest.mark.ranks(1)
+def test_too_little_room_is_said_with_its_numbers(monkeypatch):
+    from mpitrain.collectives.rma.window import check_room
+
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=64 * 2**8, f_frsize=4096))
+    check_room(64 * 2**20)
+    with pytest.raises(UsageError, match=r"100 MiB .* /dev/shm has 64 MiB free: .*--shm-size"):
+        check_room(100 * 2**20)
+
+
+@pytest.mark.ranks(1)
+def test_without_a_file_system_for_shared_memory_nothing_is_checked(tmp_path):
+    from mpitrain.collectives.rma.window import check_room
+
+    check_room(2**60, str(tmp_path / "none"))
+
+
+def leave_untouched(window_class, monkeypatch):
+    """Large windows have no pages until somebody writes; small ones, of locks, must be zeros."""
+    touch = window_class._touch
+    monkeypatch.setattr(window_class, "_touch", lambda self, part: self.local.nbytes > 2**30 or touch(self, part))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_elements_beyond_2_gib_are_reached(world, window, fetch, store, monkeypatch, dtype):
+    """Only the last pages are touched: the vector takes no memory."""
+    from mpitrain.collectives.rma.window import Window
+
+    leave_untouched(Window, monkeypatch)
+    n = 2**31 // np.dtype(dtype).itemsize + 2**16
+    big = window(n if world.rank == 1 else 1, dtype)
+    at = n - 1000
+    if world.rank == 0:
+        store(big, 1, counting(0, 1000, dtype), at)
+    world.barrier()
+    if world.rank == 1:
+        assert np.array_equal(big.local[at:], counting(0, 1000, dtype))
+        big.local[at:] = counting(1, 1000, dtype)
+        big.sync()
+    world.barrier()
+    assert np.array_equal(fetch(big, 1, 1000, at), counting(1, 1000, dtype))
+
+
+@pytest.mark.ranks(2)
+def test_blocks_beyond_2_gib_are_exchanged(world, monkeypatch):
+    from mpitrain.collectives.rma.blocks import MPIBlocks
+    from mpitrain.collectives.rma.window import Window
+    from mpitrain.collectives.world.statistics import Statistics
+
+    leave_untouched(Window, monkeypatch)
+    blocks = MPIBlocks(world, [1, 1], [2**29, 1000], np.float32, Statistics())
+    for _ in range(10):
+        block = blocks.acquire(1)
+        block.data += 1
+        blocks.release(block, updated=True)
+    world.barrier()
+    block = blocks.acquire(1)
+    total, version = block.data.copy(), block.version
+    blocks.release(block, updated=False)
+    world.barrier()
+    blocks.free()
+    assert np.all(total == 20)
+    assert version == 20

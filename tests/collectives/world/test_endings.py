@@ -1,0 +1,209 @@
+"""How a world ends: what one rank raises ends all of them, with its traceback and an exit code that is not zero."""
+
+import pytest
+from support.launching import ROOT, installed, launch, python
+
+IN_TIME_SECONDS = 60.0  # a hang would last for ever
+
+HEAD = """
+import os, signal, sys, threading, time
+import mpitrain
+world = mpitrain.init()
+"""
+
+
+def run(mpi, n_ranks, script, **environment):
+    command = [python(mpi), "-c", HEAD + script]
+    finished = launch(n_ranks, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS, extra_env=environment)
+    assert not finished.timed_out, finished.output
+    return finished
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("n_nodes", ["1", "2"])
+def test_an_exception_on_one_rank_ends_all(mpi, n_nodes):
+    script = """
+def fail():
+    raise ValueError("a reason")
+
+if world.rank == 1:
+    fail()
+world.barrier()
+print("went on")
+"""
+    finished = run(mpi, 3, script, MPITRAIN_EMULATED_NODES=n_nodes)
+    assert finished.returncode != 0
+    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "in fail\n" in finished.output
+    assert "ValueError: a reason" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_an_exception_in_a_thread_of_one_rank_ends_all(mpi):
+    script = """
+if world.rank == 0:
+    threading.Thread(target=lambda: 1 / 0).start()
+world.barrier()
+time.sleep(1000)
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "rank 0 of 2 failed:\n" in finished.output
+    assert "ZeroDivisionError" in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_rank_that_waits_for_a_lock_is_ended_too(mpi):
+    script = """
+from mpitrain.collectives.rma.locks import LockTable
+locks = LockTable(world, [1, 1])
+if world.rank == 0:
+    locks.acquire(0, 0)
+    world.barrier()
+    time.sleep(0.2)
+    raise ValueError("with the lock in hand")
+world.barrier()
+locks.acquire(0, 0)
+print("went on")
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "ValueError: with the lock in hand" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_an_interrupt_on_one_rank_ends_all(mpi):
+    script = """
+if world.rank == 1:
+    raise KeyboardInterrupt
+world.barrier()
+print("went on")
+"""
+    finished = run(mpi, 2, script)
+    assert finished.returncode != 0
+    assert "KeyboardInterrupt" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("waiting", ["world.barrier()", "time.sleep(1000)"])
+def test_an_interrupted_launcher_leaves_nobody(mpi, waiting):
+    """Ctrl-C, while rank 0 sleeps and the others wait for it in MPI or sleep too."""
+    script = f"""
+world.barrier()
+if world.rank == 0:
+    os.kill(os.getsid(0), signal.SIGINT)  # the launcher leads the session
+    time.sleep(1000)
+{waiting}
+"""
+    finished = run(mpi, 3, script)
+    assert finished.returncode != 0
+
+
+SHARES = """
+import numpy as np
+from mpitrain.collectives.mpi import MPICommunicator
+comm = MPICommunicator(world)
+vector = comm.shared_vector(8, np.float32)
+pids = world.comm.allgather(os.getpid())
+
+def visit(n):
+    for _ in range(n):
+        vector.update(lambda part, c: np.add(c, 1, out=c) is None)
+"""
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("way", ["messages", "windows"])
+def test_a_rank_that_has_ended_serves_those_that_have_not(mpi, way):
+    script = """
+if world.rank:
+    time.sleep(0.5)
+    visit(20)
+    print("rank", world.rank, "went on")
+"""
+    finished = run(mpi, 3, SHARES + script, MPITRAIN_EMULATED_NODES="2", MPITRAIN_BETWEEN_NODES=way)
+    assert finished.returncode == 0, finished.output
+    assert finished.output.count("went on") == 2
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_one_that_serves_no_longer_keeps_nobody_from_ending(mpi):
+    script = """
+if world.rank == 1:
+    world._progress.stop()
+    time.sleep(0.5)
+"""
+    finished = run(mpi, 3, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode == 0, finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("end", ["raise ValueError('a reason')", "os.kill(pids[0], signal.SIGINT); time.sleep(1000)"])
+def test_a_rank_that_has_ended_does_not_wait_for_those_that_fail(mpi, end):
+    """Another one raises, or it is interrupted itself."""
+    script = f"""
+if world.rank == 1:
+    time.sleep(0.5)
+    visit(1)
+    {end}
+"""
+    finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode != 0
+    assert "rank 1 of 2 failed:" in finished.output or "KeyboardInterrupt" in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_rank_that_can_serve_no_longer_ends_all(mpi):
+    script = """
+if world.rank == 0:  # a request longer than there is room for
+    world._progress._comm.Send(np.zeros(100), 1, 1)
+time.sleep(1000)
+"""
+    finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
+    assert finished.returncode != 0
+    assert "rank 1 of 2 failed:" in finished.output
+    assert "this rank can serve other nodes no longer: " in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_world_that_srun_did_not_join_is_a_usage_error(mpi):
+    """srun started 4 tasks, and each of them believes to be alone."""
+    finished = run(mpi, 0, "print('went on')", SLURM_STEP_NUM_TASKS="4")
+    assert finished.returncode != 0
+    assert "UsageError: srun started 4 tasks, but MPI sees a world of 1" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_mpirun_inside_a_step_of_srun_decides_the_size(mpi):
+    finished = run(mpi, 1, "print('ranks', world.size)", SLURM_STEP_NUM_TASKS="4")
+    assert finished.returncode == 0
+    assert "ranks 1" in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_the_launcher_of_another_mpi_is_a_usage_error(mpi):
+    others = [other for other in installed() if other != mpi]
+    for other in others:
+        command = [python(mpi), "-c", HEAD + "print('ranks', world.size)"]
+        finished = launch(2, command, mpi=other, timeout_seconds=IN_TIME_SECONDS)
+        assert finished.returncode != 0
+        assert "ranks 1" not in finished.output
+        told = "UsageError: the launcher started 2 ranks, but MPI (" in finished.output
+        assert told or "Fatal error in internal_Init_thread" in finished.output  # MPICH may refuse by itself
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_rank_may_start_a_process_that_is_alone(mpi):
+    script = """
+import subprocess
+from launching import environment
+child = "import mpitrain; print('alone', mpitrain.init().size)"
+print(world.size, subprocess.check_output([sys.executable, "-c", child], env=environment("active"), text=True))
+"""
+    finished = run(mpi, 2, script, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert finished.returncode == 0, finished.output
+    assert finished.output.count("2 alone 1") == 2

@@ -1,0 +1,179 @@
+"""A rank that computes or sleeps does not stop the exchange of another: the order of events says so, not their time."""
+
+import ctypes
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mpitrain.kernels.native import service
+
+BUSY_SECONDS = 1.0  # an exchange takes milliseconds
+
+
+def sleep(until):
+    time.sleep(max(until - time.monotonic(), 0))
+
+
+def compute(until):
+    a = np.ones((300, 300))
+    while time.monotonic() < until:
+        a @ a
+
+
+def interpret(until):
+    while time.monotonic() < until:
+        sum(range(1000))
+
+
+@pytest.fixture
+def comm(two_nodes):
+    from mpitrain.collectives.mpi import MPICommunicator
+
+    communicator = MPICommunicator(two_nodes)
+    yield communicator
+    two_nodes.comm.Barrier()
+    communicator.free()
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("work", [sleep, compute, interpret])
+def test_an_exchange_with_a_busy_rank_ends_before_its_work(comm, work):
+    boxes = comm.mailboxes(10_000, np.float32)
+    busy = comm.size - 1  # on the other node than rank 0
+    comm.barrier()
+    ended = 0.0
+    if comm.rank == 0:
+        for _ in range(5):
+            boxes.update(busy, lambda box, tags: None)
+        ended = time.monotonic()
+    elif comm.rank == busy:
+        work(time.monotonic() + BUSY_SECONDS)
+        ended = time.monotonic()
+    else:
+        sleep(time.monotonic() + BUSY_SECONDS)
+    times = comm.gather([ended])[:, 0]
+    assert times[0] < times[busy]
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 5)
+def test_a_progress_thread_runs_between_nodes_only_and_stops(one_node, two_nodes):
+    from mpitrain.collectives.world.progress import ProgressThread
+
+    assert one_node._progress is None
+    assert (two_nodes._progress is not None) == (two_nodes.n_nodes > 1)
+    thread = ProgressThread(one_node.comm)
+    assert thread._thread.is_alive()
+    thread.stop()
+    thread.stop()
+    assert not thread._thread.is_alive()
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
+    vector = comm.shared_vector(1024 * comm.size, np.float32)
+    visited = []
+    vector.update(lambda part, c: visited.append(part))
+    firsts = [int(row[0]) for row in comm.gather([float(visited[0].start // 1024)])]
+    assert sorted(firsts) == list(range(comm.size))  # no two with the same
+    assert all(two_nodes.nodes[home] != two_nodes.nodes[rank] for rank, home in enumerate(firsts))
+    assert sorted(part.start for part in visited) == sorted(part.start for part in vector.parts)
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("thread", ["foreground", "background"])
+def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
+    from mpitrain.collectives.mpi import LARGEST_SERVED_SHARD
+    from mpitrain.collectives.world.background import Background
+
+    vector = comm.shared_vector(5 * LARGEST_SERVED_SHARD // 2 * comm.size, np.float32)  # three blocks at each
+    n_visits = 4
+    background = Background(threads=thread == "background")
+
+    def visit():
+        for _ in range(n_visits):
+            vector.update(lambda part, c: np.add(c, 1, out=c) is None)
+
+    background.start(visit).finish()
+    background.stop()
+    comm.barrier()
+    out = np.empty(vector.n, np.float32)
+    vector.read(out)
+    assert np.array_equal(out, np.full_like(out, n_visits * comm.size))
+
+
+SERVED = {"MPI_Testany": 5, "MPI_Send": 6, "MPI_Isend": 7, "MPI_Irecv": 7, "MPI_Testall": 4}  # and their arguments
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Local. `failing(name, n)`: a service of this rank alone in which a function of MPI fails after n calls.
+
+    Beside it what its thread raised.
+    """
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world.progress import ProgressThread
+
+    made, raised = [], []
+    monkeypatch.setattr(threading, "excepthook", lambda args: raised.append(str(args.exc_value)))
+    serve = service.serve()
+
+    def make(name, n_good):
+        k, kind = service.FUNCTIONS.index(name), ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * SERVED[name])
+        n_calls = 0
+
+        def call(*arguments):
+            nonlocal n_calls
+            n_calls += 1
+            return real(*arguments) if n_calls <= n_good else MPI.ERR_OTHER
+
+        def serve_badly(functions, *rest):
+            nonlocal real
+            real, functions = kind(int(functions[k])), functions.copy()
+            functions[k] = ctypes.cast(stub, ctypes.c_void_p).value
+            return serve(functions, *rest)
+
+        real, stub = None, kind(call)
+        monkeypatch.setattr(service, "serve", lambda: serve_badly)
+        made.append(ProgressThread(MPI.COMM_SELF))
+        return made[-1], raised
+
+    yield make
+    for thread in made:
+        thread.stop()
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize(("name", "n_good"), [*((name, 0) for name in SERVED), ("MPI_Irecv", 1)])
+def test_an_error_of_mpi_ends_the_service_and_is_told(failing, name, n_good):
+    from mpi4py import MPI
+
+    thread, raised = failing(name, n_good)
+    there, here, none = np.ones(8), np.zeros(8), np.zeros(0)
+    thread.fetch(0, (there.ctypes.data, 0), (here, none))
+    thread._thread.join(20.0)
+    assert not thread._thread.is_alive()
+    assert raised == [f"this rank can serve other nodes no longer: {MPI.Exception(MPI.ERR_OTHER)}"]
+
+
+@pytest.mark.ranks(1, 2)
+def test_who_lets_a_service_wait_hears_of_its_error(failing):
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world.background import Background
+
+    thread, _ = failing("MPI_Isend", 0)
+    there, here, none, locked = np.ones(8), np.zeros(8), np.zeros(0), np.ones(1, np.int64)
+    waits = thread.fetch(0, (there.ctypes.data, 0), (here, none), (locked.ctypes.data, 2))
+    time.sleep(0.2)  # it has come, and nothing else does
+    shared, background = thread._calls.shared, Background(threads=True)
+    shared[service.TRUSTED] = 1
+    started = background.start(waits.wait)
+    while shared[service.OUTCOME] != service.WATCHING:
+        time.sleep(0.001)
+    thread.fetch(0, (there.ctypes.data, 0), (here.copy(), none))
+    with pytest.raises(MPI.Exception):
+        started.finish()
+    background.stop()

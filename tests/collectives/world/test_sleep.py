@@ -1,0 +1,118 @@
+"""A serving thread that has nothing to do sleeps, where the network wakes it, and hears what comes."""
+
+import os
+import select
+
+import pytest
+from support.launching import installed, launch, python
+
+# Ranks of one machine that speak TCP with each other.
+TCP = {"openmpi": {"OMPI_MCA_btl": "self,tcp"}, "mpich": {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"}}
+
+SCRIPT = """
+import sys
+import threading
+import time
+from pathlib import Path
+import numpy as np
+import mpitrain
+from mpitrain.collectives.world import progress
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.kernels.native import service
+
+watched, outcomes = progress._Calls.watched, []
+
+def noted(*arguments):
+    outcomes.append(watched(*arguments))
+    return outcomes[-1]
+
+progress._Calls.watched = noted
+world = mpitrain.init()
+comm = MPICommunicator(world)
+vector = comm.shared_vector(2000, np.float32)
+
+def wakes():
+    (thread,) = [t for t in threading.enumerate() if t.name == "mpi-progress"]
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    return int(status.partition("\\nvoluntary_ctxt_switches:")[2].split()[0])
+
+visits = 0
+
+def visit():
+    global visits
+    visits += 1
+    vector.update(lambda part, c: np.add(c, 1, out=c) is None)
+
+visit()  # compiles what is not compiled yet
+world.barrier()
+for rank in range(2):  # one asks the other, which is not in MPI meanwhile, until that one trusts what announces it
+    trusts = Path(sys.argv[1], str(1 - rank))
+    while not trusts.exists():
+        if world.rank == rank:
+            visit()
+            time.sleep(0.05)  # longer than the naps of the other one
+        elif world.service._calls.shared[service.TRUSTED]:
+            trusts.touch()
+        else:
+            time.sleep(0.01)
+    world.barrier()
+time.sleep(0.1)
+before = wakes()
+time.sleep(1)
+n_wakes = wakes() - before
+world.barrier()
+for k in range(30 - world.rank):
+    comm.start(visit).finish() if k < 10 else visit()
+world.barrier()
+out = np.empty(vector.n, np.float32)
+vector.read(out)
+assert world.n_nodes == 2
+assert np.unique(out).tolist() == [world.comm.allreduce(visits)]
+# Asleep for 5 ms at a time, 200 times a second; one that naps for 1 ms wakes 900 times, fewer on a loaded machine.
+assert n_wakes <= 400, n_wakes
+# What an exchange in the background waits for, it waits for; the other thread of the rank sleeps.
+assert 1 in outcomes, outcomes
+assert set(outcomes) <= {0, 1}, outcomes
+world.barrier()
+comm.free()
+"""
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_others(mpi, tmp_path):
+    environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
+    finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
+    assert finished.returncode == 0, finished.output
+
+
+def test_a_bell_is_heard_once_however_often_it_was_rung():
+    from mpitrain.collectives.world.progress import Bell
+
+    bell, poll = Bell(), select.poll()
+    poll.register(bell.reads, select.POLLIN)
+    assert not poll.poll(0)
+    for _ in range(100_000):  # more than a pipe has room for
+        bell.ring()
+    assert poll.poll(0) == [(bell.reads, select.POLLIN)]
+    while poll.poll(0):
+        assert os.read(bell.reads, 1 << 20)
+    bell.ring()
+    assert poll.poll(0)
+
+
+def test_files_of_events_are_found_and_told_when_something_has_happened():
+    from mpitrain.collectives.world.progress import Bell, files_of_events, polled
+
+    before, bell = set(files_of_events()), Bell()
+    with select.epoll() as epoll:
+        epoll.register(bell.reads, select.EPOLLIN)
+        (file,) = set(files_of_events()) - before
+        assert file == epoll.fileno()
+        (row,) = polled([file])
+        assert row.nbytes == 8
+        assert (row["fd"], row["events"]) == (file, select.POLLIN)
+        poll = select.poll()
+        poll.register(file, int(row["events"]))
+        assert not poll.poll(0)
+        bell.ring()
+        assert poll.poll(0)

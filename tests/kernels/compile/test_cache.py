@@ -1,0 +1,143 @@
+"""Compiled kernels on disk: many processes at once, a later one that compiles nothing, and no place to write."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpitrain.kernels
+from mpitrain.kernels.compile import cache
+
+SCRIPT = """
+import json, sys
+import numpy as np
+from mpitrain.kernels import elastic_exchange, reduce_sum
+from mpitrain.kernels.compile import cache
+assert "numba" not in sys.modules
+x, c = np.ones(99, np.float32), np.zeros(99, np.float32)
+elastic_exchange(x, c, 0.25, 0.5)
+h = np.ones(99, np.float16)
+elastic_exchange(h, np.zeros(99, np.float16), 0.25, 0.5)
+out = np.empty(99)
+reduce_sum(out, [np.ones(99)] * 9)
+assert set(x) == {0.75} and set(c) == {0.5} and set(h) == {0.75} and set(out) == {9.0}
+print(json.dumps(cache.statistics))
+"""
+ROOT = Path(mpitrain.kernels.__file__).parents[2]
+
+
+def start(head="", **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MPITRAIN_", "NUMBA_", "XDG_"))}
+    environment |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen(
+        [sys.executable, "-c", head + SCRIPT],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def files(root):
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_path):
+    counts = [finish(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(4)]]
+    assert all(sum(count.values()) == 3 for count in counts)
+    assert any(count["compiled"] for count in counts)
+    before = files(tmp_path)
+    assert len({path.parent for path in before if path.suffix == ".py"}) == 3
+    assert not [path for path in before if path.name.startswith(".") or ".tmp" in path.name]
+    assert finish(start(MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_source_is_written_again(tmp_path):
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    for path in tmp_path.rglob("*.py"):
+        path.write_text("raise SystemExit('half a file')")
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+
+
+def test_the_first_place_that_can_be_written_to_is_used(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.touch()
+    finish(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
+    assert list((tmp_path / "xdg" / "mpitrain").rglob("*.nbc"))
+
+
+# As a quota does it: an empty file can be made, and nothing can be written into it.
+FULL = """
+import builtins, errno, os, tempfile
+real_fdopen, real_open = os.fdopen, builtins.open
+class Full:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def write(self, data): raise OSError(errno.EDQUOT, "Disk quota exceeded")
+def is_full(name): return os.path.realpath(name).startswith({full!r}) and {which!r} in str(name)
+def fdopen(fd, mode="r", *more):
+    file = real_fdopen(fd, mode, *more)
+    return Full(file) if "w" in mode and is_full(os.readlink(f"/proc/self/fd/{{fd}}")) else file
+def open(name, mode="r", *more, **options):
+    file = real_open(name, mode, *more, **options)
+    return Full(file) if "w" in mode and isinstance(name, str) and is_full(name) else file
+os.fdopen, builtins.open = fdopen, open
+"""
+
+
+@pytest.mark.parametrize("which", ["", ".nbc", ".nbi"])
+def test_where_the_first_place_is_full_the_next_one_is_used(tmp_path, which):
+    full, other = tmp_path / "full", tmp_path / "xdg"
+    head = FULL.format(full=str(full), which=which)
+    for expected in ({"compiled": 3, "loaded": 0}, {"compiled": 0, "loaded": 3}):
+        assert finish(start(head, MPITRAIN_CACHE_DIR=full, XDG_CACHE_HOME=other, HOME=tmp_path)) == expected
+    assert len(list(other.rglob("*.nbc"))) == 3
+    assert not [path for path in full.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
+
+
+def test_what_a_full_place_has_is_used(tmp_path):
+    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    head = FULL.format(full=str(tmp_path), which="")
+    assert finish(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+
+
+def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.touch()
+    nowhere = {"MPITRAIN_CACHE_DIR": blocked, "XDG_CACHE_HOME": blocked, "HOME": blocked}
+    driver = f"import tempfile; tempfile.tempdir = {str(blocked)!r}\n"
+    process = subprocess.run(
+        [sys.executable, "-c", driver + SCRIPT],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(path) for name, path in nowhere.items()}},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
+
+
+@pytest.mark.parametrize("imported", ["native.atomics", "native.lock_words", "compile.halves"])
+def test_a_kernel_is_compiled_again_when_what_it_imports_from_has_changed(imported, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(cache._KERNELS, tmp_path / "kernels"))
+    monkeypatch.setattr(cache, "_KERNELS", folder)
+    source = f"import math\nfrom mpitrain.kernels.{imported} import __name__ as name\n"
+
+    first = cache._digest(source)
+    (folder / "norms.py").write_text("something else")
+    assert cache._digest(source) == first
+    (folder / imported.replace(".", "/")).with_suffix(".py").write_text("something else")
+    assert cache._digest(source) != first

@@ -1,0 +1,87 @@
+"""Ranks that meet in shared words: nobody leaves before all have come, whoever is late, and sums are NumPy's."""
+
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpitrain.kernels.compile.declare import as_bits
+from mpitrain.kernels.native.node_barrier import STRIDE, meet, sum_together
+from mpitrain.kernels.reductions import DIRECT
+
+IMPATIENT = 1
+
+
+def in_threads(n, body):
+    """Run ``body(rank)`` on n threads; what compiled code waits for, it waits for without the interpreter's lock."""
+    failed = []
+
+    def guarded(rank):
+        try:
+            body(rank)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_nobody_leaves_a_meeting_before_all_have_come(n):
+    words, arrived = np.zeros(STRIDE * n, np.int64), np.zeros(n, np.int64)
+    function, rng = meet(), np.random.default_rng(n)
+    late = rng.integers(0, n, 60)
+
+    def body(rank):
+        for number in range(1, 61):
+            if late[number - 1] == rank:
+                threading.Event().wait(0.001)
+            arrived[rank] = number
+            first = 0
+            while first != n:
+                first = function(words, rank, n, number, first, IMPATIENT)
+            assert np.all(arrived >= number)
+
+    in_threads(n, body)
+    assert np.all(words[::STRIDE] == 60)
+
+
+def test_a_long_wait_returns_to_the_interpreter_who_is_awaited():
+    words = np.zeros(STRIDE * 3, np.int64)
+    words[STRIDE * 1] = 1
+    assert meet()(words, 0, 3, 1, 0, IMPATIENT) == 2
+    words[STRIDE * 2] = 1
+    assert meet()(words, 0, 3, 1, 2, IMPATIENT) == 3
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, DIRECT])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_the_sum_of_all_has_numpys_bits(k, dtype):
+    n, rounds = 1003, 5
+    vectors = [np.random.default_rng([k, rank]).normal(size=n).astype(dtype) for rank in range(k)]
+    wide = np.float64 if dtype == np.float64 else np.float32
+    expected = vectors[0].astype(wide)
+    for _ in range(rounds):
+        total = expected.copy()
+        others = [v.astype(wide) for v in vectors[1:]] if _ == 0 else [expected] * (k - 1)
+        for other in others:
+            total = total + other
+        expected = (wide(1 / k) * total).astype(dtype).astype(wide)
+    words, function = np.zeros(STRIDE * k, np.int64), sum_together(k, np.dtype(dtype))
+    arguments = as_bits(vectors) if np.dtype(dtype).itemsize == 2 else vectors
+
+    def body(rank):
+        start, stop = rank * n // k, (rank + 1) * n // k
+        for round in range(rounds):
+            progress = 0
+            while progress != 2 * k:
+                progress = function(words, rank, 2 * round + 1, progress, IMPATIENT, *arguments, start, stop, 1 / k)
+
+    in_threads(k, body)
+    for vector in vectors:
+        assert vector.tobytes() == expected.astype(dtype).tobytes()

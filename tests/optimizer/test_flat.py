@@ -1,0 +1,231 @@
+"""A model's parameters as one vector."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mpitrain import UsageError
+from mpitrain.optimizer.flat import FlatParameters, for_each_state_tensor
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+shapes = st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1, max_size=6)
+
+
+def numbered(*shapes, dtype=torch.float32):
+    """Parameters that hold 1, 2, 3, ...: every element has a value of its own."""
+    made, end = [], 0
+    for shape in shapes:
+        n = int(np.prod(shape))
+        values = torch.arange(end + 1, end + n + 1, dtype=torch.float64).to(dtype).reshape(shape)
+        made.append(nn.Parameter(values))
+        end += n
+    return made
+
+
+def attached(parameters, *, staged=False):
+    flat = FlatParameters([{"params": parameters}])
+    x, g = np.zeros(flat.n, flat.dtype), np.zeros(flat.n, flat.dtype)
+    flat.attach(x, g, staged=staged)
+    return flat, x, g
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shapes=shapes)
+def test_parameters_keep_their_values(dtype, staged, shapes):
+    if not any(np.prod(shape) for shape in shapes):
+        shapes = [*shapes, (1,)]
+    parameters = numbered(*shapes, dtype=dtype)
+    before = [p.detach().clone() for p in parameters]
+    flat, x, _ = attached(parameters, staged=staged)
+    for parameter, wanted in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, wanted)
+    in_order = np.concatenate([b.double().numpy().ravel() for b in before])
+    values = x.astype(np.float64)
+    assert np.array_equal(values[values != 0], in_order)  # in their order, with zeros between them
+    assert flat.n_parameters == in_order.size
+    flat.check_attached()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_every_tensor_begins_on_a_64_byte_boundary(sizes):
+    parameters = numbered(*[(n,) for n in sizes])
+    attached(parameters)
+    base = min(p.data_ptr() for p in parameters)
+    assert [(p.data_ptr() - base) % 64 for p in parameters] == [0] * len(sizes)
+
+
+def test_tensors_are_views_of_the_vector():
+    parameters = numbered((2, 3), (4,))
+    _, x, g = attached(parameters)
+    x[...] = 7
+    assert all((p == 7).all() for p in parameters)
+    with torch.no_grad():
+        parameters[1].fill_(5)
+    assert (x[16:20] == 5).all()
+    sum((p * p).sum() for p in parameters).backward()
+    assert g[:6].tolist() == [14.0] * 6
+    assert g[16:20].tolist() == [10.0] * 4
+    assert not g[6:16].any()
+
+
+def test_staged_vectors_are_copies_to_and_fro():
+    parameters = numbered((3,))
+    flat, x, g = attached(parameters, staged=True)
+    assert x[:3].tolist() == [1, 2, 3]
+    parameters[0].grad.fill_(4)
+    assert not g.any()
+    flat.to_host()
+    assert g[:3].tolist() == [4, 4, 4]
+    x[:3] = 9
+    flat.to_device()
+    assert parameters[0].tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_come_back_after_the_models_own_zero_grad(set_to_none):
+    model = nn.Linear(3, 2)
+    flat, _, g = attached(list(model.parameters()))
+    model(torch.ones(1, 3)).sum().backward()
+    model.zero_grad(set_to_none=set_to_none)
+    model(2 * torch.ones(1, 3)).sum().backward()
+    flat.collect_gradients()
+    assert g[:6].tolist() == [2.0] * 6
+    assert g[16:18].tolist() == [1.0] * 2
+    assert model.weight.grad.data_ptr() == g.ctypes.data
+
+
+def test_gradient_that_is_missing_is_zero():
+    parameters = numbered((3,), (2,))
+    flat, _, g = attached(parameters)
+    g[...] = 1
+    parameters[1].grad = None
+    flat.collect_gradients()
+    assert g[:3].tolist() == [1, 1, 1]
+    assert g[16:18].tolist() == [0, 0]
+    assert parameters[1].grad.tolist() == [0, 0]
+
+
+def test_zeroing_gradients_keeps_them_in_the_vector():
+    parameters = numbered((3,))
+    flat, _, g = attached(parameters)
+    parameters[0].grad = torch.ones(3)
+    flat.zero_gradients()
+    (3 * parameters[0]).sum().backward()
+    assert g[:3].tolist() == [3, 3, 3]
+
+
+def test_tied_weights_are_there_once():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    flat, x, _ = attached(list(model.parameters()))
+    assert flat.n_parameters == 16
+    x[...] = 0.5
+    assert (second.weight == 0.5).all()
+    assert first.weight is second.weight
+
+
+def test_groups_are_segments():
+    a, b, c, d = numbered((3,), (20,), (2, 2), (5,))
+    d.requires_grad_(False)
+    flat = FlatParameters([{"params": [a, b]}, {"params": [d]}, {"params": [c]}])
+    assert flat.segments == [slice(0, 48), slice(48, 48), slice(48, 64)]
+    assert flat.n == 64
+    assert flat.n_parameters == 27
+
+
+def test_frozen_parameters_stay_where_they_are():
+    trained, frozen = numbered((2,), (3,))
+    frozen.requires_grad_(False)
+    where = frozen.data_ptr()
+    attached([trained, frozen])
+    assert frozen.data_ptr() == where
+    assert frozen.tolist() == [3, 4, 5]
+
+
+def test_another_vector_is_held_and_given_back():
+    parameters = numbered((2,), (3,))
+    flat, x, _ = attached(parameters)
+    other = np.full(flat.n, 9, np.float32)
+    with flat.holding(other):
+        assert parameters[1].tolist() == [9, 9, 9]
+    assert parameters[1].tolist() == [3, 4, 5]
+    with pytest.raises(KeyError), flat.holding(other):
+        raise KeyError
+    assert parameters[0].tolist() == [1, 2]
+    assert x[:2].tolist() == [1, 2]
+    flat.check_attached()
+
+
+def test_detached_parameters_have_their_values_and_memory_of_their_own():
+    parameters = numbered((2,), (3,))
+    flat, x, _ = attached(parameters)
+    flat.detach()
+    x[...] = 0
+    assert parameters[1].tolist() == [3, 4, 5]
+    assert all(p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "move", [lambda m: m.double(), lambda m: m.half(), lambda m: setattr(m.weight, "data", m.weight.data.clone())]
+)
+def test_model_moved_afterwards_is_noticed(move):
+    model = nn.Linear(3, 2)
+    flat, _, _ = attached(list(model.parameters()))
+    model.float()  # moves nothing
+    flat.check_attached()
+    move(model)
+    with pytest.raises(UsageError, match="moved or converted after"):
+        flat.check_attached()
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def test_parameters_of_several_types_are_refused():
+    with pytest.raises(UsageError, match=r"torch\.float16, torch\.float32.*model\.float\(\)") as error:
+        FlatParameters([{"params": [*numbered((2,)), *numbered((2,), dtype=torch.float16)]}])
+    assert one_line(error)
+
+
+def test_parameters_that_are_not_real_are_refused():
+    with pytest.raises(UsageError, match=r"torch\.complex64, not floating point") as error:
+        FlatParameters([{"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}])
+    assert one_line(error)
+
+
+def test_whole_numbers_are_no_trainable_parameters():
+    whole = nn.Parameter(torch.arange(3), requires_grad=False)
+    with pytest.raises(UsageError, match="no trainable parameter") as error:
+        FlatParameters([{"params": [whole]}])
+    assert one_line(error)
+    flat, _, _ = attached([whole, *numbered((2,))])
+    assert flat.n_parameters == 2
+    assert whole.tolist() == [0, 1, 2]
+
+
+def test_state_tensors_are_visited_as_bytes_and_written_back():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(torch.bfloat16)
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.zeros(0))
+    model[0].weight.data = model[0].weight.data.t()  # not contiguous
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = []
+
+    def keep(raw):
+        assert raw.dtype == np.uint8
+        seen.append(raw.copy())
+
+    for_each_state_tensor(model, keep)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    recorded = iter(seen)
+    for_each_state_tensor(model, lambda raw: np.copyto(raw, next(recorded)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,337 @@
+"""What holds between ranks, whatever their number."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from support.on_ranks import ranks
+from support.quadratic import simulate, slope
+from torch import nn
+
+from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD, UsageError
+
+# The first optimizer imports a large part of torch, which takes its time where ranks share a core.
+pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
+
+
+def numbers(model):
+    return np.concatenate([p.detach().double().numpy().ravel() for p in model.parameters()])
+
+
+def mlp(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).to(dtype)
+
+
+class Point(nn.Module):
+    """Parameters x_i whose gradient is h_i (x_i - b_i)."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor(start))
+
+    def descend(self, optimizer, h, b):
+        optimizer.zero_grad()
+        (0.5 * h * (self.x - b) ** 2).sum().backward()
+        optimizer.step()
+
+
+def test_all_begin_with_the_model_of_rank_0(world):
+    def model(seed):
+        torch.manual_seed(seed)
+        made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2, dtype=torch.float32))
+        made[1].running_mean.fill_(seed + 0.5)
+        made[1].num_batches_tracked.fill_(seed + 7)
+        return made
+
+    mine, first = model(world.rank), model(0)
+    with DistributedOptimizer(torch.optim.SGD(mine.parameters(), lr=0.1), mine, EASGD()):
+        for name, tensor in mine.state_dict().items():
+            assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_ranks_share_the_cores(world, monkeypatch):
+    n_cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(n_cores)
+    try:
+        model = mlp(0)
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD()):
+            assert torch.get_num_threads() == max(n_cores // world.local_size, 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parameters_outside_the_optimizer_begin_alike_too(world):
+    mine, first = mlp(world.rank), mlp(0)
+    mine[0].requires_grad_(False)
+    with DistributedOptimizer(torch.optim.SGD(mine[2].parameters(), lr=0.1), mine, AllReduceSGD()):
+        assert np.array_equal(numbers(mine), numbers(first))
+
+
+def of_width(n):
+    return nn.Sequential(nn.Linear(6, n), nn.Linear(n, 4))
+
+
+def freeze_bias(model):
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+OTHERS = {
+    "shape": (lambda: of_width(8), "0.weight is (9, 6) torch.float32 on rank 0, and 0.weight is (8, 6)"),
+    "type": (lambda: of_width(9).double(), "float32 on rank 0, and 0.weight is (9, 6) torch.float64"),
+    "number": (lambda: of_width(9).append(nn.Linear(4, 4)), "on rank 0, and 2.weight is (4, 4)"),
+    "buffers": (lambda: of_width(9).append(nn.BatchNorm1d(4, affine=False)), "on rank 0, and 2.running_mean is (4,)"),
+    "frozen": (lambda: freeze_bias(of_width(9)), "on rank 0, and 0.bias is frozen in parameter group 0"),
+}
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("difference", OTHERS)
+def test_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
+    make, words = OTHERS[difference]
+    last = world.size - 1
+    model = make() if world.rank == last else of_width(9)
+    with pytest.raises(UsageError, match=re.escape(words) + f".* on rank {last}; make the same"):
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD())
+
+
+@pytest.mark.ranks(2, 3)
+def test_order_of_the_parameters_must_be_the_same_on_all(world):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layers = model if world.rank == 0 else reversed(model)
+    base = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+    with pytest.raises(UsageError, match=r"0.weight is trainable .* on rank 0, and 1.weight is trainable .* on rank 1"):
+        DistributedOptimizer(base, model, EASGD())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_ranks_with_b_samples_are_one_process_with_all_of_them(world, dtype, tolerance):
+    p, b, steps = world.size, 3, 15
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(steps, p * b, 6))).to(dtype)
+    y = torch.from_numpy(rng.integers(4, size=(steps, p * b)))
+    ours, whole = mlp(world.rank, dtype), mlp(0, dtype)
+    alone = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    base = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    own = slice(world.rank * b, (world.rank + 1) * b)
+    with DistributedOptimizer(base, ours, AllReduceSGD()) as optimizer:
+        for t in range(steps):
+            for model, one, part in ((ours, optimizer, own), (whole, alone, slice(None))):
+                one.zero_grad()
+                nn.functional.cross_entropy(model(x[t, part]), y[t, part]).backward()
+                one.step()
+        np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=tolerance, atol=tolerance)
+        everyones = world.comm.allgather(numbers(ours))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+
+
+def groups(model):
+    """Two parameter groups with settings of their own."""
+    return torch.optim.SGD(
+        [
+            {"params": model[0].parameters(), "weight_decay": 0.01},
+            {"params": model[2].parameters(), "lr": 0.03, "momentum": 0.8, "nesterov": True},
+        ],
+        lr=0.1,
+        momentum=0.9,
+    )
+
+
+def descend(model, optimizer, t, rank=0, size=1):
+    """A step with this rank's part of the 60 samples of step ``t``."""
+    rng = np.random.default_rng(t)
+    x, y = torch.from_numpy(rng.normal(size=(60, 6))), torch.from_numpy(rng.integers(4, size=60))
+    own = slice(rank * 60 // size, (rank + 1) * 60 // size)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x[own]), y[own]).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_ranks_of_a_node_share_parameters_and_each_keeps_the_momentum_of_its_slice(n_nodes):
+    with ranks(n_nodes) as comm:
+        ours, whole = mlp(comm.rank), mlp(0)
+        alone = groups(whole)
+        with DistributedOptimizer(groups(ours), ours, AllReduceSGD(), world=comm.world) as optimizer:
+            for t in range(9):
+                descend(ours, optimizer, t, comm.rank, comm.size)
+                descend(whole, alone, t)
+            np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=1e-12, atol=1e-12)
+            held = optimizer.state_dict()["method"]["velocity"].size
+            of_nodes = [(comm.nodes[comm.rank], held)]
+            total = dict.fromkeys(comm.nodes, 0)
+            for node, size in comm.world.comm.allreduce(of_nodes):
+                total[node] += size
+            assert set(total.values()) == {optimizer.state_dict()["parameters"].size}
+            comm.barrier()
+            if comm.rank == comm.world.node_ranks[0]:
+                with torch.no_grad():
+                    ours[0].weight.fill_(3.0)
+            comm.barrier()
+            assert (ours[0].weight == 3.0).all()  # there is one copy
+            comm.barrier()
+        assert (ours[0].weight == 3.0).all()  # and after the end each has its own
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
+def test_a_state_continues_on_another_number_of_nodes(before, after):
+    whole = mlp(0)
+    alone = groups(whole)
+    for t in range(9):
+        descend(whole, alone, t)
+    with ranks(before) as comm:
+        model = mlp(0)
+        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+            for t in range(5):
+                descend(model, optimizer, t, comm.rank, comm.size)
+            saved = optimizer.state_dict()
+    with ranks(after) as comm:
+        model = mlp(7)
+        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+            optimizer.load_state_dict(saved)
+            for t in range(5, 9):
+                descend(model, optimizer, t, comm.rank, comm.size)
+            np.testing.assert_allclose(numbers(model), numbers(whole), rtol=1e-12, atol=1e-12)
+
+
+H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
+
+
+@pytest.mark.parametrize("tau", [1, 3])
+@pytest.mark.parametrize("grad_point", ["pre", "post"])
+@pytest.mark.parametrize("kind", [EASGD, EAMSGD])
+def test_ranks_do_what_simulated_workers_do(world, kind, grad_point, tau):
+    method = kind(moving_rate=0.2, period=tau, synchronous=True, grad_point=grad_point)
+    start, steps, p = np.random.default_rng(1).normal(size=50), 20, world.size
+    simulated = simulate(method, p, start=start, eta=0.1, decay=0.01, gradient=slope(H[:p], B[:p])).run(steps)
+    model = Point(start)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    with DistributedOptimizer(base, model, method) as optimizer:
+        for _ in range(steps):
+            model.descend(optimizer, H[world.rank], B[world.rank])
+        np.testing.assert_allclose(numbers(model), simulated.x()[world.rank][:50], rtol=1e-12, atol=1e-13)
+        with optimizer.consensus():
+            np.testing.assert_allclose(numbers(model), simulated.consensus()[:50], rtol=1e-12, atol=1e-13)
+
+
+def test_asynchronous_exchanges_conserve_the_sum_of_workers_and_center(world):
+    rng = np.random.default_rng(world.rank)
+    model = Point(np.zeros(1000))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, EASGD(period=1)) as optimizer:
+        mine = rng.normal(size=1000)
+        with torch.no_grad():
+            model.x.copy_(torch.from_numpy(mine))
+        total = world.comm.allreduce(mine)  # and the center is 0
+        for _ in range(int(rng.integers(20, 60))):
+            model.descend(optimizer, 1.0, 0.0)
+        world.barrier()
+        sum_of_workers = world.comm.allreduce(numbers(model))
+        with optimizer.consensus():
+            center = numbers(model)
+        np.testing.assert_allclose(sum_of_workers + center, total, rtol=0, atol=1e-12)
+        assert np.abs(center).max() > 1e-3
+        world.barrier()
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_the_end_hands_over_what_no_exchange_has_taken(world, in_groups):
+    model, k, n_steps = Point(np.ones(50)), world.size if in_groups else 1, 3
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with DistributedOptimizer(base, model, Downpour(period=100), replica_size=k) as optimizer:
+        for _ in range(n_steps):
+            model.descend(optimizer, 1.0, 0.0)
+        world.barrier()
+        optimizer.settle()
+        optimizer.finish()
+        world.barrier()
+        gained = (1 - 0.1) ** n_steps - 1
+        if world.rank % k == 0:  # the others ask by a message, which not every MPI allows
+            np.testing.assert_allclose(optimizer.consensus_vector()[:50], 1 + world.size // k * gained, rtol=1e-12)
+        everyones = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones) or not in_groups
+        world.barrier()
+
+
+def test_gossip_stays_in_the_hull(world):
+    model = Point(np.zeros(200))
+    for direction in ("pull", "push"):
+        method = GossipSGD(direction=direction)
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, method) as optimizer:
+            with torch.no_grad():
+                model.x.fill_(1.0 + world.rank)
+            world.barrier()
+            for _ in range(40):
+                model.descend(optimizer, 1.0, 0.0)
+            # What was published before the values were set above is the zeros of the start.
+            assert (numbers(model) >= 0).all()
+            assert (numbers(model) <= world.size).all()
+            world.barrier()
+
+
+def test_asynchronous_ranks_wait_for_nobody(world):
+    model = Point(np.ones(100))
+    for method in (EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD(), GossipSGD(direction="push")):
+        with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, method) as optimizer:
+            for _ in range(5 * (1 + world.rank)):  # a different number of steps on each
+                model.descend(optimizer, 1.0, 0.0)
+            if world.rank == 0:  # alone, while the others are still at work
+                with optimizer.consensus():
+                    assert np.isfinite(numbers(model)).all()
+
+
+def test_batchnorm_statistics_stay_local(world):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, AllReduceSGD()) as optimizer:
+        torch.manual_seed(world.rank)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3) + world.rank).square().mean().backward()
+            optimizer.step()
+        means = world.comm.allgather(model[1].running_mean.numpy().copy())
+        everyones = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+        assert len({mean.tobytes() for mean in means}) == world.size
+
+
+def test_rank_whose_gradient_was_not_finite_says_so_once(world, capsys):
+    model = Point(np.ones(64))
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD(period=1)) as optimizer:
+        bad = world.rank == world.size - 1
+        capsys.readouterr()
+        for t in range(6):
+            model.descend(optimizer, np.nan if bad and t in (1, 3) else 1.0, 0.0)
+            world.barrier()
+    words = f"mpitrain: rank {world.rank}: 64 values were not finite and were kept out"
+    told = capsys.readouterr().err
+    assert told.count("not finite") == told.count(words) == int(bad)
+
+
+def test_nan_of_one_rank_stays_with_it_and_it_recovers(world):
+    model = Point(np.ones(64))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    with DistributedOptimizer(base, model, EASGD(period=1)) as optimizer:
+        bad = world.rank == world.size - 1 and world.size > 1
+        for step in range(5):
+            model.descend(optimizer, np.nan if bad and step == 2 else 1.0, 0.0)
+            assert np.isfinite(numbers(model)).all() != (bad and step == 2)
+        world.barrier()
+        assert optimizer.statistics.n_rejected == (64 if bad else 0)
+        with optimizer.consensus():
+            assert np.isfinite(numbers(model)).all()
+        world.barrier()
+
+
+@pytest.mark.ranks(2, 3)
+def test_an_average_beside_an_overlapped_all_reduce_leaves_it_as_it_is(world):
+    model = Point(np.full(8, 1.0 + world.rank))
+    base, average = torch.optim.SGD(model.parameters(), lr=0.1), Average("moving", 0.5)
+    with DistributedOptimizer(base, model, AllReduceSGD(overlap=True), average=average) as optimizer:
+        (model.x * (1.0 + world.rank)).sum().backward()
+        assert np.allclose(model.x.grad.numpy(), (1 + world.size) / 2)  # the mean, before the step
+        optimizer.step()
+        world.barrier()

@@ -1,0 +1,403 @@
+"""Checkpoints: what is loaded equals what was saved, and a crash leaves the one before."""
+
+import errno
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mpitrain import UsageError
+from mpitrain.records import checkpoint
+
+
+class Alone:
+    """All that a checkpoint asks of a world."""
+
+    def __init__(self, rank=0, size=1, dead=()):
+        self.rank, self.size, self.dead = rank, size, frozenset(dead)
+
+    def barrier(self):
+        pass
+
+    def together(self, collective):
+        return collective(self)
+
+    def allgather(self, value):
+        return [value]
+
+    def bcast(self, value):
+        return value
+
+
+ALONE = Alone()
+FAST = (
+    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+)  # to sync a disk takes its time, and there are many examples
+
+
+def same(a, b):
+    """Equal in kind, type, shape and bits."""
+    if isinstance(a, dict):
+        return type(b) is dict and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        if not a.numel():  # torch cannot view every empty tensor as bytes
+            return True
+        return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, float) and math.isnan(a):
+        return isinstance(b, float) and math.isnan(b)
+    return type(a) is type(b) and a == b
+
+
+def round_trip(state):
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        return checkpoint.load(checkpoint.save(Path(folder), 1, state, ALONE), ALONE)
+
+
+whole = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+array_types = st.sampled_from(["bool", *whole, "float16", "float32", "float64"]).map(np.dtype)
+any_shape = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+arrays = hnp.arrays(array_types, any_shape)
+bfloat16_arrays = hnp.arrays(np.uint16, any_shape).map(lambda a: a.view(ml_dtypes.bfloat16))
+tensors = arrays.map(lambda a: torch.from_numpy(a.copy()))
+bfloat16_tensors = hnp.arrays(np.uint16, any_shape).map(lambda a: torch.from_numpy(a.copy()).view(torch.bfloat16))
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), text, arrays, bfloat16_arrays, tensors, bfloat16_tensors
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(text, st.integers(-(2**40), 2**40)), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100)
+@given(nested)
+def test_what_is_loaded_is_what_was_saved(state):
+    assert same({"state": state}, round_trip({"state": state}))
+
+
+@pytest.mark.parametrize("number", [np.float64(0.1), np.float64("nan"), 2**200, -(2**63), -0.0, math.inf, True])
+def test_numbers_keep_their_value(number):
+    loaded = round_trip({"x": number})["x"]
+    assert loaded == number or math.isnan(loaded)
+    assert math.copysign(1, loaded) == math.copysign(1, number)
+
+
+def test_views_are_saved_as_what_they_show():
+    array, tensor = np.arange(12).reshape(3, 4), torch.arange(12).reshape(3, 4)
+    loaded = round_trip(
+        {"array": array[:, ::2].T, "tensor": tensor[:, ::2].t(), "parameter": torch.nn.Parameter(torch.ones(2))}
+    )
+    assert np.array_equal(loaded["array"], array[:, ::2].T)
+    assert torch.equal(loaded["tensor"], tensor[:, ::2].t())
+    assert loaded["parameter"].tolist() == [1, 1]
+
+
+def test_optimizer_state_goes_through():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(round_trip(optimizer.state_dict()))
+    optimizer.step()
+
+
+def test_long_text_goes_through():
+    assert round_trip({"text": "x" * 200_000})["text"] == "x" * 200_000
+
+
+def test_newest_two_are_kept(tmp_path):
+    for step in (5, 99_999_999, 100_000_000, 20, 100_000_001):
+        checkpoint.save(tmp_path, step, {"step": step}, ALONE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100000000", "step-100000001"]
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"step": 100_000_001}
+
+
+def test_no_folder_and_an_empty_one_have_no_checkpoint(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "not there") is None
+
+
+def test_same_step_again_replaces(tmp_path):
+    checkpoint.save(tmp_path, 3, {"x": 1}, ALONE)
+    path = checkpoint.save(tmp_path, 3, {"x": 2}, ALONE)
+    assert checkpoint.load(path, ALONE) == {"x": 2}
+
+
+def test_who_has_died_is_stood_in_for_by_the_next_that_lives(tmp_path):
+    def others_write(mine):
+        files = [tmp_path / ".step-00000004.partial" / f"rank-{rank:05d}.h5" for rank in (3, 4)]
+        for rank, file in zip((3, 4), files):
+            checkpoint._write_file(file, {"ranks": 6, "step": 4, "state": {"rank": rank}})
+        return [mine, *((file.name, checkpoint._checksum(file), 0, "") for file in files)]
+
+    world = Alone(0, 6, dead={1, 2, 5})
+    world.allgather = others_write
+    path = checkpoint.save(tmp_path, 4, {"rank": 0}, world)
+    assert [checkpoint.load(path, Alone(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
+
+
+def test_each_rank_has_its_own_part(tmp_path):
+    for rank in (2, 1, 0):  # the last one to come completes it
+        partial = tmp_path / ".step-00000007.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        if rank:
+            checkpoint._write_file(partial / f"rank-{rank:05d}.h5", {"ranks": 3, "step": 7, "state": {"rank": rank}})
+    partial.rename(tmp_path / "step-00000007")
+    checkpoint._write_file(tmp_path / "step-00000007" / "rank-00000.h5", {"ranks": 3, "step": 7, "state": {"rank": 0}})
+    path = checkpoint.latest(tmp_path)
+    assert [checkpoint.load(path, Alone(rank, 3))["rank"] for rank in range(3)] == [0, 1, 2]
+    for size in (1, 2, 4):
+        with pytest.raises(UsageError, match=f"written by 3 ranks.*not with {size}"):
+            checkpoint.load(path, Alone(0, size))
+
+
+@given(st.data())
+def test_truncated_file_is_named(data):
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        path = checkpoint.save(Path(folder), 1, {"x": np.arange(1000), "y": ["text", 1, None]}, ALONE)
+        file = path / "rank-00000.h5"
+        length = data.draw(st.integers(0, file.stat().st_size - 1))
+        os.truncate(file, length)
+        with pytest.raises(UsageError) as error:
+            checkpoint.load(path, ALONE)
+        assert str(file) in str(error.value)
+        assert f"delete {path}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def zeroed(content):
+    """As a disk leaves a file that lost a page."""
+    return content[:4096] + bytes(4096) + content[8192:]
+
+
+def one_bit_changed(content):
+    """Of a number, which HDF5 would not notice."""
+    at = content.index(np.arange(1000).tobytes()) + 4000
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [zeroed, one_bit_changed])
+def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, damage):
+    path = checkpoint.save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
+    file = path / "rank-00000.h5"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UsageError, match=r"rank-00000.h5 is no readable checkpoint \(.*checksum is wrong\)"):
+        checkpoint.load(path, ALONE)
+
+
+def test_a_checkpoint_without_checksums_loads(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    (path / "checksums.json").unlink()
+    assert checkpoint.load(path, ALONE) == checkpoint.load_newest(tmp_path, ALONE) == {"x": 1}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, OSError, KeyError])
+def test_whatever_hdf5_raises_is_a_usage_error(tmp_path, monkeypatch, error):
+    def fail(group):
+        raise error("Can't decrement id ref count")
+
+    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    monkeypatch.setattr(checkpoint, "_read", fail)
+    with pytest.raises(UsageError, match="is no readable checkpoint"):
+        checkpoint.load(path, ALONE)
+
+
+@pytest.mark.parametrize("bad", [object(), {"x": {1, 2}}, np.array([object()])])
+def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 2, {"good": np.zeros(10), "bad": bad}, ALONE)
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
+
+
+def test_what_was_not_completed_is_removed(tmp_path):
+    """Before there is room needed for another one, and before the run goes on."""
+
+    def leave():
+        (tmp_path / ".step-00000007.partial").mkdir()
+        (tmp_path / ".step-00000007.partial" / "rank-00000.h5").write_bytes(b"half of a file")
+
+    for act in (
+        lambda: checkpoint.save(tmp_path, 9, {"x": 1}, ALONE),
+        lambda: checkpoint.load_newest(tmp_path, ALONE),
+    ):
+        leave()
+        act()
+        assert not list(tmp_path.glob(".step*"))
+
+
+def test_a_file_that_cannot_be_written_leaves_those_before(tmp_path):
+    """The real HDF5, which raises in several ways; a limit of the process stands in for the disk's."""
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(UsageError) as error:
+            checkpoint.save(tmp_path, 2, {"x": np.zeros(2**18), "y": [np.ones(2**17), "text"]}, ALONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    says = f"cannot write a checkpoint (3 MiB) in {tmp_path} (File too large): the newest is step-00000001; 3 of them"
+    assert str(error.value).startswith(says)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    assert checkpoint.load_newest(tmp_path, ALONE) == {"x": 2}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from mpitrain.records import checkpoint
+
+def wait_to_be_killed(moment):
+    if moment == sys.argv[2]:
+        print("now", flush=True)
+        time.sleep(600)
+
+class Watched(dict):
+    def items(self):
+        for key, value in super().items():
+            yield key, value
+            wait_to_be_killed("in the file")
+
+class World:
+    rank, size, dead = 0, 1, ()
+    def barrier(self):
+        wait_to_be_killed("before the file")
+    def together(self, collective):
+        wait_to_be_killed("before the renaming")
+
+checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())
+"""
+
+
+@pytest.mark.parametrize("moment", ["before the file", "in the file", "before the renaming"])
+def test_writer_that_is_killed_leaves_the_one_before(tmp_path, moment):
+    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, tmp_path, moment], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        try:
+            assert writer.stdout.readline() == "now\n"
+        finally:
+            writer.send_signal(signal.SIGKILL)
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)  # over what the dead one left
+    assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 5)
+def test_ranks_save_and_load_together(world, mpi_tmp_path):
+    for step in (1, 2, 3):
+        path = checkpoint.save(mpi_tmp_path, step, {"rank": world.rank, "x": np.full(5, step)}, world)
+    assert checkpoint.latest(mpi_tmp_path) == path
+    assert len(list(mpi_tmp_path.iterdir())) == 2
+    state = checkpoint.load(path, world)
+    assert state["rank"] == world.rank
+    assert state["x"].tolist() == [3] * 5
+    world.barrier()
+
+
+@pytest.fixture
+def view(world, mpi_tmp_path):
+    """Collective. A folder for each rank, as if it were one that they see differently: steps 1 and 2 by default."""
+    for step in (1, 2):
+        checkpoint.save(mpi_tmp_path / "all", step, {"rank": world.rank, "step": step}, world)
+    mine = Path(mpi_tmp_path / f"rank-{world.rank}" / "checkpoints")
+    shutil.copytree(mpi_tmp_path / "all", mine)
+    world.barrier()
+    return mine
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_ranks_load_the_newest_one(world, view):
+    assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 2}
+
+
+@pytest.mark.ranks(2, 3)
+def test_ranks_never_load_different_ones(world, view):
+    if world.rank == world.size - 1:  # another one under this name
+        shutil.rmtree(view / "step-00000002")
+        (view / "step-00000001").rename(view / "step-00000002")
+    with pytest.raises(UsageError, match="is not the same for all ranks, but of steps 1, 2") as error:
+        checkpoint.load_newest(view, world)
+    assert len(set(world.comm.allgather(str(error.value).partition(" is not ")[2]))) == 1
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("last", ["does not see it", "has half of it", "has no checksum"])
+def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, view, last, capfd):
+    newest = view / "step-00000002"
+    if world.rank == world.size - 1:
+        if last == "does not see it":
+            shutil.rmtree(newest)
+        elif last == "has half of it":
+            os.truncate(newest / f"rank-{world.rank:05d}.h5", 1500)
+        else:
+            (newest / "checksums.json").write_text("{}")
+    n_found = 1 if world.size == 1 and last == "does not see it" else 2
+    assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 1}
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "is no readable checkpoint" in line]
+    assert len(warnings) == (world.rank == 0 and n_found == 2)
+    if world.rank == world.size - 1:
+        os.truncate(view / "step-00000001" / f"rank-{world.rank:05d}.h5", 0)
+    with pytest.raises(UsageError, match=r"is no readable checkpoint.*: there is no other"):
+        checkpoint.load_newest(view, world)
+    world.barrier()
+
+
+@pytest.mark.ranks(1, 2)
+def test_all_ranks_say_that_there_is_none(world, mpi_tmp_path):
+    with pytest.raises(UsageError, match="has no complete checkpoint"):
+        checkpoint.load_newest(mpi_tmp_path / "checkpoints", world)
+    world.barrier()
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("moment", ["_write_file", "_publish"])
+def test_a_full_disk_is_told_on_all_ranks_and_leaves_what_there_was(world, mpi_tmp_path, monkeypatch, moment):
+    def fail(path, *rest):
+        if moment == "_publish" or path.name == f"rank-{world.size - 1:05d}.h5":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.touch()
+
+    folder = Path(mpi_tmp_path)
+    checkpoint.save(folder, 1, {"rank": world.rank}, world)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, moment, fail)
+        with pytest.raises(UsageError, match=r"no room for a checkpoint \(\d+ MiB\).*: the newest is step-00000001"):
+            checkpoint.save(folder, 2, {"rank": world.rank, "x": np.zeros(2**17)}, world)
+    world.barrier()
+    left = [path.name for path in folder.iterdir()]
+    assert world.comm.allgather(left) == [["step-00000001"]] * world.size
+    checkpoint.save(folder, 3, {"rank": world.rank}, world)
+    assert checkpoint.load_newest(folder, world) == {"rank": world.rank}
+    world.barrier()

@@ -1,0 +1,197 @@
+"""The simulated world: its collectives, and what it does when they cannot end."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
+
+
+@given(st.integers(1, 5), st.integers(0, 2**16))
+def test_collectives_do_what_they_say_in_any_order(size, seed):
+    values = np.random.default_rng(seed).normal(size=(size, 7))
+
+    def program(comm):
+        comm.world.give_way()
+        total, mean = comm.vector(7, np.float64), comm.vector(7, np.float64)
+        total.local[...], mean.local[...] = values[comm.rank], values[comm.rank]
+        comm.allreduce(total)
+        comm.allreduce(mean, mean=True)
+        seeded, reduced = values[comm.rank].copy(), values[comm.rank].copy()
+        comm.broadcast(seeded, root=size - 1)
+        comm.reduce(reduced, root=size - 1)
+        comm.barrier()
+        return total.local, mean.local, seeded, reduced, comm.gather([comm.rank, comm.size])
+
+    world = SimulatedWorld(size, RandomOrder(seed), interleave_locks=True)
+    for rank, (total, mean, seeded, reduced, gathered) in enumerate(world.run(program)):
+        np.testing.assert_allclose(total, values.sum(0), atol=1e-14)
+        np.testing.assert_allclose(mean, values.mean(0), atol=1e-14)
+        assert seeded.tolist() == values[-1].tolist()
+        if rank == size - 1:
+            np.testing.assert_allclose(reduced, values.sum(0), atol=1e-14)
+        assert gathered.tolist() == [[i, size] for i in range(size)]
+
+
+def test_peers_are_read_where_they_are():
+    def program(comm):
+        mine = comm.vector(3, np.float64)
+        mine.local[...] = comm.rank
+        comm.barrier()
+        seen = []
+        for peer in range(comm.size):
+            comm.read(mine, peer, lambda array: seen.append(array[0]))
+        return seen
+
+    assert SimulatedWorld(3).run(program) == [[0, 1, 2]] * 3
+
+
+def test_results_come_by_rank():
+    assert SimulatedWorld(4, RandomOrder(3)).run(lambda comm: comm.rank) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+def test_waiting_for_a_worker_that_has_left_is_reported(leaver):
+    def program(comm):
+        if comm.rank != leaver:
+            comm.barrier()
+
+    waiting = sorted({0, 1, 2} - {leaver})
+    with pytest.raises(RuntimeError, match=r"workers \[{}, {}\] wait in a collective".format(*waiting)):
+        SimulatedWorld(3).run(program)
+
+
+def test_collective_outside_a_run_is_reported():
+    world = SimulatedWorld(2)
+    with pytest.raises(RuntimeError, match=r"SimulatedWorld\.run"):
+        world.communicators[0].barrier()
+    world.run(lambda comm: comm.barrier())
+    with pytest.raises(RuntimeError, match=r"SimulatedWorld\.run"):
+        world.communicators[1].barrier()
+
+
+def test_world_can_run_again_after_a_run_that_was_cut_off():
+    world = SimulatedWorld(2, Scripted([0]))
+    world.run(lambda comm: comm.gather([9.0]))  # worker 0 waits; the script ends
+    world.schedule = RandomOrder(0)
+    assert [found.tolist() for found in world.run(lambda comm: comm.gather([comm.rank]))] == [[[0], [1]]] * 2
+
+    def fail(comm):
+        if comm.rank == 1:
+            raise KeyError("worker 1")
+        comm.barrier()
+
+    with pytest.raises(KeyError, match="worker 1"):
+        world.run(fail)
+    assert [found.tolist() for found in world.run(lambda comm: comm.gather([comm.rank]))] == [[[0], [1]]] * 2
+
+
+def test_world_has_at_least_one_worker():
+    with pytest.raises(ValueError, match="at least 1 worker"):
+        SimulatedWorld(0)
+
+
+def test_locks_are_where_workers_give_way():
+    def visits(**world):
+        seen = []
+
+        def program(comm):
+            vector = comm.shared_vector(6, np.float64)
+            comm.barrier()
+            vector.update(lambda part, _: seen.append((comm.rank, part.start)))
+
+        SimulatedWorld(2, largest_shard=2, **world).run(program)
+        return seen
+
+    alone, mixed = visits(), visits(interleave_locks=True)
+    assert sorted(alone) == sorted(mixed)
+    assert [rank for rank, _ in alone] in ([0] * 3 + [1] * 3, [1] * 3 + [0] * 3)
+    assert [rank for rank, _ in mixed] == [0, 1] * 3
+
+
+@given(st.integers(1, 6), st.integers(0, 2**16))
+def test_parts_of_a_world_have_collectives_of_their_own(size, seed):
+    def program(comm):
+        part = comm.split(comm.rank % 2)
+        inner = part.split(part.rank % 2)
+        total = part.vector(2, np.float64)
+        for _ in range(part.rank + 1 if part.size == 1 else 3):  # the parts need not make the same number
+            total.local[...] = comm.rank
+            part.allreduce(total)
+        assert part.nodes == [comm.nodes[rank] for rank in range(comm.rank % 2, size, 2)]
+        assert inner.gather([comm.rank])[inner.rank, 0] == comm.rank
+        shared = part.shared_vector(4, np.float64)
+        shared.update(lambda _, c: c.__iadd__(1) is None)
+        part.barrier()
+        c = np.zeros(4)
+        shared.read(c)
+        comm.barrier()
+        return part.rank, part.size, total.local[0], c[0], part.statistics is comm.statistics
+
+    world = SimulatedWorld(size, RandomOrder(seed), interleave_locks=True, nodes=[rank // 2 for rank in range(size)])
+    for rank, found in enumerate(world.run(program)):
+        members = range(rank % 2, size, 2)
+        assert found == (rank // 2, len(members), sum(members), len(members), True)
+
+
+def test_waiting_for_a_condition_lets_the_others_go_on():
+    order, arrived = [], []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.wait_until(lambda: len(arrived) == 2)
+        else:
+            for _ in range(comm.rank):
+                comm.end_step()
+            arrived.append(comm.rank)
+        order.append(comm.rank)
+
+    SimulatedWorld(3).run(program)
+    assert order == [1, 2, 0]
+
+
+def test_waiting_for_what_nobody_does_is_reported():
+    def program(comm):
+        if comm.rank == 1:
+            comm.wait_until(lambda: False)
+        elif comm.rank == 2:
+            comm.barrier()
+
+    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for something"):
+        SimulatedWorld(3).run(program)
+
+
+def test_waiting_takes_the_time_of_whom_one_waits_for():
+    done = []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.wait_until(lambda: bool(done))
+        else:
+            comm.end_step()
+            comm.end_step()
+            done.append(True)
+
+    world = SimulatedWorld(2, VirtualTime([1.0, 2.5]))
+    world.run(program)
+    assert world.schedule.clocks.tolist() == [5.0, 5.0]
+
+
+def test_an_allreduce_that_has_begun_sums_what_was_there():
+    def program(comm):
+        vector = comm.vector(3, np.float64)
+        vector.local[...] = comm.rank + 1
+        pending = comm.start_allreduce(vector, mean=True)
+        for _ in range(comm.rank):
+            comm.end_step()
+        pending.finish()
+        return vector.local.tolist()
+
+    assert SimulatedWorld(3, RandomOrder(1)).run(program) == [[2.0] * 3] * 3
+
+
+def test_each_worker_has_a_node():
+    with pytest.raises(ValueError, match="3 workers have 3 nodes, not 2"):
+        SimulatedWorld(3, nodes=[0, 1])

