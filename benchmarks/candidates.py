@@ -172,7 +172,7 @@ class Forms:
             return weighted_average(x, z, self._row[sender] / met)
 
         self._neighbours.post(x)
-        self._neighbours.take(average)
+        self._neighbours.receive(average)
 
     def _shift_and_mix(self, x: np.ndarray) -> None:
         rank, size = self._comm.rank, self._comm.size

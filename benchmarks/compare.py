@@ -109,7 +109,7 @@ def load(options: argparse.Namespace, world: Any) -> Any:
         return dataset
     # At random, because files are often sorted by class.
     chosen = np.sort(np.random.default_rng(0).permutation(dataset.n_test)[: options.test_samples])
-    images = MemoryImages(dataset.test_images.take(chosen))
+    images = MemoryImages(dataset.test_images.select(chosen))
     return dataclasses.replace(dataset, test_images=images, test_labels=dataset.test_labels[chosen])
 
 

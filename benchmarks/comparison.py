@@ -93,14 +93,14 @@ def summarise(results: Sequence[Result], target: float) -> dict[str, Any]:
         "gradients_per_second": float(np.median([result["gradients"] / result["seconds"] for result in results])),
         "bytes_per_gradient": float(np.median([result["bytes_sent"] / result["gradients"] for result in results])),
         "waiting_share": float(np.mean([result["shares"]["waiting"] for result in results])),
-        "rejected": sum(result["rejected"] for result in results),
+        "n_nonfinite": sum(result["n_nonfinite"] for result in results),
     }
 
 
 def run_document(result: Result, seed: int, target: float) -> dict[str, Any]:
     """One run, without its curve: that is in its folder."""
-    kept = ("algorithm", "test_accuracy", "test_loss", "train_loss", "seconds", "gradients", "bytes_sent")
-    document = {name: result[name] for name in (*kept, "steps_of_ranks", "shares", "rejected", "out")}
+    columns = ("algorithm", "test_accuracy", "test_loss", "train_loss", "seconds", "gradients", "bytes_sent")
+    document = {name: result[name] for name in (*columns, "steps_of_ranks", "shares", "n_nonfinite", "out")}
     return {"seed": seed, **document, **to_target(result, target)}
 
 

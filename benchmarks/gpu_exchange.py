@@ -93,7 +93,7 @@ class Exchanges:
     def _add(self, name: str, begin: Callable[[], object]) -> None:
         def operation() -> None:
             begin()
-            self._gpu.settle()
+            self._gpu.synchronize()
 
         self.operations[name] = operation
 

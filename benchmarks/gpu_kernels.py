@@ -203,7 +203,7 @@ class Bench:
     def launches(self, kernel: Kernel) -> dict[str, Any]:
         """What Python pays for a call, on vectors so short that the GPU is done sooner."""
         operations, _ = self._operations(kernel, LAUNCH_BYTES)
-        seconds = medians(operations, ClockTimer(self.gpu.settle), LAUNCH_REPEATS, LAUNCH_CALLS)
+        seconds = medians(operations, ClockTimer(self.gpu.synchronize), LAUNCH_REPEATS, LAUNCH_CALLS)
         return {"kernel": kernel.name, "seconds": seconds}
 
     def needed_bytes(self, kernel: Kernel, n_bytes: int) -> int:
@@ -376,7 +376,7 @@ def show(document: Mapping[str, Any], device: str) -> str:
     return "\n".join(lines)
 
 
-def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], room: Callable[[], int]) -> dict[str, Any]:
+def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], buffer: Callable[[], int]) -> dict[str, Any]:
     """All kernels, size by size, and what their launches cost.
 
     Args:
@@ -388,7 +388,7 @@ def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], room: 
     rows, no_room = [], []
     for n_bytes in sizes:
         for kernel in chosen:
-            free, needed = room(), bench.needed_bytes(kernel, n_bytes)
+            free, needed = buffer(), bench.needed_bytes(kernel, n_bytes)
             if needed > free:
                 why = f"needs {name_of(needed)} of device memory, {name_of(free)} are free"
                 no_room.append({"kernel": kernel.name, "bytes": n_bytes, "why": why})

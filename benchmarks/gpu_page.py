@@ -16,7 +16,6 @@ from typing import Any
 
 import gpu_machine
 import numpy as np
-from kept import Result, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 from page import DPI, body, circumstances, table_of_bars
 from plots import GREY, bars_of, bytes_axis, plain_log_y
 from record import RESULTS
+from survivors import Result, load
 from timing import name_of
 
 from mpitrain.report.style import COLOURS, Dash, tidy
@@ -120,8 +120,8 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, mode: st
     """Milliseconds of one operation."""
     if points:
         x, seconds = zip(*sorted(points), strict=True)
-        look: dict[str, Any] = {"color": colour, "linestyle": MODES[mode], "marker": "o", "markersize": 3}
-        axes.plot(x, 1e3 * np.array(seconds), linewidth=1.5, **look)
+        style: dict[str, Any] = {"color": colour, "linestyle": MODES[mode], "marker": "o", "markersize": 3}
+        axes.plot(x, 1e3 * np.array(seconds), linewidth=1.5, **style)
 
 
 def draw_training(results: Sequence[Result]) -> Figure | None:

@@ -75,16 +75,16 @@ class ClockTimer:
         settle: Waits for the GPU.
     """
 
-    def __init__(self, settle: Callable[[], object]) -> None:
-        self._settle = settle
+    def __init__(self, synchronize: Callable[[], object]) -> None:
+        self._synchronize = synchronize
 
     def seconds(self, operation: Callable[[], object], n_calls: int) -> float:
         """Seconds of a call, from ``n_calls`` that follow each other."""
-        self._settle()
+        self._synchronize()
         began = time.perf_counter()
         for _ in range(n_calls):
             operation()
-        self._settle()
+        self._synchronize()
         return (time.perf_counter() - began) / n_calls
 
 

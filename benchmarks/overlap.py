@@ -24,7 +24,7 @@ from steps import CLASSES, SHAPE, Step, sgd, step_of
 from timing import slowest
 
 from mpitrain import EASGD, DistributedOptimizer, models
-from mpitrain.algorithms.base.method import Replica, Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.world import World
 from mpitrain.kernels import sgd_step
@@ -77,14 +77,14 @@ def made_up(world: World) -> Iterator[dict[str, Step]]:
 
     def step_with(method: EASGD) -> Step:
         x, g = (comm.vector(N_PARAMETERS, np.float32) for _ in range(2))
-        worker, segments = method.worker(Replica(comm, x, g)), [Segment(slice(0, N_PARAMETERS), 0.0)]
+        worker, group_slices = method.worker(Replica(comm, x, g)), [ParamGroupSlice(slice(0, N_PARAMETERS), 0.0)]
 
         def local_update() -> None:
             for _ in range(n_products):
                 np.matmul(a, a, out=product)
             sgd_step(x.local, g.local, 0.0, 0.0)
 
-        return lambda: worker.step(segments, local_update)
+        return lambda: worker.step(group_slices, local_update)
 
     comm = MPICommunicator(world)
     steps = {name: step_with(method) for name, method in METHODS.items()}

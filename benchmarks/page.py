@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from kept import MPI_NAMES, Result, load
 from matplotlib.figure import Figure
 from record import RESULTS
+from survivors import MPI_NAMES, Result, load
 
 from mpitrain.report import text
 

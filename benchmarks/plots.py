@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from kept import MPI_NAMES, MPIS, Result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from survivors import MPI_NAMES, MPIS, Result
 from timing import name_of
 
 from mpitrain.report.style import COLOURS, Dash, tidy
@@ -90,15 +90,15 @@ def against_size(
                 x, seconds = sized(result, rows_of(result), name)
                 if not x:
                     continue
-                look = {
+                style = {
                     "color": colour,
                     "linestyle": DASHES[mpi],
                     "marker": MARKERS[mpi],
                     "markersize": 3,
                     "linewidth": 1.5,
                 }
-                above.plot(x, 1e6 * np.array(seconds), **look)
-                below.plot(x, np.array(x) / np.array(seconds) / 1e9, **look)
+                above.plot(x, 1e6 * np.array(seconds), **style)
+                below.plot(x, np.array(x) / np.array(seconds) / 1e9, **style)
                 sizes += x
             if any(sized(result, rows_of(result), name)[0] for result in results):
                 drawn.append(Line2D([], [], color=colour, linewidth=2, label=label))
@@ -183,8 +183,8 @@ def draw_ranks(results: Sequence[Result], names: Sequence[str] = (*SUMS, *EXCHAN
                 ]
                 points = sorted(found)
                 if points:
-                    look = {"color": colour, "linestyle": DASHES[mpi], "marker": MARKERS[mpi], "markersize": 4}
-                    axes.plot(*zip(*points, strict=True), **look)
+                    style = {"color": colour, "linestyle": DASHES[mpi], "marker": MARKERS[mpi], "markersize": 4}
+                    axes.plot(*zip(*points, strict=True), **style)
         axes.set_title(f"vectors of {name_of(n_bytes)}", fontsize=10, loc="left")
         tidy(axes)
         axes.set_xscale("log", base=2)
@@ -326,9 +326,9 @@ def draw_stragglers(results: Sequence[Result]) -> Figure | None:
     series: dict[str, list[float | None]] = {}
     tell: dict[str, list[str]] = {}
     for result in results:
-        kept = {row["method"]: row["kept"] for row in result.document["results"]}
-        series[result.mpi or MPIS[0]] = [100 * kept[name] if name in kept else None for name in methods]
-        tell[result.mpi or MPIS[0]] = [f"{kept[name]:.0%}" if name in kept else "" for name in methods]
+        survivors = {row["method"]: row["survivors"] for row in result.document["results"]}
+        series[result.mpi or MPIS[0]] = [100 * survivors[name] if name in survivors else None for name in methods]
+        tell[result.mpi or MPIS[0]] = [f"{survivors[name]:.0%}" if name in survivors else "" for name in methods]
     figure = Figure(figsize=(7.2, 1.2 + 0.5 * len(methods) * len(series)), layout="constrained")
     axes = figure.subplots()
     bars_of(axes, methods, series, [COLOURS[k % len(COLOURS)] for k in range(len(methods))], tell)

@@ -108,9 +108,9 @@ def turns(commands: Mapping[str, Callable[[], float]], n_repeats: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for repeat in range(1 + n_repeats):
         for name, measure in commands.items():
-            taken = measure()
+            used = measure()
             if repeat:
-                seconds[name].append(taken)
+                seconds[name].append(used)
     return seconds
 
 

@@ -129,7 +129,7 @@ def row_of(name: str, alike: list[dict[str, Any]], slowed: list[dict[str, Any]])
         "method": name,
         "steps_per_second": float(np.median(before)),
         "steps_per_second_beside_a_slow_rank": float(np.median(after)),
-        "kept": float(np.median(after / before)),
+        "survivors": float(np.median(after / before)),
         "seconds_to_target": seconds[0],
         "seconds_to_target_beside_a_slow_rank": seconds[1],
         "test_accuracy": float(np.median([result["test_accuracy"] for result in slowed])),
@@ -141,8 +141,8 @@ def verdicts(rows: list[dict[str, Any]], asynchronous: list[str]) -> list[dict[s
     return [
         {
             "bar": f"{row['method']}: the others keep at least {KEPT_AT_LEAST:.0%} of their throughput",
-            "ratio": row["kept"],
-            "passed": row["kept"] >= KEPT_AT_LEAST,
+            "ratio": row["survivors"],
+            "passed": row["survivors"] >= KEPT_AT_LEAST,
         }
         for row in rows
         if row["method"] in asynchronous
@@ -160,7 +160,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             "method": [row["method"] for row in rows],
             "steps/s of a rank": [f"{row['steps_per_second']:.0f}" for row in rows],
             "beside a slow one": [f"{row['steps_per_second_beside_a_slow_rank']:.0f}" for row in rows],
-            "kept": [f"{row['kept']:.1%}" for row in rows],
+            "survivors": [f"{row['survivors']:.1%}" for row in rows],
             f"s to {TARGET:.0%}": [seconds(row["seconds_to_target"]) for row in rows],
             f"beside a slow one, s to {TARGET:.0%}": [
                 seconds(row["seconds_to_target_beside_a_slow_rank"]) for row in rows

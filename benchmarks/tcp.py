@@ -30,10 +30,10 @@ def send_for(connection: socket.socket, seconds: float) -> None:
 
 def receive_all(connection: socket.socket) -> float:
     """Bytes a second until the other end has said that this was all; 0 when it sent nothing to speak of."""
-    room = bytearray(PIECE_BYTES)
+    buffer = bytearray(PIECE_BYTES)
     n_bytes, began, last = 0, 0.0, 0.0
     first = time.perf_counter()
-    while n_now := connection.recv_into(room):
+    while n_now := connection.recv_into(buffer):
         last = time.perf_counter()
         if began:
             n_bytes += n_now
@@ -64,34 +64,34 @@ class Exchanges:
 
     def __init__(self, connection: socket.socket, n_bytes: int) -> None:
         self._connection, self._bytes = connection, bytes(n_bytes)
-        self._room = bytearray(PIECE_BYTES)
+        self._buffer = bytearray(PIECE_BYTES)
         self._pool = ThreadPoolExecutor(2)
         self._under_way: list[Future[None]] = []
 
     def _receive(self) -> None:
         missing = len(self._bytes)
         while missing:
-            n_now = self._connection.recv_into(self._room, min(missing, PIECE_BYTES))
+            n_now = self._connection.recv_into(self._buffer, min(missing, PIECE_BYTES))
             if not n_now:
                 raise ConnectionError("the other end has gone")
             missing -= n_now
 
     def start(self) -> None:
         """Begin one, when the one before is complete."""
-        self.finish()
+        self.drain()
         self._under_way = [
             self._pool.submit(self._connection.sendall, self._bytes),
             self._pool.submit(self._receive),
         ]
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Wait until the last one is complete."""
         for future in self._under_way:
             future.result()
 
     def stop(self) -> None:
         """Finish, and end the threads."""
-        self.finish()
+        self.drain()
         self._pool.shutdown()
 
 

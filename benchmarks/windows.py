@@ -27,7 +27,7 @@ from timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size
 
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
-from mpitrain.collectives.rma.window import check_room
+from mpitrain.collectives.rma.window import check_free_memory
 from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.report import text
@@ -112,7 +112,7 @@ def no_room(world: World, n_bytes: int) -> str | None:
     """Why vectors of this size cannot be measured on some node, else None. Collective."""
     problem = None
     try:
-        check_room(shared_bytes(n_bytes, world.local_size))
+        check_free_memory(shared_bytes(n_bytes, world.local_size))
     except UsageError as error:
         problem = str(error)
     return next((theirs for theirs in world.comm.allgather(problem) if theirs), None)

@@ -3,7 +3,7 @@
 import os
 import re
 
-HEARD_SECONDS = 0.3
+OUTPUT_SECONDS = 0.3
 """How long a rank waits between its last words and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
 what they wrote a moment before."""
 

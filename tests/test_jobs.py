@@ -68,8 +68,8 @@ class TestSbatch:
     def stand_ins(self, launchers: Path) -> None:
         program(launchers / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
         program(launchers / "python", "exit ${WORLD_IS_WRONG:-0}")
-        finish = "[ -n \"${FAIL-}\" ] || { mkdir -p runs/r; echo '{}' > runs/r/result.json; }"
-        program(launchers / "mpitrain", f'printf "<%s>" "$@" > called; {finish}; exit ${{STATUS:-0}}')
+        wait = "[ -n \"${FAIL-}\" ] || { mkdir -p runs/r; echo '{}' > runs/r/result.json; }"
+        program(launchers / "mpitrain", f'printf "<%s>" "$@" > called; {wait}; exit ${{STATUS:-0}}')
 
     def test_a_run_that_wrote_its_result_has_succeeded(self, tmp_path: Path) -> None:
         done = self.sbatch(tmp_path, "--algorithm", "easgd")

@@ -45,13 +45,13 @@ def open_tap(pid: int) -> int:
     return tap
 
 
-def carry(taps: tuple[int, int], delay_seconds: float) -> None:
+def forward(taps: tuple[int, int], delay_seconds: float) -> None:
     """Pass frames on for ever."""
     under_way: deque[tuple[float, int, bytes]] = deque()  # in the order of arrival: the delay is the same for all
     other = {taps[0]: taps[1], taps[1]: taps[0]}
     while True:
-        patience = max(under_way[0][0] - time.monotonic(), 0) if under_way else None
-        for tap in select.select(taps, [], [], patience)[0]:  # epoll would round up to milliseconds
+        timeout = max(under_way[0][0] - time.monotonic(), 0) if under_way else None
+        for tap in select.select(taps, [], [], timeout)[0]:  # epoll would round up to milliseconds
             frame = os.read(tap, LONGEST_FRAME)
             under_way.append((time.monotonic() + delay_seconds, other[tap], frame))
         while under_way and under_way[0][0] <= time.monotonic():
@@ -65,7 +65,7 @@ def main() -> None:
     milliseconds, *pids, ready = sys.argv[1:]
     taps = open_tap(int(pids[0])), open_tap(int(pids[1]))
     Path(ready).touch()
-    carry(taps, float(milliseconds) / 1e3)
+    forward(taps, float(milliseconds) / 1e3)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     right.set_xticks(PERIODS)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     outcome.save(figure)
-    return outcome.finish(workers=options.workers, learning_rate=options.lr, rows=rows)
+    return outcome.conclude(workers=options.workers, learning_rate=options.lr, rows=rows)
 
 
 if __name__ == "__main__":

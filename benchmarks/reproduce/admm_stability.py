@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"ADMM, 3 workers": admm[3], "ADMM, 8 workers": admm[8], "EASGD, 8 workers": easgd[8]},
         {"ADMM": admm_center, "EASGD": easgd_center},
     )
-    return outcome.finish(points=options.points, unstable_fraction={str(p): one for p, one in fractions.items()})
+    return outcome.conclude(points=options.points, unstable_fraction={str(p): one for p, one in fractions.items()})
 
 
 def draw(outcome: Outcome, etas: Array, rhos: Array, maps: dict[str, Array], centers: dict[str, Array]) -> None:

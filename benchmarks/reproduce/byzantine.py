@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     n_lost = sum(cell.n_lost for cell in double.values())
     outcome.criterion("double safeguard, all attacks: no honest worker thrown out", n_lost, n_lost == 0)
     draw(outcome, table, options.steps)
-    return outcome.finish(
+    return outcome.conclude(
         steps=options.steps,
         seeds=options.seeds,
         accuracy_percent={rule: {a: cell.accuracy for a, cell in cells.items()} for rule, cells in table.items()},

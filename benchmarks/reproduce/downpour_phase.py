@@ -102,8 +102,11 @@ def judge(outcome: Outcome, name: str, axes: Axes, eh: float, most: int, n_round
     outcome.criterion(
         f"{name}: the toolkit's method does the same at {len(points)} points, exceptions", len(other), not other
     )
-    for kept, marker, colour, label in ((True, "o", COLOURS[0], "converged"), (False, "x", COLOURS[1], "diverged")):
-        drawn = np.array([point for point, one in converged.items() if one == kept]).reshape(-1, 2)
+    for stable, marker, colour, label in (
+        (True, "o", COLOURS[0], "converged"),
+        (False, "x", COLOURS[1], "diverged"),
+    ):
+        drawn = np.array([point for point, one in converged.items() if one == stable]).reshape(-1, 2)
         axes.plot(drawn[:, 0], drawn[:, 1], marker, color=colour, markersize=5, linestyle="none", label=label)
     n_line, period_line = np.linspace(1, most, 300), np.geomspace(1, most, 300)
     decay = 1 - (1 - eh) ** period_line
@@ -137,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure, ((left, right),) = panels(2, sharey=True)
     downpour = judge(outcome, "DOWNPOUR", left, options.eh, options.most, options.rounds)
     agn = judge(outcome, "AGN", right, options.eh, options.most, options.rounds)
-    observed = {point: kept for point, kept in OBSERVED.items() if point in downpour}
-    for (n, period), kept in observed.items():
+    observed = {point: stable for point, stable in OBSERVED.items() if point in downpour}
+    for (n, period), stable in observed.items():
         words = (
-            f"{n} workers, period {period}: DOWNPOUR {'converges' if kept else 'diverges'} in Hermans' thesis, here it"
+            f"{n} workers, period {period}: DOWNPOUR {'converges' if stable else 'diverges'} in Hermans' thesis, here"
         )
-        outcome.criterion(words, "converges" if downpour[n, period] else "diverges", downpour[n, period] == kept)
+        outcome.criterion(words, "converges" if downpour[n, period] else "diverges", downpour[n, period] == stable)
     rescued = sum(agn[point] and not downpour[point] for point in agn)
     lost = sum(downpour[point] and not agn[point] for point in agn)
     outcome.criterion("AGN converges wherever DOWNPOUR does, and more often by", rescued, lost == 0 and rescued > 0)
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [
         {"n": n, "period": period, "downpour": downpour[n, period], "agn": agn[n, period]} for n, period in downpour
     ]
-    return outcome.finish(eh=options.eh, converged=rows)
+    return outcome.conclude(eh=options.eh, converged=rows)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Outcome:
         self.say(f"wrote {self._figure}")
         return self._figure
 
-    def finish(self, **results: Any) -> int:
+    def conclude(self, **results: Any) -> int:
         """Print the JSON document (NumPy values are allowed) and return the exit code: 0 if all criteria passed."""
         assert self._criteria, "a reproduction says what would count as a success"
         passed = all(one["passed"] for one in self._criteria)

@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome.criterion("in random order V is larger, mean difference", float(apart.mean()), apart.mean() > 0)
 
     draw(outcome, found)
-    return outcome.finish(
+    return outcome.conclude(
         workers=WORKERS,
         rounds=options.rounds,
         formula={name: [formula(p) for p in WORKERS] for name, formula in FORMULAS.items()},

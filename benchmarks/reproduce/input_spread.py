@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results |= moving_rate(outcome, middle)
     results |= double_well(outcome, right, options.steps)
     outcome.save(figure)
-    return outcome.finish(**results)
+    return outcome.conclude(**results)
 
 
 if __name__ == "__main__":

@@ -118,13 +118,13 @@ def complete(problem: Completion, method: Method, n_steps: int) -> Array:
         method, SimulatedWorld(WORKERS), problem.gradient, problem.starts, LEARNING_RATE, loss=problem.loss
     )
 
-    def look() -> list[float]:
+    def snapshot() -> list[float]:
         return [min(problem.loss(0, x) for x in simulation.x()), problem.loss(0, simulation.consensus())]
 
-    seen = [look()]
+    seen = [snapshot()]
     for _ in range(POINTS):
         simulation.run(n_steps // POINTS)
-        seen.append(look())
+        seen.append(snapshot())
     return np.array(seen)
 
 
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"method": name, "rank": rank, "pull": pull, "best_worker": curve[-1, 0], "evaluated": curve[-1, 1]}
         for (name, rank, pull), curve in curves.items()
     ]
-    return outcome.finish(largest_trapping_ratio=found, steps=options.steps, completion=cells)
+    return outcome.conclude(largest_trapping_ratio=found, steps=options.steps, completion=cells)
 
 
 if __name__ == "__main__":

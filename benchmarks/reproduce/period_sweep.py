@@ -122,12 +122,12 @@ def run(network: Network, name: str, period: int, learning_rate: float, steps: i
     simulation = Simulation(method, world, network.gradient(seed), network.start(seed), learning_rate)
     curve = [network.loss(simulation.consensus(), network.train)]
 
-    def look(simulation: Simulation, rank: int) -> None:
+    def observe(simulation: Simulation, rank: int) -> None:
         if rank == 0 and simulation.workers[0].t % (steps // CURVE_POINTS) == 0:
             curve.append(network.loss(simulation.consensus(), network.train))
 
     with np.errstate(all="ignore"):  # what diverges may overflow
-        simulation.run(steps, look)
+        simulation.run(steps, observe)
         center = simulation.consensus()
         loss, accuracy = network.loss(center, network.train), network.accuracy(center)
     n_bytes = sum(communicator.statistics.bytes_sent for communicator in world.communicators)
@@ -169,11 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     judge(outcome, found)
     draw(outcome, found, options.steps)
-    table = {name: {str(period): told(runs[0]) for period, runs in runs_at.items()} for name, runs_at in found.items()}
-    return outcome.finish(steps=options.steps, seeds=options.seeds, best=table)
+    table = {
+        name: {str(period): figures(runs[0]) for period, runs in runs_at.items()} for name, runs_at in found.items()
+    }
+    return outcome.conclude(steps=options.steps, seeds=options.seeds, best=table)
 
 
-def told(one: Run) -> dict[str, float]:
+def figures(one: Run) -> dict[str, float]:
     """What the document says of a run."""
     return {
         "learning_rate": one.learning_rate,
@@ -193,8 +195,8 @@ def judge(outcome: Outcome, found: dict[str, dict[int, list[Run]]]) -> None:
     downpour, easgd, eamsgd = (found[name] for name in LEARNING_RATES)
     ratio = downpour[64][0].loss / easgd[64][0].loss
     outcome.criterion("DOWNPOUR's final loss at period 64 is more than twice EASGD's, or NaN", ratio, not ratio <= 2)
-    kept = best_at_1(downpour, 64)
-    grown = kept.loss / kept.curve[0]
+    best = best_at_1(downpour, 64)
+    grown = best.loss / best.curve[0]
     outcome.criterion("with the learning rate for period 1 it ends above where it began, ratio", grown, not grown <= 1)
     own = easgd[64][0].loss / easgd[1][0].loss
     outcome.criterion("EASGD's final loss at period 64 is below twice that at period 1", own, own < 2)

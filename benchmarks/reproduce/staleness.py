@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"kind": name, "workers": n, "mean": float(values.mean()), "standard_deviation": float(values.std())}
         for (name, n), values in found.items()
     ]
-    return outcome.finish(commits=options.commits, staleness=means)
+    return outcome.conclude(commits=options.commits, staleness=means)
 
 
 if __name__ == "__main__":

@@ -125,12 +125,12 @@ def _section(name: str, method: type[Method]) -> str:
 def _first_part(method: type[Method]) -> str:
     """The docstring of the class up to its list of arguments."""
     paragraphs = inspect.cleandoc(method.__doc__ or "").split("\n\n")
-    kept = []
+    fields = []
     for paragraph in paragraphs:
         if paragraph.startswith(("Args:", "Example:", "Attributes:", "Raises:")):
             break
-        kept.append(paragraph)
-    return "\n\n".join(kept)
+        fields.append(paragraph)
+    return "\n\n".join(fields)
 
 
 def _anchor(name: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.world.transport import TRANSPORTS
-from mpitrain.errors import HEARD_SECONDS, TURN_SECONDS, RankFailed, UsageError
+from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed, UsageError
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
 from mpitrain.version import __version__
 
@@ -77,7 +77,7 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         sys.stdout.flush()
-        time.sleep(HEARD_SECONDS)
+        time.sleep(OUTPUT_SECONDS)
         mpi.COMM_WORLD.Abort(code)  # the others may be waiting for this rank
     return code
 
@@ -259,8 +259,8 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
             f"test loss {result['test_loss']:.4f} after {result['gradients']} gradients in {result['seconds']:.1f} s "
             f"({result['samples_per_second']:,.0f} samples/s; {shares})"
         )
-        if result["rejected"]:
-            print(f"{result['rejected']} non-finite elements were kept out of the exchanges: try a smaller --lr")
+        if result["n_nonfinite"]:
+            print(f"{result['n_nonfinite']} non-finite elements were kept out of the exchanges: try a smaller --lr")
         if folder is not None:
             from mpitrain.report import load_run, write_report
 

@@ -197,8 +197,8 @@ class Study:
         """Evaluate the end; returns the result document."""
         from mpitrain.trainer.config import method_of
 
-        for rank in self._living():
-            self._simulation.workers[rank].finish()
+        for rank in self._alive():
+            self._simulation.workers[rank].finalize()
         self._evaluate()
         self._bar.close()
         statistics = [comm.statistics for comm in self._simulation.world.communicators]
@@ -219,13 +219,13 @@ class Study:
             "steps_of_workers": [worker.t for worker in self._simulation.workers],
             "bytes_sent": sum(s.bytes_sent for s in statistics),
             "exchanges": sum(s.n_exchanges for s in statistics),
-            "rejected": sum(s.n_rejected for s in statistics),
+            "n_nonfinite": sum(s.n_nonfinite for s in statistics),
             "staleness": np.sum([s.staleness for s in statistics], axis=0).tolist(),
             "evaluation": self.points,
             "virtual": True,
         }
         if self._metrics is not None:
-            self._metrics.finish(document)
+            self._metrics.write(document)
         return document
 
     def _share(self) -> float:
@@ -234,19 +234,19 @@ class Study:
             return self._gradients / self._budget
         return self._seconds() / float(self._args.seconds)
 
-    def _living(self) -> list[int]:
-        from mpitrain.algorithms.base.peers import living
+    def _alive(self) -> list[int]:
+        from mpitrain.algorithms.base.peers import alive_ranks
 
-        return living(self._simulation.world.communicators[0])
+        return alive_ranks(self._simulation.world.communicators[0])
 
     def _seconds(self) -> float:
         """That all workers who live have made."""
         clocks = self._clock.clocks
-        return float((clocks[self._living()] if self._deaths else clocks).min())
+        return float((clocks[self._alive()] if self._deaths else clocks).min())
 
     def _evaluate(self) -> None:
         simulation = self._simulation
-        workers = [simulation.workers[rank] for rank in self._living()]
+        workers = [simulation.workers[rank] for rank in self._alive()]
         workers[0].consensus(self._vector)
         loss, accuracy = self._evaluator.evaluate(self._vector)
         squares = [float(np.sum((worker.x.local - self._vector) ** 2)) for worker in workers]
@@ -302,10 +302,10 @@ class _Metrics:
         updates, moves = ([getattr(s, name) for s in statistics] for name in ("staleness", "staleness_distance"))
         self._writer.append("staleness", **seconds, histogram=np.sum(updates, 0), distance=np.sum(moves, 0))
         if self._names:
-            told = [worker.metrics() for worker in workers]
-            self._writer.append("method", **seconds, **{name: [of[name] for of in told] for name in self._names})
+            metrics = [worker.metrics() for worker in workers]
+            self._writer.append("method", **seconds, **{name: [of[name] for of in metrics] for name in self._names})
 
-    def finish(self, document: dict[str, Any]) -> None:
+    def write(self, document: dict[str, Any]) -> None:
         """Close the tables and write the result."""
         from mpitrain.trainer import runfolder
 

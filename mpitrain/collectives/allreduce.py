@@ -33,14 +33,14 @@ from mpi4py import MPI
 from mpitrain import kernels
 from mpitrain.collectives import ring
 from mpitrain.collectives.rma.device_window import DeviceWindow
-from mpitrain.collectives.rma.node_barrier import Meeting
+from mpitrain.collectives.rma.node_barrier import NodeBarrier
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.topology.partition import split
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.transport import Transport
 from mpitrain.kernels import gpu
 from mpitrain.kernels.compile.declare import as_bits
-from mpitrain.kernels.native.node_barrier import LOOK_ONCE, sum_together
+from mpitrain.kernels.native.node_barrier import POLL_ONCE, sum_on_node
 from mpitrain.kernels.native.wire import Format, prepare
 from mpitrain.kernels.reductions import DIRECT, MOST
 
@@ -75,8 +75,10 @@ class AllReduce:
         self._world = world
         self._statistics = statistics
         self._wire = wire
-        self._rooms: dict[tuple[str, bool, int, np.dtype], Any] = {}  # of what crosses nodes, kept from call to call
-        self._meeting: Meeting | None = None
+        self._staging_buffers: dict[
+            tuple[str, bool, int, np.dtype], Any
+        ] = {}  # of what crosses nodes, kept from call to call
+        self._node_barrier: NodeBarrier | None = None
 
     def __call__(self, window: AnyWindow, part: slice | None = None, *, scale: float = 1.0) -> None:
         """Replace every rank's array, or a part of it, by ``scale`` times the sum of all. Collective."""
@@ -139,7 +141,7 @@ class AllReduce:
         total = array if array.dtype.itemsize >= 4 else self._sum_of(array)
         if total is not array:
             kernels.copy(total, array)
-        gpu.settle(total)
+        gpu.synchronize(total)
         for at in range(0, total.size, LARGEST_COUNT):
             self._world.comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         if scale != 1.0:
@@ -151,8 +153,8 @@ class AllReduce:
         """Compile what a call will need, so that the first is no slower than the others. Collective."""
         if self._world.size == 1:
             return
-        if self._meeting is None:
-            self._meeting = Meeting(self._world, self._statistics)
+        if self._node_barrier is None:
+            self._node_barrier = NodeBarrier(self._world, self._statistics)
         if self._wire is not None and self._world.n_nodes > 1:
             prepare(self._wire)
         if isinstance(window, DeviceWindow):
@@ -161,7 +163,7 @@ class AllReduce:
             if not self._transport.maps:
                 return
         elif self._world.n_nodes == 1 and self._world.size <= DIRECT:
-            window.plan = Plan(self._world, window, self._meeting, self._statistics)
+            window.plan = Plan(self._world, window, self._node_barrier, self._statistics)
             return
         empty = [window.local[:0].copy() for _ in self._world.node_ranks]
         if self._world.n_nodes == 1 and self._world.size <= MOST:
@@ -200,10 +202,10 @@ class AllReduce:
         elif len(peers) <= DIRECT:
             fn(mine, [peer[mine] for peer in peers])
         else:
-            room = self._sum_of(window.local[:BLOCK])
+            incoming = self._sum_of(window.local[:BLOCK])
             for start in range(mine.start, mine.stop, BLOCK):
                 part = slice(start, min(start + BLOCK, mine.stop))
-                total = room[: part.stop - start]
+                total = incoming[: part.stop - start]
                 sum_in_groups(total, [peer[part] for peer in peers], 1.0)
                 fn(part, [total])
         self._arrive(window)
@@ -213,56 +215,56 @@ class AllReduce:
         world = self._world
         on_gpu = gpu.is_device(total)
         if on_gpu and not self._transport.sums:
-            device, host = gpu.current(), self._room("on the host", total, total.size)
+            device, host = gpu.current(), self._staging_buffer("on the host", total, total.size)
             device.copy(host, total)
-            device.settle()
+            device.synchronize()
             self._cross(host)
             device.copy(total, host)
             return
-        gpu.settle(total)
+        gpu.synchronize(total)
         n_bytes = total.nbytes
-        with world.looking():
+        with world.polling():
             if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
                 largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
-                room = self._room("arriving", total, largest)
+                incoming = self._staging_buffer("arriving", total, largest)
                 if self._wire is not None and total.dtype == np.float32:
                     n_bytes = self._wire.fetched_bytes(total.size)
-                    ring.allreduce_encoded(world.rail_comm, total, room, self._wire)
+                    ring.allreduce_encoded(world.rail_comm, total, incoming, self._wire)
                 else:
-                    ring.allreduce(world.rail_comm, total, room)
+                    ring.allreduce(world.rail_comm, total, incoming)
             else:
                 for at in range(0, total.size, LARGEST_COUNT):
                     world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * n_bytes // world.n_nodes
 
-    def _room(self, what_for: str, like: Any, n: int) -> Any:
+    def _staging_buffer(self, what_for: str, like: Any, n: int) -> Any:
         """(n,) elements of the kind of ``like``, and where it is unless it is for what leaves the GPU."""
         # MPI adds neither 16-bit type everywhere.
         dtype = like.dtype if like.dtype.itemsize >= 4 else np.dtype(np.float32)
         key = (what_for, gpu.is_device(like), n, dtype)
-        if key not in self._rooms:
+        if key not in self._staging_buffers:
             if what_for == "on the host":
-                self._rooms[key] = gpu.current().page_locked(n, dtype)
+                self._staging_buffers[key] = gpu.current().page_locked(n, dtype)
             else:
-                self._rooms[key] = np.zeros_like(like, dtype=dtype, shape=(n,))
-        return self._rooms[key]
+                self._staging_buffers[key] = np.zeros_like(like, dtype=dtype, shape=(n,))
+        return self._staging_buffers[key]
 
     def _arrive(self, window: AnyWindow) -> None:
         """Every rank of the node is here, and sees what the others have written."""
-        assert self._meeting is not None
+        assert self._node_barrier is not None
         window.sync()
-        self._meeting()
+        self._node_barrier()
         window.sync()
 
     def free(self) -> None:
         """Give back what was made for the windows. Collective."""
-        if self._meeting is not None:
-            self._meeting.free()
-            self._meeting = None
+        if self._node_barrier is not None:
+            self._node_barrier.free()
+            self._node_barrier = None
 
     def _sum_of(self, mine: Any) -> Any:
         """Room for a sum of slices like ``mine``; at least float32."""
-        return self._room("sum", mine, mine.size)
+        return self._staging_buffer("sum", mine, mine.size)
 
 
 class Plan:
@@ -275,24 +277,24 @@ class Plan:
         statistics: Where exchanges are counted.
     """
 
-    def __init__(self, world: World, window: Window, meeting: Meeting, statistics: Statistics) -> None:
+    def __init__(self, world: World, window: Window, node_barrier: NodeBarrier, statistics: Statistics) -> None:
         mine = split(window.local.size, world.size)[world.rank]
         vectors = [vector for rank in world.node_ranks if (vector := window.of(rank)) is not None]
         self._what = (*(as_bits(vectors) if window.dtype.itemsize == 2 else vectors), mine.start, mine.stop)
-        self._meeting, self._me, self._end = meeting, world.local_rank, 2 * world.size
+        self._node_barrier, self._me, self._end = node_barrier, world.local_rank, 2 * world.size
         self._statistics, self._n_bytes = statistics, 2 * (world.size - 1) * window.local.nbytes // world.size
-        self._sum = sum_together(world.size, window.dtype)
+        self._sum = sum_on_node(world.size, window.dtype)
 
     def __call__(self, scale: float) -> None:
         """Every rank's vector becomes ``scale`` times the sum of all. Collective."""
         # A small vector takes some microseconds: each line here is a part of them.
-        meeting, me, what = self._meeting, self._me, self._what
-        words, number = meeting.words, meeting.number + 1
-        meeting.number = number + 1
-        progress = self._sum(words, me, number, 0, meeting.patience, *what, scale)
+        node_barrier, me, what = self._node_barrier, self._me, self._what
+        words, number = node_barrier.words, node_barrier.number + 1
+        node_barrier.number = number + 1
+        progress = self._sum(words, me, number, 0, node_barrier.spin_limit, *what, scale)
         if progress != self._end:
-            meeting.wait(
-                lambda first: self._sum(words, me, number, first, LOOK_ONCE, *what, scale), self._end, progress
+            node_barrier.wait(
+                lambda first: self._sum(words, me, number, first, POLL_ONCE, *what, scale), self._end, progress
             )
         self._statistics.n_exchanges += 1
         self._statistics.bytes_sent += self._n_bytes
@@ -303,7 +305,7 @@ class PendingAllReduce:
 
     Args:
         world: The ranks.
-        window: Summed over all ranks, in place; nobody touches it until ``finish``.
+        window: Summed over all ranks, in place; nobody touches it until ``wait``.
         scale: Times the sum.
         statistics: Where bytes and waiting are counted.
     """
@@ -322,12 +324,12 @@ class PendingAllReduce:
             for at in range(0, self._sum.size, LARGEST_COUNT)
         ]
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for its end. Collective; once more does nothing."""
         if not self._requests:
             return
         began = time.perf_counter()
-        with self._world.looking():
+        with self._world.polling():
             MPI.Request.Waitall(self._requests)
         self._requests.clear()
         self._statistics.wait_seconds += time.perf_counter() - began

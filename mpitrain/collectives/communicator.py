@@ -30,7 +30,7 @@ class Vector(Protocol):
 class Pending(Protocol):
     """An operation that has begun."""
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for its end."""
 
 
@@ -124,9 +124,9 @@ class Communicator(Protocol):
         """
 
     def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:
-        """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``finish`` is.
+        """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``wait`` is.
 
-        The vector must be left alone until ``finish``; a worker may have one such operation under way.
+        The vector must be left alone until ``wait``; a worker may have one such operation under way.
         """
 
     def start(self, fn: Callable[[], object]) -> Started:

@@ -15,11 +15,11 @@ from mpitrain.collectives.allreduce import AllReduce, AnyWindow, PendingAllReduc
 from mpitrain.collectives.rma.blocks import MPIBlocks
 from mpitrain.collectives.rma.device_window import DeviceBlocks, DeviceWindow
 from mpitrain.collectives.rma.mailboxes import Mailboxes
-from mpitrain.collectives.rma.node_barrier import FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS
+from mpitrain.collectives.rma.node_barrier import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS
 from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.topology.partition import shards
-from mpitrain.collectives.world.background import Background, Naps, Started, threads_may_call_mpi
+from mpitrain.collectives.world.background import Background, Backoff, Started, threads_may_call_mpi
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 
-LARGEST_SERVED_SHARD = 1 << 17
+LARGEST_REMOTE_SHARD = 1 << 17
 """Elements of a shard where other nodes ask for it by message. Two of them are on their way at a time, and what goes
 the same way waits behind them, also the first request of a rank that is a little later: shards four times as large left
 a link idle for a tenth of an exchange. But one of them goes in each round trip, which takes longer at 10 ms.
@@ -41,13 +41,13 @@ LARGEST_DEVICE_SHARD = 1 << 25
 LARGEST_STAGED_SHARD = 1 << 21
 """Elements of a shard that GPUs visit by way of the host: one is copied in while another one is copied out."""
 
-N_DEVICE_ROOMS = 5
+N_DEVICE_STAGING_BUFFERS = 5
 """For blocks of other nodes: one more than a host needs, since a GPU gives them back one later."""
 
-LOOKS_BEFORE_NAPS = 64
+POLLS_BEFORE_BACKOFF = 64
 """At what others do. Between two looks the core is given to whoever wants it, and soon whether anybody does or not."""
 
-LONGEST_NAP_BETWEEN_NODES_SECONDS = 2e-3
+LONGEST_BACKOFF_BETWEEN_NODES_SECONDS = 2e-3
 """Longer than on a node: there a look may be a message, which takes time from the very rank that is waited for."""
 
 
@@ -147,7 +147,7 @@ class MPICommunicator:
 
     def node_vector(self, n: int, dtype: Any) -> Window:
         """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
-        window = Window(self.world, n, dtype, one_a_node=True)
+        window = Window(self.world, n, dtype, node_shared=True)
         self._made.append(window)
         return window
 
@@ -218,7 +218,7 @@ class MPICommunicator:
         else:
             assert self.world.transport is not None
             at_home: Any = DeviceWindow if self.world.transport.in_place else Window
-            options: Any = {"window": at_home, "n_rooms": N_DEVICE_ROOMS, "encoding": encoding}
+            options: Any = {"window": at_home, "n_staging_buffers": N_DEVICE_STAGING_BUFFERS, "encoding": encoding}
             homes_of = MPIBlocks(self.world, homes, lengths, dtype, self.statistics, **options)
             blocks = DeviceBlocks(self.world, homes_of, dtype)
         self._made.append(blocks)
@@ -226,7 +226,7 @@ class MPICommunicator:
 
     def _largest_shard(self) -> int:
         if self._gpu is None:
-            return LARGEST_SHARD if self.world.service is None else LARGEST_SERVED_SHARD
+            return LARGEST_SHARD if self.world.service is None else LARGEST_REMOTE_SHARD
         assert self.world.transport is not None
         return LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
 
@@ -264,17 +264,17 @@ class MPICommunicator:
         """Wait until something that others do makes ``condition()`` true. Local."""
         if condition():
             return
-        longest = LONGEST_NAP_SECONDS if self.world.n_nodes == 1 else LONGEST_NAP_BETWEEN_NODES_SECONDS
-        began, looks, naps = time.perf_counter(), 0, Naps(FIRST_NAP_SECONDS, longest)
-        with self.world.looking():
+        longest = LONGEST_BACKOFF_SECONDS if self.world.n_nodes == 1 else LONGEST_BACKOFF_BETWEEN_NODES_SECONDS
+        began, polls, backoff = time.perf_counter(), 0, Backoff(FIRST_BACKOFF_SECONDS, longest)
+        with self.world.polling():
             while not condition():
                 self.world.require_all()
                 self.world.progress()  # for MPIs whose one-sided operations wait for it
-                looks += 1
-                if looks < LOOKS_BEFORE_NAPS:
+                polls += 1
+                if polls < POLLS_BEFORE_BACKOFF:
                     os.sched_yield()
                 else:
-                    naps.rest()
+                    backoff.rest()
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:
@@ -288,7 +288,7 @@ class MPICommunicator:
     def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
         """A collective of host arrays, for an array wherever it lies."""
         host = gpu.to_host(array)
-        with self.world.looking():
+        with self.world.polling():
             collective(self.world, host, root)
         if host is not array:
             gpu.assign(array, host)
@@ -296,24 +296,24 @@ class MPICommunicator:
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
         if self._gpu is not None:
-            self._gpu.settle()
+            self._gpu.synchronize()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
-        self.world.together(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]))
+        self.world.run_on_survivors(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]))
         self.world.require_all()
         return all_values
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
-        self.wait_for_the_living()
+        self.barrier_of_survivors()
         self.world.require_all()
 
-    def wait_for_the_living(self) -> None:
+    def barrier_of_survivors(self) -> None:
         """The same without those that have died. Collective over the others."""
         for window in self._mirrored:
             window.publish()
         if self._gpu is not None:
-            self._gpu.settle()
+            self._gpu.synchronize()
         began = time.perf_counter()
         self.world.barrier()
         self.statistics.wait_seconds += time.perf_counter() - began
@@ -322,7 +322,7 @@ class MPICommunicator:
         """Give back everything that was made here. Collective."""
         self._background.stop()
         if self._pending is not None:
-            self._pending.finish()  # MPI still writes to memory that goes now
+            self._pending.wait()  # MPI still writes to memory that goes now
             self._pending = None
         for made in reversed(self._made):
             made.free()

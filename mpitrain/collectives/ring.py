@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.topology.partition import split
-from mpitrain.collectives.world.progress import finish, pieces
+from mpitrain.collectives.world.progress import pieces, wait_all
 from mpitrain.kernels.native.wire import Format
 
 
-def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:
+def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
     """Replace ``total`` (n,) by the sum over the ranks of ``comm``. Collective.
 
     Args:
@@ -39,15 +39,15 @@ def allreduce(comm: Any, total: np.ndarray, room: np.ndarray) -> None:
     for step in range(2 * (size - 1)):
         going, coming = (total[parts[(rank - step - k) % size]] for k in (0, 1))
         adds = step < size - 1
-        into = room[: coming.size] if adds else coming
+        into = incoming[: coming.size] if adds else coming
         requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(into)]
         requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(going)]
-        finish(requests)
+        wait_all(requests)
         if adds:
             coming += into
 
 
-def allreduce_encoded(comm: Any, total: np.ndarray, room: np.ndarray, wire: Format) -> None:
+def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: Format) -> None:
     """The same for float32 vectors that travel as ``wire`` fetches blocks. Collective.
 
     Args:
@@ -58,7 +58,7 @@ def allreduce_encoded(comm: Any, total: np.ndarray, room: np.ndarray, wire: Form
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     parts = split(total.size, size)
-    raw = room.view(np.uint8)
+    raw = incoming.view(np.uint8)
     going, coming = raw[: raw.size // 2], raw[raw.size // 2 :]
     for step in range(2 * (size - 1)):
         mine, theirs = (total[parts[(rank - step - k) % size]] for k in (0, 1))
@@ -69,7 +69,7 @@ def allreduce_encoded(comm: Any, total: np.ndarray, room: np.ndarray, wire: Form
             wire.decode(sent, mine)
         requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(received)]
         requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(sent)]
-        finish(requests)
+        wait_all(requests)
         if step < size - 1:
             wire.add_fetched(received, theirs)
         else:

@@ -42,31 +42,31 @@ class World(Protocol):
 
 def agree(world: World, value: int) -> int:
     """Collective over the node: the value of its first rank, on every rank."""
-    board = world.shared_array((1,), np.int64)
+    shared = world.shared_array((1,), np.int64)
     if world.local_rank == 0:
-        board[0] = value
+        shared[0] = value
     world.node_barrier()
-    return int(board[0])
+    return int(shared[0])
 
 
-def together(world: World, action: Callable[[], T]) -> T:
+def all_ok(world: World, action: Callable[[], T]) -> T:
     """Collective over the node: what `action` returns on this rank, if it succeeded on every rank.
 
     Where it failed anywhere, every rank raises: a rank that failed its own error, the others a `UsageError` with the
     text of the first that failed, so that it does not matter which rank prints it.
     """
-    board = world.shared_array((world.local_size, TEXT_BYTES), np.uint8)  # a row of zeros: no error
+    shared = world.shared_array((world.local_size, TEXT_BYTES), np.uint8)  # a row of zeros: no error
     failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
         failure = error
         text = (str(error) or repr(error)).encode()[:TEXT_BYTES]
-        board[world.local_rank, : len(text)] = np.frombuffer(text, np.uint8)
+        shared[world.local_rank, : len(text)] = np.frombuffer(text, np.uint8)
     world.node_barrier()
     if failure is not None:
         raise failure
-    failed = np.flatnonzero(board[:, 0])
+    failed = np.flatnonzero(shared[:, 0])
     if failed.size:
-        raise UsageError(board[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace"))
+        raise UsageError(shared[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace"))
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.data.agreement import World, agree, together
+from mpitrain.data.agreement import World, agree, all_ok
 from mpitrain.data.dataset import Dataset, Normalisation
 from mpitrain.data.options import between, choice, parse_options, positive, sizes
 from mpitrain.data.splits import stratified
@@ -106,7 +106,7 @@ def synthetic(options: str, *, world: World, seed: int, limits: Limits) -> Datas
             x[low:high] = centers[labels] + z if kind == "clusters" else z
             y[low:high] = labels if kind == "clusters" else np.argmax(np.tanh(z @ first) @ second, axis=1)
 
-    together(world, draw)
+    all_ok(world, draw)
     images = x.reshape(total, *shape)
     return Dataset(
         name="synthetic",

@@ -73,7 +73,7 @@ class Dataset:
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:
         """Local: the training samples at these indices, in that order."""
-        return self.normalisation.apply(self.train_images.take(indices)), torch.from_numpy(self.train_labels[indices])
+        return self.normalisation.apply(self.train_images.select(indices)), torch.from_numpy(self.train_labels[indices])
 
     def stage(self, indices: NDArray[np.int64]) -> None:
         """Local: announces what `batch` will ask for; call it with `sampler.shard(epoch)` when a sharded epoch begins.
@@ -86,7 +86,10 @@ class Dataset:
         """Local: the test set in order, the last batch perhaps smaller; `size` callers share the batches."""
         for start in range(rank * batch_size, self.n_test, size * batch_size):
             indices = np.arange(start, min(start + batch_size, self.n_test))
-            yield self.normalisation.apply(self.test_images.take(indices)), torch.from_numpy(self.test_labels[indices])
+            yield (
+                self.normalisation.apply(self.test_images.select(indices)),
+                torch.from_numpy(self.test_labels[indices]),
+            )
 
     def train_batches(self, batch_size: int, limit: int) -> Iterator[Batch]:
         """Local: a fixed random subset of at most `limit` training samples, in full batches, for BatchNorm statistics.

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.data.agreement import World, agree, together
+from mpitrain.data.agreement import World, agree, all_ok
 from mpitrain.data.dataset import Dataset, Normalisation
 from mpitrain.data.hdf5 import SPLITS, Header, check_labels, open_data, read_header, reading
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
@@ -17,7 +17,7 @@ from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, 
 
 def load_file(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
     """Collective over the node: the data set in `path`; see `storage.py` for what is kept where."""
-    file, header = together(world, lambda: _open(path))
+    file, header = all_ok(world, lambda: _open(path))
     preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
     storage = STORAGES[agree(world, STORAGES.index(preferred))]
 
@@ -29,7 +29,7 @@ def load_file(path: Path, *, world: World, sampling: str, limits: Limits) -> Dat
             labels[split] = _read_shared(file[f"{split}/labels"], world, np.dtype(np.int64))
         else:
             images[split] = FileImages(file[f"{split}/images"], staging=storage == "private" and split == "train")
-            labels[split] = together(world, partial(_read_labels, file, split))
+            labels[split] = all_ok(world, partial(_read_labels, file, split))
         check_labels(str(path), split, labels[split], len(header.classes))
     if storage == "shared":
         file.close()
@@ -80,5 +80,5 @@ def _read_shared(source: h5py.Dataset, world: World, dtype: np.dtype[Any] | None
             with reading(source.file):
                 source.read_direct(array, rows, rows)
 
-    together(world, read)
+    all_ok(world, read)
     return array

@@ -102,7 +102,7 @@ def import_images(
             images = _decoded(source, by_file, len(found), shape, progress)
             unreadable = survey.unreadable + writer.fill(images, by_file)
             _report_unreadable(unreadable, skip_unreadable)
-            writer.finish()
+            writer.close()
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class _Writer:
                 self._flush(split)
         return unreadable
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Writes what is left, cuts off the rows of images that were skipped, and adds mean and standard deviation."""
         for split, name in enumerate(SPLITS):
             self._flush(split)

@@ -89,7 +89,7 @@ def runs(indices: NDArray[np.int64], *, max_gap: int, max_length: int) -> Iterat
 class Images(Protocol):
     """(n, C, H, W) or (n, d), uint8 or float32, somewhere."""
 
-    def take(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+    def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Local: a new array of the images at `indices`, in that order."""
         ...
 
@@ -104,7 +104,7 @@ class MemoryImages:
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array
 
-    def take(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+    def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Local: see `Images`."""
         images: NDArray[Any] = self.array[indices]
         return images
@@ -127,7 +127,7 @@ class FileImages:
         self._staged = np.empty(0, np.int64)  # sorted
         self._buffer: NDArray[Any] = np.empty((0, *source.shape[1:]), source.dtype)  # the images at _staged
 
-    def take(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+    def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Local: see `Images`; from private memory if all are staged, else from the file."""
         if len(self._staged):
             places = np.minimum(np.searchsorted(self._staged, indices), len(self._staged) - 1)

@@ -70,7 +70,7 @@ class Gpu(Protocol):
     def squares(self, x: Any, y: Any | None) -> float:
         """The sum of the squares of ``x``, or of ``x - y``, both (n,), in float64."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the current stream has done all that was begun on it."""
 
     def mark(self) -> Any:
@@ -150,7 +150,7 @@ class CudaGpu:
             array = self._cupy.ndarray((n,), dtype, self._cupy.cuda.MemoryPointer(memory, 0))
             if n:
                 self._runtime.memsetAsync(array.data.ptr, 0, n_bytes, self._stream())
-            self.settle()
+            self.synchronize()
         return array
 
     def handle(self, array: Any) -> bytes:
@@ -210,7 +210,7 @@ class CudaGpu:
         given = [v if v.dtype.itemsize >= 4 else v.astype(np.float32) for v in (x, y) if v is not None]
         return float((of_one if y is None else of_two)(*given))
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the current stream has done all that was begun on it."""
         self._cupy.cuda.get_current_stream().synchronize()
 
@@ -264,10 +264,10 @@ class CudaGpu:
         address: int = self._cupy.cuda.get_current_stream().ptr
         return address
 
-    def _order(self, first: int, then: int, event: Any) -> None:
-        """What stream ``then`` is given from now on comes after what ``first`` was given so far."""
+    def _order(self, first: int, second: int, event: Any) -> None:
+        """What stream ``second`` is given from now on comes after what ``first`` was given so far."""
         self._runtime.eventRecord(event.ptr, first)
-        self._runtime.streamWaitEvent(then, event.ptr)
+        self._runtime.streamWaitEvent(second, event.ptr)
 
 
 @functools.cache
@@ -331,10 +331,10 @@ def to_host(array: Any) -> np.ndarray:
     return host
 
 
-def settle(array: Any) -> None:
+def synchronize(array: Any) -> None:
     """Let MPI and other processes touch an array: wait for what the GPU has begun on the current stream. Local.
 
     Host memory needs nothing.
     """
     if is_device(array):
-        current().settle()
+        current().synchronize()

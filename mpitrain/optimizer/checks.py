@@ -73,18 +73,18 @@ def check_alike(base: torch.optim.Optimizer, model: torch.nn.Module, method: Met
     """
     parts = list(_described(base, model, method))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    digests = world.together(lambda comm: comm.allgather((world.rank, digest)))
+    digests = world.run_on_survivors(lambda comm: comm.allgather((world.rank, digest)))
     first, wanted = digests[0]
     other = next((rank for rank, found in digests if found != wanted), None)
     if other is None:
         return
-    told = world.together(
+    described = world.run_on_survivors(
         lambda comm: dict(comm.allgather((world.rank, parts if world.rank in (first, other) else [])))
     )
-    raise UsageError(_difference(told[first], told[other], first, other))
+    raise UsageError(_difference(described[first], described[other], first, other))
 
 
-class BaseWatch:
+class DirectStepGuard:
     """Warns, once, when a base optimizer makes a step that its DistributedOptimizer did not ask for.
 
     Args:
@@ -106,7 +106,7 @@ class BaseWatch:
             )
 
     @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Inside, steps are those of the DistributedOptimizer."""
         before, self._is_silent = self._is_silent, True
         try:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
-from mpitrain.algorithms.base.peers import living
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.statistics import Statistics
@@ -29,12 +29,12 @@ from mpitrain.collectives.world.world import World, init
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.native.wire import FLOAT32
-from mpitrain.optimizer.checks import BaseWatch, check_alike, check_base, check_kinds
+from mpitrain.optimizer.checks import DirectStepGuard, check_alike, check_base, check_kinds
 from mpitrain.optimizer.flat import FlatParameters, for_each_state_tensor, keeping_buffers
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.optimizer.replica_group import ReplicaGroup, check_replica_size
 
-MOST_LOOKED_AT = 32
+MOST_MEASURED = 32
 """Workers whose distance from the consensus is measured: looking at all of a thousand would take minutes."""
 
 TOO_LATE_FOR_GROUPS = "add the parameter group to the base optimizer, before the DistributedOptimizer is made"
@@ -116,7 +116,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.method = method
         self._base, self._model = base, model
         check_base(base, model, method)
-        self._refuse_what_is_taken()
+        self._refuse_shared_parameters()
         self._flat = FlatParameters(base.param_groups)
         check_alike(base, model, method, self.world)
         super().__init__(base.param_groups, dict(base.defaults))
@@ -135,13 +135,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for_each_state_tensor(model, self._comm.broadcast)
         self._replica_size = replica_size
         fuses = self._gpu is None and not method.owns_update and is_plain_sgd(base) and self._flat.may_be_fused
-        self._one_a_node = fuses and method.one_a_node and replica_size == 1
+        self._node_shared = fuses and method.node_shared and replica_size == 1
         self._group = ReplicaGroup(
-            self._comm, replica_size, self._flat.n, self._flat.dtype, one_a_node=self._one_a_node
+            self._comm, replica_size, self._flat.n, self._flat.dtype, node_shared=self._node_shared
         )
         self._x = self._group.x.local
         self._flat.attach(self._x, self._group.g.local)
-        self._local = FusedSGD(base, self._flat, self._x) if fuses and not self._one_a_node else None
+        self._local = FusedSGD(base, self._flat, self._x) if fuses and not self._node_shared else None
         self._needs_gradient = method.needs_gradient or self._flat.staged or replica_size > 1
         self._worker: Worker | None = None  # of a group, its first rank has it
         with self._exchanging():
@@ -150,12 +150,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._flat.when_ready(self._gradient_ready, self._gradient_complete)
         self._scratch: Any = None
         self._shows_consensus = False
-        self._has_told = False
+        self._has_reported = False
         self.exchange_seconds = 0.0
-        self._watch = BaseWatch(base)
+        self._step_guard = DirectStepGuard(base)
         _open.add(self)
 
-    def _refuse_what_is_taken(self) -> None:
+    def _refuse_shared_parameters(self) -> None:
         mine = {id(p) for group in self._base.param_groups for p in group["params"]}
         if any(id(place.parameter) in mine for other in _open for place in other._flat.places):
             raise UsageError(
@@ -194,12 +194,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 seed,
                 self._flat.layers,
                 held_out,
-                one_a_node=self._one_a_node,
+                node_shared=self._node_shared,
             )
             self._worker = method.worker(replica)
             if average is not None:
-                self._worker = average.carry(self._worker, replica)
-            self._group.open_desk(self._worker.consensus)
+                self._worker = average.wrap(self._worker, replica)
+            self._group.serve_consensus(self._worker.consensus)
 
     def _exchanging(self) -> AbstractContextManager[None]:
         """What the worker does on a GPU belongs in here."""
@@ -265,16 +265,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._flat.collect_gradients()
         self._flat.check_attached()
         self._check_frozen()
-        segments = self._segments()
+        group_slices = self._group_slices()
         began, self._update_seconds = time.perf_counter(), 0.0
         self._flat.to_host()
         mean_loss = self._group.average(float(loss) if self.method.needs_loss and loss is not None else None)
         if self._worker is not None:
             with self._group.busy, self._exchanging():
-                owns_update = self.method.owns_update or self._one_a_node
-                if self._worker.step(segments, None if owns_update else self._local_update, mean_loss):
+                owns_update = self.method.owns_update or self._node_shared
+                if self._worker.step(group_slices, None if owns_update else self._local_update, mean_loss):
                     self._forget_what_is_not_finite()
-                    self._tell_what_was_rejected()
+                    self._report_nonfinite()
         self._group.share()
         self._flat.to_device()
         self.exchange_seconds += time.perf_counter() - began - self._update_seconds
@@ -284,7 +284,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The fitness of parameters (n,), from that of what the model holds."""
 
         def of(vector: np.ndarray) -> float:
-            with self._flat.holding(vector):
+            with self._flat.swapped_parameters(vector):
                 return float(fitness())
 
         return of
@@ -300,24 +300,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     "whose learning rate is 0 as long as it shall rest"
                 )
 
-    def _segments(self) -> list[Segment]:
+    def _group_slices(self) -> list[ParamGroupSlice]:
         """The parameter groups, as they are now."""
-        if len(self.param_groups) != len(self._flat.segments):
+        if len(self.param_groups) != len(self._flat.group_slices):
             raise UsageError(TOO_LATE_FOR_GROUPS)
-        if self._one_a_node and not is_plain_sgd(self._base):
+        if self._node_shared and not is_plain_sgd(self._base):
             raise UsageError(
                 "the base optimizer has got hooks, a scheduler of its own, dampening or maximize: "
                 "give it those before the DistributedOptimizer is made, and the scheduler the DistributedOptimizer"
             )
         return [
-            Segment(
+            ParamGroupSlice(
                 part,
                 float(group["lr"]),
                 float(group.get("weight_decay", 0.0)),
                 float(group.get("momentum", 0.0)),
                 bool(group.get("nesterov", False)),
             )
-            for part, group in zip(self._flat.segments, self.param_groups, strict=True)
+            for part, group in zip(self._flat.group_slices, self.param_groups, strict=True)
         ]
 
     def _local_update(self) -> None:
@@ -326,10 +326,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._local is not None and is_plain_sgd(self._base):
             self._local.step()
         elif self._gpu is not None:
-            with self._gpu.computing(self._flat.compute_stream), self._watch.looking_away():
+            with self._gpu.computing(self._flat.compute_stream), self._step_guard.suspended():
                 self._base.step()
         else:
-            with self._watch.looking_away():
+            with self._step_guard.suspended():
                 self._base.step()
         self._flat.to_host()
         self._update_seconds = time.perf_counter() - began
@@ -343,12 +343,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     if isinstance(value, torch.Tensor) and value.is_floating_point():
                         value.nan_to_num_(0.0, 0.0, 0.0)
 
-    def _tell_what_was_rejected(self) -> None:
-        """Once: from then on ``statistics.n_rejected`` says it."""
-        if not self._has_told:
-            self._has_told = True
+    def _report_nonfinite(self) -> None:
+        """Once: from then on ``statistics.n_nonfinite`` says it."""
+        if not self._has_reported:
+            self._has_reported = True
             print(
-                f"mpitrain: rank {self.world.rank}: {int(self.statistics.n_rejected)} values were not finite and were "
+                f"mpitrain: rank {self.world.rank}: {int(self.statistics.n_nonfinite)} values were not finite and were "
                 "kept out of what is exchanged; where its own are not, it goes on from what the method evaluates",
                 file=sys.stderr,
                 flush=True,
@@ -365,7 +365,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._check_open()
         if self._shows_consensus:
             raise UsageError("consensus() inside consensus(): the model holds what the method evaluates already")
-        with keeping_buffers(self._model), self._flat.holding(self._consensus()):
+        with keeping_buffers(self._model), self._flat.swapped_parameters(self._consensus()):
             self._shows_consensus = True
             try:
                 yield
@@ -409,24 +409,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._worker is None:
             raise UsageError("ask the first rank of a replica group for the spread of the workers")
         comm = self._worker.comm
-        peers = living(comm)
-        peers = peers[:: -(-len(peers) // MOST_LOOKED_AT)]
+        peers = alive_ranks(comm)
+        peers = peers[:: -(-len(peers) // MOST_MEASURED)]
         squares: list[float] = []
         with self._exchanging():
             for peer in peers:
                 comm.read(self._worker.x, peer, lambda x: squares.append(_square_distance(gpu.to_host(x), vector)))
         mean = float(np.mean(squares))
-        learning_rate = max(segment.learning_rate for segment in self._segments())
+        learning_rate = max(group_slice.learning_rate for group_slice in self._group_slices())
         rho = self.method.elastic_coefficient(comm.size, learning_rate)
-        return math.sqrt(mean), rho / 2 * len(living(comm)) * mean
+        return math.sqrt(mean), rho / 2 * len(alive_ranks(comm)) * mean
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Nothing of this rank's is under way any more at what all share (an exchange in the background). Local."""
         if self._worker is not None:
             with self._group.busy, self._exchanging():
-                self._worker.settle()
+                self._worker.wait()
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Hand over what no exchange has taken: the steps a parameter server has not got yet. Local, once, at the end.
 
         Between two barriers, so that what is evaluated then has the steps of all. Collective over a group.
@@ -435,14 +435,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._flat.to_host()
         if self._worker is not None:
             with self._group.busy, self._exchanging():
-                self._worker.finish()
+                self._worker.finalize()
         self._group.share()
         self._flat.to_device()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the whole state: parameters, the base optimizer's state, the method's. Local.
 
-        It is this rank's own: each rank saves one and loads its own again. For asynchronous methods call ``settle`` and
+        It is this rank's own: each rank saves one and loads its own again. For asynchronous methods call ``wait`` and
         then a barrier before it on all ranks, or the parts are of different moments.
         """
         self._check_open()
@@ -453,7 +453,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             "rank": self.world.rank,
             "ranks": self.world.size,
             "replica_size": self._replica_size,
-            "one_a_node": self._one_a_node,
+            "node_shared": self._node_shared,
             "parameters": parameters,
             "base": copy.deepcopy(self._base.state_dict()),  # torch hands out its own tensors
             "method": self._method_state(),
@@ -488,8 +488,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"the state holds {parameters.size} parameters and the model has {self._x.size}: "
                 "it was saved from another model"
             )
-        if state_dict.get("one_a_node", self._one_a_node) != self._one_a_node:
-            here, there = ("with the method", "in the base optimizer")[:: 1 if self._one_a_node else -1]
+        if state_dict.get("node_shared", self._node_shared) != self._node_shared:
+            here, there = ("with the method", "in the base optimizer")[:: 1 if self._node_shared else -1]
             raise UsageError(
                 f"the state keeps the momentum {there}, and this optimizer {here}: "
                 "use the method's settings, the kind of base optimizer and the device that it was saved with"
@@ -541,10 +541,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._shows_consensus:
                 raise UsageError("close() inside `with optimizer.consensus()`: leave that block first")
             _open.discard(self)
-            self._watch.stop()
+            self._step_guard.stop()
             with self._exchanging():
                 self._flat.detach()
-                self._comm.wait_for_the_living()
+                self._comm.barrier_of_survivors()
                 self._group.close()
                 self._comm.free()
             # What is left would keep the memory of a GPU.

@@ -58,14 +58,14 @@ class FlatParameters:
         self.dtype = _numpy_dtype(self.torch_dtype)
         align = max(ALIGN_BYTES // self.torch_dtype.itemsize, 1)
         self.places: list[Place] = []
-        self.segments: list[slice] = []
+        self.group_slices: list[slice] = []
         end = 0
         for parameters in trainable:
             begin = end
             for parameter in parameters:
                 self.places.append(Place(parameter, end))
                 end += -(-parameter.numel() // align) * align
-            self.segments.append(slice(begin, end))
+            self.group_slices.append(slice(begin, end))
         self.n = end
         self.layers = tuple(slice(place.start, place.start + place.parameter.numel()) for place in self.places)
         self._hooks: list[Any] = []
@@ -191,7 +191,7 @@ class FlatParameters:
             view.copy_(grad)
 
     @contextmanager
-    def holding(self, vector: Any) -> Iterator[None]:
+    def swapped_parameters(self, vector: Any) -> Iterator[None]:
         """The model's parameters are views into ``vector`` (n,) inside; its own vector stays as it is."""
         other = _as_tensor(vector, self.torch_dtype).to(self._x.device)
         for place in self.places:
@@ -264,7 +264,7 @@ def _as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
 @contextmanager
 def keeping_buffers(model: torch.nn.Module) -> Iterator[None]:
     """What happens to a model's buffers inside is undone at the end, whether they are changed or replaced."""
-    kept = [
+    saved = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
@@ -274,7 +274,7 @@ def keeping_buffers(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, values in kept:
+            for module, name, buffer, values in saved:
                 module._buffers[name] = buffer.copy_(values)
 
 

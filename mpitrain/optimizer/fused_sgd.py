@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpitrain import kernels
-from mpitrain.optimizer.checks import BaseWatch
+from mpitrain.optimizer.checks import DirectStepGuard
 from mpitrain.optimizer.flat import FlatParameters
 
 
@@ -21,7 +21,7 @@ def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
         type(base) is torch.optim.SGD
         and "step" not in vars(base)  # a scheduler that was given the base optimizer counts its steps
         and not base._optimizer_step_pre_hooks
-        and all(isinstance(hook, BaseWatch) for hook in base._optimizer_step_post_hooks.values())
+        and all(isinstance(hook, DirectStepGuard) for hook in base._optimizer_step_post_hooks.values())
         and not any(g["dampening"] or g["maximize"] or g["differentiable"] for g in base.param_groups)
     )
 

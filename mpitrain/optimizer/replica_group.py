@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 ASK, ANSWER = 23, 24
 """Tags of a member's question and of the head's answer."""
 
-SECONDS_BETWEEN_LOOKS = 2e-3
+REQUEST_POLL_SECONDS = 2e-3
 """How long a question lies before the head sees it."""
 
 
@@ -69,7 +69,7 @@ class ReplicaGroup:
         size: Ranks of a worker, k; 1: each rank is a worker, and everything here costs nothing.
         n: Elements of the model's vector.
         dtype: Of the elements.
-        one_a_node: The workers of a node hold one ``x`` between them; only where each rank is a worker.
+        node_shared: The workers of a node hold one ``x`` between them; only where each rank is a worker.
 
     Attributes:
         workers: The communicator of the heads, which the method gets; None on other ranks.
@@ -78,13 +78,13 @@ class ReplicaGroup:
         busy: Held while the worker changes; who asks the worker something waits for it.
     """
 
-    def __init__(self, comm: MPICommunicator, size: int, n: int, dtype: Any, *, one_a_node: bool = False) -> None:
+    def __init__(self, comm: MPICommunicator, size: int, n: int, dtype: Any, *, node_shared: bool = False) -> None:
         self.busy = threading.Lock()
         self.workers: MPICommunicator | None = comm
         self.world: World | None = None
         self.x: Vector
         self.g: Vector
-        self._desk: Desk | None = None
+        self._consensus_server: ConsensusServer | None = None
         if size > 1:
             is_head = comm.rank % size == 0
             heads = comm.split(0 if is_head else 1)
@@ -97,7 +97,7 @@ class ReplicaGroup:
             self.x, self.g = self._shared_x, self._shared_g
             kernels.copy(np.empty(0, dtype), np.empty(0, dtype))  # compiled before the first step
         if self.workers is not None:
-            self.x = self.workers.node_vector(n, dtype) if one_a_node else self.workers.vector(n, dtype)
+            self.x = self.workers.node_vector(n, dtype) if node_shared else self.workers.vector(n, dtype)
             self.g = self.workers.vector(n, dtype)
 
     def average(self, loss: float | None) -> float | None:
@@ -132,14 +132,14 @@ class ReplicaGroup:
             self._group.read(self._shared_x, 0, lambda x: kernels.copy(mine, x))
             self._group.statistics.bytes_sent += mine.nbytes
 
-    def open_desk(self, answer: Callable[[Any], None]) -> None:
+    def serve_consensus(self, answer: Callable[[Any], None]) -> None:
         """Answer the other members from now on. Local; the head only.
 
         Args:
             answer: Writes what the method evaluates to a vector (n,).
         """
         if self.world is not None and threads_may_call_mpi():
-            self._desk = Desk(self.world, np.empty_like(self.x.local), answer, self.busy)
+            self._consensus_server = ConsensusServer(self.world, np.empty_like(self.x.local), answer, self.busy)
 
     def ask(self, out: np.ndarray) -> None:
         """Write what the method evaluates to ``out`` (n,), as the head sees it. Local; not for the head.
@@ -158,13 +158,13 @@ class ReplicaGroup:
 
     def close(self) -> None:
         """Answer no more, and let go of the vectors. Local; when no member can ask any more."""
-        if self._desk is not None:
-            self._desk.stop()
-            self._desk = None
+        if self._consensus_server is not None:
+            self._consensus_server.stop()
+            self._consensus_server = None
         del self.x, self.g
 
 
-class Desk:
+class ConsensusServer:
     """Answers the members of a group, in a thread of its head.
 
     Args:
@@ -184,7 +184,7 @@ class Desk:
 
     def _run(self) -> None:
         with suppress(RankFailed), explained(self._world):  # the thread that makes the steps will say so
-            while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
+            while not self._stopped.wait(REQUEST_POLL_SECONDS):
                 for member in self._members:
                     self._serve(member)
 

@@ -73,7 +73,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
         except (OSError, RuntimeError) as error:  # RuntimeError: HDF5 closes a file that it could not write
             problem = reason(error)
     part = mine.name, checksum, _n_bytes(state), problem
-    parts = world.together(lambda comm: comm.allgather(part))
+    parts = world.run_on_survivors(lambda comm: comm.allgather(part))
     problem = next((text for *_, text in parts if text), "")
     if world.rank == 0 and not problem:
         try:
@@ -81,7 +81,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
         except OSError as error:
             problem = reason(error)
     known = problem
-    problem = world.together(lambda comm: comm.bcast(known))
+    problem = world.run_on_survivors(lambda comm: comm.bcast(known))
     if problem:
         if world.rank == 0:
             _remove_partial(folder)
@@ -96,7 +96,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
 
 def _publish(partial: Path, target: Path, checksums: dict[str, int], world: World) -> None:
     """Make a checkpoint of what all ranks have written, and remove the oldest. Local; rank 0 only."""
-    _stand_in(partial, checksums, world)
+    _supply_missing(partial, checksums, world)
     (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
     _sync(partial / CHECKSUMS)
     _sync(partial)
@@ -129,7 +129,7 @@ def _n_bytes(state: Any) -> int:
     return int(state.nbytes) if isinstance(state, (torch.Tensor, np.ndarray)) else 0
 
 
-def _stand_in(folder: Path, checksums: dict[str, int], world: World) -> None:
+def _supply_missing(folder: Path, checksums: dict[str, int], world: World) -> None:
     """Give each rank that has died a copy of the part of the next one that lives: when resumed it begins as its twin.
 
     Local; rank 0 only.
@@ -159,7 +159,7 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
     if world.rank == 0:
         _remove_partial(folder)
     mine = [(path.name, _n_parts(path)) for path in reversed(_complete(folder))] if world.rank == 0 else []
-    found: list[tuple[str, int]] = world.together(lambda comm: comm.bcast(mine))
+    found: list[tuple[str, int]] = world.run_on_survivors(lambda comm: comm.bcast(mine))
     if not found:
         raise UsageError(
             f"{folder.parent} has no complete checkpoint: start it again, without --resume and into a new --out"
@@ -169,13 +169,13 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
         if problem and world.rank == 0:
             print(f"mpitrain: warning: {problem}: trying {name} instead", file=sys.stderr, flush=True)
         _require_ranks(folder / name, n_parts, world)
-        state, problem = _load_together(folder / name, world)
+        state, problem = _load_on_survivors(folder / name, world)
         if state is not None:
             return state
     raise UsageError(f"{problem}: there is no other; start the run again, without --resume and into a new --out")
 
 
-def _load_together(path: Path, world: World) -> tuple[dict[str, Any] | None, str]:
+def _load_on_survivors(path: Path, world: World) -> tuple[dict[str, Any] | None, str]:
     """This rank's part of a checkpoint; or None, on all ranks, and what is wrong with it. Collective.
 
     Raises:
@@ -187,7 +187,7 @@ def _load_together(path: Path, world: World) -> tuple[dict[str, Any] | None, str
     except _Damaged as error:
         problem = str(error)
     part = step, problem
-    parts = world.together(lambda comm: comm.allgather(part))
+    parts = world.run_on_survivors(lambda comm: comm.allgather(part))
     if problems := [text for _, text in parts if text]:
         return None, problems[0]
     if len(steps := sorted({number for number, _ in parts})) > 1:
@@ -218,10 +218,10 @@ class _Damaged(UsageError):
 def _n_parts(path: Path) -> int:
     """How many ranks have written a checkpoint: as its checksums tell it, else as many as it has parts."""
     try:
-        told = len(json.loads((path / CHECKSUMS).read_text()))
+        n_files = len(json.loads((path / CHECKSUMS).read_text()))
     except (OSError, ValueError):
-        told = 0
-    return told or len(list(path.glob("rank-*.h5")))
+        n_files = 0
+    return n_files or len(list(path.glob("rank-*.h5")))
 
 
 def _require_ranks(path: Path, n_parts: int, world: World) -> None:

@@ -197,8 +197,8 @@ class MetricsWriter:
             raise ValueError(f"{self._path} has no column {table}/{column}")
         self.flush()
         rows = _read(self._file)
-        kept = rows[table][column] <= value
-        rows[table] = {field: entries[kept] for field, entries in rows[table].items()}
+        within = rows[table][column] <= value
+        rows[table] = {field: entries[within] for field, entries in rows[table].items()}
         self._file.close()
         self._start(rows)
 

@@ -102,8 +102,8 @@ def scale_y(axes: Axes, y: str, values: Column) -> None:
         settled = float(np.percentile(values, CLIMB_PERCENT)) if len(values) else bottom
         if settled - bottom > top - settled:  # the first climb would take more than half of the height
             bottom = settled - 0.1 * (top - settled)
-        room = max(0.0, 0.05 - (top - bottom)) / 2  # no tenths of a percent for a single evaluation
-        axes.set_ylim(bottom - room, min(top + room, 1.005))
+        margin = max(0.0, 0.05 - (top - bottom)) / 2  # no tenths of a percent for a single evaluation
+        axes.set_ylim(bottom - margin, min(top + margin, 1.005))
     elif len(values) and values.min() > 0 and np.percentile(values, 99) > 5 * np.percentile(values, 1):
         axes.set_yscale("log")
         _plain_log_ticks(axes.yaxis, values.min(), values.max(), 1)

@@ -140,7 +140,7 @@ class SimulatedWorld:
             self._conditions[rank] = condition
             self.give_way()
 
-    def meet(self, rank: int, group: Group, number: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
+    def exchange(self, rank: int, group: Group, number: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
         """A collective: wait until all workers have brought a value, and have what ``combine`` makes of all of them.
 
         Args:
@@ -213,7 +213,7 @@ class SimulatedBlocks:
         self.homes, self.lengths = tuple(homes), tuple(block.size for block in data)
         self._world, self._data, self._tags, self._versions = world, data, tags, versions
 
-    def acquire(self, index: int, then: int | None = None) -> Block:
+    def acquire(self, index: int, prefetch: int | None = None) -> Block:
         """Have a block as an array; nobody else runs until it is released."""
         if self._world.interleave_locks:
             self._world.give_way()
@@ -239,7 +239,7 @@ class SimulatedPending:
         finish: Wait for its end.
     """
 
-    finish: Callable[[], None]
+    wait: Callable[[], None]
 
 
 class SimulatedCommunicator:
@@ -279,7 +279,7 @@ class SimulatedCommunicator:
                 for color in set(colors)
             }
 
-        group: Group = self._meet(color, make)[color]
+        group: Group = self._exchange(color, make)[color]
         part = SimulatedCommunicator(self.world, group.ranks.index(self._rank), group, self.statistics)
         self._parts.append(part)
         return part
@@ -296,7 +296,7 @@ class SimulatedCommunicator:
 
     def vector(self, n: int, dtype: Any) -> SimulatedVector:
         """A vector of zeros that peers can read. Collective."""
-        arrays = self._meet(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
+        arrays = self._exchange(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
         return SimulatedVector(arrays, self.rank)
 
     def numbers(self, n: int) -> SimulatedVector:
@@ -306,7 +306,7 @@ class SimulatedCommunicator:
     def node_vector(self, n: int, dtype: Any) -> SimulatedVector:
         """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
         node_of = dict(zip(range(self.size), self.nodes, strict=True))
-        arrays = self._meet(None, lambda _: {node: np.zeros(n, dtype) for node in set(self.nodes)})
+        arrays = self._exchange(None, lambda _: {node: np.zeros(n, dtype) for node in set(self.nodes)})
         return SimulatedVector([arrays[node_of[rank]] for rank in range(self.size)], self.rank)
 
     def publish(self, vector: Any) -> None:
@@ -343,7 +343,7 @@ class SimulatedCommunicator:
             for other in vectors[1:]:
                 other[...] = total
 
-        self._meet(mine, add)
+        self._exchange(mine, add)
 
     def slice_of(self, n: int) -> slice:
         """This worker's part of a vector of ``n`` elements. Local."""
@@ -354,7 +354,7 @@ class SimulatedCommunicator:
         """Give each worker what adds up to the sum of all workers' vectors in its part. Collective."""
         self.statistics.n_exchanges += 1
         self.statistics.bytes_sent += 2 * (self.size - 1) * vector.local.nbytes // self.size
-        total = self._meet(vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()))
+        total = self._exchange(vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()))
         mine = self.slice_of(vector.local.size)
         fn(mine, [total[mine].copy()])
         self.barrier()
@@ -374,22 +374,22 @@ class SimulatedCommunicator:
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
-        array[...] = self._meet(array, lambda arrays: arrays[root].copy())
+        array[...] = self._exchange(array, lambda arrays: arrays[root].copy())
 
     def reduce(self, array: Any, root: int = 0) -> None:
         """Sum every worker's array into the root's. Collective."""
-        total = self._meet(array, lambda arrays: sum(arrays[1:], arrays[0].copy()))
+        total = self._exchange(array, lambda arrays: sum(arrays[1:], arrays[0].copy()))
         if self.rank == root:
             array[...] = total
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
-        gathered: np.ndarray = self._meet(np.array(values, np.float64), np.stack)
+        gathered: np.ndarray = self._exchange(np.array(values, np.float64), np.stack)
         return gathered.copy()
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
-        self._meet(None, lambda _: None)
+        self._exchange(None, lambda _: None)
 
     def end_step(self) -> None:
         """This worker has made a local step: its clock moves on, and others may go first. Local."""
@@ -401,12 +401,12 @@ class SimulatedCommunicator:
     def free(self) -> None:
         """Nothing to give back."""
 
-    def _meet(self, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+    def _exchange(self, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
         self._n_collectives += 1
-        return self.world.meet(self._rank, self._group, self._n_collectives, value, combine)
+        return self.world.exchange(self._rank, self._group, self._n_collectives, value, combine)
 
     def _blocks(self, homes: list[int], lengths: list[int], dtype: Any) -> SimulatedBlocks:
-        data, tags, versions = self._meet(
+        data, tags, versions = self._exchange(
             None,
             lambda _: ([np.zeros(n, dtype) for n in lengths], np.zeros((len(lengths), N_TAGS)), [0] * len(lengths)),
         )

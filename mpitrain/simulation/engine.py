@@ -14,7 +14,7 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
 from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
 from mpitrain.simulation.schedules import RoundRobin
 
@@ -62,7 +62,7 @@ class Simulation:
             comm.barrier()
             replica = Replica(comm, x, g, self.seed, self.layers, self.fitness)
             worker = self.method.worker(replica)
-            return worker if self.average is None else self.average.carry(worker, replica)
+            return worker if self.average is None else self.average.wrap(worker, replica)
 
         # Setting up is collective and takes as many switches as it takes: the schedule is for what follows.
         schedule, self.world.schedule = self.world.schedule, RoundRobin()
@@ -79,12 +79,14 @@ class Simulation:
 
         def program(comm: SimulatedCommunicator) -> None:
             worker = self.workers[comm.rank]
-            segments = [Segment(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
+            group_slices = [ParamGroupSlice(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
             update, velocity = (None, None) if self.method.owns_update else self._sgd(worker)
             for _ in range(steps):
                 worker.g.local[...] = self.gradient(comm.rank, worker.x.local)
-                has_rejected = worker.step(segments, update, self._loss(worker) if self.method.needs_loss else None)
-                if has_rejected and velocity is not None:
+                found_nonfinite = worker.step(
+                    group_slices, update, self._loss(worker) if self.method.needs_loss else None
+                )
+                if found_nonfinite and velocity is not None:
                     kernels.keep_finite(velocity)
                 if after_step is not None:
                     after_step(self, comm.rank)

@@ -15,12 +15,12 @@ from types import FrameType, TracebackType
 
 import numpy as np
 
-from mpitrain.collectives.rma.scoreboard import Board
+from mpitrain.collectives.rma.scoreboard import Scoreboard
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import RankFailed
 
 STEPS_BETWEEN_BROADCASTS = 10
-SECONDS_BETWEEN_LOOKS = 0.02
+ORDER_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Control:
 
     def __init__(self, world: World, *, synchronous: bool, group: World | None = None) -> None:
         self._world, self._synchronous, self._group = world, synchronous, group
-        self._board = Board(world, ("saves", "stop", "finished", "over"))
+        self._scoreboard = Scoreboard(world, ("saves", "stop", "finished", "over"))
         self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
         self._saved = 0  # orders to save that this rank has followed
         self._looked = 0.0
@@ -58,7 +58,7 @@ class Control:
         assert self._world.rank == 0
         self._saves += save
         self._stop = self._stop or stop
-        self._board.write(saves=self._saves, stop=self._stop)
+        self._scoreboard.write(saves=self._saves, stop=self._stop)
 
     def listen(self, step: int) -> Orders:
         """The orders for this rank, after its step number ``step``.
@@ -69,15 +69,15 @@ class Control:
             if step % STEPS_BETWEEN_BROADCASTS:
                 return Orders()
             orders = self._saves, self._stop
-            self._saves, self._stop = self._world.together(lambda comm: comm.bcast(orders))
+            self._saves, self._stop = self._world.run_on_survivors(lambda comm: comm.bcast(orders))
         elif self._group is None:
-            self._look()
+            self._poll()
         else:
             if self._group.rank == 0:
-                self._look()
-            heard = np.array([self._saves, self._stop], np.int64)
-            self._group.comm.Bcast(heard)
-            self._saves, self._stop = int(heard[0]), bool(heard[1])
+                self._poll()
+            known = np.array([self._saves, self._stop], np.int64)
+            self._group.comm.Bcast(known)
+            self._saves, self._stop = int(known[0]), bool(known[1])
         return self._followed()
 
     def _followed(self, *, over: bool = False) -> Orders:
@@ -86,12 +86,12 @@ class Control:
         self._saved = self._saves
         return orders
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """What rank 0 has ordered, if it is time to look again. Local."""
         now = time.perf_counter()
-        if self._world.rank != 0 and now - self._looked >= SECONDS_BETWEEN_LOOKS:
+        if self._world.rank != 0 and now - self._looked >= ORDER_POLL_SECONDS:
             self._looked = now
-            self._heard()
+            self._update_orders()
 
     def require_leader(self) -> None:
         """Raise if rank 0 has died. Local; after a barrier, on all ranks or on none.
@@ -102,20 +102,20 @@ class Control:
         if 0 in self._world.dead:
             raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
 
-    def _heard(self) -> bool:
+    def _update_orders(self) -> bool:
         """Note what rank 0 has ordered; whether it has said that all have made their last step. Local.
 
         Raises:
             RankFailed: It will give no more orders.
         """
         self.require_leader()
-        row = self._board.read_rank(0)
+        row = self._scoreboard.read_rank(0)
         self._saves, self._stop = int(row["saves"]), bool(row["stop"])
         return bool(row["over"])
 
-    def finish(self) -> None:
+    def report_done(self) -> None:
         """Tell the others that this rank has made its last step. Local."""
-        self._board.write(finished=1)
+        self._scoreboard.write(finished=1)
 
     def rest(self) -> Orders:
         """The orders for a rank that has made its last step, a moment later: others may be slower. Local.
@@ -125,20 +125,20 @@ class Control:
         if self._synchronous:
             return Orders(over=True)
         if self._world.rank == 0:
-            has_finished = self._board.read()["finished"]
+            has_finished = self._scoreboard.read()["finished"]
             has_finished[list(self._world.dead)] = True
             over = self._saves == self._saved and bool(has_finished.all())
-            self._board.write(over=over)
+            self._scoreboard.write(over=over)
         else:
-            over = self._heard()
+            over = self._update_orders()
         orders = self._followed(over=over)
         if not orders.save and not over:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(ORDER_POLL_SECONDS)
         return orders
 
     def free(self) -> None:
         """Give the memory back. Collective."""
-        self._board.free()
+        self._scoreboard.free()
 
 
 class StopSignal:

@@ -148,10 +148,10 @@ class Trainer:
         seconds = self._seconds()
         mine = not self.interrupted if self.budget.steps is None else self.budget.is_over(self.step)
         part = mine, self.step != self.saved_at
-        parts = self.world.together(lambda comm: comm.allgather(part))
+        parts = self.world.run_on_survivors(lambda comm: comm.allgather(part))
         complete = all(is_over for is_over, _ in parts)
         has_moved = any(moved for _, moved in parts)
-        result = self._finish(seconds, complete=complete, save=complete and has_moved)
+        result = self._conclude(seconds, complete=complete, save=complete and has_moved)
         self.control.free()
         self.recorder.free()
         self.optimizer.close()
@@ -204,7 +204,7 @@ class Trainer:
 
     def _wait_for_the_others(self) -> None:
         """Until every rank has made its last step; meanwhile rank 0 leads on. Collective."""
-        self.control.finish()
+        self.control.report_done()
         orders = Orders()
         while not orders.over:
             if self.world.rank == 0 and self.stop_signal.received:
@@ -214,11 +214,11 @@ class Trainer:
                 self._save()
             elif self.world.rank == 0:
                 self._record(self._seconds())
-        self.optimizer.settle()
+        self.optimizer.wait()
         self.world.barrier()
         self.control.require_leader()
 
-    def _finish(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
+    def _conclude(self, seconds: float, *, complete: bool, save: bool) -> dict[str, Any]:
         """Evaluate the end, save it if it is not saved yet, and write down what came out. Collective."""
         saves = save and self.folder is not None and self.config.checkpoint_every != 0
         # As it is before the handing over: with a longer budget it goes on as if it had not come to an end here.
@@ -242,14 +242,14 @@ class Trainer:
             document = self._result(seconds, complete=complete)
             if complete and self.folder is not None:
                 runfolder.write_json(self.folder / "result.json", document)
-        result: dict[str, Any] = self.world.together(lambda comm: comm.bcast(document))
+        result: dict[str, Any] = self.world.run_on_survivors(lambda comm: comm.bcast(document))
         self.control.require_leader()
         return result
 
     def _hand_over(self) -> None:
         """What no exchange has taken is in the center. Collective."""
         self.world.barrier()  # the center is not being saved any more
-        self.optimizer.finish()
+        self.optimizer.finalize()
         self._report_step(self.recorder.loss)
         self.world.barrier()
 
@@ -335,7 +335,7 @@ class Trainer:
             "steps_of_ranks": totals.steps_of_ranks,
             "gradients": totals.gradients,
             "bytes_sent": totals.bytes,
-            "rejected": totals.rejected,
+            "n_nonfinite": totals.n_nonfinite,
             "samples_per_second": totals.gradients * self.config.batch_size / max(seconds, 1e-9),
             "shares": totals.shares,
             "parameters": self.optimizer.n_parameters,
@@ -366,7 +366,7 @@ class Trainer:
         """All ranks stop for a moment and write their parts. Collective."""
         began = time.perf_counter()
         seconds = self._seconds()
-        self.optimizer.settle()
+        self.optimizer.wait()
         self.world.barrier()
         self.control.require_leader()
         self._write(self._state(seconds))
@@ -391,7 +391,7 @@ class Trainer:
     def _write(self, state: dict[str, Any]) -> None:
         """Write this rank's part, with what has been evaluated so far. Collective."""
         assert self.folder is not None
-        number = self.world.together(lambda comm: int(comm.bcast(self.step)))
+        number = self.world.run_on_survivors(lambda comm: int(comm.bcast(self.step)))
         state |= {
             "points": [vars(point) for point in self.points],
             "snapshots": self.snapshots,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.scoreboard import Board
+from mpitrain.collectives.rma.scoreboard import Scoreboard
 from mpitrain.collectives.world.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS, Statistics
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError, reason
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_RECORDS = 0.25
 LOSS_MEMORY = 0.95
 """The loss shown is a running mean with this memory."""
 
-COUNTERS = ("steps", "loss", *SHARES, "bytes", "rejected", "exchanges", "lock_wait")
+COUNTERS = ("steps", "loss", *SHARES, "bytes", "n_nonfinite", "exchanges", "lock_wait")
 HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
 OF_METHOD = "method_"
 """Before the name of what a method tells of its workers, on the board."""
@@ -42,7 +42,7 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
         "progress": [
             *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
             *(f"{name}_share" for name in SHARES),
-            *("rejected", "exchanges", "lock_wait_seconds"),
+            *("n_nonfinite", "exchanges", "lock_wait_seconds"),
             *("consensus_distance", "elastic_energy"),
         ],
         "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
@@ -99,17 +99,17 @@ class Totals:
         board: The same.
     """
 
-    def __init__(self, board: dict[str, np.ndarray], dead: Collection[int] = ()) -> None:
-        self.steps_of_ranks = board["steps"].astype(int).tolist()
-        self.gradients, self.bytes = int(board["steps"].sum()), int(board["bytes"].sum())
-        self.rejected, self.exchanges = int(board["rejected"].sum()), int(board["exchanges"].sum())
-        self.lock_wait_seconds = float(board["lock_wait"].sum())
-        self.board = board
-        counts = np.isfinite(board["loss"]) & (board["steps"] > 0)
+    def __init__(self, scoreboard: dict[str, np.ndarray], dead: Collection[int] = ()) -> None:
+        self.steps_of_ranks = scoreboard["steps"].astype(int).tolist()
+        self.gradients, self.bytes = int(scoreboard["steps"].sum()), int(scoreboard["bytes"].sum())
+        self.n_nonfinite, self.exchanges = int(scoreboard["n_nonfinite"].sum()), int(scoreboard["exchanges"].sum())
+        self.lock_wait_seconds = float(scoreboard["lock_wait"].sum())
+        self.scoreboard = scoreboard
+        counts = np.isfinite(scoreboard["loss"]) & (scoreboard["steps"] > 0)
         counts[list(dead)] = False
-        self.loss = float(board["loss"][counts].mean()) if counts.any() else float("nan")
-        busy = max(sum(float(board[name].sum()) for name in SHARES), 1e-12)
-        self.shares = {name: float(board[name].sum()) / busy for name in SHARES}
+        self.loss = float(scoreboard["loss"][counts].mean()) if counts.any() else float("nan")
+        busy = max(sum(float(scoreboard[name].sum()) for name in SHARES), 1e-12)
+        self.shares = {name: float(scoreboard[name].sum()) / busy for name in SHARES}
 
 
 class Recorder:
@@ -132,7 +132,7 @@ class Recorder:
         continue_from: float | None = None,
     ) -> None:
         self._world, self._batch_size, self._names = world, batch_size, tuple(metrics)
-        self._board = Board(world, [*COUNTERS, *HISTOGRAMS.items(), *(OF_METHOD + name for name in metrics)])
+        self._scoreboard = Scoreboard(world, [*COUNTERS, *HISTOGRAMS.items(), *(OF_METHOD + name for name in metrics)])
         self._recorded = -1.0
         self._loss = float("nan")
         self.progress: Progress | None = None
@@ -159,14 +159,14 @@ class Recorder:
             metrics: What the method tells of this worker.
         """
         self._loss = loss if np.isnan(self._loss) else LOSS_MEMORY * self._loss + (1 - LOSS_MEMORY) * loss
-        self._board.write(
+        self._scoreboard.write(
             steps=step,
             loss=self._loss,
             compute=compute,
             exchange=max(exchange - statistics.wait_seconds, 0.0),
             waiting=statistics.wait_seconds,
             bytes=statistics.bytes_sent,
-            rejected=int(statistics.n_rejected),
+            n_nonfinite=int(statistics.n_nonfinite),
             exchanges=statistics.n_exchanges,
             lock_wait=statistics.lock_wait_seconds,
             **{name: getattr(statistics, name) for name in HISTOGRAMS},
@@ -180,7 +180,7 @@ class Recorder:
 
     def totals(self) -> Totals:
         """Sums over all ranks as they stand now. Local."""
-        return Totals(self._board.read(), self._world.dead)
+        return Totals(self._scoreboard.read(), self._world.dead)
 
     def record(self, seconds: float, step: int, learning_rate: float, *, now: bool = False) -> None:
         """Move the progress bar on and append a row of metrics, if it is time (or ``now``). Local; rank 0 only."""
@@ -209,24 +209,27 @@ class Recorder:
                 loss=totals.loss,
                 learning_rate=learning_rate,
                 samples_per_second=rate,
-                rejected=totals.rejected,
+                n_nonfinite=totals.n_nonfinite,
                 exchanges=totals.exchanges,
                 lock_wait_seconds=totals.lock_wait_seconds,
                 **{f"{name}_share": share for name, share in totals.shares.items()},
             )
-            board = totals.board
-            histograms = {"histogram": board["staleness"].sum(0), "distance": board["staleness_distance"].sum(0)}
+            scoreboard = totals.scoreboard
+            histograms = {
+                "histogram": scoreboard["staleness"].sum(0),
+                "distance": scoreboard["staleness_distance"].sum(0),
+            }
             self._metrics.append("staleness", seconds=seconds, **histograms)
             if self._names:
-                of_method = {name: board[OF_METHOD + name] for name in self._names}
+                of_method = {name: scoreboard[OF_METHOD + name] for name in self._names}
                 self._metrics.append("method", seconds=seconds, **of_method)
             if now:  # as large as there are workers, so not at every row of the others
                 self._metrics.append(
                     "workers",
                     seconds=seconds,
-                    **{name: board[name] for name in ("steps", "bytes", "exchanges", *HISTOGRAMS)},
-                    lock_wait_seconds=board["lock_wait"],
-                    waiting_seconds=board["waiting"],
+                    **{name: scoreboard[name] for name in ("steps", "bytes", "exchanges", *HISTOGRAMS)},
+                    lock_wait_seconds=scoreboard["lock_wait"],
+                    waiting_seconds=scoreboard["waiting"],
                 )
 
     def evaluated(self, point: Point) -> None:
@@ -248,4 +251,4 @@ class Recorder:
 
     def free(self) -> None:
         """Give the board back. Collective."""
-        self._board.free()
+        self._scoreboard.free()

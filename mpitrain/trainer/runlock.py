@@ -42,7 +42,7 @@ def held(folder: Path | None, world: World) -> Iterator[None]:
         yield
         return
     lock = RunLock(folder / NAME)
-    runfolder.make_folder(folder, world, lock.take)
+    runfolder.make_folder(folder, world, lock.acquire)
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ class RunLock:
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Take it, or take it over.
 
         Raises:

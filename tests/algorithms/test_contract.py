@@ -14,7 +14,7 @@ from support.variants import variants
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 from mpitrain.errors import RankFailed
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
@@ -221,11 +221,11 @@ def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after,
 def test_what_is_left_at_the_end_is_handed_over_once(method):
     simulation = run(method, 3, 7)
     for worker in simulation.workers:
-        worker.settle()
-        worker.finish()
+        worker.wait()
+        worker.finalize()
     end = states(simulation)
     for worker in simulation.workers:
-        worker.finish()
+        worker.finalize()
     for a, b in zip(states(simulation), end, strict=True):
         assert_states_equal(a, b)
 
@@ -341,18 +341,18 @@ def test_a_worker_with_a_gradient_that_is_not_finite_recovers(method):
     momentum = 0.0 if method.owns_update else 0.5
     world = SimulatedWorld(4, largest_shard=8)
     simulation = Simulation(method, world, gradient, STARTS[:4], 0.02, momentum=momentum).run(steps)
-    rejected = [int(worker.comm.statistics.n_rejected) for worker in simulation.workers]
-    assert sum(rejected) > 0
+    n_nonfinite = [int(worker.comm.statistics.n_nonfinite) for worker in simulation.workers]
+    assert sum(n_nonfinite) > 0
     simulation.run(steps)
     assert np.isfinite(simulation.x()).all()
     assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in range(4))
-    assert [int(worker.comm.statistics.n_rejected) for worker in simulation.workers] == rejected
+    assert [int(worker.comm.statistics.n_nonfinite) for worker in simulation.workers] == n_nonfinite
 
 
 @every_variant
 def test_a_parameter_group_at_rest_does_not_stop_the_others(method):
     """The first group has no learning rate, as when the body of a model is frozen."""
-    groups = [Segment(slice(0, 20), 0.0), Segment(slice(20, 40), 0.1)]
+    groups = [ParamGroupSlice(slice(0, 20), 0.0), ParamGroupSlice(slice(20, 40), 0.1)]
     run = simulate(method, 3, start=STARTS[:1].repeat(3, axis=0), eta=0.1, gradient=slope(1.0, 0.7))
 
     def program(comm):
@@ -394,13 +394,13 @@ def test_who_dies_is_left_behind_where_nobody_waits_and_missed_where_somebody_do
         return
     simulation.run(steps, count)
     assert made == [5 if rank == victim else steps for rank in range(p)]
-    living = [rank for rank in range(p) if rank != victim]
-    assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in living)
-    assert np.abs(simulation.x()[living]).max() < 100
+    alive_ranks = [rank for rank in range(p) if rank != victim]
+    assert all(np.abs(simulation.consensus(rank)).max() < 100 for rank in alive_ranks)
+    assert np.abs(simulation.x()[alive_ranks]).max() < 100
 
     parts = states(simulation)  # as a checkpoint has them: the next that lives stands in
     parts[victim] = parts[(victim + 1) % p]
     again = load(run(method, p, 0), parts)
-    assert np.abs(again.consensus(0) - simulation.consensus(living[0])).max() < 10
+    assert np.abs(again.consensus(0) - simulation.consensus(alive_ranks[0])).max() < 10
     again.run(steps)
     assert np.abs(again.x()).max() < 100

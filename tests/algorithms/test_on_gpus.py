@@ -8,7 +8,7 @@ from support.quadratic import slope
 from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
 
 pytestmark = pytest.mark.time_limit(120)
 
@@ -47,7 +47,9 @@ class Run:
             x = kernels.to_host(self.x)
             kernels.assign(self.g, gradient(self.comm.rank, x))
             loss = float(H[self.comm.rank] * np.sum((x - B[self.comm.rank]) ** 2) / 2)
-            self.worker.step([Segment(slice(0, N), ETA, DECAY)], update, loss if self.method.needs_loss else None)
+            self.worker.step(
+                [ParamGroupSlice(slice(0, N), ETA, DECAY)], update, loss if self.method.needs_loss else None
+            )
         return self
 
     def state(self):

@@ -7,7 +7,7 @@ from support.quadratic import slope
 from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 
@@ -48,7 +48,9 @@ def real(method, comm):
     update = None if method.owns_update else lambda: kernels.sgd_step(x, g, ETA, DECAY)
     for _ in range(STEPS):
         g[...] = gradient(comm.rank, x)
-        worker.step([Segment(slice(0, N), ETA, DECAY)], update, loss(comm.rank, x) if method.needs_loss else None)
+        worker.step(
+            [ParamGroupSlice(slice(0, N), ETA, DECAY)], update, loss(comm.rank, x) if method.needs_loss else None
+        )
     comm.barrier()
     consensus = np.empty(N)
     worker.consensus(consensus)

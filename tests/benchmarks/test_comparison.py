@@ -29,7 +29,14 @@ def run(accuracies: list[float], **changes: Any) -> dict[str, Any]:
     n = len(points) - 1
     result = {"algorithm": "x", "settings": {"a": 1}, "evaluation": points, "test_accuracy": accuracies[-1]}
     result |= {"test_loss": 0.5, "train_loss": NAN, "seconds": 2.0 * n, "gradients": 100 * n, "bytes_sent": 4000 * n}
-    return {**result, "shares": {"waiting": 0.25}, "rejected": 0, "steps_of_ranks": [50 * n] * 2, "out": "d", **changes}
+    return {
+        **result,
+        "shares": {"waiting": 0.25},
+        "n_nonfinite": 0,
+        "steps_of_ranks": [50 * n] * 2,
+        "out": "d",
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(

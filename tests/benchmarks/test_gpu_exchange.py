@@ -60,8 +60,15 @@ def test_the_exchange_is_measured_by_every_transport(exchange: ModuleType, whole
     assert measured["left_out"] == []
     rows = measured["results"]
     one = ["copy", "local kernel", "exchange, ipc", "exchange, staged"]
-    together = ["copy", "local kernel", "exchange, ipc", "all-reduce, ipc", "exchange, staged", "all-reduce, staged"]
-    modes = {"one rank": [] if whole.rank else one, "all ranks": together}
+    run_on_survivors = [
+        "copy",
+        "local kernel",
+        "exchange, ipc",
+        "all-reduce, ipc",
+        "exchange, staged",
+        "all-reduce, staged",
+    ]
+    modes = {"one rank": [] if whole.rank else one, "all ranks": run_on_survivors}
     wanted = [(n, mode, name) for n in (4096, 16384) for mode, names in modes.items() for name in names]
     assert [(row["bytes"], row["mode"], row["operation"]) for row in rows] == wanted
     references = {row["operation"]: row["reference"] for row in rows if row["mode"] == "all ranks"}
@@ -189,7 +196,7 @@ def test_training_is_measured(
     world = on_host(transport)
     models = importlib.import_module("gpu_models")
     small = models.resnet20(2) if model == "resnet20" else models.gpt(2, 8, 1, 8, 2)
-    measured = training.Training(world, small, device.settle, periods=(1, 2), n_steps=2)
+    measured = training.Training(world, small, device.synchronize, periods=(1, 2), n_steps=2)
     seconds = measured.measure(2)
     measured.close()
     steps = ["alone", "alone, again", "allreduce", "gossip, tau 1", "gossip, tau 2", "easgd, tau 1", "easgd, tau 2"]

@@ -40,7 +40,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
 
 
 def bench(kernels: ModuleType, timing: ModuleType, device: StandInGpu, *peers: str) -> Any:
-    return kernels.Bench(device, timing.ClockTimer(device.settle), "cpu", peers or TORCH, n_repeats=2)
+    return kernels.Bench(device, timing.ClockTimer(device.synchronize), "cpu", peers or TORCH, n_repeats=2)
 
 
 def test_every_chosen_kernel_has_its_peers_written_by_hand(kernels: ModuleType) -> None:
@@ -120,7 +120,7 @@ def test_kernels_are_really_run_on_all_sets_in_turn(
     x.fill(1.0)
     for _ in range(2):
         operations["mpitrain"]()
-    device.settle()
+    device.synchronize()
     moved = x.host.reshape(3, 1024) != 1.0
     np.testing.assert_array_equal(moved.all(axis=1), [True, True, False])
     assert not moved[2].any()
@@ -195,7 +195,7 @@ def test_candidates_take_turns(timing: ModuleType) -> None:
 def test_the_clock_stops_when_the_gpu_is_done(timing: ModuleType, device: StandInGpu) -> None:
     to, source = (device.zeros(100, np.float32) for _ in range(2))
     source.fill(7.0)
-    assert timing.ClockTimer(device.settle).seconds(lambda: device.copy(to, source), 3) > 0
+    assert timing.ClockTimer(device.synchronize).seconds(lambda: device.copy(to, source), 3) > 0
     assert (to.host == 7.0).all()  # and not only begun
 
 

@@ -65,7 +65,7 @@ def test_the_helper_prints_criteria_and_plain_json(
     options = figure.parser("One line.\n\nMore.").parse_args(["--out", str(tmp_path)])
     outcome = figure.Outcome("nothing", options)
     outcome.criterion("a third is small", np.float64(1 / 3), np.bool_(True))
-    code = outcome.finish(values=np.arange(3), largest=float("nan"), nested={"one": (np.float32(0.5),)})
+    code = outcome.wait(values=np.arange(3), largest=float("nan"), nested={"one": (np.float32(0.5),)})
     first, last = capsys.readouterr().out.splitlines()
     assert first == "criterion a third is small: 0.3333 PASS"
     document = json.loads(last)
@@ -74,7 +74,7 @@ def test_the_helper_prints_criteria_and_plain_json(
     assert document["figure"] is None
     assert figure.parser("One line.\n\nMore.").description == "One line."
     with pytest.raises(AssertionError):
-        figure.Outcome("empty", argparse.Namespace(out=tmp_path, json=True)).finish()
+        figure.Outcome("empty", argparse.Namespace(out=tmp_path, json=True)).wait()
 
 
 @pytest.mark.parametrize(("q", "n"), [(0.1, 4), (0.3, 8), (0.05, 16)])

@@ -71,7 +71,7 @@ def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     from mpitrain.collectives import mpi
 
     def limit(n: int) -> None:
-        for name in ("LARGEST_SHARD", "LARGEST_SERVED_SHARD"):
+        for name in ("LARGEST_SHARD", "LARGEST_REMOTE_SHARD"):
             monkeypatch.setattr(mpi, name, n)
 
     return limit

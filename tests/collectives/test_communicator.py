@@ -55,15 +55,15 @@ def test_a_communicator_gives_back_all_it_made(comm):
 def test_who_waits_for_long_looks_seldom(comm):
     from mpitrain.collectives import mpi
 
-    seconds, looks = 0.3, 0
+    seconds, polls = 0.3, 0
     end = time.perf_counter() + seconds
 
     def is_over():
-        nonlocal looks
-        looks += 1
+        nonlocal polls
+        polls += 1
         return time.perf_counter() >= end
 
     comm.wait_until(is_over)
-    longest = mpi.LONGEST_NAP_SECONDS if comm.world.n_nodes == 1 else mpi.LONGEST_NAP_BETWEEN_NODES_SECONDS
-    assert looks <= 1 + mpi.LOOKS_BEFORE_NAPS + 10 + seconds / longest  # 10 while the naps become longer
+    longest = mpi.LONGEST_BACKOFF_SECONDS if comm.world.n_nodes == 1 else mpi.LONGEST_BACKOFF_BETWEEN_NODES_SECONDS
+    assert polls <= 1 + mpi.POLLS_BEFORE_BACKOFF + 10 + seconds / longest  # 10 while the naps become longer
     assert comm.statistics.wait_seconds >= 0.9 * seconds

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitrain.data.agreement import agree, together
+from mpitrain.data.agreement import agree, run_on_survivors
 from mpitrain.data.storage import FileImages, Limits, choose, runs, share_of
 from mpitrain.errors import UsageError
 
@@ -44,9 +44,9 @@ def test_images_from_a_file_are_those_asked_for(indices, staged, staging):
         pixels = np.random.default_rng(0).integers(256, size=(200, 2, 3), dtype=np.uint8)
         images = FileImages(file.create_dataset("x", data=pixels, chunks=(16, 2, 3)), staging=staging)
         images.stage(np.array(staged, np.int64))
-        np.testing.assert_array_equal(images.take(np.array(indices)), pixels[indices])
+        np.testing.assert_array_equal(images.select(np.array(indices)), pixels[indices])
         images.stage(np.array(indices, np.int64))
-        np.testing.assert_array_equal(images.take(np.array(indices)), pixels[indices])
+        np.testing.assert_array_equal(images.select(np.array(indices)), pixels[indices])
 
 
 def test_staged_images_are_not_read_again(tmp_path):
@@ -55,7 +55,7 @@ def test_staged_images_are_not_read_again(tmp_path):
     images = FileImages(file.create_dataset("x", data=pixels), staging=True)
     images.stage(np.array([5, 3, 11]))
     file.close()
-    np.testing.assert_array_equal(images.take(np.array([11, 3, 3])), pixels[[11, 3, 3]])
+    np.testing.assert_array_equal(images.select(np.array([11, 3, 3])), pixels[[11, 3, 3]])
 
 
 def test_a_file_that_breaks_while_it_is_read_is_reported():
@@ -102,10 +102,10 @@ def test_all_ranks_fail_when_one_does(on_node, n):
             raise OSError("disk on fire")
         return world.local_rank
 
-    outcomes = on_node(n, lambda world: together(world, lambda: act(world)))
+    outcomes = on_node(n, lambda world: run_on_survivors(world, lambda: act(world)))
     assert all(str(error) == "disk on fire" for error in outcomes)
     assert [type(error) for error in outcomes] == [UsageError] * (n - 1) + [OSError]
 
 
 def test_all_ranks_get_their_own_result(on_node):
-    assert on_node(3, lambda world: together(world, lambda: world.local_rank)) == [0, 1, 2]
+    assert on_node(3, lambda world: run_on_survivors(world, lambda: world.local_rank)) == [0, 1, 2]

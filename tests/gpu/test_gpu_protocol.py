@@ -53,7 +53,7 @@ def test_copies_reach_host_and_device_and_parts_of_both(device: Any) -> None:
     device.copy(one[100:], host[100:])
     device.copy(other[:5000], one[:5000])
     device.copy(back[7:6000], other[7:6000])
-    device.settle()
+    device.synchronize()
     wanted = np.where((np.arange(N) >= 100) & (np.arange(N) < 5000), host, 0)
     assert_array_equal(other.get(), wanted)
     assert_array_equal(back[7:6000], wanted[7:6000])
@@ -64,7 +64,7 @@ def test_memory_of_others_can_be_locked_and_unlocked(device: Any) -> None:
     device.lock_pages(host)
     array = device.zeros(N, np.float32)
     device.copy(array, host)
-    device.settle()
+    device.synchronize()
     assert_array_equal(array.get(), host)
     device.unlock_pages(host)
 
@@ -90,7 +90,7 @@ def test_settle_waits_for_the_current_stream(device: Any, late: Any) -> None:
     with cupy.cuda.Stream(non_blocking=True):
         late(array, 5.0)
         device.copy(host, array)
-        device.settle()
+        device.synchronize()
     assert_array_equal(host, 5.0)
 
 

@@ -59,10 +59,10 @@ def check(kernel: Kernel, dtypes: list[np.dtype], n: int, seed: int, offsets: li
     devices = [to_gpu(buffer) for buffer in hosts]
     parts = [slice(offset, offset + n) for offset in offsets]
     wanted = kernel.reference(*[b[p] for b, p in zip(hosts, parts, strict=True)], *scalars)
-    rejected = kernel(*[b[p] for b, p in zip(devices, parts, strict=True)], *scalars)
+    n_nonfinite = kernel(*[b[p] for b, p in zip(devices, parts, strict=True)], *scalars)
     for name, device, host in zip(kernel.equations.arrays, devices, hosts, strict=True):
         np.testing.assert_array_equal(bits(to_host(device)), bits(host), err_msg=f"{kernel.name}: {name}")
-    assert int(rejected) == wanted
+    assert int(n_nonfinite) == wanted
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,8 +170,8 @@ def test_a_guard_on_another_stream_counts_what_came_before(late: Any) -> None:
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True):
         late(x, np.inf)
-        rejected = elastic_exchange(x, c, 0.5, 0.5)
-    assert int(rejected) == 1000
+        n_nonfinite = elastic_exchange(x, c, 0.5, 0.5)
+    assert int(n_nonfinite) == 1000
 
 
 def test_arrays_of_host_and_gpu_are_not_mixed() -> None:

@@ -56,7 +56,7 @@ def test_a_rank_writes_into_the_memory_of_another(world_on: Callable[..., Any]) 
     handles = world.comm.allgather(device.handle(mine))
     theirs = device.mapped(handles[following], N, np.float32) if world.size > 1 else mine
     gpu.assign(theirs, np.arange(N, dtype=np.float32) + world.rank)
-    device.settle()
+    device.synchronize()
     world.barrier()
     assert_array_equal(mine.get(), np.arange(N) + (world.rank - 1) % world.size)
     world.barrier()
@@ -85,7 +85,7 @@ def test_an_all_reduce_sums_what_was_written_last(comm: Any, late: Any) -> None:
     vector = comm.vector(N, np.float32)
     for turn in range(3):
         gpu.assign(vector.local, np.full(N, np.nan, np.float32))
-        comm.world.gpu.settle()
+        comm.world.gpu.synchronize()
         with computing(comm) as stream:
             late(vector.local, 1.0 + comm.rank + turn)
             with comm.world.gpu.exchanging(stream):
@@ -107,7 +107,7 @@ def test_a_center_moves_by_what_was_written_last(comm: Any, late: Any) -> None:
     out = np.zeros(N, np.float32)
     center.read(out)
     assert_allclose(out, 8 * (1 - 0.75**comm.size), rtol=1e-6)
-    assert comm.statistics.n_rejected == 0  # nobody has seen a NaN
+    assert comm.statistics.n_nonfinite == 0  # nobody has seen a NaN
     comm.barrier()
 
 
@@ -148,7 +148,7 @@ def test_a_peer_is_read_as_it_was_at_the_barrier(comm: Any, late: Any) -> None:
         late(vector.local, 3.0 + comm.rank)
         comm.barrier()
         comm.read(vector, (comm.rank + 1) % comm.size, lambda x: scaled_add(found, x, 1.0))
-        comm.world.gpu.settle()
+        comm.world.gpu.synchronize()
     assert_array_equal(found.get(), 3.0 + (comm.rank + 1) % comm.size)
     comm.barrier()
 
@@ -158,7 +158,7 @@ def test_what_goes_on_in_the_background_sees_what_was_written_last(comm: Any, la
     with computing(comm) as stream, comm.world.gpu.exchanging(stream):
         late(x.local, 4.0)
         started = comm.start(lambda: center.update(lambda part, c: elastic_exchange(x.local[part], c, 0.0, 0.5)))
-        started.finish()
+        started.wait()
     comm.barrier()
     out = np.zeros(N, np.float32)
     center.read(out)
@@ -223,5 +223,5 @@ def test_an_exchange_takes_the_parameters_that_come_late(
             assert all(bool(p.isfinite().all()) for p in model.parameters())
         world.barrier()
         assert np.isfinite(optimizer.consensus_vector()).all()
-        assert int(optimizer.statistics.n_rejected) == 0
+        assert int(optimizer.statistics.n_nonfinite) == 0
         world.barrier()

@@ -33,7 +33,7 @@ def test_host_vectors_are_not_copied():
     assert to_host(values) is values
     assert not is_device(values)
     assert address_of(values) == values.ctypes.data
-    gpu.settle(values)  # needs no GPU
+    gpu.synchronize(values)  # needs no GPU
 
 
 def test_norms_are_those_of_the_host(standin_gpu):
@@ -50,9 +50,9 @@ def test_a_kernel_on_device_arrays_is_the_one_on_hosts(standin_gpu):
     on_gpu = [standin_gpu.zeros(3, np.float64) for _ in range(2)]
     for to, values in zip(on_gpu, host, strict=True):
         assign(to, values)
-    n_rejected = elastic_exchange(*on_gpu, 0.5, 0.25)
+    n_nonfinite = elastic_exchange(*on_gpu, 0.5, 0.25)
     assert elastic_exchange(*host, 0.5, 0.25) == 2
-    assert int(n_rejected) == 2
+    assert int(n_nonfinite) == 2
     for mine, theirs in zip(on_gpu, host, strict=True):
         np.testing.assert_array_equal(to_host(mine), theirs)
 
@@ -62,7 +62,7 @@ def test_work_is_not_done_before_somebody_waits(standin_gpu):
     x.fill(1.0)
     scale(x, 3.0)
     assert x.host.tolist() == [0, 0]
-    gpu.settle(x)
+    gpu.synchronize(x)
     assert x.host.tolist() == [3, 3]
 
 
@@ -97,7 +97,7 @@ def test_it_copies_to_and_from_page_locked_memory_only(standin_gpu):
     x, locked = standin_gpu.zeros(4, np.float32), standin_gpu.page_locked(4, np.float32)
     locked[:] = range(4)
     standin_gpu.copy(x, locked)
-    standin_gpu.settle()
+    standin_gpu.synchronize()
     locked[:] = 0
     standin_gpu.wait_for(standin_gpu.copy_out(locked[1:], x[1:]))
     assert locked.tolist() == [0, 1, 2, 3]

@@ -286,8 +286,8 @@ def test_a_guard_keeps_what_is_not_finite_out_and_counts_it(name, dtype):
     scalars = {"a_w": 0.5, "a_c": 0.5, "p": 2.0, "n": 1.0, "share": 0.5}
     scalars |= {"rho": 2.0, "a": 0.5, "k": 4.0, "eta": 0.5, "delta": 0.0, "decay": 0.0}
     before = arrays[kept].copy()
-    n_rejected = kernel(*arrays.values(), **{scalar: scalars[scalar] for scalar in kernel.equations.scalars})
-    assert n_rejected == len(where)
+    n_nonfinite = kernel(*arrays.values(), **{scalar: scalars[scalar] for scalar in kernel.equations.scalars})
+    assert n_nonfinite == len(where)
     assert np.isfinite(arrays[kept]).all()
     np.testing.assert_array_equal(arrays[kept][where], before[where])
     assert (np.delete(arrays[kept], where) != np.delete(before, where)).all()

@@ -133,7 +133,7 @@ def test_groups_are_segments():
     a, b, c, d = numbered((3,), (20,), (2, 2), (5,))
     d.requires_grad_(False)
     flat = FlatParameters([{"params": [a, b]}, {"params": [d]}, {"params": [c]}])
-    assert flat.segments == [slice(0, 48), slice(48, 48), slice(48, 64)]
+    assert flat.group_slices == [slice(0, 48), slice(48, 48), slice(48, 64)]
     assert flat.n == 64
     assert flat.n_parameters == 27
 

@@ -176,7 +176,7 @@ def test_what_is_exchanged_is_what_the_compute_stream_writes_last(world, method,
                 assert np.isfinite(numbers(model)).all()
             comm.world.barrier()
             assert np.isfinite(optimizer.consensus_vector()).all()
-            assert optimizer.statistics.n_rejected == 0
+            assert optimizer.statistics.n_nonfinite == 0
 
 
 @pytest.mark.parametrize("where", WHERE, ids=str)

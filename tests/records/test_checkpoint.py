@@ -32,7 +32,7 @@ class Alone:
     def barrier(self):
         pass
 
-    def together(self, collective):
+    def run_on_survivors(self, collective):
         return collective(self)
 
     def allgather(self, value):

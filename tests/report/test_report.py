@@ -19,7 +19,7 @@ from mpitrain.report import Run, command, load_run, load_runs, plots, summarise,
 TABLES = {
     "progress": (
         *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
-        *("compute_share", "exchange_share", "waiting_share", "rejected", "consensus_distance", "elastic_energy"),
+        *("compute_share", "exchange_share", "waiting_share", "n_nonfinite", "consensus_distance", "elastic_energy"),
         *("exchanges", "lock_wait_seconds"),
     ),
     "evaluation": ("seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"),

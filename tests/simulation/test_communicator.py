@@ -186,7 +186,7 @@ def test_an_allreduce_that_has_begun_sums_what_was_there():
         pending = comm.start_allreduce(vector, mean=True)
         for _ in range(comm.rank):
             comm.end_step()
-        pending.finish()
+        pending.wait()
         return vector.local.tolist()
 
     assert SimulatedWorld(3, RandomOrder(1)).run(program) == [[2.0] * 3] * 3

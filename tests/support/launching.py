@@ -95,8 +95,8 @@ def launch(
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
     """Ends every process of the session that `process` leads: Open MPI gives each rank a process group of its own."""
-    for sign, patience_seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        deadline = time.monotonic() + patience_seconds
+    for sign, limit_seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + limit_seconds
         left = _session_members(process.pid)
         for pid in left:
             try:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
 
 Gradient = Callable[[int, np.ndarray], Any]
 
@@ -40,7 +40,7 @@ class RankRun:
             g[...] = gradient(self.comm.rank, x)
             total += g
             update = None if self._owns_update else (lambda: kernels.sgd_step(x, g, eta, 0.0))
-            worker.step([Segment(slice(0, x.size), eta)], update)
+            worker.step([ParamGroupSlice(slice(0, x.size), eta)], update)
         return total
 
     def sum(self, values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
 from mpitrain.simulation.engine import Simulation
 
 
@@ -67,9 +67,9 @@ class OnRank:
         """One step with this gradient."""
         worker, eta = self.worker, self.eta
         worker.g.local[...] = g
-        segments = [Segment(slice(0, g.size), eta)]
+        group_slices = [ParamGroupSlice(slice(0, g.size), eta)]
         update = None if self.owns_update else lambda: kernels.sgd_step(worker.x.local, worker.g.local, eta, 0.0)
-        worker.step(segments, update)
+        worker.step(group_slices, update)
 
     def consensus(self) -> np.ndarray:
         """(n,) what the method evaluates, when all ranks have come here. Collective."""

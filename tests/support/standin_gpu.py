@@ -273,13 +273,13 @@ class StandInGpu:
         return np.asarray(array.view(np.uint8))
 
     def squares(self, x: DeviceArray, y: DeviceArray | None) -> float:
-        self.settle()
+        self.synchronize()
         difference = x.host.astype(np.float64)
         if y is not None:
             difference -= y.host
         return float(difference @ difference)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.wait_for(self.mark())
 
     def mark(self) -> Mark:
@@ -301,11 +301,11 @@ class StandInGpu:
             try:
                 yield
             finally:
-                self.settle()  # torch's work on the host comes next, and does not wait by itself
+                self.synchronize()  # torch's work on the host comes next, and does not wait by itself
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
-        self.settle()
+        self.synchronize()
         try:
             yield
         finally:
@@ -317,7 +317,7 @@ class StandInGpu:
             try:
                 yield
             finally:
-                self.settle()
+                self.synchronize()
 
 
 def _open(path: Path, n: int, dtype: Any) -> DeviceArray:
@@ -336,9 +336,9 @@ def launcher(name: str, equations: Any, storages: Sequence[Any]) -> Callable[...
 
         def work() -> None:
             with np.errstate(all="ignore"):
-                n_rejected = reference.evaluate(equations, hosts, list(scalars))
+                n_nonfinite = reference.evaluate(equations, hosts, list(scalars))
             if counter is not None:
-                counter.host[0] += n_rejected
+                counter.host[0] += n_nonfinite
 
         current_stream().begin(work)
 

@@ -51,12 +51,12 @@ def main() -> None:
     boards: list[list[float]] = []
     for rank in range(world.size):
         comm.read(board, rank, lambda numbers: boards.append(numbers.tolist()))
-    ranks = world.together(lambda living: living.allgather(world.rank))
+    ranks = world.run_on_survivors(lambda alive_ranks: alive_ranks.allgather(world.rank))
     if world.rank == 0:
         more = found - sum(visits for visits, _ in boards)
         document = {
             "dead": sorted(world.dead),
-            "living": ranks,
+            "alive_ranks": ranks,
             "finished": [visits for visits, _ in boards],
             "unfinished": sum(elements for _, elements in boards),
             "once_more": int((more == 1).sum()),

@@ -10,7 +10,7 @@ import pytest
 
 from mpitrain.trainer.control import STEPS_BETWEEN_BROADCASTS, Control, StopSignal
 
-PATIENCE_SECONDS = 30.0
+DETECTION_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def control(world, request):
 
 def listen_until(control: Control, wanted: str) -> int:
     """How many other steps were made before the order was heard."""
-    ends = time.perf_counter() + PATIENCE_SECONDS
+    ends = time.perf_counter() + DETECTION_SECONDS
     step = 0
     while time.perf_counter() < ends:
         step += 1
@@ -74,13 +74,13 @@ def test_a_rank_that_is_done_obeys_until_all_are(world, control):
     if world.rank == last > 0:  # the slow one
         listen_until(control, "stop")
         time.sleep(0.2)
-    control.finish()
+    control.wait()
     saves, began = 0, time.perf_counter()
     if world.rank == 0:
         control.order(save=True, stop=True)
     while not (orders := control.rest()).over:
         saves += orders.save
-        assert time.perf_counter() - began < PATIENCE_SECONDS
+        assert time.perf_counter() - began < DETECTION_SECONDS
     # The slow rank took the order to save together with the one to stop, while it was still at work.
     assert saves == (world.rank != last or last == 0)
 

@@ -32,7 +32,7 @@ def test_every_method_learns_the_digits(world, name):
             break
     assert result["test_accuracy"] >= 0.9
     assert result["test_loss"] < 0.5
-    assert result["rejected"] == 0
+    assert result["n_nonfinite"] == 0
 
 
 @pytest.mark.ranks(1, 3)

@@ -21,7 +21,7 @@ def test_a_run_is_written_and_resumed(world, mpi_tmp_path, algorithm, transport)
         result = train(TrainConfig(steps=8, evaluate_every=4, **more), comm.world)
         assert result["complete"]
         assert np.isfinite(result["test_loss"])
-        assert type(result["rejected"]) is int
+        assert type(result["n_nonfinite"]) is int
         if comm.rank == 0:
             assert json.loads((out / "result.json").read_text())["complete"]
             assert "vectors on GPUs, shared" in (out / "config.json").read_text()

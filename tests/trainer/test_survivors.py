@@ -43,7 +43,7 @@ def test_survivors_take_over_the_lock_of_the_dead_and_what_it_had_exchanged_is_k
     assert done.returncode == 0, done.output
     assert done.output.count("mpitrain: rank 1 of 4 died") == 1
     found = document_in(done.output)
-    assert (found["dead"], found["living"]) == ([1], [0, 2, 3])
+    assert (found["dead"], found["alive_ranks"]) == ([1], [0, 2, 3])
     assert found["finished"][1] == 20
     assert all(found["finished"][rank] >= 50 for rank in (0, 2, 3))
     assert found["wrong"] == 0

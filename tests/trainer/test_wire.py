@@ -32,7 +32,7 @@ def test_the_digits_are_learned(name, wire, mpi_tmp_path):
     with ranks(2) as comm:
         result = train(config, comm.world)
     assert result["test_accuracy"] >= 0.9
-    assert result["rejected"] == 0
+    assert result["n_nonfinite"] == 0
     assert result["wire"] == wire
     assert json.loads((folder / "config.json").read_text())["config"]["wire"] == wire
 

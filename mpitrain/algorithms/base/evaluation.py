@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.peers import living
+from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.collectives.communicator import Communicator, Vector
 
 Read = Callable[[int, Callable[[Any], object]], object]
@@ -17,7 +17,7 @@ Read = Callable[[int, Callable[[Any], object]], object]
 
 def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
     """Write the mean of the vectors of all workers that live, as they are now, to ``out`` (n,). Local."""
-    mean_of(living(comm), lambda peer, fn: comm.read(vector, peer, fn), out)
+    mean_of(alive_ranks(comm), lambda peer, fn: comm.read(vector, peer, fn), out)
 
 
 def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int], float] = lambda peer: 1.0) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import Replica, Segment, Worker
-from mpitrain.algorithms.base.peers import living
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.errors import UsageError
 
 KINDS = ("polyak", "moving")
@@ -83,7 +83,7 @@ class Average:
         """a_t of step t = 1, 2, ..."""
         return 1.0 / t if self.kind == "polyak" else self.rate
 
-    def carry(self, worker: Worker, replica: Replica) -> Worker:
+    def wrap(self, worker: Worker, replica: Replica) -> Worker:
         """The worker, with an average beside it. Collective."""
         return AveragedWorker(self, worker, replica)
 
@@ -109,23 +109,26 @@ class AveragedWorker(Worker):
         self.comm.barrier()
 
     def step(
-        self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
     ) -> bool:
         """The method's step, then z <- (1 - a)*z + a*x; what is not finite is left out of it."""
-        has_rejected = self._worker.step(segments, local_update, loss)
+        found_nonfinite = self._worker.step(group_slices, local_update, loss)
         self.t = self._worker.t
         source = self.x.local
         if self._evaluated is not None:
             if self.comm.rank != self._averager():
-                return has_rejected
+                return found_nonfinite
             self._worker.consensus(self._evaluated)
             source = self._evaluated
         kernels.elastic_pull(self._z.local, source, self._average.rate_at(self.t))
-        return has_rejected
+        return found_nonfinite
 
     def _averager(self) -> int:
         """Who averages what the method evaluates: the first that lives. It goes on from what the dead one had."""
-        first = living(self.comm)[0]
+        first = alive_ranks(self.comm)[0]
         if self.comm.rank == first != self._first:
             self.comm.read(self._z, self._first, lambda z: kernels.copy(self._z.local, z))
         self._first = first
@@ -146,17 +149,17 @@ class AveragedWorker(Worker):
     def consensus(self, out: Any) -> None:
         """The average: the mean of all workers', or that of the first that lives. Local."""
         if self._evaluated is not None:
-            self.comm.read(self._z, living(self.comm)[0], lambda z: kernels.copy(out, z))
+            self.comm.read(self._z, alive_ranks(self.comm)[0], lambda z: kernels.copy(out, z))
             return
         mean_of_workers(self.comm, self._z, out)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """The method's."""
-        self._worker.settle()
+        self._worker.wait()
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """The method's."""
-        self._worker.finish()
+        self._worker.finalize()
 
     def metrics(self) -> dict[str, float]:
         """The method's."""

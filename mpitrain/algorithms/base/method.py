@@ -52,7 +52,7 @@ def setting(
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ParamGroupSlice:
     """A part of the flat vector that is updated with the same settings (a parameter group).
 
     Attributes:
@@ -82,7 +82,7 @@ class Replica:
             vector is one layer.
         fitness: The loss of parameters (n,) on data held out from training, for methods that ask for it; the same
             function on all workers. None when there are no such data.
-        one_a_node: The workers of a node hold one ``x`` between them; only for methods that declare it.
+        node_shared: The workers of a node hold one ``x`` between them; only for methods that declare it.
     """
 
     comm: Communicator
@@ -91,7 +91,7 @@ class Replica:
     seed: int = 0
     layers: tuple[slice, ...] = ()
     fitness: Callable[[Any], float] | None = None
-    one_a_node: bool = False
+    node_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Method(ABC):
         return True
 
     @property
-    def one_a_node(self) -> bool:
+    def node_shared(self) -> bool:
         """Whether all workers hold the same parameters after every step, so that those of a node can hold one copy.
 
         Where the local update is torch.optim.SGD's, they then do, and the worker makes it.
@@ -237,7 +237,7 @@ def is_finite(vector: Any) -> bool:
     return bool(np.isfinite(kernels.to_host(vector)).all())
 
 
-def stand_in(vector: Any, other: Any) -> None:
+def replace_nonfinite(vector: Any, other: Any) -> None:
     """Put the other's elements (n,) in the place of those of a vector (n,) that are not finite."""
     own = kernels.to_host(vector)
     kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
@@ -250,7 +250,7 @@ def wide_copy(vector: Any) -> Any:
     return copied
 
 
-STEPS_BETWEEN_LOOKS = 50
+STEPS_BETWEEN_CHECKS = 50
 """On a GPU, at what has been rejected: the look waits for it."""
 
 
@@ -279,10 +279,13 @@ class Worker(ABC):
         self.loss: float | None = None
         self.positions: tuple[Any, ...] = (self.x.local,)
         self.velocities: tuple[Any, ...] = ()
-        self._n_rejected = 0  # when it was looked at
+        self._n_nonfinite = 0  # when it was looked at
 
     def step(
-        self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
     ) -> bool:
         """Make one step with the gradient in ``g``.
 
@@ -296,34 +299,34 @@ class Worker(ABC):
             Whether something has been rejected. The worker has recovered then, and the local update should forget what
             it remembers and is not finite.
         """
-        self.learning_rate = max(segment.learning_rate for segment in segments)
+        self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
         self.loss = loss
         self.before_update()
         if local_update is not None:
             local_update()
         else:
-            self.update_all(segments)
+            self.update_all(group_slices)
         self.after_update()
         self.t += 1
         return self._recovers()
 
     def _recovers(self) -> bool:
-        n_rejected: Any = self.comm.statistics.n_rejected
-        if not isinstance(n_rejected, int | np.integer) and self.t % STEPS_BETWEEN_LOOKS:
+        n_nonfinite: Any = self.comm.statistics.n_nonfinite
+        if not isinstance(n_nonfinite, int | np.integer) and self.t % STEPS_BETWEEN_CHECKS:
             return False
-        before, self._n_rejected = self._n_rejected, int(n_rejected)
-        if self._n_rejected == before:
+        before, self._n_nonfinite = self._n_nonfinite, int(n_nonfinite)
+        if self._n_nonfinite == before:
             return False
-        self.recover()
+        self.reset_nonfinite()
         return True
 
-    def recover(self) -> None:
+    def reset_nonfinite(self) -> None:
         """Take what the method evaluates where this worker's own values are not finite. Local."""
         if not all(is_finite(vector) for vector in self.positions):
             evaluated = np.zeros_like(self.x.local)
             self.consensus(evaluated)
             for vector in self.positions:
-                stand_in(vector, evaluated)
+                replace_nonfinite(vector, evaluated)
         for vector in self.velocities:
             kernels.keep_finite(vector)
 
@@ -344,12 +347,12 @@ class Worker(ABC):
     def before_update(self) -> None:  # noqa: B027 - not every method has something to do here
         """What happens with the gradient known and the local update not yet made."""
 
-    def update_all(self, segments: Sequence[Segment]) -> None:
+    def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """The local update, for methods that own it."""
-        for segment in segments:
-            self.update(segment)
+        for group_slice in group_slices:
+            self.update(group_slice)
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """The local update of a part, for methods that own it."""
         raise NotImplementedError(f"{type(self).__name__} declares owns_update and has no update")
 
@@ -360,10 +363,10 @@ class Worker(ABC):
     def consensus(self, out: Any) -> None:
         """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
 
-    def settle(self) -> None:  # noqa: B027 - not every method has something to do here
+    def wait(self) -> None:  # noqa: B027 - not every method has something to do here
         """Nothing of this worker's is under way any more at what all share. Local."""
 
-    def finish(self) -> None:  # noqa: B027 - not every method has something to do here
+    def finalize(self) -> None:  # noqa: B027 - not every method has something to do here
         """The run is at its end: hand over what no exchange has taken. Local."""
 
     def metrics(self) -> dict[str, float]:

@@ -61,7 +61,7 @@ class GradientSlices:
         self._comm.barrier()  # all gradients are there
         for peer in whose:
             self._comm.read(self._g, peer, lambda g, peer=peer: self._copy(peer, g, n_bad))  # type: ignore[misc]
-        self._comm.statistics.n_rejected += int(n_bad.sum())
+        self._comm.statistics.n_nonfinite += int(n_bad.sum())
         return n_bad
 
     def total(self, values: np.ndarray) -> np.ndarray:

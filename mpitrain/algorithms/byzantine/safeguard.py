@@ -139,16 +139,16 @@ class SafeguardWorker(Worker):
             found.append(window.sums.squared_distances(who).ravel())
         totals = slices.total(np.concatenate(found))
         finite = self.good & (totals[:m] == 0)
-        kept = finite.copy()
+        remaining = finite.copy()
         for window, squares in zip(self._windows.values(), totals[m:].reshape(-1, m, m)):
             close = window.close(np.sqrt(squares), finite)
             self.n_undecided += close is None
-            kept &= True if close is None else close
+            remaining &= True if close is None else close
         slices.rows.weighted_sum(finite / max(int(finite.sum()), 1), slices.mine)
         self._add_noise()
         slices.share()
-        self.removed_at[self.good & ~kept] = self.t
-        self.good = kept
+        self.removed_at[self.good & ~remaining] = self.t
+        self.good = remaining
 
     def consensus(self, out: Any) -> None:
         """Any worker's parameters: they are equal. Local."""

@@ -46,8 +46,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker, setting, wide_copy
-from mpitrain.algorithms.base.peers import speaks_for_all
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker, setting, wide_copy
+from mpitrain.algorithms.base.peers import saves_shared_state
 from mpitrain.errors import UsageError
 
 ARRIVALS = 0
@@ -157,12 +157,12 @@ class SynchronousADMMWorker(ADMMWorker):
         self._c = self.comm.vector(self.x.local.size, self._dtype)
         self._c.local[...] = self.x.local
         self.comm.broadcast(self._c.local)
-        self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
+        self.update(ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """The multiplier and x_i, and in place of the center this worker's contribution to the next one."""
-        part, eta, decay = segment.part, segment.learning_rate, segment.weight_decay
-        self.comm.statistics.n_rejected += kernels.admm_local(
+        part, eta, decay = group_slice.part, group_slice.learning_rate, group_slice.weight_decay
+        self.comm.statistics.n_nonfinite += kernels.admm_local(
             self.x.local[part], self._lam[part], self._c.local[part], self.g.local[part], eta, self._method.rho, decay
         )
 
@@ -197,12 +197,12 @@ class TurnADMMWorker(ADMMWorker):
         self._rows = ("center",) if method.arrivals == 1 else ("center", "mean")
         self._center = self.comm.shared_vector(x.size, self._dtype, rows=len(self._rows))
         self._s = wide_copy(x)
-        self._segments: list[Segment] = []
+        self._group_slices: list[ParamGroupSlice] = []
         self._clock = self.comm.numbers(1)
         self._seen = [0.0] * size
         self._awaited = self._who_comes_before()
         nothing = [self._s[:0].copy() for _ in self._rows]
-        self._turn(slice(0, 0), nothing, Segment(slice(0, 0), 0.0))  # compiled before the first step
+        self._turn(slice(0, 0), nothing, ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
         self.comm.broadcast(self._s)
         self._seed(dict.fromkeys(self._rows, self._s))
 
@@ -211,14 +211,14 @@ class TurnADMMWorker(ADMMWorker):
         if self._awaited:
             self.comm.wait_until(self._may_begin)
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """Note it: the shards of the center do not end where parameter groups do."""
-        self._segments.append(segment)
+        self._group_slices.append(group_slice)
 
     def after_update(self) -> None:
         """All three assignments at once, shard by shard."""
         self._center.update(self._visit)
-        self._segments.clear()
+        self._group_slices.clear()
         self._clock.local[0] = self.t + 1
 
     def consensus(self, out: Any) -> None:
@@ -229,7 +229,7 @@ class TurnADMMWorker(ADMMWorker):
         """The clock, multiplier and contribution and, with one worker, the shared memory."""
         yield from super().state()
         yield "contribution", self._s
-        if speaks_for_all(self.comm):
+        if saves_shared_state(self.comm):
             if len(self._rows) > 1:
                 yield "arrivals", self._center.read_tags()
             for row, name in enumerate(self._rows):
@@ -262,24 +262,24 @@ class TurnADMMWorker(ADMMWorker):
     def _visit(self, part: slice, shard: Any) -> int:
         """The turn in one shard, under its lock; with the K-th arrival in it the center becomes the mean."""
         rows = [shard] if len(self._rows) == 1 else list(shard)
-        n_rejected = 0
-        for segment in self._segments:
-            start, stop = max(part.start, segment.part.start), min(part.stop, segment.part.stop)
+        n_nonfinite = 0
+        for group_slice in self._group_slices:
+            start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)
             if start < stop:
                 within = slice(start - part.start, stop - part.start)
-                n_rejected += self._turn(slice(start, stop), [row[within] for row in rows], segment)
+                n_nonfinite += self._turn(slice(start, stop), [row[within] for row in rows], group_slice)
         if len(rows) > 1:
             self._center.tags[ARRIVALS] += 1
             if self._center.tags[ARRIVALS] == self._method.arrivals:
                 kernels.copy(rows[0], rows[1])
                 self._center.tags[ARRIVALS] = 0
-        return n_rejected
+        return n_nonfinite
 
-    def _turn(self, part: slice, rows: Sequence[Any], segment: Segment) -> int:
+    def _turn(self, part: slice, rows: Sequence[Any], group_slice: ParamGroupSlice) -> int:
         """lam_i, x_i and this worker's share of the mean, in one pass over a part of a shard."""
         kernel = kernels.admm_turn if len(rows) == 1 else kernels.admm_arrival
         own = (self.x.local[part], self._lam[part], self._s[part], self.g.local[part])
-        eta, decay = segment.learning_rate, segment.weight_decay
+        eta, decay = group_slice.learning_rate, group_slice.weight_decay
         return kernel(*own, *rows, eta=eta, rho=self._method.rho, decay=decay, share=1.0 / self.comm.size)
 
     def _who_comes_before(self) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment, setting, wide_copy
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting, wide_copy
 from mpitrain.algorithms.elastic.method import ElasticMethod, ElasticWorker
 
 
@@ -61,11 +61,11 @@ class EAMSGDWorker(ElasticWorker):
         self._v = np.zeros_like(self._x)
         super().__init__(method, replica, method.center(replica), position=self._x)
         self.positions, self.velocities = (self._y, self._x), (self._v,)
-        self.update(Segment(slice(0, 0), 0.0))  # compiled before the first step
+        self.update(ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """v <- delta*v - eta*g;  x <- x + v;  y <- x + delta*v"""
-        part, eta, decay = segment.part, segment.learning_rate, segment.weight_decay
+        part, eta, decay = group_slice.part, group_slice.learning_rate, group_slice.weight_decay
         kernels.eamsgd_step(
             self._x[part], self._v[part], self.g.local[part], self._y[part], eta, self._method.momentum, decay
         )

@@ -94,46 +94,46 @@ class OverlappedWorker(ElasticWorker):
     def before_update(self) -> None:
         """Take an exchange that has ended, and perhaps begin one."""
         if self._under_way is not None and self._under_way.done:
-            self._take()
+            self._apply()
         super().before_update()
 
     def exchange(self) -> None:
         """Begin one; the one before has to have ended. Local."""
-        self._take()
+        self._apply()
         a_w, a_c = self._rates()
         kernels.copy(self._moved, self._position)
         self._under_way = self.comm.start(lambda: self._shards.displace(self._moved, a_w, a_c))
 
-    def _take(self) -> None:
+    def _apply(self) -> None:
         """x_i <- x_i - E_i"""
         if self._under_way is not None:
-            self._under_way.finish()
+            self._under_way.wait()
             self._under_way = None
             kernels.scaled_add(self._position, self._moved, -1.0)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Nobody is at the center's shards for this worker. What has been exchanged is not taken yet. Local."""
         if self._under_way is not None:
-            self._under_way.finish()
+            self._under_way.wait()
 
     def consensus(self, out: Any) -> None:
         """The center. Local."""
-        self.settle()
+        self.wait()
         super().consensus(out)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, the center, and E_i if it is under way."""
-        self.settle()
+        self.wait()
         yield from super().state()
         if self._under_way is not None:
             yield "under_way", self._moved
 
     def load(self, state: dict[str, Any]) -> None:
         """Collective."""
-        self.settle()
+        self.wait()
         super().load(state)
         self._under_way = None
         if "under_way" in state:
             kernels.assign(self._moved, state["under_way"])
             self._under_way = self.comm.start(lambda: None)  # the center has it
-            self.settle()
+            self.wait()

@@ -251,7 +251,7 @@ class EASGDTreeWorker(Worker):
             if edge.lower is None:
                 self._exchange(edge.upper, up=up, down=down)
             else:
-                self._carry(edge.lower, edge.upper, up=up, down=down)
+                self._pass_on(edge.lower, edge.upper, up=up, down=down)
 
     def _exchange(self, parent: InnerNode, *, up: bool, down: bool) -> None:
         """Between the leaf and its parent, in place."""
@@ -262,7 +262,7 @@ class EASGDTreeWorker(Worker):
         else:
             parent.pull(self.x.local, self._alpha)
 
-    def _carry(self, node: InnerNode, parent: InnerNode, *, up: bool, down: bool) -> None:
+    def _pass_on(self, node: InnerNode, parent: InnerNode, *, up: bool, down: bool) -> None:
         """Between two inner nodes. A message is counted where it is delivered."""
         if up:
             node.read(self._message)

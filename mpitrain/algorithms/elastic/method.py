@@ -35,8 +35,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.base.method import Method, PeriodicWorker, Replica, setting, stand_in, wide_copy
-from mpitrain.algorithms.base.peers import speaks_for_all
+from mpitrain.algorithms.base.method import Method, PeriodicWorker, Replica, replace_nonfinite, setting, wide_copy
+from mpitrain.algorithms.base.peers import saves_shared_state
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.errors import UsageError
 from mpitrain.theory.elastic import GradPoint, Order
@@ -281,7 +281,7 @@ class AsynchronousCenter:
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The whole center, in the part of a checkpoint that is worker 0's, or of the first that lives."""
-        if speaks_for_all(self._comm):
+        if saves_shared_state(self._comm):
             values = np.empty(self._c.n, self._dtype)
             self._c.read(values)
             yield "center", values
@@ -348,15 +348,15 @@ class SynchronousCenter:
 
     def _sum(self, x: Any) -> None:
         """s = sum_i x_i, in which c stands where a worker is not finite: it then pulls nobody. Collective."""
-        n_rejected = kernels.receive(self._s.local, x)
-        if n_rejected:
+        n_nonfinite = kernels.receive(self._s.local, x)
+        if n_nonfinite:
             kernels.copy(self._s.local, x)
-            stand_in(self._s.local, self._c)
-            self._count(n_rejected)
+            replace_nonfinite(self._s.local, self._c)
+            self._count(n_nonfinite)
         self._comm.allreduce(self._s)
 
-    def _count(self, n_rejected: int) -> None:
-        self._comm.statistics.n_rejected += n_rejected
+    def _count(self, n_nonfinite: int) -> None:
+        self._comm.statistics.n_nonfinite += n_nonfinite
 
 
 def compile_halves(x: Any, c: Any, s: Any) -> None:

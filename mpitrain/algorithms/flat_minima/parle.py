@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker, setting, wide_copy
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker, setting, wide_copy
 from mpitrain.algorithms.synchronous.outer_optimizer import average
 
 
@@ -147,39 +147,40 @@ class InnerLoopWorker(Worker):
         self._x, self._z = wide_copy(self._y), wide_copy(self._y)
         self._u, self._v = np.zeros_like(self._x), np.zeros_like(self._x)
         self.positions, self.velocities = (self._y, self._x, self._z), (self._u, self._v)
-        self._segments: list[Segment] = []
-        nothing = Segment(slice(0, 0), 0.0)  # compiled before the first step
+        self._group_slices: list[ParamGroupSlice] = []
+        nothing = ParamGroupSlice(slice(0, 0), 0.0)  # compiled before the first step
         self.update(nothing)
         self.outer_update(nothing, self._x, 0.0)
-        self._segments.clear()
+        self._group_slices.clear()
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """The inner step."""
-        part, method = segment.part, self._method
-        self._segments.append(segment)
+        part, method = group_slice.part, self._method
+        self._group_slices.append(group_slice)
         kernels.entropy_inner(
             self._y[part], self._v[part], self._z[part], self._x[part], self.g.local[part],
-            method.inner_rate, method.momentum, method.gamma_inverse_at(self.t), method.averaging, segment.weight_decay,
+            method.inner_rate, method.momentum, method.gamma_inverse_at(self.t), method.averaging,
+            group_slice.weight_decay,
         )  # fmt: skip
 
-    def outer_update(self, segment: Segment, r: Any, rho_inverse: float) -> None:
+    def outer_update(self, group_slice: ParamGroupSlice, r: Any, rho_inverse: float) -> None:
         """The outer step, and y, z and v as the next inner loop begins."""
-        part = segment.part
-        self.comm.statistics.n_rejected += kernels.entropy_outer(
+        part = group_slice.part
+        self.comm.statistics.n_nonfinite += kernels.entropy_outer(
             self._x[part], self._u[part], r[part], self._y[part], self._z[part], self._v[part],
-            segment.learning_rate, self._method.momentum, rho_inverse,
+            group_slice.learning_rate, self._method.momentum, rho_inverse,
         )  # fmt: skip
 
     def after_update(self) -> None:
         """The outer step, where an inner loop ends."""
         if (self.t + 1) % self._method.period == 0:
-            self.outer_step(self._segments)
-        self._segments.clear()
+            self.outer_step(self._group_slices)
+        self._group_slices.clear()
 
-    def outer_step(self, segments: list[Segment]) -> None:
+    def outer_step(self, group_slices: list[ParamGroupSlice]) -> None:
         """x <- x - eta*(x - z): without a spring to the others, x is its own reference. Local."""
-        for segment in segments:
-            self.outer_update(segment, self._x, 0.0)
+        for group_slice in group_slices:
+            self.outer_update(group_slice, self._x, 0.0)
 
     def metrics(self) -> dict[str, float]:
         """The coupling."""
@@ -227,13 +228,13 @@ class ParleWorker(InnerLoopWorker):
         kernels.keep_finite(self._x[:0])  # compiled before the first exchange
         self._refer_to(self._x)
 
-    def outer_step(self, segments: list[Segment]) -> None:
+    def outer_step(self, group_slices: list[ParamGroupSlice]) -> None:
         """The outer step of all replicas, then r <- mean_a x_a. Collective."""
         if self._method.reference == "z":
             self._refer_to(self._z)
         rho_inverse = self._method.rho_inverse_at(self.t)
-        for segment in segments:
-            self.outer_update(segment, self._r.local, rho_inverse)
+        for group_slice in group_slices:
+            self.outer_update(group_slice, self._r.local, rho_inverse)
         self._refer_to(self._x)
 
     def _refer_to(self, values: Any) -> None:

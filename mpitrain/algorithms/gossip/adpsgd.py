@@ -32,7 +32,7 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
 from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
-from mpitrain.algorithms.base.peers import living
+from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.collectives.topology.graphs import Topology, topology
 
 AVERAGED = 1
@@ -121,7 +121,7 @@ class ADPSGDWorker(Worker):
 
     def consensus(self, out: Any) -> None:
         """The mean of all x of workers that live, each as it was at one moment. Local: exact while they rest."""
-        mean_of(living(self.comm), lambda peer, fn: self._boxes.read(peer, lambda x, _: fn(x)), out)
+        mean_of(alive_ranks(self.comm), lambda peer, fn: self._boxes.read(peer, lambda x, _: fn(x)), out)
 
     def metrics(self) -> dict[str, float]:
         """How many averagings by others the last gradient did not see."""

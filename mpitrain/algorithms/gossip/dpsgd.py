@@ -81,7 +81,7 @@ class DPSGDWorker(Worker):
             return kernels.weighted_average(x, z, row[sender] / met)
 
         self._neighbours.post(x)
-        self._neighbours.take(average)
+        self._neighbours.receive(average)
 
     def consensus(self, out: Any) -> None:
         """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""

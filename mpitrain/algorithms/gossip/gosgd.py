@@ -97,7 +97,7 @@ class GoSGDWorker(Worker):
             peer = draw_peer(self.comm, self._rng)
             if peer is not None:
                 self.push_to(peer)
-        self._boxes.update(self.comm.rank, self._take)
+        self._boxes.update(self.comm.rank, self._drain)
 
     def push_to(self, peer: int) -> None:
         """Send (x_i, w_i/2), keep w_i/2. Local."""
@@ -106,15 +106,15 @@ class GoSGDWorker(Worker):
 
     def _leave(self, box: Any, tags: np.ndarray) -> int:
         before, tags[WEIGHT] = float(tags[WEIGHT]), 0.0  # meanwhile: who dies in here leaves an empty mailbox
-        weight, n_rejected = before + self._w, 0
+        weight, n_nonfinite = before + self._w, 0
         if before == 0:
             box[...] = self.x.local
         else:
-            n_rejected = kernels.weighted_average(box, self.x.local, self._w / weight)
+            n_nonfinite = kernels.weighted_average(box, self.x.local, self._w / weight)
         tags[WEIGHT] = weight
-        return n_rejected
+        return n_nonfinite
 
-    def _take(self, box: Any, tags: np.ndarray) -> int:
+    def _drain(self, box: Any, tags: np.ndarray) -> int:
         w, tags[WEIGHT] = float(tags[WEIGHT]), 0.0
         if w == 0:
             return 0

@@ -152,9 +152,9 @@ class PushWorker(GossipWorker):
         tags[COUNT] = count + 1
 
     def _average(self, box: Any, tags: np.ndarray) -> int:
-        n_rejected = kernels.push_receive(self.x.local, box, tags[COUNT]) if tags[COUNT] else 0
+        n_nonfinite = kernels.push_receive(self.x.local, box, tags[COUNT]) if tags[COUNT] else 0
         tags[COUNT] = 0
-        return n_rejected
+        return n_nonfinite
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, the random state and what lies unread in this worker's mailbox."""

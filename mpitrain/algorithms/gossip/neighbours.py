@@ -13,7 +13,7 @@ S = overlap + 2, and with it nobody waits for ever. Let t be the smallest step a
 
 1. i does not wait in ``post``: it wants its message of step t - S taken by some j. j has left step t - 1, so it has
    posted in that step, after leaving step t - 2, in which it took everything up to step t - 2 - overlap = t - S.
-2. i does not wait for ever in ``take``: it wants messages of steps up to t - overlap <= t from workers that are at t or
+2. i does not wait for ever in ``receive``: it wants those of steps up to t - overlap <= t from workers that are at t or
    later. Those that are past t have posted them; those at t do so without waiting, by 1.
 """
 
@@ -34,11 +34,11 @@ from mpitrain.collectives.topology.graphs import Topology
 WEIGHT = 1
 """The tag that holds the weight of a message."""
 
-TAKEN = 2
+RECEIVED = 2
 """The tag that counts the steps, from the first on, of which the sender had taken all messages."""
 
-Take = Callable[[int, Any, float], int | None]
-"""``take(sender, vector, weight)``: what to do with a message; it returns the number of rejected elements."""
+Receive = Callable[[int, Any, float], int | None]
+"""``receive(sender, vector, weight)``: what to do with a message; it returns the number of rejected elements."""
 
 
 class Neighbours:
@@ -65,18 +65,18 @@ class Neighbours:
     def post(self, vector: Any, weight: float = 1.0) -> None:
         """Send a copy of ``vector`` (n,) to the out-neighbours of this step. Local; waits for slow receivers."""
         t = self._t
-        self._wait_until_taken(t - self._slots)
+        self._wait_until_received(t - self._slots)
 
         def write(box: Any, tags: np.ndarray) -> None:
             if self.out_degree(t):
                 box[...] = vector
-            tags[SEQUENCE_TAG], tags[WEIGHT], tags[TAKEN] = t + 1, weight, self._n_taken()
+            tags[SEQUENCE_TAG], tags[WEIGHT], tags[RECEIVED] = t + 1, weight, self._n_received()
 
         self._boxes.update(self._comm.rank, write, t % self._slots)
         self._due.extend((t, sender) for sender in self._senders(t))
         self._t += 1
 
-    def take(self, fn: Take) -> None:
+    def receive(self, fn: Receive) -> None:
         """Call ``fn`` with each message that must be taken by now or is there. Local; waits for slow senders."""
         t, later = self._t - 1, []
         for step, sender in self._due:
@@ -100,18 +100,18 @@ class Neighbours:
     def _is_there(self, step: int, sender: int) -> bool:
         return float(self._boxes.peek(sender, step % self._slots)[SEQUENCE_TAG]) == step + 1
 
-    def _n_taken(self) -> int:
+    def _n_received(self) -> int:
         """The number of steps, from the first on, of which everything has been taken."""
         return self._due[0][0] if self._due else self._t
 
-    def _wait_until_taken(self, step: int) -> None:
+    def _wait_until_received(self, step: int) -> None:
         if step < 0:
             return
         for receiver in self._graph.out_neighbours(self._comm.rank, step):
-            self._comm.wait_until(lambda receiver=receiver: self._told_taken(receiver) > step)  # type: ignore[misc]
+            self._comm.wait_until(lambda receiver=receiver: self._acknowledged(receiver) > step)  # type: ignore[misc]
 
-    def _told_taken(self, receiver: int) -> float:
-        return max(float(self._boxes.peek(receiver, slot)[TAKEN]) for slot in range(self._slots))
+    def _acknowledged(self, receiver: int) -> float:
+        return max(float(self._boxes.peek(receiver, slot)[RECEIVED]) for slot in range(self._slots))
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """What is on its way: messages that somebody may not have taken yet, and which have not been taken here. Local.

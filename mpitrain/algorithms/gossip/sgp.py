@@ -110,7 +110,7 @@ class SGPWorker(Worker):
             kernels.debias(z, z, self._w)
         self._w /= 1 + self._neighbours.out_degree(self.t)
         self._neighbours.post(z, self._w)
-        self._neighbours.take(self._add)
+        self._neighbours.receive(self._add)
         if self._stays_one:
             self._w = 1.0
         else:

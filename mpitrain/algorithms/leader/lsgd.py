@@ -165,10 +165,10 @@ class LSGDWorker(Worker):
         super().__init__(replica)
         self._method = method
         x = self.x.local
-        kept = x.size if method.continuous_pull else 0
+        n_pulled = x.size if method.continuous_pull else 0
         everybody = np.arange(self.comm.size)
-        self._group = Following(method.group_of(self.comm), method.pull, method.tau, x[:kept].copy())
-        self._all = Following(everybody, method.global_pull, method.tau_global, x[:kept].copy())
+        self._group = Following(method.group_of(self.comm), method.pull, method.tau, x[:n_pulled].copy())
+        self._all = Following(everybody, method.global_pull, method.tau_global, x[:n_pulled].copy())
         self._losses = np.zeros(method.tau)
         self._leads = 0
         kernels.weighted_average(x[:0], x[:0].copy(), 0.0)  # compiled before the first exchange
@@ -185,7 +185,7 @@ class LSGDWorker(Worker):
         if self._method.continuous_pull:
             for following in (self._group, self._all):
                 if following.leader not in (NOBODY, self.comm.rank):
-                    self.comm.statistics.n_rejected += kernels.weighted_average(
+                    self.comm.statistics.n_nonfinite += kernels.weighted_average(
                         self.x.local, following.z, following.rate / following.period
                     )
         if self._method.grad_point == "post":
@@ -270,7 +270,7 @@ class SynchronousLSGDWorker(LSGDWorker):
         statistics.bytes_sent += self.x.local.nbytes
 
         def follow(z: Any) -> None:
-            statistics.n_rejected += self.follow(leader, rate, z)
+            statistics.n_nonfinite += self.follow(leader, rate, z)
 
         self.comm.read(self.x, leader, follow)
 
@@ -288,7 +288,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
         x = self.x.local
         self._boxes = self.comm.mailboxes(x.size, x.dtype, slots=2)
         self._shown = self.comm.numbers(3)
-        self._board = np.zeros((self.comm.size, 3))
+        self._scoreboard = np.zeros((self.comm.size, 3))
         if method.grad_point == "pre":
             self._group.round = self._all.round = -1  # the first exchange is before the first step
         self._boxes.publish(x)
@@ -298,8 +298,8 @@ class AsynchronousLSGDWorker(LSGDWorker):
     def exchange(self, clock: int) -> None:
         """Publish when a new round begins; be pulled when the others have. Local."""
         self._shown.local[CLOCK] = clock
-        self._look()
-        total = int(self._board[:, CLOCK].sum())
+        self._poll()
+        total = int(self._scoreboard[:, CLOCK].sum())
         begun = [f for f in (self._group, self._all) if total // (self.comm.size * f.period) > f.round]
         if begun:
             self._pull([following for following in begun if following.pending])  # somebody was slower than a round
@@ -308,26 +308,26 @@ class AsynchronousLSGDWorker(LSGDWorker):
             self._publish(total)
         self._pull([f for f in (self._group, self._all) if f.pending and self._published(f)[f.members].all()])
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """What all workers show now; of the dead nobody waits for anything, and nobody follows them."""
         for peer in range(self.comm.size):
-            seen, stamp = self._board[peer], self._board[peer, STAMP]
+            seen, stamp = self._scoreboard[peer], self._scoreboard[peer, STAMP]
             self.comm.read(self._shown, peer, partial(np.copyto, seen))
             if seen[STAMP] != stamp:  # the loss may have been read before the stamp, and be an older one
                 self.comm.read(self._shown, peer, partial(copy_loss, seen))
         dead = list(self.comm.dead)
-        self._board[dead, STAMP] = self._board[dead, LOSS] = math.inf
+        self._scoreboard[dead, STAMP] = self._scoreboard[dead, LOSS] = math.inf
 
     def _publish(self, total: int) -> None:
         self._boxes.publish(self.x.local)
         self._shown.local[LOSS] = self.mean_loss()
         self.comm.publish(self._shown)
         self._shown.local[STAMP] = total  # last: who sees it sees the loss
-        self._board[self.comm.rank] = self._shown.local
+        self._scoreboard[self.comm.rank] = self._shown.local
 
     def _published(self, following: Following) -> np.ndarray:
         """(p,) whether each worker has published since the round began."""
-        since: np.ndarray = self._board[:, STAMP] >= following.round * following.period * self.comm.size
+        since: np.ndarray = self._scoreboard[:, STAMP] >= following.round * following.period * self.comm.size
         return since
 
     def _pull(self, due: Sequence[Following]) -> None:
@@ -335,7 +335,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
             return
         for following in due:
             following.pending = False
-            following.choose(np.where(self._published(following), self._board[:, LOSS], math.inf))
+            following.choose(np.where(self._published(following), self._scoreboard[:, LOSS], math.inf))
         for leader, rate in self.pulls(due):
             if rate:
                 self._boxes.latest(leader, partial(self.follow, leader, rate))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.method import Replica, setting
-from mpitrain.algorithms.base.peers import speaks_for_all
+from mpitrain.algorithms.base.peers import saves_shared_state
 from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
 from mpitrain.theory import downpour_warning
 
@@ -118,7 +118,7 @@ class AveragingWorker(DisplacementWorker):
     def state(self) -> Iterator[tuple[str, Any]]:
         """DOWNPOUR's, with the average and the shards' clocks."""
         yield from super().state()
-        if speaks_for_all(self.comm):
+        if saves_shared_state(self.comm):
             yield "clocks", self._center.read_tags()
 
     def load(self, state: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment, setting
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting
 from mpitrain.algorithms.parameter_server.center import CenterMethod, CenterWorker, DisplacementWorker
 from mpitrain.theory import agn_warning
 
@@ -78,20 +78,23 @@ class MeanGradientWorker(CenterWorker):
     def __init__(self, method: AGN, replica: Replica) -> None:
         self._v = np.zeros_like(replica.x.local)
         super().__init__(method, replica)
-        self._gather(Segment(slice(0, 0), 0.0))  # compiled before the first step
+        self._gather(ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
 
     def step(
-        self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
     ) -> bool:
         """Gather the gradient at x before the local step moves it."""
-        for segment in segments:
-            self._gather(segment)
-        return super().step(segments, local_update, loss)
+        for group_slice in group_slices:
+            self._gather(group_slice)
+        return super().step(group_slices, local_update, loss)
 
-    def _gather(self, segment: Segment) -> None:
-        part = segment.part
+    def _gather(self, group_slice: ParamGroupSlice) -> None:
+        part = group_slice.part
         kernels.gather_step(
-            self._v[part], self.g.local[part], self.x.local[part], segment.learning_rate, segment.weight_decay
+            self._v[part], self.g.local[part], self.x.local[part], group_slice.learning_rate, group_slice.weight_decay
         )
 
     def visit(self, part: slice, c: Any) -> int:

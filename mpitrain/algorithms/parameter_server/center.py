@@ -12,7 +12,7 @@ There is no server process. The center lies in shards in the memory of all worke
 with its own clock: a commit and its pull are atomic shard by shard, and one worker can be ahead of another in one shard
 and behind it in the next.
 
-What a worker has not committed when a run ends, fewer than tau steps, is a commit of its own then (``finish``): the
+What a worker has not committed when a run ends, fewer than tau steps, is a commit of its own then (``finalize``): the
 center that is evaluated has every step. A checkpoint is of the moment before, and who continues it goes on in the
 middle of the period.
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.method import Method, Replica, Worker
-from mpitrain.algorithms.base.peers import speaks_for_all
+from mpitrain.algorithms.base.peers import saves_shared_state
 
 DOWNPOUR_RATE = 0.25
 """The learning rate of methods whose center takes every commit in full, relative to that of SGD alone.
@@ -103,7 +103,7 @@ class CenterWorker(Worker):
         self._center.update(self.visit)
         self._steps = 0
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Commit what has not been committed, before the end of a period. Local."""
         if self._steps:
             self.commit()
@@ -121,7 +121,7 @@ class CenterWorker(Worker):
         yield from super().state()
         yield "steps", self._steps
         yield "lags", self._center.lags()
-        if speaks_for_all(self.comm):
+        if saves_shared_state(self.comm):
             for row, name in enumerate(self.rows):
                 values = np.empty(self._center.n, self._dtype)
                 self._center.read(values, row)

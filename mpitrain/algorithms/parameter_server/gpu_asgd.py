@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment, setting
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting
 from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
 from mpitrain.theory import downpour_warning
 
@@ -77,7 +77,10 @@ class GPUASGDWorker(DisplacementWorker):
         self.comm.barrier()
 
     def step(
-        self, segments: Sequence[Segment], local_update: Callable[[], object] | None, loss: float | None = None
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
     ) -> bool:
         """A step; while it waits, only a look at client 0, and the center when that is done, or has died."""
         if self._waits:
@@ -87,9 +90,9 @@ class GPUASGDWorker(DisplacementWorker):
                 self._waits = False  # the next gradient is one of the model that it has now
             self.t += 1
             return False
-        has_rejected = super().step(segments, local_update, loss)
+        found_nonfinite = super().step(group_slices, local_update, loss)
         self._made.local[0] = self.t
-        return has_rejected
+        return found_nonfinite
 
     def is_due(self) -> bool:
         """Every n_sync steps, and where the warm start ends: the others shall find all of it."""

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, Segment, setting
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting
 from mpitrain.algorithms.parameter_server.center import CenterMethod, CenterWorker
 from mpitrain.theory import mdownpour_warning
 
@@ -68,20 +68,20 @@ class MDownpourWorker(CenterWorker):
     rows: ClassVar[tuple[str, ...]] = ("center", "velocity")
 
     def __init__(self, method: MDownpour, replica: Replica) -> None:
-        self._segments: list[Segment] = [Segment(slice(0, 0), 0.0)]
+        self._group_slices: list[ParamGroupSlice] = [ParamGroupSlice(slice(0, 0), 0.0)]
         super().__init__(method, replica)
 
     def start(self, name: str) -> Any:
         """The velocity begins at 0."""
         return np.zeros_like(self.x.local) if name == "velocity" else super().start(name)
 
-    def update(self, segment: Segment) -> None:
+    def update(self, group_slice: ParamGroupSlice) -> None:
         """Note it: the server's step is made shard by shard, for all segments in one visit."""
-        self._segments.append(segment)
+        self._group_slices.append(group_slice)
 
     def before_update(self) -> None:
         """A step begins."""
-        self._segments.clear()
+        self._group_slices.clear()
 
     def is_due(self) -> bool:
         """At every step."""
@@ -89,13 +89,13 @@ class MDownpourWorker(CenterWorker):
 
     def visit(self, part: slice, c: Any) -> int:
         """v <- delta*v - eta*g;  c <- c + v;  y <- c + delta*v"""
-        n_rejected = 0
-        for segment in self._segments:
-            start, stop = max(part.start, segment.part.start), min(part.stop, segment.part.stop)
+        n_nonfinite = 0
+        for group_slice in self._group_slices:
+            start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)
             whole = slice(start, max(start, stop))  # of the vector
             here = slice(whole.start - part.start, whole.stop - part.start)  # of the shard
-            n_rejected += kernels.master_momentum(
+            n_nonfinite += kernels.master_momentum(
                 self.x.local[whole], self.g.local[whole], c[0, here], c[1, here],
-                segment.learning_rate, self._method.momentum, segment.weight_decay,
+                group_slice.learning_rate, self._method.momentum, group_slice.weight_decay,
             )  # fmt: skip
-        return n_rejected
+        return n_nonfinite

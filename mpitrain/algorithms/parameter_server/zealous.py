@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain.algorithms.base.method import Replica, setting
-from mpitrain.algorithms.base.peers import living
+from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
 from mpitrain.theory import downpour_warning
 
@@ -75,7 +75,7 @@ class ZealousWorker(DisplacementWorker):
 
     def is_busy(self) -> bool:
         """Whether another worker is visiting the center now. Local."""
-        return any(self._visits(rank) for rank in living(self.comm) if rank != self.comm.rank)
+        return any(self._visits(rank) for rank in alive_ranks(self.comm) if rank != self.comm.rank)
 
     def commit(self) -> None:
         """Commit and pull, for all to see. Local."""
@@ -86,8 +86,8 @@ class ZealousWorker(DisplacementWorker):
             self._visiting.local[0] = 0
 
     def _visits(self, rank: int) -> bool:
-        def look(flag: Any) -> None:
+        def peek(flag: Any) -> None:
             self._seen[0] = flag[0]
 
-        self.comm.read(self._visiting, rank, look)
+        self.comm.read(self._visiting, rank, peek)
         return bool(self._seen[0])

@@ -155,10 +155,10 @@ class NeuroevolutionWorker(Worker):
     def consensus(self, out: Any) -> None:
         """The best individual of the last generation, as it is now. Local."""
 
-        def take(x: Any) -> None:
+        def copy_parent(x: Any) -> None:
             out[...] = x
 
-        self.comm.read(self.x, self._best, take)
+        self.comm.read(self.x, self._best, copy_parent)
 
     def metrics(self) -> dict[str, float]:
         """This individual's fitness in the last generation (at first inf), and how many were suppressed. Local."""
@@ -195,7 +195,7 @@ class NeuroevolutionWorker(Worker):
         if self.plan.children:
             child = self.plan.children.get(self.comm.rank)
             if child is not None:
-                self.comm.statistics.n_rejected += kernels.keep_finite(x)  # what was here is lost
+                self.comm.statistics.n_nonfinite += kernels.keep_finite(x)  # what was here is lost
                 self._become(child, (all_rms[child.first] + all_rms[child.second]) / 2)
             self.comm.barrier()  # parents train on when their children have read them
         self._start[...] = x
@@ -225,7 +225,7 @@ class NeuroevolutionWorker(Worker):
         statistics.bytes_sent += self.x.local.nbytes
 
         def counted(z: Any) -> None:
-            statistics.n_rejected += fn(z)
+            statistics.n_nonfinite += fn(z)
 
         self.comm.read(self.x, peer, counted)
 

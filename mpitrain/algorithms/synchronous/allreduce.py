@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Segment, Worker, setting
+from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker, setting
 from mpitrain.collectives.communicator import Started
 
 BLOCK = 1 << 18
@@ -56,7 +56,7 @@ class AllReduceSGD(Method):
     communication: ClassVar[str] = "2(p-1)/p"
 
     @property
-    def one_a_node(self) -> bool:
+    def node_shared(self) -> bool:
         """Whether the workers of a node can hold one copy of the parameters."""
         return not self.overlap
 
@@ -69,7 +69,7 @@ class AllReduceSGD(Method):
         """Collective."""
         if self.overlap:
             return EarlyWorker(replica)
-        return (SlicedWorker if replica.one_a_node else AllReduceWorker)(replica)
+        return (SlicedWorker if replica.node_shared else AllReduceWorker)(replica)
 
 
 class AllReduceWorker(Worker):
@@ -119,7 +119,7 @@ class EarlyWorker(AllReduceWorker):
         while len(self._begun) < len(self._blocks):
             self._begin()
         for sum_ in self._begun:
-            sum_.finish()
+            sum_.wait()
         self._begun.clear()
         self._n_missing[:] = self._n_layers
         self._is_mean = True
@@ -165,27 +165,32 @@ class SlicedWorker(AllReduceWorker):
     def before_update(self) -> None:
         """The mean is taken in ``update_all``."""
 
-    def update_all(self, segments: Sequence[Segment]) -> None:
+    def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
 
         def advance(part: slice, addends: Sequence[Any]) -> None:
-            for segment in segments:
-                start, stop = max(part.start, segment.part.start), min(part.stop, segment.part.stop)
+            for group_slice in group_slices:
+                start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)
                 if start < stop:
                     inside = slice(start - part.start, stop - part.start)
-                    self._advance(segment, slice(start, stop), [addend[inside] for addend in addends])
+                    self._advance(group_slice, slice(start, stop), [addend[inside] for addend in addends])
 
         self.comm.reduce_slices(self.g, advance)
 
-    def _advance(self, segment: Segment, part: slice, addends: Sequence[Any]) -> None:
+    def _advance(self, group_slice: ParamGroupSlice, part: slice, addends: Sequence[Any]) -> None:
         """One step of torch.optim.SGD on a part of the slice."""
-        x, share, eta, decay = self.x.local[part], 1 / self.comm.size, segment.learning_rate, segment.weight_decay
-        if segment.momentum == 0:
+        x, share, eta, decay = (
+            self.x.local[part],
+            1 / self.comm.size,
+            group_slice.learning_rate,
+            group_slice.weight_decay,
+        )
+        if group_slice.momentum == 0:
             kernels.mean_step("sgd", len(addends))(x, *addends, share, eta, decay)
             return
         v = self._v[part.start - self._mine.start : part.stop - self._mine.start]
-        kind = "nesterov" if segment.nesterov else "momentum"
-        kernels.mean_step(kind, len(addends))(x, v, *addends, share, eta, segment.momentum, decay)
+        kind = "nesterov" if group_slice.nesterov else "momentum"
+        kernels.mean_step(kind, len(addends))(x, v, *addends, share, eta, group_slice.momentum, decay)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """The clock, and the momentum of this worker's slice."""

@@ -86,15 +86,15 @@ class DaSGDWorker(PeriodicWorker):
         self._begin()
 
     def _begin(self) -> None:
-        """Nobody touches the vector from here to ``finish``; the snapshot is a copy of it for oneself."""
+        """Nobody touches the vector from here to ``wait``; the snapshot is a copy of it for oneself."""
         self._mean.local[...] = self._snapshot
         self._under_way = self.comm.start_allreduce(self._mean, mean=True)
 
     def _correct(self, under_way: Pending) -> None:
         """x_i <- x_i + (mean_j s_j - s_i). Collective."""
-        under_way.finish()
+        under_way.wait()
         self._under_way = None
-        self.comm.statistics.n_rejected += kernels.delayed_correction(self.x.local, self._snapshot, self._mean.local)
+        self.comm.statistics.n_nonfinite += kernels.delayed_correction(self.x.local, self._snapshot, self._mean.local)
 
     def consensus(self, out: Any) -> None:
         """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
@@ -110,7 +110,7 @@ class DaSGDWorker(PeriodicWorker):
         """Begin again what was under way. Collective."""
         super().load(state)
         if self._under_way is not None:
-            self._under_way.finish()
+            self._under_way.wait()
             self._under_way = None
         if "snapshot" in state:
             kernels.assign(self._snapshot, state["snapshot"])

@@ -75,7 +75,7 @@ class DiLoCoWorker(OuterWorker):
 
     def outer_step(self, d: Any) -> None:
         """b <- m*b + d;  theta <- theta - eta_out*(d + m*b)"""
-        self.comm.statistics.n_rejected += kernels.outer_nesterov(
+        self.comm.statistics.n_nonfinite += kernels.outer_nesterov(
             self.x.local,
             self._theta,
             self._momentum,

@@ -25,16 +25,16 @@ from mpitrain.collectives.communicator import Communicator, Vector
 
 def average(comm: Communicator, vector: Vector) -> None:
     """Replace every worker's vector by the mean of those that are finite; by NaN if none is. Collective."""
-    n_rejected = kernels.keep_finite(vector.local)
-    if n_rejected:
+    n_nonfinite = kernels.keep_finite(vector.local)
+    if n_nonfinite:
         vector.local[...] = 0
-    average_present(comm, vector, n_rejected)
+    average_present(comm, vector, n_nonfinite)
 
 
-def average_present(comm: Communicator, vector: Vector, n_rejected: int) -> None:
-    """The mean over the workers whose ``n_rejected`` is 0; the vectors of the others are zeros. Collective."""
-    comm.statistics.n_rejected += n_rejected
-    n_present = int(comm.gather([n_rejected == 0]).sum())
+def average_present(comm: Communicator, vector: Vector, n_nonfinite: int) -> None:
+    """The mean over the workers whose ``n_nonfinite`` is 0; the vectors of the others are zeros. Collective."""
+    comm.statistics.n_nonfinite += n_nonfinite
+    n_present = int(comm.gather([n_nonfinite == 0]).sum())
     if not n_present:
         vector.local[...] = float("nan")
         comm.barrier()  # nobody takes another one's zeros for something to go on from
@@ -64,10 +64,10 @@ class OuterWorker(PeriodicWorker):
     def exchange(self) -> None:
         """D = mean over those present of theta - x_i, and the outer step with it. Collective."""
         d = self._d.local
-        n_rejected = kernels.outer_gradient(d, self._theta, self.x.local)
-        if n_rejected:
+        n_nonfinite = kernels.outer_gradient(d, self._theta, self.x.local)
+        if n_nonfinite:
             d[...] = 0
-        average_present(self.comm, self._d, n_rejected)
+        average_present(self.comm, self._d, n_nonfinite)
         self.outer_step(d)
 
     @abstractmethod

@@ -83,7 +83,7 @@ class SlowMoWorker(OuterWorker):
         gamma = self._sum_of_rates / self._method.period
         self._sum_of_rates = 0.0
         inverse = 1 / gamma if gamma > 0 else 0.0
-        self.comm.statistics.n_rejected += kernels.slow_momentum(
+        self.comm.statistics.n_nonfinite += kernels.slow_momentum(
             self.x.local, self._theta, self._momentum, d, beta, inverse, alpha * gamma
         )
 

@@ -120,7 +120,7 @@ def of_hosts(world: World, *, again: bool = False) -> list[Probe]:
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
     """Those settings of an environment that choose how MPI works, whichever launcher was before."""
-    kept = {
+    relevant = {
         name: value
         for name, value in sorted(child_environment(environ).items())
         if name.startswith(SETTINGS) and name not in WITHOUT_BEARING
@@ -129,7 +129,7 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
     # MPI's version does not tell.
     folders = filter(None, environ.get(LIBRARY_PATH, "").split(os.pathsep))
     ucx = next((folder for folder in folders if any(Path(folder).glob("libucp.so*"))), None)
-    return kept if ucx is None else {**kept, LIBRARY_PATH: os.path.realpath(ucx)}
+    return relevant if ucx is None else {**relevant, LIBRARY_PATH: os.path.realpath(ucx)}
 
 
 def _measured() -> Probe:

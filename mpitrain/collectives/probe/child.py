@@ -60,7 +60,7 @@ class Pair:
         rank: int = self.comm.Get_rank()
         return rank
 
-    def room(self, n_bytes: int) -> Any:
+    def buffer(self, n_bytes: int) -> Any:
         """Memory of the kind, uint8, of ``n_bytes`` between guards, all of it ``GUARD``."""
         n = n_bytes + 2 * GUARD_BYTES
         if self.memory == "host":
@@ -74,7 +74,7 @@ class Pair:
     def fill(self, array: Any, values: np.ndarray) -> None:
         """Write into memory of the kind; MPI may read it at once."""
         gpu.assign(array, values)
-        gpu.settle(array)
+        gpu.synchronize(array)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ Operation = Callable[[Pair, int], Any]
 """A context of a ``Trial``, of a pair and a number of bytes."""
 
 
-def inner(room: Any) -> Any:
+def inner(memory: Any) -> Any:
     """What lies between the guards."""
-    return room[GUARD_BYTES:-GUARD_BYTES]
+    return memory[GUARD_BYTES:-GUARD_BYTES]
 
 
 def pattern(n_bytes: int, dtype: Any = np.uint8) -> np.ndarray:
@@ -106,9 +106,9 @@ def pattern(n_bytes: int, dtype: Any = np.uint8) -> np.ndarray:
     return np.resize(np.arange(1, 252).astype(dtype), n_bytes // np.dtype(dtype).itemsize)
 
 
-def holds(room: Any, expected: np.ndarray) -> bool:
+def holds(memory: Any, expected: np.ndarray) -> bool:
     """Whether the bytes between the guards are these, and the guards untouched."""
-    bytes_here = gpu.to_host(room)
+    bytes_here = gpu.to_host(memory)
     outside = np.concatenate([bytes_here[:GUARD_BYTES], bytes_here[-GUARD_BYTES:]])
     return bool((outside == GUARD).all()) and np.array_equal(inner(bytes_here), expected.view(np.uint8))
 
@@ -118,7 +118,7 @@ def send(pair: Pair, n_bytes: int) -> Iterator[Trial]:
     """To the peer, and from there back into other memory."""
     from mpi4py import MPI
 
-    here, echo = pair.room(n_bytes), pair.room(n_bytes)
+    here, echo = pair.buffer(n_bytes), pair.buffer(n_bytes)
     if pair.rank == 0:
         pair.fill(inner(here), pattern(n_bytes))
 
@@ -138,12 +138,12 @@ def all_reduce(pair: Pair, n_bytes: int) -> Iterator[Trial]:
     """Sum of float32, in place."""
     from mpi4py import MPI
 
-    room, addend = pair.room(n_bytes), pattern(n_bytes, np.float32)
-    vector = inner(room).view(np.float32)
+    buffer, addend = pair.buffer(n_bytes), pattern(n_bytes, np.float32)
+    vector = inner(buffer).view(np.float32)
     pair.fill(vector, addend * (pair.rank + 1))
 
     def is_right() -> bool:
-        right = holds(room, addend * 3)
+        right = holds(buffer, addend * 3)
         pair.fill(vector, np.zeros_like(addend))  # what is added up again and again does not overflow
         return right
 
@@ -155,22 +155,22 @@ def create(pair: Pair, n_bytes: int) -> Iterator[Trial]:
     """A window on memory that exists, and its end."""
     from mpi4py import MPI
 
-    room, bases = pair.room(n_bytes), []
+    buffer, bases = pair.buffer(n_bytes), []
 
     def turn() -> None:
-        window = MPI.Win.Create(room, 1, comm=pair.comm)
+        window = MPI.Win.Create(buffer, 1, comm=pair.comm)
         bases.append(window.Get_attr(MPI.WIN_BASE))
         window.Free()
 
-    yield Trial(turn, lambda: bases == [gpu.address_of(room)])
+    yield Trial(turn, lambda: bases == [gpu.address_of(buffer)])
 
 
 @contextmanager
-def window(pair: Pair, room: Any) -> Iterator[Any]:
+def window(pair: Pair, buffer: Any) -> Iterator[Any]:
     """A window on memory of both ranks, with an epoch that spans its life, as this package has them."""
     from mpi4py import MPI
 
-    made = MPI.Win.Create(room, 1, comm=pair.comm)
+    made = MPI.Win.Create(buffer, 1, comm=pair.comm)
     made.Lock_all(MPI.MODE_NOCHECK)
     pair.comm.Barrier()
     yield made
@@ -196,13 +196,13 @@ def visit(
 
         dtype, datatype = (np.float32, MPI.FLOAT) if adds else (np.uint8, MPI.BYTE)
         moved = pattern(n_bytes, dtype)
-        room, origin = pair.room(n_bytes), pair.room(n_bytes)
+        buffer, origin = pair.buffer(n_bytes), pair.buffer(n_bytes)
         if adds:
-            pair.fill(inner(room).view(dtype), 2 * moved)
+            pair.fill(inner(buffer).view(dtype), 2 * moved)
         if fetches == bool(pair.rank):
-            pair.fill(inner(room if fetches else origin).view(dtype), moved)
+            pair.fill(inner(buffer if fetches else origin).view(dtype), moved)
         n = moved.size
-        with window(pair, room) as win:
+        with window(pair, buffer) as win:
 
             def turn() -> None:
                 if pair.rank == 0:
@@ -214,7 +214,7 @@ def visit(
             def is_right() -> bool:
                 win.Sync()
                 destination = 0 if fetches else 1
-                arrived = origin if fetches else room
+                arrived = origin if fetches else buffer
                 return pair.rank != destination or holds(arrived, 3 * moved if adds else moved)
 
             yield Trial(turn, is_right)
@@ -227,7 +227,7 @@ def fetch_and_op(pair: Pair, n_bytes: int) -> Iterator[Trial]:
     """Adds 1 to a counter of rank 1 (int64) and tells what it was; both ranks do it at once: none is lost."""
     from mpi4py import MPI
 
-    counter, scratch = pair.room(n_bytes), pair.room(2 * n_bytes)
+    counter, scratch = pair.buffer(n_bytes), pair.buffer(2 * n_bytes)
     pair.fill(inner(counter), np.zeros(n_bytes, np.uint8))
     one, result = inner(scratch)[:n_bytes].view(np.int64), inner(scratch)[n_bytes:].view(np.int64)
     pair.fill(one, np.ones(1, np.int64))
@@ -242,11 +242,11 @@ def fetch_and_op(pair: Pair, n_bytes: int) -> Iterator[Trial]:
             for _ in range(INCREMENTS):
                 add()
                 tickets.append(int(gpu.to_host(result)[0]))
-            together = sorted(chain.from_iterable(pair.comm.allgather(tickets)))
+            tickets_of_both = sorted(chain.from_iterable(pair.comm.allgather(tickets)))
             win.Sync()
             n = 2 * INCREMENTS + 1  # and the first turn
             right = pair.rank == 0 or holds(counter, np.array([n], np.int64))
-            return right and together == list(range(1, n))
+            return right and tickets_of_both == list(range(1, n))
 
         yield Trial(lambda: add() if pair.rank == 0 else None, is_right)
 
@@ -256,7 +256,7 @@ def lock(pair: Pair, n_bytes: int) -> Iterator[Trial]:
     """Exclusive, of rank 1's window; under it both ranks get a counter, add 1 and put it back."""
     from mpi4py import MPI
 
-    counter, scratch = pair.room(n_bytes), pair.room(n_bytes)
+    counter, scratch = pair.buffer(n_bytes), pair.buffer(n_bytes)
     pair.fill(inner(counter), np.zeros(n_bytes, np.uint8))
     number = inner(scratch).view(np.int64)
     win = MPI.Win.Create(counter, 1, comm=pair.comm)

@@ -141,10 +141,10 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     As in jobs/local.sh: a container's root may, ranks that wait give way, Hydra forks whatever resource manager it
     believes to see.
     """
-    kept = {name: value for name, value in environ.items() if not _is_of_a_launcher(name)}
+    inherited = {name: value for name, value in environ.items() if not _is_of_a_launcher(name)}
     allowed = [f"{who}_ALLOW_RUN_AS_ROOT{more}" for who in ("OMPI", "PRTE") for more in ("", "_CONFIRM")]
     defaults = {"OMPI_MCA_mpi_yield_when_idle": "1", "HYDRA_LAUNCHER": "fork", "OMP_NUM_THREADS": "1"}
-    return defaults | kept | dict.fromkeys(allowed, "1")
+    return defaults | inherited | dict.fromkeys(allowed, "1")
 
 
 def _is_of_a_launcher(name: str) -> bool:
@@ -199,7 +199,7 @@ class Attempt:
 
 
 @dataclass
-class Said:
+class Report:
     """What a rank has written so far."""
 
     ready: bool = False
@@ -223,12 +223,12 @@ def _attempt(command: Sequence[str], memory: str, names: Sequence[str], hang_sec
             silent = _watch(process, folder, names, hang_seconds)
         finally:
             _end(process, folder)
-        ranks, text = _heard(folder), output.read_text(errors="replace")
+        ranks, text = _reports(folder), output.read_text(errors="replace")
     outcomes = dict(_agreed(ranks, names))
-    started = all(said.ready for said in ranks)
-    errors = [said.error for said in ranks if said.error is not None]
+    started = all(report.ready for report in ranks)
+    errors = [report.error for report in ranks if report.error is not None]
     if not started:
-        problems = [said.problem for said in ranks if said.problem]
+        problems = [report.problem for report in ranks if report.problem]
         lines = [line.strip() for line in text.splitlines() if line.strip(" -\n")]
         reasons = [f"no two ranks within {START_SECONDS:.0f} s"] if silent else [*lines[:1], "no two ranks started"]
         failure = Outcome("not tried", [*problems, *reasons][0])
@@ -262,17 +262,17 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, names: Sequence[str],
     """Wait until the pair has done all or ends; whether it has fallen silent instead."""
     n_lines, since = 0, time.monotonic()
     while process.poll() is None:
-        ranks = _heard(folder)
+        ranks = _reports(folder)
         if len(dict(_agreed(ranks, names))) == len(names):
             return False
-        n = sum(said.ready + len(said.found) for said in ranks)
+        n = sum(report.ready + len(report.found) for report in ranks)
         if n != n_lines:
             n_lines, since = n, time.monotonic()
-        if any(said.error or said.problem for said in ranks):
-            patience_seconds = END_SECONDS
+        if any(report.error or report.problem for report in ranks):
+            limit_seconds = END_SECONDS
         else:
-            patience_seconds = hang_seconds if all(said.ready for said in ranks) else START_SECONDS
-        if time.monotonic() - since > patience_seconds:
+            limit_seconds = hang_seconds if all(report.ready for report in ranks) else START_SECONDS
+        if time.monotonic() - since > limit_seconds:
             process.terminate()
             return True
         time.sleep(0.02)
@@ -291,33 +291,33 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
         with suppress(OSError):
             if str(folder) in Path(f"/proc/{file.stem}/cmdline").read_text():  # and not somebody else by now
                 os.kill(int(file.stem), signal.SIGKILL)
-    for said in _heard(folder):
-        for segment in said.segments:
+    for report in _reports(folder):
+        for segment in report.segments:
             Path(segment).unlink(missing_ok=True)
 
 
-def _heard(folder: Path) -> list[Said]:
+def _reports(folder: Path) -> list[Report]:
     ranks = []
     for rank in range(2):
-        said = Said()
+        report = Report()
         with suppress(FileNotFoundError):
             text = (folder / f"rank-{rank}.jsonl").read_text()
             for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may not be whole yet
                 record = json.loads(line)
-                said.ready = said.ready or "ready" in record
-                said.problem = said.problem or record.get("problem", "")
-                said.segments = said.segments or record.get("segments", [])
+                report.ready = report.ready or "ready" in record
+                report.problem = report.problem or record.get("problem", "")
+                report.segments = report.segments or record.get("segments", [])
                 if "operation" in record:
-                    said.found[record.pop("operation")] = record
-        ranks.append(said)
+                    report.found[record.pop("operation")] = record
+        ranks.append(report)
     return ranks
 
 
-def _agreed(ranks: Sequence[Said], names: Sequence[str]) -> list[tuple[str, Outcome]]:
+def _agreed(ranks: Sequence[Report], names: Sequence[str]) -> list[tuple[str, Outcome]]:
     """The operations that both ranks have ended without an exception; wrong on one is wrong."""
     agreed = []
     for name in names:
-        records = [said.found.get(name) for said in ranks]
+        records = [report.found.get(name) for report in ranks]
         if any(record is None or record["verdict"] == "error" for record in records):
             break
         first, second = (Outcome(**record) for record in records if record is not None)

@@ -36,14 +36,14 @@ from mpitrain.kernels.native import wire
 from mpitrain.kernels.native.lock_words import OWNER_BITS
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.rma.remote_locks import ServedLocks
+    from mpitrain.collectives.rma.remote_locks import RemoteLocks
     from mpitrain.collectives.rma.window import Window
     from mpitrain.collectives.world.progress import Transfer
     from mpitrain.collectives.world.world import World
 
 NOTHING = np.zeros(0, np.uint8)
 
-N_ROOMS = 4
+N_STAGING_BUFFERS = 4
 """For blocks of other nodes: two that come, one that is worked on or leaves, and another one that leaves."""
 
 N_TAGS = 4
@@ -81,7 +81,7 @@ class Blocks(Protocol):
     def lengths(self) -> Sequence[int]:
         """The number of elements of each block."""
 
-    def acquire(self, index: int, then: int | None = None) -> Block:
+    def acquire(self, index: int, prefetch: int | None = None) -> Block:
         """Lock a block and have it as an array. Local; waits for the present owner.
 
         Args:
@@ -109,7 +109,7 @@ class MPIBlocks:
         dtype: Of the elements.
         statistics: Where bytes and waiting are counted.
         window: Makes the memory where they live; a window on GPUs is visited by one-sided operations between nodes.
-        n_rooms: Blocks of other nodes that this worker has at once.
+        n_staging_buffers: Blocks of other nodes that this worker has at once.
         encoding: The wire format of visits that ask for it; None, and for other elements than float32: there is none.
             It takes 2 bytes for each element at home, and 4 for each on other nodes that this worker changes.
 
@@ -127,12 +127,12 @@ class MPIBlocks:
         statistics: Statistics,
         *,
         window: Callable[..., Window] | None = None,
-        n_rooms: int = N_ROOMS,
+        n_staging_buffers: int = N_STAGING_BUFFERS,
         encoding: wire.Format | None = None,
     ) -> None:
         # Not above: they start MPI, which a simulation or a list of the methods does without.
         from mpitrain.collectives.rma.locks import LockTable
-        from mpitrain.collectives.rma.remote_locks import ServedLocks
+        from mpitrain.collectives.rma.remote_locks import RemoteLocks
         from mpitrain.collectives.rma.window import Window
 
         self.homes, self.lengths = tuple(homes), tuple(lengths)
@@ -149,28 +149,30 @@ class MPIBlocks:
             self._buffer_starts.append(buffered[home])
             self._slots.append(counts[home])
             used[home] += length
-            buffered[home] += _room_for(encoding, length)
+            buffered[home] += _encoded_bytes(encoding, length)
             counts[home] += 1
         self._data = (window or Window)(world, used[world.rank], dtype)
         self._tags = Window(world, counts[world.rank] * N_TAGS, np.float64)
         service = world.service if isinstance(self._data.local, np.ndarray) else None
-        self._served = ServedLocks(world, counts, service) if service is not None else None
-        self._locks: LockTable = self._served or LockTable(world, counts)
-        encodes = self._served is not None and np.dtype(dtype) == np.float32
+        self._remote = RemoteLocks(world, counts, service) if service is not None else None
+        self._locks: LockTable = self._remote or LockTable(world, counts)
+        encodes = self._remote is not None and np.dtype(dtype) == np.float32
         self._encoding = encoding if encodes else None
         self._buffers = np.zeros(buffered[world.rank] if self._encoding else 0, np.uint8)
         bases = (address_of(self._data.local), address_of(self._tags.local), self._buffers.ctypes.data)
         self._bases: list[tuple[int, int, int]] = world.comm.allgather(bases)
-        remote = [n for home, n in zip(self.homes, self.lengths, strict=True) if self._data.of(home) is None]
+        is_remote = [n for home, n in zip(self.homes, self.lengths, strict=True) if self._data.of(home) is None]
         if self._encoding is not None:
             wire.prepare(self._encoding)
-        in_short = _room_for(self._encoding, max(remote, default=0))
-        self._short = [(np.zeros(in_short, np.uint8), np.zeros(in_short, np.uint8)) for _ in range(n_rooms)]
+        in_short = _encoded_bytes(self._encoding, max(is_remote, default=0))
+        self._short = [(np.zeros(in_short, np.uint8), np.zeros(in_short, np.uint8)) for _ in range(n_staging_buffers)]
         self._encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # visited blocks: as fetched, what is sent back
         self._residuals: dict[int, np.ndarray] = {}
         # Used in turn: those that come, one that is worked on, those that are on their way home.
-        self._staging = [np.zeros_like(self._data.local, shape=(max(remote, default=0),)) for _ in range(n_rooms)]
-        self._staged_tags = np.zeros((n_rooms, N_TAGS))
+        self._staging = [
+            np.zeros_like(self._data.local, shape=(max(is_remote, default=0),)) for _ in range(n_staging_buffers)
+        ]
+        self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))
         self._buffer = 0
         self._coming: tuple[Block, Transfer] | None = None
         self._leaving: deque[Transfer] = deque()
@@ -178,7 +180,7 @@ class MPIBlocks:
         # A block of this node has one record, which belongs to whoever holds its lock.
         self._in_place = [self._record(index) for index in range(len(self.homes))]
 
-    def acquire(self, index: int, then: int | None = None, *, encoded: bool = False) -> Block:
+    def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
         """Lock a block and have it as an array; another one may set out. Local; waits for the present owner.
 
         Args:
@@ -187,12 +189,12 @@ class MPIBlocks:
             encoded: It may come in the wire format, and its change go back so, if it is one of another node.
         """
         home, slot, block = self.homes[index], self._slots[index], self._in_place[index]
-        self._more = then is not None
-        served = self._served
-        if then is not None and (served is None or self._in_place[then] is not None):
-            then = None  # nothing to set out
-        if block is None and served is not None:
-            return self._arrived(served, index, then, encoded)
+        self._more = prefetch is not None
+        remote = self._remote
+        if prefetch is not None and (remote is None or self._in_place[prefetch] is not None):
+            prefetch = None  # nothing to set out
+        if block is None and remote is not None:
+            return self._arrived(remote, index, prefetch, encoded)
         version, waited = self._locks.acquire(home, slot, self.before_wait)
         self._count_wait(waited)
         if block is None:
@@ -200,16 +202,16 @@ class MPIBlocks:
         elif not self._locks.orders_memory:
             self._data.sync()
         block.version = version
-        if then is not None and served is not None:
-            self._coming = self._set_out(served, then, encoded)
+        if prefetch is not None and remote is not None:
+            self._coming = self._set_out(remote, prefetch, encoded)
         return block
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock. Local."""
         index = block.index
         home, slot = self.homes[index], self._slots[index]
-        remote = self._in_place[index] is None
-        if remote and self._served is not None:
+        is_remote = self._in_place[index] is None
+        if is_remote and self._remote is not None:
             arrays, addresses, description = (NOTHING, NOTHING), self._addresses(index), wire.PLAIN
             encoded = self._encoded.pop(index, None)
             if updated and encoded is not None:
@@ -218,10 +220,10 @@ class MPIBlocks:
             elif updated:
                 arrays = block.data, block.tags
             self._statistics.wire_bytes += arrays[0].nbytes
-            leaving = self._served.store(home, slot, addresses, arrays, block.version, updated, description)
+            leaving = self._remote.store(home, slot, addresses, arrays, block.version, updated, description)
             self._leaving.append(leaving)
         else:
-            if remote and updated:
+            if is_remote and updated:
                 self._put(block)
             elif not self._locks.orders_memory:
                 self._data.sync()
@@ -229,10 +231,10 @@ class MPIBlocks:
         if not self._more:
             self._commit()
 
-    def _set_out(self, served: ServedLocks, index: int, encoded: bool) -> tuple[Block, Transfer]:
+    def _set_out(self, remote: RemoteLocks, index: int, encoded: bool) -> tuple[Block, Transfer]:
         """Begin to lock and to fetch a block of another node."""
         self._commit(all_but=len(self._staging) - 2)  # those before it leave their rooms to it
-        block = self._room(index)
+        block = self._staging_block(index)
         data, addresses, description = block.data, self._addresses(index), wire.PLAIN
         if encoded and self._encoding is not None:
             fetched, sent = self._short[self._buffer]
@@ -241,9 +243,9 @@ class MPIBlocks:
             addresses, description = self._encoded_at(index)
         self._statistics.wire_bytes += data.nbytes
         arrays = data, block.tags
-        return block, served.fetch(self.homes[index], self._slots[index], addresses, arrays, description)
+        return block, remote.fetch(self.homes[index], self._slots[index], addresses, arrays, description)
 
-    def _arrived(self, served: ServedLocks, index: int, then: int | None, encoded: bool) -> Block:
+    def _arrived(self, remote: RemoteLocks, index: int, prefetch: int | None, encoded: bool) -> Block:
         """A block of another node, locked and fetched; another one follows closely."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0].index != index:
@@ -251,12 +253,12 @@ class MPIBlocks:
             unvisited.version = transfer.wait() >> OWNER_BITS
             self.release(unvisited, updated=False)
             coming = None
-        block, transfer = coming or self._set_out(served, index, encoded)
+        block, transfer = coming or self._set_out(remote, index, encoded)
         if self.before_wait is not None:
             self.before_wait()
         self._count_wait(transfer.wait_for_lock())
-        if then is not None:
-            self._coming = self._set_out(served, then, encoded)
+        if prefetch is not None:
+            self._coming = self._set_out(remote, prefetch, encoded)
         block.version = transfer.wait() >> OWNER_BITS
         if index in self._encoded and self._encoding is not None:
             self._encoding.decode(self._encoded[index][0], block.data)
@@ -267,7 +269,7 @@ class MPIBlocks:
         assert self._encoding is not None
         if block.index not in self._residuals:
             self._residuals[block.index] = np.zeros_like(block.data)
-        self._statistics.n_rejected += self._encoding.push(block.data, fetched, self._residuals[block.index], sent)
+        self._statistics.n_nonfinite += self._encoding.push(block.data, fetched, self._residuals[block.index], sent)
         return sent
 
     def drop_residuals(self) -> None:
@@ -281,7 +283,7 @@ class MPIBlocks:
 
     def _get(self, index: int) -> Block:
         """A block of another node by one-sided operations."""
-        home, block = self.homes[index], self._room(index)
+        home, block = self.homes[index], self._staging_block(index)
         self._statistics.wire_bytes += block.data.nbytes
         self._data.get(home, block.data, self._starts[index])
         tags = self._tags_in_place(index)
@@ -312,7 +314,7 @@ class MPIBlocks:
         tags, slot = self._tags.of(self.homes[index]), self._slots[index]
         return None if tags is None else tags[slot * N_TAGS : (slot + 1) * N_TAGS]
 
-    def _room(self, index: int) -> Block:
+    def _staging_block(self, index: int) -> Block:
         """Where a block of another node is fetched to."""
         self._buffer = (self._buffer + 1) % len(self._staging)
         data = self._staging[self._buffer][: self.lengths[index]]
@@ -369,7 +371,7 @@ class MPIBlocks:
         return Block(index, memory[start : start + length], tags, version=0)
 
 
-def _room_for(encoding: wire.Format | None, n: int) -> int:
+def _encoded_bytes(encoding: wire.Format | None, n: int) -> int:
     """Bytes for a block of ``n`` elements on its way there or back."""
     if encoding is None:
         return 0

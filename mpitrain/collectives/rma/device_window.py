@@ -30,7 +30,7 @@ from mpitrain.collectives.rma.window import Window, pieces_of
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
-N_ROOMS = 3
+N_STAGING_BUFFERS = 3
 """Of blocks that live in host memory: one that is worked on, one on its way back, one for a visit inside a visit."""
 
 
@@ -79,14 +79,14 @@ class DeviceWindow:
     def get(self, rank: int, out: Any, start: int = 0) -> None:
         """Begin to copy ``out.size`` elements from ``start`` of ``rank`` to device memory; ``flush`` ends it. Local."""
         assert self._remote is not None
-        self._gpu.settle()
+        self._gpu.synchronize()
         for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: Any, start: int = 0) -> None:
         """Begin to copy ``values`` from device memory to ``start`` of ``rank``; ``flush`` ends it. Local."""
         assert self._remote is not None
-        self._gpu.settle()
+        self._gpu.synchronize()
         for at, piece in pieces_of(values, start * self.dtype.itemsize):
             self._remote.Put([piece, MPI.BYTE], rank, at)
 
@@ -97,18 +97,18 @@ class DeviceWindow:
 
     def sync(self) -> None:
         """What this rank's GPU has begun on the current stream is done, and others may look at it. Local."""
-        self._gpu.settle()
+        self._gpu.synchronize()
 
     def publish(self) -> None:
         """Bring the mirror, if there is one, up to date. Local."""
         if self.mirror is not None:
             self._gpu.copy(self.mirror.local, self.local)
-            self._gpu.settle()
+            self._gpu.synchronize()
             self.mirror.sync()
 
     def free(self) -> None:
         """Give the memory back. Collective; arrays taken from it must not be used any more."""
-        self._gpu.settle()
+        self._gpu.synchronize()
         if self._remote is not None:
             self._remote.Unlock_all()
             self._remote.Free()
@@ -138,9 +138,11 @@ class DeviceBlocks:
         self._blocks, self._gpu = homes, world.gpu
         self._in_place = world.transport.in_place
         homes.before_wait = self._give_back
-        self._rooms: list[Any] = []
+        self._staging_buffers: list[Any] = []
         if not self._in_place:
-            self._rooms = [self._gpu.zeros(max(self.lengths, default=0), dtype) for _ in range(N_ROOMS)]
+            self._staging_buffers = [
+                self._gpu.zeros(max(self.lengths, default=0), dtype) for _ in range(N_STAGING_BUFFERS)
+            ]
             for memory in homes.memory():
                 self._gpu.lock_pages(memory)
         self._n_visits = self._n_held = 0
@@ -148,21 +150,21 @@ class DeviceBlocks:
         self._leaving: deque[tuple[Any, Block, bool]] = deque()
         self._more = False
 
-    def acquire(self, index: int, then: int | None = None, *, encoded: bool = False) -> Block:
+    def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
         """Lock a block and have it in device memory. Local; waits for the present owner."""
         if self._n_held == 0 and not self._leaving:
             # What the exchange comes after may take its time, a whole backward pass: nobody should wait for it.
-            self._gpu.settle()
+            self._gpu.synchronize()
         self._n_held += 1
-        block = self._blocks.acquire(index, then, encoded=encoded)
-        self._more = then is not None
+        block = self._blocks.acquire(index, prefetch, encoded=encoded)
+        self._more = prefetch is not None
         if self._in_place:
             return block
         self._n_visits += 1
-        room = self._rooms[self._n_visits % N_ROOMS][: self.lengths[index]]
-        self._gpu.copy(room, block.data)
+        buffer = self._staging_buffers[self._n_visits % N_STAGING_BUFFERS][: self.lengths[index]]
+        self._gpu.copy(buffer, block.data)
         self._visits[index] = block
-        return Block(index, room, block.tags, block.version)
+        return Block(index, buffer, block.tags, block.version)
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Commit an updated block and free its lock: now, or while the next one is worked on. Local."""
@@ -196,9 +198,9 @@ class DeviceBlocks:
     def free(self) -> None:
         """Give the memory back. Collective."""
         self._give_back()
-        self._gpu.settle()
+        self._gpu.synchronize()
         if not self._in_place:
             for memory in self._blocks.memory():
                 self._gpu.unlock_pages(memory)
-        self._rooms.clear()
+        self._staging_buffers.clear()
         self._blocks.free()

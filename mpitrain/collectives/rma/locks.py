@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from mpi4py import MPI
 
-from mpitrain.collectives.rma.node_barrier import PATIENCE, PATIENCE_WITHOUT_A_CORE
+from mpitrain.collectives.rma.node_barrier import SPIN_LIMIT, SPIN_LIMIT_WITHOUT_A_CORE
 from mpitrain.collectives.rma.window import Window
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
@@ -67,7 +67,7 @@ class LockTable:
         Returns:
             The number of updates counted so far, and the seconds spent waiting for another owner (0 when it was free).
         """
-        found = self._words.take(home, index)
+        found = self._words.acquire(home, index)
         if not found & OWNER_MASK:
             return found >> OWNER_BITS, 0.0
         if before_wait is not None:
@@ -80,7 +80,7 @@ class LockTable:
                 n_waits += 1
             elif self._words.swap(home, index, found, found & ~OWNER_MASK | self._me) == found:
                 break
-            found = self._words.take(home, index, patient=True)
+            found = self._words.acquire(home, index, patient=True)
         return found >> OWNER_BITS, time.perf_counter() - began if n_waits else 0.0
 
     def _back_off(self, n_waits: int) -> None:
@@ -117,7 +117,7 @@ class LockTable:
 class Words(Protocol):
     """Words at the ranks, by the rank where they live and their number there, that all ranks can swap."""
 
-    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
         """Write this rank's owner bits into a word that has none. Local.
 
         Args:
@@ -140,14 +140,14 @@ class NodeWords:
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._mine = world.rank + 1
-        self._patience = PATIENCE if world.cores >= 1 else PATIENCE_WITHOUT_A_CORE
+        self._spin_limit = SPIN_LIMIT if world.cores >= 1 else SPIN_LIMIT_WITHOUT_A_CORE
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._words = [self._window.of(rank) for rank in range(world.size)]
-        self._take, self._swap = lock_words.take(), lock_words.swap()
+        self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
-    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
         """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
-        return self._take(self._words[home], STRIDE * index, self._mine, self._patience if patient else 0)
+        return self._acquire(self._words[home], STRIDE * index, self._mine, self._spin_limit if patient else 0)
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
         """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
@@ -174,7 +174,7 @@ class MPIWords:
         self._compare, self._origin, self._result = (np.zeros(1, np.int64) for _ in range(3))
         world.comm.Barrier()
 
-    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
         """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
         while True:
             free = self._last_seen[home][index]

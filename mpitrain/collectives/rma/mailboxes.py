@@ -58,10 +58,10 @@ class Mailboxes:
     def read(self, rank: int, fn: Callable[[Any, np.ndarray], object], slot: int = 0) -> None:
         """The same for evaluation and checkpoints: not counted as an exchange. Local."""
 
-        def look(box: Any, tags: np.ndarray) -> None:
+        def peek(box: Any, tags: np.ndarray) -> None:
             fn(box, tags)
 
-        self._visit(rank * self._slots + slot, look, updated=False)
+        self._visit(rank * self._slots + slot, peek, updated=False)
 
     def peek(self, rank: int, slot: int = 0) -> np.ndarray:
         """The tags (N_TAGS,) of a mailbox, without its lock; overwritten by the next call. Local."""
@@ -88,13 +88,13 @@ class Mailboxes:
         self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:
-        block, n_rejected = self._blocks.acquire(index), None
+        block, n_nonfinite = self._blocks.acquire(index), None
         try:
-            n_rejected = fn(block.data, block.tags)
+            n_nonfinite = fn(block.data, block.tags)
         finally:
             self._blocks.release(block, updated=updated)
-        if n_rejected is not None:
-            self._statistics.n_rejected += n_rejected
+        if n_nonfinite is not None:
+            self._statistics.n_nonfinite += n_nonfinite
         return int(block.data.nbytes)
 
     def _count(self, rank: int, n_bytes: int) -> None:

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.background import Naps
+from mpitrain.collectives.world.background import Backoff
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.kernels.native import node_barrier
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
-PATIENCE = 4000
+SPIN_LIMIT = 4000
 """Looks, of some nanoseconds each, before a core is offered to others: longer than it takes ranks that are on time."""
 
-PATIENCE_WITHOUT_A_CORE = 20
+SPIN_LIMIT_WITHOUT_A_CORE = 20
 """The same where ranks outnumber cores: who is late may be waiting for this core."""
 
-FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS = 20e-6, 500e-6
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 20e-6, 500e-6
 """Of a rank that has waited for long."""
 
 
-class Meeting:
+class NodeBarrier:
     """Meetings of the ranks of a node. Collective over all ranks of the world to create and to free.
 
     Args:
@@ -51,16 +51,18 @@ class Meeting:
         assert words is not None
         self.words: np.ndarray = words
         self.number = 0
-        self.patience = PATIENCE if world.cores >= 1 else PATIENCE_WITHOUT_A_CORE
-        self._meet = node_barrier.meet()
+        self.spin_limit = SPIN_LIMIT if world.cores >= 1 else SPIN_LIMIT_WITHOUT_A_CORE
+        self._wait_for_all = node_barrier.wait_for_all()
 
     def __call__(self) -> None:
         """Wait for every rank of the node; what each wrote before is then seen by all. Collective over the node."""
         self.number += 1
         words, me, n, number = self.words, self._me, self._n, self.number
-        progress = self._meet(words, me, n, number, 0, self.patience)
+        progress = self._wait_for_all(words, me, n, number, 0, self.spin_limit)
         if progress != n:
-            self.wait(lambda first: self._meet(words, me, n, number, first, node_barrier.LOOK_ONCE), n, progress)
+            self.wait(
+                lambda first: self._wait_for_all(words, me, n, number, first, node_barrier.POLL_ONCE), n, progress
+            )
 
     def wait(self, call: Callable[[int], int], end: int, progress: int) -> None:
         """Call with the progress made so far, and again with what that returns, until it is ``end``.
@@ -70,11 +72,11 @@ class Meeting:
         Raises:
             RankFailed: Somebody will not come any more.
         """
-        began, naps = time.perf_counter(), Naps(FIRST_NAP_SECONDS, LONGEST_NAP_SECONDS)
+        began, backoff = time.perf_counter(), Backoff(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
         while progress != end:
             self._world.require_all()
             self._world.progress()
-            naps.rest()
+            backoff.rest()
             progress = call(progress)
         self._statistics.wait_seconds += time.perf_counter() - began
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 
-class ServedLocks(LockTable):
+class RemoteLocks(LockTable):
     """A table of locks between nodes that have a service. Collective to create and to free.
 
     Args:
@@ -32,7 +32,7 @@ class ServedLocks(LockTable):
         self._me = world.rank + 1
         self.orders_memory = True  # every swap is one of the CPU that owns the memory
         self._progress = progress
-        self._words: ServedWords = ServedWords(world, counts, progress)
+        self._words: RemoteWords = RemoteWords(world, counts, progress)
 
     def fetch(
         self, home: int, index: int, addresses: tuple[int, int], arrays: Arrays, encoded: Encoded = PLAIN
@@ -62,24 +62,24 @@ class ServedLocks(LockTable):
         return self._progress.store(home, addresses, arrays, swap, encoded)
 
 
-class ServedWords:
+class RemoteWords:
     """Words that ranks of one node swap themselves and others let swap. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
         self._mine, self._progress = world.rank + 1, progress
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._bases: list[int] = world.comm.allgather(self._window.local.ctypes.data)
-        self._take, self._swap = lock_words.take(), lock_words.swap()
+        self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
     def address(self, home: int, index: int) -> int:
         """Of a word, in the process that is its home."""
         return self._bases[home] + 8 * STRIDE * index
 
-    def take(self, home: int, index: int, *, patient: bool = False) -> int:
+    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
         """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
         words = self._window.of(home)
         if words is not None:
-            return self._take(words, STRIDE * index, self._mine, 0)
+            return self._acquire(words, STRIDE * index, self._mine, 0)
         found = self.swap(home, index, 0, 0)
         while not found & OWNER_MASK:
             expected, found = found, self.swap(home, index, found, found | self._mine)

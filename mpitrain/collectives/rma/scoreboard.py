@@ -20,7 +20,7 @@ Field = str | tuple[str, int]
 """A name, or a name and how many numbers go by it."""
 
 
-class Board:
+class Scoreboard:
     """Numbers of all ranks, by name. Collective to create and to free.
 
     Args:

@@ -88,24 +88,24 @@ class SharedVector:
         """
         self._statistics.n_exchanges += 1
         first_staleness: int | None = None
-        for k, (index, then) in enumerate(self._steps):
-            block = self._acquire(index, then)
+        for k, (index, prefetch) in enumerate(self._steps):
+            block = self._acquire(index, prefetch)
             try:
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen
                 if k == 0 and pushes and seen is not None:
                     first_staleness = self.staleness
                     self._sample.find(block.data)
-                n_rejected = fn(self.parts[index], self._array(block))
+                n_nonfinite = fn(self.parts[index], self._array(block))
                 if k == 0 and pulls:
                     self._sample.leave(block.data)
             except BaseException:
-                self._give_up(block, then, updated=pushes)
+                self._give_up(block, prefetch, updated=pushes)
                 raise
             self._blocks.release(block, updated=pushes)
             # The rest needs no lock, for which others may wait.
-            if n_rejected is not None:
-                self._statistics.n_rejected += n_rejected
+            if n_nonfinite is not None:
+                self._statistics.n_nonfinite += n_nonfinite
             self._statistics.bytes_sent += (pushes + pulls) * block.data.nbytes
             if pulls:
                 self._seen[index] = block.version + pushes
@@ -115,7 +115,7 @@ class SharedVector:
         if first_staleness is not None:
             self._statistics.record_staleness(first_staleness, self._sample.distance())
         if pulls:
-            self._sample.keep()
+            self._sample.advance()
 
     def read(self, out: Any, row: int = 0) -> None:
         """Copy a row to ``out`` (n,), each shard as it was at one moment. Local; not counted as an exchange."""
@@ -186,22 +186,22 @@ class SharedVector:
         return values[np.arange(n) * len(values) // n] if n else values
 
     def _visit(self, fn: Callable[[int, Any, Block], None], *, updated: bool) -> None:
-        for index, then in self._steps:
-            block = self._blocks.acquire(index, then)
+        for index, prefetch in self._steps:
+            block = self._blocks.acquire(index, prefetch)
             try:
                 fn(index, self._array(block), block)
             except BaseException:
-                self._give_up(block, then, updated=updated)
+                self._give_up(block, prefetch, updated=updated)
                 raise
             self._blocks.release(block, updated=updated)
 
-    def _give_up(self, block: Block, then: int | None, *, updated: bool) -> None:
+    def _give_up(self, block: Block, prefetch: int | None, *, updated: bool) -> None:
         """End a visit early: the next block may have set out already."""
         try:
             self._blocks.release(block, updated=updated)
         finally:
-            if then is not None:
-                self._blocks.release(self._blocks.acquire(then), updated=False)
+            if prefetch is not None:
+                self._blocks.release(self._blocks.acquire(prefetch), updated=False)
 
     def _array(self, block: Block) -> Any:
         return block.data if self._rows == 1 else block.data.reshape(self._rows, -1)
@@ -221,38 +221,38 @@ class _Sample:
     def __init__(self, n: int) -> None:
         self._n = n
         self._size = -1  # there is no room yet
-        self._found = self._left = self._kept = self._moved = np.zeros(0)
+        self._found = self._left = self._reference = self._moved = np.zeros(0)
         self._on_gpu = False
 
     def find(self, shard: Any) -> None:
         """Note them as they are now. What lies on a GPU is only there when the shard has been given back."""
         if self._size < 0:
-            self._make_room(shard)
+            self._allocate(shard)
         self._copy(self._found, shard)
 
     def leave(self, shard: Any) -> None:
         """The same when the worker has changed them."""
         if self._size < 0:
-            self._make_room(shard)
+            self._allocate(shard)
         self._copy(self._left, shard)
 
-    def keep(self) -> None:
+    def advance(self) -> None:
         """What was left is what the next visit is compared with."""
-        self._left, self._kept = self._kept, self._left
+        self._left, self._reference = self._reference, self._left
 
     def distance(self) -> float:
         """The Euclidean distance that the whole vector had moved meanwhile; exact if the sample is all of it."""
-        moved = np.subtract(self._found, self._kept, out=self._moved)
+        moved = np.subtract(self._found, self._reference, out=self._moved)
         return math.sqrt(self._n / max(self._size, 1) * moved.dot(moved))
 
-    def _make_room(self, shard: Any) -> None:
+    def _allocate(self, shard: Any) -> None:
         self._size, self._on_gpu = min(shard.size, SAMPLE), gpu.is_device(shard)
         self._moved = np.zeros(self._size)
         if self._on_gpu:
-            rooms = [gpu.current().page_locked(self._size, shard.dtype) for _ in range(3)]
+            staging_buffers = [gpu.current().page_locked(self._size, shard.dtype) for _ in range(3)]
         else:
-            rooms = [np.zeros(self._size) for _ in range(3)]
-        self._found, self._left, self._kept = rooms
+            staging_buffers = [np.zeros(self._size) for _ in range(3)]
+        self._found, self._left, self._reference = staging_buffers
 
     def _copy(self, to: np.ndarray, shard: Any) -> None:
         if self._on_gpu:

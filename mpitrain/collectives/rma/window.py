@@ -29,7 +29,7 @@ LARGEST_MESSAGE_BYTES = 1 << 30
 """Of one Get or Put: counts were 32-bit before MPI 4, and Open MPI 5 refuses the type that mpi4py then makes."""
 
 
-def check_room(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
+def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
     """Raise before an allocation that would end in a bus error.
 
     Shared memory is a file system: a page of it that does not fit kills the process that touches it. Containers often
@@ -51,14 +51,14 @@ def check_room(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
         )
 
 
-def check_room_together(n_bytes: int, comm: Any) -> None:
+def check_free_memory_on_all(n_bytes: int, comm: Any) -> None:
     """Check before any rank of ``comm`` allocates; one that has no room is everybody's error. Collective.
 
     Otherwise the others would wait for it in the allocation for ever.
     """
     text = ""
     try:
-        check_room(n_bytes)
+        check_free_memory(n_bytes)
     except UsageError as error:
         text = str(error)
     texts = [theirs for theirs in comm.allgather(text) if theirs]
@@ -85,20 +85,20 @@ class Window:
         world: The ranks.
         n: Elements on this rank; ranks may differ.
         dtype: The same on all ranks.
-        one_a_node: The ranks of a node have one array between them; ``n`` is then the same on all of them.
+        node_shared: The ranks of a node have one array between them; ``n`` is then the same on all of them.
 
     Attributes:
         local: (n,) zeros at first; this rank's array.
         plan: Sums it over all ranks in one call; None where that has not been prepared.
     """
 
-    def __init__(self, world: World, n: int, dtype: Any, *, one_a_node: bool = False) -> None:
+    def __init__(self, world: World, n: int, dtype: Any, *, node_shared: bool = False) -> None:
         self.world = world
         self.plan: Callable[[float], None] | None = None
         self.dtype = np.dtype(dtype)
-        own = n if world.local_rank == 0 or not one_a_node else 0
+        own = n if world.local_rank == 0 or not node_shared else 0
         n_bytes = max(own * self.dtype.itemsize, 1)
-        check_room_together(world.node_comm.allreduce(n_bytes), world.comm)
+        check_free_memory_on_all(world.node_comm.allreduce(n_bytes), world.comm)
         # Separate segments: each begins on a page of its own, on the NUMA domain of the rank that touches it first.
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
         self._shared = MPI.Win.Allocate_shared(n_bytes, 1, info=info, comm=world.node_comm)
@@ -107,12 +107,12 @@ class Window:
         lengths = world.node_comm.allgather(n)
         self._direct: dict[int, np.ndarray] = {}
         for local_rank, rank in enumerate(world.node_ranks):
-            memory: Any = self._shared.Shared_query(0 if one_a_node else local_rank)[0]
+            memory: Any = self._shared.Shared_query(0 if node_shared else local_rank)[0]
             array = np.frombuffer(memory, np.uint8)[: lengths[local_rank] * self.dtype.itemsize]
             self._direct[rank] = array.view(self.dtype)
         self.local = self._direct[world.rank]
         self._bytes = self.local.view(np.uint8)
-        self._touch(split(n, world.local_size)[world.local_rank] if one_a_node else slice(n))
+        self._touch(split(n, world.local_size)[world.local_rank] if node_shared else slice(n))
         self._remote: MPI.Win | None = None
         if world.n_nodes > 1:
             self._remote = MPI.Win.Create(self._bytes, 1, comm=world.comm)
@@ -124,7 +124,7 @@ class Window:
         """Zero a part, even where the memory is new and zero already.
 
         A rank that is alone on its node gets memory of the heap, used before. A new segment has no pages yet: touched
-        here they lie on this rank's NUMA domain, whoever writes first, and the next ``check_room`` counts them.
+        here they lie on this rank's NUMA domain, whoever writes first, and the next ``check_free_memory`` counts them.
         """
         self.local[part] = 0
 
@@ -160,7 +160,7 @@ class Window:
 
         MPI frees a window only where all its ranks do. When one has died it stays until the process ends.
         """
-        if self.world.outlives:
+        if self.world.survives_failures:
             self.world.barrier()
             if not self.world.is_whole:
                 return

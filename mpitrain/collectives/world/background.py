@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS = 200e-6, 4e-3
+SHORTEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 200e-6, 4e-3
 """Between two looks at something that is waited for in the background."""
 
-SPIN_SECONDS, FOREGROUND_NAP_SECONDS = 100e-6, 50e-6
+SPIN_SECONDS, FOREGROUND_BACKOFF_SECONDS = 100e-6, 50e-6
 """The same for a thread that has nothing else to do. It naps too, but for the first moments."""
 
 _of_thread = threading.local()
@@ -32,7 +32,7 @@ def in_background() -> bool:
     return getattr(_of_thread, "is_background", False)
 
 
-class Naps:
+class Backoff:
     """Between the looks of a thread at what it waits for: the longer it has waited, the more seldom it looks.
 
     Args:
@@ -51,7 +51,7 @@ class Naps:
         time.sleep(min(max(now - self._began, self._shortest), self._longest))
 
 
-def nap_until(is_done: Callable[[], bool]) -> None:
+def wait_with_backoff(is_done: Callable[[], bool]) -> None:
     """Wait for something by looking at it now and then. Local.
 
     An MPI that waits spins. In the background that takes the core from the thread that computes. A look takes tens of
@@ -60,12 +60,12 @@ def nap_until(is_done: Callable[[], bool]) -> None:
     """
     began = time.perf_counter()
     if in_background():
-        spin_seconds, naps = 0.0, Naps(SHORTEST_NAP_SECONDS, LONGEST_NAP_SECONDS)
+        spin_seconds, backoff = 0.0, Backoff(SHORTEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
     else:
-        spin_seconds, naps = SPIN_SECONDS, Naps(FOREGROUND_NAP_SECONDS, FOREGROUND_NAP_SECONDS)
+        spin_seconds, backoff = SPIN_SECONDS, Backoff(FOREGROUND_BACKOFF_SECONDS, FOREGROUND_BACKOFF_SECONDS)
     while not is_done():
         if time.perf_counter() - began >= spin_seconds:
-            naps.rest()
+            backoff.rest()
 
 
 def _begin() -> None:
@@ -88,16 +88,16 @@ class Started:
         """Whether it has ended. Local."""
         return self._future is None or self._future.done()
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for its end; raises what it raised. Local."""
         self._is_told = True
         if self._future is not None:
             self._future.result()
 
-    def finish_untold(self) -> None:
+    def wait_unless_waited(self) -> None:
         """The same, unless somebody has finished it before. Local."""
         if not self._is_told:
-            self.finish()
+            self.wait()
 
 
 class Background:
@@ -127,4 +127,4 @@ class Background:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        self._last.finish_untold()
+        self._last.wait_unless_waited()

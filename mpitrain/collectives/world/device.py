@@ -41,7 +41,7 @@ def bind(device: str, local_rank: int) -> str:
     return device if index else f"cuda:{local_rank % n_gpus}"
 
 
-def take(device: str) -> int:
+def select_gpu(device: str) -> int:
     """Make a GPU the one on which torch, too, works when nobody says where; its index."""
     import torch
 

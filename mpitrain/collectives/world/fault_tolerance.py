@@ -10,7 +10,7 @@ https://fault-tolerance.org), and this is what they make of it:
   locks are taken over (``collectives.rma.locks``). So a method in which nobody waits for anybody goes on.
 - Whoever waits for a dead rank stops waiting and raises ``RankFailed``.
 - What all ranks do together at the edges of a run (a barrier, a checkpoint, the result) is done by those that live
-  (``together``).
+  (``run_on_survivors``).
 - Memory of another node, or of a GPU, goes with the rank that had it, and others may wait for it in calls that do not
   return. Where vectors lie there, the thread ends all ranks, with a line that says why.
 """
@@ -28,16 +28,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mpitrain.collectives.world.background import threads_may_call_mpi
-from mpitrain.errors import HEARD_SECONDS, RankFailed, UsageError
+from mpitrain.errors import OUTPUT_SECONDS, RankFailed, UsageError
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 T = TypeVar("T")
 
-SECONDS_BETWEEN_LOOKS = 0.02
+FAILURE_POLL_SECONDS = 0.02
 
-PATIENCE_SECONDS = 1.0
+DETECTION_SECONDS = 1.0
 """How long an error of MPI may be there before the death that it comes of is known."""
 
 SWITCH = "OMPI_MCA_mpi_ft_enable"
@@ -49,12 +49,12 @@ FINALIZE_WITHOUT_BARRIER = "ompi_async_mpi_finalize"
 NOBODY: frozenset[int] = frozenset()
 
 
-def are_asked_for() -> bool:
+def ulfm_requested() -> bool:
     """Whether the launcher lets ranks outlive one that dies. Local; MPI need not have been started."""
     return os.environ.get(SWITCH, "").lower() in ("1", "true", "yes")
 
 
-def are_told() -> bool:
+def ulfm_available() -> bool:
     """Whether ranks outlive one that dies, and hear of it: the launcher and this MPI see to it. Local.
 
     If so, they do not wait for it at the end either: the launcher's barrier in MPI_Finalize, which the dead may never
@@ -66,7 +66,7 @@ def are_told() -> bool:
     """
     from mpi4py import MPI
 
-    if not are_asked_for() or MPI.get_vendor()[0] != "Open MPI":
+    if not ulfm_requested() or MPI.get_vendor()[0] != "Open MPI":
         return False
     if not threads_may_call_mpi():
         raise UsageError(
@@ -84,8 +84,8 @@ def are_told() -> bool:
 
 def wait_to_be_ended() -> None:
     """After an error of MPI: if it comes of a death, whoever hears of that ends all ranks, and says why. Local."""
-    if are_asked_for():
-        time.sleep(PATIENCE_SECONDS + HEARD_SECONDS)
+    if ulfm_requested():
+        time.sleep(DETECTION_SECONDS + OUTPUT_SECONDS)
 
 
 def names_of(ranks: Collection[int]) -> str:
@@ -125,21 +125,21 @@ class Failures:
         self.dead = NOBODY
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
         self.leaves_no_survivors = False
-        self._stopped, self._looking = threading.Event(), threading.Lock()
+        self._stopped, self._polling = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mpi-failures", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # runs before MPI is finalized
 
     def _run(self) -> None:
-        while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
-            self.look()
+        while not self._stopped.wait(FAILURE_POLL_SECONDS):
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Ask MPI who has died, and tell the user, on one rank, who has died since the last look. Local."""
         from mpi4py import MPI
 
         MPI.COMM_SELF.Iprobe()  # MPI hears of it when it is called; on this communicator nobody dies
-        with self._looking:
+        with self._polling:
             failed, ours = self._comm.Get_failed(), self._comm.Get_group()
             dead = frozenset(MPI.Group.Translate_ranks(failed, range(failed.Get_size()), ours))
             failed.Free()
@@ -154,7 +154,7 @@ class Failures:
             text += ", with memory that the others need: start again from the newest checkpoint"
         print(f"mpitrain: {text}", file=sys.stderr, flush=True)
         if self.leaves_no_survivors:
-            self._stopped.wait(HEARD_SECONDS)
+            self._stopped.wait(OUTPUT_SECONDS)
             self._comm.Abort(1)
 
     def stop(self) -> None:
@@ -164,7 +164,7 @@ class Failures:
             self._thread.join()
 
 
-def together(world: World, collective: Callable[[Any], T]) -> T:
+def run_on_survivors(world: World, collective: Callable[[Any], T]) -> T:
     """What all ranks of a world that live do together. Collective over them; those that die meanwhile are left out.
 
     Whether a collective has succeeded looks different from different ranks. They agree on it, and where it has not for
@@ -192,7 +192,7 @@ def together(world: World, collective: Callable[[Any], T]) -> T:
         if agreed:
             return cast(T, result)
         world.comm = world.comm.Shrink()
-        world.look_for_the_dead()  # all know now
+        world.poll_failures()  # all know now
 
 
 @contextmanager
@@ -203,8 +203,8 @@ def explained(world: World) -> Iterator[None]:
     try:
         yield
     except MPI.Exception as error:
-        if world.outlives and _means_a_death(error, world):
-            world.look_for_the_dead()
+        if world.survives_failures and _means_a_death(error, world):
+            world.poll_failures()
             require_all(world.dead)
         raise
 
@@ -216,8 +216,8 @@ def _means_a_death(error: Any, world: World) -> bool:
     if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
         return True
     known = world.size - world.comm.Get_size()  # when the communicator was made
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + DETECTION_SECONDS
     while len(world.dead) == known and time.monotonic() < deadline:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        world.look_for_the_dead()
+        time.sleep(FAILURE_POLL_SECONDS)
+        world.poll_failures()
     return len(world.dead) > known

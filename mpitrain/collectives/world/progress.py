@@ -8,7 +8,7 @@ node nothing of the kind is needed: there is no message.
 Every millisecond is for networks of which nothing is known. MPIs wait for their sockets with files that Linux has for
 it (epoll), and such a file can be waited for like any other: where they have announced what came, the thread sleeps
 until they do, and an idle one costs the rank that computes next to nothing. What another thread of the rank has taken
-from the socket is not announced: one that looks at MPI for long says so (``looking``), or a request is served up to
+from the socket is not announced: one that looks at MPI for long says so (``polling``), or a request is served up to
 5 ms late. An exchange in the background does not look where they are trusted: the serving thread looks for both
 (``watched``).
 
@@ -40,7 +40,12 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.world import fault_tolerance
-from mpitrain.collectives.world.background import LONGEST_NAP_SECONDS, SHORTEST_NAP_SECONDS, in_background, nap_until
+from mpitrain.collectives.world.background import (
+    LONGEST_BACKOFF_SECONDS,
+    SHORTEST_BACKOFF_SECONDS,
+    in_background,
+    wait_with_backoff,
+)
 from mpitrain.kernels.native import lock_words, service
 from mpitrain.kernels.native.lock_words import OWNER_MASK
 from mpitrain.kernels.native.wire import PLAIN, Encoded
@@ -51,14 +56,14 @@ Arrays = tuple[np.ndarray, np.ndarray]
 SLOTS_OF_A_RANK = 6  # each of its threads waits for one lock at the most; to give blocks back waits for nothing
 TAGS = range(2, 1000)  # of requests and what they move, in turn: only a few are under way
 
-SECONDS_BETWEEN_LOOKS = 0.01  # of a rank at its end for the others
+SHUTDOWN_POLL_SECONDS = 0.01  # of a rank at its end for the others
 
 SLICE_NANOSECONDS = 100_000
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
 
 # Looks without a nap, then the shortest and the longest nap between two, in microseconds.
 FOREGROUND = 200, 1, 20
-BACKGROUND = 0, round(1e6 * SHORTEST_NAP_SECONDS), round(1e6 * LONGEST_NAP_SECONDS)
+BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKOFF_SECONDS)
 
 
 class _Calls:
@@ -81,8 +86,8 @@ class _Calls:
         self.error = MPI.Exception
         self.under_way: set[Transfer] = set()  # what MPI reads and writes stays, whatever becomes of who waits for it
         self.shared = np.zeros(service.SHARED_WORDS, np.int64)
-        self.bell, self._lock = Bell(), threading.Lock()
-        self._over, self._may_watch = Bell(waits=True), threading.Lock()
+        self.wakeup, self._lock = WakeupPipe(), threading.Lock()
+        self._over, self._may_watch = WakeupPipe(waits=True), threading.Lock()
         self._swap = lock_words.swap()
 
     def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
@@ -99,11 +104,11 @@ class _Calls:
         try:
             if shared[service.OUTCOME] != service.NONE:
                 return 0
-            shared[service.N_WATCHED], shared[service.BELL_OF_WATCHED] = n, self._over.writes
+            shared[service.N_WATCHED], shared[service.WAKEUP_OF_WATCHED] = n, self._over.writes
             shared[service.WATCHED], shared[service.WATCHED_STATUSES] = requests.ctypes.data, statuses.ctypes.data
             if self._swap(shared, service.OUTCOME, service.NONE, service.WATCHING) != service.NONE:
                 return 0
-            self.bell.ring()
+            self.wakeup.ring()
             self._over.wait()  # read after the serving thread has written the outcome, and then the bell
             outcome = int(shared[service.OUTCOME])
             shared[service.OUTCOME] = service.NONE
@@ -123,17 +128,17 @@ class _Calls:
             self._over.ring()
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def polling(self) -> Iterator[None]:
         """While a thread looks at what arrives for MPI: the serving one looks too, after naps."""
         with self._lock:
-            self.shared[service.LOOKING] += 1
+            self.shared[service.POLLING] += 1
         if self.shared[service.ASLEEP]:
-            self.bell.ring()
+            self.wakeup.ring()
         try:
             yield
         finally:
             with self._lock:
-                self.shared[service.LOOKING] -= 1
+                self.shared[service.POLLING] -= 1
 
 
 class ProgressThread:
@@ -160,17 +165,17 @@ class ProgressThread:
         states = np.zeros((n_slots, service.STATE_WORDS), np.int64)
         statuses = np.zeros(service.N_PIECES * calls.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * calls.request_bytes, np.uint8)
-        files, room = polled([calls.bell.reads, *files_of_events()]), np.zeros(service.ROOM_BYTES, np.uint8)
+        files, drain = polled([calls.wakeup.reads, *files_of_events()]), np.zeros(service.DRAIN_BYTES, np.uint8)
         arrays = flag, requests, statuses, pieces, states, files
         memory = [array.ctypes.data for array in arrays]
-        memory += [files.size, calls.bell.reads, room.ctypes.data]
-        self._held = *arrays, room  # after an error MPI may go on to write there
+        memory += [files.size, calls.wakeup.reads, drain.ctypes.data]
+        self._held = *arrays, drain  # after an error MPI may go on to write there
         result = service.serve()(
             calls.functions,
             calls.comm,
             calls.byte,
             calls.request_bytes,
-            looks_of_a_wake(),
+            polls_per_wakeup(),
             calls.shared,
             flag,
             requests,
@@ -191,7 +196,7 @@ class ProgressThread:
         rank: int,
         addresses: tuple[int, int],
         arrays: Arrays,
-        take: tuple[int, int] = (0, 0),
+        acquire: tuple[int, int] = (0, 0),
         encoded: Encoded = PLAIN,
     ) -> Transfer:
         """Begin to copy what lies at addresses of ``rank`` to arrays. Local.
@@ -203,8 +208,8 @@ class ProgressThread:
             take: The address of a lock word, and the owner bits to set in it first, as soon as nobody else's are set.
             encoded: What ``rank`` encodes to the first of the addresses when it has taken the lock.
         """
-        kind = service.TAKE if take[0] else service.FETCH
-        return self._ask(kind, rank, addresses, arrays, (take[0], 0, take[1]), encoded)
+        kind = service.ACQUIRE if acquire[0] else service.FETCH
+        return self._ask(kind, rank, addresses, arrays, (acquire[0], 0, acquire[1]), encoded)
 
     def store(
         self,
@@ -241,9 +246,9 @@ class ProgressThread:
         words = np.array([kind, self._rank, *there, *word, next(self._tags), *encoded], np.int64)
         return Transfer(self._calls, rank, words, here, arrays)
 
-    def looking(self) -> AbstractContextManager[None]:
+    def polling(self) -> AbstractContextManager[None]:
         """While this thread looks at what arrives for MPI: the serving one looks too, after naps. Local."""
-        return self._calls.looking()
+        return self._calls.polling()
 
     def _end(self) -> None:
         """Serve until every rank has come to its end, then stop. Collective, whether or not one has stopped before.
@@ -255,9 +260,9 @@ class ProgressThread:
         try:
             if not MPI.Is_finalized():
                 ended = self._comm.Ibarrier()
-                with self.looking():
+                with self.polling():
                     while not ended.Test():
-                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                        time.sleep(SHUTDOWN_POLL_SECONDS)
         except BaseException as error:  # Python would note it and go on: the others would wait
             if isinstance(error, MPI.Exception):
                 fault_tolerance.wait_to_be_ended()
@@ -269,7 +274,7 @@ class ProgressThread:
         """End the thread. Local; safe to call again."""
         if self._thread.is_alive():
             self._calls.shared[service.STOP] = 1
-            self._calls.bell.ring()
+            self._calls.wakeup.ring()
             self._thread.join()
 
 
@@ -302,7 +307,7 @@ class Transfer:
         Raises:
             RuntimeError: When it was not what it must have been.
         """
-        self._finish(self._n)
+        self._wait_for(self._n)
         self._calls.under_way.discard(self)
         found = int(self._header[0])
         if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
@@ -313,18 +318,18 @@ class Transfer:
     def wait_for_lock(self) -> float:
         """Until the lock is this rank's. Returns the seconds that this took if another one had it, else 0. Local."""
         began = time.perf_counter()
-        self._finish(1)
+        self._wait_for(1)
         return time.perf_counter() - began if self._header[1] else 0.0
 
-    def _finish(self, n: int) -> None:
+    def _wait_for(self, n: int) -> None:
         """Until the first n requests are complete."""
-        naps = BACKGROUND if in_background() else FOREGROUND
-        if naps is BACKGROUND and self._checked(self._calls.watched(n, self._requests, self._statuses)):
+        backoff = BACKGROUND if in_background() else FOREGROUND
+        if backoff is BACKGROUND and self._checked(self._calls.watched(n, self._requests, self._statuses)):
             return
         waited = np.zeros(2, np.int64)
-        known = self._calls.functions, n, self._requests, self._statuses, self._flag, looks_of_a_wake(), waited
-        with self._calls.looking():
-            while not self._checked(service.finish()(*known, *naps)):
+        known = self._calls.functions, n, self._requests, self._statuses, self._flag, polls_per_wakeup(), waited
+        with self._calls.polling():
+            while not self._checked(service.wait_for_requests()(*known, *backoff)):
                 pass
 
     def _checked(self, result: int) -> int:
@@ -334,7 +339,7 @@ class Transfer:
 
 
 @functools.cache
-def looks_of_a_wake() -> int:
+def polls_per_wakeup() -> int:
     """How often a thread looks between two naps. Local.
 
     Open MPI reads its sockets at the end of one call out of eight: the next one sees what came.
@@ -344,7 +349,7 @@ def looks_of_a_wake() -> int:
     return 9 if MPI.get_vendor()[0] == "Open MPI" else 1
 
 
-class Bell:
+class WakeupPipe:
     """What another thread rings for one that waits, among other files or for it alone. Local.
 
     Args:
@@ -363,7 +368,7 @@ class Bell:
 
     def wait(self) -> None:
         """Sleep until it has been rung."""
-        os.read(self.reads, service.ROOM_BYTES)
+        os.read(self.reads, service.DRAIN_BYTES)
 
     def __del__(self) -> None:
         for end in (self.reads, self.writes):
@@ -403,10 +408,10 @@ def ask_for_short_slices() -> None:
         ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
-def finish(requests: list[Any]) -> None:
+def wait_all(requests: list[Any]) -> None:
     """Until all these requests of MPI are done. Local."""
     if requests:
-        nap_until(lambda: bool(requests[0].Testall(requests)))
+        wait_with_backoff(lambda: bool(requests[0].Testall(requests)))
 
 
 def pieces(*arrays: np.ndarray) -> list[Any]:

@@ -29,8 +29,8 @@ class Statistics:
             whether they crossed a wire or were read in place in the memory of the node. Evaluation is not in it.
         wire_bytes: Bytes that this worker moved between nodes, for whatever purpose.
         n_exchanges: Exchanges begun (an all-reduce, a visit to the center, a gossip message).
-        n_rejected: Non-finite elements that were kept out of a shared vector; on a GPU a ``cuda.Rejected``, which
-            ``int`` makes a number.
+        n_nonfinite: Non-finite elements that were kept out of a shared vector; on a GPU a
+            ``cuda.NonfiniteCount``, which ``int`` makes a number.
         wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
         lock_wait_seconds: The part of it that was for locks.
         staleness: (33,) counts, by how many updates of others lay between two visits to the center.
@@ -41,7 +41,7 @@ class Statistics:
     bytes_sent: int = 0
     wire_bytes: int = 0
     n_exchanges: int = 0
-    n_rejected: int = 0
+    n_nonfinite: int = 0
     wait_seconds: float = 0.0
     lock_wait_seconds: float = 0.0
     staleness: np.ndarray = field(default_factory=lambda: np.zeros(STALENESS_BINS, np.int64))
@@ -49,7 +49,7 @@ class Statistics:
 
     def numbers(self) -> dict[str, Any]:
         """All counters by name, as they are now."""
-        return copy.deepcopy({**vars(self), "n_rejected": int(self.n_rejected)})
+        return copy.deepcopy({**vars(self), "n_nonfinite": int(self.n_nonfinite)})
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
         """Count one visit that found ``n_updates`` updates of others, which moved the center by ``distance``."""

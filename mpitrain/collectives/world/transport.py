@@ -118,7 +118,7 @@ def mapping_problem(world: World, device: Gpu) -> str | None:
         mine: Any = device.zeros(PATTERN_ELEMENTS, np.float32)
         gpu.assign(mine, _pattern(world.rank))
         handle = device.handle(mine)
-        device.settle()
+        device.synchronize()
     except Exception as error:
         mine, handle, problem = None, b"", f"rank {world.rank}: {_first_line(error)}"
     handles: list[bytes] = world.node_comm.allgather(handle)

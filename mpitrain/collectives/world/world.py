@@ -22,10 +22,10 @@ import numpy as np
 from mpitrain.collectives.topology.partition import emulated_nodes, share_of_cores
 from mpitrain.collectives.world import fault_tolerance
 from mpitrain.collectives.world.background import threads_may_call_mpi
-from mpitrain.collectives.world.device import CPU_INSTEAD, bind, shared_gpus, take
+from mpitrain.collectives.world.device import CPU_INSTEAD, bind, select_gpu, shared_gpus
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.transport import TRANSPORTS, Transport, choose
-from mpitrain.errors import HEARD_SECONDS, TURN_SECONDS, UsageError
+from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.gpu import Gpu
 
@@ -121,7 +121,9 @@ class World:
         if whole is not None:
             self._failures = whole._failures
         else:
-            self._failures = fault_tolerance.Failures(comm) if self.size > 1 and fault_tolerance.are_told() else None
+            self._failures = (
+                fault_tolerance.Failures(comm) if self.size > 1 and fault_tolerance.ulfm_available() else None
+            )
         self._probed = comm if self._failures is None else MPI.COMM_SELF
         self.node_comm: Any
         self.cores: float
@@ -149,7 +151,7 @@ class World:
         if whole is not None:
             self.transport = whole.transport and whole.transport.of_part(self.n_nodes)
         elif self.device != "cpu":
-            self._take_gpu(transport)
+            self._select_gpu(transport)
         self._windows: list[Any] = []
         needs_progress = whole is None and self.n_nodes > 1 and threads_may_call_mpi()
         own = ProgressThread(comm) if needs_progress else None
@@ -164,7 +166,7 @@ class World:
         try:
             bound = bind(device, self.local_rank)
             if bound != "cpu":
-                self._own_gpu = gpu.use(take(bound))
+                self._own_gpu = gpu.use(select_gpu(bound))
         except UsageError as error:
             problem = str(error)
         except ImportError as error:
@@ -176,7 +178,7 @@ class World:
             raise UsageError(problems[0])
         return bound
 
-    def _take_gpu(self, transport: str) -> None:
+    def _select_gpu(self, transport: str) -> None:
         """Collective."""
         self.gpu = self._own_gpu
         assert self.gpu is not None
@@ -215,7 +217,7 @@ class World:
         return node, cores
 
     @property
-    def outlives(self) -> bool:
+    def survives_failures(self) -> bool:
         """Whether ranks hear of one that dies, instead of ending with it. Local."""
         return self._failures is not None
 
@@ -236,37 +238,39 @@ class World:
         """
         fault_tolerance.require_all([self._in_the_whole(rank) for rank in self.dead])
 
-    def together(self, collective: Callable[[Any], T]) -> T:
+    def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
         """What ``collective(comm)`` returns, done by all ranks that live. Collective.
 
         Args:
             collective: Called with the communicator of those ranks, where they have other numbers once somebody has
                 died; called again, on all of them, when somebody dies meanwhile.
         """
-        with self.looking():
-            return collective(self.comm) if self._failures is None else fault_tolerance.together(self, collective)
+        with self.polling():
+            return (
+                collective(self.comm) if self._failures is None else fault_tolerance.run_on_survivors(self, collective)
+            )
 
-    def look_for_the_dead(self) -> None:
+    def poll_failures(self) -> None:
         """Know at once who has died, instead of a moment later. Local."""
         if self._failures is not None:
-            self._failures.look()
+            self._failures.poll()
 
     @property
     def is_whole(self) -> bool:
-        """Whether nobody had died at the last ``together`` or ``barrier``: all ranks know the same. Local."""
+        """Whether nobody had died at the last ``run_on_survivors`` or ``barrier``: all ranks know the same. Local."""
         return bool(self.comm.Get_size() == self.size)
 
     def progress(self) -> None:
         """Give MPI a turn: it does what others ask of this rank only when it is called. Local."""
         self._probed.Iprobe()
 
-    def looking(self) -> AbstractContextManager[None]:
+    def polling(self) -> AbstractContextManager[None]:
         """While this thread waits in MPI, and may be given what the progress thread waits for. Local."""
-        return self._progress.looking() if self._progress is not None else nullcontext()
+        return self._progress.polling() if self._progress is not None else nullcontext()
 
     def barrier(self) -> None:
         """Wait for every rank that lives. Collective."""
-        self.together(lambda comm: comm.Barrier())
+        self.run_on_survivors(lambda comm: comm.Barrier())
 
     def node_barrier(self) -> None:
         """Wait for every rank of this node. Collective over them."""
@@ -279,11 +283,11 @@ class World:
         """
         from mpi4py import MPI
 
-        from mpitrain.collectives.rma.window import check_room_together
+        from mpitrain.collectives.rma.window import check_free_memory_on_all
 
         dtype = np.dtype(dtype)
         n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        check_room_together(n_bytes, self.node_comm)
+        check_free_memory_on_all(n_bytes, self.node_comm)
         window = MPI.Win.Allocate_shared(max(n_bytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node_comm)
         memory: Any = window.Shared_query(0)[0]
         self._windows.append(window)  # freeing it would unmap the array
@@ -329,7 +333,7 @@ class World:
         """End every rank now, with this exit code. Local."""
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(HEARD_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))
+        time.sleep(OUTPUT_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))
         self.comm.Abort(code)
 
 

@@ -128,12 +128,12 @@ def _element(name: str, equations: Equations, storages: Sequence[Storage], param
         lines.append(f"{real + ' ' if line.declares else ''}{line.target} = {line.text};")
         if line.guarded:
             d = line.target
-            lines.append(f"if ({d} - {d} != 0) {{ {d} = 0; rejected = 1; }}")
+            lines.append(f"if ({d} - {d} != 0) {{ {d} = 0; n_nonfinite = 1; }}")
     return f"""
 __device__ __forceinline__ unsigned int {name}_element({parameters}, long long i) {{
-    unsigned int rejected = 0;
+    unsigned int n_nonfinite = 0;
     {_lines(lines, 4)}
-    return rejected;
+    return n_nonfinite;
 }}
 """
 
@@ -149,7 +149,7 @@ def _packs(name: str, equations: Equations, storages: Sequence[Storage], paramet
 template <int N>
 __device__ __forceinline__ unsigned int {name}_packs({parameters}, long long pack, long long stride) {{
     {_lines(packs, 4)}
-    unsigned int rejected = 0;
+    unsigned int n_nonfinite = 0;
     #pragma unroll
     for (int n = 0; n < N; ++n) {{
         {_lines(loads, 8)}
@@ -157,13 +157,13 @@ __device__ __forceinline__ unsigned int {name}_packs({parameters}, long long pac
     #pragma unroll
     for (int n = 0; n < N; ++n) {{
         #pragma unroll
-        for (int i = 0; i < {length}; ++i) rejected += {element};
+        for (int i = 0; i < {length}; ++i) n_nonfinite += {element};
     }}
     #pragma unroll
     for (int n = 0; n < N; ++n) {{
         {_lines(stores, 8)}
     }}
-    return rejected;
+    return n_nonfinite;
 }}
 """
 
@@ -176,12 +176,12 @@ def _kernel(name: str, equations: Equations, storages: Sequence[Storage], parame
     behind_head = _arguments(equations, "{}_at + head")
     loops = [
         f"for (; pack + {n - 1} * threads < packs; pack += {n} * threads) "
-        f"rejected += {name}_packs<{n}>({behind_head}, pack, threads);"
+        f"n_nonfinite += {name}_packs<{n}>({behind_head}, pack, threads);"
         for n in range(packs_at_once(equations, storages), 0, -1)
     ]
     guarded = equations.guard is not None
-    counted = ["if (rejected != 0) atomicAdd(rejected_at, (unsigned long long)rejected);"] if guarded else []
-    parameters += ", unsigned long long* rejected_at" if guarded else ""
+    counted = ["if (n_nonfinite != 0) atomicAdd(n_nonfinite_at, (unsigned long long)n_nonfinite);"] if guarded else []
+    parameters += ", unsigned long long* n_nonfinite_at" if guarded else ""
     return f"""
 extern "C" __global__ void __launch_bounds__({THREADS}) {name}({parameters}, long long size) {{
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -189,11 +189,11 @@ extern "C" __global__ void __launch_bounds__({THREADS}) {name}({parameters}, lon
     const long long head = (0 - address({narrowest}_at)) % 16 / sizeof(*{narrowest}_at);
     const bool aligned = ({heads_end}) % 16 == 0;
     const long long packs = aligned && head < size ? (size - head) / {length} : 0;
-    unsigned int rejected = 0;
+    unsigned int n_nonfinite = 0;
     long long pack = thread;
     {_lines(loops, 4)}
     for (long long rest = thread; rest < size - packs * {length}; rest += threads)
-        rejected += {name}_element({_arguments(equations, "{}_at")}, rest < head ? rest : rest + packs * {length});
+        n_nonfinite += {name}_element({_arguments(equations, "{}_at")}, rest < head ? rest : rest + packs * {length});
     {_lines(counted, 4)}
 }}
 """
@@ -244,7 +244,7 @@ def launcher(name: str, equations: Equations, storages: tuple[Storage, ...]) -> 
     return launch
 
 
-def run(name: str, equations: Equations, arrays: Sequence[Any], scalars: Sequence[float]) -> int | Rejected:
+def run(name: str, equations: Equations, arrays: Sequence[Any], scalars: Sequence[float]) -> int | NonfiniteCount:
     """Runs the kernel on device arrays, on the current stream; see `Kernel.__call__`."""
     # Also where there is nothing to do: an empty call before the first one that counts is one that compiles.
     return _begin(_launch_for(name, equations, arrays), equations, arrays, scalars, arrays[0].size)
@@ -258,7 +258,7 @@ def prepare(name: str, equations: Equations, like: Any) -> None:
 
 def _begin(
     launch: Launch, equations: Equations, arrays: Sequence[Any], scalars: Sequence[float], size: int
-) -> int | Rejected:
+) -> int | NonfiniteCount:
     if equations.guard is None:
         launch(arrays, scalars, size, None)
         return 0
@@ -317,10 +317,10 @@ def _refuse(name: str, equations: Equations, arrays: Sequence[Any]) -> NoReturn:
     raise AssertionError(f"{name}: refused for no reason")
 
 
-class Rejected:
+class NonfiniteCount:
     """How many elements guards have replaced: an int that is known when the GPU has come so far.
 
-    Sums of it with ints and with its like wait for nothing. ``int(rejected)``, its truth, a comparison and printing
+    Sums of it with ints and with its like wait for nothing. ``int(n_nonfinite)``, its truth, a comparison and printing
     wait on the host, until this thread's guarded launches so far are done (those of the thread that made the launches,
     where it is another); afterwards the number is known and nothing is waited for.
     """
@@ -330,7 +330,7 @@ class Rejected:
     def __init__(self, known: int, launches: tuple[_Launched, ...]) -> None:
         if len(launches) > N_COUNTERS:
             # As many launches are not counted yet, at most, of each thread: sums do not grow without end.
-            counted = [launch.n_rejected for launch in launches]
+            counted = [launch.n_nonfinite for launch in launches]
             known += sum(n for n in counted if n is not None)
             launches = tuple([launch for launch, n in zip(launches, counted, strict=True) if n is None])
         self._known, self._launches = known, launches
@@ -343,11 +343,11 @@ class Rejected:
     def __bool__(self) -> bool:
         return int(self) != 0
 
-    def __add__(self, other: object) -> Rejected:
-        if isinstance(other, Rejected):
-            return Rejected(self._known + other._known, self._launches + other._launches)
+    def __add__(self, other: object) -> NonfiniteCount:
+        if isinstance(other, NonfiniteCount):
+            return NonfiniteCount(self._known + other._known, self._launches + other._launches)
         if isinstance(other, int | np.integer):
-            return Rejected(self._known + int(other), self._launches)
+            return NonfiniteCount(self._known + int(other), self._launches)
         return NotImplemented
 
     __radd__ = __add__
@@ -364,17 +364,17 @@ class Rejected:
 class _Launched:
     """A launch of a guarded kernel."""
 
-    __slots__ = ("counters", "index", "mark", "n_rejected")
+    __slots__ = ("counters", "index", "mark", "n_nonfinite")
 
     def __init__(self, counters: _Counters, index: int, mark: Any) -> None:
         self.counters, self.index, self.mark = counters, index, mark
-        self.n_rejected: int | None = None
+        self.n_nonfinite: int | None = None
 
     def counted(self) -> int:
-        if self.n_rejected is None:
+        if self.n_nonfinite is None:
             self.counters.count(self.counters.uncounted())
-        assert self.n_rejected is not None
-        return self.n_rejected
+        assert self.n_nonfinite is not None
+        return self.n_nonfinite
 
 
 class _Counters:
@@ -400,14 +400,14 @@ class _Counters:
             self.count(self.uncounted()[: N_COUNTERS // 2])
         return self._each[self._free[0]]
 
-    def launched(self) -> Rejected:
+    def launched(self) -> NonfiniteCount:
         """What the launch with that counter will have rejected."""
         index = self._free.popleft()
         self.gpu.copy(self._here[index : index + 1], self._each[index])
         launch = _Launched(self, index, self.gpu.mark())
         with self._lock:
             self._uncounted.append(launch)
-        return Rejected(0, (launch,))
+        return NonfiniteCount(0, (launch,))
 
     def uncounted(self) -> list[_Launched]:
         with self._lock:
@@ -418,12 +418,14 @@ class _Counters:
         for launch in launches:
             self.gpu.wait_for(launch.mark)
         with self._lock:
-            launches = [launch for launch in launches if launch.n_rejected is None]  # another thread may have been here
+            launches = [
+                launch for launch in launches if launch.n_nonfinite is None
+            ]  # another thread may have been here
             for launch in launches:
                 before, total = self._totals[launch.index], int(self._here[launch.index])
-                self._totals[launch.index], launch.n_rejected = total, total - before
+                self._totals[launch.index], launch.n_nonfinite = total, total - before
                 self._free.append(launch.index)
-            self._uncounted = [launch for launch in self._uncounted if launch.n_rejected is None]
+            self._uncounted = [launch for launch in self._uncounted if launch.n_nonfinite is None]
 
 
 _of_thread = threading.local()

@@ -18,7 +18,7 @@ OPERATORS: Final = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 # Names that the generated code uses, and keywords of C++ that are valid names in Python.
 RESERVED: Final = frozenset(
     """
-    i rejected float32 float64 range len auto bool break case catch char class const constexpr continue
+    i n_nonfinite float32 float64 range len auto bool break case catch char class const constexpr continue
     default delete do double else enum explicit extern false float for friend goto if inline int long mutable
     namespace new nullptr operator private protected public register return short signed sizeof static struct
     switch template this throw true try typedef typename union unsigned using virtual void volatile while

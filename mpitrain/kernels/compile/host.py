@@ -49,7 +49,7 @@ def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
         ),
         f'SIGNATURE = "int64({", ".join(types)})"',
         f"def {name}({', '.join(parameters)}):",
-        "    _rejected = 0",
+        "    _n_nonfinite = 0",
         f"    _zero = {compute}(0.0)",
     ]
     loop = _loop(equations, storages, compute)
@@ -69,7 +69,7 @@ def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
                 *_indented(1, ["for i in range(_n):", *_indented(1, loop)]),
             ],
         )
-    return "\n".join([*lines, "    return _rejected", ""])
+    return "\n".join([*lines, "    return _n_nonfinite", ""])
 
 
 def _loop(equations: Equations, storages: Sequence[Storage], compute: Compute) -> list[str]:
@@ -80,7 +80,7 @@ def _loop(equations: Equations, storages: Sequence[Storage], compute: Compute) -
         if line.guarded:
             # d - d is 0 for a finite d, else NaN; a select and an integer sum vectorise where a branch would not.
             lines.append(f"_bad = {line.target} - {line.target} != _zero")
-            lines.append("_rejected += _bad")
+            lines.append("_n_nonfinite += _bad")
             lines.append(f"{line.target} = _zero if _bad else {line.target}")
     return lines
 

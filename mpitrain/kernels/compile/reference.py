@@ -24,7 +24,7 @@ def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequen
     """Evaluates the equations in place and returns how many elements the guard replaced."""
     compute = np.dtype(compute_type([storage_of(a.dtype) for a in arrays])).type
     given = dict(zip(equations.arrays, arrays, strict=True))
-    rejected = 0
+    n_nonfinite = 0
     with np.errstate(all="ignore"):
         values: dict[str, Any] = {name: compute(v) for name, v in zip(equations.scalars, scalars, strict=True)}
         values |= {name: compute(value) for name, value in equations.literals}
@@ -33,7 +33,7 @@ def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequen
             value = _value(expression, values)
             if target == equations.guard:
                 finite = np.isfinite(value)
-                rejected = int(np.size(value) - np.count_nonzero(finite))
+                n_nonfinite = int(np.size(value) - np.count_nonzero(finite))
                 value = np.where(finite, value, compute(0))
             values[target] = value
         for name in equations.stored:
@@ -42,7 +42,7 @@ def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequen
             if array.dtype.itemsize == 2:
                 value = value.astype(np.float32)  # every back-end narrows float64 to 16 bits by way of float32
             array[...] = value.astype(array.dtype)
-    return rejected
+    return n_nonfinite
 
 
 def _value(expression: ast.expr, values: dict[str, Any]) -> Any:

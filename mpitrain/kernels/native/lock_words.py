@@ -17,10 +17,10 @@ OWNER_BITS: Final = 24
 OWNER_MASK: Final = (1 << OWNER_BITS) - 1
 STRIDE: Final = 8  # words: a cache line
 
-_TAKE: Final = f"""\
+_ACQUIRE: Final = f"""\
 from mpitrain.kernels.native.atomics import compare_and_swap, load_acquire
 SIGNATURE = "int64(int64[::1], int64, int64, int64)"
-def take(words, at, mine, patience):
+def acquire(words, at, mine, spin_limit):
     while True:
         found = load_acquire(words, at)
         while found & {OWNER_MASK} == 0:
@@ -28,9 +28,9 @@ def take(words, at, mine, patience):
             found = compare_and_swap(words, at, free, free | mine)
             if found == free:
                 return found
-        if patience == 0:
+        if spin_limit == 0:
             return found
-        patience -= 1
+        spin_limit -= 1
 """
 
 _SWAP: Final = """\
@@ -42,13 +42,13 @@ def swap(words, at, expected, new):
 
 
 @functools.cache
-def take() -> Callable[..., int]:
-    """``take(words, at, mine, patience)``: write the owner bits ``mine`` into ``words[at]`` once nobody has it.
+def acquire() -> Callable[..., int]:
+    """``acquire(words, at, mine, spin_limit)``: write the owner bits ``mine`` into ``words[at]`` once nobody has it.
 
-    ``words`` are int64, shared by the ranks, ``patience`` is how many times more to look when somebody has it. Returns
-    the word as it was: without owner bits when the lock has been taken, with those of its owner when it has not.
+    ``words`` are int64, shared by the ranks, ``spin_limit`` is how many times more to look when somebody has it.
+    Returns the word as it was: without owner bits when the lock has been taken, else with those of its owner.
     """
-    return cache.compiled("take", "word", _TAKE)
+    return cache.compiled("acquire", "word", _ACQUIRE)
 
 
 @functools.cache

@@ -16,16 +16,16 @@ from mpitrain.kernels.compile.storage import Storage, compute_type, storage_of
 
 STRIDE: Final = 8  # words: a cache line
 YIELDS: Final = 200  # offers of the core, before a call returns without all having come
-LOOK_ONCE: Final = -YIELDS  # as patience
+POLL_ONCE: Final = -YIELDS  # as patience
 
 _WAIT: Final = f"""\
-def wait(words, first, n, number, patience):
+def wait(words, first, n, number, spin_limit):
     for k in range(first, n):
         tries = 0
         while load_acquire(words, {STRIDE} * k) < number:
             tries += 1
-            if tries > patience:
-                if tries > patience + {YIELDS}:
+            if tries > spin_limit:
+                if tries > spin_limit + {YIELDS}:
                     return k
                 give_way()
     return n
@@ -38,39 +38,39 @@ from mpitrain.kernels.native.atomics import give_way, load_acquire, store_releas
 wait = njit(wait, nogil=True)
 """
 
-_MEET: Final = f"""\
+_WAIT_FOR_ALL: Final = f"""\
 {_HEAD}
 SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64)"
-def meet(words, me, n, number, first, patience):
+def wait_for_all(words, me, n, number, first, spin_limit):
     store_release(words, {STRIDE} * me, number)
-    return wait(words, first, n, number, patience)
+    return wait(words, first, n, number, spin_limit)
 """
 
 
 @functools.cache
-def meet() -> Callable[..., int]:
-    """``meet(words, me, n, number, first, patience)``: come to a meeting of n ranks and wait for those from ``first``.
+def wait_for_all() -> Callable[..., int]:
+    """``wait_for_all(words, me, n, number, first, spin_limit)``: arrive, and wait for the ranks from ``first``.
 
     ``words`` are (STRIDE*n,) int64, shared by the ranks. Returns who is still awaited, n if all have come; then call
-    again with that as ``first``. ``patience`` is how often to look before the core is offered to others.
+    again with that as ``first``. ``spin_limit`` is how often to look before the core is offered to others.
     """
-    return cache.compiled("meet", "words", _MEET)
+    return cache.compiled("wait_for_all", "words", _WAIT_FOR_ALL)
 
 
 @functools.cache
-def sum_together(k: int, dtype: Any) -> Callable[..., int]:
-    """``sum_together(words, me, number, progress, patience, z0, ..., start, stop, scale)``: an all-reduce of k ranks.
+def sum_on_node(k: int, dtype: Any) -> Callable[..., int]:
+    """``sum_on_node(words, me, number, progress, spin_limit, z0, ..., start, stop, scale)``: an all-reduce of k ranks.
 
     When all have come, this rank makes the elements start..stop of every vector z0, ... the scaled sum of all of them;
     it returns when all ranks have done so. It is two meetings, ``number`` and ``number + 1``. Returns the progress, 2k
     at the end; call again with what was returned until then. 16-bit vectors are passed as uint16.
     """
     storage = storage_of(dtype)
-    return cache.compiled("sum_together", f"{k}_{storage.short}", source(k, storage))
+    return cache.compiled("sum_on_node", f"{k}_{storage.short}", source(k, storage))
 
 
 def source(k: int, storage: Storage) -> str:
-    """Python source of ``sum_together`` for k vectors, with its signature as ``SIGNATURE``."""
+    """Python source of ``sum_on_node`` for k vectors, with its signature as ``SIGNATURE``."""
     compute = compute_type([storage])
     vectors = [f"z{j}" for j in range(k)]
     arrays = ", ".join([f"{storage.numba}[::1]"] * k)
@@ -79,10 +79,10 @@ def source(k: int, storage: Storage) -> str:
         *host.conversion_imports([storage]),
         _HEAD,
         f'SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, {arrays}, int64, int64, {compute})"',
-        f"def sum_together(words, me, number, progress, patience, {', '.join(vectors)}, start, stop, scale):",
+        f"def sum_on_node(words, me, number, progress, spin_limit, {', '.join(vectors)}, start, stop, scale):",
         f"    if progress < {k}:",
         f"        store_release(words, {STRIDE} * me, number)",
-        f"        progress = wait(words, progress, {k}, number, patience)",
+        f"        progress = wait(words, progress, {k}, number, spin_limit)",
         f"        if progress < {k}:",
         "            return progress",
         *(f"        {z} = {z}[start:stop]" for z in vectors),
@@ -90,6 +90,6 @@ def source(k: int, storage: Storage) -> str:
         f"            m = {storage.narrow}(scale * ({total}))",
         *(f"            {z}[i] = m" for z in vectors),
         f"        store_release(words, {STRIDE} * me, number + 1)",
-        f"    return {k} + wait(words, progress - {k}, {k}, number + 1, patience)",
+        f"    return {k} + wait(words, progress - {k}, {k}, number + 1, spin_limit)",
     ]
     return "\n".join([*lines, ""])

@@ -37,11 +37,11 @@ from mpitrain.kernels.compile import cache
 from mpitrain.kernels.native import wire
 from mpitrain.kernels.native.lock_words import OWNER_MASK
 
-SWAP, FETCH, TAKE, STORE = 1, 2, 3, 4
+SWAP, FETCH, ACQUIRE, STORE = 1, 2, 3, 4
 KIND, RANK, DATA, DATA_BYTES, TAGS, TAGS_BYTES, WORD, BEFORE, AFTER, TAG, FORMAT, BLOCK, N_ELEMENTS = range(13)
 REQUEST_WORDS: Final = 13
 # Of a request under way: the request, how many pieces, how often the word was found taken, a header, where data begin.
-STARTED, TAKEN, HEADER, BUFFER, STATE_WORDS = 13, 14, 15, 17, 18
+STARTED, ACQUIRED, HEADER, BUFFER, STATE_WORDS = 13, 14, 15, 17, 18
 HEADER_WORDS: Final = 2
 PIECE_BYTES: Final = 60_000  # with a header below the 64 KiB at which both Open MPI and MPICH begin to negotiate
 N_PIECES: Final = 128  # of a request under way at a time
@@ -63,10 +63,10 @@ FUNCTIONS: Final = (
 )
 
 # Words that the serving thread shares with the others of its rank.
-STOP, ASLEEP, LOOKING, TRUSTED = 0, 1, 2, 3  # LOOKING: how many others look at what arrives for MPI
+STOP, ASLEEP, POLLING, TRUSTED = 0, 1, 2, 3  # POLLING: how many others look at what arrives for MPI
 # Requests that another thread lets the serving one look at: what has become of them, how many, where they and their
 # statuses are, and the file that is written to when it is over.
-OUTCOME, N_WATCHED, WATCHED, WATCHED_STATUSES, BELL_OF_WATCHED = 4, 5, 6, 7, 8
+OUTCOME, N_WATCHED, WATCHED, WATCHED_STATUSES, WAKEUP_OF_WATCHED = 4, 5, 6, 7, 8
 SHARED_WORDS: Final = 9
 NONE, WATCHING, COMPLETE, CLOSED = 0, 1, 2, 3  # OUTCOME; an error code of MPI is negative
 
@@ -86,8 +86,8 @@ MOST_IN_VAIN: Final = 64  # announcements of which nothing came: a file that is 
 # enough trust, they are trusted until there is none left.
 CREDIT, ENOUGH_TRUST, MOST_TRUST = 2, 4, 8
 
-LOOKS_OF_A_CALL: Final = 100  # of finish
-ROOM_BYTES: Final = 64
+POLLS_PER_CALL: Final = 100  # of wait_for_requests
+DRAIN_BYTES: Final = 64
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -177,20 +177,20 @@ def post(functions, comm, byte, state, pieces, request_bytes):
 @njit(nogil=True)
 def answer(functions, comm, byte, state, header, found):
     state[{HEADER}] = found
-    state[{HEADER} + 1] = state[{TAKEN}]
+    state[{HEADER} + 1] = state[{ACQUIRED}]
     return call(functions[2], (header, 8 * {HEADER_WORDS}, byte, state[{RANK}], state[{TAG}], comm))
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64, "
     "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
 )
-def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests, states, memory):
+def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, memory):
     at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
-    at_files, n_files, bell, at_room = memory[5], memory[6], memory[7], memory[8]
+    at_files, n_files, wakeup, at_drain = memory[5], memory[6], memory[7], memory[8]
     n_ranks = requests.shape[0]
     waited = {QUIET_MICROSECONDS}
-    slept, announced, heard, trust = 0, 0, 0, 0
-    looks, in_vain, trusted = 0, 0, 0
+    slept, announced, woken, trust = 0, 0, 0, 0
+    polls, in_vain, trusted = 0, 0, 0
     n_served, code = 0, 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
@@ -210,10 +210,10 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             n_busy += 1
             header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
-            if state[{KIND}] == {TAKE}:
+            if state[{KIND}] == {ACQUIRE}:
                 word = swap_at(state[{WORD}], 0, 0)
                 if word & {OWNER_MASK} != 0 or swap_at(state[{WORD}], word, word | state[{AFTER}]) != word:
-                    state[{TAKEN}] += 1
+                    state[{ACQUIRED}] += 1
                     n_locks += 1
                     continue
                 if state[{FORMAT}] != 0:
@@ -253,20 +253,20 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             if theirs != 0 or flag[0] != 0:
                 happened, came = 1, 1
                 store_release(shared, {OUTCOME}, -theirs if theirs != 0 else {COMPLETE})
-                call(functions[10], (shared[{BELL_OF_WATCHED}], at_room, 1))
+                call(functions[10], (shared[{WAKEUP_OF_WATCHED}], at_drain, 1))
             else:
                 n_busy += 1
-        looks += 1
+        polls += 1
         if happened != 0:
             if slept != 0 and came != 0:
-                trust = min(trust + {CREDIT}, {MOST_TRUST}) if heard != 0 else max(trust - 1, 0)
+                trust = min(trust + {CREDIT}, {MOST_TRUST}) if woken != 0 else max(trust - 1, 0)
                 trusted = 1 if trust >= {ENOUGH_TRUST} or (trusted != 0 and trust > 0) else 0
                 store_release(shared, {TRUSTED}, trusted)
             # Look again before it rests: the call that brought this may have brought more.
-            waited, slept, heard, looks, in_vain = 0, 0, 0, 0, in_vain // 2
+            waited, slept, woken, polls, in_vain = 0, 0, 0, 0, in_vain // 2
         if asks >= 0 and free >= 0:
             state = states[free]
-            state[{TAKEN}] = 0
+            state[{ACQUIRED}] = 0
             for k in range({REQUEST_WORDS}):
                 state[k] = requests[asks, k]
             state[{BUFFER}] = state[{DATA}]
@@ -278,17 +278,17 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
                 found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
                 code = code or answer(functions, comm, byte, state, header, found)
                 state[{KIND}] = 0
-            elif state[{KIND}] != {TAKE}:
+            elif state[{KIND}] != {ACQUIRE}:
                 if state[{KIND}] == {FETCH}:
                     code = code or answer(functions, comm, byte, state, header, 0)
                 pieces = at_pieces + free * {N_PIECES} * request_bytes
                 code = code or post(functions, comm, byte, state, pieces, request_bytes)
-            looks = 0
-        elif looks < n_looks:
+            polls = 0
+        elif polls < n_polls:
             continue
         elif (
             n_locks != 0
-            or load_acquire(shared, {LOOKING}) != 0
+            or load_acquire(shared, {POLLING}) != 0
             or (
                 (trusted == 0 or in_vain > {MOST_IN_VAIN})
                 and (waited < {QUIET_MICROSECONDS} or announced != 0 or n_busy != 0)
@@ -297,22 +297,22 @@ def serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests,
             nap = min(max(waited, {SHORTEST_MICROSECONDS}), {LONGEST_MICROSECONDS})
             call(functions[6], (nap,))
             # What was announced may take MPI more than one wake to make a message of.
-            waited, announced, slept, looks = waited + nap, 0, heard, 0
+            waited, announced, slept, polls = waited + nap, 0, woken, 0
         else:
-            patience = {SLEEP_MILLISECONDS}
+            timeout = {SLEEP_MILLISECONDS}
             if trusted != 0 and n_busy == 0 and waited >= 1000 * {SLEEP_MILLISECONDS}:
-                compare_and_swap(shared, {ASLEEP}, 0, 1)  # before the look at who looks: who comes later rings
-                if load_acquire(shared, {LOOKING}) == 0:
-                    patience = {LONGEST_SLEEP_MILLISECONDS}
-            announced = call(functions[8], (at_files, n_files, patience))
+                compare_and_swap(shared, {ASLEEP}, 0, 1)  # before the check of who polls: who comes later rings
+                if load_acquire(shared, {POLLING}) == 0:
+                    timeout = {LONGEST_SLEEP_MILLISECONDS}
+            announced = call(functions[8], (at_files, n_files, timeout))
             store_release(shared, {ASLEEP}, 0)
-            slept, heard, looks = 1, 0, 0
+            slept, woken, polls = 1, 0, 0
             if announced == 0:
-                waited, in_vain = waited + 1000 * patience, 0
-            elif call(functions[9], (bell, at_room, {ROOM_BYTES})) > 0:
+                waited, in_vain = waited + 1000 * timeout, 0
+            elif call(functions[9], (wakeup, at_drain, {DRAIN_BYTES})) > 0:
                 waited, announced, slept = 0, 0, 0
             else:
-                heard = 1 if announced > 0 and in_vain <= {MOST_IN_VAIN} else 0
+                woken = 1 if announced > 0 and in_vain <= {MOST_IN_VAIN} else 0
                 in_vain += 1
     if code != 0:
         return -code
@@ -357,19 +357,19 @@ def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, re
     return n if code == 0 else -code
 """
 
-_FINISH: Final = f"""\
+_WAIT_FOR_REQUESTS: Final = f"""\
 from mpitrain.kernels.native.service import call
 
 SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64, int64[::1], int64, int64, int64)"
-def finish(functions, n, requests, statuses, flag, n_looks, waited, n_spins, shortest, longest):
-    for look in range({LOOKS_OF_A_CALL}):
+def wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n_spins, shortest, longest):
+    for _ in range({POLLS_PER_CALL}):
         code = call(functions[5], (n, requests.ctypes.data, flag.ctypes.data, statuses.ctypes.data))
         if code != 0:
             return -code
         if flag[0] != 0:
             return 1
         waited[0] += 1
-        if waited[0] < n_spins or waited[0] % n_looks != 0:
+        if waited[0] < n_spins or waited[0] % n_polls != 0:
             continue
         nap = min(max(waited[1], shortest), longest)
         call(functions[6], (nap,))
@@ -395,22 +395,24 @@ def ask() -> Callable[..., int]:
 
 
 @functools.cache
-def finish() -> Callable[..., int]:
-    """``finish(functions, n, requests, statuses, flag, n_looks, waited, n_spins, shortest, longest)``: 1 when complete.
+def wait_for_requests() -> Callable[..., int]:
+    """Wait for n requests of MPI; 1 when they are complete.
 
-    It looks ``n_spins`` times, then ``n_looks`` times between two naps of microseconds, and returns 0 after some time,
+    ``wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n_spins, shortest, longest)``
+
+    It looks ``n_spins`` times, then ``n_polls`` times between two naps of microseconds, and returns 0 after some time,
     so that Python can handle its signals: ``waited`` (2,), zeros at first, says how to go on. An error code of MPI is
     returned negative.
     """
-    return cache.compiled("finish", "words", _FINISH)
+    return cache.compiled("wait_for_requests", "words", _WAIT_FOR_REQUESTS)
 
 
 @functools.cache
 def serve() -> Callable[..., int]:
-    """``serve(functions, comm, byte, request_bytes, n_looks, shared, flag, requests, states, memory)``: until told.
+    """``serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, memory)``: until told.
 
     ``functions`` are the addresses of FUNCTIONS, ``comm`` and ``byte`` MPI's handles, ``request_bytes`` the size of an
-    MPI_Request, ``n_looks`` how often it looks between two naps, ``shared`` (SHARED_WORDS,) zeros (it ends when STOP is
+    MPI_Request, ``n_polls`` how often it looks between two naps, ``shared`` (SHARED_WORDS,) zeros (it ends when STOP is
     not and nothing is watched), ``flag`` (2,) and ``requests`` (ranks, REQUEST_WORDS) room, ``states`` (slots,
     STATE_WORDS) zeros, ``memory`` the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks
     MPI_Requests, ``states`` and structs pollfd, how many these are, one of their files that is written to when there is

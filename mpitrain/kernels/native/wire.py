@@ -193,24 +193,24 @@ def _push(function: str, name: str, fetched: str) -> str:
     if name != "int8":
         return f"""\
 def {function}(changed, fetched, residual, out):
-    rejected = 0
+    n_nonfinite = 0
     largest = float32({LARGEST[name]!r})
     for i in range(len(changed)):
         e = changed[i] - {widen}(fetched[i]) + residual[i]
         bad = e - e != float32(0)
-        rejected += bad
+        n_nonfinite += bad
         e = float32(0) if bad else e
         w = largest if e > largest else e
         w = -largest if w < -largest else w
         sent = {STORAGES[name].narrow}(w)
         out[i] = sent
         residual[i] = e - {STORAGES[name].widen}(sent)
-    return rejected
+    return n_nonfinite
 """
     # A scale so small that it is rounded much can make quotients larger than the largest level.
     return f"""\
 def {function}(changed, fetched, residual, scales, levels):
-    rejected = 0
+    n_nonfinite = 0
     for start in range(0, len(changed), {GROUP}):
         stop = min(start + {GROUP}, len(changed))
         x, c, r, q = changed[start:stop], fetched[start:stop], residual[start:stop], levels[start:stop]
@@ -218,7 +218,7 @@ def {function}(changed, fetched, residual, scales, levels):
         for i in range(stop - start):
             e = x[i] - {widen}(c[i]) + r[i]
             bad = e - e != float32(0)
-            rejected += bad
+            n_nonfinite += bad
             e = float32(0) if bad else e
             r[i] = e
             m = magnitude_bits(e)
@@ -232,7 +232,7 @@ def {function}(changed, fetched, residual, scales, levels):
             level = float32(-{LARGEST_LEVEL}) if level < float32(-{LARGEST_LEVEL}) else level
             q[i] = float_to_int8(level)
             r[i] -= scale * level
-    return rejected
+    return n_nonfinite
 """
 
 

@@ -80,8 +80,8 @@ def test_at_the_end_the_method_is_what_it_is_alone(average):
     ends = [simulation(Downpour(period=5), average=average).run(7), simulation(Downpour(period=5)).run(7)]
     for end in ends:
         for worker in end.workers:
-            worker.settle()
-            worker.finish()
+            worker.wait()
+            worker.finalize()
     assert same_bits(states(ends[0])[0]["center"], states(ends[1])[0]["center"])
 
 

@@ -135,7 +135,7 @@ def test_nothing_happens_where_no_gradient_is_finite(rule):
         RobustSGD(rule=rule), 3, start=np.ones(40), eta=ETA, gradient=lambda rank, x: np.full(40, np.nan)
     )
     assert (simulation.run(3).x() == 1).all()
-    assert sum(statistics(simulation, "n_rejected")) == 3 * 3 * 40
+    assert sum(statistics(simulation, "n_nonfinite")) == 3 * 3 * 40
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_not_used_at_all(bad, guards):
     g = [[again(rank, None) for rank in range(4)] for _ in range(4)][3]
     np.testing.assert_allclose(simulation.x(), before - 0.1 * np.mean([g[0], g[1], g[3]], axis=0), rtol=1e-5, atol=1e-6)
     assert simulation.workers[0].removed_at.tolist() == [-1, -1, 3, -1]
-    assert sum(statistics(simulation, "n_rejected")) == 1
+    assert sum(statistics(simulation, "n_nonfinite")) == 1
     assert np.isfinite(simulation.run(5).x()).all()
 
 
@@ -230,7 +230,7 @@ def test_nobody_looks_at_the_gradient_of_who_has_left():
         return np.full(64, np.nan) if rank == 1 else x
 
     end = simulate(SafeguardSGD(), 3, start=np.ones(64), eta=0.1, gradient=gradient).run(8)
-    assert sum(statistics(end, "n_rejected")) == 64  # once
+    assert sum(statistics(end, "n_nonfinite")) == 64  # once
     slices = [worker._slices.mine.nbytes for worker in end.workers]
     sent = [2 * 2 * 64 * 8 // 3 * 8] * 3  # the all-reduces
     reads = [np.array([2, 1, 2]) if t else np.array([2, 2, 2]) for t in range(8)]

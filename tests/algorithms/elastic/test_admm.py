@@ -12,7 +12,7 @@ from support.quadratic import assert_states_equal, change, radius, same_bits, si
 
 from mpitrain import UsageError
 from mpitrain.algorithms import ADMM, EASGD
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
 
 H, B = [0.5, 1.0, 2.0, 4.0, 0.3], [1.0, -2.0, 0.5, 3.0, -1.0]
@@ -145,12 +145,12 @@ def test_sync_is_the_three_assignments_from_one_center(p, rho, eta, seed):
 @pytest.mark.parametrize("p", [1, 2, 3, 5])
 def test_a_center_after_every_p_arrivals_in_turn_is_sync(p):
     start = np.random.default_rng(p).normal(size=20)
-    together, barrier = (
+    run_on_survivors, barrier = (
         simulate(method, p, start=start, eta=0.1, gradient=slope(H, B), largest_shard=8).run(30)
         for method in (ADMM(mode="sync"), ADMM(arrivals=p))
     )
-    np.testing.assert_allclose(barrier.x(), together.x(), atol=1e-12)
-    np.testing.assert_allclose(barrier.consensus(), together.consensus(), atol=1e-12)
+    np.testing.assert_allclose(barrier.x(), run_on_survivors.x(), atol=1e-12)
+    np.testing.assert_allclose(barrier.consensus(), run_on_survivors.consensus(), atol=1e-12)
 
 
 @given(st.integers(1, 4), st.sampled_from([0.0, 0.1]), st.lists(st.integers(0, 2), max_size=60))
@@ -357,19 +357,19 @@ def test_parameter_groups_have_their_own_rates(mode):
     # Two groups whose border is inside a shard are two models.
     start, rates, decays, border, n = np.random.default_rng(8).normal(size=40), (0.1, 0.02), (0.0, 0.3), 13, 40
     parts = (slice(0, border), slice(border, n))
-    together = simulate(ADMM(mode=mode), 3, start=start, eta=0.0, largest_shard=16)
+    run_on_survivors = simulate(ADMM(mode=mode), 3, start=start, eta=0.0, largest_shard=16)
 
     def program(comm):
-        worker = together.workers[comm.rank]
+        worker = run_on_survivors.workers[comm.rank]
         for _ in range(8):
             worker.g.local[...] = H[comm.rank] * (worker.x.local - B[comm.rank])
-            worker.step([Segment(*each) for each in zip(parts, rates, decays)], None)
+            worker.step([ParamGroupSlice(*each) for each in zip(parts, rates, decays)], None)
             comm.end_step()
 
-    together.world.run(program)
+    run_on_survivors.world.run(program)
     for part, eta, decay in zip(parts, rates, decays):
         alone = simulate(ADMM(mode=mode), 3, start=start[part], eta=eta, decay=decay, gradient=slope(H, B)).run(8)
-        np.testing.assert_allclose(together.x()[:, part], alone.x(), atol=1e-13)
+        np.testing.assert_allclose(run_on_survivors.x()[:, part], alone.x(), atol=1e-13)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -385,7 +385,7 @@ def test_what_is_not_finite_never_reaches_the_center(method, bad):
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
     assert simulation.consensus()[2] < 0.95  # the others go on
-    assert statistics(simulation, "n_rejected") == [0, 10, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 10, 0]
 
 
 def test_a_turn_moves_two_vectors():

@@ -189,7 +189,7 @@ def test_what_is_not_finite_never_reaches_the_center(early, bad):
     simulation = simulate(method, 3, start=np.full(5, 9.0), eta=0.1, gradient=gradient).run(10)
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
-    assert statistics(simulation, "n_rejected") == [0, 5, 0]  # its norms say nothing: it exchanges by the period
+    assert statistics(simulation, "n_nonfinite") == [0, 5, 0]  # its norms say nothing: it exchanges by the period
 
 
 def test_rule_visits_the_center_no_more_often_than_it_exchanges():

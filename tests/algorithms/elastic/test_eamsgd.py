@@ -158,4 +158,4 @@ def test_nan_never_reaches_the_center(synchronous):
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
     assert simulation.consensus()[2] < 0.9  # drawn on by the others
-    assert statistics(simulation, "n_rejected") == [0, 5, 0]  # in every other step it has recovered
+    assert statistics(simulation, "n_nonfinite") == [0, 5, 0]  # in every other step it has recovered

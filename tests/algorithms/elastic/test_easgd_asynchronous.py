@@ -201,4 +201,4 @@ def test_what_is_not_finite_never_reaches_the_center(bad):
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
     assert simulation.consensus()[2] < 0.9  # the others go on
-    assert statistics(simulation, "n_rejected") == [0, 5, 0]  # in every other step it has recovered
+    assert statistics(simulation, "n_nonfinite") == [0, 5, 0]  # in every other step it has recovered

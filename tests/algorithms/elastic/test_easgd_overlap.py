@@ -67,7 +67,7 @@ def test_the_background_is_a_thread_in_order():
     assert not first.done
     assert not second.done
     gate.set()
-    second.finish()
+    second.wait()
     assert first.done
     assert second.done
     assert order[0] != threading.current_thread().name
@@ -83,7 +83,7 @@ def test_what_the_background_raises_comes_out_at_the_end():
 
     started = background.start(fail)
     with pytest.raises(KeyError, match="shard"):
-        started.finish()
+        started.wait()
     background.stop()
 
 

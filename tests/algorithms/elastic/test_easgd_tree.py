@@ -306,7 +306,7 @@ def test_what_is_not_finite_stays_with_its_worker(scheme, bad):
     assert np.isfinite(inner_nodes(simulation)).all()
     assert np.isfinite(simulation.x()[[0, 2, 3, 4]]).all()
     assert simulation.consensus()[2] < 0.9  # the others go on
-    assert statistics(simulation, "n_rejected") == [0, 5, 0, 0, 0]  # in every other step it has recovered
+    assert statistics(simulation, "n_nonfinite") == [0, 5, 0, 0, 0]  # in every other step it has recovered
 
 
 def test_a_node_that_no_part_of_a_checkpoint_has_begins_anew():

@@ -376,7 +376,7 @@ def test_what_is_not_finite_never_reaches_the_center_in_any_order(kind, order, g
     simulation = simulate(method, 3, start=np.ones(5), eta=0.1, gradient=gradient).run(10)
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()[[0, 2]]).all()
-    assert sum(statistics(simulation, "n_rejected")) > 0
+    assert sum(statistics(simulation, "n_nonfinite")) > 0
 
 
 # Remarks on settings.

@@ -10,7 +10,7 @@ from support.quadratic import same_bits, simulate, slope, states, statistics
 
 from mpitrain import theory
 from mpitrain.algorithms import EntropySGD, Parle
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 
 H, B = np.array([0.5, 1.0, 2.0]), np.array([1.0, -2.0, 0.5])
 STARTS = np.random.default_rng(0).normal(size=(3, 6))
@@ -179,7 +179,7 @@ def test_couplings_grow_once_an_outer_step_up_to_their_caps():
 
 @pytest.mark.parametrize("method", [EntropySGD(period=3), Parle(period=3), Parle(period=3, reference="z")])
 def test_each_part_of_the_vector_has_its_own_learning_rate_and_weight_decay(method):
-    parts = [Segment(slice(0, 2), 0.3, 0.1), Segment(slice(2, 6), 0.05, 0.0)]
+    parts = [ParamGroupSlice(slice(0, 2), 0.3, 0.1), ParamGroupSlice(slice(2, 6), 0.05, 0.0)]
     whole = simulate(method, 2, start=START, eta=0.0, gradient=slope(H, B))
 
     def program(comm):
@@ -203,11 +203,11 @@ def test_a_replica_that_is_not_finite_is_left_out():
     parle = simulate(Parle(period=2), 3, start=STARTS, eta=0.1, gradient=gradient).run(8)
     assert np.isfinite(parle.x()[[0, 2]]).all()
     np.testing.assert_allclose(parle.consensus(1), of(parle, "position")[[0, 2]].mean(0), rtol=0, atol=1e-14)
-    assert statistics(parle, "n_rejected")[1] > 0
-    assert statistics(parle, "n_rejected")[::2] == [0, 0]
+    assert statistics(parle, "n_nonfinite")[1] > 0
+    assert statistics(parle, "n_nonfinite")[::2] == [0, 0]
     entropy = simulate(EntropySGD(period=2), 3, start=START, eta=0.1, gradient=gradient).run(8)
     assert np.isfinite(entropy.x()).all()
-    assert statistics(entropy, "n_rejected") == [0, 8, 0]
+    assert statistics(entropy, "n_nonfinite") == [0, 8, 0]
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])

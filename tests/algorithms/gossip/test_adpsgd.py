@@ -10,7 +10,7 @@ from support.on_ranks import RankRun, ranks
 from support.quadratic import load, same_bits, simulate, slope, states, statistics
 
 from mpitrain.algorithms import ADPSGD
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 from mpitrain.algorithms.gossip.adpsgd import TOPOLOGIES
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted
 
@@ -27,7 +27,7 @@ def step(worker, g, eta):
     def update():
         worker.x.local[...] -= eta * g
 
-    worker.step([Segment(slice(0, worker.x.local.size), eta)], update)
+    worker.step([ParamGroupSlice(slice(0, worker.x.local.size), eta)], update)
 
 
 def test_an_averaging_gives_both_the_mean():
@@ -190,7 +190,7 @@ def test_what_is_not_finite_reaches_nobody_and_is_left_behind():
 
     simulation = simulate(COMPLETE, 4, start=np.ones(5), eta=0.1, gradient=gradient).run(20)
     assert np.isfinite(simulation.x()).all()
-    assert statistics(simulation, "n_rejected") == [0, 20, 0, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 20, 0, 0]
 
 
 def test_an_averaging_is_one_vector_each_way():

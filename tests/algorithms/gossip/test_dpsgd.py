@@ -153,7 +153,7 @@ def test_nan_of_a_neighbour_does_not_spread():
     simulation = simulate(DPSGD(), 4, start=np.ones(5), eta=0.1, gradient=gradient).run(20)
     assert np.isfinite(np.delete(simulation.x(), 1, axis=0)).all()
     # In every second step: each of its two neighbours what comes from it, and it, in vain, what comes from them.
-    assert statistics(simulation, "n_rejected") == [10, 20, 10, 0]
+    assert statistics(simulation, "n_nonfinite") == [10, 20, 10, 0]
     others = np.delete(simulation.x()[:, 2], 1)
     assert ((others > 0.9**20) & (others < 1.2 * 0.9**20)).all()  # it learns in every second step only
 

@@ -147,7 +147,7 @@ def test_nan_of_a_peer_does_not_spread_and_is_not_evaluated(method):
     assert np.isfinite(simulation.x()[[0, 2, 3]]).all()
     simulation.workers[1].x.local[2] = np.nan
     np.testing.assert_allclose(simulation.consensus(), simulation.x()[[0, 2, 3]].mean(axis=0), rtol=1e-12)
-    assert sum(statistics(simulation, "n_rejected")) > 0
+    assert sum(statistics(simulation, "n_nonfinite")) > 0
 
 
 def test_peers_are_drawn_by_seed_and_rank():

@@ -140,5 +140,5 @@ def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(dtype
     simulation = simulate(method, 2, start=np.ones(5, dtype), eta=0.1, gradient=gradient).run(20)
     assert np.isfinite(simulation.x()).all()
     assert (simulation.consensus() < 0.95).all()
-    assert statistics(simulation, "n_rejected")[0] == 0
-    assert statistics(simulation, "n_rejected")[1] >= 9
+    assert statistics(simulation, "n_nonfinite")[0] == 0
+    assert statistics(simulation, "n_nonfinite")[1] >= 9

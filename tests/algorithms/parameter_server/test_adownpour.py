@@ -16,10 +16,10 @@ def centers_seen(simulation):
     for worker in simulation.workers:
 
         def visit(part, c, visit=worker.visit):
-            n_rejected = visit(part, c)
+            n_nonfinite = visit(part, c)
             if part.stop > part.start:
                 seen.setdefault(part.start, []).append(c[0].copy())
-            return n_rejected
+            return n_nonfinite
 
         worker.visit = visit
     return seen

@@ -10,7 +10,7 @@ from support.parameter_server import bound, delayed, not_committed, whole_number
 from support.quadratic import radius, same_bits, simulate, slope, states, statistics, sweep_matrix
 
 from mpitrain.algorithms import AGN, Downpour
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, Scripted
 
 BOTH = [AGN(period=4), AGN(period=4, normalise="gradient")]
@@ -79,7 +79,7 @@ def test_with_another_local_optimizer_they_are_not():
     # The worker walks in signs, on two groups with rates of their own. Committed is the mean of its steps, or of SGD's.
     rng = np.random.default_rng(0)
     gradients, start = rng.normal(size=(4, 6)), rng.normal(size=6)
-    segments = [Segment(slice(0, 2), 0.1, 0.5), Segment(slice(2, 6), 0.3)]
+    group_slices = [ParamGroupSlice(slice(0, 2), 0.1, 0.5), ParamGroupSlice(slice(2, 6), 0.3)]
     eta, decay = np.array([0.1] * 2 + [0.3] * 4), np.array([0.5] * 2 + [0.0] * 4)
     x = start - 0.01 * np.vstack([np.zeros(6), np.sign(gradients)]).cumsum(0)
     wanted = {
@@ -95,7 +95,7 @@ def test_with_another_local_optimizer_they_are_not():
 
         for g in gradients:
             worker.g.local[...] = g
-            worker.step(segments, walk)
+            worker.step(group_slices, walk)
         np.testing.assert_allclose(simulation.consensus(), center, rtol=1e-13)
         assert same_bits(worker.x.local, simulation.consensus())
 
@@ -106,7 +106,7 @@ def test_a_partial_window_is_divided_by_its_own_steps(method, steps):
     start, gradient, noted = whole_numbers(1, 9, seed=steps)
     simulation = simulate(method, 1, start=start, eta=1.0, gradient=gradient).run(steps)
     for _ in range(2):  # the second has nothing to do
-        simulation.workers[0].finish()
+        simulation.workers[0].finalize()
     g = np.array([g for _, g in noted])
     windows = [g[k : k + 4] for k in range(0, steps, 4)]
     assert np.array_equal(simulation.consensus(), start - sum(window.sum(0) / len(window) for window in windows))
@@ -155,7 +155,7 @@ def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(metho
     simulation = simulate(method, 2, start=np.ones(5), eta=0.1, gradient=gradient).run(12)
     assert np.isfinite(simulation.x()).all()
     assert simulation.consensus()[2] < 0.9
-    assert statistics(simulation, "n_rejected") == [0, 1]
+    assert statistics(simulation, "n_nonfinite") == [0, 1]
 
 
 def test_warnings_tell_of_short_periods():

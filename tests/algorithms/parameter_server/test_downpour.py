@@ -153,8 +153,8 @@ def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(metho
     assert np.isfinite(simulation.consensus()).all()
     assert np.isfinite(simulation.x()).all()
     assert simulation.consensus()[2] < 0.9
-    assert statistics(simulation, "n_rejected")[1] >= 2
-    assert statistics(simulation, "n_rejected")[::2] == [0, 0]
+    assert statistics(simulation, "n_nonfinite")[1] >= 2
+    assert statistics(simulation, "n_nonfinite")[::2] == [0, 0]
 
 
 def test_periods_are_counted_by_each_worker():
@@ -174,7 +174,7 @@ def test_the_end_commits_what_is_left():
     assert not np.array_equal(simulation.consensus(), start - sum(g for _, g in noted))
     for _ in range(2):  # the second has nothing to do
         for worker in simulation.workers:
-            worker.finish()
+            worker.finalize()
     assert np.array_equal(simulation.consensus(), start - sum(g for _, g in noted))
     assert statistics(simulation, "n_exchanges") == [2, 2, 2]
 
@@ -202,7 +202,7 @@ def test_ranks_lose_nothing_and_count_nothing_twice(world, method):
             total += g
         if method.name == "agn":
             total /= method.period
-        rank.worker.finish()
+        rank.worker.finalize()
         assert np.array_equal(rank.consensus(), start - world.comm.allreduce(total))
 
 

@@ -112,7 +112,7 @@ def test_the_center_is_the_start_and_all_that_was_committed(p, warm, n_sync, see
 def test_who_still_waits_at_the_end_has_nothing_to_commit():
     simulation = run(GPUASGD(period=3, warm_start_steps=9), 3, 4, gradient=lambda rank, x: np.ones_like(x))
     for worker in simulation.workers:
-        worker.finish()
+        worker.finalize()
     start = np.random.default_rng(0).normal(size=12)
     np.testing.assert_allclose(simulation.consensus(), start - 4 * 0.1, rtol=1e-12)  # client 0's steps
     assert same_bits(simulation.x()[1:], np.tile(start, (2, 1)))

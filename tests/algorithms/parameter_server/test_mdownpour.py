@@ -9,7 +9,7 @@ from support.quadratic import radius, same_bits, simulate, slope, statistics
 
 from mpitrain import UsageError
 from mpitrain.algorithms import Downpour, MDownpour, create
-from mpitrain.algorithms.base.method import Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, Scripted
 from mpitrain.theory import mdownpour_largest_eh, mdownpour_matrix
 
@@ -78,16 +78,16 @@ def test_in_turn_it_is_the_recursion_of_delayed_momentum(p, delta):
 
 def test_parameter_groups_have_their_own_rates_wherever_the_shards_end():
     start, parts = np.random.default_rng(2).normal(size=60), [slice(0, 25), slice(25, 27), slice(27, 60)]
-    segments = [Segment(*of) for of in zip(parts, (0.1, 0.3, 0.2), (0, 0.5, 0.1), strict=True)]
+    group_slices = [ParamGroupSlice(*of) for of in zip(parts, (0.1, 0.3, 0.2), (0, 0.5, 0.1), strict=True)]
     simulation = simulate(MDownpour(momentum=0.7), 1, start=start, eta=0.0, largest_shard=16)
     (worker,) = simulation.workers
     for _ in range(20):
         worker.g.local[...] = worker.x.local
-        worker.step(segments, None)
-    for segment in segments:
-        rates = segment.learning_rate, 0.7, segment.weight_decay
-        wanted, _ = msgd(start[segment.part], lambda y: y, *rates, 20)
-        np.testing.assert_allclose(simulation.consensus()[segment.part], wanted, rtol=1e-12)
+        worker.step(group_slices, None)
+    for group_slice in group_slices:
+        rates = group_slice.learning_rate, 0.7, group_slice.weight_decay
+        wanted, _ = msgd(start[group_slice.part], lambda y: y, *rates, 20)
+        np.testing.assert_allclose(simulation.consensus()[group_slice.part], wanted, rtol=1e-12)
 
 
 def test_there_is_no_period():
@@ -113,7 +113,7 @@ def test_what_is_not_finite_never_reaches_the_center(bad):
     simulation = simulate(MDownpour(), 3, start=np.ones(5), eta=0.1, gradient=gradient).run(10)
     assert np.isfinite(simulation.x()).all()
     assert simulation.consensus()[2] < 0.9
-    assert statistics(simulation, "n_rejected") == [0, 10, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 10, 0]
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)

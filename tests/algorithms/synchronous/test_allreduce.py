@@ -6,7 +6,7 @@ import torch
 from support.quadratic import simulate, slope, standard_error
 
 from mpitrain.algorithms import AllReduceSGD
-from mpitrain.algorithms.base.method import Replica, Segment
+from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RandomOrder
 
@@ -66,10 +66,10 @@ def sliced(p, nodes, schedule=None):
     """Workers of which those of a node hold one copy of the parameters: what each holds after some steps."""
     rng, n = np.random.default_rng(5), 53
     start, h, b = rng.normal(size=n), np.linspace(0.2, 1.5, p), rng.normal(size=p)
-    segments = [
-        Segment(slice(0, 20), 0.1, 0.01, 0.9),
-        Segment(slice(20, 37), 0.05, 0.0, 0.8, nesterov=True),
-        Segment(slice(37, n), 0.2, 0.02),
+    group_slices = [
+        ParamGroupSlice(slice(0, 20), 0.1, 0.01, 0.9),
+        ParamGroupSlice(slice(20, 37), 0.05, 0.0, 0.8, nesterov=True),
+        ParamGroupSlice(slice(37, n), 0.2, 0.02),
     ]
     gradient = slope(h, b)
 
@@ -77,10 +77,10 @@ def sliced(p, nodes, schedule=None):
         x, g = comm.node_vector(n, np.float64), comm.vector(n, np.float64)
         x.local[...] = start
         comm.barrier()
-        worker = AllReduceSGD().worker(Replica(comm, x, g, one_a_node=True))
+        worker = AllReduceSGD().worker(Replica(comm, x, g, node_shared=True))
         for _ in range(9):
             g.local[...] = gradient(comm.rank, x.local)
-            worker.step(segments, None)
+            worker.step(group_slices, None)
         out = np.empty(n)
         worker.consensus(out)
         comm.barrier()
@@ -89,12 +89,12 @@ def sliced(p, nodes, schedule=None):
 
     results = SimulatedWorld(p, schedule, nodes=nodes).run(program)
 
-    parts = [torch.nn.Parameter(torch.from_numpy(start[segment.part].copy())) for segment in segments]
+    parts = [torch.nn.Parameter(torch.from_numpy(start[group_slice.part].copy())) for group_slice in group_slices]
     alone = torch.optim.SGD(
         [
             {"params": [part], "lr": s.learning_rate, "weight_decay": s.weight_decay}
             | {"momentum": s.momentum, "nesterov": s.nesterov}
-            for part, s in zip(parts, segments, strict=True)
+            for part, s in zip(parts, group_slices, strict=True)
         ]
     )
     for _ in range(9):

@@ -76,11 +76,11 @@ def test_what_is_being_averaged_is_left_alone(monkeypatch):
         pending, sent = begin(comm, vector, mean=mean), vector.local.copy()
         begun.append(sent)
 
-        def finish():
+        def wait():
             finished.append(same_bits(vector.local, sent))
-            pending.finish()
+            pending.wait()
 
-        return SimulatedPending(finish)
+        return SimulatedPending(wait)
 
     monkeypatch.setattr(SimulatedCommunicator, "start_allreduce", watched)
     simulation = simulate(DaSGD(period=4, delay=3), 3, start=START, eta=0.1, gradient=slope(H, B))
@@ -115,7 +115,7 @@ def test_nan_of_one_worker_stays_with_it():
     method = DaSGD(period=2, delay=1)
     simulation = simulate(method, 3, start=START, eta=0.1, gradient=gradient).run(9)
     assert np.isfinite(simulation.x()[[0, 2]]).all()
-    assert statistics(simulation, "n_rejected") == [4, 4, 4]
+    assert statistics(simulation, "n_nonfinite") == [4, 4, 4]
 
 
 def test_a_delay_of_a_period_is_cut_and_told():

@@ -75,7 +75,7 @@ def test_islands_that_are_not_finite_drop_out_of_a_round():
     d = START - np.mean([START * 0.81 + rank * 0.19 for rank in (0, 1)], 0)
     theta = START - 0.7 * (d + 0.9 * d)
     np.testing.assert_allclose(simulation.x(), np.tile(theta, (4, 1)), rtol=1e-12)
-    assert statistics(simulation, "n_rejected") == [0, 0, 6, 6]
+    assert statistics(simulation, "n_nonfinite") == [0, 0, 6, 6]
     # and are present again in the next
     e = theta - np.mean([theta * 0.81 + rank * 0.19 for rank in range(4)], 0)
     wanted = theta - 0.7 * (e + 0.9 * (0.9 * d + e))

@@ -76,9 +76,9 @@ def test_a_worker_that_is_not_finite_is_left_out_and_comes_back():
     simulation = simulate(LocalSGD(period=2), 3, start=START, eta=0.1, gradient=gradient)
     two_steps = [START * 0.81 + rank * 0.19 for rank in (0, 2)]
     np.testing.assert_allclose(simulation.run(2).x(), np.tile(np.mean(two_steps, 0), (3, 1)), rtol=1e-12)
-    assert statistics(simulation, "n_rejected") == [0, 1, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 1, 0]
     assert np.isfinite(simulation.run(10).x()).all()
-    assert statistics(simulation, "n_rejected") == [0, 1, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 1, 0]
 
 
 def test_when_nobody_is_finite_it_shows():

@@ -114,7 +114,7 @@ def test_a_worker_that_is_not_finite_is_left_out_of_a_round():
     d = START - np.mean([START * 0.81 + rank * 0.19 for rank in (0, 2)], 0)
     np.testing.assert_allclose(states(simulation)[2]["outer_momentum"], d / 0.1, rtol=1e-10)
     np.testing.assert_allclose(simulation.x(), np.tile(START - d, (3, 1)), rtol=1e-12)
-    assert statistics(simulation, "n_rejected") == [0, 6, 0]
+    assert statistics(simulation, "n_nonfinite") == [0, 6, 0]
     # the next round has all three again: theta_1 = mean of the three ends, less the momentum
     wanted = (START - d) * 0.81 + 0.19 - 0.5 * d
     np.testing.assert_allclose(simulation.run(2).consensus(), wanted, rtol=1e-12)

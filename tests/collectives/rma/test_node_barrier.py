@@ -9,40 +9,40 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 
 @pytest.fixture
-def meeting(comm):
-    from mpitrain.collectives.rma.node_barrier import Meeting
+def node_barrier(comm):
+    from mpitrain.collectives.rma.node_barrier import NodeBarrier
 
-    made = Meeting(comm.world, comm.statistics)
+    made = NodeBarrier(comm.world, comm.statistics)
     yield made
     comm.barrier()
     made.free()
 
 
 @ALL
-def test_what_was_written_before_is_seen_after(comm, meeting, window):
+def test_what_was_written_before_is_seen_after(comm, node_barrier, window):
     """Everybody writes, everybody reads all of its node, time after time."""
     mine = window(1000, np.int64)
     peers = [mine.of(rank) for rank in comm.world.node_ranks]
     for number in range(50):
         mine.local[:] = number * 10 + comm.rank
-        meeting()
+        node_barrier()
         for rank, peer in zip(comm.world.node_ranks, peers, strict=True):
             assert np.all(peer == number * 10 + rank)
-        meeting()
+        node_barrier()
 
 
 @ALL
-def test_waiting_for_long_is_counted(comm, meeting):
+def test_waiting_for_long_is_counted(comm, node_barrier):
     from mpitrain.kernels.native.node_barrier import STRIDE
 
     late = comm.world.node_ranks[-1]
-    meeting()
+    node_barrier()
     before = comm.statistics.wait_seconds
     if comm.rank == late:
-        while np.any(meeting.words[:-STRIDE:STRIDE] == meeting.number):  # the others have not come yet
+        while np.any(node_barrier.words[:-STRIDE:STRIDE] == node_barrier.number):  # the others have not come yet
             time.sleep(0.001)
         time.sleep(0.2)
-    meeting()
+    node_barrier()
     if comm.rank != late:
         assert comm.statistics.wait_seconds - before > 0.1
 
@@ -51,19 +51,19 @@ def test_waiting_for_long_is_counted(comm, meeting):
 @pytest.mark.parametrize("cores", [0.5, 1.0, 8.0])
 def test_who_has_no_core_of_its_own_is_less_patient(monkeypatch, one_node, cores):
     from mpitrain.collectives.rma.locks import NodeWords
-    from mpitrain.collectives.rma.node_barrier import PATIENCE, PATIENCE_WITHOUT_A_CORE, Meeting
+    from mpitrain.collectives.rma.node_barrier import SPIN_LIMIT, SPIN_LIMIT_WITHOUT_A_CORE, NodeBarrier
     from mpitrain.collectives.world.statistics import Statistics
 
     monkeypatch.setattr(one_node, "cores", cores)
-    meeting, words = Meeting(one_node, Statistics()), NodeWords(one_node, [1] * one_node.size)
-    assert {meeting.patience, words._patience} == {PATIENCE_WITHOUT_A_CORE if cores < 1 else PATIENCE}
+    node_barrier, words = NodeBarrier(one_node, Statistics()), NodeWords(one_node, [1] * one_node.size)
+    assert {node_barrier.spin_limit, words._spin_limit} == {SPIN_LIMIT_WITHOUT_A_CORE if cores < 1 else SPIN_LIMIT}
     one_node.barrier()
     words.free()
-    meeting.free()
+    node_barrier.free()
 
 
 @pytest.mark.ranks(2, 3)
-def test_who_waits_still_answers_one_sided_operations(comm, meeting):
+def test_who_waits_still_answers_one_sided_operations(comm, node_barrier):
     """A window over a rank's own memory is served by calls into MPI, which a rank that waits here must go on making."""
     from mpi4py import MPI
 
@@ -76,5 +76,5 @@ def test_who_waits_still_answers_one_sided_operations(comm, meeting):
             mpi.Get(seen, comm.size - 1)
             mpi.Unlock(comm.size - 1)
         assert np.all(seen == comm.size - 1)
-    meeting()
+    node_barrier()
     mpi.Free()

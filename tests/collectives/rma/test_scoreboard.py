@@ -8,9 +8,9 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 @pytest.fixture
 def board(world):
-    from mpitrain.collectives.rma.scoreboard import Board
+    from mpitrain.collectives.rma.scoreboard import Scoreboard
 
-    made = Board(world, ["step", "loss"])
+    made = Scoreboard(world, ["step", "loss"])
     yield made
     world.comm.Barrier()
     made.free()
@@ -33,9 +33,9 @@ def test_everybody_reads_all_numbers(world, board):
 
 @ALL
 def test_several_numbers_go_by_one_name(world):
-    from mpitrain.collectives.rma.scoreboard import Board
+    from mpitrain.collectives.rma.scoreboard import Scoreboard
 
-    board = Board(world, ["step", ("histogram", 3), "loss"])
+    board = Scoreboard(world, ["step", ("histogram", 3), "loss"])
     board.write(step=world.rank, histogram=[world.rank, 1, 2], loss=0.5)
     world.barrier()
     numbers = board.read()
@@ -49,9 +49,9 @@ def test_several_numbers_go_by_one_name(world):
 
 @pytest.mark.ranks(2, 3, 4, 5)
 def test_the_numbers_of_other_nodes_are_on_their_way_together(monkeypatch, two_nodes):
-    from mpitrain.collectives.rma.scoreboard import Board
+    from mpitrain.collectives.rma.scoreboard import Scoreboard
 
-    board, calls = Board(two_nodes, ["step"]), []
+    board, calls = Scoreboard(two_nodes, ["step"]), []
     for name in ("get", "flush"):
         original = getattr(board._window, name)
         monkeypatch.setattr(board._window, name, lambda *args, f=original, name=name: (calls.append(name), f(*args)))

@@ -87,7 +87,7 @@ def test_what_a_kernel_rejects_is_counted(comm):
     out = np.ones(1000, np.float32)
     center.read(out)
     assert not out.any()
-    assert comm.statistics.n_rejected == 1000
+    assert comm.statistics.n_nonfinite == 1000
 
 
 @ALL

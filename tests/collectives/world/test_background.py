@@ -14,24 +14,24 @@ WAIT_SECONDS = 0.2
 
 def looks_until(seconds):
     """How often a wait of so many seconds looks."""
-    end, looks = time.perf_counter() + seconds, []
+    end, polls = time.perf_counter() + seconds, []
 
     def is_done():
-        looks.append(None)
+        polls.append(None)
         return time.perf_counter() >= end
 
-    background.nap_until(is_done)
+    background.wait_with_backoff(is_done)
     assert time.perf_counter() >= end
-    return len(looks)
+    return len(polls)
 
 
 def test_a_background_thread_looks_seldom_and_the_foreground_often():
     thread = background.Background(threads=True)
     counts = []
-    thread.start(lambda: counts.append(looks_until(WAIT_SECONDS))).finish()
+    thread.start(lambda: counts.append(looks_until(WAIT_SECONDS))).wait()
     thread.stop()
     # Naps as long as the wait so far, from 0.2 to 4 ms: the first 4 ms are half a dozen of looks, the rest 49 at most.
-    assert 1 < counts[0] < 1.3 * WAIT_SECONDS / background.LONGEST_NAP_SECONDS
+    assert 1 < counts[0] < 1.3 * WAIT_SECONDS / background.LONGEST_BACKOFF_SECONDS
     assert looks_until(WAIT_SECONDS) > 1
 
 
@@ -43,10 +43,10 @@ def test_naps_are_as_long_as_the_time_since_the_first_one_between_the_shortest_a
         now[0] += seconds
 
     monkeypatch.setattr(background, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
-    naps = background.Naps(1.0, 10.0)
+    backoff = background.Backoff(1.0, 10.0)
     now[0] += 50  # whatever went before
     for _ in range(7):
-        naps.rest()
+        backoff.rest()
     assert slept == [1.0, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
 
 
@@ -70,7 +70,7 @@ def test_what_fails_last_is_told_at_the_stop_if_nobody_has_heard_of_it(n_before)
 
     started = thread.start(fail)
     with pytest.raises(KeyError, match="shard"):
-        started.finish()
+        started.wait()
     thread.stop()
 
 

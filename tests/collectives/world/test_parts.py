@@ -73,11 +73,11 @@ def test_a_sum_in_the_background(comm, n, dtype):
     vector.local[...] = values[comm.rank]
     pending = comm.start_allreduce(vector)
     other = comm.gather([comm.rank])  # something else goes on meanwhile
-    pending.finish()
+    pending.wait()
     assert other.size == comm.size
     assert np.array_equal(vector.local, values.sum(0))
     vector.local[...] = comm.rank
-    comm.start_allreduce(vector, mean=True).finish()
+    comm.start_allreduce(vector, mean=True).wait()
     np.testing.assert_allclose(vector.local, (comm.size - 1) / 2, rtol=1e-3)
     assert comm.statistics.n_exchanges == 2
     assert comm.statistics.bytes_sent == 2 * (2 * (comm.size - 1) * n * np.dtype(dtype).itemsize // comm.size)
@@ -92,17 +92,17 @@ def test_memory_is_given_back_only_when_nothing_is_under_way(world):
         vector, events = comm.vector(1_000_000, np.float32), []
         vector.local[...] = 1 + comm.rank
         pending = comm.start_allreduce(vector)
-        finish, free = pending.finish, vector.free
+        wait, free = pending.wait, vector.free
 
-        def finish_and_look(finish=finish, vector=vector, events=events):
-            finish()
+        def finish_and_look(wait=wait, vector=vector, events=events):
+            wait()
             events.append(np.unique(vector.local).tolist())
 
         def note_and_free(free=free, events=events):
             events.append("freed")
             free()
 
-        pending.finish, vector.free = finish_and_look, note_and_free
+        pending.wait, vector.free = finish_and_look, note_and_free
         comm.free()
         assert events == [[sum(range(1, 1 + world.size))], "freed"]
-        finish()
+        wait()

@@ -84,10 +84,10 @@ def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("thread", ["foreground", "background"])
 def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
-    from mpitrain.collectives.mpi import LARGEST_SERVED_SHARD
+    from mpitrain.collectives.mpi import LARGEST_REMOTE_SHARD
     from mpitrain.collectives.world.background import Background
 
-    vector = comm.shared_vector(5 * LARGEST_SERVED_SHARD // 2 * comm.size, np.float32)  # three blocks at each
+    vector = comm.shared_vector(5 * LARGEST_REMOTE_SHARD // 2 * comm.size, np.float32)  # three blocks at each
     n_visits = 4
     background = Background(threads=thread == "background")
 
@@ -95,7 +95,7 @@ def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, threa
         for _ in range(n_visits):
             vector.update(lambda part, c: np.add(c, 1, out=c) is None)
 
-    background.start(visit).finish()
+    background.start(visit).wait()
     background.stop()
     comm.barrier()
     out = np.empty(vector.n, np.float32)
@@ -175,5 +175,5 @@ def test_who_lets_a_service_wait_hears_of_its_error(failing):
         time.sleep(0.001)
     thread.fetch(0, (there.ctypes.data, 0), (here.copy(), none))
     with pytest.raises(MPI.Exception):
-        started.finish()
+        started.wait()
     background.stop()

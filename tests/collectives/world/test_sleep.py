@@ -86,26 +86,26 @@ def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_
 
 
 def test_a_bell_is_heard_once_however_often_it_was_rung():
-    from mpitrain.collectives.world.progress import Bell
+    from mpitrain.collectives.world.progress import WakeupPipe
 
-    bell, poll = Bell(), select.poll()
-    poll.register(bell.reads, select.POLLIN)
+    wakeup, poll = WakeupPipe(), select.poll()
+    poll.register(wakeup.reads, select.POLLIN)
     assert not poll.poll(0)
     for _ in range(100_000):  # more than a pipe has room for
-        bell.ring()
-    assert poll.poll(0) == [(bell.reads, select.POLLIN)]
+        wakeup.ring()
+    assert poll.poll(0) == [(wakeup.reads, select.POLLIN)]
     while poll.poll(0):
-        assert os.read(bell.reads, 1 << 20)
-    bell.ring()
+        assert os.read(wakeup.reads, 1 << 20)
+    wakeup.ring()
     assert poll.poll(0)
 
 
 def test_files_of_events_are_found_and_told_when_something_has_happened():
-    from mpitrain.collectives.world.progress import Bell, files_of_events, polled
+    from mpitrain.collectives.world.progress import WakeupPipe, files_of_events, polled
 
-    before, bell = set(files_of_events()), Bell()
+    before, wakeup = set(files_of_events()), WakeupPipe()
     with select.epoll() as epoll:
-        epoll.register(bell.reads, select.EPOLLIN)
+        epoll.register(wakeup.reads, select.EPOLLIN)
         (file,) = set(files_of_events()) - before
         assert file == epoll.fileno()
         (row,) = polled([file])
@@ -114,5 +114,5 @@ def test_files_of_events_are_found_and_told_when_something_has_happened():
         poll = select.poll()
         poll.register(file, int(row["events"]))
         assert not poll.poll(0)
-        bell.ring()
+        wakeup.ring()
         assert poll.poll(0)

@@ -42,7 +42,7 @@ def start(head="", **variables):
     )
 
 
-def finish(process):
+def wait(process):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return json.loads(out)
@@ -53,27 +53,27 @@ def files(root):
 
 
 def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_path):
-    counts = [finish(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(4)]]
+    counts = [wait(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(4)]]
     assert all(sum(count.values()) == 3 for count in counts)
     assert any(count["compiled"] for count in counts)
     before = files(tmp_path)
     assert len({path.parent for path in before if path.suffix == ".py"}) == 3
     assert not [path for path in before if path.name.startswith(".") or ".tmp" in path.name]
-    assert finish(start(MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+    assert wait(start(MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
     assert files(tmp_path) == before
 
 
 def test_a_damaged_source_is_written_again(tmp_path):
-    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
     for path in tmp_path.rglob("*.py"):
         path.write_text("raise SystemExit('half a file')")
-    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
 
 
 def test_the_first_place_that_can_be_written_to_is_used(tmp_path):
     blocked = tmp_path / "a file, not a folder"
     blocked.touch()
-    finish(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
+    wait(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
     assert list((tmp_path / "xdg" / "mpitrain").rglob("*.nbc"))
 
 
@@ -102,15 +102,15 @@ def test_where_the_first_place_is_full_the_next_one_is_used(tmp_path, which):
     full, other = tmp_path / "full", tmp_path / "xdg"
     head = FULL.format(full=str(full), which=which)
     for expected in ({"compiled": 3, "loaded": 0}, {"compiled": 0, "loaded": 3}):
-        assert finish(start(head, MPITRAIN_CACHE_DIR=full, XDG_CACHE_HOME=other, HOME=tmp_path)) == expected
+        assert wait(start(head, MPITRAIN_CACHE_DIR=full, XDG_CACHE_HOME=other, HOME=tmp_path)) == expected
     assert len(list(other.rglob("*.nbc"))) == 3
     assert not [path for path in full.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
 
 
 def test_what_a_full_place_has_is_used(tmp_path):
-    finish(start(MPITRAIN_CACHE_DIR=tmp_path))
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
     head = FULL.format(full=str(tmp_path), which="")
-    assert finish(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+    assert wait(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
 
 
 def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):

@@ -296,33 +296,33 @@ def n_waiting():
 
 @pytest.mark.usefixtures("device")
 def test_what_a_guard_rejects_is_waited_for_when_it_is_read():
-    rejected = rejecting(3)
+    n_nonfinite = rejecting(3)
     assert n_waiting() == 2  # the kernel, and the way of its count to the host
     total = 0
-    total += rejected
+    total += n_nonfinite
     total += rejecting(0)
     total = total + 4 + np.int64(2) + rejecting(5)
     assert n_waiting() == 6
     assert total == 14
     assert n_waiting() == 0
-    assert rejected == 3
-    assert rejected
+    assert n_nonfinite == 3
+    assert n_nonfinite
     assert not rejecting(0)
-    assert [10, 20, 30, 40][rejected] == 40
+    assert [10, 20, 30, 40][n_nonfinite] == 40
     assert f"{total}" == "14"
     assert int(sum([rejecting(1), rejecting(2)])) == 3
     with pytest.raises(TypeError):
-        rejected + 0.5
+        n_nonfinite + 0.5
 
 
 @pytest.mark.usefixtures("device")
 def test_counts_are_exact_in_any_order_and_however_many_nobody_has_read():
     n_bad = np.random.default_rng(0).integers(0, 50, 5 * cuda.N_COUNTERS).tolist()
-    rejected = [rejecting(n) for n in n_bad]
+    n_nonfinite = [rejecting(n) for n in n_bad]
     assert n_waiting() > cuda.N_COUNTERS // 4  # of the newest nobody has waited for any
     for k in np.random.default_rng(1).permutation(len(n_bad)):
-        assert int(rejected[k]) == n_bad[k]
-    assert [int(r) for r in rejected] == n_bad
+        assert int(n_nonfinite[k]) == n_bad[k]
+    assert [int(r) for r in n_nonfinite] == n_bad
 
 
 @pytest.mark.usefixtures("device")
@@ -344,19 +344,19 @@ def test_streams_may_change_between_launches(device):
 
 
 def test_a_thread_may_read_what_another_has_begun(device):
-    rejected, failed = [], []
+    n_nonfinite, failed = [], []
     lock = threading.Lock()
 
     def launch(seed):
         for n in np.random.default_rng(seed).integers(0, 50, 3 * cuda.N_COUNTERS).tolist():
             one = rejecting(n)
             with lock:
-                rejected.append((one, n))
+                n_nonfinite.append((one, n))
 
     def read():
         for _ in range(50):
             with lock:
-                so_far = rejected[-20:]
+                so_far = n_nonfinite[-20:]
             failed.extend((int(one), n) for one, n in so_far if int(one) != n)
 
     threads = [threading.Thread(target=launch, args=(k,)) for k in range(2)]
@@ -366,8 +366,8 @@ def test_a_thread_may_read_what_another_has_begun(device):
     for thread in threads:
         thread.join()
     assert not failed
-    assert all(one == n for one, n in rejected)
-    assert sum((one for one, _ in rejected), start=0) == sum(n for _, n in rejected)
+    assert all(one == n for one, n in n_nonfinite)
+    assert sum((one for one, _ in n_nonfinite), start=0) == sum(n for _, n in n_nonfinite)
 
 
 def test_a_launch_that_fails_takes_no_counter(device, monkeypatch):

@@ -81,8 +81,8 @@ def test_a_swap_orders_what_is_written_between_two_of_them(n):
 
 
 @THREADS
-@pytest.mark.parametrize("patience", [0, 1000])
-def test_only_one_has_the_lock(n, patience):
+@pytest.mark.parametrize("spin_limit", [0, 1000])
+def test_only_one_has_the_lock(n, spin_limit):
     """And gives it back by a swap: versions are seen once each, in the order of the counter."""
     words, times = np.zeros(STRIDE, np.int64), 200
     taken, swapped = take(), swap()
@@ -91,11 +91,11 @@ def test_only_one_has_the_lock(n, patience):
     def body(rank):
         versions = []
         for _ in range(times):
-            found = taken(words, 0, rank + 1, patience)
+            found = taken(words, 0, rank + 1, spin_limit)
             while found & OWNER_MASK:
                 assert found & OWNER_MASK <= n
                 threading.Event().wait(1e-5)
-                found = taken(words, 0, rank + 1, patience)
+                found = taken(words, 0, rank + 1, spin_limit)
             seen = counter[0]
             assert found == seen << OWNER_BITS
             threading.Event().wait(1e-5)  # whoever could come between would
@@ -115,11 +115,11 @@ def test_a_free_word_is_taken_whatever_its_version_and_its_neighbours_are_left_a
     assert words.tolist() == [0, 1 << OWNER_BITS, 2 << OWNER_BITS | 7, 3 << OWNER_BITS]
 
 
-@pytest.mark.parametrize("patience", [0, 1, 1000])
-def test_a_held_word_is_left_to_its_owner(patience):
+@pytest.mark.parametrize("spin_limit", [0, 1, 1000])
+def test_a_held_word_is_left_to_its_owner(spin_limit):
     held = 5 << OWNER_BITS | 2
     words = np.array([held])
-    assert take()(words, 0, 7, patience) == held
+    assert take()(words, 0, 7, spin_limit) == held
     assert words[0] == held
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpitrain.kernels.compile.declare import as_bits
-from mpitrain.kernels.native.node_barrier import STRIDE, meet, sum_together
+from mpitrain.kernels.native.node_barrier import STRIDE, meet, sum_on_node
 from mpitrain.kernels.reductions import DIRECT
 
 IMPATIENT = 1
@@ -72,7 +72,7 @@ def test_the_sum_of_all_has_numpys_bits(k, dtype):
         for other in others:
             total = total + other
         expected = (wide(1 / k) * total).astype(dtype).astype(wide)
-    words, function = np.zeros(STRIDE * k, np.int64), sum_together(k, np.dtype(dtype))
+    words, function = np.zeros(STRIDE * k, np.int64), sum_on_node(k, np.dtype(dtype))
     arguments = as_bits(vectors) if np.dtype(dtype).itemsize == 2 else vectors
 
     def body(rank):

@@ -34,9 +34,9 @@ def pushed(form, changed, fetched=None, residual=None):
     raw = encoded(form, np.zeros(n, np.float32) if fetched is None else fetched)
     left = np.zeros(n, np.float32) if residual is None else residual.copy()
     sent, arrived = np.zeros(form.sent_bytes(n), np.uint8), np.zeros(n, np.float32)
-    n_rejected = form.push(changed, raw, left, sent)
+    n_nonfinite = form.push(changed, raw, left, sent)
     form.add(sent, arrived)
-    return arrived, left, n_rejected
+    return arrived, left, n_nonfinite
 
 
 def rounded(name, values):
@@ -88,8 +88,8 @@ def test_infinities_stay_and_the_largest_numbers_do_not_become_them(name):
 def test_int8_errs_by_half_a_step_at_most(n, magnitude):
     values = (np.random.default_rng(n).normal(size=n) * magnitude).astype(np.float32)
     values[n // 3 : n // 2] *= 1e-3  # a group has scales of its own
-    arrived, left, n_rejected = pushed(wire.FORMATS["int8"], values)
-    assert n_rejected == 0
+    arrived, left, n_nonfinite = pushed(wire.FORMATS["int8"], values)
+    assert n_nonfinite == 0
     for start in range(0, n, 256):
         of_group = slice(start, start + 256)
         step = np.abs(values[of_group]).max().astype(np.float64) / 127
@@ -125,10 +125,10 @@ def test_what_a_change_loses_is_left_over(name, n):
     fetched = decoded(form, encoded(form, start), n)
     changed = fetched + (rng.normal(size=n) * 0.01).astype(np.float32)
     before = (rng.normal(size=n) * 1e-4).astype(np.float32)
-    arrived, left, n_rejected = pushed(form, changed, fetched, before)
+    arrived, left, n_nonfinite = pushed(form, changed, fetched, before)
     wanted = (changed - fetched) + before
     np.testing.assert_allclose(arrived.astype(np.float64) + left, wanted, rtol=2e-7, atol=1e-9)
-    assert n_rejected == 0
+    assert n_nonfinite == 0
     assert n < 2 or not np.array_equal(arrived, wanted)  # or there would have been nothing to leave over
 
 
@@ -136,8 +136,8 @@ def test_what_a_change_loses_is_left_over(name, n):
 def test_what_is_no_number_is_not_sent_and_nothing_of_it_is_left_over(name):
     changed = np.linspace(-1, 1, 600, dtype=np.float32)
     changed[[5, 300, 599]] = np.nan, np.inf, -np.inf
-    arrived, left, n_rejected = pushed(wire.FORMATS[name], changed, residual=np.full(600, 0.25, np.float32))
-    assert n_rejected == 3
+    arrived, left, n_nonfinite = pushed(wire.FORMATS[name], changed, residual=np.full(600, 0.25, np.float32))
+    assert n_nonfinite == 3
     assert not arrived[[5, 300, 599]].any()
     assert not left[[5, 300, 599]].any()
     sound = np.isfinite(changed)
