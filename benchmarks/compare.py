@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comparison
 import numpy as np
-import plan
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds benchmarks/ only
+
+from benchmarks.comparison import plan, tables
 from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
@@ -131,14 +132,12 @@ def make_folder(out: Path | None, world: Any) -> Path:
 
 def summary(results: Results, target: float | None) -> dict[str, Any]:
     """What came out, by method and run by run. Local; rank 0 only."""
-    target = target or comparison.default_target([result for runs in results.values() for result in runs])
+    target = target or tables.default_target([result for runs in results.values() for result in runs])
     return {
         "target_accuracy": target,
-        "rows": [comparison.summarise(runs, target) for runs in results.values()],
+        "rows": [tables.summarise(runs, target) for runs in results.values()],
         "runs": [
-            comparison.run_document(result, seed, target)
-            for runs in results.values()
-            for seed, result in enumerate(runs)
+            tables.run_document(result, seed, target) for runs in results.values() for seed, result in enumerate(runs)
         ],
     }
 
@@ -161,7 +160,7 @@ def tell(document: dict[str, Any], out: Path, *, only_json: bool) -> None:
     document["files"].append(str(path))
     path.write_text(to_json(document, indent=2) + "\n")
     if not only_json:
-        print("\n".join([*headline(document), "", *comparison.table(document["rows"]), ""]))
+        print("\n".join([*headline(document), "", *tables.table(document["rows"]), ""]))
         print("\n".join(f"wrote {file}" for file in document["files"]))
     print(to_json(document), flush=True)
 

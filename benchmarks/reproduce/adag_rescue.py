@@ -8,7 +8,7 @@ that of the center, on all images. It begins at ln 10.
 Equal machines come nearly in turn, and that does the harm: with steps of exponentially distributed length (the next one
 is anybody, most pulls are young) AGN does not diverge at the same learning rate. The last row of the table shows it.
 
-    python benchmarks/reproduce/adag_rescue.py [--workers 16] [--lr 0.5] [--rounds 60] [--seeds 3] [--out DIR] [--json]
+    python -m benchmarks.reproduce.adag_rescue [--workers 16] [--lr 0.5] [--rounds 60] [--seeds 3] [--out DIR] [--json]
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from figure import COLOURS, DASHES, Outcome, panels, parser
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.reproduce.figure import COLOURS, DASHES, Outcome, panels, parser
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.parameter_server.adag import ADAG
 from mpitrain.algorithms.parameter_server.agn import AGN

@@ -5,7 +5,7 @@ with 3 and 8 workers, over learning rates eta up to 0.01 and elastic coefficient
 it the center from the paper's start, 1000, at eta = 0.001 and rho = 2.5: ADMM falls first, as EASGD does, and then
 oscillates with a growing amplitude.
 
-    python benchmarks/reproduce/admm_stability.py [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.admm_stability [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.colors import TwoSlopeNorm
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 
 Array = NDArray[np.float64]

@@ -11,7 +11,7 @@ What the attackers do before they are caught is not undone: the double safeguard
 280 steps, here a sixth of the run, and of the seeds 0 to 4 one (2) stays 4 points below the ideal baseline, the others
 less than 1.
 
-    python benchmarks/reproduce/byzantine.py [--steps 1800] [--seeds 1] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.byzantine [--steps 1800] [--seeds 1] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, DASHES, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, DASHES, Outcome, panels, parser
 from mpitrain import RobustSGD, SafeguardSGD
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.byzantine.attacks import (

@@ -8,7 +8,7 @@ Hermans' thesis, CERN-THESIS-2017-103, reports that DOWNPOUR with period 1 conve
 and at eh = 0.1 all of these observations follow from it. Measured here: the workers' pushes and pulls themselves, in
 turn, at each point; and the toolkit's own DOWNPOUR and AGN, in a simulated world, at some of them.
 
-    python benchmarks/reproduce/downpour_phase.py [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.downpour_phase [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms.parameter_server.agn import AGN
 from mpitrain.algorithms.parameter_server.downpour import Downpour

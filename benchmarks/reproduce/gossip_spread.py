@@ -16,7 +16,7 @@ All of it is measured on the method itself, in rounds. Beside it the spread of w
 random order, as asynchronous ones do: who pulls then finds what its peer published before its last step, and the
 workers stay further apart. There is no formula for that here.
 
-    python benchmarks/reproduce/gossip_spread.py [--rounds 400] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.gossip_spread [--rounds 400] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms import GossipSGD
 from mpitrain.simulation.communicator import SimulatedWorld

@@ -8,7 +8,7 @@ Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pict
    is drawn too: what workers differ by is multiplied by 1 - eh - alpha, above 1 there.
 3. Two workers in a double well rest in different wells, the center on the saddle, as long as rho < 2/3.
 
-    python benchmarks/reproduce/input_spread.py [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.input_spread [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 
 Array = NDArray[np.float64]

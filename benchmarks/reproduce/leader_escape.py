@@ -13,7 +13,7 @@ squared error of X X' there. If X is a solution then X Q is one for every rotati
 As in the paper the best worker of eight counts. The table has the losing cells too: under a strong pull all follow the
 first leader at once, and where that comes to a plateau (rank 5, pull 0.1) nobody is left to find a way around it.
 
-    python benchmarks/reproduce/leader_escape.py [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
+    python -m benchmarks.reproduce.leader_escape [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.elastic.easgd import EASGD
 from mpitrain.algorithms.leader.lsgd import LSGD

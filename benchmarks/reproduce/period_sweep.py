@@ -5,7 +5,7 @@ few learning rates for each method and period. Here the workers are simulated, i
 one hidden layer on the digits of scikit-learn. What is compared is the loss of the center on all training samples after
 a fixed number of gradients.
 
-    python benchmarks/reproduce/period_sweep.py [--steps 640] [--seeds 1] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.period_sweep [--steps 640] [--seeds 1] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms import METHODS
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Gradient, Simulation

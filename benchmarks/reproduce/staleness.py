@@ -5,7 +5,7 @@ is the staleness of DOWNPOUR's commits, under three kinds of workers: served in 
 length by 10 % (log-normal); and steps of exponentially distributed length, which make the next one always anybody's
 turn. Then the staleness is geometric, and asynchrony acts as momentum 1 - 1/n (Mitliagkas et al. 2016).
 
-    python benchmarks/reproduce/staleness.py [--commits 300] [--seed 0] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.staleness [--commits 300] [--seed 0] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.parameter_server.downpour import Downpour
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,21 +12,20 @@ import pytest
 from support.on_ranks import ranks
 from support.standin_gpu import StandInGpu, install
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.ranks(1, 2), pytest.mark.time_limit(120)]  # what imports these scripts starts MPI
 
 M = 2**20
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def load() -> Callable[[str], ModuleType]:
+    """Import a benchmark by its module name."""
     return importlib.import_module
 
 
 @pytest.fixture
 def exchange(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_exchange")
+    return load("benchmarks.gpu.exchange")
 
 
 @pytest.fixture
@@ -170,7 +168,7 @@ def test_the_default_sizes_hold_that_of_the_bar(exchange: ModuleType) -> None:
 
 @pytest.fixture
 def training(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_training")
+    return load("benchmarks.gpu.training")
 
 
 @pytest.fixture
@@ -194,7 +192,7 @@ def test_training_is_measured(
     training: ModuleType, on_host: Callable[[str], Any], transport: str, model: str, device: StandInGpu
 ) -> None:
     world = on_host(transport)
-    models = importlib.import_module("gpu_models")
+    models = importlib.import_module("benchmarks.gpu.models")
     small = models.resnet20(2) if model == "resnet20" else models.gpt(2, 8, 1, 8, 2)
     measured = training.Training(world, small, device.synchronize, periods=(1, 2), n_steps=2)
     seconds = measured.measure(2)

@@ -14,7 +14,7 @@ from mpitrain.errors import UsageError
 
 @pytest.fixture
 def configurations(script: Callable[[str], ModuleType]) -> Callable[..., dict[str, Any]]:
-    plan = script("plan")
+    plan = script("benchmarks.comparison.plan")
     return lambda *words: plan.configurations(plan.parser().parse_args(words))
 
 
@@ -71,7 +71,7 @@ def test_rank_0_evaluates_as_often_as_asked(
     every: int,
 ) -> None:
     config = configurations("--algorithms", "easgd", *words)["easgd"]
-    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+    config = script("benchmarks.comparison.plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
     assert (config.epochs, config.gradients, config.evaluate_every) == (None, gradients, every)
 
 
@@ -79,12 +79,17 @@ def test_ranks_that_wait_share_the_steps(
     script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
 ) -> None:
     config = configurations("--algorithms", "allreduce", "--gradients", "360", "--straggler", "0:4")["allreduce"]
-    assert script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2).evaluate_every == 10
+    assert (
+        script("benchmarks.comparison.plan")
+        .with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+        .evaluate_every
+        == 10
+    )
 
 
 def test_a_time_is_divided_into_equal_parts(
     script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
 ) -> None:
     config = configurations("--algorithms", "easgd", "--seconds", "36")["easgd"]
-    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+    config = script("benchmarks.comparison.plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
     assert (config.minutes, config.evaluate_seconds) == (pytest.approx(0.6), pytest.approx(2))

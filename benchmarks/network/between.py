@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import tcp
-from candidates import RATE, start_gloo
 from mpi4py import MPI
 from numba import njit
 
+from benchmarks.micro.candidates import RATE, start_gloo
+from benchmarks.network import tcp
 from mpitrain.cli import info
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.world import World, init
@@ -218,7 +218,7 @@ def main() -> None:
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
     if what == "latency":
-        import overlap
+        from benchmarks.training import overlap
 
         document |= {"latency": latencies(world), "overlaps": overlap.measure(Pair(world))}
     else:

@@ -1,6 +1,6 @@
 """The exchange with the center and the all-reduce of vectors on GPUs, by each transport, beside the kernel alone.
 
-    jobs/local.sh 2 python benchmarks/gpu_exchange.py [--transports ipc,staged] [--sizes 1M,...,1G] [--json]
+    jobs/local.sh 2 python -m benchmarks.gpu.exchange [--transports ipc,staged] [--sizes 1M,...,1G] [--json]
 
 Every rank holds float32 vectors in the memory of its GPU, which ranks may share:
 
@@ -22,13 +22,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gpu_machine
 import numpy as np
-from candidates import RATE, start_gloo
-from gpu_timing import fill
-from timing import beside, gb_per_s, name_of, size_of, where
-from windows import of_all, of_origin
 
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.gpu.timing import fill
+from benchmarks.micro.candidates import RATE, start_gloo
+from benchmarks.micro.timing import beside, gb_per_s, name_of, size_of, where
+from benchmarks.micro.windows import of_all, of_origin
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
 from mpitrain.collectives.mpi import MPICommunicator
@@ -204,7 +204,9 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[int], list[str], A
     Raises:
         UsageError: What is no size or no transport.
     """
-    parser = cli.Parser(prog="gpu_exchange.py", description="Exchange and all-reduce on GPUs. Run under mpirun.")
+    parser = cli.Parser(
+        prog="benchmarks.gpu.exchange", description="Exchange and all-reduce on GPUs. Run under mpirun."
+    )
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--transports", default=MEASURED, help="separated by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds, at most (default: %(default)s)")

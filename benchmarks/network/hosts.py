@@ -1,6 +1,6 @@
 """The exchange and the all-reduce between two hosts, beside what plain sockets carry over the same link.
 
-    VIRTUAL_ENV=.venv/openmpi python benchmarks/hosts.py [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8] [--json]
+    VIRTUAL_ENV=.venv/openmpi python -m benchmarks.network.hosts [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8]
 
 The hosts are namespaces of this machine with their own network, host name and /dev/shm (network/hosts.sh); mpirun
 starts ranks on them as it does on real ones. It needs root and Linux. What is measured stands in between.py:
@@ -35,7 +35,7 @@ from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 
 HERE = Path(__file__).resolve().parent
-HOSTS, AGENT = HERE / "network" / "hosts.sh", HERE / "network" / "agent.sh"
+HOSTS, AGENT = HERE / "hosts.sh", HERE / "agent.sh"
 TOOLS = ("ip", "tc", "unshare", "nsenter")
 SIZES = "1,4,16,64"
 RATE = "1gbit"
@@ -104,8 +104,8 @@ def run(environment: dict[str, str], venv: str, ranks_per_host: int, arguments: 
     version = subprocess.run([f"{venv}/bin/mpirun", "--version"], capture_output=True, text=True, check=False).stdout
     mpi = "openmpi" if "Open MPI" in version or "PRRTE" in version else "mpich"
     flags, extra = launcher(mpi, venv, ranks_per_host)
-    local = [str(HERE.parent / "jobs" / "local.sh"), str(2 * ranks_per_host), *flags]
-    program = ["python", str(HERE / "between.py"), *arguments]
+    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(2 * ranks_per_host), *flags]
+    program = ["python", "-m", "benchmarks.network.between", *arguments]
     process = subprocess.Popen(
         [str(HOSTS), "enter", "host1", *local, *program],
         stdin=subprocess.DEVNULL,
@@ -249,7 +249,9 @@ def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict
 
 def main() -> int:
     """Returns the exit code."""
-    parser = cli.Parser(prog="hosts.py", description="Exchange and all-reduce between two hosts of this machine.")
+    parser = cli.Parser(
+        prog="benchmarks.network.hosts", description="Exchange and all-reduce between two hosts of this machine."
+    )
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in MB of 10^6 bytes (default: %(default)s)")
     parser.add_argument("--ranks-per-host", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--wire", choices=NAMES, default=FLOAT32, help="how vectors travel (default: %(default)s)")

@@ -1,6 +1,6 @@
 """One-sided MPI from Python, call by call and size by size, and the exchange with the center that is made of it.
 
-    jobs/local.sh 2 python benchmarks/windows.py [--sizes 8,64,1K,...,256M] [--most 256M] [--repeats 20] [--json]
+    jobs/local.sh 2 python -m benchmarks.micro.windows [--sizes 8,64,1K,...,256M] [--most 256M] [--repeats 20] [--json]
 
 What each operation is stands in one_sided.py; a run is of the MPI that started it. The calls and the transfers are
 rank 0's, at the memory of the last rank. Meanwhile all others wait in a non-blocking barrier that they test again and
@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from one_sided import Calls, Exchanges, Operations, Transfers
-from timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size_of, slowest, where
 
+from benchmarks.micro.one_sided import Calls, Exchanges, Operations, Transfers
+from benchmarks.micro.timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size_of, slowest, where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
 from mpitrain.collectives.rma.window import check_free_memory
@@ -212,7 +212,9 @@ def show(document: dict[str, Any]) -> str:
 
 def main() -> int:
     """Collective."""
-    parser = cli.Parser(prog="windows.py", description="One-sided MPI. Run under mpirun or srun, on 2 or more ranks.")
+    parser = cli.Parser(
+        prog="benchmarks.micro.windows", description="One-sided MPI. Run under mpirun or srun, on 2 or more ranks."
+    )
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--most", default=MOST, help="leave larger ones out (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="of each operation, at most (default: %(default)s)")

@@ -22,7 +22,7 @@ least two arrays and assign a new one to each). ``elastic_exchange`` and ``torch
 ``reduce_broadcast``; ``scaled_add``, ``elastic_pull`` and ``copy``, for which libraries have a function or need no
 intermediate vector, are not. A bar's figure is that of the fused kernel that is farthest from it.
 
-    python benchmarks/kernels.py [--n 8000000] [--repeats 21] [--kernels elastic_exchange,scale] [--json]
+    python -m benchmarks.micro.kernels [--n 8000000] [--repeats 21] [--kernels elastic_exchange,scale] [--json]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What one waits for before anything is learned: the import, and a run's way to its first step.
 
-    VIRTUAL_ENV=.venv/openmpi python benchmarks/startup.py [--ranks 2] [--repeats 5] [--imports 9] [--json]
+    VIRTUAL_ENV=.venv/openmpi python -m benchmarks.micro.startup [--ranks 2] [--repeats 5] [--imports 9] [--json]
 
 This script starts processes and is none of the ranks itself. The MPI is that of ``VIRTUAL_ENV``, or that of
 ``.venv/openmpi``:
@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timing import where
 
+from benchmarks.micro.timing import where
 from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 120.0  # of a command
 
 # The project's bars.
@@ -215,7 +215,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Returns the exit code."""
-    parser = cli.Parser(prog="startup.py", description="Seconds of the import and until the first step.")
+    parser = cli.Parser(
+        prog="python -m benchmarks.micro.startup", description="Seconds of the import and until the first step."
+    )
     parser.add_argument("--ranks", type=int, default=BAR_RANKS, help="of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--imports", type=int, default=9, help="imports of each kind (default: %(default)s)")

@@ -1,6 +1,6 @@
-"""Runs a benchmark, shows what it prints, and keeps it: the table in results/NAME.md, the JSON document beside it.
+"""Run a benchmark and keep its results: the table in docs/benchmarks/NAME.md, the JSON document beside it.
 
-    python benchmarks/record.py kernels python benchmarks/kernels.py
+    python -m benchmarks.pages.record kernels python -m benchmarks.micro.kernels
 
 The tables are of one machine on one day and are committed by hand, when they are worth keeping; the documents are not.
 The exit code is the benchmark's; one that fails leaves the old results as they are.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     if process.returncode != 0:
         return process.returncode
     document = json.loads(lines.pop())
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     path = RESULTS / f"{name}.md"
     path.write_text(page(name, command, lines, document))

@@ -1,7 +1,7 @@
 """The exchange with the center, the all-reduce, the tree and the gossip, beside what they replace, on the same ranks in
 the same run.
 
-    jobs/local.sh 2 python benchmarks/collectives.py [--sizes 1K,4K,...,256M] [--repeats 30] [--no-gloo] [--json]
+    jobs/local.sh 2 python -m benchmarks.micro.collectives [--sizes 1K,4K,...,256M] [--repeats 30] [--no-gloo] [--json]
 
 What each operation is stands in candidates.py. They take turns, the tree and the gossip among themselves; each is
 called once for the caches' sake and then, after a barrier, timed. A figure is the median over the repeats of the
@@ -16,9 +16,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from candidates import GET_AND_PUT, REFERENCES, Candidates, Forms, start_gloo
-from timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
-
+from benchmarks.micro.candidates import GET_AND_PUT, REFERENCES, Candidates, Forms, start_gloo
+from benchmarks.micro.timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
 from mpitrain.collectives.world.world import World, init
@@ -139,7 +138,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Collective."""
-    parser = cli.Parser(prog="collectives.py", description="Collectives. Run under mpirun or srun.")
+    parser = cli.Parser(
+        prog="python -m benchmarks.micro.collectives", description="Collectives. Run under mpirun or srun."
+    )
     default = f"{SIZES}; of the tree and the gossip: {SIZES_OF_FORMS}"
     parser.add_argument("--sizes", help=f"of a vector, in bytes (default: {default})")
     parser.add_argument("--repeats", type=int, default=30, help="of each operation, at most (default: %(default)s)")

@@ -1,6 +1,6 @@
 """All benchmarks on one NVIDIA GPU, one after the other, and the page of their results; ``make bench-gpu`` calls it.
 
-    python benchmarks/gpu_bench.py [kernels] [exchange] [training]
+    python -m benchmarks.gpu.run [kernels] [exchange] [training]
 
 Nothing needs to be installed but what runs: this Python has CuPy, torch and mpi4py, and mpitrain is taken from this
 checkout. mpirun is $MPIRUN, else the one beside this Python, else the first on PATH; without one only the kernels are
@@ -22,9 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import gpu_machine
+from benchmarks.gpu import machine as gpu_machine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 10.0  # for mpirun to end its ranks
 
 
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         name: Of its results.
         n_ranks: Of mpirun; 0 without it.
-        command: The script in benchmarks/, and its arguments.
+        command: The module, and its arguments.
         limit_seconds: After which it has failed. All of them together stay below ten minutes.
     """
 
@@ -46,15 +46,15 @@ class Run:
 
 
 # With more ranks the vectors are fewer: eight of them fill the memory of the host that stands behind staging.
-OF_MANY = ("gpu_exchange.py", "--sizes", "16M,256M", "--repeats", "10")
+OF_MANY = ("benchmarks.gpu.exchange", "--sizes", "16M,256M", "--repeats", "10")
 PARTS = {
-    "kernels": (Run("gpu-kernels", 0, ("gpu_kernels.py",), 150),),
+    "kernels": (Run("gpu-kernels", 0, ("benchmarks.gpu.kernels",), 150),),
     "exchange": (
-        Run("gpu-exchange-2", 2, ("gpu_exchange.py",), 90),
+        Run("gpu-exchange-2", 2, ("benchmarks.gpu.exchange",), 90),
         Run("gpu-exchange-4", 4, OF_MANY, 75),
         Run("gpu-exchange-8", 8, OF_MANY, 90),
     ),
-    "training": (Run("gpu-training", 2, ("gpu_training.py",), 150),),
+    "training": (Run("gpu-training", 2, ("benchmarks.gpu.training",), 150),),
 }
 
 
@@ -76,8 +76,7 @@ def find_mpirun(environment: Mapping[str, str]) -> str | None:
 
 def command_of(run: Run) -> list[str]:
     """What record.py is to run."""
-    script, *arguments = run.command
-    benchmark = [sys.executable, f"benchmarks/{script}", *arguments]
+    benchmark = [sys.executable, "-m", *run.command]
     return ["jobs/local.sh", str(run.n_ranks), *benchmark] if run.n_ranks else benchmark
 
 
@@ -98,8 +97,10 @@ def record(run: Run, mpirun: str | None) -> str | None:
         return "there is no mpirun: put one on PATH or name it by MPIRUN=..."
     command = command_of(run)
     print(f"== {run.name}: {shlex.join(command)}", flush=True)
-    why = finished([sys.executable, "benchmarks/record.py", run.name, *command], environment_of(run, mpirun), run)
-    page = ROOT / "benchmarks" / "results" / f"{run.name}.md"
+    why = finished(
+        [sys.executable, "-m", "benchmarks.pages.record", run.name, *command], environment_of(run, mpirun), run
+    )
+    page = ROOT / "docs" / "benchmarks" / f"{run.name}.md"
     if why is None:  # where this machine keeps its Python is nobody's business
         page.write_text(page.read_text().replace(sys.executable, "python3"))
     return why
@@ -181,7 +182,7 @@ def main(
         if why:
             print(f"== {run.name} failed: {why}", flush=True)
             failed[run.name] = why
-    page = Run("gpu-page", 0, ("gpu_page.py",), 60)
+    page = Run("gpu-page", 0, ("benchmarks.pages.gpu_page",), 60)
     why = finished(command_of(page), environment_of(page, None), page)
     if why:
         failed["the page"] = why

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from candidates import RATE, REFERENCES, Candidates
 from mpi4py import MPI
 
+from benchmarks.micro.candidates import RATE, REFERENCES, Candidates
 from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.topology.partition import split, visiting_order

@@ -1,6 +1,6 @@
 """One page of all results on a GPU: the project's bars in one table, every benchmark's own table, and plots.
 
-    python benchmarks/gpu_page.py [--results benchmarks/results]
+    python -m benchmarks.pages.gpu_page [--results docs/benchmarks]
 
 Reads what record.py has kept of the benchmarks whose names begin with ``gpu-``, and writes gpu.md and its plots (PNG)
 beside them; page.py has those of hosts. What was not measured is left out.
@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_machine
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
-from page import DPI, body, circumstances, table_of_bars
-from plots import GREY, bars_of, bytes_axis, plain_log_y
-from record import RESULTS
-from survivors import Result, load
-from timing import name_of
 
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.micro.timing import name_of
+from benchmarks.pages.bench import DPI, body, circumstances, table_of_bars
+from benchmarks.pages.plots import GREY, bars_of, bytes_axis, plain_log_y
+from benchmarks.pages.record import RESULTS
+from benchmarks.pages.results import Result, load
 from mpitrain.report.style import COLOURS, Dash, tidy
 
 PAGE = "gpu.md"
@@ -182,7 +182,7 @@ def write(folder: Path) -> Path:
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: docs/benchmarks)")
     options = parser.parse_args()
     if not load(options.results, on_gpu=True):
         print(f"{options.results} holds no results of a GPU: run make bench-gpu first", file=sys.stderr)

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tcp
 import torch
-from steps import CLASSES, SHAPE, Step, sgd, step_of
-from timing import slowest
 
+from benchmarks.micro.timing import slowest
+from benchmarks.network import tcp
+from benchmarks.training.steps import CLASSES, SHAPE, Step, sgd, step_of
 from mpitrain import EASGD, DistributedOptimizer, models
 from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
 from mpitrain.collectives.mpi import MPICommunicator
@@ -30,7 +30,7 @@ from mpitrain.collectives.world.world import World
 from mpitrain.kernels import sgd_step
 
 if TYPE_CHECKING:
-    from between import Pair
+    from benchmarks.network.between import Pair
 
 TAU = 10
 RESNET, BATCH, TURNS_OF_RESNET = "resnet20", 8, 24

@@ -1,6 +1,6 @@
 """How near the kernels come to the bandwidth of a GPU's memory, beside CuPy, torch and torch's fused optimizer.
 
-    python benchmarks/gpu_kernels.py [--sizes 1M,4M,...,4G] [--repeats 11] [--all] [--json]
+    python -m benchmarks.gpu.kernels [--sizes 1M,4M,...,4G] [--repeats 11] [--all] [--json]
 
 A kernel is one pass: its bytes are those of each array once if it is read and once if it is assigned. The limit is a
 copy from one array of the vector's size to another by the driver (cudaMemcpyAsync), counting the bytes read and those
@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-import gpu_machine
 import numpy as np
 import torch
-from gpu_timing import ClockTimer, EventTimer, Timer, calls_of, fill, medians
-from kernels import FEWEST_UPDATED, TORCH, expression, hardware
-from timing import name_of, size_of
 
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.gpu.timing import ClockTimer, EventTimer, Timer, calls_of, fill, medians
+from benchmarks.micro.kernels import FEWEST_UPDATED, TORCH, expression, hardware
+from benchmarks.micro.timing import name_of, size_of
 from mpitrain import kernels
 from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
@@ -401,7 +401,7 @@ def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], buffer
 
 def main() -> int:
     """Returns the exit code."""
-    parser = cli.Parser(prog="gpu_kernels.py", description="Kernels on a GPU.")
+    parser = cli.Parser(prog="python -m benchmarks.gpu.kernels", description="Kernels on a GPU.")
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=11, help="turns of each (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="every kernel, not only those that matter most")

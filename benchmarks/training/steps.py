@@ -1,6 +1,6 @@
 """A training step, beside the same step of one process that computes alone and beside what torch offers for many.
 
-    jobs/local.sh 2 python benchmarks/steps.py [--model mlp|resnet20] [--repeats 9] [--json]
+    jobs/local.sh 2 python -m benchmarks.training.steps [--model mlp|resnet20] [--repeats 9] [--json]
 
 Every rank has the same random mini-batches of its own and float32 parameters; all ranks work at the same time:
 
@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import start_gloo
 from mpi4py import MPI
-from timing import where
 
 import mpitrain
+from benchmarks.micro.candidates import start_gloo
+from benchmarks.micro.timing import where
 from mpitrain import models
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
@@ -193,7 +193,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Collective."""
-    parser = cli.Parser(prog="steps.py", description="Training steps. Run under mpirun or srun.")
+    parser = cli.Parser(
+        prog="python -m benchmarks.training.steps", description="Training steps. Run under mpirun or srun."
+    )
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="repeat for more (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")

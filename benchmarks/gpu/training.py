@@ -1,6 +1,6 @@
 """A training step on a GPU that ranks share, beside the step of as many ranks that compute alone.
 
-    jobs/local.sh 2 python benchmarks/gpu_training.py [--models resnet20,gpt] [--transport auto] [--repeats 5] [--json]
+    jobs/local.sh 2 python -m benchmarks.gpu.training [--models resnet20,gpt] [--transport auto] [--repeats 5] [--json]
 
 Every rank has the same random mini-batches of its own on its GPU, and all ranks work at the same time:
 
@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gpu_machine
 import numpy as np
 import torch
-from gpu_models import TASKS, Task
 from mpi4py import MPI
-from timing import where
 
 import mpitrain
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.gpu.models import TASKS, Task
+from benchmarks.micro.timing import where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
 from mpitrain.collectives.world.transport import TRANSPORTS
@@ -192,7 +192,9 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[str], Any]:
     Raises:
         UsageError: What is no model.
     """
-    parser = cli.Parser(prog="gpu_training.py", description="Training steps on a GPU. Run under mpirun.")
+    parser = cli.Parser(
+        prog="python -m benchmarks.gpu.training", description="Training steps on a GPU. Run under mpirun."
+    )
     parser.add_argument("--models", default=",".join(TASKS), help="separated by commas (default: %(default)s)")
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="of the vectors (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each candidate (default: %(default)s)")

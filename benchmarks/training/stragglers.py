@@ -1,6 +1,6 @@
 """What one slow rank costs the others: throughput and time to a target accuracy, with and without it.
 
-    jobs/local.sh 2 python benchmarks/stragglers.py [--algorithms allreduce,easgd,gossip] [--factor 4] [--json]
+    jobs/local.sh 2 python -m benchmarks.training.stragglers [--algorithms allreduce,easgd,gossip] [--factor 4] [--json]
 
 Each method trains the digits' MLP twice for the same number of gradients: once with all ranks alike, once with rank 1
 computing ``factor`` times slower (it sleeps, so that it takes no core from the others). Of the ranks that are not slow
@@ -16,11 +16,11 @@ import os
 import sys
 from typing import Any
 
-import comparison
 import numpy as np
-import plan
-from timing import where
 
+from benchmarks.comparison import plan
+from benchmarks.comparison import tables as comparison
+from benchmarks.micro.timing import where
 from mpitrain.algorithms import METHODS, create
 from mpitrain.cli import main as cli
 from mpitrain.errors import UsageError
@@ -38,7 +38,9 @@ KEPT_AT_LEAST = 0.95  # of the others' throughput, for methods that wait for nob
 
 def main() -> int:
     """Collective."""
-    parser = cli.Parser(prog="stragglers.py", description="One slow rank among 2 or more. Run under mpirun or srun.")
+    parser = cli.Parser(
+        prog="benchmarks.training.stragglers", description="One slow rank among 2 or more. Run under mpirun or srun."
+    )
     parser.add_argument("--algorithms", default=ALGORITHMS, metavar="NAME,NAME", help="default: %(default)s")
     parser.add_argument("--factor", type=float, default=4.0, help="how much slower (default: %(default)s)")
     parser.add_argument("--gradients", type=int, default=GRADIENTS, help="of a run, all ranks (default: %(default)s)")
@@ -129,7 +131,7 @@ def row_of(name: str, alike: list[dict[str, Any]], slowed: list[dict[str, Any]])
         "method": name,
         "steps_per_second": float(np.median(before)),
         "steps_per_second_beside_a_slow_rank": float(np.median(after)),
-        "survivors": float(np.median(after / before)),
+        "retained_fraction": float(np.median(after / before)),
         "seconds_to_target": seconds[0],
         "seconds_to_target_beside_a_slow_rank": seconds[1],
         "test_accuracy": float(np.median([result["test_accuracy"] for result in slowed])),
@@ -141,8 +143,8 @@ def verdicts(rows: list[dict[str, Any]], asynchronous: list[str]) -> list[dict[s
     return [
         {
             "bar": f"{row['method']}: the others keep at least {KEPT_AT_LEAST:.0%} of their throughput",
-            "ratio": row["survivors"],
-            "passed": row["survivors"] >= KEPT_AT_LEAST,
+            "ratio": row["retained_fraction"],
+            "passed": row["retained_fraction"] >= KEPT_AT_LEAST,
         }
         for row in rows
         if row["method"] in asynchronous
@@ -160,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             "method": [row["method"] for row in rows],
             "steps/s of a rank": [f"{row['steps_per_second']:.0f}" for row in rows],
             "beside a slow one": [f"{row['steps_per_second_beside_a_slow_rank']:.0f}" for row in rows],
-            "survivors": [f"{row['survivors']:.1%}" for row in rows],
+            "retained_fraction": [f"{row['retained_fraction']:.1%}" for row in rows],
             f"s to {TARGET:.0%}": [seconds(row["seconds_to_target"]) for row in rows],
             f"beside a slow one, s to {TARGET:.0%}": [
                 seconds(row["seconds_to_target_beside_a_slow_rank"]) for row in rows

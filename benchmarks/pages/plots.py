@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-from survivors import MPI_NAMES, MPIS, Result
-from timing import name_of
 
+from benchmarks.micro.timing import name_of
+from benchmarks.pages.results import MPI_NAMES, MPIS, Result
 from mpitrain.report.style import COLOURS, Dash, tidy
 
 DASHES: dict[str, Dash] = {"openmpi": "-", "mpich": "--"}
@@ -326,9 +326,9 @@ def draw_stragglers(results: Sequence[Result]) -> Figure | None:
     series: dict[str, list[float | None]] = {}
     tell: dict[str, list[str]] = {}
     for result in results:
-        survivors = {row["method"]: row["survivors"] for row in result.document["results"]}
-        series[result.mpi or MPIS[0]] = [100 * survivors[name] if name in survivors else None for name in methods]
-        tell[result.mpi or MPIS[0]] = [f"{survivors[name]:.0%}" if name in survivors else "" for name in methods]
+        retained = {row["method"]: row["retained_fraction"] for row in result.document["results"]}
+        series[result.mpi or MPIS[0]] = [100 * retained[name] if name in retained else None for name in methods]
+        tell[result.mpi or MPIS[0]] = [f"{retained[name]:.0%}" if name in retained else "" for name in methods]
     figure = Figure(figsize=(7.2, 1.2 + 0.5 * len(methods) * len(series)), layout="constrained")
     axes = figure.subplots()
     bars_of(axes, methods, series, [COLOURS[k % len(COLOURS)] for k in range(len(methods))], tell)

@@ -1,6 +1,6 @@
 """One page of all results there are: the project's bars in one table, every benchmark's own table, and plots.
 
-    python benchmarks/page.py [--results benchmarks/results]
+    python -m benchmarks.pages.bench [--results docs/benchmarks]
 
 Reads what record.py has kept, NAME.md and NAME.json, and writes bench.md and its plots (PNG) beside them. What was not
 measured is left out.
@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import plots
 from matplotlib.figure import Figure
-from record import RESULTS
-from survivors import MPI_NAMES, Result, load
 
+from benchmarks.pages import plots
+from benchmarks.pages.record import RESULTS
+from benchmarks.pages.results import MPI_NAMES, Result, load
 from mpitrain.report import text
 
 PAGE = "bench.md"
@@ -170,7 +170,7 @@ def write(folder: Path) -> Path:
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: docs/benchmarks)")
     options = parser.parse_args()
     if not load(options.results):
         print(f"{options.results} holds no results: run make bench first", file=sys.stderr)
