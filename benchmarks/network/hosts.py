@@ -111,6 +111,7 @@ def run(environment: dict[str, str], venv: str, ranks_per_host: int, arguments: 
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        cwd=HERE.parents[1],
         env={**environment, **extra, "VIRTUAL_ENV": venv},
         text=True,
         start_new_session=True,
