@@ -1,4 +1,4 @@
-"""Several methods on the same ranks, data, model and budget, with several seeds: a table, plots, one JSON document.
+"""Compare methods on the same ranks, data, model and budget, with several seeds: table, plots, one JSON document.
 
     jobs/local.sh 4 python benchmarks/compare.py --algorithms allreduce,gossip,easgd --seeds 3
     jobs/local.sh 4 python benchmarks/compare.py --straggler 1:4
@@ -39,7 +39,7 @@ Results = Mapping[str, list[dict[str, Any]]]  # of each method, its runs seed by
 
 
 def main() -> int:
-    """Compare; returns the exit code."""
+    """Run the comparison and return the exit code."""
     try:
         options = plan.parser().parse_args()
         return compare(options, plan.configurations(options))
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> int:
-    """Warm up, run, and tell what came out; returns the exit code. Collective."""
+    """Warm up, run all methods, report the results and return the exit code. Collective."""
     from mpitrain.cli import info
     from mpitrain.collectives.world.world import init
     from mpitrain.trainer.loop import train
@@ -86,7 +86,7 @@ def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> 
 
 
 class Teller:
-    """Says on standard error what is going on. Called with text that brings its own ends of lines.
+    """A printer of progress on standard error. Text must contain its own line ends.
 
     Args:
         show: Whether this rank says it.
@@ -101,7 +101,7 @@ class Teller:
 
 
 def load(options: argparse.Namespace, world: Any) -> Any:
-    """The data set, perhaps with a smaller test set. Collective."""
+    """Load the data set, optionally with a smaller test set. Collective."""
     from mpitrain import data
     from mpitrain.data.storage import MemoryImages
 
@@ -115,7 +115,7 @@ def load(options: argparse.Namespace, world: Any) -> Any:
 
 
 def make_folder(out: Path | None, world: Any) -> Path:
-    """The folder of the comparison, new. Collective.
+    """Create the folder of the comparison. Collective.
 
     Raises:
         UsageError: When it holds something or cannot be made, on all ranks.
@@ -131,7 +131,7 @@ def make_folder(out: Path | None, world: Any) -> Path:
 
 
 def summary(results: Results, target: float | None) -> dict[str, Any]:
-    """What came out, by method and run by run. Local; rank 0 only."""
+    """Summarise the results by method and by run. Local; rank 0 only."""
     target = target or tables.default_target([result for runs in results.values() for result in runs])
     return {
         "target_accuracy": target,
@@ -143,7 +143,7 @@ def summary(results: Results, target: float | None) -> dict[str, Any]:
 
 
 def draw(results: Results, out: Path) -> list[str]:
-    """The plots that there is something for; the runs of a method are one line in them. Local; rank 0 only."""
+    """Draw all plots that have data; the runs of a method form one line. Local; rank 0 only."""
     from mpitrain.report import load_run, plots
 
     runs = [
@@ -166,7 +166,7 @@ def tell(document: dict[str, Any], out: Path, *, only_json: bool) -> None:
 
 
 def headline(document: Mapping[str, Any]) -> Sequence[str]:
-    """What was compared, and under which circumstances."""
+    """Describe what was compared and on which hardware."""
     settings, world = document["settings"], document["world"]
     n_seeds, cores = settings["seeds"], document["machine"]["cores"]
     lines = [

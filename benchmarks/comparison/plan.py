@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: its options, the configuration of each method, budgets and evaluations.
+"""The plan of a comparison: options, the configuration of each method, budgets and evaluations.
 
 Everything that can be wrong with any method is found here, before anything runs.
 """
@@ -26,7 +26,7 @@ TRAIN_OPTIONS = ("data", "model", "batch_size", "momentum", "weight_decay", "sam
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; what is not given has the defaults of ``mpitrain train``."""
+    """Return the parser of the options; omitted options have the defaults of ``mpitrain train``."""
     parser = cli.Parser(prog="compare.py", description="Compare methods. Run under mpirun or srun.")
     add = parser.add_argument
     add("--algorithms", default=ALGORITHMS, metavar="NAME,NAME", help="or all (default: %(default)s)")
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
-    """The configuration of each method, in the order given; seeds, folders and the calendar come later. Local.
+    """Return the configuration of each method, in the given order, without seeds, folders and calendar. Local.
 
     Raises:
         UsageError: Whatever is wrong with any of them.
@@ -100,7 +100,7 @@ def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
 
 
 def of_methods(pairs: Sequence[str], option: str, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """``NAME.KEY=VALUE`` or ``NAME=VALUE`` (then the key is empty) by name and key.
+    """Parse ``NAME.KEY=VALUE`` or ``NAME=VALUE`` (the key is then empty) into values by name and key.
 
     Raises:
         UsageError: Another form, or a name that is not one of ``names``.
@@ -119,7 +119,7 @@ def of_methods(pairs: Sequence[str], option: str, names: Sequence[str]) -> dict[
 
 
 def number(text: str, what: str) -> float:
-    """A number, or a UsageError."""
+    """Parse a number or raise UsageError."""
     try:
         return float(text)
     except ValueError:
@@ -127,7 +127,7 @@ def number(text: str, what: str) -> float:
 
 
 def with_calendar(config: TrainConfig, *, n_evaluations: int, n_train: int, n_ranks: int) -> TrainConfig:
-    """The configuration with its budget in gradients and with the moments of its evaluations. Local.
+    """Return the configuration with its budget in gradients and its evaluation times. Local.
 
     A rank of a method that waits for nobody makes steps as fast as it can: rank 0, which keeps the calendar, more than
     its share if another is the straggler and less if it is that itself.

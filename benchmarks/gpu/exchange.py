@@ -1,4 +1,4 @@
-"""The exchange with the center and the all-reduce of vectors on GPUs, by each transport, beside the kernel alone.
+"""Measure the exchange with the center and the all-reduce of GPU vectors by each transport, beside the kernel alone.
 
     jobs/local.sh 2 python -m benchmarks.gpu.exchange [--transports ipc,staged] [--sizes 1M,...,1G] [--json]
 
@@ -51,7 +51,7 @@ BAR_RANKS, BAR_BYTES, BAR_TRANSPORT, AT_MOST = 2, 2**28, "ipc", 1.2
 
 
 class Exchanges:
-    """Operations on vectors of one size. Collective to make and to free.
+    """The operations on vectors of one size. Collective to create and to free.
 
     Args:
         worlds: The same ranks, by transport.
@@ -108,7 +108,7 @@ class Exchanges:
             self._add(f"all-reduce, {name}", lambda: comm.allreduce(vector, mean=True))
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         for comm in self._comms:
             comm.free()
@@ -116,7 +116,7 @@ class Exchanges:
 
 
 def worlds_of(whole: World, names: Sequence[str]) -> tuple[dict[str, World], dict[str, str]]:
-    """The same ranks once for each transport, and why some do not work here. Collective."""
+    """Create one world per transport, and collect the reasons why some do not work. Collective."""
     worlds, refused = {}, {}
     for name in names:
         try:
@@ -127,7 +127,7 @@ def worlds_of(whole: World, names: Sequence[str]) -> tuple[dict[str, World], dic
 
 
 def gloo_problem(device: str) -> str | None:
-    """Why gloo cannot sum what is on a device, else None. Collective, after gloo was started."""
+    """Return why gloo cannot sum device vectors, else None. Collective, after gloo was started."""
     import torch
 
     try:
@@ -140,7 +140,7 @@ def gloo_problem(device: str) -> str | None:
 def bench(
     whole: World, worlds: Mapping[str, World], sizes: Sequence[int], most: int, gloo_device: str | None
 ) -> dict[str, Any]:
-    """The rows of all sizes, and what had to be left out. Collective.
+    """Measure all sizes; return the rows and the omitted sizes. Collective.
 
     Args:
         whole: The ranks.
@@ -160,7 +160,7 @@ def bench(
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
-    """The project's bar, one rank alone and all at once, if this run is one that it is for."""
+    """Return the verdict on the project's bar, for one rank and for all ranks, if it applies to this run."""
     if n_ranks != BAR_RANKS:
         return []
     bars = []
@@ -172,7 +172,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[dict[str, 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     return text.table(
         {
             "vector": [name_of(row["bytes"]) for row in rows],
@@ -188,7 +188,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def show(document: dict[str, Any]) -> str:
-    """The document for people."""
+    """Print the document as text."""
     lines = [gpu_machine.line(document["gpu"]), where(document), "float32; GB/s: bytes of the vector by time", ""]
     lines += [*table(document["results"]), ""]
     lines += [f"without {name}: {why}" for name, why in document["refused"].items()]
@@ -199,7 +199,7 @@ def show(document: dict[str, Any]) -> str:
 
 
 def options_of(arguments: Sequence[str] | None) -> tuple[list[int], list[str], Any]:
-    """Sizes in bytes, transports, and the other options.
+    """Parse sizes in bytes, transports, and the other options.
 
     Raises:
         UsageError: What is no size or no transport.
@@ -222,7 +222,7 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[int], list[str], A
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     problem = gpu_machine.problem()
     if problem:
         return cli.fail(problem, on_all_ranks=True)

@@ -1,4 +1,4 @@
-"""How near the kernels come to the bandwidth of a GPU's memory, beside CuPy, torch and torch's fused optimizer.
+"""Measure GPU kernels against memory bandwidth, CuPy, torch and torch's fused optimizer.
 
     python -m benchmarks.gpu.kernels [--sizes 1M,4M,...,4G] [--repeats 11] [--all] [--json]
 
@@ -167,7 +167,7 @@ OPTIMIZERS: dict[str, Callable[[dict[str, float]], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how kernels are measured.
+    """The measurement of kernels on one device.
 
     Attributes:
         gpu: Whose memory holds the arrays.
@@ -184,7 +184,7 @@ class Bench:
     n_repeats: int = 11
 
     def row(self, kernel: Kernel, n_bytes: int) -> dict[str, Any]:
-        """A kernel and its peers on vectors of one size."""
+        """Measure a kernel and its peers on vectors of one size."""
         operations, left_out = self._operations(kernel, n_bytes)
         seconds = medians(operations, self.timer, self.n_repeats, calls_of(n_bytes))
         moved = {name: n_bytes // 4 * kernel.bytes_per_element(np.float32) for name in seconds}
@@ -201,18 +201,18 @@ class Bench:
         }
 
     def launches(self, kernel: Kernel) -> dict[str, Any]:
-        """What Python pays for a call, on vectors so short that the GPU is done sooner."""
+        """Measure the Python cost of a call, on vectors so short that the GPU finishes sooner."""
         operations, _ = self._operations(kernel, LAUNCH_BYTES)
         seconds = medians(operations, ClockTimer(self.gpu.synchronize), LAUNCH_REPEATS, LAUNCH_CALLS)
         return {"kernel": kernel.name, "seconds": seconds}
 
     def needed_bytes(self, kernel: Kernel, n_bytes: int) -> int:
-        """Of device memory, at most: our arrays, torch's, the copy's, and the vectors in between."""
+        """Return the device memory needed at most: our arrays, torch's, the copy's, and the vectors in between."""
         n_arrays = len(kernel.equations.arrays)
         return (2 * n_arrays + 2) * max(n_bytes, ROTATED_BYTES) + (n_arrays + 4) * n_bytes
 
     def _operations(self, kernel: Kernel, n_bytes: int) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-        """What is measured, by name, and why a peer is not."""
+        """Return the operations by name, and the reasons why peers are missing."""
         n, arrays = n_bytes // 4, kernel.equations.arrays
         n_sets = min(max(ROTATED_BYTES // (n_bytes * len(arrays)), 1), MOST_SETS)
         sets = _sets([self._random(n_sets * n, k) for k in range(len(arrays))], n)
@@ -238,7 +238,7 @@ class Bench:
     def _peers(
         self, kernel: Kernel, sets: list[list[Any]], n: int, n_sets: int, scalars: dict[str, float]
     ) -> dict[str, Callable[[], Callable[[], object]]]:
-        """How to make each peer that there is for a kernel."""
+        """Return the constructors of all available peers of a kernel."""
         values, eager = tuple(scalars.values()), EAGER.get(kernel.name) or expression(kernel)
         in_place = IN_PLACE.get(kernel.name)
         tensors = _sets([torch.rand(n_sets * n, device=self.device) for _ in kernel.equations.arrays], n)
@@ -264,24 +264,24 @@ class Bench:
         return made
 
     def _random(self, n: int, seed: int) -> Any:
-        """(n,) float32 in device memory."""
+        """Return random numbers, (n,) float32 in device memory."""
         return fill(self.gpu, self.gpu.zeros(n, np.float32), seed)
 
 
 def _sets(wholes: Sequence[Any], n: int) -> list[list[Any]]:
-    """Parts of ``n`` elements of some arrays: a list of the first parts, one of the second parts, and so on."""
+    """Split arrays into parts of ``n`` elements: a list of the first parts, one of the second parts, and so on."""
     return [[whole[start : start + n] for whole in wholes] for start in range(0, len(wholes[0]), n)]
 
 
 def _optimizer(tensors: Sequence[torch.Tensor], scalars: dict[str, float], settings: dict[str, Any]) -> Any:
-    """torch's own fused step from x, the first tensor, with the gradient in the last."""
+    """Return torch's fused step on x, the first tensor, with the gradient in the last."""
     parameter = torch.nn.Parameter(tensors[0])
     parameter.grad = tensors[-1]
     return torch.optim.SGD([parameter], lr=scalars["eta"], weight_decay=scalars["decay"], fused=True, **settings)
 
 
 def in_turns(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """A function that calls the next one of these each time."""
+    """Return a function that calls the given functions in turn, one per call."""
     turn = cycle(functions)
 
     def call() -> object:
@@ -291,13 +291,13 @@ def in_turns(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 def scalars_of(kernel: Kernel) -> dict[str, float]:
-    """Small steps towards stable values: thousands of calls must meet neither subnormals nor infinities."""
+    """Return small steps towards stable values, so that thousands of calls meet neither subnormals nor infinities."""
     values = {"keep": 1.0, "w": 1.0, "w0": 1.0, "a": 1 / len(kernel.equations.arrays), "p": 1.0}
     return {name: values.get(name, 1e-3) for name in kernel.equations.scalars}
 
 
 def with_fractions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they are compared with: the best copy of their size, and torch."""
+    """Add the ratios to the best copy of the same size and to torch."""
     best: dict[int, float] = {}
     for row in rows:
         best[row["bytes"]] = max(best.get(row["bytes"], 0.0), row["gb_per_s"]["copy"])
@@ -313,7 +313,7 @@ def with_fractions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The project's bars, on vectors of 64 MiB and more; none without such vectors."""
+    """Return the verdicts on the project's bars, for vectors of 64 MiB and more."""
     large = [row for row in rows if row["bytes"] >= BAR_BYTES]
     bars = []
     elastic = [row for row in large if row["kernel"] == BAR_KERNEL]
@@ -333,7 +333,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     columns = {
         "vector": [name_of(row["bytes"]) for row in rows],
         "kernel": [row["kernel"] for row in rows],
@@ -349,7 +349,7 @@ def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> list[str]:
 
 
 def table_of_launches(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> list[str]:
-    """Microseconds of a call, for people."""
+    """Format the microseconds per call as a table."""
     names = ("mpitrain", "copy", *peers)
     columns = {"kernel": [row["kernel"] for row in rows]}
     for name in names:
@@ -360,7 +360,7 @@ def table_of_launches(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> l
 
 
 def show(document: Mapping[str, Any], device: str) -> str:
-    """The document for people."""
+    """Print the document as text."""
     peers = document["peers"]
     lines = [device, "float32; GB/s of the bytes of one pass", "", *table(document["results"], peers), ""]
     lines += [
@@ -377,7 +377,7 @@ def show(document: Mapping[str, Any], device: str) -> str:
 
 
 def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], buffer: Callable[[], int]) -> dict[str, Any]:
-    """All kernels, size by size, and what their launches cost.
+    """Measure all kernels, size by size, and the cost of their launches.
 
     Args:
         bench: Measures one.
@@ -400,7 +400,7 @@ def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], buffer
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = cli.Parser(prog="python -m benchmarks.gpu.kernels", description="Kernels on a GPU.")
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=11, help="turns of each (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Whether there is a GPU to be measured, and which one it is."""
+"""The GPU of this machine: whether it can be measured, and its description."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = {"cupy": "pip install cupy-cuda13x"}
 
 
 def problem(packages: Sequence[str] = PACKAGES, driver: str = DRIVER) -> str | None:
-    """Why nothing can be measured here, in a line that says what to do about it; None if it can. Local.
+    """Return why nothing can be measured here and what to do about it, or None. Local.
 
     Args:
         packages: What this Python must have.
@@ -39,7 +39,7 @@ def problem(packages: Sequence[str] = PACKAGES, driver: str = DRIVER) -> str | N
 
 
 def describe() -> dict[str, Any]:
-    """The GPU that CuPy works on, and the versions of what drives it. Local."""
+    """Describe CuPy's current GPU and its driver versions. Local."""
     import cupy
     import torch
 
@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides how a run behaves, CuPy among it. Local."""
+    """Return the versions that decide how a run behaves, including CuPy's. Local."""
     import cupy
 
     from mpitrain.trainer import runfolder
@@ -69,12 +69,12 @@ def versions() -> dict[str, str]:
 
 
 def version_of(number: int) -> str:
-    """CUDA's 13000 as ``13.0``."""
+    """Format CUDA's 13000 as ``13.0``."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver, such as ``580.159.03``; ``unknown`` without ``nvidia-smi``."""
+    """Return the version of NVIDIA's driver, such as ``580.159.03``, or ``unknown`` without ``nvidia-smi``."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -84,7 +84,7 @@ def driver_version() -> str:
 
 
 def line(gpu: dict[str, Any]) -> str:
-    """A description for people."""
+    """Format a description of the GPU as one line."""
     several = f"{gpu['n_gpus']} x " if gpu["n_gpus"] > 1 else ""
     return (
         f"{several}{gpu['name']}, {gpu['memory_gib']:g} GiB, L2 {gpu['l2_mib']:g} MiB, driver {gpu['driver']}, "
@@ -93,7 +93,7 @@ def line(gpu: dict[str, Any]) -> str:
 
 
 def free_bytes() -> int:
-    """Of device memory, after the libraries have given back what they keep. Local."""
+    """Return the free device memory after the libraries have emptied their caches. Local."""
     import cupy
     import torch
 

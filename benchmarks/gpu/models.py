@@ -1,4 +1,4 @@
-"""What is trained in the benchmark on GPUs: a ResNet-20 on images, and a small GPT on bytes, both of random data."""
+"""The models of the GPU benchmark: a ResNet-20 on images and a small GPT on bytes, both with random data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY = 256  # bytes
 
 
 class Block(nn.Module):
-    """Attention to what came before, then a perceptron, each added to what it is given and behind a layer norm.
+    """A transformer block: causal attention and a perceptron, each residual and behind a layer norm.
 
     Args:
         width: Of the vector of a token.
@@ -70,7 +70,7 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it is trained on.
+    """A model and its training data.
 
     Attributes:
         model: Makes one, on the host, always with the same weights.
@@ -86,7 +86,7 @@ class Task:
 
 
 def resnet20(n_images: int = 128) -> Task:
-    """Images of 32 x 32 and SGD with momentum."""
+    """Return the task of a ResNet-20 on 32 x 32 images, with SGD and momentum."""
 
     def batch(generator: torch.Generator) -> Batch:
         images = torch.randn(n_images, *IMAGE, generator=generator)
@@ -101,7 +101,7 @@ def resnet20(n_images: int = 128) -> Task:
 
 
 def gpt(n_sequences: int = 32, n_tokens: int = 256, n_layers: int = 6, width: int = 384, n_heads: int = 6) -> Task:
-    """Sequences of bytes and AdamW."""
+    """Return the task of a GPT on byte sequences, with AdamW."""
 
     def batch(generator: torch.Generator) -> Batch:
         tokens = torch.randint(VOCABULARY, (n_sequences, n_tokens + 1), generator=generator)

@@ -1,4 +1,4 @@
-"""All benchmarks on one NVIDIA GPU, one after the other, and the page of their results; ``make bench-gpu`` calls it.
+"""Run all benchmarks on one NVIDIA GPU and write the page of results; ``make bench-gpu`` calls it.
 
     python -m benchmarks.gpu.run [kernels] [exchange] [training]
 
@@ -59,7 +59,7 @@ PARTS = {
 
 
 def find_mpirun(environment: Mapping[str, str]) -> str | None:
-    """Where mpirun is, as an absolute path.
+    """Return the absolute path of mpirun, or None.
 
     Raises:
         FileNotFoundError: $MPIRUN is no program in a folder called bin, as every MPI has it.
@@ -75,13 +75,13 @@ def find_mpirun(environment: Mapping[str, str]) -> str | None:
 
 
 def command_of(run: Run) -> list[str]:
-    """What record.py is to run."""
+    """Return the command of a benchmark."""
     benchmark = [sys.executable, "-m", *run.command]
     return ["jobs/local.sh", str(run.n_ranks), *benchmark] if run.n_ranks else benchmark
 
 
 def environment_of(run: Run, mpirun: str | None) -> dict[str, str]:
-    """This process's environment, with mpitrain from this checkout and the chosen mpirun."""
+    """Return this process's environment, with mpitrain from this checkout and the chosen mpirun."""
     environment = dict(os.environ)
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -92,7 +92,7 @@ def environment_of(run: Run, mpirun: str | None) -> dict[str, str]:
 
 
 def record(run: Run, mpirun: str | None) -> str | None:
-    """Run a benchmark and keep its results; why it failed, else None."""
+    """Run a benchmark and keep its results; return why it failed, else None."""
     if run.n_ranks and mpirun is None:
         return "there is no mpirun: put one on PATH or name it by MPIRUN=..."
     command = command_of(run)
@@ -107,7 +107,7 @@ def record(run: Run, mpirun: str | None) -> str | None:
 
 
 def finished(command: Sequence[str], environment: Mapping[str, str], run: Run) -> str | None:
-    """Run a command within its time, in the checkout; why it failed, else None."""
+    """Run a command with a time limit, in the checkout; return why it failed, else None."""
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=dict(environment), start_new_session=True)
     try:
@@ -138,7 +138,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _members(session: int) -> list[int]:
-    """The processes of a session that are alive."""
+    """Return the live processes of a session."""
     members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -154,7 +154,7 @@ def main(
     problem: Callable[[], str | None] = gpu_machine.problem,
     start: Callable[[Run, str | None], str | None] = record,
 ) -> int:
-    """Returns the exit code.
+    """Run the benchmark and return the exit code.
 
     Args:
         arguments: Of the command line.

@@ -1,4 +1,4 @@
-"""How long work on a GPU takes: by the GPU's own events, or by the clock of the host around it.
+"""The timing of GPU work: by GPU events, or by the host clock around it.
 
 A GPU is given work and does it later. `EventTimer` asks the GPU, and gives Python a head start, so that a short kernel
 is not timed with the pauses in which the GPU waits for the next one. `ClockTimer` waits for the end on the host, so
@@ -36,14 +36,14 @@ BYTES_OF_A_REPEAT = 2**28  # smaller vectors are passed several times for one fi
 
 
 class Timer(Protocol):
-    """Measures operations that are begun from Python and done by a GPU."""
+    """A timer of operations that Python starts and a GPU performs."""
 
     def seconds(self, operation: Callable[[], object], n_calls: int) -> float:
-        """Seconds of a call, from ``n_calls`` that follow each other."""
+        """Return the seconds per call over ``n_calls`` consecutive calls."""
 
 
 class EventTimer:
-    """What the GPU needs for work on CuPy's current stream, by two CUDA events.
+    """A timer of GPU work on CuPy's current stream, by two CUDA events.
 
     The first event waits behind a kernel that does nothing for a while, meanwhile Python puts the calls in the queue.
     An operation that waits for the GPU itself is timed with its waits.
@@ -57,7 +57,7 @@ class EventTimer:
         self._spin = cupy.RawKernel(SPIN, "spin")
 
     def seconds(self, operation: Callable[[], object], n_calls: int) -> float:
-        """Seconds of a call, from ``n_calls`` that follow each other."""
+        """Return the seconds per call over ``n_calls`` consecutive calls."""
         self._spin((1,), (1,), (np.uint64(1e9 * HEAD_START_SECONDS * n_calls),))
         self._begin.record()
         for _ in range(n_calls):
@@ -69,7 +69,7 @@ class EventTimer:
 
 
 class ClockTimer:
-    """What a program waits: the host's clock, from before the first call until the GPU has done the last.
+    """A timer by the host clock, from before the first call until the GPU has finished the last.
 
     Args:
         settle: Waits for the GPU.
@@ -79,7 +79,7 @@ class ClockTimer:
         self._synchronize = synchronize
 
     def seconds(self, operation: Callable[[], object], n_calls: int) -> float:
-        """Seconds of a call, from ``n_calls`` that follow each other."""
+        """Return the seconds per call over ``n_calls`` consecutive calls."""
         self._synchronize()
         began = time.perf_counter()
         for _ in range(n_calls):
@@ -89,14 +89,14 @@ class ClockTimer:
 
 
 def calls_of(n_bytes: int) -> int:
-    """How many calls make one figure for vectors of this size."""
+    """Return how many calls make one figure for vectors of this size."""
     return max(1, min(MOST_CALLS, BYTES_OF_A_REPEAT // max(n_bytes, 1)))
 
 
 def medians(
     operations: Mapping[str, Callable[[], object]], timer: Timer, n_repeats: int, n_calls: int
 ) -> dict[str, float]:
-    """Median seconds of a call of each operation; they take turns, so that what disturbs one disturbs all.
+    """Return the median seconds per call of each operation; the operations take turns.
 
     Args:
         operations: By name.
@@ -115,7 +115,7 @@ def medians(
 
 
 def fill(device: gpu.Gpu, array: Any, seed: int) -> Any:
-    """Fill an array (n,) in device memory with random numbers between 0 and 1, a block and its copies; returns it."""
+    """Fill an array (n,) in device memory with random numbers in [0, 1), one block and its copies, and return it."""
     n, done = len(array), min(len(array), RANDOM_ELEMENTS)
     gpu.assign(array[:done], np.random.default_rng(seed).random(done, np.float32))
     while done < n:

@@ -1,4 +1,4 @@
-"""A training step on a GPU that ranks share, beside the step of as many ranks that compute alone.
+"""Measure a training step on a GPU that ranks share, beside the step of as many independent ranks.
 
     jobs/local.sh 2 python -m benchmarks.gpu.training [--models resnet20,gpt] [--transport auto] [--repeats 5] [--json]
 
@@ -51,7 +51,7 @@ Step = Callable[[], object]
 
 
 class Training:
-    """The candidates for one model. Collective to make and to close.
+    """The candidates for one model. Collective to create and to close.
 
     Args:
         world: The ranks.
@@ -82,7 +82,7 @@ class Training:
                 self.n_steps[f"{name}, tau {tau}"] = -(-n_steps // tau) * tau
 
     def measure(self, n_repeats: int) -> dict[str, np.ndarray]:
-        """Seconds of a step, the slowest rank's: (n_repeats,) of each candidate. Collective."""
+        """Return the seconds per step of the slowest rank, (n_repeats,) per candidate. Collective."""
         seconds = {name: np.zeros(n_repeats) for name in self.steps}
         for repeat in range(-1, n_repeats):  # the first warms up
             for name, step in self.steps.items():
@@ -99,7 +99,7 @@ class Training:
         return seconds
 
     def close(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.steps.clear()
         for optimizer in self._optimizers:
             optimizer.close()
@@ -116,7 +116,7 @@ class Training:
         return self._step(model, optimizer)
 
     def _step(self, model: torch.nn.Module, optimizer: Any) -> Step:
-        """One step as anybody would write it."""
+        """Make one step as a user would write it."""
         model.train()
         turn = 0
 
@@ -132,7 +132,7 @@ class Training:
 
 
 def rows_of(model: str, n_samples: int, seconds: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each candidate.
+    """Return one row per candidate.
 
     Args:
         model: Its name.
@@ -149,7 +149,7 @@ def rows_of(model: str, n_samples: int, seconds: Mapping[str, np.ndarray]) -> li
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
-    """The project's bar for each model, if this run is one that it is for."""
+    """Return the verdict on the project's bar for each model, if it applies to this run."""
     if n_ranks != BAR_RANKS:
         return []
     return [
@@ -161,7 +161,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[dict[str, 
 
 
 def table(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     return text.table(
         {
             "model": [row["model"] for row in rows],
@@ -176,7 +176,7 @@ def table(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[str]:
 
 
 def show(document: dict[str, Any]) -> str:
-    """The document for people."""
+    """Print the document as text."""
     lines = [gpu_machine.line(document["gpu"]), where(document)]
     lines += [
         f"{key}: {words}" for key, words in document["world"]["transport"].items() if key.startswith("vectors on")
@@ -187,7 +187,7 @@ def show(document: dict[str, Any]) -> str:
 
 
 def options_of(arguments: Sequence[str] | None) -> tuple[list[str], Any]:
-    """The models, and the other options.
+    """Parse the models and the other options.
 
     Raises:
         UsageError: What is no model.
@@ -210,7 +210,7 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[str], Any]:
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     problem = gpu_machine.problem()
     if problem:
         return cli.fail(problem, on_all_ranks=True)

@@ -1,4 +1,4 @@
-"""The operations that are measured beside each other, on vectors of one size.
+"""The operations that are measured side by side on vectors of one size.
 
 For each size every rank holds a float32 vector x, and all do the same at once:
 
@@ -55,7 +55,7 @@ REFERENCES |= {"MPI_Reduce + Bcast": "tree reduce + broadcast", "MPI_Sendrecv + 
 
 
 class Candidates:
-    """All operations on vectors of one size. Collective to make and to free.
+    """All operations on vectors of one size. Collective to create and to free.
 
     Args:
         world: The ranks.
@@ -103,7 +103,7 @@ class Candidates:
         return window
 
     def _get_and_put(self, window: MPI.Win, x: np.ndarray, parts: Sequence[tuple[int, slice]]) -> None:
-        """The exchange without shared memory: what is fetched is changed and put back, a target's part at a time."""
+        """Exchange without shared memory: get, change and put back, one target's part at a time."""
         for target, part in parts:
             c = self._staged[: part.stop - part.start]
             window.Lock(target, MPI.LOCK_EXCLUSIVE)
@@ -114,7 +114,7 @@ class Candidates:
             window.Unlock(target)
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         for window in self._windows:
             window.Free()
@@ -122,7 +122,7 @@ class Candidates:
 
 
 class Forms:
-    """The tree and the gossip on vectors of one size, beside MPI's. Collective to make, to call and to free.
+    """Tree and gossip on vectors of one size, beside MPI's. Collective to create, to call and to free.
 
     Args:
         world: The ranks.
@@ -163,7 +163,7 @@ class Forms:
         self._mpi.Bcast(array)
 
     def _mix(self, x: np.ndarray) -> None:
-        """As in ``algorithms.gossip.dpsgd``."""
+        """Mix as ``algorithms.gossip.dpsgd`` does."""
         met = self._row[self._comm.rank]
 
         def average(sender: int, z: Any, _: float) -> int:
@@ -183,13 +183,13 @@ class Forms:
         x *= 1 / (1 + len(self._received))
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         self._comm.free()
 
 
 def start_gloo(world: World) -> str | None:
-    """Start torch.distributed over the same ranks; why it could not, else None. Collective."""
+    """Start torch.distributed on the same ranks; return why it failed, else None. Collective."""
     try:
         import torch.distributed
 

@@ -1,4 +1,4 @@
-"""The exchange with the center, the all-reduce, the tree and the gossip, beside what they replace, on the same ranks in
+"""Measure exchange, all-reduce, tree and gossip beside the operations that they replace, on the same ranks in
 the same run.
 
     jobs/local.sh 2 python -m benchmarks.micro.collectives [--sizes 1K,4K,...,256M] [--repeats 30] [--no-gloo] [--json]
@@ -41,19 +41,19 @@ NEVER_SLOWER_FROM = 2**10  # bytes: the all-reduce than MPI_Allreduce
 
 
 def repeats_of(n_bytes: int, most: int) -> int:
-    """How many figures an operation on vectors of this size has."""
+    """Return the number of figures per operation on vectors of this size."""
     return min(most, max(BYTES_OF_ALL_REPEATS // n_bytes, FEWEST_REPEATS))
 
 
 def calls_that_fit(seconds: float, n_bytes: int) -> int:
-    """How many calls make one figure, of an operation that takes so long on a vector of this size."""
+    """Return how many calls make one figure of an operation with this duration on a vector of this size."""
     return max(1, min(calls_of(n_bytes), round(SECONDS_OF_A_FIGURE / seconds)))
 
 
 def rows_in_turns(
     world: World, operations: Mapping[str, Callable[[], object]], n_bytes: int, most_repeats: int
 ) -> list[dict[str, Any]]:
-    """A row for each of some operations that take turns. Collective."""
+    """Measure operations in turns and return one row each. Collective."""
     calls, n_warm_ups = dict.fromkeys(operations, 1), WARM_UPS
     if calls_of(n_bytes) > 1:
         least = measure(world, operations, TRIALS, calls).min(axis=1)  # what disturbs one call makes nothing slow
@@ -64,7 +64,7 @@ def rows_in_turns(
 
 
 def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool, with_forms: bool) -> list[dict[str, Any]]:
-    """A row for each operation on vectors of this size. Collective.
+    """Measure every operation on vectors of this size and return the rows. Collective.
 
     Args:
         world: The ranks.
@@ -84,12 +84,12 @@ def bench(world: World, n_bytes: int, most_repeats: int, *, with_gloo: bool, wit
 
 
 def sizes_of(words: str) -> list[int]:
-    """``4K,32M`` as bytes."""
+    """Parse ``4K,32M`` into bytes."""
     return [size_of(word.strip()) for word in words.split(",")]
 
 
 def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
-    """The project's bars, if this run is one that they are for; those of sizes that were not measured are left out."""
+    """Return the verdicts on the project's bars that apply to this run and its sizes."""
     if n_ranks != BAR_RANKS:
         return []
     ratios = {(row["bytes"], row["operation"]): row["ratio"] for row in rows if row["ratio"] is not None}
@@ -122,7 +122,7 @@ def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     return text.table(
         {
             "vector": [name_of(row["bytes"]) for row in rows],
@@ -137,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     parser = cli.Parser(
         prog="python -m benchmarks.micro.collectives", description="Collectives. Run under mpirun or srun."
     )

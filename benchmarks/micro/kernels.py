@@ -1,4 +1,4 @@
-"""How near the host kernels come to the bandwidth of the memory, beside NumPy and torch.
+"""Measure host kernels against memory bandwidth, NumPy and torch.
 
 A kernel is one pass, so its floor is the time that its bytes need: each array read once and, if assigned, written
 once. The practical limit is an in-place scale of the very same arrays, measured in turn with the kernel, because one
@@ -89,7 +89,7 @@ NUMPY: dict[str, Callable[..., object]] = {
 
 
 def expression(kernel: Kernel) -> Callable[..., None]:
-    """The kernel's equations as a function that evaluates them an operator at a time, for NumPy and torch alike."""
+    """Return the kernel's equations as a function that evaluates them operator by operator, for NumPy and torch."""
     equations = kernel.equations
     lines = [f"def {kernel.name}({', '.join(equations.arrays + equations.scalars)}):"]
     lines += [f"    {name}_at = {name}" for name in equations.stored]
@@ -103,7 +103,7 @@ def expression(kernel: Kernel) -> Callable[..., None]:
 
 
 def medians(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median and 95th percentile of each candidate, in seconds; the candidates take turns, so that noise hits all."""
+    """Return the median and 95th percentile of each candidate in seconds; the candidates take turns."""
     for run in candidates.values():
         run()
         run()
@@ -120,7 +120,7 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def bench_kernel(kernel: Kernel, n: int, repeats: int) -> dict[str, Any]:
-    """GB/s of a kernel at n float32, and what it costs to call it at all."""
+    """Measure the GB/s of a kernel at n float32 elements, and the cost of a call."""
     rng = np.random.default_rng(0)
     arrays = [rng.random(n, np.float32) for _ in kernel.equations.arrays]
     # Small steps towards stable values: a thousand calls must meet neither subnormals nor infinities.
@@ -146,7 +146,7 @@ def bench_kernel(kernel: Kernel, n: int, repeats: int) -> dict[str, Any]:
 def row_of(
     name: str, timed: dict[str, dict[str, float]], n: int, bytes_per_element: int, n_arrays: int
 ) -> dict[str, Any]:
-    """The figures of one kernel.
+    """Return the figures of one kernel.
 
     Args:
         name: Of the kernel.
@@ -167,7 +167,7 @@ def row_of(
 
 
 def verdicts(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """The project's bars, if this run is one that they are for.
+    """Return the verdicts on the project's bars, if they apply to this run.
 
     Args:
         rows: Of all kernels; which are fused is in the module's docstring.
@@ -191,7 +191,7 @@ def verdicts(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
 
 
 def call_seconds(kernel: Kernel, scalars: Sequence[float]) -> float:
-    """Seconds of a call on vectors of one element: the overhead of every call."""
+    """Measure the seconds of a call on vectors of one element: the overhead of every call."""
     arrays = [np.ones(1, np.float32) for _ in kernel.equations.arrays]
     best = float("inf")
     for _ in range(20):
@@ -203,7 +203,7 @@ def call_seconds(kernel: Kernel, scalars: Sequence[float]) -> float:
 
 
 def bench_reduction(name: str, k: int, n: int, repeats: int) -> dict[str, Any]:
-    """GB/s of a reduction of k vectors of n float32."""
+    """Measure the GB/s of a reduction of k vectors of n float32 elements."""
     vectors = [np.ones(n, np.float32) for _ in range(k)]
     out = np.ones(n, np.float32)
     tensors = [torch.from_numpy(vector) for vector in vectors]
@@ -235,7 +235,7 @@ def bench_reduction(name: str, k: int, n: int, repeats: int) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor and how many of its cores this process may use."""
+    """Describe the processor and how many of its cores this process may use."""
     model = platform.processor()
     try:
         with open("/proc/cpuinfo") as file:

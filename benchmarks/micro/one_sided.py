@@ -1,4 +1,4 @@
-"""The one-sided operations that are measured beside each other.
+"""The one-sided operations that are measured side by side.
 
 Three sets of them. The first two are calls of one rank, the origin, at the memory of the last rank, the target; every
 transfer and every atomic operation is followed by the flush that makes it complete on both sides:
@@ -50,7 +50,7 @@ EXCHANGES = ("local pass", "exchange", *(f"Get/Put, {kind}" for kind in KINDS))
 
 
 class Operations(Protocol):
-    """What is measured together.
+    """A set of operations that are measured together.
 
     Attributes:
         operations: By name; called by the origin, or by all ranks at once.
@@ -61,11 +61,11 @@ class Operations(Protocol):
     references: dict[str, str]
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
 
 
 class Windows:
-    """MPI windows that are given back together. Collective to use.
+    """MPI windows that are freed together. Collective to use.
 
     Args:
         world: The ranks.
@@ -78,7 +78,7 @@ class Windows:
         self._exposed: list[np.ndarray] = []
 
     def make(self, kind: str, n_bytes: int, *, locked: bool = False) -> MPI.Win:
-        """A window of zeros.
+        """Create a window of zeros.
 
         Args:
             kind: One of ``KINDS``.
@@ -100,7 +100,7 @@ class Windows:
         return window
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for window in self._locked:
             window.Unlock_all()
         for window in self._open:
@@ -109,7 +109,7 @@ class Windows:
 
 
 class Calls:
-    """What costs a call whatever the size of a vector. Collective to make and to free; the operations are Local.
+    """Calls whose cost does not depend on the vector. Collective to create and to free; the operations are Local.
 
     Args:
         world: The ranks, two or more.
@@ -155,14 +155,14 @@ class Calls:
         self._locks.release(self._target, 0, version, updated=True)
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         self._locks.free()
         self._windows.free()
 
 
 class Transfers:
-    """A vector between the origin and the target. Collective to make and to free; the operations are Local.
+    """Transfers of a vector between origin and target. Collective to create and to free; the operations are Local.
 
     Args:
         world: The ranks, two or more.
@@ -208,7 +208,7 @@ class Transfers:
         self.references[f"accumulate, {kind}"] = "local sum"
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         self._windows.free()
         self._own.free()
@@ -216,7 +216,7 @@ class Transfers:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is exchanged under one lock.
+    """The part of a vector that is exchanged under one lock.
 
     Attributes:
         part: Where it lies in the vector.
@@ -232,12 +232,12 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return self.part.stop - self.part.start
 
 
 def chunks(n: int, n_ranks: int, length: int = CHUNK) -> list[Piece]:
-    """A vector of ``n`` elements in chunks, the last of each rank's share shorter, all in one window."""
+    """Split a vector of ``n`` elements into chunks in one window; the last chunk of each rank's share is shorter."""
     return [
         Piece(slice(start, min(start + length, share.stop)), home, at=start - share.start)
         for home, share in enumerate(split(n, n_ranks))
@@ -246,13 +246,13 @@ def chunks(n: int, n_ranks: int, length: int = CHUNK) -> list[Piece]:
 
 
 def tensors(n: int, n_ranks: int, most: int = TENSORS) -> list[Piece]:
-    """A vector of ``n`` elements in ``most`` tensors, fewer if it is short; each has a window, at one rank."""
+    """Split a vector of ``n`` elements into at most ``most`` tensors, each with a window of its own at one rank."""
     parts = [part for part in split(n, most) if part.start < part.stop]
     return [Piece(part, k % n_ranks, window=k) for k, part in enumerate(parts)]
 
 
 class InPieces:
-    """The elastic exchange, a piece at a time. Collective to make and to free.
+    """The elastic exchange, one piece at a time. Collective to create and to free.
 
     Args:
         world: The ranks.
@@ -283,13 +283,13 @@ class InPieces:
             window.Unlock(home)
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self._steps.clear()
         self._windows.free()
 
 
 class Exchanges:
-    """The elastic exchange with a center. Collective to make and to free; the operations are made by all ranks at once.
+    """The elastic exchange with a center. Collective to create and to free; all ranks call the operations at once.
 
     Args:
         world: The ranks.
@@ -312,7 +312,7 @@ class Exchanges:
                 self.references[name] = "exchange"
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.operations.clear()
         for made in reversed(self._made):
             made.free()

@@ -1,4 +1,4 @@
-"""What one waits for before anything is learned: the import, and a run's way to its first step.
+"""Measure what a user waits for before training starts: the import, and the way of a run to its first step.
 
     VIRTUAL_ENV=.venv/openmpi python -m benchmarks.micro.startup [--ranks 2] [--repeats 5] [--imports 9] [--json]
 
@@ -70,14 +70,14 @@ class Noting(MLP):
 
 
 def environment(environ: Mapping[str, str], venv: Path) -> dict[str, str]:
-    """That of a command in this virtual environment, without what a launcher or a benchmark has put into it."""
+    """Return a command's environment in this virtual environment, without variables of a launcher or a benchmark."""
     env = {name: value for name, value in environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     env |= {"VIRTUAL_ENV": str(venv), "PATH": f"{venv / 'bin'}{os.pathsep}{environ.get('PATH', '')}"}
     return env | {"OMP_NUM_THREADS": "1"}
 
 
 def run(command: Sequence[str], env: Mapping[str, str], folder: Path) -> tuple[float, str]:
-    """Seconds of a command, and what it printed.
+    """Run a command; return its seconds and its output.
 
     Raises:
         RuntimeError: It failed or took too long; what it printed is in the message.
@@ -104,7 +104,7 @@ def run(command: Sequence[str], env: Mapping[str, str], folder: Path) -> tuple[f
 
 
 def turns(commands: Mapping[str, Callable[[], float]], n_repeats: int) -> dict[str, list[float]]:
-    """Seconds of each command, turn by turn, after one that counts for nothing."""
+    """Time each command, turn by turn, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for repeat in range(1 + n_repeats):
         for name, measure in commands.items():
@@ -115,7 +115,7 @@ def turns(commands: Mapping[str, Callable[[], float]], n_repeats: int) -> dict[s
 
 
 def first_step(folder: Path, began: float, n_ranks: int) -> tuple[float, float]:
-    """Seconds until all ranks had begun their first training pass, and until they had made the first step.
+    """Return the seconds until all ranks had begun their first training pass, and until their first step was made.
 
     Args:
         folder: In which each rank's model has noted its passes.
@@ -133,7 +133,7 @@ def first_step(folder: Path, began: float, n_ranks: int) -> tuple[float, float]:
 
 
 def measure_imports(env: Mapping[str, str], venv: Path, n_repeats: int) -> dict[str, list[float]]:
-    """Seconds of an interpreter that does nothing, and that imports."""
+    """Time an interpreter that does nothing and one that imports."""
 
     def of(code: str) -> Callable[[], float]:
         return lambda: run([str(venv / "bin" / "python"), "-c", code], env, ROOT)[0]
@@ -142,7 +142,7 @@ def measure_imports(env: Mapping[str, str], venv: Path, n_repeats: int) -> dict[
 
 
 def measure_runs(env: Mapping[str, str], n_ranks: int, n_repeats: int) -> dict[str, list[float]]:
-    """Seconds of runs until their first pass, their first step and their end, after a run that counts for nothing."""
+    """Time runs until their first pass, first step and end, after a run that is not counted."""
     command = [str(ROOT / "jobs" / "local.sh"), str(n_ranks), *TRAIN]
     runs: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -160,7 +160,7 @@ def measure_runs(env: Mapping[str, str], n_ranks: int, n_repeats: int) -> dict[s
 
 
 def rows_of(imports: Mapping[str, Sequence[float]], runs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """A row for each figure: those of imports without the interpreter's own start, turn by turn."""
+    """Return one row per figure; those of imports without the interpreter's own start, turn by turn."""
     nothing = np.array(imports["pass"])
     seconds = {"interpreter": nothing}
     seconds |= {name: np.array(of_one) - nothing for name, of_one in imports.items() if name != "pass"}
@@ -178,7 +178,7 @@ def rows_of(imports: Mapping[str, Sequence[float]], runs: Mapping[str, Sequence[
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
-    """The project's bars; that of the first step only where the run is one that it is for."""
+    """Return the verdicts on the project's bars that apply to this run."""
     seconds = {row["what"]: row["median_seconds"] for row in rows}
     bars = [("import mpitrain", IMPORT_AT_MOST, "import of mpitrain")]
     if n_ranks == BAR_RANKS:
@@ -200,7 +200,7 @@ MEANINGS = {
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     return text.table(
         {
             "what": [row["what"] for row in rows],
@@ -214,7 +214,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = cli.Parser(
         prog="python -m benchmarks.micro.startup", description="Seconds of the import and until the first step."
     )

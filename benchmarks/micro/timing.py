@@ -1,4 +1,4 @@
-"""What the benchmarks on ranks share: rounds in which the operations take turns, their rows, and sizes as people type
+"""The shared parts of the benchmarks on ranks: rounds in which operations take turns, rows, and sizes as users type
 them.
 
 Operations that are compared are measured in turns, so that what disturbs the machine disturbs all of them. A figure is
@@ -32,7 +32,7 @@ def one_round(
     n_calls: Calls,
     begin: Callable[[], object] | None = None,
 ) -> list[float]:
-    """Seconds of a call of each operation, one after the other.
+    """Time one call of each operation, one after the other.
 
     Args:
         operations: By name.
@@ -59,26 +59,26 @@ def measure(
     n_calls: Calls,
     n_warm_ups: int = WARM_UPS,
 ) -> np.ndarray:
-    """Seconds of a call, the slowest rank's: (operations, n_repeats). Collective."""
+    """Return the seconds per call of the slowest rank, (operations, n_repeats). Collective."""
     rounds = [one_round(operations, n_calls, world.barrier) for _ in range(n_warm_ups + n_repeats)]
     return slowest(world, np.array(rounds[n_warm_ups:]).T)
 
 
 def slowest(world: World, seconds: np.ndarray) -> np.ndarray:
-    """The elementwise maximum over the ranks. Collective."""
+    """Return the elementwise maximum over the ranks. Collective."""
     most: np.ndarray = np.max(world.comm.allgather(seconds), axis=0)
     return most
 
 
 def calls_of(n_bytes: int) -> int:
-    """How many calls make one figure for a vector of this size."""
+    """Return how many calls make one figure for a vector of this size."""
     return max(1, min(MOST_CALLS, BYTES_OF_A_REPEAT // max(n_bytes, 1)))
 
 
 def rows_of(
     names: Sequence[str], seconds: np.ndarray, references: Mapping[str, str], *, n_bytes: int, n_calls: Calls
 ) -> list[dict[str, Any]]:
-    """A row for each operation.
+    """Return one row per operation.
 
     Args:
         names: Of the operations.
@@ -111,17 +111,17 @@ def _calls(n_calls: Calls, name: str) -> int:
 
 
 def beside(row: Mapping[str, Any]) -> str:
-    """What a row is compared with, for people."""
+    """Format what a row is compared with."""
     return f"{row['ratio']:.2f} x {row['reference']}" if row["ratio"] else ""
 
 
 def gb_per_s(row: Mapping[str, Any]) -> str:
-    """Bytes of the vector by time, for people."""
+    """Format the vector's bytes per second."""
     return f"{row['bytes'] / row['median_seconds'] / 1e9:.2f}"
 
 
 def size_of(word: str, option: str = "--sizes") -> int:
-    """``4K`` as bytes."""
+    """Parse ``4K`` into bytes."""
     digits, factor = (word[:-1], UNITS[word[-1].upper()]) if word[-1:].upper() in UNITS else (word, 1)
     if not digits.isdigit() or int(digits) * factor < 4:
         raise UsageError(f"{option} takes bytes, such as 4K or 32M, not {word!r}")
@@ -129,13 +129,13 @@ def size_of(word: str, option: str = "--sizes") -> int:
 
 
 def name_of(n_bytes: int) -> str:
-    """Bytes as ``4 KiB``."""
+    """Format bytes as ``4 KiB``."""
     unit = next((u for u in reversed(UNITS) if n_bytes >= UNITS[u]), None)
     return f"{n_bytes / UNITS[unit]:g} {unit}iB" if unit else f"{n_bytes} B"
 
 
 def where(document: Mapping[str, Any]) -> str:
-    """The ranks, the machine and the MPI of a document that ``info.describe`` has a part in."""
+    """Format the ranks, machine and MPI of a document that contains ``info.describe``."""
     world, machine = document["world"], document["machine"]
     load = document["load_average"]["before"][0]
     cores = f"{machine['cores']} cores ({machine['processor']})"

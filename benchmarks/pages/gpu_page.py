@@ -1,4 +1,4 @@
-"""One page of all results on a GPU: the project's bars in one table, every benchmark's own table, and plots.
+"""Write one page of all GPU results: the project's bars in one table, every benchmark's own table, and plots.
 
     python -m benchmarks.pages.gpu_page [--results docs/benchmarks]
 
@@ -36,18 +36,18 @@ MODES: dict[str, Dash] = {"one rank": "-", "all ranks": "--"}
 
 
 def part_of(result: Result) -> str:
-    """Which benchmark on a GPU it is of: ``exchange`` of ``gpu-exchange-2``."""
+    """Return the GPU benchmark of a result: ``exchange`` for ``gpu-exchange-2``."""
     return (*result.name.split("-"), "")[1]
 
 
 def gpus(results: Sequence[Result]) -> list[str]:
-    """The GPUs, each once, as a line of the page."""
+    """Return the GPUs, each once, as a line of the page."""
     lines = dict.fromkeys(gpu_machine.line(r.document["gpu"]) for r in results if "gpu" in r.document)
     return [f"- GPU: {'; '.join(lines)}"] if lines else []
 
 
 def draw_kernels(results: Sequence[Result]) -> Figure | None:
-    """GB/s of each kernel and its peers against the size of a vector, and of the copy."""
+    """Draw the GB/s of each kernel, its peers and the copy against the vector's size."""
     rows = [row for result in results for row in result.document["results"]]
     names = list(dict.fromkeys(row["kernel"] for row in rows))
     if not names:
@@ -78,7 +78,7 @@ def draw_kernels(results: Sequence[Result]) -> Figure | None:
 
 
 def draw_exchange(results: Sequence[Result]) -> Figure | None:
-    """Time of the exchange and the all-reduce: against the size for the fewest ranks, and against their number."""
+    """Draw the time of exchange and all-reduce: against the size for the fewest ranks, and against the ranks."""
     shown = sorted((result for result in results if result.ranks), key=lambda result: result.ranks or 0)
     common = set.intersection(*({row["bytes"] for row in result.document["results"]} for result in shown or results))
     if not shown or not common:
@@ -117,7 +117,7 @@ def draw_exchange(results: Sequence[Result]) -> Figure | None:
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, mode: str) -> None:
-    """Milliseconds of one operation."""
+    """Draw the milliseconds of one operation."""
     if points:
         x, seconds = zip(*sorted(points), strict=True)
         style: dict[str, Any] = {"color": colour, "linestyle": MODES[mode], "marker": "o", "markersize": 3}
@@ -125,7 +125,7 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, mode: st
 
 
 def draw_training(results: Sequence[Result]) -> Figure | None:
-    """Milliseconds of a step, and how many times those of the step alone."""
+    """Draw the milliseconds of a step, and their ratio to the step alone."""
     rows = [row for result in results for row in result.document["results"]]
     models = list(dict.fromkeys(row["model"] for row in rows))
     if not models:
@@ -157,7 +157,7 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[Result]], Figure | None], str]] =
 
 
 def write(folder: Path) -> Path:
-    """Make the page and its plots; returns its path."""
+    """Write the page and its plots; return the page's path."""
     results = load(folder, on_gpu=True)
     bars = [bar for result in results for bar in result.document.get("bars", [])]
     lines = ["# Benchmarks on a GPU", "", *gpus(results), *circumstances(results), "", "## The project's bars", ""]
@@ -180,7 +180,7 @@ def write(folder: Path) -> Path:
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: docs/benchmarks)")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The plots of what was measured. Lines of Open MPI are solid, those of MPICH dashed, its bars hatched.
+"""The plots of the benchmarks. Lines of Open MPI are solid, those of MPICH dashed; MPICH's bars are hatched.
 
 Each ``draw_...`` takes the results of one benchmark and returns None where there is nothing to draw.
 """
@@ -32,13 +32,13 @@ LIMIT_COLOURS = {"local pass": "#000000", "local copy": "#000000", "local sum": 
 
 
 def sized(result: Result, rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Sizes in bytes, rising, and median seconds of one operation."""
+    """Return the sizes in bytes, ascending, and the median seconds of one operation."""
     points = sorted((row["bytes"], row["median_seconds"]) for row in rows if row["operation"] == name)
     return [n_bytes for n_bytes, _ in points], [seconds for _, seconds in points]
 
 
 def bytes_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    """Powers of four with their names, as many as there is room for."""
+    """Label powers of four with their names, as many as fit."""
     smallest, largest = int(np.log2(min(sizes))), int(np.log2(max(sizes)))
     step = max(2, -(-(largest - smallest) // 6))
     ticks = [2**k for k in range(smallest, largest + 1, step)]
@@ -50,7 +50,7 @@ def bytes_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def short(n_bytes: float) -> str:
-    """Bytes as ``4K``."""
+    """Format bytes as ``4K``."""
     for unit, factor in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:g}{unit}"
@@ -58,7 +58,7 @@ def short(n_bytes: float) -> str:
 
 
 def plain_log_y(axes: Axes, label: str) -> None:
-    """A logarithmic axis with numbers and no powers."""
+    """Make the y axis logarithmic, with plain numbers instead of powers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -71,7 +71,7 @@ def against_size(
     panels: Sequence[tuple[str, Sequence[tuple[str, str]]]],
     rows_of: Callable[[Result], list[dict[str, Any]]],
 ) -> None:
-    """Time above and bandwidth below, a column for each set of operations.
+    """Draw time above and bandwidth below, one column per set of operations.
 
     Args:
         grid: (2, panels) axes.
@@ -114,7 +114,7 @@ def against_size(
 
 
 def legend_of_mpis(figure: Figure, results: Sequence[Result], *, bars: bool = False) -> None:
-    """Which MPI is which, if there are two."""
+    """Add a legend of the MPIs, if there are two."""
     mpis = [mpi for mpi in MPIS if any(result.mpi == mpi for result in results)]
     if len(mpis) < 2:
         return
@@ -132,17 +132,17 @@ def legend_of_mpis(figure: Figure, results: Sequence[Result], *, bars: bool = Fa
 
 
 def of_pairs(results: Sequence[Result]) -> list[Result]:
-    """Those of as many ranks as the bars are for."""
+    """Return the results with the number of ranks that the bars are for."""
     return [result for result in results if result.ranks == BAR_RANKS]
 
 
 def having(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
-    """Those that have measured any of these operations."""
+    """Return the results that measured any of these operations."""
     return [result for result in results if any(row["operation"] in names for row in result.document["results"])]
 
 
 def draw_collectives(results: Sequence[Result]) -> Figure | None:
-    """All-reduces, exchanges, the tree and the gossip, each with what it replaces, against the size of the vector."""
+    """Draw all-reduces, exchanges, tree and gossip, each beside what it replaces, against the vector's size."""
     shown = of_pairs(results)
     names = {"All-reduce": SUMS, "Exchange with the center": (*EXCHANGES, "local pass"), "Tree and gossip": FORMS}
     words = {"all-reduce": "ours"}
@@ -159,13 +159,13 @@ def draw_collectives(results: Sequence[Result]) -> Figure | None:
 
 
 def sizes_of_all(results: Sequence[Result], names: Sequence[str]) -> list[int]:
-    """The sizes, rising, at which each of the results has some of these operations."""
+    """Return the sizes, ascending, at which each result has some of these operations."""
     of_each = [{row["bytes"] for row in result.document["results"] if row["operation"] in names} for result in results]
     return sorted(set.intersection(*of_each)) if of_each else []
 
 
 def draw_ranks(results: Sequence[Result], names: Sequence[str] = (*SUMS, *EXCHANGES)) -> Figure | None:
-    """Some operations on more ranks, at each size that was measured with all numbers of them."""
+    """Draw some operations on more ranks, at each size that was measured with all numbers of ranks."""
     results = having(results, names)
     counts = sorted({result.ranks for result in results if result.ranks})
     sizes = sizes_of_all(results, names)
@@ -201,7 +201,7 @@ def draw_ranks(results: Sequence[Result], names: Sequence[str] = (*SUMS, *EXCHAN
 
 
 def draw_windows(results: Sequence[Result]) -> Figure | None:
-    """Put, get and accumulate on both kinds of windows, and the exchanges made of them, against the size."""
+    """Draw put, get and accumulate on both kinds of windows, and the exchanges built on them, against the size."""
     shown = [result for result in of_pairs(results) if result.document["results"]["transfers"]]
     if not shown:
         return None
@@ -226,7 +226,7 @@ def draw_windows(results: Sequence[Result]) -> Figure | None:
 
 
 def draw_kernels(results: Sequence[Result]) -> Figure | None:
-    """GB/s of each kernel, NumPy and torch, and the limit."""
+    """Draw the GB/s of each kernel, NumPy, torch and the limit."""
     if not results:
         return None
     rows = results[0].document["results"]
@@ -261,7 +261,7 @@ def bars_of(
     colours: Sequence[str],
     tell: Mapping[str, Sequence[str]],
 ) -> None:
-    """Horizontal bars, one of each MPI for each label, with words at their ends.
+    """Draw horizontal bars, one per MPI and label, with text at their ends.
 
     Args:
         axes: To draw in.
@@ -289,7 +289,7 @@ def bars_of(
 
 
 def draw_steps(results: Sequence[Result]) -> Figure | None:
-    """Milliseconds of a step, and how many times those of the step alone."""
+    """Draw the milliseconds of a step, and their ratio to the step alone."""
     shown = of_pairs(results)
     models = list(dict.fromkeys(row["model"] for result in shown for row in result.document["results"]))
     if not models:
@@ -319,7 +319,7 @@ def draw_steps(results: Sequence[Result]) -> Figure | None:
 
 
 def draw_stragglers(results: Sequence[Result]) -> Figure | None:
-    """What the others keep of their throughput beside a slow rank."""
+    """Draw the throughput that the other ranks keep beside a slow rank."""
     if not results:
         return None
     methods = list(dict.fromkeys(row["method"] for result in results for row in result.document["results"]))
@@ -340,7 +340,7 @@ def draw_stragglers(results: Sequence[Result]) -> Figure | None:
 
 
 def draw_compare(results: Sequence[Result]) -> Figure | None:
-    """Seconds until the target accuracy, gradients in a second and bytes of a gradient, method by method."""
+    """Draw seconds to the target accuracy, gradients per second and bytes per gradient, method by method."""
     if not results:
         return None
     document = results[0].document

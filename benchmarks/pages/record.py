@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return its exit code."""
     if len(sys.argv) < 3:
         print("usage: record.py NAME command [argument ...]", file=sys.stderr)
         return 2
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def page(name: str, command: Sequence[str], lines: Sequence[str], document: dict[str, Any]) -> str:
-    """The Markdown of one benchmark."""
+    """Return the Markdown of one benchmark."""
     versions = ", ".join(f"{package} {version}" for package, version in document.get("versions", {}).items())
     text = "\n".join(lines).strip("\n")
     return f"# {name}\n\n{time.strftime('%Y-%m-%d')}: `{' '.join(command)}`\n\n{versions}\n\n```\n{text}\n```\n"

@@ -1,4 +1,4 @@
-"""What record.py has kept of the benchmarks, NAME.md and NAME.json, in the order in which it is shown."""
+"""The recorded results of the benchmarks, NAME.md and NAME.json, in the order in which they are shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ON_GPU = "gpu-"
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark, as record.py has kept it.
+    """One recorded benchmark.
 
     Attributes:
         name: Of its files, such as ``collectives-mpich-4``.
@@ -30,12 +30,12 @@ class Result:
 
     @property
     def benchmark(self) -> str:
-        """Which script it is of."""
+        """The benchmark's name without MPI and ranks."""
         return self.name.partition("-")[0]
 
     @property
     def mpi(self) -> str | None:
-        """``openmpi``, ``mpich``, or None where it does not matter."""
+        """``openmpi``, ``mpich``, or None if the MPI does not matter."""
         named = [mpi for mpi in MPIS if mpi in self.name.split("-")]
         if named:
             return named[0]
@@ -44,13 +44,13 @@ class Result:
 
     @property
     def ranks(self) -> int | None:
-        """Of the run."""
+        """The number of ranks of the run."""
         n_ranks: int | None = self.document.get("world", {}).get("ranks")
         return n_ranks
 
 
 def load(folder: Path, *, on_gpu: bool = False) -> list[Result]:
-    """What is kept in a folder: benchmark by benchmark, Open MPI before MPICH, few ranks before many.
+    """Load the results of a folder: by benchmark, Open MPI before MPICH, few ranks before many.
 
     Args:
         folder: With results of any kind.

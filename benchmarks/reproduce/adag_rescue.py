@@ -1,4 +1,4 @@
-"""B8: many workers, frequent commits, a high learning rate: AGN diverges at first, ADAG on top of it does not.
+"""B8: with many workers, frequent commits and a high learning rate, AGN diverges at first and ADAG does not.
 
 Hermans' thesis, CERN-THESIS-2017-103, reports that AGN with many workers and short periods diverges in the beginning,
 and that ADAG with gamma = 1e-4 removes this. Here 16 equal machines, whose steps vary in length by 10 %, fit a softmax
@@ -61,26 +61,26 @@ class Digits:
 
     @property
     def n_weights(self) -> int:
-        """Of a model."""
+        """The number of weights of a model."""
         return int(self.x.shape[1]) * 10
 
     def _logarithms(self, weights: Array, rows: NDArray[np.int64] | slice) -> Array:
-        """(rows, 10) of the probabilities."""
+        """Return the logarithms of the probabilities, (rows, 10)."""
         z = self.x[rows] @ weights.reshape(-1, 10)
         z -= z.max(1, keepdims=True)
         logarithms: Array = z - np.log(np.exp(z).sum(1, keepdims=True))
         return logarithms
 
     def loss(self, weights: Array) -> float:
-        """Cross-entropy over all images."""
+        """Return the cross-entropy over all images."""
         return -float(self._logarithms(weights, slice(None))[np.arange(self.y.size), self.y].mean())
 
     def accuracy(self, weights: Array) -> float:
-        """Of all images, the fraction that is recognised."""
+        """Return the fraction of all images that is classified correctly."""
         return float((self._logarithms(weights, slice(None)).argmax(1) == self.y).mean())
 
     def gradients(self, seed: int) -> Callable[[int, Array], Array]:
-        """Of mini-batches drawn at random."""
+        """Return the gradients of random mini-batches."""
         rng = np.random.default_rng(seed)
 
         def gradient(rank: int, weights: Array) -> Array:
@@ -96,7 +96,7 @@ class Digits:
 def train(
     digits: Digits, method: Method, schedule: Schedule, n: int, lr: float, n_rounds: int, seed: int
 ) -> tuple[Array, float]:
-    """The center's loss (n_rounds + 1,) after each round, and its accuracy at the end.
+    """Train; return the center's loss (n_rounds + 1,) after each round and its final accuracy.
 
     A round is as many local steps as there are workers, whoever makes them.
     """
@@ -115,7 +115,7 @@ def train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--workers", type=int, default=16, help="default: %(default)s")
     made.add_argument("--lr", type=float, default=0.5, help="learning rate (default: %(default)s)")

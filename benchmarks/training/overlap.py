@@ -1,4 +1,4 @@
-"""Training steps on a slow link, with exchanges in the foreground and in the background.
+"""Measure training steps on a slow link, with exchanges in the foreground and in the background.
 
 Two models with the same number of parameters, a ResNet-20's:
 
@@ -49,7 +49,7 @@ METHODS = {
 
 @contextmanager
 def resnet(world: World) -> Iterator[dict[str, Step]]:
-    """Steps of a ResNet-20 and torch.optim.SGD with momentum. Collective."""
+    """Return steps of a ResNet-20 with torch.optim.SGD and momentum. Collective."""
     generator = torch.Generator().manual_seed(world.rank)
     batches = [(torch.randn(BATCH, *SHAPE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator))]
     steps, optimizers = {}, []
@@ -64,7 +64,7 @@ def resnet(world: World) -> Iterator[dict[str, Step]]:
 
 @contextmanager
 def made_up(world: World) -> Iterator[dict[str, Step]]:
-    """Steps that compute for ``STEP_SECONDS``, and then change as many parameters as a ResNet-20 has. Collective."""
+    """Return steps that compute for ``STEP_SECONDS`` and change as many parameters as a ResNet-20 has. Collective."""
     a = np.ones((SIDE, SIDE), np.float32)
     product = np.empty_like(a)
     world.barrier()
@@ -93,7 +93,7 @@ def made_up(world: World) -> Iterator[dict[str, Step]]:
 
 
 def measure(pair: Pair) -> list[dict[str, Any]]:
-    """A row for each step of both models. Collective."""
+    """Measure each step of both models and return the rows. Collective."""
     torch.set_num_threads(1)
     rows = []
     for model, candidates, n_turns in ((RESNET, resnet, TURNS_OF_RESNET), (MADE_UP, made_up, TURNS_OF_MADE_UP)):
@@ -104,7 +104,7 @@ def measure(pair: Pair) -> list[dict[str, Any]]:
 
 
 def turns(pair: Pair, steps: dict[str, Step], n_turns: int) -> list[tuple[str, float, float]]:
-    """Steps by name, the slowest rank's median seconds, and the median share of the seconds alone in the same turn.
+    """Time steps by name: the slowest rank's median seconds, and the median share of the time alone in the same turn.
 
     Collective. What sockets cost is added to the steps.
     """

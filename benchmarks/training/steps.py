@@ -1,4 +1,4 @@
-"""A training step, beside the same step of one process that computes alone and beside what torch offers for many.
+"""Measure a training step beside the same step of one independent process and beside torch's distributed steps.
 
     jobs/local.sh 2 python -m benchmarks.training.steps [--model mlp|resnet20] [--repeats 9] [--json]
 
@@ -51,7 +51,7 @@ Step = Callable[[], object]
 
 
 class Bench:
-    """The candidates for one model. Collective to make and to close.
+    """The candidates for one model. Collective to create and to close.
 
     Args:
         world: The ranks.
@@ -81,7 +81,7 @@ class Bench:
             self._add("PostLocalSGD, tau 10", self._post_local(10), 10)
 
     def measure(self, n_repeats: int) -> dict[str, np.ndarray]:
-        """Seconds of a step, the slowest rank's: (n_repeats,) of each candidate. Collective."""
+        """Return the seconds per step of the slowest rank, (n_repeats,) per candidate. Collective."""
         seconds = {name: np.zeros(n_repeats) for name in self.steps}
         for repeat in range(-1, n_repeats):  # the first warms up
             for name, step in self.steps.items():
@@ -96,7 +96,7 @@ class Bench:
         return seconds
 
     def close(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         for optimizer in self._optimizers:
             optimizer.close()
 
@@ -125,7 +125,7 @@ class Bench:
 
 
 def step_of(model: torch.nn.Module, optimizer: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Step:
-    """One step as anybody would write it; the batches take turns."""
+    """Return one step as a user would write it; the batches take turns."""
     model.train()
     in_turn = itertools.cycle(batches)
 
@@ -139,12 +139,12 @@ def step_of(model: torch.nn.Module, optimizer: Any, batches: Sequence[tuple[torc
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """What every candidate has at its core."""
+    """Return the base optimizer of every candidate."""
     return torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
 
 
 def rows_of(model: str, seconds: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each candidate."""
+    """Return one row per candidate."""
     alone = float(np.median(seconds["alone"]))
     rows = []
     for name, of_one in seconds.items():
@@ -158,7 +158,7 @@ def rows_of(model: str, seconds: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
-    """The project's bars, if this run is one that they are for."""
+    """Return the verdicts on the project's bars, if they apply to this run."""
     of = {row["step"]: row for row in rows if row["model"] == BAR_MODEL}
     if n_ranks != BAR_RANKS or not of:
         return []
@@ -177,7 +177,7 @@ def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
     return text.table(
         {
             "model": [row["model"] for row in rows],
@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     parser = cli.Parser(
         prog="python -m benchmarks.training.steps", description="Training steps. Run under mpirun or srun."
     )

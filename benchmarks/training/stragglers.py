@@ -1,4 +1,4 @@
-"""What one slow rank costs the others: throughput and time to a target accuracy, with and without it.
+"""Measure the cost of one slow rank for the others: throughput and time to a target accuracy, with and without it.
 
     jobs/local.sh 2 python -m benchmarks.training.stragglers [--algorithms allreduce,easgd,gossip] [--factor 4] [--json]
 
@@ -37,7 +37,7 @@ KEPT_AT_LEAST = 0.95  # of the others' throughput, for methods that wait for nob
 
 
 def main() -> int:
-    """Collective."""
+    """Run the benchmark and return the exit code. Collective."""
     parser = cli.Parser(
         prog="benchmarks.training.stragglers", description="One slow rank among 2 or more. Run under mpirun or srun."
     )
@@ -99,7 +99,7 @@ def run(options: Any) -> int:
 
 
 def config_of(name: str) -> TrainConfig:
-    """The recommended settings for short runs, without evaluation in between."""
+    """Return the recommended settings for short runs, without evaluations during the run."""
     method = METHODS[name]
     settings = {key: str(value) for key, value in method.short_run.items()}
     return TrainConfig(
@@ -115,13 +115,13 @@ def config_of(name: str) -> TrainConfig:
 
 
 def throughput(result: dict[str, Any]) -> float:
-    """Steps in a second of a rank that is not the slow one, on average."""
+    """Return the mean steps per second of the ranks other than the slow one."""
     steps = [n for rank, n in enumerate(result["steps_of_ranks"]) if rank != SLOW_RANK]
     return float(sum(steps) / len(steps) / result["seconds"])
 
 
 def row_of(name: str, alike: list[dict[str, Any]], slowed: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the slow rank changes for one method: medians over the seeds."""
+    """Summarise the effect of the slow rank on one method: medians over the seeds."""
     before, after = (np.array([throughput(result) for result in runs]) for runs in (alike, slowed))
     seconds = [
         comparison.median_reached([comparison.to_target(result, TARGET)["seconds_to_target"] for result in runs])
@@ -139,7 +139,7 @@ def row_of(name: str, alike: list[dict[str, Any]], slowed: list[dict[str, Any]])
 
 
 def verdicts(rows: list[dict[str, Any]], asynchronous: list[str]) -> list[dict[str, Any]]:
-    """The project's bar for each method that waits for nobody."""
+    """Return the verdict on the project's bar for each method whose workers do not wait."""
     return [
         {
             "bar": f"{row['method']}: the others keep at least {KEPT_AT_LEAST:.0%} of their throughput",
@@ -152,7 +152,7 @@ def verdicts(rows: list[dict[str, Any]], asynchronous: list[str]) -> list[dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows for people."""
+    """Format the rows as a table."""
 
     def seconds(value: float | None) -> str:
         return "never" if value is None else f"{value:.2f}"
