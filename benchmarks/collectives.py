@@ -21,7 +21,8 @@ from timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_
 
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

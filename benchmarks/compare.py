@@ -49,7 +49,7 @@ def main() -> int:
 def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> int:
     """Warm up, run, and tell what came out; returns the exit code. Collective."""
     from mpitrain.cli import info
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.world.launch import init
     from mpitrain.trainer.loop import train
 
     world = init(options.device)

@@ -12,7 +12,7 @@ from mpitrain.errors import UsageError as UsageError
 from mpitrain.version import __version__ as __version__
 
 _HOME_OF = {
-    "init": "mpitrain.collectives.world.world",
+    "init": "mpitrain.collectives.world.launch",
     "World": "mpitrain.collectives.world.world",
     "DistributedOptimizer": "mpitrain.optimizer.distributed",
     "Average": "mpitrain.algorithms.base.iterate_average",
