@@ -50,7 +50,7 @@ def main() -> int:
 def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> int:
     """Warm up, run all methods, report the results and return the exit code. Collective."""
     from mpitrain.cli import info
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.world.launch import init
     from mpitrain.trainer.loop import train
 
     world = init(options.device)

@@ -33,7 +33,7 @@ SIBLINGS = {
 }
 
 # Importable from everywhere, importing nothing of ours but each other.
-EVERYWHERE = ("errors", "version")
+EVERYWHERE = ("errors", "log", "version")
 
 # Importing the package runs it; the second test of this file says what it may not load. It names its modules lazily.
 EXEMPT = ("__init__",)

@@ -32,8 +32,9 @@ from benchmarks.micro.windows import of_all, of_origin
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
 from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.world.launch import create_world, init
 from mpitrain.collectives.world.transport import TRANSPORTS
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.kernels import elastic_exchange
 from mpitrain.report import text
@@ -120,7 +121,7 @@ def worlds_of(whole: World, names: Sequence[str]) -> tuple[dict[str, World], dic
     worlds, refused = {}, {}
     for name in names:
         try:
-            worlds[name] = World(whole.comm.Dup(), whole.device, name)
+            worlds[name] = create_world(whole.comm.Dup(), whole.device, name)
         except UsageError as error:
             refused[name] = str(error)
     return worlds, refused

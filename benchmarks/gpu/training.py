@@ -33,8 +33,9 @@ from benchmarks.gpu.models import TASKS, Task
 from benchmarks.micro.timing import where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
+from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.transport import TRANSPORTS
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

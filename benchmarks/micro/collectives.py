@@ -20,7 +20,8 @@ from benchmarks.micro.candidates import GET_AND_PUT, REFERENCES, Candidates, For
 from benchmarks.micro.timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

@@ -27,8 +27,9 @@ from benchmarks.micro.one_sided import Calls, Exchanges, Operations, Transfers
 from benchmarks.micro.timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size_of, slowest, where
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
-from mpitrain.collectives.rma.window import check_free_memory
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.shared_memory import check_free_memory
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json

@@ -23,7 +23,8 @@ from benchmarks.micro.candidates import RATE, start_gloo
 from benchmarks.network import tcp
 from mpitrain.cli import info
 from mpitrain.collectives.mpi import MPICommunicator
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.world import World
 from mpitrain.kernels import elastic_exchange
 from mpitrain.trainer.runfolder import to_json
 

@@ -33,7 +33,8 @@ from benchmarks.micro.timing import where
 from mpitrain import models
 from mpitrain.cli import info
 from mpitrain.cli import main as cli
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.world import World
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 

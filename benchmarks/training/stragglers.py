@@ -57,7 +57,7 @@ def run(options: Any) -> int:
     """Train each method with and without the slow rank, in turn. Collective."""
     from mpitrain import data
     from mpitrain.cli import info
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.world.launch import init
     from mpitrain.trainer.loop import train
 
     names = options.algorithms.split(",")

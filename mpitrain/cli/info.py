@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives.probe.cache import Probe
-from mpitrain.collectives.probe.runner import Outcome
-from mpitrain.collectives.rma.window import SHARED_MEMORY
+from mpitrain.collectives.probe.outcome import Outcome
 from mpitrain.collectives.world.device import gpu_names
+from mpitrain.collectives.world.shared_memory import SHARED_MEMORY
 from mpitrain.collectives.world.world import World
 from mpitrain.kernels import cache_root
 from mpitrain.trainer.runfolder import versions

@@ -197,7 +197,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
 
 def _train(args: argparse.Namespace) -> int:
     # What can be refused without starting MPI is refused without: no launcher's noise around the message.
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.world.launch import init
     from mpitrain.optimizer.replica_group import check_replica_size
     from mpitrain.trainer.config import TrainConfig, method_of, warnings_of
 
@@ -250,7 +250,7 @@ def _tell(result: dict[str, Any], *, as_json: bool) -> None:
         print(f"stopped at step {result['steps']}; to continue {how}", file=sys.stderr)
     else:
         if result["died"]:
-            from mpitrain.collectives.world.fault_tolerance import names_of
+            from mpitrain.collectives.world.failure_detector import names_of
 
             ranks += f" ({names_of(result['died'])} died)"
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
@@ -289,11 +289,12 @@ def _algorithms(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from mpitrain.cli.info import describe, show
-    from mpitrain.collectives.probe.cache import of_hosts
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.probe.cache import probe_hosts
+    from mpitrain.collectives.world.device import gpu_names
+    from mpitrain.collectives.world.launch import init
 
     world = init(args.device)
-    probes = of_hosts(world, again=args.probe)
+    probes = probe_hosts(world.comm, world.hosts, gpu_names(), again=args.probe)
     document = describe(world)
     if world.rank == 0:
         whole = {**document, "probes": [probe.document() for probe in probes]}

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.topology.partition import split
-from mpitrain.collectives.world.progress import pieces, wait_all
+from mpitrain.collectives.world.background import wait_all
+from mpitrain.collectives.world.transfers import pieces
 from mpitrain.kernels.native.wire import Format
 
 

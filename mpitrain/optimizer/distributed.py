@@ -24,8 +24,9 @@ from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Wo
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.device import share_cores
+from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.collectives.world.world import World, init
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.native.wire import FLOAT32

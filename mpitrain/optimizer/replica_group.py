@@ -34,7 +34,6 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.collectives.communicator import Vector
 from mpitrain.collectives.world.background import threads_may_call_mpi
-from mpitrain.collectives.world.fault_tolerance import explained
 from mpitrain.errors import RankFailed, UsageError
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class ConsensusServer:
         atexit.register(self.stop)  # runs before MPI is finalized
 
     def _run(self) -> None:
-        with suppress(RankFailed), explained(self._world):  # the thread that makes the steps will say so
+        with suppress(RankFailed), self._world.translated_errors():  # the thread that makes the steps will say so
             while not self._stopped.wait(REQUEST_POLL_SECONDS):
                 for member in self._members:
                     self._serve(member)

@@ -15,7 +15,6 @@ import torch
 
 from mpitrain import data, models
 from mpitrain.collectives.world.device import share_cores
-from mpitrain.collectives.world.fault_tolerance import explained
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.optimizer.distributed import DistributedOptimizer
@@ -55,7 +54,7 @@ def train(
     """
     folder = resume or (None if config.out is None else Path(config.out))
     # From here on: a signal must not end a rank that is still loading its data, or one that writes its last checkpoint.
-    with StopSignal() as stop_signal, explained(world), runlock.held(folder, world):
+    with StopSignal() as stop_signal, world.translated_errors(), runlock.held(folder, world):
         run = Trainer(config, world, stop_signal, resume, dataset)
         try:
             return run.train()

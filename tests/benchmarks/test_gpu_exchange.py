@@ -31,12 +31,12 @@ def exchange(load: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
     """This rank's GPU; worlds that ask for one get it."""
-    from mpitrain.collectives.world import world as module
+    from mpitrain.collectives.world import device as module
     from mpitrain.kernels import gpu
 
     device = install(monkeypatch, StandInGpu())
     monkeypatch.setattr(module, "bind", lambda wanted, local_rank: wanted)
-    monkeypatch.setattr(module, "take", lambda name: 0)
+    monkeypatch.setattr(module, "select_gpu", lambda name: 0)
     monkeypatch.setattr(gpu, "use", lambda index: device)
     return device
 
@@ -44,10 +44,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
 @pytest.fixture
 def whole(device: StandInGpu) -> Iterator[Any]:
     """Collective. The ranks, with a GPU that torch does not know."""
-    from mpitrain.collectives.world.world import World
+    from mpitrain.collectives.world.launch import create_world
 
     with ranks(1) as comm:
-        yield World(comm.world.comm.Dup(), "cuda:0", "staged")
+        yield create_world(comm.world.comm.Dup(), "cuda:0", "staged")
 
 
 def test_the_exchange_is_measured_by_every_transport(exchange: ModuleType, whole: Any) -> None:
@@ -180,7 +180,7 @@ def on_host(device: StandInGpu) -> Iterator[Callable[[str], Any]]:
 
         def make(wanted: str) -> Any:
             comm.world.gpu = device
-            comm.world.transport = transport.choose(comm.world, wanted, device)
+            comm.world.transport = transport.choose(comm.world.ranks, wanted, device)
             return comm.world
 
         yield make

@@ -66,12 +66,13 @@ def world_on() -> Iterator[Callable[..., Any]]:
     """Collective to call. Makes a world of all ranks of this launch on ``cpu`` or ``cuda``, with a transport."""
     from mpi4py import MPI
 
+    from mpitrain.collectives.world.launch import create_world
     from mpitrain.collectives.world.world import World
 
     made: list[World] = []
 
     def make(device: str, transport: str = "auto") -> World:
-        made.append(World(MPI.COMM_WORLD.Dup(), device, transport))
+        made.append(create_world(MPI.COMM_WORLD.Dup(), device, transport))
         return made[-1]
 
     yield make

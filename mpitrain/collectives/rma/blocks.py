@@ -38,7 +38,7 @@ from mpitrain.kernels.native.lock_words import OWNER_BITS
 if TYPE_CHECKING:
     from mpitrain.collectives.rma.remote_locks import RemoteLocks
     from mpitrain.collectives.rma.window import Window
-    from mpitrain.collectives.world.progress import Transfer
+    from mpitrain.collectives.world.transfers import Transfer
     from mpitrain.collectives.world.world import World
 
 NOTHING = np.zeros(0, np.uint8)

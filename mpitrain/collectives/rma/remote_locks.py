@@ -9,7 +9,8 @@ import numpy as np
 
 from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.progress import Arrays, ProgressThread, Transfer
+from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.collectives.world.transfers import Arrays, Transfer
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
 from mpitrain.kernels.native.wire import PLAIN, Encoded

@@ -10,7 +10,6 @@ MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,52 +17,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain.collectives.topology.partition import split
-from mpitrain.errors import UsageError
+from mpitrain.collectives.world.shared_memory import check_free_memory_on_all
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
-SHARED_MEMORY = "/dev/shm"
-
 LARGEST_MESSAGE_BYTES = 1 << 30
 """Of one Get or Put: counts were 32-bit before MPI 4, and Open MPI 5 refuses the type that mpi4py then makes."""
-
-
-def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
-    """Raise before an allocation that would end in a bus error.
-
-    Shared memory is a file system: a page of it that does not fit kills the process that touches it. Containers often
-    have 64 MB of it.
-
-    Raises:
-        UsageError: When ``n_bytes`` are more than ``folder`` has free.
-    """
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return  # no such file system here: nothing to check
-    free_bytes = status.f_bavail * status.f_frsize
-    if n_bytes > free_bytes:
-        raise UsageError(
-            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on this node, {folder} has "
-            f"{free_bytes / 2**20:.0f} MiB free: give it more (docker run --shm-size=8g, or mount -o remount,size=8g "
-            f"{folder}), or use a smaller model or fewer ranks"
-        )
-
-
-def check_free_memory_on_all(n_bytes: int, comm: Any) -> None:
-    """Check before any rank of ``comm`` allocates; one that has no room is everybody's error. Collective.
-
-    Otherwise the others would wait for it in the allocation for ever.
-    """
-    text = ""
-    try:
-        check_free_memory(n_bytes)
-    except UsageError as error:
-        text = str(error)
-    texts = [theirs for theirs in comm.allgather(text) if theirs]
-    if texts:
-        raise UsageError(texts[0])
 
 
 def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
