@@ -81,7 +81,7 @@ def test_a_visit_broken_off_between_two_blocks_does_not_spoil_the_next(comm, lar
     blocks, n_shards = center._blocks, len(center.parts)
     comm.barrier()
     if comm.rank == 0:
-        first, second = center._order[:2]
+        first, second = center._steps[0]
         blocks.release(blocks.acquire(first, second), updated=False)  # and an interrupt
     center.update(lambda part, c: np.add(c, np.arange(part.start, part.stop), out=c) is None)
     comm.barrier()
