@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-from mpitrain.collectives.rma.blocks import N_TAGS, Block
+from mpitrain.collectives.rma.blocks import N_TAGS, Block, Blocks
 from mpitrain.collectives.rma.mailboxes import Mailboxes
 from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.topology.partition import shards, split
@@ -199,7 +199,7 @@ class SimulatedVector:
         self.arrays, self.local = arrays, arrays[rank]
 
 
-class SimulatedBlocks:
+class SimulatedBlocks(Blocks):
     """Implements ``Blocks`` in one process, for one worker; all workers share the memory."""
 
     def __init__(
@@ -213,7 +213,7 @@ class SimulatedBlocks:
         self.homes, self.lengths = tuple(homes), tuple(block.size for block in data)
         self._world, self._data, self._tags, self._versions = world, data, tags, versions
 
-    def acquire(self, index: int, prefetch: int | None = None) -> Block:
+    def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
         """Have a block as an array; nobody else runs until it is released."""
         if self._world.interleave_locks:
             self._world.give_way()

@@ -69,11 +69,11 @@ def comm(world: Any) -> Iterator[Any]:
 @pytest.fixture
 def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`largest_shards(n)`: from now on shards have at most n elements, of whichever node their ranks are."""
-    from mpitrain.collectives import mpi
+    from mpitrain.collectives.rma import peer_memory
 
     def limit(n: int) -> None:
         for name in ("LARGEST_SHARD", "LARGEST_REMOTE_SHARD"):
-            monkeypatch.setattr(mpi, name, n)
+            monkeypatch.setattr(peer_memory, name, n)
 
     return limit
 

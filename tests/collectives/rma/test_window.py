@@ -144,7 +144,7 @@ def test_elements_beyond_2_gib_are_reached(world, window, fetch, store, monkeypa
 
 @pytest.mark.ranks(2)
 def test_blocks_beyond_2_gib_are_exchanged(world, monkeypatch):
-    from mpitrain.collectives.rma.blocks import MPIBlocks
+    from mpitrain.collectives.rma.mpi_blocks import MPIBlocks
     from mpitrain.collectives.rma.window import Window
     from mpitrain.collectives.world.statistics import Statistics
 

@@ -84,7 +84,7 @@ def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("thread", ["foreground", "background"])
 def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
-    from mpitrain.collectives.mpi import LARGEST_REMOTE_SHARD
+    from mpitrain.collectives.rma.peer_memory import LARGEST_REMOTE_SHARD
     from mpitrain.collectives.world.background import Background
 
     vector = comm.shared_vector(5 * LARGEST_REMOTE_SHARD // 2 * comm.size, np.float32)  # three blocks at each

@@ -130,7 +130,7 @@ def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
     assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
 
 
-@pytest.mark.parametrize("imported", ["native.atomics", "native.lock_words", "compile.halves"])
+@pytest.mark.parametrize("imported", ["native.atomics", "native.service.foreign", "compile.halves"])
 def test_a_kernel_is_compiled_again_when_what_it_imports_from_has_changed(imported, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(cache._KERNELS, tmp_path / "kernels"))
     monkeypatch.setattr(cache, "_KERNELS", folder)
