@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, cast
 
 import numpy as np
 
-from mpitrain.kernels.compile import cuda, host, reference
+from mpitrain.kernels.compile import cuda, cuda_source, host, reference
 from mpitrain.kernels.compile.equations import parse
 from mpitrain.kernels.compile.storage import STORAGES, Storage, storage_of, storages_of
 from mpitrain.kernels.gpu import is_device
@@ -91,9 +91,9 @@ class Kernel:
             **scalars: the other scalars by name.
 
         Returns:
-            How many elements the guard has replaced; 0 without a guard. On a GPU the kernel has begun, no more, and
-            what a guarded one returns is a `cuda.Rejected`, which stands for that int: it adds up without waiting, and
-            ``int()`` of it, its truth, or a comparison waits for the GPU.
+            The number of elements that the guard replaced, 0 without a guard. On a GPU the kernel has only been
+            started, and a guarded one returns a `NonfiniteCount`: it adds up like an int without waiting, and waits
+            for the GPU when its value is needed (``int()``, truth value, comparison).
 
         Raises:
             ValueError: the operands do not fit the declaration.
@@ -137,7 +137,7 @@ class Kernel:
 
     def cuda_source(self, dtypes: Any) -> str:
         """The CUDA C that CuPy compiles, self-contained, for one dtype or a tuple with one for each array."""
-        return cuda.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
+        return cuda_source.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
 
     def __repr__(self) -> str:
         return f"Kernel {self.name}({', '.join(self.equations.arrays)}; {', '.join(self.equations.scalars)})"
@@ -170,7 +170,7 @@ class Kernel:
     def _elsewhere(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
         """Arrays that are not plain, valid NumPy arrays: subclasses such as memmap, CuPy's, and mistakes."""
         if is_device(arrays[0]):
-            # A Rejected is not an int, but does what is done with one.
+            # A NonfiniteCount is no int, but supports what callers do with one.
             return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
         if not all(isinstance(array, np.ndarray) for array in arrays) or all(type(a) is np.ndarray for a in arrays):
             self._refuse(arrays)

@@ -14,7 +14,9 @@ import pytest
 from support.standin_gpu import DeviceArray, StandInGpu, current_stream, install
 
 from mpitrain.kernels import Kernel, elastic_exchange, gpu, library, pair_average, scale, weighted_mix
-from mpitrain.kernels.compile import cuda
+from mpitrain.kernels.compile import cuda, cuda_source
+from mpitrain.kernels.compile.body import body
+from mpitrain.kernels.compile.nonfinite_count import N_COUNTERS
 from mpitrain.kernels.compile.storage import STORAGES, storages_of
 
 NAMES = [kernel.name for kernel in library()]
@@ -26,7 +28,10 @@ def compiled(source, capability):
     from cuda.bindings import nvrtc  # only one of the environments has it, and all of them collect this file
 
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
-    options = [f"--gpu-architecture=compute_{capability}".encode(), *(option.encode() for option in cuda.OPTIONS)]
+    options = [
+        f"--gpu-architecture=compute_{capability}".encode(),
+        *(option.encode() for option in cuda_source.OPTIONS),
+    ]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size
@@ -43,8 +48,8 @@ def compiled(source, capability):
 @pytest.mark.parametrize("dtype", STORAGES)
 def test_every_kernel_compiles(dtype, capability):
     # One translation unit for all: NVRTC's start costs more than the kernels.
-    sources = [kernel.cuda_source(dtype).removeprefix(cuda.PREAMBLE) for kernel in library()]
-    ptx = compiled(cuda.PREAMBLE + "".join(sources), capability)
+    sources = [kernel.cuda_source(dtype).removeprefix(cuda_source.PREAMBLE) for kernel in library()]
+    ptx = compiled(cuda_source.PREAMBLE + "".join(sources), capability)
     assert all(f".entry {name}(" in ptx for name in NAMES)
     assert "fma." not in ptx
     assert ".local" not in ptx  # packs live in registers
@@ -83,8 +88,8 @@ def test_the_largest_mix_compiles():
 @pytest.mark.parametrize("kernel", library(), ids=NAMES)
 def test_host_and_cuda_compute_with_the_same_text(kernel):
     host, device = kernel.host_source("float32"), kernel.cuda_source("float32")
-    for line in cuda.body(
-        kernel.equations, storages_of("float32", len(kernel.equations.arrays)), "float32", cuda.CASTS
+    for line in body(
+        kernel.equations, storages_of("float32", len(kernel.equations.arrays)), "float32", cuda_source.CASTS
     ):
         assert f"{line.target} = {line.text};" in device
         if not line.target.startswith("_k"):
@@ -239,7 +244,7 @@ def test_a_kernel_runs_where_its_arrays_are(cupy, monkeypatch):
     x = Array(np.ones(7, np.float32), device=1)
     scale(x, 2.0)
     assert (cupy.launches[0].device, cupy.in_use, cupy.synchronized) == (1, 0, [])
-    with pytest.raises(ValueError, match="the arrays are on GPU 1, and this process counts on another"):
+    with pytest.raises(ValueError, match="the arrays are on GPU 1, but this process uses another"):
         pair_average(x, x)
     monkeypatch.setattr(Memory, "zeros", lambda _, n, dtype: Array(np.zeros(n, dtype), device=1))
     monkeypatch.setattr(gpu, "_current", Memory())
@@ -317,9 +322,9 @@ def test_what_a_guard_rejects_is_waited_for_when_it_is_read():
 
 @pytest.mark.usefixtures("device")
 def test_counts_are_exact_in_any_order_and_however_many_nobody_has_read():
-    n_bad = np.random.default_rng(0).integers(0, 50, 5 * cuda.N_COUNTERS).tolist()
+    n_bad = np.random.default_rng(0).integers(0, 50, 5 * N_COUNTERS).tolist()
     n_nonfinite = [rejecting(n) for n in n_bad]
-    assert n_waiting() > cuda.N_COUNTERS // 4  # of the newest nobody has waited for any
+    assert n_waiting() > N_COUNTERS // 4  # of the newest nobody has waited for any
     for k in np.random.default_rng(1).permutation(len(n_bad)):
         assert int(n_nonfinite[k]) == n_bad[k]
     assert [int(r) for r in n_nonfinite] == n_bad
@@ -328,10 +333,10 @@ def test_counts_are_exact_in_any_order_and_however_many_nobody_has_read():
 @pytest.mark.usefixtures("device")
 def test_a_long_sum_is_exact_and_does_not_grow():
     total = 0
-    for n in range(10 * cuda.N_COUNTERS):
+    for n in range(10 * N_COUNTERS):
         total = total + rejecting(n % 7)
-        assert len(total._launches) <= cuda.N_COUNTERS + 1
-    assert total == sum(n % 7 for n in range(10 * cuda.N_COUNTERS))
+        assert len(total._launches) <= N_COUNTERS + 1
+    assert total == sum(n % 7 for n in range(10 * N_COUNTERS))
 
 
 def test_streams_may_change_between_launches(device):
@@ -348,7 +353,7 @@ def test_a_thread_may_read_what_another_has_begun(device):
     lock = threading.Lock()
 
     def launch(seed):
-        for n in np.random.default_rng(seed).integers(0, 50, 3 * cuda.N_COUNTERS).tolist():
+        for n in np.random.default_rng(seed).integers(0, 50, 3 * N_COUNTERS).tolist():
             one = rejecting(n)
             with lock:
                 n_nonfinite.append((one, n))
@@ -379,7 +384,7 @@ def test_a_launch_that_fails_takes_no_counter(device, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(cuda, "launcher", broken)
-        for _ in range(2 * cuda.N_COUNTERS):
+        for _ in range(2 * N_COUNTERS):
             with pytest.raises(RuntimeError, match="does not compile"):
                 rejecting(1)
     assert rejecting(2) == 2

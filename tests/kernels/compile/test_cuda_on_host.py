@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mpitrain.kernels import copy, elastic_exchange, keep_finite, library, scale, symmetric_average, weighted_mix
-from mpitrain.kernels.compile import cuda
+from mpitrain.kernels.compile import cuda, cuda_source
 from mpitrain.kernels.compile.storage import STORAGES, dtypes_label, storages_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -139,10 +139,10 @@ def on_host(tmp_path_factory):
     sources = {}
     for kernel, dtypes in cases:
         storages = storages_of(dtypes, len(kernel.equations.arrays))
-        sources[label(kernel, dtypes)] = cuda.source(label(kernel, dtypes), kernel.equations, storages)
+        sources[label(kernel, dtypes)] = cuda_source.source(label(kernel, dtypes), kernel.equations, storages)
     folder = tmp_path_factory.mktemp("cuda")
-    text = [SHIM, cuda.PREAMBLE.removeprefix(cuda.HALVES)]
-    text += [source.removeprefix(cuda.PREAMBLE) + f"LAUNCHER({name})" for name, source in sources.items()]
+    text = [SHIM, cuda_source.PREAMBLE.removeprefix(cuda_source.HALVES)]
+    text += [source.removeprefix(cuda_source.PREAMBLE) + f"LAUNCHER({name})" for name, source in sources.items()]
     (folder / "kernels.cpp").write_text("\n".join(text))
     options = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
     command = [compiler, *options, "kernels.cpp", "-o", "kernels.so"]
