@@ -1,4 +1,4 @@
-"""Variances and moments against Lyapunov equations typed from the algorithms, and against Monte Carlo."""
+"""Variances and moments, checked against Lyapunov equations of the algorithms and by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_momentum_on_a_grid_beats_the_critical_one(eh: float) -> None:
     assert min(radii) > radius - 1e-6
 
 
-def test_no_stationary_variance_where_there_is_none() -> None:
+def test_unstable_recursions_have_no_stationary_variance() -> None:
     with pytest.raises(UsageError, match=r"spectral radius is 1\.1"):
         theory.stationary_covariance([[1.1]], [[1.0]])
 
