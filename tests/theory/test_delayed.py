@@ -97,6 +97,15 @@ def test_largest_period_of_downpour(p: int, eh: float) -> None:
     assert n_stable == min(largest, 30)
 
 
+@pytest.mark.parametrize("p", range(3, 20))
+def test_the_largest_period_excludes_a_period_exactly_at_the_bound(p: int) -> None:
+    for tau in range(1, 40):
+        eh = 1 - (1 - theory.downpour_bound(p)) ** (1 / tau)  # q(tau) is the bound, up to rounding
+        largest = int(theory.downpour_largest_period(p, eh))
+        assert largest == 0 or theory.downpour_is_stable(eh, p, largest)
+        assert not theory.downpour_is_stable(eh, p, largest + 1) or largest == tau - 1
+
+
 def test_largest_period_in_edge_cases() -> None:
     assert theory.downpour_largest_period(2, 0.05) == math.inf
     assert theory.downpour_largest_period(1, 1.5) == math.inf
