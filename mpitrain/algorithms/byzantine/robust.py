@@ -124,7 +124,7 @@ class RobustWorker(Worker):
             return
         most = (len(who) - 1) // 2
         n_cut = {"mean": 0, "median": most, "trimmed_mean": min(self._n_byzantine, most)}[self._method.rule]
-        self._slices.rows.middle_mean(who, n_cut, self._slices.mine)
+        self._slices.rows.trimmed_mean(who, n_cut, self._slices.mine)
 
     def _weights(self, squares: np.ndarray, who: np.ndarray) -> np.ndarray:
         """The rules that are a weighted mean: (rows,) weights, from (rows, rows) squared distances."""
