@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -229,6 +230,23 @@ def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after,
     assert same_bits(resumed.consensus(), whole.consensus())
     for a, b in zip(states(resumed), states(whole), strict=True):
         assert_states_equal(a, b)
+
+
+OPTIONAL = re.compile("under_way|snapshot|center_[0-9]+")
+"""Entries of operations in the background, and of nodes that no part of a checkpoint may hold."""
+
+
+@every_variant
+def test_entries_have_names_of_their_own_and_none_may_be_missing(method):
+    simulation = run(method, 1, 3)
+    worker = simulation.workers[0]
+    names = [name for name, _ in worker.state()]
+    assert len(set(names)) == len(names)
+    saved = states(simulation)
+    for name in names:
+        if not OPTIONAL.fullmatch(name):
+            with pytest.raises(KeyError, match=name):
+                load(run(method, 1, 0), [{key: value for key, value in saved[0].items() if key != name}])
 
 
 @every_variant

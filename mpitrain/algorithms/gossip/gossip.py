@@ -82,13 +82,13 @@ class GossipWorker(PeriodicWorker):
         super().__init__(method, replica)
         self._rng = np.random.default_rng([replica.seed, self.comm.rank])
         self._direction = direction
-        self._average_with: Callable[[int], None] = direction.average_with
+        self.average_with: Callable[[int], None] = direction.average_with
 
     def exchange(self) -> None:
         """Average with a peer drawn uniformly from the others that are alive. Local."""
         peer = draw_peer(self.comm, self._rng)
         if peer is not None:
-            self._average_with(peer)
+            self.average_with(peer)
 
     def consensus(self, out: Any) -> None:
         """Write the mean of all workers' present parameters. Local; exact while the workers rest."""

@@ -92,7 +92,7 @@ def test_equal_gradients_are_all_reduce_sgd(guards, threshold, p):
     for worker in ours.workers:
         assert worker.good.all()
         for window in worker._windows.values():
-            assert not window.sums.squared_distances(np.arange(p)).any()
+            assert not window.squared_distances(np.arange(p)).any()
 
 
 @settings(max_examples=8)
@@ -271,7 +271,7 @@ def test_honest_noise_grows_like_sqrt_t():
             window = Window(m, np.zeros(d), length, threshold=k * np.sqrt(length), tolerance=1.0)
             for _ in range(length):
                 window.add(np.arange(m), rng.standard_normal((m, d)))
-            close = window.close(np.sqrt(window.sums.squared_distances(np.arange(m))), np.ones(m, bool))
+            close = window.close(np.sqrt(window.squared_distances(np.arange(m))), np.ones(m, bool))
             count += close is None or not close.all()
         return count / trials
 
