@@ -24,7 +24,7 @@ from benchmarks.micro.timing import slowest
 from benchmarks.network import tcp
 from benchmarks.training.steps import CLASSES, SHAPE, Step, sgd, step_of
 from mpitrain import EASGD, DistributedOptimizer, models
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.world import World
 from mpitrain.kernels import sgd_step

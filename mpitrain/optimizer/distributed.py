@@ -20,8 +20,10 @@ import numpy as np
 import torch
 
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.launch import init

@@ -14,7 +14,9 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
 from mpitrain.simulation.schedules import RoundRobin
 

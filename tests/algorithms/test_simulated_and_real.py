@@ -7,7 +7,7 @@ from support.quadratic import slope
 from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 

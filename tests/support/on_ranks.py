@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 
 Gradient = Callable[[int, np.ndarray], Any]
 

@@ -10,7 +10,7 @@ from support.on_ranks import RankRun, ranks
 from support.quadratic import load, same_bits, simulate, slope, states, statistics
 
 from mpitrain.algorithms import ADPSGD
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.algorithms.gossip.adpsgd import TOPOLOGIES
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted
 

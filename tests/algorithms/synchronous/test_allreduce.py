@@ -6,7 +6,7 @@ import torch
 from support.quadratic import simulate, slope, standard_error
 
 from mpitrain.algorithms import AllReduceSGD
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RandomOrder
 

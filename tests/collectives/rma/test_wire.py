@@ -357,7 +357,7 @@ def center_of_easgd(comm, *, feedback=True):
     target[::16] = OUTLIER * (2 * on_second - 1)
     method = EASGD(period=1, moving_rate=ALPHA)
     run = RankRun(method, comm, np.zeros(QUADRATIC_N, np.float32))
-    blocks = run.worker._center._c._blocks
+    blocks = run.worker._center.vector._blocks
     for _ in range(STEPS):
         for turn in range(comm.size):
             if comm.rank == turn:
