@@ -120,8 +120,9 @@ def test_sums_begin_before_the_backward_pass_has_ended(comm):
     model, order = Net(), []
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with DistributedOptimizer(base, model, AllReduceSGD(overlap=True), world=comm.world) as optimizer:
-        start = optimizer._comm.start
-        optimizer._comm.start = lambda fn: (order.append("sum"), start(fn))[1]
+        communicator = optimizer._parts.replica.comm
+        start = communicator.start
+        communicator.start = lambda fn: (order.append("sum"), start(fn))[1]
         model.first.weight.register_hook(lambda _: order.append("first layer"))
         x, y = batch(comm.rank, 0)
         nn.functional.cross_entropy(model(x, 1), y).backward()

@@ -378,7 +378,7 @@ def test_parameters_belong_to_one_open_optimizer(world):
     base = sgd(model)
     with DistributedOptimizer(base, model, EASGD()) as optimizer:
         for again in (base, sgd(model), optimizer):
-            refused("has these parameters already", lambda again=again: DistributedOptimizer(again, model, EASGD()))
+            refused("already has these parameters", lambda again=again: DistributedOptimizer(again, model, EASGD()))
         train(model, optimizer, 1)
     DistributedOptimizer(base, model, EASGD()).close()
 

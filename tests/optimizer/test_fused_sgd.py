@@ -9,6 +9,7 @@ from torch import nn
 
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
+from mpitrain.optimizer.layout import FlatLayout
 
 SETTINGS = [
     {},
@@ -32,10 +33,10 @@ def groups(model, **settings):
 
 
 def fused(model, base):
-    flat = FlatParameters(base.param_groups)
-    x, g = np.zeros(flat.n, flat.dtype), np.zeros(flat.n, flat.dtype)
-    flat.attach(x, g)
-    return FusedSGD(base, flat, x)
+    layout = FlatLayout(base.param_groups)
+    x, g = np.zeros((2, layout.n), layout.dtype)
+    FlatParameters(layout, x, g)
+    return FusedSGD(base, layout, x)
 
 
 def steps(model, n, step, seed=0, first=0):

@@ -39,7 +39,7 @@ def train(comm, method, steps=STEPS, dtype=torch.float32, set_to_none=True, **op
     momentum = 0.0 if method.owns_update else 0.9
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
     with DistributedOptimizer(base, model, method, world=comm.world, **options) as optimizer:
-        assert gpu.is_device(optimizer._x) == (comm._gpu is not None and not method.on_host)
+        assert gpu.is_device(optimizer._parts.replica.group.x.local) == (comm._gpu is not None and not method.on_host)
         for t in range(steps):
             x, y = batch(comm.rank, t, dtype)
             optimizer.zero_grad(set_to_none)
