@@ -488,6 +488,34 @@ def test_groups_added_to_the_base_are_refused_at_the_next_step(world, method):
         refused("before the DistributedOptimizer", lambda: train(model, optimizer, 1))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base: base.register_step_post_hook(lambda *_: None),
+        lambda base: torch.optim.lr_scheduler.StepLR(base, 3),
+        lambda base: base.param_groups[0].update(maximize=True),
+    ],
+    ids=["hook", "scheduler", "maximize"],
+)
+def test_sgd_whose_step_the_worker_makes_must_stay_plain(world, change):
+    model = mlp()
+    base = sgd(model)
+    with DistributedOptimizer(base, model, AllReduceSGD()) as optimizer:
+        train(model, optimizer, 1)
+        change(base)
+        refused("the base optimizer has got hooks", lambda: train(model, optimizer, 1))
+
+
+def test_hooks_of_the_base_are_called_in_later_steps(world):
+    model, n_calls = mlp(), []
+    base = sgd(model, momentum=0.9)
+    with DistributedOptimizer(base, model, EASGD(period=1)) as optimizer:
+        train(model, optimizer, 1)
+        base.register_step_post_hook(lambda *_: n_calls.append(1))
+        train(model, optimizer, 2)
+        assert len(n_calls) == 2
+
+
 def test_optimizer_that_needs_a_closure_is_refused(world):
     model = mlp()
     refused("LBFGS", lambda: DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model, EASGD()))
