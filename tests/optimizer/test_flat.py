@@ -1,4 +1,4 @@
-"""A model's parameters as one vector."""
+"""Parameters and gradients as vectors, and their layout."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ shapes = st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1
 
 
 def numbered(*shapes, dtype=torch.float32):
-    """Parameters that hold 1, 2, 3, ...: every element has a value of its own."""
+    """Return parameters that hold 1, 2, 3, ..., so that every element has a value of its own."""
     made, end = [], 0
     for shape in shapes:
         n = int(np.prod(shape))
@@ -72,7 +72,7 @@ def test_tensors_are_views_of_the_vector():
     assert not g[6:16].any()
 
 
-def test_staged_vectors_are_copies_to_and_fro():
+def test_staged_vectors_are_copied_in_both_directions():
     parameters = numbered((3,))
     flat, x, g = attached(parameters, staged=True)
     assert x[:3].tolist() == [1, 2, 3]
@@ -86,7 +86,7 @@ def test_staged_vectors_are_copies_to_and_fro():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_come_back_after_the_models_own_zero_grad(set_to_none):
+def test_gradients_are_collected_after_zero_grad_of_the_model(set_to_none):
     model = nn.Linear(3, 2)
     flat, _, g = attached(list(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
@@ -98,7 +98,7 @@ def test_gradients_come_back_after_the_models_own_zero_grad(set_to_none):
     assert model.weight.grad.data_ptr() == g.ctypes.data
 
 
-def test_gradient_that_is_missing_is_zero():
+def test_a_missing_gradient_is_zero():
     parameters = numbered((3,), (2,))
     flat, _, g = attached(parameters)
     g[...] = 1
@@ -118,7 +118,7 @@ def test_zeroing_gradients_keeps_them_in_the_vector():
     assert g[:3].tolist() == [3, 3, 3]
 
 
-def test_tied_weights_are_there_once():
+def test_tied_weights_occur_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
     model = nn.Sequential(first, second)
@@ -129,7 +129,7 @@ def test_tied_weights_are_there_once():
     assert first.weight is second.weight
 
 
-def test_groups_are_segments():
+def test_groups_are_slices():
     a, b, c, d = numbered((3,), (20,), (2, 2), (5,))
     d.requires_grad_(False)
     layout = FlatLayout([{"params": [a, b]}, {"params": [d]}, {"params": [c]}])
@@ -147,7 +147,7 @@ def test_frozen_parameters_stay_where_they_are():
     assert frozen.tolist() == [3, 4, 5]
 
 
-def test_another_vector_is_held_and_given_back():
+def test_parameters_are_swapped_inside_the_block_only():
     parameters = numbered((2,), (3,))
     flat, x, _ = attached(parameters)
     other = np.full(flat.layout.n, 9, np.float32)
@@ -161,7 +161,7 @@ def test_another_vector_is_held_and_given_back():
     flat.check_attached()
 
 
-def test_detached_parameters_have_their_values_and_memory_of_their_own():
+def test_detached_parameters_keep_their_values_in_memory_of_their_own():
     parameters = numbered((2,), (3,))
     flat, x, _ = attached(parameters)
     flat.detach()
@@ -173,7 +173,7 @@ def test_detached_parameters_have_their_values_and_memory_of_their_own():
 @pytest.mark.parametrize(
     "move", [lambda m: m.double(), lambda m: m.half(), lambda m: setattr(m.weight, "data", m.weight.data.clone())]
 )
-def test_model_moved_afterwards_is_noticed(move):
+def test_a_model_moved_afterwards_is_noticed(move):
     model = nn.Linear(3, 2)
     flat, _, _ = attached(list(model.parameters()))
     model.float()  # moves nothing
@@ -199,7 +199,7 @@ def test_parameters_that_are_not_real_are_refused():
     assert one_line(error)
 
 
-def test_whole_numbers_are_no_trainable_parameters():
+def test_integers_are_not_trainable_parameters():
     whole = nn.Parameter(torch.arange(3), requires_grad=False)
     with pytest.raises(UsageError, match="no trainable parameter") as error:
         FlatLayout([{"params": [whole]}])

@@ -2,13 +2,15 @@
 
 import math
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mpitrain.algorithms.base.method import Replica, Worker
-from mpitrain.optimizer.replica_group import GroupHead, GroupMember, GroupVectors
+from mpitrain.optimizer import replica_group
+from mpitrain.optimizer.replica_group import ConsensusServer, GroupHead, GroupMember, GroupVectors
 
 
 class Vector:
@@ -139,3 +141,40 @@ def test_a_member_has_no_state_and_no_numbers():
     member.load({})
     member.wait()
     assert math.isnan(member.metrics()["leads"])
+
+
+class Requests:
+    """MPI's view of a group of two whose member asks once."""
+
+    def __init__(self):
+        self.asked, self.sent = threading.Event(), threading.Event()
+        self.asked.set()
+
+    def Iprobe(self, member, tag):
+        return self.asked.is_set()
+
+    def Recv(self, buffer, member, tag):
+        self.asked.clear()
+
+    def Send(self, buffer, member, tag):
+        self.answer = buffer.view(np.float64).copy()
+        self.sent.set()
+
+
+def test_the_server_answers_with_the_lock_held_and_waits_for_it(monkeypatch):
+    monkeypatch.setattr(replica_group, "explained", lambda world: nullcontext())  # it starts MPI
+    busy, comm, was_locked = threading.Lock(), Requests(), []
+
+    def answer(vector):
+        was_locked.append(busy.locked())
+        vector[...] = 3
+
+    with busy:
+        server = ConsensusServer(SimpleNamespace(comm=comm, size=2), np.zeros(2), answer, busy)
+        assert not comm.sent.wait(0.05)
+        assert was_locked == []
+    assert comm.sent.wait(30)
+    assert was_locked == [True]
+    assert comm.answer.tolist() == [3, 3]
+    server.stop()
+    server.stop()  # does nothing
