@@ -16,6 +16,7 @@ from mpitrain.collectives.world.world import World
 from mpitrain.data import Dataset
 from mpitrain.models import has_batchnorm, reestimate
 from mpitrain.optimizer.flat import FlatParameters
+from mpitrain.optimizer.layout import FlatLayout
 
 BATCHNORM_SAMPLES = 2000
 BATCH = 500
@@ -60,10 +61,10 @@ class Evaluator:
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str) -> None:
         self._model = copy.deepcopy(model).to(device)
         self._dataset, self._device = dataset, device
-        self._flat = FlatParameters([{"params": list(self._model.parameters())}])
-        self._vector = np.zeros(self._flat.n, self._flat.dtype)
-        self._flat.attach(self._vector, np.zeros_like(self._vector))
-        self._dtype = self._flat.torch_dtype
+        layout = FlatLayout([{"params": list(self._model.parameters())}])
+        self._vector = np.zeros(layout.n, layout.dtype)
+        self._flat = FlatParameters(layout, self._vector, np.zeros_like(self._vector))
+        self._dtype = layout.torch_dtype
         self._reestimates = has_batchnorm(self._model)
 
     def empty_vector(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 
 from mpitrain import data
 from mpitrain.optimizer.flat import FlatParameters
+from mpitrain.optimizer.layout import FlatLayout
 
 
 class ModelGradient:
@@ -25,11 +26,11 @@ class ModelGradient:
 
     def __init__(self, model: torch.nn.Module, dataset: data.Dataset, samplers: list[data.Sampler]) -> None:
         self._model, self._dataset, self._samplers = model, dataset, samplers
-        self._flat = FlatParameters([{"params": list(model.parameters())}])
-        self._x, self._g = np.zeros((2, self._flat.n), self._flat.dtype)
-        self._flat.attach(self._x, self._g)
+        layout = FlatLayout([{"params": list(model.parameters())}])
+        self._x, self._g = np.zeros((2, layout.n), layout.dtype)
+        self._flat = FlatParameters(layout, self._x, self._g)
         self.start = self._x.copy()
-        self.layers = self._flat.layers
+        self.layers = layout.layers
         self.losses = np.full(len(samplers), np.nan)
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:

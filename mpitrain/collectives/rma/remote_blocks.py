@@ -25,8 +25,8 @@ from mpitrain.collectives.rma.locks import count_wait
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
 from mpitrain.collectives.world.progress import ProgressThread
-from mpitrain.collectives.world.transfers import Transfer
 from mpitrain.collectives.world.statistics import Statistics
+from mpitrain.collectives.world.transfers import Transfer
 from mpitrain.kernels.gpu import address_of
 from mpitrain.kernels.native.lock_words import OWNER_BITS
 from mpitrain.kernels.native.wire import PLAIN, Encoded, Format

@@ -367,5 +367,5 @@ def test_ranks_do_what_simulated_workers_do(world):
         mine = model.x.detach().numpy().copy()
         np.testing.assert_allclose(mine, simulated.x()[world.rank], rtol=1e-12, atol=1e-13)
         assert len({x.tobytes() for x in world.comm.allgather(mine)}) == 1
-        assert optimizer._worker.removed_at.tolist() == simulated.workers[0].removed_at.tolist()
-        assert (optimizer._worker.good.sum() < p) == (p >= 3)
+        assert optimizer._parts.replica.worker.removed_at.tolist() == simulated.workers[0].removed_at.tolist()
+        assert (optimizer._parts.replica.worker.good.sum() < p) == (p >= 3)

@@ -346,5 +346,5 @@ def test_the_optimizer_asks_for_the_fitness_of_the_model(world):
             loss.backward()
             optimizer.step(loss)
         assert [float(x[0]) for x in asked] == [pytest.approx(2.8), pytest.approx(2.6)]
-        assert optimizer._worker.metrics()["fitness"] == pytest.approx(20 * 2.6**2)
+        assert optimizer._parts.replica.worker.metrics()["fitness"] == pytest.approx(20 * 2.6**2)
         world.barrier()
