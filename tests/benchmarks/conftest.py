@@ -22,8 +22,8 @@ def script() -> Callable[[str], ModuleType]:
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
+            sys.modules[full] = module  # dataclasses look their module up
             spec.loader.exec_module(module)
-            sys.modules[full] = module
         return sys.modules[full]
 
     return load
