@@ -49,7 +49,7 @@ LIBRARIES = {
     "PIL": ("data",),
     "sklearn": ("data",),
     "torch": ("records.checkpoint", "optimizer", "collectives.world.device", "data", "models", "trainer"),
-    "tqdm": ("data", "cli.simulate", "trainer"),
+    "tqdm": ("data", "trainer"),
 }
 
 NOT_AT_IMPORT = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")

@@ -1,8 +1,8 @@
-"""The tables of a comparison: pure functions of the trainer's result documents.
+"""The evaluation of a comparison: pure functions of the trainer's result documents.
 
-A method's run reaches the target accuracy where the straight lines between its evaluations cross it first. Of several
-seeds the median counts; a seed that never gets there counts as infinitely slow, so a median exists only where more than
-half of them do.
+A run reaches the target accuracy where the straight lines between its evaluations first cross it. Of several seeds the
+median counts. A seed that never reaches the target counts as infinitely slow, so the median exists only if more than
+half of the seeds reach it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Result = Mapping[str, Any]
 
 
 def first_crossing(xs: Sequence[float], ys: Sequence[float], target: float) -> float | None:
-    """Return where the polyline through the points first reaches ``target``, or None.
+    """Return where the straight lines through the points first reach ``target``, or None.
 
     Args:
-        xs: Rising.
-        ys: As many; what is not finite is passed over.
-        target: Reached from below; at once if the first point is not below it.
+        xs: Increasing coordinates.
+        ys: Values at ``xs``; non-finite values are skipped.
+        target: The level, which is reached at the first point if that is not below it.
     """
     before: tuple[float, float] | None = None
     for x, y in zip(xs, ys, strict=True):
@@ -42,37 +42,37 @@ def first_crossing(xs: Sequence[float], ys: Sequence[float], target: float) -> f
 
 
 def curve(result: Result, x: str) -> tuple[list[float], list[float]]:
-    """Return the test accuracies of a run against one of its counters (seconds, gradients, bytes)."""
+    """Return a counter of a run (seconds, gradients, bytes) and the test accuracies at its values."""
     return [point[x] for point in result["evaluation"]], [point["test_accuracy"] for point in result["evaluation"]]
 
 
 def best_accuracy(result: Result) -> float:
-    """Return the highest finite accuracy of a run, or 0."""
+    """Return the highest test accuracy of a run; 0 if none is finite."""
     return max((y for y in curve(result, "seconds")[1] if math.isfinite(y)), default=0.0)
 
 
 def default_target(results: Sequence[Result]) -> float:
-    """Return the highest whole percent that every run reached, at most 95 %."""
+    """Return the highest whole percent that every run reaches, at most 95 %."""
     reached = min(best_accuracy(result) for result in results)
     return min(math.floor(100 * reached + 1e-9) / 100, HIGHEST_DEFAULT_TARGET)
 
 
 def to_target(result: Result, target: float) -> dict[str, float | None]:
-    """Return the seconds, gradients and bytes that a run needed to reach the target accuracy."""
+    """Return the seconds, gradients and bytes that a run needed for the target accuracy."""
     return {f"{x}_to_target": first_crossing(*curve(result, x), target) for x in ("seconds", "gradients", "bytes")}
 
 
 def median_reached(values: Sequence[float | None]) -> float | None:
-    """Return the median, counting None as infinite; None if the median is infinite."""
+    """Return the median, where None stands for infinity."""
     median = float(np.median([math.inf if value is None else value for value in values]))
     return median if math.isfinite(median) else None
 
 
 def summarise(results: Sequence[Result], target: float) -> dict[str, Any]:
-    """Summarise the runs of one method in a row.
+    """Return the row of one method.
 
     Args:
-        results: Its runs, one a seed.
+        results: Its runs, one for each seed.
         target: A test accuracy, 0 to 1.
     """
     reached = [to_target(result, target) for result in results]
@@ -98,14 +98,14 @@ def summarise(results: Sequence[Result], target: float) -> dict[str, Any]:
 
 
 def run_document(result: Result, seed: int, target: float) -> dict[str, Any]:
-    """Return the document of one run without its curve, which is in the run's folder."""
+    """Return one run without its curve, which its folder holds."""
     columns = ("algorithm", "test_accuracy", "test_loss", "train_loss", "seconds", "gradients", "bytes_sent")
     document = {name: result[name] for name in (*columns, "steps_of_ranks", "shares", "n_nonfinite", "out")}
     return {"seed": seed, **document, **to_target(result, target)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Format the rows as a table."""
+    """Return the rows as a Markdown table."""
     to = f"to {100 * rows[0]['target_accuracy']:.4g} %"
 
     def accuracy(row: Mapping[str, Any]) -> str:

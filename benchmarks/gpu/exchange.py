@@ -30,7 +30,8 @@ from benchmarks.micro.candidates import RATE, start_gloo
 from benchmarks.micro.timing import beside, gb_per_s, name_of, size_of, where
 from benchmarks.micro.windows import of_all, of_origin
 from mpitrain.cli import info
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.launch import create_world, init
 from mpitrain.collectives.world.transport import TRANSPORTS
@@ -205,9 +206,7 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[int], list[str], A
     Raises:
         UsageError: What is no size or no transport.
     """
-    parser = cli.Parser(
-        prog="benchmarks.gpu.exchange", description="Exchange and all-reduce on GPUs. Run under mpirun."
-    )
+    parser = Parser(prog="benchmarks.gpu.exchange", description="Exchange and all-reduce on GPUs. Run under mpirun.")
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--transports", default=MEASURED, help="separated by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds, at most (default: %(default)s)")
@@ -226,16 +225,16 @@ def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
     problem = gpu_machine.problem()
     if problem:
-        return cli.fail(problem, on_all_ranks=True)
+        return fail(problem, on_all_ranks=True)
     try:
         sizes, names, options = options_of(None)
         world = init("cuda")
     except UsageError as error:
-        return cli.fail(str(error), on_all_ranks=True)
+        return fail(str(error), on_all_ranks=True)
     load_before = os.getloadavg()
     worlds, refused = worlds_of(world, names)
     if not worlds:
-        return cli.fail("; ".join(refused.values()), on_all_ranks=True)
+        return fail("; ".join(refused.values()), on_all_ranks=True)
     not_started = start_gloo(world)
     no_gloo = not_started or gloo_problem(world.device)
     measured = bench(world, worlds, sizes, options.repeats, None if no_gloo else world.device)

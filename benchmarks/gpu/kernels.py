@@ -37,7 +37,8 @@ from benchmarks.gpu.timing import ClockTimer, EventTimer, Timer, calls_of, fill,
 from benchmarks.micro.kernels import FEWEST_UPDATED, TORCH, expression, hardware
 from benchmarks.micro.timing import name_of, size_of
 from mpitrain import kernels
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.errors import UsageError
 from mpitrain.kernels import Kernel, gpu
 from mpitrain.report import text
@@ -401,7 +402,7 @@ def measure(bench: Bench, chosen: Sequence[Kernel], sizes: Sequence[int], buffer
 
 def main() -> int:
     """Run the benchmark and return the exit code."""
-    parser = cli.Parser(prog="python -m benchmarks.gpu.kernels", description="Kernels on a GPU.")
+    parser = Parser(prog="python -m benchmarks.gpu.kernels", description="Kernels on a GPU.")
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=11, help="turns of each (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="every kernel, not only those that matter most")
@@ -409,11 +410,11 @@ def main() -> int:
     options = parser.parse_args()
     problem = gpu_machine.problem()
     if problem:
-        return cli.fail(problem)
+        return fail(problem)
     try:
         sizes = [size_of(word.strip()) for word in options.sizes.split(",")]
     except UsageError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
     device = gpu.current()
     torch.set_num_threads(1)
     bench = Bench(device, EventTimer(), f"cuda:{device.index}", n_repeats=options.repeats)

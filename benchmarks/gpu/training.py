@@ -32,7 +32,8 @@ from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu.models import TASKS, Task
 from benchmarks.micro.timing import where
 from mpitrain.cli import info
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.transport import TRANSPORTS
 from mpitrain.collectives.world.world import World
@@ -193,9 +194,7 @@ def options_of(arguments: Sequence[str] | None) -> tuple[list[str], Any]:
     Raises:
         UsageError: What is no model.
     """
-    parser = cli.Parser(
-        prog="python -m benchmarks.gpu.training", description="Training steps on a GPU. Run under mpirun."
-    )
+    parser = Parser(prog="python -m benchmarks.gpu.training", description="Training steps on a GPU. Run under mpirun.")
     parser.add_argument("--models", default=",".join(TASKS), help="separated by commas (default: %(default)s)")
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="of the vectors (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each candidate (default: %(default)s)")
@@ -214,12 +213,12 @@ def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
     problem = gpu_machine.problem()
     if problem:
-        return cli.fail(problem, on_all_ranks=True)
+        return fail(problem, on_all_ranks=True)
     try:
         names, options = options_of(None)
         world = init("cuda", options.transport)
     except UsageError as error:
-        return cli.fail(str(error), on_all_ranks=True)
+        return fail(str(error), on_all_ranks=True)
     load_before = os.getloadavg()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")

@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.micro.candidates import GET_AND_PUT, REFERENCES, Candidates, Forms, start_gloo
 from benchmarks.micro.timing import WARM_UPS, beside, calls_of, gb_per_s, measure, name_of, rows_of, size_of, where
 from mpitrain.cli import info
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
@@ -139,9 +140,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
-    parser = cli.Parser(
-        prog="python -m benchmarks.micro.collectives", description="Collectives. Run under mpirun or srun."
-    )
+    parser = Parser(prog="python -m benchmarks.micro.collectives", description="Collectives. Run under mpirun or srun.")
     default = f"{SIZES}; of the tree and the gossip: {SIZES_OF_FORMS}"
     parser.add_argument("--sizes", help=f"of a vector, in bytes (default: {default})")
     parser.add_argument("--repeats", type=int, default=30, help="of each operation, at most (default: %(default)s)")
@@ -151,9 +150,9 @@ def main() -> int:
     try:
         sizes, of_forms = sizes_of(options.sizes or SIZES), sizes_of(options.sizes or SIZES_OF_FORMS)
     except UsageError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
     if options.repeats < 1:
-        return cli.fail(f"--repeats must be 1 or more, not {options.repeats}")
+        return fail(f"--repeats must be 1 or more, not {options.repeats}")
     world = init()
     load_before = os.getloadavg()
     no_gloo = "left out" if options.no_gloo else start_gloo(world)

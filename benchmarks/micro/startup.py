@@ -35,7 +35,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.micro.timing import where
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 
@@ -215,7 +216,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Run the benchmark and return the exit code."""
-    parser = cli.Parser(
+    parser = Parser(
         prog="python -m benchmarks.micro.startup", description="Seconds of the import and until the first step."
     )
     parser.add_argument("--ranks", type=int, default=BAR_RANKS, help="of a run (default: %(default)s)")
@@ -231,7 +232,7 @@ def main() -> int:
         if not (venv / "bin" / "mpirun").exists():
             raise UsageError(f"{venv} has no mpirun: run make setup, or set VIRTUAL_ENV to an environment with an MPI")
     except UsageError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
     env = environment(os.environ, venv)
     load_before = os.getloadavg()
     try:

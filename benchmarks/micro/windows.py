@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks.micro.one_sided import Calls, Exchanges, Operations, Transfers
 from benchmarks.micro.timing import beside, calls_of, gb_per_s, name_of, one_round, rows_of, size_of, slowest, where
 from mpitrain.cli import info
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.shared_memory import check_free_memory
 from mpitrain.collectives.world.world import World
@@ -213,7 +214,7 @@ def show(document: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
-    parser = cli.Parser(
+    parser = Parser(
         prog="benchmarks.micro.windows", description="One-sided MPI. Run under mpirun or srun, on 2 or more ranks."
     )
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in bytes (default: %(default)s)")
@@ -229,7 +230,7 @@ def main() -> int:
         if world.size < 2:
             raise UsageError("one-sided operations need a target: start 2 or more ranks (jobs/local.sh 2 ...)")
     except UsageError as error:
-        return cli.fail(str(error), on_all_ranks=True)
+        return fail(str(error), on_all_ranks=True)
     load_before = os.getloadavg()
     measured = run(world, sizes, options.repeats)
     if world.rank == 0:

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.kernels.native.wire import FLOAT32, NAMES
 from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
@@ -250,7 +251,7 @@ def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict
 
 def main() -> int:
     """Run the benchmark and return the exit code."""
-    parser = cli.Parser(
+    parser = Parser(
         prog="benchmarks.network.hosts", description="Exchange and all-reduce between two hosts of this machine."
     )
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in MB of 10^6 bytes (default: %(default)s)")
@@ -260,19 +261,19 @@ def main() -> int:
     options = parser.parse_args()
     problem = missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS})
     if problem:
-        return cli.fail(problem)
+        return fail(problem)
     words = [word.strip() for word in options.sizes.split(",")]
     if not all(word.isdigit() and int(word) for word in words):
-        return cli.fail(f"--sizes takes whole numbers of MB, such as {SIZES}, not {options.sizes!r}")
+        return fail(f"--sizes takes whole numbers of MB, such as {SIZES}, not {options.sizes!r}")
     if options.ranks_per_host < 1:
-        return cli.fail("--ranks-per-host takes 1 or more")
+        return fail("--ranks-per-host takes 1 or more")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # on the way out the hosts are ended
     venv = str(Path(os.environ.get("VIRTUAL_ENV") or sys.prefix).resolve())
     load_before = os.getloadavg()
     try:
         document = measure(venv, options.ranks_per_host, options.wire, [f"{int(word) * 10**6}" for word in words])
     except HostsError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
     except KeyboardInterrupt:
         return 130
     document["load_average"] = {"before": load_before, "after": os.getloadavg()}

@@ -32,7 +32,7 @@ from benchmarks.micro.candidates import start_gloo
 from benchmarks.micro.timing import where
 from mpitrain import models
 from mpitrain.cli import info
-from mpitrain.cli import main as cli
+from mpitrain.cli.options import Parser
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.world import World
 from mpitrain.report import text
@@ -194,9 +194,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
-    parser = cli.Parser(
-        prog="python -m benchmarks.training.steps", description="Training steps. Run under mpirun or srun."
-    )
+    parser = Parser(prog="python -m benchmarks.training.steps", description="Training steps. Run under mpirun or srun.")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="repeat for more (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")

@@ -22,7 +22,8 @@ from benchmarks.comparison import plan
 from benchmarks.comparison import tables as comparison
 from benchmarks.micro.timing import where
 from mpitrain.algorithms import METHODS, create
-from mpitrain.cli import main as cli
+from mpitrain.cli.failure import fail
+from mpitrain.cli.options import Parser
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.config import TrainConfig
@@ -38,7 +39,7 @@ KEPT_AT_LEAST = 0.95  # of the others' throughput, for methods that wait for nob
 
 def main() -> int:
     """Run the benchmark and return the exit code. Collective."""
-    parser = cli.Parser(
+    parser = Parser(
         prog="benchmarks.training.stragglers", description="One slow rank among 2 or more. Run under mpirun or srun."
     )
     parser.add_argument("--algorithms", default=ALGORITHMS, metavar="NAME,NAME", help="default: %(default)s")
@@ -50,7 +51,7 @@ def main() -> int:
     try:
         return run(options)
     except UsageError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
 
 
 def run(options: Any) -> int:

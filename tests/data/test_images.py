@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpitrain.cli.data import IMPORTERS, add_arguments, run
 from mpitrain.data import load
 from mpitrain.data.images import import_images
-from mpitrain.data.importers import IMPORTERS, add_arguments, run
 from mpitrain.data.sources import places
 from mpitrain.errors import UsageError
 

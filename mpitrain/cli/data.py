@@ -1,7 +1,9 @@
-"""`mpitrain data import KIND SOURCE FILE.h5`: standard formats -> the data file of `hdf5.py`.
+"""``mpitrain data import KIND SOURCE FILE.h5``: convert standard formats into data files.
 
-To add a format: write a function that returns an `Imported`, and enter it into `IMPORTERS`.
+To add a format, write a function that returns an ``Imported``, and enter it into ``IMPORTERS``.
 """
+
+from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -14,28 +16,34 @@ from mpitrain.data.options import between, sizes
 
 @dataclass(frozen=True)
 class Importer:
-    """One format."""
+    """One format.
+
+    Attributes:
+        summary: What the format is, for the help.
+        add_options: Adds its options, beyond source and target.
+        run: Imports.
+    """
 
     summary: str
-    add_options: Callable[[ArgumentParser], None]  # beyond source and target
+    add_options: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], Imported]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Defines what stands after `mpitrain data`."""
+    """Add the actions of the command and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     action = actions.add_parser("import", help="turn a standard format into an HDF5 data file")
     kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, importer in IMPORTERS.items():
         sub = kinds.add_parser(kind, help=importer.summary, description=importer.summary)
-        sub.add_argument("source", type=Path, metavar="SOURCE")
-        sub.add_argument("target", type=Path, metavar="FILE.h5")
-        sub.add_argument("--quiet", action="store_true", help="no progress bar")
+        sub.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive to import")
+        sub.add_argument("target", type=Path, metavar="FILE.h5", help="data file to write")
+        sub.add_argument("--quiet", action="store_true", help="show no progress bar")
         importer.add_options(sub)
 
 
 def run(args: Namespace) -> int:
-    """Imports, and prints one line about what was written; returns the exit code."""
+    """Import, and print one line about the data file; return the exit code."""
     done = IMPORTERS[args.kind].run(args)
     skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
     print(
@@ -46,10 +54,19 @@ def run(args: Namespace) -> int:
 
 
 def _images_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--size", type=_size, metavar="HxW", help="resize to this; default: the most common size")
-    parser.add_argument("--test-fraction", type=_fraction, default=0.1, help="put aside if there is no test folder")
-    parser.add_argument("--seed", type=int, default=0, help="which images are put aside")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave out and count what cannot be decoded")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="size to which images are resized (default: the most common)"
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0.1,
+        help="fraction of the images for the test set, if there is no test folder (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of test images (default: %(default)s)")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out and count images that cannot be decoded"
+    )
 
 
 def _run_images(args: Namespace) -> Imported:
