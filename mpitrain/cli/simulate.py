@@ -96,9 +96,9 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args)
     from mpitrain import data, models
     from mpitrain.collectives.world.device import limit_threads
-    from mpitrain.simulation.communicator import SimulatedWorld
     from mpitrain.simulation.engine import Simulation
     from mpitrain.simulation.schedules import Until, VirtualTime
+    from mpitrain.simulation.world import SimulatedWorld
     from mpitrain.trainer.config import average_of, method_of, warnings_of
     from mpitrain.trainer.gradients import ModelGradient
 

@@ -15,8 +15,9 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
-from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.schedules import RoundRobin
+from mpitrain.simulation.world import SimulatedWorld
 
 Gradient = Callable[[int, np.ndarray], Any]
 """``gradient(rank, x)``: the gradient (n,) at what that worker's model holds."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitrain.data.agreement import agree, run_on_survivors
+from mpitrain.data.agreement import agree, all_ok
 from mpitrain.data.storage import FileImages, Limits, choose, runs, share_of
 from mpitrain.errors import UsageError
 
@@ -67,7 +67,7 @@ def test_a_file_that_breaks_while_it_is_read_is_reported():
             raise OSError("no such device")
 
     with pytest.raises(UsageError, match=r"data.h5: images 4 to 4 cannot be read \(no such device\).*resume"):
-        FileImages(Broken()).take(np.array([4]))
+        FileImages(Broken()).select(np.array([4]))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_all_ranks_fail_when_one_does(on_node, n):
             raise OSError("disk on fire")
         return world.local_rank
 
-    outcomes = on_node(n, lambda world: run_on_survivors(world, lambda: act(world)))
+    outcomes = on_node(n, lambda world: all_ok(world, lambda: act(world)))
     assert all(str(error) == "disk on fire" for error in outcomes)
     assert [type(error) for error in outcomes] == [UsageError] * (n - 1) + [OSError]
 
 
 def test_all_ranks_get_their_own_result(on_node):
-    assert on_node(3, lambda world: run_on_survivors(world, lambda: world.local_rank)) == [0, 1, 2]
+    assert on_node(3, lambda world: all_ok(world, lambda: world.local_rank)) == [0, 1, 2]

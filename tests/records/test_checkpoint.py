@@ -291,7 +291,7 @@ class World:
     rank, size, dead = 0, 1, ()
     def barrier(self):
         wait_to_be_killed("before the file")
-    def together(self, collective):
+    def run_on_survivors(self, collective):
         wait_to_be_killed("before the renaming")
 
 checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 
 @given(st.integers(1, 5), st.integers(0, 2**16))
@@ -14,7 +14,7 @@ def test_collectives_do_what_they_say_in_any_order(size, seed):
     values = np.random.default_rng(seed).normal(size=(size, 7))
 
     def program(comm):
-        comm.world.give_way()
+        world.scheduler.give_way()
         total, mean = comm.vector(7, np.float64), comm.vector(7, np.float64)
         total.local[...], mean.local[...] = values[comm.rank], values[comm.rank]
         comm.allreduce(total)
@@ -159,7 +159,7 @@ def test_waiting_for_what_nobody_does_is_reported():
         elif comm.rank == 2:
             comm.barrier()
 
-    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for something"):
+    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for a condition"):
         SimulatedWorld(3).run(program)
 
 

@@ -5,9 +5,9 @@ import pytest
 from support.quadratic import same_bits, simulate, slope
 
 from mpitrain.algorithms import EASGD, AllReduceSGD, GossipSGD
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 LONELY = EASGD(moving_rate=0.0, period=1)
 

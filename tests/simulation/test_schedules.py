@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, Until, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 
 def order(schedule, size, steps):
