@@ -1,6 +1,6 @@
-"""`mpitrain data import KIND SOURCE FILE.h5`: standard formats -> the data file of `hdf5.py`.
+"""`mpitrain data import KIND SOURCE FILE.h5`: importers of standard formats into the data files of `hdf5_format.py`.
 
-To add a format: write a function that returns an `Imported`, and enter it into `IMPORTERS`.
+To add a format, write a function that returns an `Imported`, and add it to `IMPORTERS`.
 """
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpitrain.data.images import Imported, import_images
-from mpitrain.data.options import between, sizes
+from mpitrain.data.image_import import Imported, import_images
+from mpitrain.data.option_parsing import between, sizes
 
 
 @dataclass(frozen=True)
 class Importer:
-    """One format."""
+    """An importer of one format."""
 
     summary: str
     add_options: Callable[[ArgumentParser], None]  # beyond source and target
@@ -22,7 +22,7 @@ class Importer:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Defines what stands after `mpitrain data`."""
+    """Add the arguments of `mpitrain data`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     action = actions.add_parser("import", help="turn a standard format into an HDF5 data file")
     kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Imports, and prints one line about what was written; returns the exit code."""
+    """Import a data set, print one line about it, and return the exit code."""
     done = IMPORTERS[args.kind].run(args)
     skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
     print(
@@ -47,9 +47,14 @@ def run(args: Namespace) -> int:
 
 def _images_options(parser: ArgumentParser) -> None:
     parser.add_argument("--size", type=_size, metavar="HxW", help="resize to this; default: the most common size")
-    parser.add_argument("--test-fraction", type=_fraction, default=0.1, help="put aside if there is no test folder")
-    parser.add_argument("--seed", type=int, default=0, help="which images are put aside")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave out and count what cannot be decoded")
+    parser.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0.1,
+        help="share of each class to test with, without a test folder",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides which images those are")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be decoded")
 
 
 def _run_images(args: Namespace) -> Imported:
