@@ -28,9 +28,9 @@ from mpitrain.algorithms.parameter_server.adag import ADAG
 from mpitrain.algorithms.parameter_server.agn import AGN
 from mpitrain.algorithms.parameter_server.downpour import Downpour
 from mpitrain.algorithms.parameter_server.dynsgd import DynSGD
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, Schedule, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 

@@ -37,8 +37,8 @@ from mpitrain.algorithms.byzantine.attacks import (
     variance,
     zero,
 )
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[Any]
 

@@ -25,8 +25,8 @@ from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms.parameter_server.agn import AGN
 from mpitrain.algorithms.parameter_server.downpour import Downpour
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 

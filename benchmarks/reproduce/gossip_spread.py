@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms import GossipSGD
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 

@@ -29,8 +29,9 @@ from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.elastic.easgd import EASGD
 from mpitrain.algorithms.leader.lsgd import LSGD
-from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 

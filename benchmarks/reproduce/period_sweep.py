@@ -20,9 +20,9 @@ from sklearn.datasets import load_digits
 
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms import METHODS
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Gradient, Simulation
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 

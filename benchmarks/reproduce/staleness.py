@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.parameter_server.downpour import Downpour
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Schedule, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 WORKERS = (10, 20, 30, 60)
 JITTER = 0.1

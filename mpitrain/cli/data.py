@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpitrain.data.images import Imported, import_images
-from mpitrain.data.options import between, sizes
+from mpitrain.data.image_import import Imported, import_images
+from mpitrain.data.option_parsing import between, sizes
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from mpitrain import data, models
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.collectives.world.device import limit_threads
 from mpitrain.log import logger
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import Until, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.gradients import ModelGradient
 from mpitrain.trainer.plan import RunPlan

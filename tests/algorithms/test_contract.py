@@ -18,8 +18,8 @@ from mpitrain.algorithms import METHODS, create
 from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.algorithms.base.settings import Boolean, Bounded, Choice, Integer, settings_of
 from mpitrain.errors import RankFailed
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 STARTS = np.random.default_rng(0).normal(size=(5, 40))
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])

@@ -7,7 +7,7 @@ the lock is free again. A read-modify-write is therefore atomic and ordered ever
 that push.
 
 ``MPIBlocks`` (``rma.mpi_blocks``), ``DeviceBlocks`` (``rma.device_blocks``) and ``SimulatedBlocks``
-(``simulation.communicator``) implement the interface.
+(``simulation.memory``) implement the interface.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from torch import nn
 
 from mpitrain import DistributedOptimizer, NeuroevolutionSGD
 from mpitrain.algorithms.population.neuroevolution import Sketcher, clusters, make_plan, mean_cosine
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 ALONE = NeuroevolutionSGD(period=2, similarity=1.0, unfit_fraction=0.0)  # nobody is replaced
 

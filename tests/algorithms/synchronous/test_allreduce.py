@@ -7,8 +7,8 @@ from support.quadratic import simulate, slope, standard_error
 
 from mpitrain.algorithms import AllReduceSGD
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 5])

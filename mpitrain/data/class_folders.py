@@ -1,9 +1,9 @@
-"""Folders and archives of files, read in one order and without unpacking, and what their paths say.
+"""Class folders of files, in a folder or an archive, which is read without unpacking.
 
     CLASS/.../FILE                    no split
-    train/CLASS/.../FILE, and test/   a split; val/ or validation/ is taken for the test set where there is no test/
+    train/CLASS/.../FILE, and test/   a split; val/ or validation/ is the test set if there is no test/
 
-Folders that everything else lies in (`cifar10/train/...`) do not matter.
+Folders that contain everything else (`cifar10/train/...`) are ignored.
 """
 
 import lzma
@@ -25,17 +25,17 @@ TEST_NAMES = ("test", "val", "validation")
 
 @dataclass(frozen=True)
 class Place:
-    """What a path says about its file."""
+    """The class and the set of a file, according to its path."""
 
     is_test: bool | None  # None: the source is not split
     label: str
 
 
 def files(source: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """The files of a folder or archive and their paths in it, in an order that does not change, without hidden ones.
+    """Yield the paths and streams of the files in a folder or archive, in a fixed order, without hidden files.
 
-    An archive is read from its beginning to its end, a file of it as a whole, so that damage shows here; each stream is
-    good until the next one is asked for.
+    An archive is read from end to end and each of its files as a whole, so that damage is found here. A stream is valid
+    until the next one is requested.
     """
     if not source.exists():
         raise UsageError(f"no {source}: give a folder of class folders, or an archive of one ({' '.join(ARCHIVES)})")
@@ -53,18 +53,18 @@ def files(source: Path) -> Iterator[tuple[str, BinaryIO]]:
                 yield name, stream
     except DAMAGE as error:
         raise UsageError(
-            f"{source} cannot be read to its end ({error}): it is damaged, or not complete; fetch it again"
+            f"{source} cannot be read to its end ({error}): it is damaged or incomplete; download it again"
         ) from error
 
 
 def places(names: Sequence[str]) -> list[Place]:
-    """What each path says, given all of them."""
+    """Return the class and the set that each path names, given all paths."""
     paths = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
     while paths and len({path[0] for path in paths}) == 1 and min(map(len, paths)) > 2:
         paths = [path[1:] for path in paths]
     for name, path in zip(names, paths, strict=True):
         if len(path) < 2:
-            raise UsageError(f"{name} lies in no class folder: put it into one, or take it away")
+            raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
     tops = {path[0] for path in paths}
     tests = tops & set(TEST_NAMES)
     if "train" not in tops or not tests or tops - tests - {"train"}:
@@ -73,7 +73,7 @@ def places(names: Sequence[str]) -> list[Place]:
         raise UsageError(f"both {' and '.join(sorted(tests))} beside train: keep one as the test set")
     for name, path in zip(names, paths, strict=True):
         if len(path) < 3:
-            raise UsageError(f"{name} lies in no class folder: put it into one, or take it away")
+            raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
     found = [Place(path[0] != "train", path[1]) for path in paths]
     unknown = {place.label for place in found if place.is_test} - {place.label for place in found if not place.is_test}
     if unknown:

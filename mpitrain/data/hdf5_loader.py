@@ -1,4 +1,4 @@
-"""Loads a data file: each node reads it once, each rank its part of it, unless it is too large for that."""
+"""Loading of data files: the ranks of a node read a part each, unless the file is too large for memory."""
 
 import math
 from functools import partial
@@ -9,14 +9,17 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.data.agreement import World, agree, all_ok
 from mpitrain.data.dataset import Dataset, Normalisation
-from mpitrain.data.hdf5 import SPLITS, Header, check_labels, open_data, read_header, reading
+from mpitrain.data.hdf5_format import SPLITS, Header, check_labels, open_data, read_header, reading
+from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
 
 
-def load_file(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
-    """Collective over the node: the data set in `path`; see `storage.py` for what is kept where."""
+def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
+    """Return the data set of a data file. Collective over the node.
+
+    `storage.py` says where its images are kept.
+    """
     file, header = all_ok(world, lambda: _open(path))
     preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
     storage = STORAGES[agree(world, STORAGES.index(preferred))]
@@ -67,7 +70,7 @@ def _read_labels(file: h5py.File, split: str) -> NDArray[np.int64]:
 
 
 def _read_shared(source: h5py.Dataset, world: World, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
-    """Collective over the node: the whole array in shared memory, of which this rank reads its part in place."""
+    """Return the whole array in shared memory, of which each rank reads its part. Collective over the node."""
     array = world.shared_array(source.shape, dtype or source.dtype)
     row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
     chunk = source.chunks[0] if source.chunks else 1

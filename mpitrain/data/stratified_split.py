@@ -1,17 +1,17 @@
-"""A deterministic stratified split: the same share of every class is put aside."""
+"""Deterministic stratified splits: the test set has the same share of every class."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which samples belong to the test set.
+def stratified_split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Return which samples belong to the test set.
 
     Args:
         labels: (n,) int64, the class of every sample.
-        test_fraction: The share of each class that is put aside, rounded to whole samples; a class of two or more
-            samples gives at least one and keeps at least one, a class of one sample stays in training.
-        seed: Which split.
+        test_fraction: The share of each class in the test set, rounded to whole samples. A class of two or more samples
+            has at least one in each set; a class of one sample is in the training set.
+        seed: The seed of the split.
 
     Returns:
         (n,) bool.

@@ -1,8 +1,8 @@
-"""Decisions and failures that the ranks of a node share, so that none of them waits for one that has given up.
+"""Agreement between the ranks of a node, so that none waits for a rank that has raised.
 
-Loading is collective over a node. Two things would make ranks part ways and hang: measuring free memory at different
-moments and coming to different conclusions, and one rank failing to read its part. `agree` and `together` exclude both,
-with nothing but the node-shared memory that loading needs anyway.
+Loading is collective over a node. Ranks would diverge and hang if they measured free memory at different moments and
+drew different conclusions, or if one of them failed to read its part. `agree` and `all_ok` prevent both. They need
+nothing but the node-shared memory that loading uses anyway.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from numpy.typing import DTypeLike
 from mpitrain.errors import UsageError
 
 T = TypeVar("T")
-TEXT_BYTES = 1000  # room for one error text
+MESSAGE_BYTES = 1000  # the longest error message that ranks share
 
 
 class World(Protocol):
-    """The part of the world that loading data needs."""
+    """The part of a world that loading data needs."""
 
     @property
     def rank(self) -> int: ...
@@ -32,16 +32,16 @@ class World(Protocol):
     def node(self) -> int: ...
 
     def shared_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray[Any, Any]:
-        """Collective over the ranks of the node: one array that all of them see."""
+        """Allocate one array of zeros that all ranks of the node see. Collective over the node."""
         ...
 
     def node_barrier(self) -> None:
-        """Collective over the ranks of the node."""
+        """Wait for all ranks of the node. Collective over the node."""
         ...
 
 
 def agree(world: World, value: int) -> int:
-    """Collective over the node: the value of its first rank, on every rank."""
+    """Return the value of the node's first rank on every rank. Collective over the node."""
     shared = world.shared_array((1,), np.int64)
     if world.local_rank == 0:
         shared[0] = value
@@ -50,18 +50,18 @@ def agree(world: World, value: int) -> int:
 
 
 def all_ok(world: World, action: Callable[[], T]) -> T:
-    """Collective over the node: what `action` returns on this rank, if it succeeded on every rank.
+    """Return the result of `action` on this rank if it succeeds on every rank. Collective over the node.
 
-    Where it failed anywhere, every rank raises: a rank that failed its own error, the others a `UsageError` with the
-    text of the first that failed, so that it does not matter which rank prints it.
+    If it fails on some rank, all ranks raise: those that failed their own error, the others a `UsageError` with the
+    message of the first one that failed, so that any rank may print it.
     """
-    shared = world.shared_array((world.local_size, TEXT_BYTES), np.uint8)  # a row of zeros: no error
+    shared = world.shared_array((world.local_size, MESSAGE_BYTES), np.uint8)  # a row of zeros: no error
     failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
         failure = error
-        text = (str(error) or repr(error)).encode()[:TEXT_BYTES]
+        text = (str(error) or repr(error)).encode()[:MESSAGE_BYTES]
         shared[world.local_rank, : len(text)] = np.frombuffer(text, np.uint8)
     world.node_barrier()
     if failure is not None:

@@ -1,4 +1,4 @@
-"""Names that carry options: `synthetic:n=1000,shape=3x32x32`."""
+"""Parsing of names with options, such as `synthetic:n=1000,shape=3x32x32`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,15 +7,15 @@ from mpitrain.errors import UsageError
 
 
 def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner: str) -> dict[str, Any]:
-    """Reads `key=value,key=value`.
+    """Parse `key=value,key=value`.
 
     Args:
-        text: What stands after the colon; may be empty.
-        known: For each key, what turns its text into a value; a `ValueError` from it means that the text is not one.
-        owner: The name before the colon, for the error texts.
+        text: The text after the colon; may be empty.
+        known: A parser for the value of each key, which raises `ValueError` for invalid text.
+        owner: The name before the colon, for error messages.
 
     Returns:
-        The values that were given, and only those.
+        The values of the given keys only.
     """
     values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
@@ -33,14 +33,14 @@ def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner
 
 
 def positive(text: str) -> int:
-    """A whole number above zero."""
+    """Parse a whole number above zero."""
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise ValueError("a whole number above 0 is needed, such as 128")
     return int(text)
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Whole numbers above zero, joined by x: `3x32x32`."""
+    """Parse whole numbers above zero joined by x: `3x32x32`."""
     try:
         return tuple(positive(part) for part in text.split("x"))
     except ValueError:
@@ -48,7 +48,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def choice(*names: str) -> Callable[[str], str]:
-    """One of the given names."""
+    """Return a parser of one of the given names."""
 
     def read(text: str) -> str:
         if text not in names:
@@ -59,7 +59,7 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """A number x with low <= x < high."""
+    """Return a parser of a number x with low <= x < high."""
 
     def read(text: str) -> float:
         try:

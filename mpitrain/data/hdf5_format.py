@@ -1,4 +1,4 @@
-"""The data file: layout, opening, and every check that a broken one must not get past.
+"""The format of data files: layout, opening, and validation.
 
     train/images   (N, C, H, W) uint8, in chunks of at most 128 KiB; also (N, d), and also float32
     train/labels   (N,) int64, each in [0, n_classes)
@@ -28,7 +28,7 @@ from mpitrain.errors import UsageError
 
 FORMAT = "mpitrain-data"
 FORMAT_VERSION = 1
-CHUNK_BYTES = 2**17  # what reading one image alone brings in; smaller chunks slow down reading all of them
+CHUNK_BYTES = 2**17  # read for a single image; smaller chunks slow down reading all images
 SUFFIXES = (".h5", ".hdf5")
 SPLITS = ("train", "test")
 REMEDY = "make one with 'mpitrain data import'"
@@ -36,7 +36,7 @@ REMEDY = "make one with 'mpitrain data import'"
 
 @dataclass(frozen=True)
 class Header:
-    """What a data file says about itself, checked."""
+    """The validated description of a data file."""
 
     n_train: int
     n_test: int
@@ -48,12 +48,12 @@ class Header:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all images and labels in memory."""
+        """The size of all images and labels in memory."""
         return (self.n_train + self.n_test) * (math.prod(self.shape) * self.dtype.itemsize + 8)
 
 
 def open_data(path: Path) -> h5py.File:
-    """Opens a data file for reading, without a lock: data files appear complete and are not written to again."""
+    """Open a data file for reading, without a lock: data files appear complete and are never changed."""
     if not path.exists():
         raise UsageError(f"no data file {path}: check the path, or {REMEDY}")
     if path.is_dir():
@@ -64,7 +64,7 @@ def open_data(path: Path) -> h5py.File:
         raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
     except OSError as error:
         if "truncated" in str(error):
-            raise UsageError(f"{path} is truncated, the end of it is missing: copy it again, or {REMEDY}") from error
+            raise UsageError(f"{path} is truncated: copy it again, or {REMEDY}") from error
         if not h5py.is_hdf5(path):
             raise UsageError(f"{path} is not an HDF5 file: {REMEDY}") from error
         raise _damaged(str(path), error) from error
@@ -72,7 +72,7 @@ def open_data(path: Path) -> h5py.File:
 
 @contextmanager
 def reading(file: h5py.File) -> Iterator[None]:
-    """Within it, what HDF5 raises for damaged contents becomes one line."""
+    """Replace errors of HDF5 about damaged contents by a `UsageError` of one line."""
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
@@ -80,7 +80,7 @@ def reading(file: h5py.File) -> Iterator[None]:
 
 
 def read_header(file: h5py.File) -> Header:
-    """What the file says about itself; labels are not read."""
+    """Return the validated description of a file; labels are not read."""
     path = file.filename
     kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
     if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
@@ -119,7 +119,7 @@ def read_header(file: h5py.File) -> Header:
 
 
 def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: int) -> None:
-    """Every label names a class; the first that does not is reported with its row."""
+    """Raise `UsageError` for the first label that names no class, with its row."""
     if labels.min() >= 0 and labels.max() < n_classes:
         return
     row = int(np.flatnonzero((labels < 0) | (labels >= n_classes))[0])
@@ -132,7 +132,10 @@ def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: in
 def create(
     file: h5py.File, *, classes: Sequence[str], shape: tuple[int, ...], n: Iterable[int], dtype: str = "uint8"
 ) -> None:
-    """Lays out an empty data file for n = (N, M) images; what is filled in later are images, labels, mean and std."""
+    """Create the layout of a data file for n = (N, M) images.
+
+    The caller fills in images, labels, and the attributes mean and std.
+    """
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["classes"] = np.array(list(classes), dtype=h5py.string_dtype())
@@ -152,11 +155,11 @@ def _attribute(file: h5py.File, name: str) -> Any:
     try:
         return file.attrs[name]
     except KeyError:
-        raise UsageError(f"{file.filename} has no attribute '{name}', so is no mpitrain data file: {REMEDY}") from None
+        raise UsageError(f"{file.filename} has no attribute '{name}' and is no mpitrain data file: {REMEDY}") from None
 
 
 def _numbers(file: h5py.File, name: str) -> NDArray[np.float64]:
-    """An attribute as a vector; not-a-number where it holds something else."""
+    """Return an attribute as a vector, or [NaN] if it is not numeric."""
     value = _attribute(file, name)
     try:
         return np.atleast_1d(np.asarray(value, np.float64))
