@@ -20,6 +20,10 @@ LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_
 LAUNCHER_NAMES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
 
 
+unmarked_test: str | None = None
+"""The test that is running, if it has no mark `launches`: the mark is what `make check` leaves out."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What is left of a command: `output` is stdout and stderr as they came."""
@@ -52,6 +56,7 @@ def environment(mpi: str, extra: Mapping[str, str] | None = None) -> dict[str, s
         venv = ROOT / ".venv" / mpi
         env["VIRTUAL_ENV"] = str(venv)
         env["PATH"] = f"{venv / 'bin'}{os.pathsep}{env.get('PATH', '')}"
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes: each would compile every module again
     env["OMP_NUM_THREADS"] = "1"
     env["PYTHONUNBUFFERED"] = "1"  # what was printed before an abort is there to read
     env.update(extra or {})
@@ -67,7 +72,9 @@ def launch(
     extra_env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Finished:
-    """Runs `command` on `n_ranks` ranks until it ends, or ends all its processes after `timeout_seconds`."""
+    """Run `command` on `n_ranks` ranks until it ends, or end all its processes after `timeout_seconds`."""
+    if n_ranks and unmarked_test:
+        raise RuntimeError(f"{unmarked_test} starts ranks: mark it with pytest.mark.launches")
     full = [str(ROOT / "jobs" / "local.sh"), str(n_ranks), *command] if n_ranks else list(command)
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:

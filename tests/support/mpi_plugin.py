@@ -3,7 +3,8 @@
     pytest tests                                      the single-process tests; MPI is not started
     jobs/local.sh 3 python -m pytest tests            the tests marked ranks(..., 3, ...)
 
-- A test for another world is deselected, and counted as such; it is never skipped.
+- A test for another world is deselected, and counted as such; it is never skipped. On ranks, a file whose text names no
+  mark for this world is not even imported (`marked_sizes`).
 - Ranks agree after every phase of a test: one that fails on one rank fails on all, and rank 0, which alone reports,
   shows the traceback of every rank that failed.
 - A test that does not end (its ranks wait for a peer that raised, say) is ended by the watchdog.
@@ -14,14 +15,17 @@ Built beside pytest-mpi, whose fixtures (mpi_tmp_path, ...) may be used: `ranks`
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from support import launching
 from support.launching import is_launched
 from support.watchdog import Watchdog
 
@@ -36,6 +40,7 @@ SINGLE_PROCESS_LIMIT_SECONDS = 300.0
 # What every collected test was marked for, deselected or not: test_ranks_launched.py compares it with what is launched.
 MARKED_RANKS = pytest.StashKey[dict[str, tuple[int, ...]]]()
 _DESELECTED = pytest.StashKey[Counter[str]]()
+_RANKS_MARK = re.compile(r"\bmark\.ranks\(([^)]*)\)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "ranks(1, 2, ...): the world sizes a test is for; without it: one process and no MPI"
     )
+    config.addinivalue_line("markers", "launches: starts ranks of its own, for seconds; left out by `make check`")
     config.addinivalue_line("markers", "time_limit(seconds): instead of the general limit")
     for name, meaning in OPTIONAL_MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; deselected unless --also {name}")
@@ -77,6 +83,17 @@ def ranks_of(item: pytest.Item) -> tuple[int, ...]:
     if not mark.args or mark.kwargs or not all(type(n) is int and n > 0 for n in mark.args):
         raise pytest.UsageError(f"{item.nodeid}: ranks takes world sizes, as in ranks(1, 2, 3)")
     return tuple(mark.args)
+
+
+def marked_sizes(source: str) -> frozenset[int] | None:
+    """Return the world sizes that the `ranks` marks of a test file name, None where one of them is computed."""
+    sizes: set[int] = set()
+    for arguments in _RANKS_MARK.findall(source):
+        names = [name.strip() for name in arguments.split(",") if name.strip()]
+        if not all(name.isdecimal() for name in names):
+            return None
+        sizes.update(map(int, names))
+    return frozenset(sizes)
 
 
 class Selection:
@@ -125,8 +142,12 @@ class Selection:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         mark = item.get_closest_marker("time_limit")
         seconds = float(mark.args[0]) if mark and not self.config.getoption("--time-limit") else self.limit_seconds
-        with self.watchdog.limit(seconds, item.nodeid):
-            return (yield)
+        launching.unmarked_test = None if item.get_closest_marker("launches") else item.nodeid
+        try:
+            with self.watchdog.limit(seconds, item.nodeid):
+                return (yield)
+        finally:
+            launching.unmarked_test = None
 
 
 class SingleProcess(Selection):
@@ -135,6 +156,12 @@ class SingleProcess(Selection):
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config, 0, Watchdog())
         self._told: str | None = None  # by one that has collected them, to the one that shows them
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Put the tests that launch ranks first: the other processes compute while these wait."""
+        super().pytest_collection_modifyitems(config, items)
+        items.sort(key=lambda item: item.get_closest_marker("launches") is None)
 
     def pytest_sessionfinish(self) -> None:
         if hasattr(self.config, "workeroutput"):
@@ -191,23 +218,35 @@ class Ranks(Selection):
         if self.rank > 0 and reporter is not None:
             config.pluginmanager.unregister(reporter)
 
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Import no file that has nothing for this world: most have not, and every rank would import all of them."""
+        if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
+            return None
+        sizes = marked_sizes(collection_path.read_text())
+        return True if sizes is not None and self.size not in sizes else None
+
     def pytest_report_header(self) -> str:
         return f"ranks: {self.size}, {self.library}, {self.limit_seconds:g} s a test"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.collect_errors.append(f"{report.nodeid} on rank {self.rank}:\n{report.longreprtext}")
+            self.collect_errors.append(f"{report.nodeid}:\n{report.longreprtext}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Collective. Ranks that would not run the same tests in the same order run none."""
+        """Compare what the ranks have collected: unless it is the same tests in the same order, run none. Collective."""
         with self.watchdog.limit(self.limit_seconds, "collection"):
             plans = self.comm.allgather((self.collect_errors, [item.nodeid for item in session.items]))
-        if all(plan == plans[0] for plan in plans) or all(errors for errors, _ in plans):
+        failed_ranks: dict[str, list[int]] = {}
+        for rank, (errors, _) in enumerate(plans):
+            for text in errors:
+                failed_ranks.setdefault(text, []).append(rank)
+        if failed_ranks:
+            session.shouldfail = "collection failed:\n" + "\n".join(
+                f"on {_ranks(ranks)} of {self.size}: {text}" for text, ranks in failed_ranks.items()
+            )
+        elif all(plan == plans[0] for plan in plans):
             return
-        errors = [text for errors, _ in plans for text in errors]
-        if errors:
-            session.shouldfail = "collection failed on some ranks:\n" + "\n".join(errors)
         else:
             first = next(i for i, plan in enumerate(plans) if plan != plans[0])
             differ = sorted(set(plans[0][1]) ^ set(plans[first][1])) or ["the same tests in another order"]
@@ -255,6 +294,10 @@ def _outcome_of(report: pytest.TestReport) -> Outcome:
     return Outcome(report.nodeid, report.when, report.outcome, message.partition("\n")[0], text)
 
 
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
 def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
     """What all ranks report where one has failed or they differ, None where all passed or all were skipped."""
     outcomes = [theirs.outcome for theirs in everyone]
@@ -265,7 +308,7 @@ def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
         return AgreedFailure(message, message)
     failed_ranks = [i for i, outcome in enumerate(outcomes) if outcome == "failed"]
     first = everyone[failed_ranks[0]]
-    who = f"rank{'s' * (len(failed_ranks) > 1)} {', '.join(map(str, failed_ranks))} of {len(everyone)}"
+    who = f"{_ranks(failed_ranks)} of {len(everyone)}"
     blocks = []
     shown: dict[str, int] = {}  # a failure that many ranks share is shown once
     for i in failed_ranks:
