@@ -234,7 +234,7 @@ class Ranks(Selection):
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Compare what the ranks have collected: unless it is the same tests in the same order, run none. Collective."""
+        """Run no test where the ranks have collected different ones, or in another order. Collective."""
         with self.watchdog.limit(self.limit_seconds, "collection"):
             plans = self.comm.allgather((self.collect_errors, [item.nodeid for item in session.items]))
         failed_ranks: dict[str, list[int]] = {}
