@@ -1,4 +1,4 @@
-"""The layers of the package: imports go down a list of rooms, no import cycle between files, and each heavy
+"""The layers of the package: imports go down a list of rooms, no files import each other in a cycle, and each heavy
 library is imported only where it belongs.
 
 Every import counts: inside functions, for types only, and `importlib.import_module("a.constant")`.

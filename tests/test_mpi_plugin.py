@@ -1,4 +1,4 @@
-"""The laws of testing on several ranks: tiny test files, run on ranks of their own by a process that has none."""
+"""The plugin for tests on several ranks, tried on tiny test files that a single process launches."""
 
 from __future__ import annotations
 

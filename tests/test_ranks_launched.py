@@ -1,4 +1,4 @@
-"""No test is marked for a number of ranks at which nobody runs it, and none is missed because its file is not read."""
+"""Every marked world size is launched, and no test is lost because its file is not imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_every_marked_rank_count_is_launched(request: pytest.FixtureRequest) -> 
 
 
 def test_the_text_of_a_file_names_every_world_size_of_its_tests(request: pytest.FixtureRequest) -> None:
-    """On ranks, a file whose text does not name their number is not imported; here all files are."""
+    """A launch on ranks imports only files whose text names its size; this process has imported all files."""
     by_file: dict[str, set[int]] = {}
     for nodeid, ranks in request.config.stash[MARKED_RANKS].items():
         by_file.setdefault(nodeid.partition("::")[0], set()).update(ranks)

@@ -1,15 +1,15 @@
-"""pytest on several ranks: which tests a world runs, and one outcome for all of its ranks.
+"""A pytest plugin for tests on several ranks: it selects the tests for a world size, and makes the ranks agree.
 
     pytest tests                                      the single-process tests; MPI is not started
     jobs/local.sh 3 python -m pytest tests            the tests marked ranks(..., 3, ...)
 
-- A test for another world is deselected, and counted as such; it is never skipped. On ranks, a file whose text names no
-  mark for this world is not even imported (`marked_sizes`).
-- Ranks agree after every phase of a test: one that fails on one rank fails on all, and rank 0, which alone reports,
-  shows the traceback of every rank that failed.
-- A test that does not end (its ranks wait for a peer that raised, say) is ended by the watchdog.
+- A test for another world size is deselected and counted as deselected; it is never skipped. On ranks, a file is
+  imported only if its text has a mark for this world size (`marked_sizes`).
+- The ranks agree after every phase of a test: a test that fails on one rank fails on all, and rank 0, which alone
+  reports, shows the traceback of every rank that failed.
+- The watchdog ends a test that hangs, for example because its ranks wait for a peer that raised.
 
-Built beside pytest-mpi, whose fixtures (mpi_tmp_path, ...) may be used: `ranks` implies its mark `mpi`.
+The fixtures of pytest-mpi (mpi_tmp_path, ...) may be used: the mark `ranks` implies its mark `mpi`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONAL_MARKS = {
 LIMIT_SECONDS = 60.0
 SINGLE_PROCESS_LIMIT_SECONDS = 300.0
 
-# What every collected test was marked for, deselected or not: test_ranks_launched.py compares it with what is launched.
+# The world sizes of every collected test, deselected or not. test_ranks_launched.py compares them with the launches.
 MARKED_RANKS = pytest.StashKey[dict[str, tuple[int, ...]]]()
 _DESELECTED = pytest.StashKey[Counter[str]]()
 _RANKS_MARK = re.compile(r"\bmark\.ranks\(([^)]*)\)")
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "ranks(1, 2, ...): the world sizes a test is for; without it: one process and no MPI"
     )
     config.addinivalue_line("markers", "launches: starts ranks of its own, for seconds; left out by `make check`")
-    config.addinivalue_line("markers", "time_limit(seconds): instead of the general limit")
+    config.addinivalue_line("markers", "time_limit(seconds): for a test that takes longer than the general limit")
     for name, meaning in OPTIONAL_MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; deselected unless --also {name}")
     config.stash[MARKED_RANKS] = {}
@@ -76,7 +76,7 @@ def _also(config: pytest.Config) -> set[str]:
 
 
 def ranks_of(item: pytest.Item) -> tuple[int, ...]:
-    """The world sizes that a test is marked for, () for a single-process test. The mark nearest to the test counts."""
+    """Return the world sizes that a test is marked for, () for a single-process test. The nearest mark counts."""
     mark = item.get_closest_marker("ranks")
     if mark is None:
         return ()
@@ -97,7 +97,7 @@ def marked_sizes(source: str) -> frozenset[int] | None:
 
 
 class Selection:
-    """Deselects what is for another world, and says so."""
+    """The part that all world sizes share: deselects the tests for other ones, and limits the time of the others."""
 
     def __init__(self, config: pytest.Config, size: int, watchdog: Watchdog) -> None:
         self.config = config
@@ -151,11 +151,11 @@ class Selection:
 
 
 class SingleProcess(Selection):
-    """One process, no launcher, no MPI; or several that share the tests (pytest-xdist), and one that shows them all."""
+    """The plugin without a launcher and MPI: in one process, or in several that share the tests (pytest-xdist)."""
 
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config, 0, Watchdog())
-        self._told: str | None = None  # by one that has collected them, to the one that shows them
+        self._deselected: str | None = None  # the line that a worker of pytest-xdist sent to the process that reports
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -169,16 +169,16 @@ class SingleProcess(Selection):
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._told = getattr(node, "workeroutput", {}).get("deselected", self._told)
+        self._deselected = getattr(node, "workeroutput", {}).get("deselected", self._deselected)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self._told is not None:
-            terminalreporter.write_line(self._told)
+        if self._deselected is not None:
+            terminalreporter.write_line(self._deselected)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank tells the others after a phase of a test."""
+    """The outcome of a phase of a test on one rank."""
 
     nodeid: str
     phase: str
@@ -188,7 +188,7 @@ class Outcome:
 
 
 class AgreedFailure:
-    """The failure of a test on some ranks, in the shape in which pytest's reporters want one."""
+    """The failure of a test on some ranks, in the form that pytest's reporters expect."""
 
     def __init__(self, message: str, text: str) -> None:
         self.reprcrash = SimpleNamespace(message=message)
@@ -203,12 +203,12 @@ class AgreedFailure:
 
 
 class Ranks(Selection):
-    """This rank's part in a world that tests together."""
+    """The plugin on a rank."""
 
     def __init__(self, config: pytest.Config) -> None:
         from mpi4py import MPI
 
-        # A communicator of its own: nothing that a test sends can meet what the ranks agree on here.
+        # On a communicator of its own, so that no message of a test can be received here.
         self.comm = MPI.COMM_WORLD.Dup()
         self.rank = self.comm.rank
         self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
@@ -219,7 +219,7 @@ class Ranks(Selection):
             config.pluginmanager.unregister(reporter)
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        """Import no file that has nothing for this world: most have not, and every rank would import all of them."""
+        """Import no file without a test for this world size. Most have none, and every rank would import them."""
         if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
             return None
         sizes = marked_sizes(collection_path.read_text())
@@ -255,7 +255,7 @@ class Ranks(Selection):
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Collective, after each phase of a test (set-up, call, tear-down): the report becomes that of all ranks."""
+        """Make the report of a phase (set-up, call, tear-down) that of all ranks. Collective."""
         report = yield
         mine = _outcome_of(report)
         self.watchdog.note = mine.text if mine.outcome == "failed" else ""
@@ -299,7 +299,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
-    """What all ranks report where one has failed or they differ, None where all passed or all were skipped."""
+    """Return what all ranks report if one has failed or they differ, None if all passed or all were skipped."""
     outcomes = [theirs.outcome for theirs in everyone]
     if "failed" not in outcomes:
         if len(set(outcomes)) == 1:
@@ -322,7 +322,7 @@ def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
 
 
 def register_hypothesis_profiles() -> None:
-    """The same examples on every rank and in every CI run; new ones each time for a developer's single process."""
+    """Register the settings of Hypothesis: the same examples on every rank and in CI, new ones in a single process."""
     from hypothesis import HealthCheck, Phase, settings
 
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
