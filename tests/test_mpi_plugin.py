@@ -189,7 +189,9 @@ def test_what_is_for_another_world_is_deselected(
 
 @pytest.mark.launches
 @pytest.mark.parametrize("mpi", FIRST_MPI)
-@pytest.mark.parametrize(("n_ranks", "is_imported"), [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("n_ranks", "is_imported"), [(0, True), (1, False), (2, True)], ids=["no launcher", "1 rank", "2 ranks"]
+)
 def test_a_file_with_nothing_for_this_many_ranks_is_not_imported(
     tmp_path: Path, mpi: str, n_ranks: int, is_imported: bool
 ) -> None:
@@ -246,7 +248,7 @@ def test_ranks_of_one_mind_agree(kind: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", [("passed", "skipped"), ("failed",), ("skipped", "failed", "passed"), ("failed", "failed")]
+    "kinds", [("passed", "skipped"), ("failed",), ("skipped", "failed", "passed"), ("failed", "failed")], ids=", ".join
 )
 def test_any_failure_or_difference_is_a_failure(kinds: tuple[str, ...]) -> None:
     failure = agreed_failure(outcomes(*kinds))
