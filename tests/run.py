@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Runs the tests: once in a single process, then on every number of ranks under every MPI. `make test` calls it.
+"""Run the tests: in a single process, then on ranks under each MPI. `make check` and `make test` call it.
 
-    tests/run.py                                       everything
-    tests/run.py --mpi openmpi --ranks 2,3 -k gossip   a part of it, while working
+    tests/run.py --tier check                          while working: one process, Open MPI on 2 and 3 ranks
+    tests/run.py                                       before a commit: every test; one process, both MPIs, 1 to 5 ranks
+    tests/run.py --tier all                            every test on ranks under both MPIs
+    tests/run.py --mpi openmpi --ranks 2,3 -k gossip   some tests
     tests/run.py --ranks 0 tests/kernels               0 ranks: the single-process tests
     tests/run.py --mpi active --ranks 1,4              the environment of this interpreter and the mpirun on PATH
 
-Each launch is bounded in time and prints pytest's closing line; before it, where something failed, its whole output.
+Every launch has a time limit and prints pytest's closing line, after its whole output if something failed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,18 +26,31 @@ from importlib.util import find_spec
 from support.launching import MPIS, Finished, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
-# The tests of a single process are shared by as many as there are cores: they often wait for what they have launched.
+TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
+
+# Only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the tier "test" the
+# tests on ranks run under the first MPI, and those of these files and folders under the others too.
+UNDER_EVERY_MPI = (
+    "tests/collectives",
+    "tests/algorithms/test_simulated_and_real.py",  # every method
+    "tests/records/test_checkpoint.py",
+    "tests/trainer/test_control.py",
+    "tests/test_ranks_launched.py",
+)
+
 CORES = len(os.sched_getaffinity(0))
-PROCESSES = ["-n", str(min(CORES, 8)), "--dist", "loadfile"] if find_spec("xdist") else []
+# The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
+PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
 PASSED, FAILED = ("passed", "xfailed"), ("failed", "error", "errors", "xpassed")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One run of pytest; `n_ranks` 0 is the single process."""
+    """One run of pytest. `n_ranks` 0 is the single process; `selection` are further arguments of pytest."""
 
     mpi: str
     n_ranks: int
+    selection: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kind = f"{self.n_ranks} rank{'s' * (self.n_ranks > 1)}" if self.n_ranks else "one process"
@@ -43,10 +59,11 @@ class Launch:
 
 @dataclass
 class Verdict:
-    """What a launch came to. `trouble` is what pytest's counts do not say."""
+    """The outcome of a launch. `trouble` is what pytest's counts do not say."""
 
     passed: int = 0
     failed: int = 0
+    seconds: float = 0.0
     closing: str = ""
     trouble: list[str] = field(default_factory=list)
 
@@ -55,9 +72,20 @@ class Verdict:
         return not self.failed
 
 
+def planned(tier: str, mpis: Sequence[str], ranks: Sequence[int], *, selective: bool) -> list[Launch]:
+    """Return the launches of a tier. A selection of the user's is not narrowed further."""
+    single = ("-m", "not launches") if tier == "check" and not selective else ()
+    launches = [Launch(mpis[0], 0, single)] if 0 in ranks else []
+    for n_ranks in ranks:
+        for mpi in mpis if n_ranks else ():
+            everything = selective or tier == "all" or mpi == mpis[0]
+            launches.append(Launch(mpi, n_ranks, () if everything else UNDER_EVERY_MPI))
+    return launches
+
+
 def judge(finished: Finished, *, may_be_empty: bool) -> Verdict:
-    """Reads pytest's closing line. A launch that has none, or whose exit code disagrees, counts as a failure."""
-    verdict = Verdict()
+    """Read pytest's closing line. A launch that has none, or whose exit code disagrees, counts as a failure."""
+    verdict = Verdict(seconds=finished.seconds)
     closings = re.findall(
         r"^(?:=+ )?((?:\d+ \w+|no tests ran).* in [\d.]+s.*?)(?: =+)?$", finished.output, re.MULTILINE
     )
@@ -79,33 +107,41 @@ def judge(finished: Finished, *, may_be_empty: bool) -> Verdict:
     return verdict
 
 
-def run(launches: list[Launch], pytest_arguments: list[str], *, timeout_seconds: float, selective: bool) -> int:
-    """Runs the launches, as many at a time as the cores allow, and prints the table; returns the exit code."""
+def run(
+    launches: list[Launch],
+    pytest_arguments: list[str],
+    *,
+    timeout_seconds: float,
+    selective: bool,
+    verbose: bool = False,
+) -> int:
+    """Run the launches, as many at a time as the cores allow, print the table, and return the exit code."""
 
     def finished_of(this: Launch) -> Finished:
         kind = ["-m", "ranks"] if this.n_ranks else PROCESSES
         return launch(
             this.n_ranks,
-            [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments],
+            [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
             mpi=this.mpi,
             timeout_seconds=timeout_seconds,
             extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
         )
 
+    began = time.monotonic()
     verdicts: dict[Launch, Verdict] = {}
     for at_once in groups(launches, CORES):
         with ThreadPoolExecutor(len(at_once)) as pool:
             for this, finished in zip(at_once, pool.map(finished_of, at_once), strict=True):
                 verdict = judge(finished, may_be_empty=selective)
                 verdicts[this] = verdict
-                if not verdict.good:
+                if verbose or not verdict.good:
                     print(finished.output.rstrip())
                 print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
-    return summarize(verdicts)
+    return summarize(verdicts, time.monotonic() - began)
 
 
 def groups(launches: Sequence[Launch], cores: int) -> list[list[Launch]]:
-    """Launches that fit on the cores together: of as many ranks each, in their order. The single process fills them."""
+    """Group launches of equally many ranks that fit on the cores together. The single process fills the cores."""
     made: list[list[Launch]] = []
     for this in launches:
         at_once = made[-1] if made else []
@@ -116,13 +152,15 @@ def groups(launches: Sequence[Launch], cores: int) -> list[list[Launch]]:
     return made
 
 
-def summarize(verdicts: dict[Launch, Verdict]) -> int:
-    """Prints every launch's counts and the closing line."""
-    print("\n" + "launch".ljust(21) + "  passed  failed")
+def summarize(verdicts: dict[Launch, Verdict], seconds: float) -> int:
+    """Print the counts and seconds of every launch and of all of them; return the exit code."""
+    print(f"\n{'launch':21s}  passed  failed  seconds")
     for this, verdict in verdicts.items():
-        print(f"{this} {verdict.passed:7d} {verdict.failed:7d}  {', '.join(verdict.trouble)}".rstrip())
+        row = f"{this} {verdict.passed:7d} {verdict.failed:7d} {verdict.seconds:8.0f}  {', '.join(verdict.trouble)}"
+        print(row.rstrip())
     passed = sum(verdict.passed for verdict in verdicts.values())
     failed = sum(verdict.failed for verdict in verdicts.values())
+    print(f"{'together':21s} {passed:7d} {failed:7d} {seconds:8.0f}")
     if not passed and not failed:
         print("no test was selected")
     print(f"\n{passed} passed, {failed} failed")
@@ -130,18 +168,15 @@ def summarize(verdicts: dict[Launch, Verdict]) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    """Parses the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="files or folders of tests (default: all)")
-    parser.add_argument(
-        "--mpi", default=",".join(MPIS), help="comma-separated: openmpi, mpich, active (default: %(default)s)"
-    )
-    ranks = ",".join(map(str, (0, *LAUNCHED_RANKS)))
-    parser.add_argument(
-        "--ranks", default=ranks, help="comma-separated; 0 is the single process (default: %(default)s)"
-    )
+    parser.add_argument("--tier", choices=TIERS, default="test", help="which launches (default: %(default)s)")
+    parser.add_argument("--mpi", help="comma-separated: openmpi, mpich, active (default: both; check: openmpi)")
+    parser.add_argument("--ranks", help="comma-separated; 0 is the single process (default: the tier's)")
     parser.add_argument("-k", help="as pytest's -k")
     parser.add_argument("-x", action="store_true", help="as pytest's -x")
+    parser.add_argument("--durations", help="as pytest's --durations; prints the output of every launch")
     parser.add_argument("--also", help="marks to run too: gpu, shared_data, slow")
     parser.add_argument("--timeout", type=float, default=1500.0, help="seconds of a launch (default: %(default)g)")
     return parser.parse_args()
@@ -149,18 +184,19 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    mpis = args.mpi.split(",")
+    mpis = args.mpi.split(",") if args.mpi else list(MPIS[:1] if args.tier == "check" else MPIS)
     for mpi in mpis:
         if mpi not in (*MPIS, "active"):
             raise SystemExit(f"--mpi {mpi}: choose from {', '.join(MPIS)}, active")
         if not os.path.exists(python(mpi)):
             raise SystemExit(f"{python(mpi)} does not exist: run 'make setup', or choose --mpi active")
-    ranks = sorted({int(n) for n in args.ranks.split(",")})
-    launches = [Launch(mpis[0], 0)] if 0 in ranks else []
-    launches += [Launch(mpi, n) for n in ranks if n for mpi in mpis]
+    ranks = sorted({int(n) for n in args.ranks.split(",")}) if args.ranks else TIERS[args.tier]
+    selective = bool(args.k or args.paths)
     passed_on = ["-q", "--color=no"] + (["-k", args.k] if args.k else []) + ["-x"] * args.x
+    passed_on += ["--durations", args.durations] if args.durations else []
     passed_on += (["--also", args.also] if args.also else []) + args.paths
-    return run(launches, passed_on, timeout_seconds=args.timeout, selective=bool(args.k or args.paths))
+    launches = planned(args.tier, mpis, ranks, selective=selective)
+    return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
 
 
 if __name__ == "__main__":

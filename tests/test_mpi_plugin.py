@@ -1,4 +1,4 @@
-"""The laws of testing on several ranks: tiny test files, run on ranks of their own by a process that has none."""
+"""The plugin for tests on several ranks, tried on tiny test files that a single process launches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def comm():
 def run_pytest(
     folder: Path, body: str, *options: str, mpi: str, n_ranks: int = 2, timeout_seconds: float = 60.0
 ) -> Finished:
-    """Runs a test file with the body given, on `n_ranks` ranks."""
+    """Run a test file with this body on `n_ranks` ranks."""
     (folder / "conftest.py").write_text('pytest_plugins = ("support.mpi_plugin",)\n')
     (folder / "test_tiny.py").write_text(HEAD + body)
     command = [
@@ -43,27 +43,51 @@ def run_pytest(
     return launch(n_ranks, command, mpi=mpi, timeout_seconds=timeout_seconds, extra_env=variables, cwd=folder)
 
 
-@pytest.mark.parametrize("mpi", installed())
-def test_a_failure_on_one_rank_fails_all_and_shows_its_traceback(tmp_path: Path, mpi: str) -> None:
-    body = """
+FAILURES = """
 @pytest.mark.ranks(2)
 def test_one(comm):
     print("said by", comm.rank)
     assert comm.rank == 0, "only rank one fails"
 
+@pytest.fixture
+def table(comm):
+    if comm.rank == 1:
+        raise OSError("no table on rank one")
+
+@pytest.mark.ranks(2)
+def test_collective(comm, table):
+    comm.barrier()
+
 @pytest.mark.ranks(2)
 def test_after(comm):
     assert comm.allreduce(1) == 2
 """
-    finished = run_pytest(tmp_path, body, mpi=mpi)
-    assert finished.returncode != 0
-    assert "1 failed, 1 passed" in finished.output
-    assert "failed on rank 1 of 2: AssertionError: only rank one fails" in finished.output
-    assert '>       assert comm.rank == 0, "only rank one fails"' in finished.output
-    assert "said by 1" in finished.output
-    assert finished.output.count("test session starts") == 1
 
 
+@pytest.fixture(scope="module", params=installed())
+def failures(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Finished:
+    """A launch on 2 ranks in which a test, and the set-up of another one, fail on rank 1."""
+    return run_pytest(tmp_path_factory.mktemp("failures"), FAILURES, mpi=request.param)
+
+
+@pytest.mark.launches
+def test_a_failure_on_one_rank_fails_all_and_shows_its_traceback(failures: Finished) -> None:
+    assert failures.returncode != 0
+    assert "1 failed, 1 passed, 1 error" in failures.output
+    assert "failed on rank 1 of 2: AssertionError: only rank one fails" in failures.output
+    assert '>       assert comm.rank == 0, "only rank one fails"' in failures.output
+    assert "said by 1" in failures.output
+    assert failures.output.count("test session starts") == 1
+
+
+@pytest.mark.launches
+def test_a_set_up_that_fails_on_one_rank_keeps_the_others_out_of_the_test(failures: Finished) -> None:
+    assert "failed on rank 1 of 2: OSError: no table on rank one" in failures.output
+    assert "has not ended" not in failures.output
+    assert failures.seconds < 30
+
+
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
 def test_a_hang_ends_the_job_with_the_stacks_of_every_rank(tmp_path: Path, mpi: str) -> None:
     body = """
@@ -86,6 +110,7 @@ def wait_for_peer(comm):
     assert "ValueError: rank one leaves" in finished.output
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", FIRST_MPI)
 def test_a_mark_can_give_a_test_another_limit(tmp_path: Path, mpi: str) -> None:
     body = """
@@ -140,6 +165,7 @@ def test_single():
 """
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", FIRST_MPI)
 @pytest.mark.parametrize(
     ("n_ranks", "options", "closing"),
@@ -149,6 +175,7 @@ def test_single():
         (2, [], "1 passed, 4 deselected"),
         (2, ["--also", "slow"], "2 passed, 3 deselected"),
     ],
+    ids=["no launcher", "1 rank", "2 ranks", "2 ranks and slow"],
 )
 def test_what_is_for_another_world_is_deselected(
     tmp_path: Path, mpi: str, n_ranks: int, options: list[str], closing: str
@@ -160,6 +187,22 @@ def test_what_is_for_another_world_is_deselected(
     assert ("1 slow (--also slow)" in finished.output) == (n_ranks == 2 and not options)
 
 
+@pytest.mark.launches
+@pytest.mark.parametrize("mpi", FIRST_MPI)
+@pytest.mark.parametrize(
+    ("n_ranks", "is_imported"), [(0, True), (1, False), (2, True)], ids=["no launcher", "1 rank", "2 ranks"]
+)
+def test_a_file_with_nothing_for_this_many_ranks_is_not_imported(
+    tmp_path: Path, mpi: str, n_ranks: int, is_imported: bool
+) -> None:
+    (tmp_path / "test_other.py").write_text("import pytest\n\nALL = pytest.mark.ranks(2, 3)\n1 / 0\n")
+    finished = run_pytest(tmp_path, SELECTION, mpi=mpi, n_ranks=n_ranks)
+    assert ("ZeroDivisionError" in finished.output) == is_imported, finished.output
+    assert finished.output.count("on ranks 0, 1 of 2: test_other.py:\n") == (n_ranks == 2)
+    assert (finished.returncode != 0) == is_imported
+
+
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", FIRST_MPI)
 def test_ranks_that_collect_different_tests_run_none(tmp_path: Path, mpi: str) -> None:
     body = """
@@ -176,6 +219,7 @@ def test_own(comm, where): pass
     assert not re.search(r"\d+ passed", finished.output)
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", FIRST_MPI)
 def test_an_error_in_collection_on_one_rank_is_shown(tmp_path: Path, mpi: str) -> None:
     body = """
@@ -188,26 +232,9 @@ def test_any(comm): pass
 """
     finished = run_pytest(tmp_path, body, mpi=mpi)
     assert finished.returncode != 0
-    assert "only rank one cannot import this" in finished.output
+    assert "on rank 1 of 2: test_tiny.py:\n" in finished.output
+    assert "ImportError: only rank one cannot import this" in finished.output
     assert not re.search(r"\d+ passed", finished.output)
-
-
-@pytest.mark.parametrize("mpi", FIRST_MPI)
-def test_a_set_up_that_fails_on_one_rank_keeps_the_others_out_of_the_test(tmp_path: Path, mpi: str) -> None:
-    body = """
-@pytest.fixture
-def table(comm):
-    if comm.rank == 1:
-        raise OSError("no table on rank one")
-
-@pytest.mark.ranks(2)
-def test_collective(comm, table):
-    comm.barrier()
-"""
-    finished = run_pytest(tmp_path, body, mpi=mpi)
-    assert "1 error" in finished.output
-    assert "no table on rank one" in finished.output
-    assert finished.seconds < 30
 
 
 def outcomes(*kinds: str) -> list[Outcome]:
@@ -221,7 +248,7 @@ def test_ranks_of_one_mind_agree(kind: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", [("passed", "skipped"), ("failed",), ("skipped", "failed", "passed"), ("failed", "failed")]
+    "kinds", [("passed", "skipped"), ("failed",), ("skipped", "failed", "passed"), ("failed", "failed")], ids=", ".join
 )
 def test_any_failure_or_difference_is_a_failure(kinds: tuple[str, ...]) -> None:
     failure = agreed_failure(outcomes(*kinds))

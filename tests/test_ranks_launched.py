@@ -1,16 +1,55 @@
-"""No test is marked for a number of ranks at which nobody runs it."""
+"""Every marked world size is launched, and no test is lost because its file is not imported."""
 
 from __future__ import annotations
 
 import pytest
-from run import LAUNCHED_RANKS
-from support.mpi_plugin import MARKED_RANKS
+from run import LAUNCHED_RANKS, TIERS, UNDER_EVERY_MPI
+from support.launching import ROOT
+from support.mpi_plugin import MARKED_RANKS, marked_sizes
 
 
 def test_every_marked_rank_count_is_launched(request: pytest.FixtureRequest) -> None:
     marked = request.config.stash[MARKED_RANKS]  # of everything that this run collected, deselected or not
     nowhere = {nodeid: ranks for nodeid, ranks in marked.items() if not set(ranks) <= set(LAUNCHED_RANKS)}
     assert not nowhere, f"tests/run.py launches {LAUNCHED_RANKS} ranks only; marked for others: {nowhere}"
+
+
+def test_the_text_of_a_file_names_every_world_size_of_its_tests(request: pytest.FixtureRequest) -> None:
+    """A launch on ranks imports only files whose text names its size; this process has imported all files."""
+    by_file: dict[str, set[int]] = {}
+    for nodeid, ranks in request.config.stash[MARKED_RANKS].items():
+        by_file.setdefault(nodeid.partition("::")[0], set()).update(ranks)
+    assert by_file
+    named = {file: marked_sizes((ROOT / file).read_text()) for file in by_file}
+    missed = {
+        file: sizes - named_sizes
+        for file, sizes in by_file.items()
+        if (named_sizes := named[file]) is not None and not sizes <= named_sizes
+    }
+    assert not missed, f"write pytest.mark.ranks(...) in the test file itself: {missed}"
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"),
+    [
+        ("def test_one(): pass", set()),
+        ("@pytest.mark.ranks(1, 2)\ndef test_one(): pass\n\nALL = pytest.mark.ranks(\n    3,\n)", {1, 2, 3}),
+        ("pytestmark = [pytest.mark.ranks(4), pytest.mark.time_limit(9)]", {4}),
+        ("@pytest.mark.ranks(*LAUNCHED_RANKS)\ndef test_one(): pass", None),
+        ("@pytest.mark.ranks(1, N)\ndef test_one(): pass", None),
+        ("@pytest.mark.ranks(*range(1, 4))\ndef test_one(): pass", None),
+        ("with ranks(2) as comm: pass", set()),
+    ],
+    ids=["none", "two marks", "of the module", "a tuple", "a name", "a call", "a function of this name"],
+)
+def test_world_sizes_are_read_from_the_text(source: str, sizes: set[int] | None) -> None:
+    assert marked_sizes(source) == sizes
+
+
+def test_every_tier_launches_ranks_that_there_are() -> None:
+    assert TIERS["all"] == TIERS["test"] == (0, *LAUNCHED_RANKS)
+    assert set(TIERS["check"]) <= {0, *LAUNCHED_RANKS}
+    assert all((ROOT / path).exists() for path in UNDER_EVERY_MPI)
 
 
 @pytest.mark.ranks(*LAUNCHED_RANKS)

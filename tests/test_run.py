@@ -1,9 +1,9 @@
-"""The runner believes pytest's closing line only where the exit code and the clock agree with it."""
+"""What the runner launches in each tier, and that it believes pytest's closing line only where all else agrees."""
 
 from __future__ import annotations
 
 import pytest
-from run import Launch, groups, judge
+from run import LAUNCHED_RANKS, UNDER_EVERY_MPI, Launch, Verdict, groups, judge, planned, summarize
 from support.launching import Finished, environment, is_launched, launch
 
 
@@ -24,6 +24,18 @@ def finished(output: str, returncode: int = 0, *, timed_out: bool = False) -> Fi
         (finished("4 passed in 0.10s\n", -15, timed_out=True), 4, 1),
         (finished("no tests ran in 0.10s\n", 5), 0, 1),
         (finished("7 deselected in 0.10s\n", 5), 0, 1),
+    ],
+    ids=[
+        "passed",
+        "xfailed and noise",
+        "failed",
+        "error",
+        "exit code after the tests",
+        "aborted",
+        "timed out",
+        "timed out after the tests",
+        "no tests",
+        "all deselected",
     ],
 )
 def test_a_launch_is_good_only_if_everything_says_so(result: Finished, passed: int, failed: int) -> None:
@@ -52,7 +64,48 @@ def test_a_command_that_does_not_end_is_ended_with_its_children() -> None:
     assert result.output == "started\n"
 
 
-@pytest.mark.parametrize(("cores", "at_once"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 1]), (4, [1, 2, 2])])
+def test_the_tier_test_runs_everything_once_and_what_calls_mpi_under_every_mpi() -> None:
+    launches = planned("test", ["openmpi", "mpich"], [0, *LAUNCHED_RANKS], selective=False)
+    assert launches[0] == Launch("openmpi", 0)
+    assert [this for this in launches if this.mpi == "openmpi"] == [Launch("openmpi", n) for n in (0, *LAUNCHED_RANKS)]
+    assert [this for this in launches if this.mpi == "mpich"] == [
+        Launch("mpich", n, UNDER_EVERY_MPI) for n in LAUNCHED_RANKS
+    ]
+
+
+def test_the_tier_check_leaves_out_what_launches_ranks() -> None:
+    assert planned("check", ["openmpi"], [0, 2, 3], selective=False) == [
+        Launch("openmpi", 0, ("-m", "not launches")),
+        Launch("openmpi", 2),
+        Launch("openmpi", 3),
+    ]
+
+
+@pytest.mark.parametrize(("tier", "selective"), [("all", False), ("test", True), ("check", True)])
+def test_a_selection_of_the_users_is_run_under_every_mpi(tier: str, selective: bool) -> None:
+    launches = planned(tier, ["openmpi", "mpich"], [0, 2], selective=selective)
+    assert launches == [Launch("openmpi", 0), Launch("openmpi", 2), Launch("mpich", 2)]
+
+
+def test_the_table_has_the_counts_and_the_seconds_of_every_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = {
+        Launch("openmpi", 0): Verdict(passed=7, seconds=80.2),
+        Launch("mpich", 2): Verdict(passed=3, failed=1, seconds=9.6, trouble=["died with exit code 9"]),
+    }
+    assert summarize(verdicts, 90.0) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert rows == [
+        ["launch", "passed", "failed", "seconds"],
+        ["openmpi", "one", "process", "7", "0", "80"],
+        ["mpich", "2", "ranks", "3", "1", "10", "died", "with", "exit", "code", "9"],
+        ["together", "10", "1", "90"],
+        ["10", "passed,", "1", "failed"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cores", "at_once"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 1]), (4, [1, 2, 2])], ids=["1", "2", "4"]
+)
 def test_launches_run_together_where_the_cores_are_enough(cores: int, at_once: list[int]) -> None:
     launches = [Launch("openmpi", 0), *(Launch(mpi, n) for n in (1, 2) for mpi in ("openmpi", "mpich"))]
     made = groups(launches, cores)

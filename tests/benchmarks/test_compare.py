@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support.launching import launch
+
+pytestmark = pytest.mark.launches
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

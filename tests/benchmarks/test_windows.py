@@ -272,6 +272,7 @@ def test_what_does_not_fit_is_told_on_all_ranks(world: Any, windows: ModuleType)
     assert "shared memory" in windows.no_room(world, 2**56)
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("only_json", [True, False])
 def test_two_ranks_make_the_table(only_json: bool) -> None:
     command = ["python", "-m", "benchmarks.micro.windows", "--sizes", "8,4K,16M", "--most", "64K", "--repeats", "2"]
@@ -291,6 +292,7 @@ def test_two_ranks_make_the_table(only_json: bool) -> None:
     assert {"versions", "world", "machine", "load_average"} <= document.keys()
 
 
+@pytest.mark.launches
 def test_one_rank_has_no_target() -> None:
     finished = launch(1, ["python", "-m", "benchmarks.micro.windows"], timeout_seconds=60)
     assert finished.returncode == 2, finished.output

@@ -11,6 +11,8 @@ from support.launching import Finished, installed, launch
 
 from mpitrain.data import hdf5_format
 
+pytestmark = pytest.mark.launches
+
 IN_TIME_SECONDS = 60.0  # a hang would last for ever
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -39,6 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder, stdout, stderr
 
 
+@pytest.mark.launches
 def test_only_rank_0_prints_and_the_last_line_is_the_result(trained: tuple[Path, str, str]) -> None:
     folder, stdout, stderr = trained
     sentence, report, document = stdout.splitlines()
@@ -54,6 +55,7 @@ def test_only_rank_0_prints_and_the_last_line_is_the_result(trained: tuple[Path,
     assert f"test loss {result['test_loss']:.4f}" in lines[-1]
 
 
+@pytest.mark.launches
 def test_a_run_leaves_its_plots_and_can_be_reported_again(trained: tuple[Path, str, str]) -> None:
     folder, _, _ = trained
     assert (folder / "run" / "curves.png").stat().st_size > 1000
@@ -61,6 +63,7 @@ def test_a_run_leaves_its_plots_and_can_be_reported_again(trained: tuple[Path, s
     assert json.loads(stdout.splitlines()[-1])["runs"][0]["algorithm"] == "easgd"
 
 
+@pytest.mark.launches
 def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,12 +84,14 @@ def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
     assert stderr == ""
 
 
+@pytest.mark.launches
 def test_one_rank_without_a_launcher_prints_nothing_else(tmp_path: Path) -> None:
     _, stdout, stderr = split(0, tmp_path, "train", "--data", "synthetic:n=100", "--steps", "2", "--quiet", "--json")
     assert json.loads(stdout.splitlines()[-1])["ranks"] == 1
     assert stderr == ""
 
 
+@pytest.mark.launches
 def test_images_are_imported_and_trained_on(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for part, n in (("train", 24), ("test", 8)):

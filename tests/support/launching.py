@@ -1,4 +1,4 @@
-"""Starts commands on ranks of their own, also from a process that is a rank itself, and never leaves one behind."""
+"""Start commands on ranks, also from a process that is a rank itself, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MPIS = ("openmpi", "mpich")
 
-# A rank's environment tells MPI that it is a rank; a child that inherits it would try to join its parent's world.
+# These tell MPI that a process is a rank: a child that inherits them would try to join its parent's world.
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_CVAR_")
 LAUNCHER_NAMES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
 
 
+unmarked_test: str | None = None
+"""The test that is running, if it is not marked `launches`. It may start no ranks, so that `make check` stays fast."""
+
+
 @dataclass(frozen=True)
 class Finished:
-    """What is left of a command: `output` is stdout and stderr as they came."""
+    """The result of a command. `output` is its stdout and stderr, interleaved as they came."""
 
     returncode: int
     output: str
@@ -31,29 +35,30 @@ class Finished:
 
 
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether an MPI launcher started this process; asked of the environment, so that MPI need not be started."""
+    """Return whether an MPI launcher started this process. MPI need not be running."""
     return any(name in environ for name in LAUNCHER_NAMES)
 
 
 def installed() -> tuple[str, ...]:
-    """The MPIs that `make setup` has made an environment for."""
+    """Return the MPIs that have an environment (`make setup`)."""
     return tuple(mpi for mpi in MPIS if (ROOT / ".venv" / mpi / "bin" / "mpirun").exists())
 
 
 def python(mpi: str) -> str:
-    """The interpreter of an MPI's environment; of this process for "active"."""
+    """Return the path of the interpreter in the environment of an MPI, of this process's for "active"."""
     return sys.executable if mpi == "active" else str(ROOT / ".venv" / mpi / "bin" / "python")
 
 
 def environment(mpi: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, without what a launcher put into it, with the virtual environment of `mpi` active."""
+    """Return the environment variables for a command under `mpi`: this process's, without those that a launcher set."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     if mpi != "active":
         venv = ROOT / ".venv" / mpi
         env["VIRTUAL_ENV"] = str(venv)
         env["PATH"] = f"{venv / 'bin'}{os.pathsep}{env.get('PATH', '')}"
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes: each would compile every module again
     env["OMP_NUM_THREADS"] = "1"
-    env["PYTHONUNBUFFERED"] = "1"  # what was printed before an abort is there to read
+    env["PYTHONUNBUFFERED"] = "1"  # an abort loses nothing that was printed
     env.update(extra or {})
     return env
 
@@ -67,7 +72,9 @@ def launch(
     extra_env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Finished:
-    """Runs `command` on `n_ranks` ranks until it ends, or ends all its processes after `timeout_seconds`."""
+    """Run `command` on `n_ranks` ranks until it ends, or end all its processes after `timeout_seconds`."""
+    if n_ranks and unmarked_test:
+        raise RuntimeError(f"{unmarked_test} starts ranks: mark it with pytest.mark.launches")
     full = [str(ROOT / "jobs" / "local.sh"), str(n_ranks), *command] if n_ranks else list(command)
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
@@ -94,7 +101,7 @@ def launch(
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends every process of the session that `process` leads: Open MPI gives each rank a process group of its own."""
+    """End every process of the session that `process` leads: Open MPI gives each rank a process group of its own."""
     for sign, limit_seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + limit_seconds
         left = _session_members(process.pid)
@@ -111,7 +118,7 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def _session_members(session: int) -> list[int]:
-    """The living processes of a session (a zombie holds nothing and counts as gone)."""
+    """Return the running processes of a session. A zombie holds nothing and is left out."""
     members = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,27 +1,31 @@
-"""pytest on several ranks: which tests a world runs, and one outcome for all of its ranks.
+"""A pytest plugin for tests on several ranks: it selects the tests for a world size, and makes the ranks agree.
 
     pytest tests                                      the single-process tests; MPI is not started
     jobs/local.sh 3 python -m pytest tests            the tests marked ranks(..., 3, ...)
 
-- A test for another world is deselected, and counted as such; it is never skipped.
-- Ranks agree after every phase of a test: one that fails on one rank fails on all, and rank 0, which alone reports,
-  shows the traceback of every rank that failed.
-- A test that does not end (its ranks wait for a peer that raised, say) is ended by the watchdog.
+- A test for another world size is deselected and counted as deselected; it is never skipped. On ranks, a file is
+  imported only if its text has a mark for this world size (`marked_sizes`).
+- The ranks agree after every phase of a test: a test that fails on one rank fails on all, and rank 0, which alone
+  reports, shows the traceback of every rank that failed.
+- The watchdog ends a test that hangs, for example because its ranks wait for a peer that raised.
 
-Built beside pytest-mpi, whose fixtures (mpi_tmp_path, ...) may be used: `ranks` implies its mark `mpi`.
+The fixtures of pytest-mpi (mpi_tmp_path, ...) may be used: the mark `ranks` implies its mark `mpi`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from support import launching
 from support.launching import is_launched
 from support.watchdog import Watchdog
 
@@ -33,9 +37,10 @@ OPTIONAL_MARKS = {
 LIMIT_SECONDS = 60.0
 SINGLE_PROCESS_LIMIT_SECONDS = 300.0
 
-# What every collected test was marked for, deselected or not: test_ranks_launched.py compares it with what is launched.
+# The world sizes of every collected test, deselected or not. test_ranks_launched.py compares them with the launches.
 MARKED_RANKS = pytest.StashKey[dict[str, tuple[int, ...]]]()
 _DESELECTED = pytest.StashKey[Counter[str]]()
+_RANKS_MARK = re.compile(r"\bmark\.ranks\(([^)]*)\)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "ranks(1, 2, ...): the world sizes a test is for; without it: one process and no MPI"
     )
-    config.addinivalue_line("markers", "time_limit(seconds): instead of the general limit")
+    config.addinivalue_line("markers", "launches: starts ranks of its own, for seconds; left out by `make check`")
+    config.addinivalue_line("markers", "time_limit(seconds): for a test that takes longer than the general limit")
     for name, meaning in OPTIONAL_MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; deselected unless --also {name}")
     config.stash[MARKED_RANKS] = {}
@@ -70,7 +76,7 @@ def _also(config: pytest.Config) -> set[str]:
 
 
 def ranks_of(item: pytest.Item) -> tuple[int, ...]:
-    """The world sizes that a test is marked for, () for a single-process test. The mark nearest to the test counts."""
+    """Return the world sizes that a test is marked for, () for a single-process test. The nearest mark counts."""
     mark = item.get_closest_marker("ranks")
     if mark is None:
         return ()
@@ -79,8 +85,19 @@ def ranks_of(item: pytest.Item) -> tuple[int, ...]:
     return tuple(mark.args)
 
 
+def marked_sizes(source: str) -> frozenset[int] | None:
+    """Return the world sizes that the `ranks` marks of a test file name, None where one of them is computed."""
+    sizes: set[int] = set()
+    for arguments in _RANKS_MARK.findall(source):
+        names = [name.strip() for name in arguments.split(",") if name.strip()]
+        if not all(name.isdecimal() for name in names):
+            return None
+        sizes.update(map(int, names))
+    return frozenset(sizes)
+
+
 class Selection:
-    """Deselects what is for another world, and says so."""
+    """The part that all world sizes share: deselects the tests for other ones, and limits the time of the others."""
 
     def __init__(self, config: pytest.Config, size: int, watchdog: Watchdog) -> None:
         self.config = config
@@ -125,16 +142,26 @@ class Selection:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         mark = item.get_closest_marker("time_limit")
         seconds = float(mark.args[0]) if mark and not self.config.getoption("--time-limit") else self.limit_seconds
-        with self.watchdog.limit(seconds, item.nodeid):
-            return (yield)
+        launching.unmarked_test = None if item.get_closest_marker("launches") else item.nodeid
+        try:
+            with self.watchdog.limit(seconds, item.nodeid):
+                return (yield)
+        finally:
+            launching.unmarked_test = None
 
 
 class SingleProcess(Selection):
-    """One process, no launcher, no MPI; or several that share the tests (pytest-xdist), and one that shows them all."""
+    """The plugin without a launcher and MPI: in one process, or in several that share the tests (pytest-xdist)."""
 
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config, 0, Watchdog())
-        self._told: str | None = None  # by one that has collected them, to the one that shows them
+        self._deselected: str | None = None  # the line that a worker of pytest-xdist sent to the process that reports
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Put the tests that launch ranks first: the other processes compute while these wait."""
+        super().pytest_collection_modifyitems(config, items)
+        items.sort(key=lambda item: item.get_closest_marker("launches") is None)
 
     def pytest_sessionfinish(self) -> None:
         if hasattr(self.config, "workeroutput"):
@@ -142,16 +169,16 @@ class SingleProcess(Selection):
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._told = getattr(node, "workeroutput", {}).get("deselected", self._told)
+        self._deselected = getattr(node, "workeroutput", {}).get("deselected", self._deselected)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self._told is not None:
-            terminalreporter.write_line(self._told)
+        if self._deselected is not None:
+            terminalreporter.write_line(self._deselected)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank tells the others after a phase of a test."""
+    """The outcome of a phase of a test on one rank."""
 
     nodeid: str
     phase: str
@@ -161,7 +188,7 @@ class Outcome:
 
 
 class AgreedFailure:
-    """The failure of a test on some ranks, in the shape in which pytest's reporters want one."""
+    """The failure of a test on some ranks, in the form that pytest's reporters expect."""
 
     def __init__(self, message: str, text: str) -> None:
         self.reprcrash = SimpleNamespace(message=message)
@@ -176,12 +203,12 @@ class AgreedFailure:
 
 
 class Ranks(Selection):
-    """This rank's part in a world that tests together."""
+    """The plugin on a rank."""
 
     def __init__(self, config: pytest.Config) -> None:
         from mpi4py import MPI
 
-        # A communicator of its own: nothing that a test sends can meet what the ranks agree on here.
+        # On a communicator of its own, so that no message of a test can be received here.
         self.comm = MPI.COMM_WORLD.Dup()
         self.rank = self.comm.rank
         self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
@@ -191,23 +218,35 @@ class Ranks(Selection):
         if self.rank > 0 and reporter is not None:
             config.pluginmanager.unregister(reporter)
 
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Import no file without a test for this world size. Most have none, and every rank would import them."""
+        if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
+            return None
+        sizes = marked_sizes(collection_path.read_text())
+        return True if sizes is not None and self.size not in sizes else None
+
     def pytest_report_header(self) -> str:
         return f"ranks: {self.size}, {self.library}, {self.limit_seconds:g} s a test"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.collect_errors.append(f"{report.nodeid} on rank {self.rank}:\n{report.longreprtext}")
+            self.collect_errors.append(f"{report.nodeid}:\n{report.longreprtext}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Collective. Ranks that would not run the same tests in the same order run none."""
+        """Run no test where the ranks have collected different ones, or in another order. Collective."""
         with self.watchdog.limit(self.limit_seconds, "collection"):
             plans = self.comm.allgather((self.collect_errors, [item.nodeid for item in session.items]))
-        if all(plan == plans[0] for plan in plans) or all(errors for errors, _ in plans):
+        failed_ranks: dict[str, list[int]] = {}
+        for rank, (errors, _) in enumerate(plans):
+            for text in errors:
+                failed_ranks.setdefault(text, []).append(rank)
+        if failed_ranks:
+            session.shouldfail = "collection failed:\n" + "\n".join(
+                f"on {_ranks(ranks)} of {self.size}: {text}" for text, ranks in failed_ranks.items()
+            )
+        elif all(plan == plans[0] for plan in plans):
             return
-        errors = [text for errors, _ in plans for text in errors]
-        if errors:
-            session.shouldfail = "collection failed on some ranks:\n" + "\n".join(errors)
         else:
             first = next(i for i, plan in enumerate(plans) if plan != plans[0])
             differ = sorted(set(plans[0][1]) ^ set(plans[first][1])) or ["the same tests in another order"]
@@ -216,7 +255,7 @@ class Ranks(Selection):
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Collective, after each phase of a test (set-up, call, tear-down): the report becomes that of all ranks."""
+        """Make the report of a phase (set-up, call, tear-down) that of all ranks. Collective."""
         report = yield
         mine = _outcome_of(report)
         self.watchdog.note = mine.text if mine.outcome == "failed" else ""
@@ -255,8 +294,12 @@ def _outcome_of(report: pytest.TestReport) -> Outcome:
     return Outcome(report.nodeid, report.when, report.outcome, message.partition("\n")[0], text)
 
 
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
 def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
-    """What all ranks report where one has failed or they differ, None where all passed or all were skipped."""
+    """Return what all ranks report if one has failed or they differ, None if all passed or all were skipped."""
     outcomes = [theirs.outcome for theirs in everyone]
     if "failed" not in outcomes:
         if len(set(outcomes)) == 1:
@@ -265,7 +308,7 @@ def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
         return AgreedFailure(message, message)
     failed_ranks = [i for i, outcome in enumerate(outcomes) if outcome == "failed"]
     first = everyone[failed_ranks[0]]
-    who = f"rank{'s' * (len(failed_ranks) > 1)} {', '.join(map(str, failed_ranks))} of {len(everyone)}"
+    who = f"{_ranks(failed_ranks)} of {len(everyone)}"
     blocks = []
     shown: dict[str, int] = {}  # a failure that many ranks share is shown once
     for i in failed_ranks:
@@ -279,7 +322,7 @@ def agreed_failure(everyone: list[Outcome]) -> AgreedFailure | None:
 
 
 def register_hypothesis_profiles() -> None:
-    """The same examples on every rank and in every CI run; new ones each time for a developer's single process."""
+    """Register the settings of Hypothesis: the same examples on every rank and in CI, new ones in a single process."""
     from hypothesis import HealthCheck, Phase, settings
 
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

@@ -1,4 +1,4 @@
-"""A method on real ranks without a model: what ``quadratic`` is for simulated workers."""
+"""Run a method on real ranks without a model, as ``quadratic`` does with simulated workers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class RankRun:
     """This rank's worker.
 
     Args:
-        method: Its hyper-parameters.
+        method: The method, with its hyper-parameters.
         comm: The communicator between the ranks.
-        start: (n,) where this rank begins.
-        seed: Of the method's random choices.
+        start: (n,), the first parameters of this rank.
+        seed: Seeds the method's random choices.
     """
 
     def __init__(self, method: Method, comm: Any, start: np.ndarray, seed: int = 0) -> None:
@@ -35,7 +35,7 @@ class RankRun:
         self.worker: Worker = method.worker(Replica(comm, x, g, seed))
 
     def run(self, steps: int, eta: float, gradient: Gradient) -> np.ndarray:
-        """Make steps; the sum (n,) of the gradients that this rank used."""
+        """Make steps and return the sum (n,) of the gradients that this rank used."""
         worker, total = self.worker, np.zeros(self.worker.x.local.size)
         x, g = worker.x.local, worker.g.local
         for _ in range(steps):
@@ -46,18 +46,18 @@ class RankRun:
         return total
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Of all ranks. Collective."""
+        """Return the sum over all ranks. Collective."""
         return np.asarray(self.comm.world.comm.allreduce(values))
 
     def states(self) -> list[dict[str, Any]]:
-        """What a checkpoint would hold of each rank, as in ``quadratic.states``. Collective."""
+        """Return what a checkpoint would hold of each rank, as ``quadratic.states`` does. Collective."""
         mine = {"parameters": self.worker.x.local.copy()} | dict(self.worker.state())
         return list(self.comm.world.comm.allgather(mine))
 
 
 @contextmanager
 def ranks(n_nodes: int) -> Iterator[Any]:
-    """Collective. A communicator of all ranks of this launch, taken for ``n_nodes`` nodes (1 where it is alone)."""
+    """Yield a communicator of all ranks of this launch, as if they were on ``n_nodes`` nodes. Collective."""
     from mpi4py import MPI
 
     from mpitrain.collectives.mpi import MPICommunicator
@@ -69,7 +69,7 @@ def ranks(n_nodes: int) -> Iterator[Any]:
         world = create_world(MPI.COMM_WORLD.Dup())
     comm = MPICommunicator(world)
     yield comm
-    world.comm.Barrier()  # nobody is still reading
+    world.comm.Barrier()  # no rank still reads
     comm.free()
     if world.progress_thread is not None:
         world.progress_thread.stop()

@@ -1,7 +1,7 @@
-"""A limit on the time of a test: when it has passed, every rank says where it stands and the whole job ends.
+"""A limit on the time of a test: when it has passed, every rank writes its stacks and the whole job ends.
 
-A rank that hangs in MPI cannot be interrupted from Python, so there are two clocks. A thread writes the stacks and
-aborts the job; where it cannot run, because compiled code holds the interpreter lock, `faulthandler` does so from C.
+A rank that hangs in MPI cannot be interrupted from Python. A thread writes the stacks and aborts the job. If compiled
+code holds the interpreter lock, that thread cannot run, and `faulthandler` does the same from C a little later.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ UNINTERESTING = ("/site-packages/pluggy/", "/site-packages/_pytest/", "/site-pac
 
 
 class Watchdog:
-    """Limits the time of what runs under `limit`.
+    """A timer for tests.
 
     Args:
-        rank, size: who speaks; of how many.
-        abort: ends the whole job (it gets the exit code).
+        rank: This rank, for messages.
+        size: The number of ranks.
+        abort: Ends the whole job, given the exit code. Default: only this process ends.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, abort: Callable[[int], object] | None = None) -> None:
         self.rank = rank
         self.size = size
-        self.note = ""  # what this rank has to say beside its stacks: the failure that its peers have not heard of
+        self.note = ""  # written with the stacks: a failure of this rank that its peers do not know of
         self._abort = abort
         self._stderr = os.dup(2)  # pytest captures fd 2 while a test runs
 
     @contextmanager
     def limit(self, seconds: float, what: str) -> Iterator[None]:
-        """Aborts the job if its body is not left within `seconds`; `what` is named in the message."""
+        """Abort the job if the body takes longer than `seconds`. The message names it as `what`."""
         timer = threading.Timer(seconds, self._expire, (seconds, what))
         timer.daemon = True
         self.backup(seconds + self.size * STAGGER_SECONDS + BACKUP_SECONDS)
@@ -50,11 +51,11 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def backup(self, seconds: float) -> None:
-        """Writes the stacks and exits after `seconds`, whatever holds the interpreter lock."""
+        """Write the stacks and exit after `seconds`, even if compiled code holds the interpreter lock."""
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
 
     def die(self, message: str) -> NoReturn:
-        """Writes a message and aborts the job."""
+        """Write a message and abort the job."""
         self._write(f"\n[rank {self.rank} of {self.size}] {message}\n")
         if self._abort is not None:
             self._abort(EXIT_CODE)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.launching import ROOT, Finished, _end_session, _session_members, environment, installed, launch
 
+pytestmark = pytest.mark.launches
+
 IN_TIME_SECONDS = 60.0  # a hang would last for ever
 ENDS_WITHIN_SECONDS = 20.0
 EXTRA = {"PYTHONPATH": str(ROOT / "tests")}

@@ -13,7 +13,6 @@ import pytest
 import torch
 from support import small_models
 
-from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.records import checkpoint
 from mpitrain.records.metrics import read_metrics
@@ -219,17 +218,6 @@ def test_a_run_that_fails_puts_the_handler_of_the_signal_back(world, go, at_batc
     at_batch(3, fail)
     with pytest.raises(ArithmeticError):
         go(TrainConfig(model="support.small_models:watched"), "run", steps=5)
-
-
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("name", METHODS)
-def test_a_finished_run_is_saved_as_it_was_evaluated(world, go, name):
-    config = TrainConfig(algorithm=name, lr=0.005)
-    finished = go(config, "run", steps=20, straggler=(world.size - 1, 3.0))
-    again = go(config, "run", resume=True)  # nothing left to do
-    for key in ("test_loss", "test_accuracy", "steps_of_ranks", "gradients", "bytes_sent", "train_loss", "evaluation"):
-        assert again[key] == finished[key], key
-    assert json.loads((go.folder / "run" / "result.json").read_text())["steps"] == 20
 
 
 @pytest.mark.ranks(1, 2)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from support.launching import ROOT, Finished, launch, python
 
+pytestmark = pytest.mark.launches
+
 IN_TIME_SECONDS = 240.0  # a hang would last for ever
 ULFM = ["--with-ft", "ulfm"]
 TRAIN = [

@@ -106,6 +106,7 @@ def test_what_is_asked_for_can_be_tried() -> None:
     assert tuple(TRIALS) == OPERATIONS
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
 def test_all_operations_work_where_mpi_reads_the_memory(mpi: str, tmp_path: Path) -> None:
     script = tmp_path / "with_a_stand_in.py"
@@ -126,6 +127,7 @@ def test_all_operations_work_where_mpi_reads_the_memory(mpi: str, tmp_path: Path
             assert (outcome["gb_per_s"] is not None) == moves_bytes, (name, memory)
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
 def test_what_ends_a_pair_is_a_verdict_and_the_next_one_is_tried(mpi: str, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"

@@ -3,6 +3,8 @@
 import pytest
 from support.launching import ROOT, installed, launch, python
 
+pytestmark = pytest.mark.launches
+
 IN_TIME_SECONDS = 60.0  # a hang would last for ever
 
 HEAD = """

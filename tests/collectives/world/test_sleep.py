@@ -78,6 +78,7 @@ comm.free()
 """
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
 def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_others(mpi, tmp_path):
     environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
