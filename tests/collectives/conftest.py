@@ -1,4 +1,4 @@
-"""Worlds over the same ranks: as they are, one node, and taken for two. `world` runs a test in both."""
+"""Worlds of the same ranks as one node and as two. A test with the fixture `world` runs in both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def make_world(n_nodes: int) -> Any:
-    """Collective. A world of the ranks of this launch as `n_nodes` nodes (1 where there is only one rank)."""
+    """Create a world of the ranks of this launch as `n_nodes` nodes (1 for a single rank). Collective."""
     from mpi4py import MPI
 
     from mpitrain.collectives.world.launch import create_world
@@ -23,13 +23,13 @@ def make_world(n_nodes: int) -> Any:
 
 @pytest.fixture(scope="session")
 def one_node() -> Any:
-    """Collective. All ranks on one node."""
+    """Return a world of all ranks on one node. Collective."""
     return make_world(1)
 
 
 @pytest.fixture(scope="session")
 def two_nodes() -> Iterator[Any]:
-    """Collective. The ranks as two nodes, of unequal size where their number is odd."""
+    """Return a world of the ranks as two nodes, of unequal size if their number is odd. Collective."""
     world = make_world(2)
     yield world
     if world.progress_thread is not None:
@@ -38,7 +38,7 @@ def two_nodes() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def windows() -> Iterator[Any]:
-    """Collective. As two nodes that visit each other's memory by MPI's one-sided operations."""
+    """Return a world of two nodes that visit each other's memory by MPI's one-sided operations. Collective."""
     from mpitrain.collectives.world.launch import BETWEEN_NODES
 
     with pytest.MonkeyPatch.context() as patch:
@@ -51,24 +51,24 @@ def windows() -> Iterator[Any]:
 
 @pytest.fixture(scope="session", params=["one_node", "two_nodes"])
 def world(request: pytest.FixtureRequest) -> Any:
-    """Collective. One after the other."""
+    """Return a world of one node, then one of two. Collective."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def comm(world: Any) -> Iterator[Any]:
-    """Collective. A communicator of this test's own, with fresh statistics."""
+    """Return a communicator for this test only, with fresh statistics. Collective."""
     from mpitrain.collectives.mpi import MPICommunicator
 
     communicator = MPICommunicator(world)
     yield communicator
-    world.comm.Barrier()  # nobody is still reading
+    world.comm.Barrier()  # no rank is still reading
     communicator.free()
 
 
 @pytest.fixture
 def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`largest_shards(n)`: from now on shards have at most n elements, of whichever node their ranks are."""
+    """Return `largest_shards(n)`, which limits shards to n elements, on the same node and on others."""
     from mpitrain.collectives.rma import peer_memory
 
     def limit(n: int) -> None:
@@ -80,7 +80,7 @@ def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def window(world: Any) -> Iterator[Callable[..., Any]]:
-    """Makes windows, `window(n, dtype)`, collectively; they are freed after the test."""
+    """Return `window(n, dtype)`, which creates windows that are freed after the test. Collective."""
     from mpitrain.collectives.rma.window import Window
 
     made = []
@@ -97,7 +97,7 @@ def window(world: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def fetch() -> Callable[..., np.ndarray]:
-    """Local. `fetch(window, rank, n, start=0)`: a copy of a rank's elements, from its memory or by get."""
+    """Return `fetch(window, rank, n, start=0)`, which copies elements of a rank, from its memory or by get. Local."""
 
     def copy(window: Any, rank: int, n: int, start: int = 0) -> np.ndarray:
         array = window.of(rank)
@@ -114,7 +114,7 @@ def fetch() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def store() -> Callable[..., None]:
-    """Local. `store(window, rank, values, start=0)`: writes into a rank's array, to its memory or by put."""
+    """Return `store(window, rank, values, start=0)`, which writes into a rank's array, in memory or by put. Local."""
 
     def write(window: Any, rank: int, values: np.ndarray, start: int = 0) -> None:
         array = window.of(rank)

@@ -1,4 +1,4 @@
-"""The probe: what ends a pair of ranks is the verdict on an operation; what was found is kept for its circumstances."""
+"""The probe: an operation that ends a pair of ranks gets a verdict; results are stored for their circumstances."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ print(json.dumps({name: {memory: asdict(row[memory]) for memory in row} for name
 
 
 def measured_by(mpi: str, script: Path, *names: str) -> dict[str, Any]:
-    """What `measure` finds in the environment of an MPI, where the operations are those of a script."""
+    """Return the outcomes of `measure` in the environment of an MPI, with the operations of a script."""
     script.write_text(BROKEN)
     command = [python(mpi), "-c", MEASURE, "host", "2", str(script), *names]
     done = launch(0, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
@@ -102,13 +102,13 @@ def measured_by(mpi: str, script: Path, *names: str) -> dict[str, Any]:
     return {name: row["host"] for name, row in json.loads(done.output.splitlines()[-1]).items()}
 
 
-def test_what_is_asked_for_can_be_tried() -> None:
+def test_every_operation_has_a_trial() -> None:
     assert tuple(TRIALS) == OPERATIONS
 
 
 @pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
-def test_all_operations_work_where_mpi_reads_the_memory(mpi: str, tmp_path: Path) -> None:
+def test_all_operations_work_on_memory_that_mpi_reads(mpi: str, tmp_path: Path) -> None:
     script = tmp_path / "with_a_stand_in.py"
     script.write_text(STAND_IN)
     command = [python(mpi), "-c", MEASURE, "host,device", str(runner.HANG_SECONDS), str(script), *OPERATIONS]
@@ -129,7 +129,7 @@ def test_all_operations_work_where_mpi_reads_the_memory(mpi: str, tmp_path: Path
 
 @pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
-def test_what_ends_a_pair_is_a_verdict_and_the_next_one_is_tried(mpi: str, tmp_path: Path) -> None:
+def test_an_operation_that_ends_a_pair_gets_a_verdict_and_the_next_is_tried(mpi: str, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     names = ("rests", "dies", "lies", "hangs", "fails", "window creation", "put", "rests again", "lock")
     outcomes = measured_by(mpi, script, *names)
@@ -153,21 +153,21 @@ def test_what_ends_a_pair_is_a_verdict_and_the_next_one_is_tried(mpi: str, tmp_p
 def _text(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # it has ended meanwhile
+    except OSError:  # it has ended in the meantime
         return ""
 
 
-def test_a_launcher_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_failing_launcher_is_the_detail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = tmp_path / "mpirun"
     launcher.write_text("#!/bin/sh\necho -----\necho no slots for $*\nexit 1\n")
     launcher.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # the launcher beside it is taken
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # the launcher beside it is used
     outcomes = measure({"host": None}, ["send", "put"])
     assert {row["host"].verdict for row in outcomes.values()} == {"not tried"}
     assert outcomes["put"]["host"].detail.startswith("no slots for -n 2 ")
 
 
-def test_without_a_launcher_nothing_is_tried_and_nothing_is_kept(
+def test_without_a_launcher_nothing_is_tried_or_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -178,7 +178,7 @@ def test_without_a_launcher_nothing_is_tried_and_nothing_is_kept(
     assert cache.known(GPUS) is None
 
 
-def test_a_child_is_no_part_of_the_world_that_starts_it() -> None:
+def test_a_child_inherits_settings_but_no_variables_of_launchers() -> None:
     of_the_launcher = {
         "OMPI_COMM_WORLD_RANK": "1",
         "OMPI_MCA_PREFIXES": "mca,opal",
@@ -235,7 +235,7 @@ def test_settings_are_the_same_under_any_launcher(tmp_path: Path) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """An empty cache, and circumstances that a test may change; MPI is not started to ask for its version."""
+    """Return circumstances that a test may change, with an empty cache and without MPI."""
     circumstances = {"host": "a.b/c", "mpi": "An MPI 1.0", "gpus": ("H200",), "settings": {"UCX_TLS": "all"}}
     monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_circumstances", lambda gpus: dict(circumstances))
@@ -243,7 +243,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def matrix(**differences: Outcome) -> dict[str, dict[str, Outcome]]:
-    """Host memory works, GPUs are not there; what differs is given as memory_operation."""
+    """Return outcomes for a host without GPUs; `differences` are named memory_operation."""
     works, absent = Outcome("ok", "", 2.04, 9.96), Outcome("not tried", "no GPU")
     return {
         operation: {
@@ -258,7 +258,7 @@ def result(circumstances: dict[str, Any], **differences: Outcome) -> Probe:
     return Probe(**circumstances, measured="2026-11-21T16:45:58+0000", outcomes=matrix(**differences))
 
 
-def test_a_result_is_found_again_in_its_circumstances_only(here: dict[str, Any]) -> None:
+def test_a_result_is_found_in_its_circumstances_only(here: dict[str, Any]) -> None:
     assert cache.known(GPUS) is None
     assert cache.newest(GPUS) is None
     found = result(here, device_send=Outcome("crashed", "signal 11"))
@@ -275,7 +275,7 @@ def test_a_result_is_found_again_in_its_circumstances_only(here: dict[str, Any])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "outcomes": {"send": 3}}'])
-def test_a_file_that_is_not_whole_counts_for_nothing(text: str, here: dict[str, Any]) -> None:
+def test_an_incomplete_file_is_ignored(text: str, here: dict[str, Any]) -> None:
     cache._store(result(here))
     path = cache._path(**here)
     assert path is not None
@@ -284,7 +284,7 @@ def test_a_file_that_is_not_whole_counts_for_nothing(text: str, here: dict[str, 
     assert cache.newest(GPUS) is None
 
 
-def test_only_right_bytes_are_proof(here: dict[str, Any]) -> None:
+def test_only_right_bytes_prove_an_operation(here: dict[str, Any]) -> None:
     found = result(here, device_put=Outcome("ok", "", 1.0, 1.0), device_get=Outcome("wrong", "", 1.0, 1.0))
     assert found.proved("all-reduce", "host")
     assert found.proved("put", "device")
@@ -292,7 +292,7 @@ def test_only_right_bytes_are_proof(here: dict[str, Any]) -> None:
     assert not found.proved("lock", "device")
 
 
-def test_the_document_has_everything(here: dict[str, Any]) -> None:
+def test_the_document_is_complete(here: dict[str, Any]) -> None:
     document = json.loads(json.dumps(result(here).document()))
     assert document["outcomes"]["put"]["host"] == {
         "verdict": "ok",
@@ -340,7 +340,7 @@ def test_hosts_that_agree_share_a_table(here: dict[str, Any]) -> None:
     assert show({"world": {"ranks": 1}}).endswith("nothing is known yet: mpirun -n 2 mpitrain info --probe")
 
 
-def test_nothing_of_it_starts_mpi_or_loads_cupy() -> None:
+def test_importing_the_probe_loads_neither_mpi_nor_cupy_nor_torch() -> None:
     code = "import sys, mpitrain.collectives.probe.cache, mpitrain.collectives.probe.child\n"
     code += "print(*sorted({'cupy', 'mpi4py', 'torch'} & set(sys.modules)))"
     done = subprocess.run(
@@ -349,7 +349,7 @@ def test_nothing_of_it_starts_mpi_or_loads_cupy() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_signals_are_read_from_what_launchers_print() -> None:
+def test_signals_are_read_from_the_output_of_launchers() -> None:
     assert runner._cause("prterun noticed that process rank 1 exited on\nsignal 11 (Segmentation fault).", 139) == (
         "signal 11"
     )

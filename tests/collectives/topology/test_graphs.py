@@ -52,21 +52,21 @@ def test_in_and_out_neighbours_are_the_same_edges(name: str, size: int) -> None:
 
 
 @every
-def test_everything_reaches_everybody_and_the_period_repeats(name: str, size: int) -> None:
+def test_graphs_are_connected_and_periodic(name: str, size: int) -> None:
     graph = topology(name, size)
     assert graph.is_connected
     assert all(graph.out_neighbours(i, 3) == graph.out_neighbours(i, 3 + graph.period) for i in range(size))
 
 
 @every
-def test_a_name_gives_the_same_graph_again(name: str, size: int) -> None:
+def test_a_name_reproduces_its_graph(name: str, size: int) -> None:
     graph = topology(name, size)
     assert topology(graph.name, size) == graph
     assert topology(graph.name, size).digest == graph.digest
 
 
 @every
-def test_weights_sum_to_one_where_they_should(name: str, size: int) -> None:
+def test_rows_or_columns_of_weights_sum_to_one(name: str, size: int) -> None:
     graph = topology(name, size)
     for step in range(graph.period):
         pull, push = mixing_matrix(graph, step, "uniform"), mixing_matrix(graph, step, "push")
@@ -82,7 +82,7 @@ def test_weights_sum_to_one_where_they_should(name: str, size: int) -> None:
 
 
 @every
-def test_periods_bring_agreement(name: str, size: int) -> None:
+def test_periods_reach_consensus(name: str, size: int) -> None:
     assert consensus_rate(topology(name, size)) < 1 - 1e-3
 
 
@@ -127,7 +127,7 @@ def test_bipartite_steps_are_matchings_of_odd_with_even_ranks(size: int) -> None
     assert graph.two_colouring() == tuple(i % 2 for i in range(size))
 
 
-def test_two_colourings_exist_exactly_where_they_should() -> None:
+def test_two_colourings_exist_for_bipartite_graphs_only() -> None:
     assert ring(6).two_colouring() is not None
     assert ring(5).two_colouring() is None
     assert hypercube(8).two_colouring() is not None
@@ -192,10 +192,10 @@ def test_consensus_rate_of_a_digraph_is_the_rate_in_the_limit() -> None:
         x, w = push @ x, push @ w
     assert (spreads[40] / spreads[10]) ** (1 / 30) == pytest.approx(
         rate, rel=0.05
-    )  # a complex pair: it swings around it
+    )  # a complex pair oscillates around it
 
 
-def test_pull_on_an_irregular_digraph_keeps_agreement_and_loses_the_mean() -> None:
+def test_pull_on_an_irregular_digraph_keeps_consensus_and_loses_the_mean() -> None:
     pull = mixing_matrix(IRREGULAR, weights="uniform")
     np.testing.assert_allclose(pull @ np.ones(4), 1, rtol=1e-14)
     assert not np.allclose(pull.sum(axis=0), 1)
@@ -210,7 +210,7 @@ def test_uniform_peer_draws_all_others_equally_and_never_itself() -> None:
         assert np.abs(share - 1 / 4).max() < 4 * math.sqrt(3 / 16 / (draws / size))
 
 
-# ---- what a user can get wrong -----------------------------------------------------------------------------
+# ---- mistakes of a user -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,12 +227,12 @@ def test_uniform_peer_draws_all_others_equally_and_never_itself() -> None:
         ("ring", 0, "at least one rank"),
     ],
 )
-def test_a_mistake_is_answered_with_the_way_out(spec: str, size: int, says: str) -> None:
+def test_the_message_of_a_mistake_names_the_way_out(spec: str, size: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         topology(spec, size)
 
 
-def test_matrices_refuse_what_they_are_not_made_for() -> None:
+def test_matrices_refuse_unsuitable_graphs_and_weights() -> None:
     with pytest.raises(ValueError, match="push weights"):
         mixing_matrix(exponential(4), weights="metropolis")
     with pytest.raises(ValueError, match="consensus_rate"):

@@ -1,4 +1,4 @@
-"""Partitions and trees: the laws that every split, shard list, visiting order and tree obeys, for 1 to 17 parts."""
+"""Laws of splits, shards, visiting orders and trees, for 1 to 17 parts."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_a_split_covers_is_aligned_and_balanced(n: int, parts: int, align: int) 
 @pytest.mark.parametrize("size", PARTS)
 @pytest.mark.parametrize("largest", [1, 7, 16, 33, 256, 10**6])
 @pytest.mark.parametrize("n", [0, 1, 17, 100, 1023, 5000])
-def test_shards_cover_fit_and_give_owners_equal_shares(n: int, size: int, largest: int) -> None:
+def test_shards_cover_the_vector_fit_and_give_owners_equal_shares(n: int, size: int, largest: int) -> None:
     pieces = shards(n, size, largest)
     assert [0, *(s.stop for s in pieces)] == [*(s.start for s in pieces), n]
     assert all(0 < s.size <= largest and len(range(n)[s.slice]) == s.size for s in pieces)
@@ -53,14 +53,14 @@ def test_every_rank_starts_with_a_shard_of_its_own(size: int, largest: int) -> N
 
 @pytest.mark.parametrize("size", PARTS)
 @pytest.mark.parametrize("n_shards", [0, 1, 2, 5, 17, 40])
-def test_a_visit_sees_each_shard_once_and_starts_apart(n_shards: int, size: int) -> None:
+def test_each_rank_visits_every_shard_once_from_a_start_of_its_own(n_shards: int, size: int) -> None:
     orders = [visiting_order(n_shards, rank, size) for rank in range(size)]
     assert all(sorted(order) == list(range(n_shards)) for order in orders)
     assert len({order[0] for order in orders if order}) == min(size, n_shards)
 
 
 @pytest.mark.parametrize("size", PARTS)
-def test_a_tree_reaches_everybody_once_in_the_fewest_rounds(size: int) -> None:
+def test_a_tree_reaches_every_rank_once_in_the_fewest_rounds(size: int) -> None:
     for root in range(size):
         tree = [binomial_tree(rank, size, root) for rank in range(size)]
         assert [rank for rank, (parent, _) in enumerate(tree) if parent is None] == [root]

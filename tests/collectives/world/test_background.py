@@ -1,4 +1,4 @@
-"""What a thread that waits costs the one that computes."""
+"""Waiting threads: their polls, their pauses, and the errors of background functions."""
 
 import sys
 import time
@@ -12,8 +12,8 @@ from mpitrain.collectives.world.wakeup import request_short_slices
 WAIT_SECONDS = 0.2
 
 
-def looks_until(seconds):
-    """How often a wait of so many seconds looks."""
+def polls_until(seconds):
+    """Return the number of polls in a wait of so many seconds."""
     end, polls = time.perf_counter() + seconds, []
 
     def is_done():
@@ -25,17 +25,17 @@ def looks_until(seconds):
     return len(polls)
 
 
-def test_a_background_thread_looks_seldom_and_the_foreground_often():
+def test_a_background_thread_polls_rarely():
     thread = background.Background(threads=True)
     counts = []
-    thread.start(lambda: counts.append(looks_until(WAIT_SECONDS))).wait()
+    thread.start(lambda: counts.append(polls_until(WAIT_SECONDS))).wait()
     thread.stop()
-    # Naps as long as the wait so far, from 0.2 to 4 ms: the first 4 ms are half a dozen of looks, the rest 49 at most.
+    # Pauses as long as the wait so far, from 0.2 to 4 ms: half a dozen polls in the first 4 ms, at most 49 in the rest.
     assert 1 < counts[0] < 1.3 * WAIT_SECONDS / background.LONGEST_BACKOFF_SECONDS
-    assert looks_until(WAIT_SECONDS) > 1
+    assert polls_until(WAIT_SECONDS) > 1
 
 
-def test_naps_are_as_long_as_the_time_since_the_first_one_between_the_shortest_and_the_longest(monkeypatch):
+def test_pauses_grow_with_the_wait_from_the_shortest_to_the_longest(monkeypatch):
     now, slept = [100.0], []
 
     def sleep(seconds):
@@ -44,14 +44,14 @@ def test_naps_are_as_long_as_the_time_since_the_first_one_between_the_shortest_a
 
     monkeypatch.setattr(background, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
     backoff = background.Backoff(1.0, 10.0)
-    now[0] += 50  # whatever went before
+    now[0] += 50  # time before the first pause does not count
     for _ in range(7):
         backoff.rest()
     assert slept == [1.0, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
 
 
-def test_what_is_done_is_looked_at_once():
-    assert looks_until(0.0) == 1
+def test_a_finished_operation_is_polled_once():
+    assert polls_until(0.0) == 1
 
 
 def fail():
@@ -59,14 +59,14 @@ def fail():
 
 
 @pytest.mark.parametrize("n_before", [0, 2])
-def test_what_fails_last_is_told_at_the_stop_if_nobody_has_heard_of_it(n_before):
+def test_stop_raises_the_last_exception_unless_wait_did(n_before):
     thread = background.Background(threads=True)
     for _ in range(n_before):
         thread.start(lambda: None)
     thread.start(fail)
     with pytest.raises(KeyError, match="shard"):
         thread.stop()
-    thread.stop()  # once is enough
+    thread.stop()  # raised once
 
     started = thread.start(fail)
     with pytest.raises(KeyError, match="shard"):
@@ -74,8 +74,8 @@ def test_what_fails_last_is_told_at_the_stop_if_nobody_has_heard_of_it(n_before)
     thread.stop()
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "an unknown one"])
-def test_short_slices_are_asked_for_where_it_is_known_how(monkeypatch, machine):
+@pytest.mark.parametrize("machine", ["x86_64", "unknown"])
+def test_short_slices_are_requested_where_the_system_call_is_known(monkeypatch, machine):
     calls = []
 
     class Library:

@@ -1,4 +1,4 @@
-"""Which GPU a rank gets, decided without one."""
+"""The device of a rank and its share of the cores, decided without a GPU."""
 
 import os
 
@@ -11,11 +11,11 @@ from mpitrain.collectives.world import device
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """`gpus(n)`: this machine has n of them."""
+    """Return `gpus(n)`, which makes torch see n GPUs."""
     return lambda n: monkeypatch.setattr(device, "gpu_names", lambda: ["a GPU"] * n)
 
 
-def test_the_cpu_is_everybodys():
+def test_all_ranks_may_use_the_cpu():
     assert [device.bind("cpu", r) for r in range(3)] == ["cpu"] * 3
 
 
@@ -25,7 +25,7 @@ def test_an_unknown_device_is_a_usage_error(name):
         device.bind(name, 0)
 
 
-def test_a_gpu_that_is_not_there_is_a_usage_error(gpus):
+def test_an_absent_gpu_is_a_usage_error(gpus):
     gpus(0)
     with pytest.raises(UsageError, match=r"run with --device cpu, in a script mpitrain.init\(device='cpu'\)"):
         device.bind("cuda", 0)
@@ -34,17 +34,17 @@ def test_a_gpu_that_is_not_there_is_a_usage_error(gpus):
         device.bind("cuda:3", 0)
 
 
-def test_local_rank_r_takes_gpu_r_modulo_their_number(gpus):
+def test_local_rank_r_uses_gpu_r_modulo_their_number(gpus):
     gpus(3)
     assert [device.bind("cuda", r) for r in range(5)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]
 
 
-def test_a_gpu_asked_for_by_number_is_taken(gpus):
+def test_a_gpu_given_by_number_is_used(gpus):
     gpus(3)
     assert [device.bind("cuda:2", r) for r in range(2)] == ["cuda:2", "cuda:2"]
 
 
-def test_shared_gpus_are_told_of():
+def test_shared_gpus_are_reported():
     places = [("a", "0000:01"), ("a", "0000:02"), ("b", "0000:01"), ("a", "0000:01"), ("b", "0000:01")]
     first, second = device.shared_gpus(places)
     assert first.startswith("ranks 0, 3 share one GPU (0000:01 of a)")
@@ -54,7 +54,7 @@ def test_shared_gpus_are_told_of():
 
 @pytest.fixture
 def threads(monkeypatch):
-    """`threads(cores, before)`: torch has so many threads on so many cores; the list shows what it is given then."""
+    """Return `threads(cores, before)`, which fakes cores and torch's threads, and returns the numbers set later."""
     given = []
 
     def of(cores, before):
@@ -75,13 +75,13 @@ def test_ranks_share_the_cores_of_their_node(threads, n_ranks, before, share):
 
 
 @pytest.mark.parametrize(("n_ranks", "before"), [(4, 7), (4, 1), (4, 4), (1, 8), (1, 16), (2, 8)])
-def test_who_has_chosen_a_number_of_threads_keeps_it(threads, n_ranks, before):
+def test_a_number_of_threads_chosen_by_the_user_stays(threads, n_ranks, before):
     given = threads(16, before)
     device.share_cores(16 / n_ranks)
     assert given == []
 
 
-def test_the_environment_decides_about_threads(threads, monkeypatch):
+def test_omp_num_threads_decides(threads, monkeypatch):
     given = threads(16, 16)
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     device.share_cores(4)

@@ -1,11 +1,11 @@
-"""How a world ends: what one rank raises ends all of them, with its traceback and an exit code that is not zero."""
+"""The end of a run: an exception on one rank ends all ranks, with its traceback and a nonzero exit code."""
 
 import pytest
 from support.launching import ROOT, installed, launch, python
 
 pytestmark = pytest.mark.launches
 
-IN_TIME_SECONDS = 60.0  # a hang would last for ever
+IN_TIME_SECONDS = 60.0  # a hang would last forever
 
 HEAD = """
 import os, signal, sys, threading, time
@@ -42,6 +42,29 @@ print("went on")
 
 
 @pytest.mark.parametrize("mpi", installed())
+def test_an_exception_on_one_rank_in_init_ends_all(mpi):
+    script = """
+from mpi4py import MPI
+from mpitrain.collectives.world import launch
+
+def fail(comm):
+    raise ValueError("a reason")
+
+if MPI.COMM_WORLD.Get_rank() == 1:
+    launch.find_ranks = fail
+mpitrain.init()
+print("went on")
+"""
+    command = [python(mpi), "-c", "import mpitrain" + script]
+    finished = launch(3, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
+    assert not finished.timed_out, finished.output
+    assert finished.returncode == 1
+    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "ValueError: a reason" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
 def test_an_exception_in_a_thread_of_one_rank_ends_all(mpi):
     script = """
 if world.rank == 0:
@@ -56,7 +79,7 @@ time.sleep(1000)
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_a_rank_that_waits_for_a_lock_is_ended_too(mpi):
+def test_an_exception_ends_a_rank_that_waits_for_a_lock(mpi):
     script = """
 from mpitrain.collectives.rma.locks import LockTable
 locks = LockTable(world, [1, 1])
@@ -91,8 +114,8 @@ print("went on")
 
 @pytest.mark.parametrize("mpi", installed())
 @pytest.mark.parametrize("waiting", ["world.barrier()", "time.sleep(1000)"])
-def test_an_interrupted_launcher_leaves_nobody(mpi, waiting):
-    """Ctrl-C, while rank 0 sleeps and the others wait for it in MPI or sleep too."""
+def test_an_interrupted_launcher_leaves_no_rank(mpi, waiting):
+    """Ctrl-C while rank 0 sleeps and the others wait for it in MPI or sleep too."""
     script = f"""
 world.barrier()
 if world.rank == 0:
@@ -119,7 +142,7 @@ def visit(n):
 
 @pytest.mark.parametrize("mpi", installed())
 @pytest.mark.parametrize("way", ["messages", "windows"])
-def test_a_rank_that_has_ended_serves_those_that_have_not(mpi, way):
+def test_a_rank_at_its_end_serves_the_others(mpi, way):
     script = """
 if world.rank:
     time.sleep(0.5)
@@ -132,7 +155,7 @@ if world.rank:
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_one_that_serves_no_longer_keeps_nobody_from_ending(mpi):
+def test_a_rank_without_service_lets_the_others_end(mpi):
     script = """
 if world.rank == 1:
     world.progress_thread.stop()
@@ -144,8 +167,8 @@ if world.rank == 1:
 
 @pytest.mark.parametrize("mpi", installed())
 @pytest.mark.parametrize("end", ["raise ValueError('a reason')", "os.kill(pids[0], signal.SIGINT); time.sleep(1000)"])
-def test_a_rank_that_has_ended_does_not_wait_for_those_that_fail(mpi, end):
-    """Another one raises, or it is interrupted itself."""
+def test_a_rank_at_its_end_does_not_wait_for_a_rank_that_fails(mpi, end):
+    """Another rank raises an exception, or this one is interrupted."""
     script = f"""
 if world.rank == 1:
     time.sleep(0.5)
@@ -158,7 +181,7 @@ if world.rank == 1:
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_a_rank_that_can_serve_no_longer_ends_all(mpi):
+def test_an_error_in_the_service_of_one_rank_ends_all(mpi):
     script = """
 if world.rank == 0:  # a request longer than there is room for
     world.progress_thread._comm.Send(np.zeros(100), 1, 1)
@@ -171,8 +194,8 @@ time.sleep(1000)
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_a_world_that_srun_did_not_join_is_a_usage_error(mpi):
-    """srun started 4 tasks, and each of them believes to be alone."""
+def test_tasks_of_srun_that_mpi_does_not_join_are_a_usage_error(mpi):
+    """srun started 4 tasks, and MPI sees a world of 1 in each."""
     finished = run(mpi, 0, "print('went on')", SLURM_STEP_NUM_TASKS="4")
     assert finished.returncode != 0
     assert "UsageError: srun started 4 tasks, but MPI sees a world of 1" in finished.output
@@ -195,11 +218,11 @@ def test_the_launcher_of_another_mpi_is_a_usage_error(mpi):
         assert finished.returncode != 0
         assert "ranks 1" not in finished.output
         told = "UsageError: the launcher started 2 ranks, but MPI (" in finished.output
-        assert told or "Fatal error in internal_Init_thread" in finished.output  # MPICH may refuse by itself
+        assert told or "Fatal error in internal_Init_thread" in finished.output  # MPICH may refuse on its own
 
 
 @pytest.mark.parametrize("mpi", installed())
-def test_a_rank_may_start_a_process_that_is_alone(mpi):
+def test_a_rank_may_start_a_process_with_a_world_of_its_own(mpi):
     script = """
 import subprocess
 from support.launching import environment

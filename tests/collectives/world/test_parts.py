@@ -1,4 +1,4 @@
-"""What a communicator offers besides: parts of the ranks, waiting one-sided, sums in the background."""
+"""Parts of the ranks, one-sided waiting, and all-reduce in the background."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def test_parts_are_worlds_of_their_own(comm):
     members = list(range(comm.rank % 2, comm.size, 2))
     assert (part.rank, part.size) == (members.index(comm.rank), len(members))
     assert part.statistics is comm.statistics
-    # The nodes of the whole, counted anew.
+    # The nodes of the whole, renumbered.
     nodes = [comm.nodes[rank] for rank in members]
     assert part.nodes == [sorted(set(nodes)).index(node) for node in nodes]
     assert part.world.device == comm.world.device
@@ -27,7 +27,7 @@ def test_parts_are_worlds_of_their_own(comm):
     out = np.zeros(1000, np.float32)
     center.read(out)
     assert np.all(out == len(members))
-    # The parts are not in step with each other, and the whole goes on.
+    # The parts run independently of each other, and the whole stays usable.
     for _ in range(3 * (comm.rank % 2)):
         part.barrier()
     assert comm.gather([part.rank])[:, 0].tolist() == [rank // 2 for rank in range(comm.size)]
@@ -42,8 +42,8 @@ def test_a_part_of_a_part(comm):
 
 
 @ALL
-def test_one_waits_for_what_another_does(comm):
-    """A message goes round: each rank waits for its own mailbox and fills that of the next."""
+def test_a_rank_waits_for_a_one_sided_write(comm):
+    """A message goes around a ring: each rank waits for its mailbox, then fills that of the next rank."""
     boxes, tags = comm.mailboxes(4, np.float64), np.zeros(4)
 
     def arrived():
@@ -67,12 +67,12 @@ def test_one_waits_for_what_another_does(comm):
 @ALL
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("n", [0, 1, 70_001])
-def test_a_sum_in_the_background(comm, n, dtype):
+def test_an_all_reduce_in_the_background(comm, n, dtype):
     vector = comm.vector(n, dtype)
     values = np.random.default_rng(0).integers(-4, 4, (comm.size, n)).astype(dtype)
     vector.local[...] = values[comm.rank]
     pending = comm.start_allreduce(vector)
-    other = comm.gather([comm.rank])  # something else goes on meanwhile
+    other = comm.gather([comm.rank])  # another collective in the meantime
     pending.wait()
     assert other.size == comm.size
     assert np.array_equal(vector.local, values.sum(0))
@@ -84,7 +84,7 @@ def test_a_sum_in_the_background(comm, n, dtype):
 
 
 @ALL
-def test_memory_is_given_back_only_when_nothing_is_under_way(world):
+def test_free_waits_for_a_pending_all_reduce(world):
     from mpitrain.collectives.mpi import MPICommunicator
 
     for _ in range(3):
@@ -94,7 +94,7 @@ def test_memory_is_given_back_only_when_nothing_is_under_way(world):
         pending = comm.start_allreduce(vector)
         wait, free = pending.wait, vector.free
 
-        def finish_and_look(wait=wait, vector=vector, events=events):
+        def wait_and_note(wait=wait, vector=vector, events=events):
             wait()
             events.append(np.unique(vector.local).tolist())
 
@@ -102,7 +102,7 @@ def test_memory_is_given_back_only_when_nothing_is_under_way(world):
             events.append("freed")
             free()
 
-        pending.wait, vector.free = finish_and_look, note_and_free
+        pending.wait, vector.free = wait_and_note, note_and_free
         comm.free()
         assert events == [[sum(range(1, 1 + world.size))], "freed"]
         wait()

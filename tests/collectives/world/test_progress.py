@@ -1,4 +1,4 @@
-"""A rank that computes or sleeps does not stop the exchange of another: the order of events says so, not their time."""
+"""Exchanges with a rank that computes or sleeps, checked by the order of events and not by their duration."""
 
 import ctypes
 import threading
@@ -39,7 +39,7 @@ def comm(two_nodes):
 
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("work", [sleep, compute, interpret])
-def test_an_exchange_with_a_busy_rank_ends_before_its_work(comm, work):
+def test_an_exchange_with_a_busy_rank_ends_before_the_rank_does(comm, work):
     boxes = comm.mailboxes(10_000, np.float32)
     busy = comm.size - 1  # on the other node than rank 0
     comm.barrier()
@@ -71,19 +71,19 @@ def test_a_progress_thread_runs_between_nodes_only_and_stops(one_node, two_nodes
 
 
 @pytest.mark.ranks(2, 4)
-def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
+def test_a_worker_visits_the_shards_of_another_node_first(comm, two_nodes):
     vector = comm.shared_vector(1024 * comm.size, np.float32)
     visited = []
     vector.update(lambda part, c: visited.append(part))
     firsts = [int(row[0]) for row in comm.gather([float(visited[0].start // 1024)])]
-    assert sorted(firsts) == list(range(comm.size))  # no two with the same
+    assert sorted(firsts) == list(range(comm.size))  # all different
     assert all(two_nodes.nodes[home] != two_nodes.nodes[rank] for rank, home in enumerate(firsts))
     assert sorted(part.start for part in visited) == sorted(part.start for part in vector.parts)
 
 
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("thread", ["foreground", "background"])
-def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
+def test_no_update_is_lost_with_many_pending_blocks(comm, thread):
     from mpitrain.collectives.rma.peer_memory import LARGEST_REMOTE_SHARD
     from mpitrain.collectives.world.background import Background
 
@@ -103,14 +103,20 @@ def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, threa
     assert np.array_equal(out, np.full_like(out, n_visits * comm.size))
 
 
-SERVED = {"MPI_Testany": 5, "MPI_Send": 6, "MPI_Isend": 7, "MPI_Irecv": 7, "MPI_Testall": 4}  # and their arguments
+SERVED = {
+    "MPI_Testany": 5,
+    "MPI_Send": 6,
+    "MPI_Isend": 7,
+    "MPI_Irecv": 7,
+    "MPI_Testall": 4,
+}  # functions of MPI and their numbers of arguments
 
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Local. `failing(name, n)`: a service of this rank alone in which a function of MPI fails after n calls.
+    """Return `failing(name, n)`, which starts a service in which a function of MPI fails after n calls. Local.
 
-    Beside it what its thread raised.
+    It returns the thread, which serves this rank alone, and the list of messages of its exceptions.
     """
     from mpi4py import MPI
 
@@ -147,7 +153,7 @@ def failing(monkeypatch):
 
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize(("name", "n_good"), [*((name, 0) for name in SERVED), ("MPI_Irecv", 1)])
-def test_an_error_of_mpi_ends_the_service_and_is_told(failing, name, n_good):
+def test_an_mpi_error_ends_the_service_and_is_raised(failing, name, n_good):
     from mpi4py import MPI
 
     thread, raised = failing(name, n_good)
@@ -159,7 +165,7 @@ def test_an_error_of_mpi_ends_the_service_and_is_told(failing, name, n_good):
 
 
 @pytest.mark.ranks(1, 2)
-def test_who_lets_a_service_wait_hears_of_its_error(failing):
+def test_a_watched_request_raises_the_error_of_the_service(failing):
     from mpi4py import MPI
 
     from mpitrain.collectives.world.background import Background
@@ -167,7 +173,7 @@ def test_who_lets_a_service_wait_hears_of_its_error(failing):
     thread, _ = failing("MPI_Isend", 0)
     there, here, none, locked = np.ones(8), np.zeros(8), np.zeros(0), np.ones(1, np.int64)
     waits = thread.fetch(0, (there.ctypes.data, 0), (here, none), (locked.ctypes.data, 2))
-    time.sleep(0.2)  # it has come, and nothing else does
+    time.sleep(0.2)  # the request has arrived, and no other will
     shared, background = thread._mpi.shared, Background(threads=True)
     shared[service.TRUSTED] = 1
     started = background.start(waits.wait)

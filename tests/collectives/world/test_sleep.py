@@ -1,4 +1,4 @@
-"""A serving thread that has nothing to do sleeps, where the network wakes it, and hears what comes."""
+"""An idle serving thread sleeps until the network wakes it, and serves every request."""
 
 import os
 import select
@@ -6,7 +6,7 @@ import select
 import pytest
 from support.launching import installed, launch, python
 
-# Ranks of one machine that speak TCP with each other.
+# Ranks of one machine that use TCP between each other.
 TCP = {"openmpi": {"OMPI_MCA_btl": "self,tcp"}, "mpich": {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"}}
 
 SCRIPT = """
@@ -43,14 +43,14 @@ def visit():
     visits += 1
     vector.update(lambda part, c: np.add(c, 1, out=c) is None)
 
-visit()  # compiles what is not compiled yet
+visit()  # compiles kernels
 world.barrier()
-for rank in range(2):  # one asks the other, which is not in MPI meanwhile, until that one trusts what announces it
+for rank in range(2):  # one requests from the other, which is outside MPI, until that one trusts its event files
     trusts = Path(sys.argv[1], str(1 - rank))
     while not trusts.exists():
         if world.rank == rank:
             visit()
-            time.sleep(0.05)  # longer than the naps of the other one
+            time.sleep(0.05)  # longer than the pauses of the other rank
         elif world.service._mpi.shared[service.TRUSTED]:
             trusts.touch()
         else:
@@ -68,9 +68,9 @@ out = np.empty(vector.n, np.float32)
 vector.read(out)
 assert world.n_nodes == 2
 assert np.unique(out).tolist() == [world.comm.allreduce(visits)]
-# Asleep for 5 ms at a time, 200 times a second; one that naps for 1 ms wakes 900 times, fewer on a loaded machine.
+# It sleeps 5 ms at a time, 200 times a second; with pauses of 1 ms it wakes 900 times, fewer on a loaded machine.
 assert n_wakes <= 400, n_wakes
-# What an exchange in the background waits for, it waits for; the other thread of the rank sleeps.
+# It waits for the requests of a background exchange; the rank's other thread sleeps.
 assert 1 in outcomes, outcomes
 assert set(outcomes) <= {0, 1}, outcomes
 world.barrier()
@@ -80,19 +80,19 @@ comm.free()
 
 @pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
-def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_others(mpi, tmp_path):
+def test_an_idle_service_sleeps_serves_every_request_and_watches_for_others(mpi, tmp_path):
     environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
     finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
     assert finished.returncode == 0, finished.output
 
 
-def test_a_bell_is_heard_once_however_often_it_was_rung():
+def test_many_wakes_wake_once():
     from mpitrain.collectives.world.wakeup import WakeupPipe
 
     wakeup, poll = WakeupPipe(), select.poll()
     poll.register(wakeup.reads, select.POLLIN)
     assert not poll.poll(0)
-    for _ in range(100_000):  # more than a pipe has room for
+    for _ in range(100_000):  # more than a pipe holds
         wakeup.wake()
     assert poll.poll(0) == [(wakeup.reads, select.POLLIN)]
     while poll.poll(0):
@@ -101,7 +101,7 @@ def test_a_bell_is_heard_once_however_often_it_was_rung():
     assert poll.poll(0)
 
 
-def test_files_of_events_are_found_and_told_when_something_has_happened():
+def test_event_files_are_found_and_become_readable_on_an_event():
     from mpitrain.collectives.world.wakeup import WakeupPipe, event_files, poll_structs
 
     before, wakeup = set(event_files()), WakeupPipe()

@@ -1,4 +1,4 @@
-"""The counters: where staleness is counted, by its two definitions."""
+"""Counters of staleness, by its two definitions."""
 
 import numpy as np
 from hypothesis import given
@@ -18,7 +18,7 @@ def test_distances_are_counted_by_powers_of_two(distance):
     assert found == DISTANCE_BINS - 1 or distance < high
 
 
-def test_a_distance_that_is_no_number_is_counted_as_none():
+def test_a_nan_distance_is_counted_in_the_first_bin():
     assert distance_bin(float("nan")) == 0
 
 
@@ -32,8 +32,8 @@ def test_each_staleness_is_counted_once():
     assert statistics.staleness_distance.sum() == 4
 
 
-def test_distance_of_a_visit_is_how_far_the_center_has_moved():
-    """In round robin, everybody adding 1/4 to each of n elements: (p - 1)/4*sqrt(n); from a sample if n is large."""
+def test_the_distance_of_a_visit_is_that_of_the_center_since_the_last_one():
+    """In round robin, each worker adding 1/4 to n elements: (p - 1)/4*sqrt(n); from a sample if n is large."""
     for n in (64, 5000):
 
         def program(comm, n=n):
@@ -53,7 +53,7 @@ def test_distance_of_a_visit_is_how_far_the_center_has_moved():
             assert comm.statistics.staleness_distance[expected] == 2
 
 
-def test_what_was_pulled_counts_and_not_what_was_pushed():
+def test_staleness_counts_from_the_last_pull():
     def program(comm):
         center = comm.shared_vector(16, np.float64)
         center.update(lambda part, c: None, pushes=False)
@@ -62,7 +62,7 @@ def test_what_was_pulled_counts_and_not_what_was_pushed():
         return comm.statistics
 
     (statistics,) = SimulatedWorld(1).run(program)
-    # Its own first push has moved the center by 1 in 16 elements since its pull; nobody else has.
+    # Since its pull only its own first push has moved the center, by 1 in 16 elements.
     assert statistics.staleness[0] == 2
     assert statistics.staleness_distance[0] == 1
     assert statistics.staleness_distance[distance_bin(4.0)] == 1

@@ -1,4 +1,4 @@
-"""Which transport is chosen, from what the GPUs and MPI can do. The ranks are real, the GPUs stand-ins."""
+"""The choice of a transport from what the GPUs and MPI can do. The ranks are real, the GPUs are fakes."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def chosen(n_nodes, wanted, **can):
 @pytest.mark.parametrize(
     ("wanted", "maps", "proved", "expected"),
     [
-        # maps, sums, windows; windows stand where ranks of the node are not mapped, and between nodes
+        # maps, sums, windows; there are windows where ranks of the node are not mapped, and between nodes
         ("auto", True, NO, (True, False, False)),
         ("auto", True, YES, (True, True, "between")),
         ("auto", False, NO, (False, False, False)),
@@ -35,8 +35,8 @@ def chosen(n_nodes, wanted, **can):
         ("staged", True, YES, (False, False, False)),
     ],
 )
-def test_what_works_is_used_and_what_was_asked_for_is_obeyed(world, n_nodes, wanted, maps, proved, expected):
-    # One rank can map its own memory always: there is nobody else's.
+def test_auto_uses_the_best_that_works_and_other_choices_are_obeyed(world, n_nodes, wanted, maps, proved, expected):
+    # A single rank has no other memory to map.
     transport, n_nodes = chosen(n_nodes, wanted, maps=maps, proved=proved)
     windows = n_nodes > 1 if expected[2] == "between" else expected[2]
     assert (transport.maps, transport.sums, transport.windows) == (*expected[:2], windows)
@@ -45,7 +45,7 @@ def test_what_works_is_used_and_what_was_asked_for_is_obeyed(world, n_nodes, wan
 
 
 @ranks
-def test_what_does_not_work_here_is_refused_on_all_ranks(world):
+def test_a_transport_that_does_not_work_is_refused_on_all_ranks(world):
     with pytest.raises(UsageError, match=r"--transport ipc does not work here: rank 0: .*cudaErrorNotSupported"):
         chosen(1, "ipc", maps=False)
     with pytest.raises(UsageError, match="mpitrain info --probe"):
@@ -53,7 +53,7 @@ def test_what_does_not_work_here_is_refused_on_all_ranks(world):
 
 
 @ranks
-def test_wrong_bytes_are_no_mapping(world, monkeypatch):
+def test_a_mapping_with_wrong_bytes_is_refused(world, monkeypatch):
     with gpus(1, "staged") as comm:
         assert mapping_problem(comm.world.ranks, comm.world.gpu) is None
         right = StandInGpu.mapped
@@ -63,7 +63,7 @@ def test_wrong_bytes_are_no_mapping(world, monkeypatch):
 
 
 @ranks
-def test_a_part_of_the_ranks_has_windows_only_where_it_needs_them(world):
+def test_a_part_of_the_ranks_has_windows_only_if_needed(world):
     whole = Transport(maps=True, sums=True, windows=True, n_nodes=2, why="a test")
     part = whole.of_part(1)
     assert not part.windows
@@ -73,7 +73,7 @@ def test_a_part_of_the_ranks_has_windows_only_where_it_needs_them(world):
 
 @ranks
 @pytest.mark.parametrize("wanted", TRANSPORTS[1:])
-def test_memory_is_given_back(world, wanted):
+def test_memory_is_freed(world, wanted):
     with gpus(1, wanted) as comm:
         device, n_locked = comm.world.gpu, len(comm.world.gpu.page_locked_memory)
         vectors = [DeviceWindow(comm.world, 100, np.float32, mirrored=True) for _ in range(2)]

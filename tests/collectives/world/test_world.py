@@ -1,4 +1,4 @@
-"""The world: one object a process, and nodes that are a partition of its ranks."""
+"""The world: one object per process, a partition of the ranks into nodes, parts of it, and its errors."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 
 @ALL
-def test_init_gives_the_same_world_every_time():
+def test_init_returns_the_same_world_every_time():
     world = mpitrain.init()
     assert mpitrain.init() is world
     assert mpitrain.init("cpu") is world
@@ -42,7 +42,7 @@ def test_an_unknown_transport_or_another_one_is_a_usage_error(monkeypatch):
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monkeypatch, capfd):
+def test_a_rank_with_a_gpu_has_a_transport_and_shared_gpus_are_reported(monkeypatch, capfd):
     from mpi4py import MPI
 
     from mpitrain.collectives.world import device
@@ -63,7 +63,7 @@ def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monke
 
 
 @pytest.mark.ranks(1, 2)
-def test_one_rank_without_cupy_is_everybodys_usage_error(monkeypatch):
+def test_one_rank_without_cupy_is_a_usage_error_on_all(monkeypatch):
     from mpi4py import MPI
 
     from mpitrain.collectives.world import device
@@ -151,7 +151,7 @@ def test_a_shared_array_is_one_memory(world):
 
 
 @ALL
-def test_a_shared_array_is_zero_also_in_memory_used_before(world):
+def test_a_shared_array_is_zero_in_reused_memory(world):
     for n in (1, 10, 100, 4000):
         used = [np.full(n, 255, np.uint8) for _ in range(4)]
         del used
@@ -160,14 +160,14 @@ def test_a_shared_array_is_zero_also_in_memory_used_before(world):
 
 
 @ALL
-def test_no_room_for_a_shared_array_is_a_usage_error(world):
+def test_a_shared_array_that_does_not_fit_is_a_usage_error(world):
     with pytest.raises(UsageError, match="shared memory"):
         world.shared_array((2**50,), np.float32)
 
 
 @ALL
 @pytest.mark.parametrize("text", ["x", "0", "-1", "", "1.5"])
-def test_a_number_of_nodes_must_be_one(monkeypatch, text):
+def test_an_invalid_number_of_emulated_nodes_is_a_usage_error(monkeypatch, text):
     from mpi4py import MPI
 
     from mpitrain.collectives.world.launch import create_world
@@ -200,7 +200,7 @@ def test_a_world_describes_itself(world):
 
 
 @pytest.mark.ranks(1)
-def test_an_unknown_way_between_nodes_is_refused(monkeypatch):
+def test_an_unknown_path_between_nodes_is_refused(monkeypatch):
     from mpi4py import MPI
 
     from mpitrain import UsageError
@@ -212,15 +212,15 @@ def test_an_unknown_way_between_nodes_is_refused(monkeypatch):
 
 
 @pytest.mark.ranks(2, 3)
-def test_the_way_between_nodes_is_told(two_nodes, windows, one_node):
-    ways = [world.describe()["transport"]["between nodes"] for world in (two_nodes, windows, one_node)]
-    assert "messages" in ways[0]
-    assert "RMA window" in ways[1]
-    assert ways[2] == "not used"
+def test_the_path_between_nodes_is_described(two_nodes, windows, one_node):
+    paths = [world.describe()["transport"]["between nodes"] for world in (two_nodes, windows, one_node)]
+    assert "messages" in paths[0]
+    assert "RMA window" in paths[1]
+    assert paths[2] == "not used"
 
 
 @pytest.mark.ranks(4, 5)
-def test_parts_of_parts_count_the_dead_by_their_own_ranks(world, monkeypatch):
+def test_parts_of_parts_number_dead_ranks_as_their_own(world, monkeypatch):
     detector = SimpleNamespace(dead=frozenset({2, 3}), leaves_no_survivors=False)
     monkeypatch.setattr(world, "_fault_tolerance", ULFMFaultTolerance(world.comm, detector))
     odd = world.split(world.rank % 2)
