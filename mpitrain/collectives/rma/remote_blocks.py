@@ -84,7 +84,7 @@ class RemoteBlocks:
         bases = address_of(local), address_of(memory.tags.local)
         self._bases: list[tuple[int, int]] = memory.world.comm.allgather(bases)
         # Used in turn: the blocks that are fetched, worked on and stored.
-        self.staging = [np.zeros_like(local, shape=(memory.longest_remote,)) for _ in range(n_staging_buffers)]
+        self.staging = memory.staging_buffers(n_staging_buffers)
         self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))
         self._encoded_staging = [] if self._wire is None else [self._wire.staging() for _ in range(n_staging_buffers)]
         self._current = 0

@@ -163,6 +163,7 @@ def rounds_of_visits(encoding):
         slots=indices,
         data=SimpleNamespace(local=elements),
         tags=SimpleNamespace(local=tags),
+        staging_buffers=lambda n: [np.zeros(LENGTH, np.float32) for _ in range(n)],
         longest_remote=LENGTH,
     )
     locks = SimpleNamespace(
