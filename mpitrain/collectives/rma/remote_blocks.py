@@ -139,7 +139,7 @@ class RemoteBlocks:
 
     def _fetch(self, index: int, encoded: bool) -> tuple[RemoteBlock, Transfer]:
         """Start to lock and fetch a block."""
-        # The oldest store has used the next staging buffer.
+        # The oldest store may still read from the next staging buffer.
         self.wait(all_but=len(self.staging) - 2)
         block = self._staging_block(index)
         data = block.data
