@@ -1,4 +1,4 @@
-"""All-reduce: the sum in float64 is the oracle; the bits are the same on every rank and at every run."""
+"""All-reduce against the sum in float64; the bits are the same on every rank and in every run."""
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +14,7 @@ def values(rank, n, dtype, seed=0):
 
 
 def assert_is_sum(result, vectors, scale=1.0):
-    """Summed in float32 at least and rounded once: half a unit of the dtype, and p of float32 (or of float64)."""
+    """Check a sum in float32 or wider, rounded once: half a unit of the dtype, and p of float32 (or float64)."""
     terms = np.stack([v.astype(np.float64) for v in vectors])
     exact = scale * terms.sum(0)
     eps = float(ml_dtypes.finfo(result.dtype).eps)
@@ -37,7 +37,7 @@ def test_every_rank_gets_the_sum_or_the_mean(comm, dtype):
 
 @ALL
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_bits_are_the_same_on_all_ranks_and_at_every_run(comm, dtype):
+def test_the_bits_are_the_same_on_all_ranks_and_in_every_run(comm, dtype):
     vector = comm.vector(10_007, dtype)
     results = set()
     for _ in range(3):
@@ -48,8 +48,8 @@ def test_the_bits_are_the_same_on_all_ranks_and_at_every_run(comm, dtype):
 
 
 @ALL
-def test_windows_in_turn_do_not_disturb_each_other(comm):
-    """Whatever their sizes and dtypes, also when one takes the place of another that was freed."""
+def test_windows_are_independent(comm):
+    """For all sizes and dtypes, and if one window reuses the memory of another."""
     kept = comm.vector(100, np.float32)
     kept.local[:] = 1
     for n, dtype in (
@@ -68,12 +68,12 @@ def test_windows_in_turn_do_not_disturb_each_other(comm):
         comm.barrier()
         comm._made.remove(vector)
         vector.free()
-        del vector  # its address may be the next one's
+        del vector  # the next one may have its address
 
 
 @ALL
-def test_a_sum_is_ready_to_be_summed_again(comm):
-    """In place, time after time, with work of unequal length between: nobody reads a slice of the round before."""
+def test_sums_can_be_repeated_in_place(comm):
+    """No rank reads a slice of the previous round."""
     vector = comm.vector(50_000, np.float64)
     vector.local[:] = comm.rank
     x = float(sum(range(comm.size)))
@@ -86,7 +86,7 @@ def test_a_sum_is_ready_to_be_summed_again(comm):
 
 @ALL
 def test_the_volume_is_that_of_a_ring(comm):
-    """2 (p-1)/p S bytes a rank; between nodes 2 (m-1) S in all for m of them."""
+    """2 (p-1)/p S bytes per rank, and 2 (m-1) S in total between m nodes."""
     for k, n in enumerate((1000, 17), start=1):
         before = comm.statistics.bytes_sent
         comm.allreduce(comm.vector(n, np.float32))
@@ -98,7 +98,7 @@ def test_the_volume_is_that_of_a_ring(comm):
 
 @ALL
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_one_kernel_or_message_cannot_take_is_summed_in_parts(comm, monkeypatch, dtype):
+def test_sums_too_large_for_one_kernel_or_message_are_split(comm, monkeypatch, dtype):
     from mpitrain.collectives import allreduce
 
     monkeypatch.setattr(allreduce, "MOST", 2)

@@ -1,4 +1,4 @@
-"""What else a communicator does between ranks: reads of a peer's vector, gathering, giving back."""
+"""Other calls of the communicator between ranks: reading peers, gathering, waiting, freeing."""
 
 import time
 
@@ -11,7 +11,7 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 @ALL
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_a_peer_s_vector_is_read_as_it_is(comm, dtype):
+def test_reads_see_the_vector_of_the_peer(comm, dtype):
     for n in (1000, 7):
         vector = comm.vector(n, dtype)
         vector.local[:] = comm.rank + 1
@@ -24,7 +24,7 @@ def test_a_peer_s_vector_is_read_as_it_is(comm, dtype):
 
 
 @ALL
-def test_what_is_written_to_host_memory_after_it_was_published_comes_later(monkeypatch, comm):
+def test_publishing_a_host_vector_orders_writes(monkeypatch, comm):
     synchronized = []
     for vector in (comm.numbers(2), comm.vector(10, np.float32)):
         monkeypatch.setattr(vector, "sync", lambda vector=vector: synchronized.append(vector))
@@ -33,7 +33,7 @@ def test_what_is_written_to_host_memory_after_it_was_published_comes_later(monke
 
 
 @ALL
-def test_everybody_gathers_everybody_s_numbers(comm):
+def test_all_ranks_gather_the_numbers_of_all(comm):
     gathered = comm.gather([comm.rank, comm.rank**2 + 0.5])
     assert gathered.dtype == np.float64
     assert np.array_equal(gathered, [[rank, rank**2 + 0.5] for rank in range(comm.size)])
@@ -41,7 +41,7 @@ def test_everybody_gathers_everybody_s_numbers(comm):
 
 
 @ALL
-def test_a_communicator_gives_back_all_it_made(comm):
+def test_a_communicator_frees_all_it_allocated(comm):
     for _ in range(2):
         comm.vector(100, np.float32)
         comm.shared_vector(100, np.float32)
@@ -52,7 +52,7 @@ def test_a_communicator_gives_back_all_it_made(comm):
 
 
 @ALL
-def test_who_waits_for_long_looks_seldom(comm):
+def test_a_long_wait_polls_seldom(comm):
     from mpitrain.collectives import mpi
 
     seconds, polls = 0.3, 0
@@ -65,5 +65,5 @@ def test_who_waits_for_long_looks_seldom(comm):
 
     comm.wait_until(is_over)
     longest = mpi.LONGEST_BACKOFF_SECONDS if comm.world.n_nodes == 1 else mpi.LONGEST_BACKOFF_BETWEEN_NODES_SECONDS
-    assert polls <= 1 + mpi.POLLS_BEFORE_BACKOFF + 10 + seconds / longest  # 10 while the naps become longer
+    assert polls <= 1 + mpi.POLLS_BEFORE_BACKOFF + 10 + seconds / longest  # 10 while the sleeps become longer
     assert comm.statistics.wait_seconds >= 0.9 * seconds

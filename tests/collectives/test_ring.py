@@ -1,4 +1,4 @@
-"""A ring of messages sums what every rank has; the bits are the same everywhere and at every run."""
+"""The ring all-reduce: the sum, with the same bits everywhere and in every run."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ def test_every_rank_gets_the_sum(one_node, n, dtype):
 
     comm = one_node.comm
     everyones = [np.random.default_rng([rank, n]).normal(size=n).astype(dtype) for rank in range(comm.size)]
-    room = np.zeros(max(part.stop - part.start for part in split(n, comm.size)), dtype)
+    incoming = np.zeros(max(part.stop - part.start for part in split(n, comm.size)), dtype)
     results = []
     for _ in range(3):
         total = everyones[comm.rank].copy()
-        ring.allreduce(comm, total, room)
+        ring.allreduce(comm, total, incoming)
         results.append(total.tobytes())
         exact = np.sum([values.astype(np.float64) for values in everyones], axis=0)
         np.testing.assert_allclose(total, exact, rtol=0, atol=comm.size * 8 * np.finfo(dtype).eps)
@@ -29,7 +29,7 @@ def test_every_rank_gets_the_sum(one_node, n, dtype):
 
 @pytest.mark.ranks(2, 3, 4, 5)
 @pytest.mark.parametrize("n", [1, 100, 5003])
-def test_an_all_reduce_between_nodes_is_the_same_in_a_ring(two_nodes, n, monkeypatch):
+def test_a_ring_agrees_with_the_all_reduce_of_mpi(two_nodes, n, monkeypatch):
     from mpitrain.collectives import allreduce, ring
     from mpitrain.collectives.mpi import MPICommunicator
 

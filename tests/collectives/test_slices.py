@@ -1,4 +1,4 @@
-"""Each rank gets its slice of the sum, in memory that is lent to it; the slices of a node make a whole."""
+"""`reduce_slices`: each rank gets its slice of the sum, and the slices of a node cover the vector."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def values(rank, n, dtype):
 
 
 def check(comm, n, dtype):
-    """Every worker writes its part of the sum to what the node shares; then all is there."""
+    """Write this worker's slice of the sum to a vector that the node shares, and check that it is complete."""
     vector, shared = comm.vector(n, dtype), comm.node_vector(n, dtype)
     mine = values(comm.rank, n, dtype)
     vector.local[:] = mine
@@ -43,15 +43,15 @@ def check(comm, n, dtype):
 @ALL
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direct", [1, 8])
-def test_slices_of_a_node_make_the_sum(comm, dtype, direct, monkeypatch):
+def test_the_slices_of_a_node_are_the_sum(comm, dtype, direct, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(module, "DIRECT", direct)  # with 1 as with many ranks: block by block
+    monkeypatch.setattr(module, "DIRECT", direct)  # 1: block by block, as with many ranks
     for n in (0, 1, 17, 1000):
         check(comm, n, dtype)
 
 
 @ALL
-def test_ranks_of_a_node_have_one_vector_between_them(comm):
+def test_the_ranks_of_a_node_share_a_node_vector(comm):
     shared = comm.node_vector(10, np.float32)
     leader = comm.rank == comm.world.node_ranks[0]
     if leader:
@@ -66,6 +66,6 @@ def test_ranks_of_a_node_have_one_vector_between_them(comm):
 
 
 @pytest.mark.parametrize("nodes", [[0], [0, 0, 0], [0, 1, 2], [0, 0, 1, 1], [0, 0, 0, 1]])
-def test_simulated_workers_do_the_same(nodes):
+def test_simulated_workers_agree(nodes):
     world = SimulatedWorld(len(nodes), nodes=nodes)
     world.run(lambda comm: [check(comm, n, np.float64) for n in (0, 1, 17, 100)])

@@ -1,4 +1,4 @@
-"""Broadcast and reduce along a tree, from every root and for sizes around the chunk's."""
+"""Broadcast and reduce along a tree, for every root and for sizes around that of a chunk."""
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ def sizes(dtype):
 @ALL
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_everybody_gets_the_root_s_array(comm, dtype):
+def test_all_ranks_get_the_array_of_the_root(comm, dtype):
     for root in range(comm.size):
         for n in sizes(dtype):
             theirs = (np.arange(n) % 97 + root).astype(dtype)
@@ -46,7 +46,7 @@ def test_the_root_gets_the_sum(comm, dtype):
 
 
 @ALL
-def test_sums_that_round_have_the_same_bits_at_every_run(comm):
+def test_rounded_sums_have_the_same_bits_in_every_run(comm):
     n = 300_001  # more than one chunk of the real size
     x = np.random.default_rng(comm.rank).normal(size=n).astype(np.float32)
     first, second = x.copy(), x.copy()
@@ -59,7 +59,7 @@ def test_sums_that_round_have_the_same_bits_at_every_run(comm):
 
 
 @ALL
-def test_what_is_reduced_and_broadcast_is_an_allreduce(comm):
+def test_reduce_and_broadcast_make_an_all_reduce(comm):
     for root in range(comm.size):
         array = np.full(1000, 2.0**comm.rank)
         comm.reduce(array, root)

@@ -77,6 +77,13 @@ class BlockMemory:
         tags, slot = self.tags.of(self.homes[index]), self.slots[index]
         return None if tags is None else tags[slot * N_TAGS : (slot + 1) * N_TAGS]
 
+    def staging_buffers(self, n: int) -> list[Any]:
+        """Return ``n`` buffers for any block that is not in place. Local."""
+        like, length = self.data.local, self.longest_remote
+        if isinstance(like, np.ndarray):
+            return [np.zeros(length, like.dtype) for _ in range(n)]  # takes memory only once it is used
+        return [np.zeros_like(like, shape=(length,)) for _ in range(n)]
+
     def get(self, block: Block) -> None:
         """Copy a remote block, whose lock this rank holds, from its home. Local."""
         index = block.index

@@ -42,8 +42,7 @@ class OneSidedBlocks:
         self._memory, self._locks, self._statistics = memory, locks, statistics
         self._before_wait = before_wait
         self.residuals: dict[int, np.ndarray] = {}
-        shape = (memory.longest_remote,)
-        self.staging = [np.zeros_like(memory.data.local, shape=shape) for _ in range(n_staging_buffers)]
+        self.staging = memory.staging_buffers(n_staging_buffers)
         self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))
         self._current = 0
 

@@ -85,7 +85,7 @@ class RemoteBlocks:
         bases = address_of(local), address_of(memory.tags.local)
         self._bases: list[tuple[int, int]] = memory.world.comm.allgather(bases)
         # Used in turn: the blocks that are fetched, worked on and stored.
-        self.staging = [np.zeros_like(local, shape=(memory.longest_remote,)) for _ in range(n_staging_buffers)]
+        self.staging = memory.staging_buffers(n_staging_buffers)
         self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))
         self._encoded_staging = [] if self._wire is None else [self._wire.staging() for _ in range(n_staging_buffers)]
         self._current = 0
@@ -140,7 +140,7 @@ class RemoteBlocks:
 
     def _fetch(self, index: int, encoded: bool) -> tuple[RemoteBlock, Transfer]:
         """Start to lock and fetch a block."""
-        # The oldest store has used the next staging buffer.
+        # The oldest store may still read from the next staging buffer.
         self.wait(all_but=len(self.staging) - 2)
         block = self._staging_block(index)
         data = block.data

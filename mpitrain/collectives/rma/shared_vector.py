@@ -21,7 +21,7 @@ from mpitrain.kernels import gpu
 from mpitrain.kernels.gpu import assign
 
 LARGEST_SHARD = 1 << 19
-"""Elements. Large enough for the cost of the lock to vanish, small enough for nobody to wait long."""
+"""Elements. Large enough for the cost of the lock to vanish, small enough to keep waits short."""
 
 
 SAMPLE = 1024

@@ -1,4 +1,4 @@
-"""Vectors in device memory between real ranks, by each transport: what is summed, read, visited, and in which order."""
+"""Vectors in device memory between real ranks, by each transport: all-reduce, reads, visits, and their order."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def comm(request):
 
 
 def values(rank, n=N, dtype=np.float32):
-    """Small whole numbers: their sums are exact in any order."""
+    """Return small whole numbers, whose sums are exact in any order."""
     return ((np.arange(n) * (rank + 1)) % 31).astype(dtype)
 
 
@@ -40,7 +40,7 @@ def test_all_reduce_is_the_sum(comm, dtype, mean):
     np.testing.assert_allclose(found, wanted, rtol={2: 2**-7}.get(dtype.itemsize, 1e-6))
 
 
-def test_a_second_all_reduce_begins_with_what_the_first_left(comm):
+def test_an_all_reduce_starts_from_the_result_of_the_previous_one(comm):
     vector = comm.vector(N, np.float64)
     gpu.assign(vector.local, values(comm.rank, dtype=np.float64))
     comm.allreduce(vector)
@@ -127,7 +127,7 @@ def test_no_update_of_a_shared_vector_is_lost(comm, rows, monkeypatch):
     assert vector.read_tags().shape[1] == 4
 
 
-def test_an_exchange_conserves_the_sum_and_counts_what_it_refuses(comm):
+def test_an_exchange_conserves_the_sum_and_counts_nonfinite_elements(comm):
     center, x = comm.shared_vector(N, np.float64), comm.vector(N, np.float64).local
     start = values(comm.rank, dtype=np.float64)
     start[3] = np.nan if comm.rank == 0 else 1.0
@@ -153,7 +153,7 @@ def test_staleness_and_distance_are_those_of_the_host(comm):
     center = comm.shared_vector(N, np.float32)
     center.update(lambda part, c: None, pushes=False)
     comm.barrier()
-    for rank in range(comm.size):  # one after the other: rank r finds r updates, which have made all elements r
+    for rank in range(comm.size):  # in turn: rank r finds r updates, after which all elements are r
         if comm.rank == rank:
             center.update(lambda part, c: c.fill(comm.rank + 1.0))
         comm.barrier()
@@ -179,17 +179,17 @@ def test_mailboxes_keep_vector_and_tags_together(comm):
     boxes.update(to, leave)
     comm.barrier()
 
-    def look(box, tags):
+    def check(box, tags):
         sender = (comm.rank - 1) % comm.size
         assert tags[1] == sender
         np.testing.assert_array_equal(gpu.to_host(box), values(sender))
 
-    boxes.receive(comm.rank, look)
+    boxes.receive(comm.rank, check)
     comm.barrier()
 
 
-def test_what_is_started_comes_after_what_was_begun(comm):
-    """The background's stream is another one: without order it would exchange old values."""
+def test_a_background_operation_follows_earlier_work_of_the_stream(comm):
+    """The background has a stream of its own: without an order it would exchange old values."""
     center, x = comm.shared_vector(N, np.float32), comm.vector(N, np.float32).local
     gpu.assign(x, np.ones(N, np.float32))
     kernels.scale(x, 3.0)

@@ -1,4 +1,4 @@
-"""Owner-aware locks: one owner at a time, versions that count, and what becomes of the lock of a dead rank."""
+"""Locks that know their owner: one owner at a time, versions that count, and locks of dead ranks."""
 
 import time
 
@@ -25,7 +25,7 @@ def last_word(world):
 
 @ALL
 @pytest.mark.parametrize("updated", [True, False])
-def test_a_sum_made_in_two_halves_under_the_lock_loses_nothing(world, locks, window, fetch, store, updated):
+def test_no_read_modify_write_under_the_lock_is_lost(world, locks, window, fetch, store, updated):
     n = 200
     counter = window(1, np.int64)
     home, index = last_word(world)
@@ -41,8 +41,8 @@ def test_a_sum_made_in_two_halves_under_the_lock_loses_nothing(world, locks, win
 
 
 @ALL
-def test_the_version_is_what_the_lock_has_seen(world, locks):
-    """It is read in the critical section: no two updates see the same one, and none is left out."""
+def test_the_version_counts_the_updates(world, locks):
+    """It is read in the critical section: each update sees another version, and none is skipped."""
     n = 50
     home, index = last_word(world)
     mine = []
@@ -71,7 +71,7 @@ def test_words_are_independent(world, locks):
 
 
 @ALL
-def test_everybody_can_tell_the_owner(world, locks):
+def test_all_ranks_see_the_owner(world, locks):
     home, index = last_word(world)
     for owner in range(world.size):
         if world.rank == owner:
@@ -88,26 +88,26 @@ def test_everybody_can_tell_the_owner(world, locks):
 
 
 @ALL
-def test_a_free_lock_was_not_waited_for(world, locks):
+def test_acquiring_a_free_lock_takes_no_wait(world, locks):
     if world.rank == 0:
         assert locks.acquire(world.size - 1, 0) == (0, 0.0)
         locks.release(world.size - 1, 0, 0, updated=True)
     world.barrier()
     if world.rank == world.size - 1:
-        _, waited = locks.acquire(world.size - 1, 0)  # the version is not the one it expects, but nobody holds it
+        _, waited = locks.acquire(world.size - 1, 0)  # not at the version last seen, but free
         assert waited == 0.0
 
 
 @ALL
-def test_the_cpu_swaps_words_that_all_ranks_share_and_mpi_all_others(world, locks):
+def test_the_cpu_swaps_the_words_of_one_node_and_mpi_those_of_several(world, locks):
     from mpitrain.collectives.rma.locks import MPIWords, NodeWords
 
     assert type(locks._words) is (NodeWords if world.n_nodes == 1 else MPIWords)
 
 
 @ALL
-def test_what_is_written_under_the_lock_is_seen_by_its_next_owner(one_node):
-    """Without any other synchronisation, where all ranks are on one node."""
+def test_writes_under_the_lock_are_visible_to_its_next_owner(one_node):
+    """Without any other synchronisation, if all ranks are on one node."""
     from mpitrain.collectives.rma.locks import LockTable
     from mpitrain.collectives.rma.window import Window
 
@@ -154,16 +154,16 @@ def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch)
     if world.rank == 1:
         done, swap = [], locks._words.swap
 
-        def watched(home, index, expected, new):
+        def recorded(home, index, expected, new):
             found = swap(home, index, expected, new)
             if found == expected:
                 done.append((expected, new))
             return found
 
-        monkeypatch.setattr(locks._words, "swap", watched)
+        monkeypatch.setattr(locks._words, "swap", recorded)
         monkeypatch.setattr(type(world), "dead", {0})
         assert locks.acquire(home, index)[0] == 0
-        assert done == [(1, 2)]  # from rank 0's to its own: at no time was it anybody else's
+        assert done == [(1, 2)]  # from rank 0 to rank 1, without another owner in between
         assert locks.owner(home, index) == 1
         locks.release(home, index, 0, updated=True)
     world.barrier()

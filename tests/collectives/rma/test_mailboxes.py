@@ -1,4 +1,4 @@
-"""Mailboxes: what is read is one whole message, tags belong to their data, and nothing that was added is lost."""
+"""Mailboxes: reads see one whole message, tags belong to their data, and no update is lost."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 @pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])
 def world(request):
-    """Collective. One node, and two between which messages or one-sided operations carry the blocks."""
+    """Collective. One node, and two nodes with messages or one-sided operations between them."""
     return request.getfixturevalue(request.param)
 
 
@@ -31,14 +31,14 @@ def test_the_latest_is_never_a_mix(comm, n, n_rounds, slots):
         values[:] = -1
         peer = uniform_peer(rng, comm.rank, comm.size) if comm.size > 1 else 0
 
-        def look(box, peer=peer):
+        def check(box, peer=peer):
             number = box[0]
             assert np.all(box == number)
             assert number == 0 or number % comm.size == peer
-            assert number >= seen[peer]  # no older than the last look
+            assert number >= seen[peer]  # no older than the last read
             seen[peer] = number
 
-        boxes.latest(peer, look)
+        boxes.latest(peer, check)
     comm.barrier()
     for peer in range(comm.size):
         boxes.latest(peer, lambda box, peer=peer: values.__setitem__(slice(None), box))
@@ -87,7 +87,7 @@ def test_updates_of_one_box_by_all_lose_nothing(comm, n, n_rounds, slots):
 
 
 @ALL
-def test_a_visit_to_one_s_own_box_is_no_exchange(comm):
+def test_a_visit_to_the_own_mailbox_is_no_exchange(comm):
     boxes = comm.mailboxes(100, np.float32)
     boxes.publish(np.ones(100, np.float32))
     boxes.update(comm.rank, lambda box, tags: None)
@@ -100,7 +100,7 @@ def test_a_visit_to_one_s_own_box_is_no_exchange(comm):
 
 
 @ALL
-def test_what_is_received_counts_and_what_is_read_does_not(comm):
+def test_receiving_counts_as_an_exchange_and_reading_does_not(comm):
     boxes = comm.mailboxes(50, np.float32, 2)
     peer, others = (comm.rank + 1) % comm.size, int(comm.size > 1)
 
@@ -110,12 +110,15 @@ def test_what_is_received_counts_and_what_is_read_does_not(comm):
     boxes.update(comm.rank, fill, 1)
     comm.barrier()
     found = []
-    look = lambda box, tags: found.append((set(box.tolist()), tags.tolist()))  # noqa: E731
-    boxes.read(peer, look, 1)
+
+    def note(box, tags):
+        found.append((set(box.tolist()), tags.tolist()))
+
+    boxes.read(peer, note, 1)
     assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (0, 0)
-    boxes.receive(peer, look, 1)
+    boxes.receive(peer, note, 1)
     assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (others, others * 200)
-    boxes.update(peer, look, 1, pulls=True)  # both ways
+    boxes.update(peer, note, 1, pulls=True)  # both ways
     assert (comm.statistics.n_exchanges, comm.statistics.bytes_sent) == (2 * others, others * 600)
     assert found == [({float(peer)}, [peer, 1, 2, 3])] * 3
     assert boxes.peek(peer, 1).tolist() == [peer, 1, 2, 3]
@@ -123,7 +126,7 @@ def test_what_is_received_counts_and_what_is_read_does_not(comm):
 
 
 @ALL
-def test_two_locks_at_once_are_taken_in_one_order_by_all(comm):
+def test_nested_visits_in_the_order_of_ranks_do_not_deadlock(comm):
     boxes, rng, n_rounds = comm.mailboxes(300, np.float64), np.random.default_rng(comm.rank), 60
     for _ in range(n_rounds if comm.size > 1 else 0):
         first, second = sorted((comm.rank, uniform_peer(rng, comm.rank, comm.size)))

@@ -1,4 +1,4 @@
-"""Meetings of the ranks of a node: they order memory and count waiting."""
+"""The node barrier: it orders memory and counts waiting."""
 
 import time
 
@@ -19,8 +19,8 @@ def node_barrier(comm):
 
 
 @ALL
-def test_what_was_written_before_is_seen_after(comm, node_barrier, window):
-    """Everybody writes, everybody reads all of its node, time after time."""
+def test_writes_before_the_barrier_are_visible_after_it(comm, node_barrier, window):
+    """All ranks write, and read the vectors of their node, again and again."""
     mine = window(1000, np.int64)
     peers = [mine.of(rank) for rank in comm.world.node_ranks]
     for number in range(50):
@@ -32,14 +32,14 @@ def test_what_was_written_before_is_seen_after(comm, node_barrier, window):
 
 
 @ALL
-def test_waiting_for_long_is_counted(comm, node_barrier):
+def test_a_long_wait_is_counted(comm, node_barrier):
     from mpitrain.kernels.native.node_barrier import STRIDE
 
     late = comm.world.node_ranks[-1]
     node_barrier.wait()
     before = comm.statistics.wait_seconds
     if comm.rank == late:
-        while np.any(node_barrier.words[:-STRIDE:STRIDE] == node_barrier.number):  # the others have not come yet
+        while np.any(node_barrier.words[:-STRIDE:STRIDE] == node_barrier.number):  # the others have not arrived yet
             time.sleep(0.001)
         time.sleep(0.2)
     node_barrier.wait()
@@ -49,7 +49,7 @@ def test_waiting_for_long_is_counted(comm, node_barrier):
 
 @ALL
 @pytest.mark.parametrize("cores", [0.5, 1.0, 8.0])
-def test_who_has_no_core_of_its_own_is_less_patient(monkeypatch, one_node, cores):
+def test_a_rank_without_a_core_of_its_own_spins_less(monkeypatch, one_node, cores):
     from mpitrain.collectives.rma.locks import NodeWords
     from mpitrain.collectives.rma.node_barrier import SPIN_LIMIT, SPIN_LIMIT_WITHOUT_A_CORE, NodeBarrier
     from mpitrain.collectives.world.statistics import Statistics
@@ -63,8 +63,8 @@ def test_who_has_no_core_of_its_own_is_less_patient(monkeypatch, one_node, cores
 
 
 @pytest.mark.ranks(2, 3)
-def test_who_waits_still_answers_one_sided_operations(comm, node_barrier):
-    """A window over a rank's own memory is served by calls into MPI, which a rank that waits here must go on making."""
+def test_a_waiting_rank_serves_one_sided_operations(comm, node_barrier):
+    """MPI serves a window over a rank's own memory only while the rank calls MPI, so a waiting rank must call it."""
     from mpi4py import MPI
 
     exposed = np.full(4, comm.rank, np.int64)

@@ -163,6 +163,7 @@ def rounds_of_visits(encoding):
         slots=indices,
         data=SimpleNamespace(local=elements),
         tags=SimpleNamespace(local=tags),
+        staging_buffers=lambda n: [np.zeros(LENGTH, np.float32) for _ in range(n)],
         longest_remote=LENGTH,
     )
     locks = SimpleNamespace(
@@ -206,18 +207,19 @@ def test_late_stores_show_a_staging_buffer_that_is_reused_too_early(monkeypatch)
 
 
 class DelayedStore(threading.Thread):
-    """A store that another thread starts some milliseconds later."""
+    """A store that another thread starts when it is awaited, or some time later."""
 
     def __init__(self, start: Callable[[], object], seconds: float):
         super().__init__()
-        self._start_store, self._seconds = start, seconds
+        self._start_store, self._seconds, self._is_awaited = start, seconds, threading.Event()
         self.start()
 
     def run(self):
-        time.sleep(self._seconds)
+        self._is_awaited.wait(self._seconds)
         self._transfer = self._start_store()
 
     def wait(self):
+        self._is_awaited.set()
         self.join()
         return self._transfer.wait()
 
@@ -231,7 +233,7 @@ class DelayedStores:
 
     def store(self, *arguments):
         self.n_stores += 1
-        return DelayedStore(lambda: self._progress.store(*arguments), self._rng.uniform(0, 3e-3))
+        return DelayedStore(lambda: self._progress.store(*arguments), self._rng.uniform(0, 0.1))
 
 
 @pytest.mark.ranks(2, 3)

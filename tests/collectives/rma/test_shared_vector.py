@@ -1,4 +1,4 @@
-"""The shared vector: no update is lost, no shard is seen half changed, and what is exchanged is conserved."""
+"""The shared vector: no update is lost, no shard is seen half changed, and exchanges conserve the sum."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 @pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])
 def world(request):
-    """Collective. One node, and two between which messages or one-sided operations carry the blocks."""
+    """Collective. One node, and two nodes with messages or one-sided operations between them."""
     return request.getfixturevalue(request.param)
 
 
@@ -44,13 +44,13 @@ def test_no_update_is_lost_and_no_read_is_torn(comm, largest_shards, n, largest_
     comm.barrier()
     assert np.all(read() == n_updates * comm.size)
     assert comm.statistics.n_exchanges == n_updates
-    assert comm.statistics.staleness.sum() == n_updates - 1  # the first follows no other
+    assert comm.statistics.staleness.sum() == n_updates - 1  # the first has none
     assert comm.statistics.bytes_sent == n_updates * 2 * n * 4
 
 
 @ALL
-def test_staleness_counts_the_others_updates_since_one_s_own(comm):
-    """Round robin: p - 1; the first visit follows none of this rank's and does not count."""
+def test_staleness_counts_the_updates_of_others_since_the_own_visit(comm):
+    """It is p - 1 in a round robin. The first visit of a rank has no staleness."""
     n_rounds = 5
     center = comm.shared_vector(100, np.float32)
     for _ in range(n_rounds):
@@ -65,7 +65,7 @@ def test_staleness_counts_the_others_updates_since_one_s_own(comm):
 @ALL
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 1000, 65_537])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_everybody_reads_what_one_writes(comm, n, dtype):
+def test_all_ranks_read_what_one_writes(comm, n, dtype):
     shared = comm.shared_vector(n, dtype)
     for writer in range(comm.size):
         values = np.arange(n).astype(dtype) + writer
@@ -79,7 +79,7 @@ def test_everybody_reads_what_one_writes(comm, n, dtype):
 
 
 @ALL
-def test_what_a_kernel_rejects_is_counted(comm):
+def test_nonfinite_elements_are_counted(comm):
     center = comm.shared_vector(1000, np.float32)
     x = np.full(1000, np.nan, np.float32)
     center.update(lambda part, shard: kernels.elastic_exchange(x[part], shard, 0.5, 0.5))
@@ -92,7 +92,7 @@ def test_what_a_kernel_rejects_is_counted(comm):
 
 @ALL
 def test_an_elastic_exchange_conserves_the_sum(comm):
-    """sum_i x_i + c is what it was, element by element, however the exchanges of the ranks mix."""
+    """sum_i x_i + c does not change, element by element, however the exchanges of the ranks interleave."""
     n = 5000
     rng = np.random.default_rng(comm.rank)
     x = rng.normal(size=n)
@@ -109,8 +109,8 @@ def test_an_elastic_exchange_conserves_the_sum(comm):
 
 
 @pytest.mark.ranks(2, 3, 4, 5)
-def test_only_what_crosses_nodes_is_on_the_wire(comm):
-    """Every shard of another node is fetched and committed once."""
+def test_only_shards_of_other_nodes_are_on_the_wire(comm):
+    """Each of them is fetched and stored once."""
     n = 1000
     center = comm.shared_vector(n, np.float32)
     center.update(lambda part, shard: None)
@@ -123,7 +123,7 @@ def test_only_what_crosses_nodes_is_on_the_wire(comm):
 
 @ALL
 def test_rows_are_changed_together(comm, largest_shards):
-    """A velocity and what it moves, say: nobody sees one of them changed and the other not."""
+    """No rank sees one of them changed and the other not, as for a center and its velocity."""
     largest_shards(64)
     n, n_updates = 500, 20
     shared = comm.shared_vector(n, np.float64, rows=3)
@@ -150,7 +150,7 @@ def test_rows_are_changed_together(comm, largest_shards):
 
 @ALL
 def test_staleness_counts_from_the_last_pull(comm):
-    """Pushes alone do not bring the worker up to date, pulls alone do; its own pushes are no one else's."""
+    """Pulls reset it and pushes do not; a worker's own pushes do not count."""
     center = comm.shared_vector(100, np.float32)
     seen = []
 
@@ -178,7 +178,7 @@ def test_staleness_counts_from_the_last_pull(comm):
 
 
 @ALL
-def test_lags_and_tags_can_be_saved_and_put_back(comm):
+def test_lags_and_tags_can_be_saved_and_restored(comm):
     center = comm.shared_vector(100, np.float64)
     assert np.all(center.lags() == -1)
     center.set_lags(0)
@@ -208,8 +208,8 @@ def test_lags_and_tags_can_be_saved_and_put_back(comm):
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-def test_lags_and_numbers_fit_a_vector_in_larger_or_smaller_shards(comm, largest_shards):
-    """A run may be resumed with as many ranks on other nodes, where shards are of another size."""
+def test_lags_and_tags_fit_a_vector_with_shards_of_another_size(comm, largest_shards):
+    """A run may be resumed with as many ranks on another number of nodes, where shards have another size."""
 
     def vector_of(largest):
         largest_shards(largest)

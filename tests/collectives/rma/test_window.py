@@ -1,4 +1,4 @@
-"""Windows: what one rank writes all others see, on its node and from another, whatever the length and the dtype."""
+"""Windows: all ranks see the writes of a rank, on its node and on others, for any length and dtype."""
 
 import os
 from types import SimpleNamespace
@@ -15,13 +15,13 @@ LENGTHS = (17, 0, 1, 100_003, 16)  # of rank 0, 1, ...
 
 
 def counting(rank, n, dtype):
-    """Small whole numbers, exact in every dtype, and different ones at every rank."""
+    """Return small whole numbers, exact in every dtype and different at every rank."""
     return ((np.arange(n) * 7 + rank) % 101).astype(dtype)
 
 
 @ALL
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_a_rank_writes_all_others_read(world, window, fetch, dtype):
+def test_all_ranks_read_the_writes_of_a_rank(world, window, fetch, dtype):
     shared = window(LENGTHS[world.rank], dtype)
     shared.local[:] = counting(world.rank, LENGTHS[world.rank], dtype)
     shared.sync()
@@ -34,7 +34,7 @@ def test_what_a_rank_writes_all_others_read(world, window, fetch, dtype):
 
 @ALL
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_others_write_a_rank_has(world, window, store, dtype):
+def test_a_rank_has_the_writes_of_others(world, window, store, dtype):
     each = 33
     shared = window(each * world.size, dtype)
     for rank in range(world.size):
@@ -46,7 +46,7 @@ def test_what_others_write_a_rank_has(world, window, store, dtype):
 
 @pytest.mark.ranks(2, 3, 4, 5)
 @pytest.mark.parametrize("largest", [1, 7, 64, 99, 100, 101])
-def test_what_one_message_cannot_carry_goes_in_pieces(world, window, fetch, store, monkeypatch, largest):
+def test_large_copies_are_split_into_messages(world, window, fetch, store, monkeypatch, largest):
     from mpitrain.collectives.rma import window as module
 
     monkeypatch.setattr(module, "LARGEST_MESSAGE_BYTES", largest)
@@ -62,7 +62,7 @@ def test_what_one_message_cannot_carry_goes_in_pieces(world, window, fetch, stor
 
 
 @ALL
-def test_a_window_is_zero_at_first_also_in_memory_used_before(world):
+def test_a_new_window_is_zero_even_in_reused_memory(world):
     from mpitrain.collectives.rma.window import Window
 
     for n in (1, 5000, 300_000):
@@ -75,7 +75,7 @@ def test_a_window_is_zero_at_first_also_in_memory_used_before(world):
 
 
 @ALL
-def test_windows_without_elements_are_windows(world, window, fetch, store):
+def test_windows_may_be_empty(world, window, fetch, store):
     shared = window(0, np.float32)
     for rank in range(world.size):
         store(shared, rank, np.zeros(0, np.float32))
@@ -83,14 +83,14 @@ def test_windows_without_elements_are_windows(world, window, fetch, store):
 
 
 @ALL
-def test_an_array_is_itself_on_its_node_and_none_elsewhere(world, window):
+def test_arrays_are_reachable_on_their_node_only(world, window):
     shared = window(3, np.float32)
     assert shared.of(world.rank) is shared.local
     assert [shared.of(rank) is not None for rank in range(world.size)] == [node == world.node for node in world.nodes]
 
 
 @ALL
-def test_no_room_on_one_node_is_the_error_of_all(world, window):
+def test_too_little_memory_on_one_node_is_an_error_of_all_ranks(world, window):
     from mpitrain.collectives.rma.window import Window
 
     with pytest.raises(UsageError, match="MiB of shared memory are needed"):
@@ -116,15 +116,15 @@ def test_without_a_file_system_for_shared_memory_nothing_is_checked(tmp_path):
 
 
 def leave_untouched(window_class, monkeypatch):
-    """Large windows have no pages until somebody writes; small ones, of locks, must be zeros."""
+    """Leave large windows without pages; small ones, of locks, must be zero."""
     touch = window_class._touch
     monkeypatch.setattr(window_class, "_touch", lambda self, part: self.local.nbytes > 2**30 or touch(self, part))
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_elements_beyond_2_gib_are_reached(world, window, fetch, store, monkeypatch, dtype):
-    """Only the last pages are touched: the vector takes no memory."""
+def test_elements_beyond_2_gib_are_reachable(world, window, fetch, store, monkeypatch, dtype):
+    """Only the last pages are touched, so that the vector takes little memory."""
     from mpitrain.collectives.rma.window import Window
 
     leave_untouched(Window, monkeypatch)

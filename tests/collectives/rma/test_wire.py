@@ -1,4 +1,4 @@
-"""Wire formats between nodes: what arrives, what stays behind, and that together they are all there was."""
+"""Wire formats between nodes: fetched values, changes and residuals, which together conserve the sum."""
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ formats = pytest.mark.parametrize("name", wire.FORMATS)
 
 @pytest.fixture
 def connect(two_nodes):
-    """Collective. `connect(name)`: a communicator between two nodes with a wire format."""
+    """Collective. `connect(name)` returns a communicator between two nodes with a wire format."""
     from mpitrain.collectives.mpi import MPICommunicator
 
     made = []
@@ -39,7 +39,7 @@ def connect(two_nodes):
 
 
 def residual(comm, center):
-    """(n,) what all ranks have not sent yet. Collective."""
+    """Return (n,) the residuals of all ranks. Collective."""
     mine = np.zeros(center.n)
     for index, left in center._blocks.residuals.items():
         mine[center.parts[index]] += left
@@ -53,7 +53,7 @@ def read(center, dtype=np.float32):
 
 
 def is_remote(comm, center):
-    """(n,) whether an element lives on another node."""
+    """Return (n,) whether an element lives on another node."""
     remote = np.zeros(center.n, bool)
     for home, part in zip(center._blocks.homes, center.parts, strict=True):
         remote[part] = comm.nodes[home] != comm.nodes[comm.rank]
@@ -63,7 +63,7 @@ def is_remote(comm, center):
 @ALL
 @formats
 @pytest.mark.parametrize("shard", [70, 1 << 19])
-def test_center_and_residuals_are_all_that_was_added(connect, name, shard, largest_shards):
+def test_center_and_residuals_add_up_to_all_changes(connect, name, shard, largest_shards):
     largest_shards(shard)
     comm, n, n_rounds = connect(name), 3001, 20
     center, total = comm.shared_vector(n, np.float32), np.zeros(n)
@@ -76,16 +76,16 @@ def test_center_and_residuals_are_all_that_was_added(connect, name, shard, large
     comm.barrier()
     total = comm.world.comm.allreduce(total)
     found, left = read(center), residual(comm, center)
-    # A walk of the roundings where a visitor adds to what it has fetched, and where the home adds what it gets.
+    # A random walk of rounding errors: the visitor rounds when it adds its change, and so does the home.
     roundings = 2 * np.sqrt(n_rounds * comm.size) * np.finfo(np.float32).eps * np.abs(total).max()
     np.testing.assert_allclose(found + left, total, rtol=0, atol=roundings)
     if comm.size > 1:
-        assert np.abs(found - total).max() > 5 * roundings  # what is left over is what makes them agree
+        assert np.abs(found - total).max() > 5 * roundings  # the residuals matter
 
 
 @SEVERAL
 @formats
-def test_what_is_fetched_is_the_center_in_16_bits_and_on_the_own_node_the_center(connect, name):
+def test_remote_shards_are_fetched_in_16_bits_and_local_ones_exactly(connect, name):
     comm, n = connect(name), 1000
     center = comm.shared_vector(n, np.float32)
     values = np.random.default_rng(7).normal(size=n).astype(np.float32)
@@ -97,14 +97,14 @@ def test_what_is_fetched_is_the_center_in_16_bits_and_on_the_own_node_the_center
     wanted = np.where(is_remote(comm, center), values.astype(SHORT[name]).astype(np.float32), values)
     np.testing.assert_array_equal(seen, wanted)
     comm.barrier()
-    np.testing.assert_array_equal(read(center), values)  # a look has changed nothing, and `read` is exact
+    np.testing.assert_array_equal(read(center), values)  # a pull changes nothing, and `read` is exact
     assert not residual(comm, center).any()
 
 
 @SEVERAL
 @formats
 @pytest.mark.parametrize(("pushes", "pulls"), [(True, True), (False, True)])
-def test_the_bytes_that_travel_are_counted(connect, name, pushes, pulls):
+def test_wire_bytes_are_counted(connect, name, pushes, pulls):
     comm, n = connect(name), 64_000
     center = comm.shared_vector(n, np.float32)
     comm.barrier()
@@ -123,7 +123,7 @@ def test_the_bytes_that_travel_are_counted(connect, name, pushes, pulls):
 
 @SEVERAL
 @formats
-def test_nothing_that_is_no_number_reaches_the_center(connect, name):
+def test_nonfinite_changes_do_not_reach_the_center(connect, name):
     comm, n = connect(name), 1000
     center = comm.shared_vector(n, np.float32)
     comm.barrier()
@@ -149,7 +149,7 @@ def test_nothing_that_is_no_number_reaches_the_center(connect, name):
 
 @SEVERAL
 @formats
-def test_what_is_replaced_or_of_another_type_travels_as_it_is(connect, name):
+def test_mailboxes_and_other_dtypes_are_exact(connect, name):
     comm, n = connect(name), 500
     values = np.random.default_rng(comm.rank).normal(size=n)
     boxes = comm.mailboxes(n, np.float32)
@@ -198,17 +198,17 @@ def _left_of_row(center, row):
 
 
 @SEVERAL
-def test_the_first_visit_after_a_visit_that_fails_is_like_any_other(connect, largest_shards):
-    """The block that had set out already was encoded too."""
+def test_a_failed_visit_leaves_the_next_one_intact(connect, largest_shards):
+    """The prefetched block was encoded, too."""
     largest_shards(64)
     comm, n = connect("bfloat16"), 1000
     center = comm.shared_vector(n, np.float32)
     comm.barrier()
 
     def fail(part, c):
-        raise ValueError("as it should")
+        raise ValueError("planned")
 
-    with pytest.raises(ValueError, match="as it should"):
+    with pytest.raises(ValueError, match="planned"):
         center.update(fail)
     comm.barrier()
     assert not read(center).any()
@@ -221,7 +221,7 @@ def test_the_first_visit_after_a_visit_that_fails_is_like_any_other(connect, lar
 
 @SEVERAL
 @formats
-def test_what_comes_from_a_rank_that_was_taken_for_dead_is_not_added(connect, name):
+def test_changes_from_a_rank_that_was_taken_for_dead_are_not_added(connect, name):
     from mpitrain.kernels.native.lock_words import OWNER_MASK
 
     comm = connect(name)
@@ -250,9 +250,9 @@ def test_what_comes_from_a_rank_that_was_taken_for_dead_is_not_added(connect, na
 
 
 @SEVERAL
-def test_residuals_are_dropped_where_the_center_gets_other_values(connect):
+def test_residuals_are_dropped_when_the_center_is_replaced(connect):
     comm = connect("int8")
-    comm.split(comm.nodes[comm.rank]).shared_vector(10, np.float32)  # on one node: nothing is encoded there
+    comm.split(comm.nodes[comm.rank]).shared_vector(10, np.float32)  # on one node, without encoding
     centers = [comm.shared_vector(1000, np.float32) for _ in range(2)]
     ramp = np.linspace(0, 1, 1000, dtype=np.float32)
     for center in centers:
@@ -270,22 +270,22 @@ def test_residuals_are_dropped_where_the_center_gets_other_values(connect):
 @ALL
 @formats
 @pytest.mark.parametrize("n", [0, 1, 16, 100, 40_003])
-def test_a_ring_sums_to_the_formats_precision_and_alike_everywhere(one_node, name, n):
+def test_a_ring_sums_to_the_precision_of_the_format_with_equal_bits(one_node, name, n):
     from mpitrain.collectives import ring
     from mpitrain.collectives.topology.partition import split
 
     comm, form = one_node.comm, wire.FORMATS[name]
     everyones = [np.random.default_rng([rank, n]).normal(size=n).astype(np.float32) for rank in range(comm.size)]
-    room = np.zeros(max(part.stop - part.start for part in split(n, comm.size)), np.float32)
+    incoming = np.zeros(max(part.stop - part.start for part in split(n, comm.size)), np.float32)
     results = []
     for _ in range(3):
         total = everyones[comm.rank].copy()
-        ring.allreduce_encoded(comm, total, room, form)
+        ring.allreduce_encoded(comm, total, incoming, form)
         results.append(total.tobytes())
     assert len(set(comm.allreduce(results))) == 1
     exact = np.sum(everyones, axis=0, dtype=np.float64)
     largest = np.sum(np.abs(everyones), axis=0)
-    # Each of p roundings errs by half a unit of the partial sum at most.
+    # Each of the p rounding errors is at most half a unit of the partial sum.
     bound = comm.size * largest * float(ml_dtypes.finfo(SHORT[name]).eps) / 2 + 1e-6
     assert (np.abs(total - exact) <= bound).all()
     if comm.size > 1:
@@ -347,10 +347,10 @@ QUADRATIC_N, OUTLIER, ETA, ALPHA, STEPS = 512, 400.0, 0.05, 0.05, 150
 
 
 def center_of_easgd(comm, *, feedback=True):
-    """Where EASGD's center goes when the workers of the two nodes are drawn to 0 and 1, one after the other at a time.
+    """Return EASGD's center after workers have descended in turn, on one node towards 0 and on the other towards 1.
 
-    Every 16th element is drawn to -400 and 400 instead, so that what the others change by is less than half a step of
-    int8. Collective.
+    The targets of every 16th element are -400 and 400, so that changes of the others are less than half a step of int8.
+    Collective.
     """
     on_second = comm.nodes[comm.rank]
     target = np.full(QUADRATIC_N, float(on_second), np.float32)
@@ -373,7 +373,7 @@ def center_of_easgd(comm, *, feedback=True):
 
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.time_limit(120)
-def test_easgd_goes_where_it_goes_in_float32_and_without_error_feedback_it_does_not(connect):
+def test_easgd_converges_as_in_float32_and_not_without_error_feedback(connect):
     exact = center_of_easgd(connect("float32"))
     errors = {name: np.abs(center_of_easgd(connect(name)) - exact).max() for name in wire.FORMATS}
     blind = np.abs(center_of_easgd(connect("int8"), feedback=False) - exact).max()
@@ -387,7 +387,7 @@ def test_easgd_goes_where_it_goes_in_float32_and_without_error_feedback_it_does_
 @pytest.mark.time_limit(120)
 @formats
 @pytest.mark.parametrize("transport", ["ipc", "staged"])
-def test_gpus_exchange_in_a_format_by_way_of_the_host(name, transport, monkeypatch):
+def test_gpus_exchange_encoded_blocks_through_the_host(name, transport, monkeypatch):
     from mpitrain.collectives import allreduce
     from mpitrain.collectives.mpi import MPICommunicator
     from mpitrain.collectives.rma import peer_memory
@@ -418,11 +418,11 @@ def test_gpus_exchange_in_a_format_by_way_of_the_host(name, transport, monkeypat
         comm.free()
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @ALL
-def test_formats_need_messages_between_nodes(windows, two_nodes, one_node):
+def test_wire_formats_need_progress_threads(windows, two_nodes, one_node):
     from mpitrain.collectives.mpi import MPICommunicator
 
     if windows.n_nodes > 1:
@@ -433,11 +433,11 @@ def test_formats_need_messages_between_nodes(windows, two_nodes, one_node):
             whole.split(0)
     with pytest.raises(UsageError, match="fp4"):
         MPICommunicator(one_node, wire="fp4")
-    MPICommunicator(one_node, wire="int8").free()  # nothing crosses nodes here
+    MPICommunicator(one_node, wire="int8").free()  # one node needs none
 
 
 @SEVERAL
-def test_formats_do_not_work_where_mpi_moves_device_memory():
+def test_wire_formats_do_not_work_if_mpi_moves_device_memory():
     from mpitrain.collectives.mpi import MPICommunicator
 
     with gpus(2, "cuda-aware") as comm:
