@@ -160,7 +160,7 @@ class SlicedWorker(AllReduceWorker):
         self._v = np.zeros(self._mine.stop - self._mine.start, self.x.local.dtype)
         neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
         for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
-            kernels.mean_step(kind, neighbours if neighbours <= kernels.MOST_OF_A_MEAN else 1).prepare(self._v)
+            kernels.mean_step(kind, neighbours if neighbours <= kernels.MAX_MEAN_GRADIENTS else 1).prepare(self._v)
 
     def before_update(self) -> None:
         """The mean is taken in ``update_all``."""
