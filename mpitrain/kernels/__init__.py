@@ -61,7 +61,7 @@ from mpitrain.kernels.push_sum import debias
 from mpitrain.kernels.reductions import reduce_broadcast, reduce_sum
 from mpitrain.kernels.robust import accumulate, receive
 from mpitrain.kernels.steps import (
-    MOST_OF_A_MEAN,
+    MAX_MEAN_GRADIENTS,
     eamsgd_step,
     heavy_ball_step,
     lookahead,
@@ -89,7 +89,7 @@ __all__ = [
     "admm_local",
     "admm_turn",
     # Local steps; `mean_step(kind, k)` takes the mean of k gradients.
-    "MOST_OF_A_MEAN",
+    "MAX_MEAN_GRADIENTS",
     "eamsgd_step",
     "heavy_ball_step",
     "lookahead",

@@ -88,7 +88,7 @@ torch_nesterov_step: Final = Kernel(
     doc="Take a step of torch.optim.SGD with nesterov=True; v starts at zero.",
 )
 
-MOST_OF_A_MEAN: Final = 8
+MAX_MEAN_GRADIENTS: Final = 8
 """The largest number of gradients in `mean_step`: with more, the prefetchers lose track of the streams."""
 
 _OF_THE_MEAN: Final = {
@@ -109,8 +109,8 @@ def mean_step(kind: str, k: int) -> Kernel:
     Raises:
         ValueError: k is out of range.
     """
-    if not 1 <= k <= MOST_OF_A_MEAN:
-        raise ValueError(f"{k} gradients; a step takes 1 to {MOST_OF_A_MEAN}, sum more of them first")
+    if not 1 <= k <= MAX_MEAN_GRADIENTS:
+        raise ValueError(f"{k} gradients; a step takes 1 to {MAX_MEAN_GRADIENTS}, sum more of them first")
     names = [f"z{j}" for j in range(1, k + 1)]
     arrays, scalars, equations = _OF_THE_MEAN[kind]
     return Kernel(

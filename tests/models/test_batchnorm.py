@@ -49,6 +49,16 @@ def test_modes_momenta_weights_gradients_and_random_state_are_unchanged(training
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_batches_are_evaluated_without_gradients_and_with_dropout_off():
+    model, modes = net(), []
+    model.register_forward_pre_hook(
+        lambda module, _: modes.append((torch.is_grad_enabled(), [m.training for m in module.modules()]))
+    )
+    reestimate(model, X.split(16))
+    expected = [isinstance(module, nn.BatchNorm2d) for module in model.modules()]
+    assert modes == [(False, expected)] * len(X.split(16))
+
+
 def test_an_error_restores_modes_too():
     model = net()
     with pytest.raises(RuntimeError):

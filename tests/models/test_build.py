@@ -73,6 +73,23 @@ def test_mlp_takes_flat_inputs_and_widths():
     assert model(torch.rand(2, 20)).shape == (2, 3)
 
 
+def test_mlp_has_relu_between_its_linear_layers():
+    model = build("mlp:hidden=9x4", shape=(2, 3), n_classes=5, seed=0)
+    first, second, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    x = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = last(second(first(x.reshape(7, 6)).clamp(min=0)).clamp(min=0))
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_resnet_convolutions_are_initialised_for_the_backward_pass():
+    # He et al. 2015, arXiv 1502.01852, eq. 14: variance 2 / (k^2 * output channels)
+    model = build("resnet20", shape=IMAGE, n_classes=10, seed=0)
+    for conv in (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 4000):
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * conv.out_channels)), rel=0.05)
+        assert conv.bias is None
+
+
 OWN = """
 import torch
 from torch import nn

@@ -165,7 +165,7 @@ class SlicedWorker(AllReduceWorker):
         self._velocity = VelocitySlice(self.comm, self.x.local)
         neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
         for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
-            kernels.mean_step(kind, neighbours if neighbours <= kernels.MOST_OF_A_MEAN else 1).prepare(
+            kernels.mean_step(kind, neighbours if neighbours <= kernels.MAX_MEAN_GRADIENTS else 1).prepare(
                 self._velocity.values
             )
 
