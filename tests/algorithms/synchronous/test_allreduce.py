@@ -63,7 +63,7 @@ def test_one_worker_is_sgd():
 
 
 def sliced(p, nodes, schedule=None):
-    """Workers of which those of a node hold one copy of the parameters: what each holds after some steps."""
+    """Run workers that share one copy of the parameters per node; return each worker's parameters."""
     rng, n = np.random.default_rng(5), 53
     start, h, b = rng.normal(size=n), np.linspace(0.2, 1.5, p), rng.normal(size=p)
     group_slices = [
@@ -106,7 +106,7 @@ def sliced(p, nodes, schedule=None):
 
 
 @pytest.mark.parametrize("nodes", [[0], [0, 0], [0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
-def test_workers_that_share_a_copy_take_torchs_steps_each_in_its_slice(nodes):
+def test_workers_that_share_a_copy_make_torchs_step_in_their_slices(nodes):
     results, wanted = sliced(len(nodes), nodes, RandomOrder(3))
     for x, _ in results:
         np.testing.assert_allclose(x, wanted, rtol=1e-12, atol=1e-13)
