@@ -112,3 +112,31 @@ def test_workers_that_share_a_copy_make_torchs_step_in_their_slices(nodes):
         np.testing.assert_allclose(x, wanted, rtol=1e-12, atol=1e-13)
     for node in set(nodes):
         assert sum(held for (_, held), at in zip(results, nodes, strict=True) if at == node) == wanted.size
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([0, 0, 0], [0, 0, 0]), ([0, 0, 0], [0, 0, 1]), ([0, 1, 1], [0, 0, 0]), ([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])],
+)
+def test_momentum_is_that_of_the_slice_however_the_nodes_were_before(before, after):
+    n, momentum = 53, np.arange(53.0)
+
+    def worker_of(comm):
+        x, g = comm.node_vector(n, np.float64), comm.vector(n, np.float64)
+        return AllReduceSGD().worker(Replica(comm, x, g, node_shared=True)), comm.slice_of(n)
+
+    def save(comm):
+        worker, mine = worker_of(comm)
+        state = dict(worker.state())
+        state["velocity"][...] = momentum[mine]
+        return state
+
+    saved = SimulatedWorld(len(before), nodes=before).run(save)
+
+    def load(comm):
+        worker, mine = worker_of(comm)
+        worker.load(saved[comm.rank])
+        return dict(worker.state())["velocity"], mine
+
+    for velocity, mine in SimulatedWorld(len(after), nodes=after).run(load):
+        assert np.array_equal(velocity, momentum[mine])
