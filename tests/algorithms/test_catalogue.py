@@ -1,4 +1,4 @@
-"""The page about all methods is made from their declarations, and is up to date."""
+"""The page about all methods, generated from their declarations, is up to date."""
 
 import json
 from pathlib import Path

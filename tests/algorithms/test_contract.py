@@ -1,4 +1,4 @@
-"""What every method in the registry keeps to. No method has its name here."""
+"""The contract of every method in the registry. No method is named here."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
 
 
 def numbers(method):
-    """The settings of a method that are numbers, by name."""
+    """Return the settings of a method that are numbers, by name."""
     return {key: setting for key, setting in settings_of(method).items() if isinstance(setting, Bounded)}
 
 
@@ -42,7 +42,7 @@ def run(method, p, steps, **more):
 
 
 @every_method
-def test_an_unknown_setting_is_refused_with_those_that_there_are(name):
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_named(name):
     method = METHODS[name]
     with pytest.raises(TypeError, match=f"{method.__name__} has no setting 'perod': it has ") as error:
         method(perod=3)
@@ -50,7 +50,7 @@ def test_an_unknown_setting_is_refused_with_those_that_there_are(name):
 
 
 @every_method
-def test_method_says_what_it_is(name):
+def test_every_method_describes_itself(name):
     method = METHODS[name]
     assert method.name == name
     for text in (method.summary, method.source, method.communication, method.__doc__):
@@ -71,7 +71,7 @@ BOUNDS = ("low", "high", "above", "below")
 
 
 def outside(setting):
-    """Values of the right type just outside the range."""
+    """Yield values of the right type just outside the range."""
     step = 1 if isinstance(setting, Integer) else 1e-9
     for bound, beyond in zip(BOUNDS, (-step, step, 0, 0), strict=True):
         if getattr(setting, bound) is not None:
@@ -163,7 +163,7 @@ def test_text_that_is_no_number_is_refused(method, key, setting):
             create(method.name, {key: text})
 
 
-def test_unknown_names_are_answered_with_the_known_ones():
+def test_unknown_names_are_refused_and_the_known_ones_are_named():
     with pytest.raises(UsageError) as refused:
         create("no-such-method")
     assert all(name in str(refused.value) for name in METHODS)
@@ -250,7 +250,7 @@ def test_entries_have_names_of_their_own_and_none_may_be_missing(method):
 
 
 @every_variant
-def test_what_is_left_at_the_end_is_handed_over_once(method):
+def test_finalize_pushes_the_remaining_steps_once(method):
     simulation = run(method, 3, 7)
     for worker in simulation.workers:
         worker.wait()
@@ -326,7 +326,7 @@ def test_half_precision_runs(method):
 
 
 class Blind(Simulation):
-    """Workers that find no gradient in ``g``; only the local update knows it."""
+    """A simulation without gradients in ``g``: only the local update has them."""
 
     def run(self, steps, after_step=None):
         self.known = {}
@@ -341,7 +341,7 @@ class Blind(Simulation):
 
 
 @every_variant
-def test_who_declares_to_need_no_gradient_looks_at_none(method):
+def test_a_method_that_declares_to_need_no_gradient_reads_none(method):
     if method.needs_gradient:
         return
     gradient = slope(H, B)
@@ -357,7 +357,7 @@ def test_who_declares_to_need_no_gradient_looks_at_none(method):
 
 
 @every_variant
-def test_a_worker_with_a_gradient_that_is_not_finite_recovers(method):
+def test_a_worker_recovers_from_a_gradient_that_is_not_finite(method):
     if method.name == "allreduce":  # it has no exchange in which to leave one out: as with any all-reduce, all have it
         return
     bad_step, steps = 6, 150
@@ -410,7 +410,7 @@ def test_methods_that_make_the_update_need_the_gradient():
 
 @every_variant
 @pytest.mark.parametrize(("p", "victim"), [(2, 1), (4, 2), (4, 0)])
-def test_who_dies_is_left_behind_where_nobody_waits_and_missed_where_somebody_does(method, p, victim):
+def test_a_dead_worker_stops_synchronous_methods_only(method, p, victim):
     steps, made = 60, [0] * p
 
     def count(simulation, rank):

@@ -1,4 +1,4 @@
-"""Every method that keeps its vectors in device memory does there what it does in host memory. None is named here."""
+"""Every method with vectors in device memory does there what it does in host memory. No method is named here."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ class Run:
         return self
 
     def found(self):
-        """What the model holds, and what would be evaluated, (2, n)."""
+        """Return the model's parameters and the consensus, (2, n)."""
         self.comm.barrier()
         out = np.zeros_like(self.x)
         self.worker.consensus(out)
@@ -88,7 +88,7 @@ def test_a_synchronous_method_makes_the_same_steps(world, method, where):
 @pytest.mark.parametrize("method", ASYNCHRONOUS)
 @pytest.mark.parametrize("where", WHERE, ids=str)
 def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
-    """What ranks do depends on who comes first; alone it is what the host does."""
+    """The result of several ranks depends on their order; that of one rank equals the host's."""
     with gpus(*where) as comm:
         # Whether an exchange in the background has ended when one looks is another matter.
         alone = comm.size == 1 and not getattr(method, "overlap", False)
@@ -107,7 +107,7 @@ def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
 @pytest.mark.ranks(1)
 @pytest.mark.parametrize("method", [param for param in (*SYNCHRONOUS, *ASYNCHRONOUS) if not overlaps(param)])
 def test_a_state_from_device_memory_continues_in_host_memory_and_back(world, method):
-    """Alone: then what follows a state is what would have followed without."""
+    """Run one rank, so that the run after a checkpoint equals the uninterrupted one."""
     with ranks(1) as comm:
         wanted = Run(method, comm).steps(6).found()
         state = Run(method, comm).steps(2).state()

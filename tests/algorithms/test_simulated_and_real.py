@@ -1,4 +1,4 @@
-"""Every synchronous method between ranks does what it does in the simulated world. No method has its name here."""
+"""Every synchronous method does the same between ranks as in the simulated world. No method is named here."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def loss(rank, x):
 
 
 def simulated(method, nodes):
-    """What the model of each worker holds, (p, n), and what each would evaluate, (p, n)."""
+    """Return each worker's parameters (p, n) and consensus (p, n)."""
     world = SimulatedWorld(len(nodes), nodes=nodes)
     more = {"weight_decay": DECAY, "seed": SEED, "layers": LAYERS, "fitness": fitness, "loss": loss}
     simulation = Simulation(method, world, gradient, START, ETA, **more).run(STEPS)
@@ -39,7 +39,7 @@ def simulated(method, nodes):
 
 
 def real(method, comm):
-    """The same of this rank, (n,) each. Collective."""
+    """Return this rank's parameters and consensus, (n,) each. Collective."""
     vectors = comm.vector(N, START.dtype), comm.vector(N, START.dtype)
     x, g = vectors[0].local, vectors[1].local
     x[...] = START

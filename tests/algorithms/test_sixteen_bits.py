@@ -1,4 +1,4 @@
-"""Parameters in 16 bits: what small changes add up in has more."""
+"""Parameters in 16 bits: small changes add up in vectors of higher precision."""
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ PULLED = [
 
 
 def held_at(value, method, p, dtype, start):
-    """Workers that stay where they are, whatever pulls them, and the simulation they are in."""
+    """Return a simulation, and a function that holds its workers in place against any pull."""
 
     def hold(simulation, rank):
         for vector in simulation.workers[rank].positions:
@@ -50,7 +50,7 @@ def test_a_center_follows_in_steps_that_sixteen_bits_cannot_take(method, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("method", [GossipSGD(), StochasticGradientPush()], ids=repr)
-def test_the_mean_of_many_equal_workers_is_what_they_are(method, dtype):
+def test_the_mean_of_many_equal_workers_equals_them(method, dtype):
     value = dtype(1.01)
     simulation, _ = held_at(value, method, 300, dtype, value)
     assert np.array_equal(simulation.consensus(), np.full(7, value))

@@ -1,4 +1,4 @@
-"""What one worker alone must compute, for each method that is then not plain SGD; the contract test compares.
+"""The result of one worker alone, for each method that is then not plain SGD; the contract test compares.
 
     ALONE[name](method, x, gradient, eta, steps) -> x
 
@@ -25,7 +25,7 @@ def sgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) 
 
 
 def elastic(order: str, x: np.ndarray, c: np.ndarray, a_w: float, a_c: float) -> tuple[np.ndarray, np.ndarray]:
-    """One exchange of one worker with the center, by the definition of each order."""
+    """Make one exchange of one worker with the center, by the definition of each order."""
     if order == "center_first":
         c = c + a_c * (x - c)
         return x - a_w * (x - c), c
@@ -38,9 +38,9 @@ def elastic(order: str, x: np.ndarray, c: np.ndarray, a_w: float, a_c: float) ->
 def eamsgd(
     method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int, delta: float | None = None
 ) -> np.ndarray:
-    """A spring between one worker with Nesterov momentum and the center (arXiv 1412.6651, eq. 5-8, p = 1).
+    """Run one worker with Nesterov momentum and a spring to the center (arXiv 1412.6651, eq. 5-8, p = 1).
 
-    The model holds x + delta*v. Where the worker is first and its gradient from before, the center sees the new x.
+    The model holds x + delta*v. With the worker first and a gradient from before, the center sees the new x.
     """
     c, v, (a_w, a_c) = x.copy(), np.zeros_like(x), method.rates(1, eta)
     delta = method.momentum if delta is None else delta
@@ -61,7 +61,7 @@ def eamsgd(
 
 
 def easgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """The same without momentum; with ``overlap`` the worker's moves come a step late."""
+    """Run EAMSGD without momentum; with ``overlap`` the worker's moves come a step late."""
     if not method.overlap:
         return eamsgd(method, x, gradient, eta, steps, delta=0.0)
     c, late, (a_w, a_c), is_pre = x.copy(), np.zeros_like(x), method.rates(1, eta), method.grad_point == "pre"
@@ -77,7 +77,7 @@ def easgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int
 
 
 def aeasgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Exchanges follow the step; perhaps early, when ||eta g|| - ||eta rho (x - c)|| < eta (CERN-THESIS-2017-103)."""
+    """Exchange after the step, or early when ||eta g|| - ||eta rho (x - c)|| < eta (CERN-THESIS-2017-103)."""
     c, local = x.copy(), 0
     for _ in range(steps):
         g, local = gradient(x), local + 1
@@ -89,7 +89,7 @@ def aeasgd(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: in
 
 
 def easgd_tree(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """A leaf and its root: elastic exchanges in which one side may stay (arXiv 1605.02216, ch. 6); alpha 0.9/(1+1)."""
+    """Exchange between a leaf and its root, where one side may stay (arXiv 1605.02216, ch. 6); alpha 0.9/(1+1)."""
     c, alpha = x.copy(), 0.45 if method.moving_rate is None else method.moving_rate
     down = method.period if method.scheme == "multi-scale" else method.slow_period
     for t in range(steps):
@@ -104,7 +104,7 @@ def easgd_tree(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps
 
 
 def admm(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Round-robin ADMM (arXiv 1412.6651, section 4) whose only worker is always its turn."""
+    """Run round-robin ADMM (arXiv 1412.6651, section 4) with a single worker, whose turn it always is."""
     c, multiplier, er = x.copy(), np.zeros_like(x), eta * method.rho
     for _ in range(steps):
         multiplier = multiplier - (x - c)
@@ -114,7 +114,7 @@ def admm(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int)
 
 
 def slowmo(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """u <- beta*u + (x0 - x)/eta;  x0 <- x0 - alpha*eta*u, once a round (arXiv 1910.00643, algorithm 1)."""
+    """u <- beta*u + (x0 - x)/eta;  x0 <- x0 - alpha*eta*u, once per round (arXiv 1910.00643, algorithm 1)."""
     x0, u = x.copy(), np.zeros_like(x)
     for t in range(steps):
         x = x - eta * gradient(x)
@@ -125,7 +125,7 @@ def slowmo(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: in
 
 
 def diloco(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Nesterov's step with theta - x as the gradient, once a round (arXiv 2311.08105, algorithm 1)."""
+    """Make Nesterov's step with theta - x as the gradient, once per round (arXiv 2311.08105, algorithm 1)."""
     theta, b, m = x.copy(), np.zeros_like(x), method.outer_momentum
     for t in range(steps):
         x = x - eta * gradient(x)
@@ -139,7 +139,7 @@ def diloco(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: in
 def entropysgd(
     method: Any, y: np.ndarray, gradient: Gradient, eta: float, steps: int, rho_inverse: float = 0.0
 ) -> np.ndarray:
-    """The inner and the outer loop of one replica (arXiv 1611.01838 and 1707.00424); the model holds y."""
+    """Run the inner and the outer loop of one replica (arXiv 1611.01838 and 1707.00424); the model holds y."""
     x, z, u, v, delta, a = y, y, np.zeros_like(y), np.zeros_like(y), method.momentum, method.averaging
     gamma_inverse = method.gamma_inverse
     for t in range(steps):
@@ -158,12 +158,12 @@ def entropysgd(
 
 
 def parle(method: Any, y: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Alone, a replica is its own reference r: its x, and no spring; or its z, and a second spring to it."""
+    """Run one replica, which is its own reference r: its x, without a spring; or its z, with a second spring to it."""
     return entropysgd(method, y, gradient, eta, steps, method.rho_inverse if method.reference == "z" else 0.0)
 
 
 def mdownpour(method: Any, y: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Nesterov momentum SGD; the model holds y = x + delta*v (arXiv 1412.6651, section 5)."""
+    """Run Nesterov momentum SGD; the model holds y = x + delta*v (arXiv 1412.6651, section 5)."""
     x, v, delta = y, np.zeros_like(y), method.momentum
     for _ in range(steps):
         v = delta * v - eta * gradient(y)
@@ -173,7 +173,7 @@ def mdownpour(method: Any, y: np.ndarray, gradient: Gradient, eta: float, steps:
 
 
 def agn(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Back to the mean of the local steps at the end of each window (arXiv 1710.02368)."""
+    """Replace the local steps by their mean at the end of each window (arXiv 1710.02368)."""
     origin = x
     for t in range(steps):
         x = x - eta * gradient(x)
@@ -183,7 +183,7 @@ def agn(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) 
 
 
 def adag(method: Any, x: np.ndarray, gradient: Gradient, eta: float, steps: int) -> np.ndarray:
-    """Nobody else moves the center: every factor is 1."""
+    """No other worker moves the center, so every factor is 1."""
     return (agn if method.normalise else sgd)(method, x, gradient, eta, steps)
 
 

@@ -1,12 +1,12 @@
-"""The elastic exchange of one worker by its definition, for loops that make one worker's step at a time."""
+"""The elastic exchange of one worker by its definition, for loops over the steps of single workers."""
 
 import numpy as np
 
 
 class Exchanges:
-    """x (p, n), c (n,) and the clocks of the workers.
+    """The state of a run: x (p, n), c (n,) and the clocks of the workers.
 
-    A gradient from before the exchange is part of the worker's assignment: a center that is second sees it.
+    A gradient from before the exchange is part of the worker's assignment: a center that moves second sees it.
     """
 
     def __init__(self, x, rates, *, order, grad_point, tau):
@@ -20,12 +20,12 @@ class Exchanges:
         self.n_before = 1 if order == "worker_first" else len(self.moves)
 
     def before(self, i):
-        """What comes before the local update, the gradient being known."""
+        """Make the part of the exchange between the gradient and the local update."""
         if self.grad_point == "pre" and self.t[i] % self.tau == 0:
             self.make(self.moves[: self.n_before], i)
 
     def after(self, i):
-        """What comes after it."""
+        """Make the part of the exchange after the local update."""
         if self.grad_point == "pre" and self.t[i] % self.tau == 0:
             self.make(self.moves[self.n_before :], i)
         self.t[i] += 1

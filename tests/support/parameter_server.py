@@ -1,4 +1,4 @@
-"""What the tests of the parameter-server methods share."""
+"""Oracles and runs that the tests of the parameter-server methods share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from mpitrain.simulation.engine import Simulation
 
 
 def delayed(q: float, p: int) -> np.ndarray:
-    """c_{k+1} = c_k - q c_{k-(p-1)} on (c_k, ..., c_{k-p+1}): a server that is visited in turn."""
+    """Return the matrix of c_{k+1} = c_k - q c_{k-(p-1)} on (c_k, ..., c_{k-p+1}): a server visited in turn."""
     matrix = np.eye(p, k=-1)
     matrix[0, 0] += 1
     matrix[0, -1] -= q
@@ -21,20 +21,20 @@ def delayed(q: float, p: int) -> np.ndarray:
 
 
 def bound(p: int) -> float:
-    """Of q, for ``delayed`` to be stable."""
+    """Return the largest q for which ``delayed`` is stable."""
     return 2 * np.sin(np.pi / (2 * (2 * p - 1)))
 
 
 def not_committed(simulation: Simulation) -> np.ndarray:
-    """(n,) the sum over workers of what they have changed and not committed."""
+    """Return the sum over workers of the changes that they have not committed (n,)."""
     own = [dict(worker.state()) for worker in simulation.workers]
     return sum(worker.x.local - state["origin"] for worker, state in zip(simulation.workers, own, strict=True))
 
 
 def whole_numbers(p: int, n: int, seed: int) -> tuple[np.ndarray, Callable[[int, np.ndarray], np.ndarray], list[Any]]:
-    """A start (n,), gradients that are whole numbers, and the list in which each (rank, gradient) is noted.
+    """Return a start (n,), a gradient function with whole numbers, and the list in which it records (rank, gradient).
 
-    Sums of whole numbers are exact in any order: what is lost or counted twice cannot hide in the rounding.
+    Sums of whole numbers are exact in any order, so that a lost or repeated gradient cannot hide in the rounding.
     """
     rng, noted = np.random.default_rng(seed), []
 
@@ -66,7 +66,7 @@ class OnRank:
         self.worker: Worker = method.worker(Replica(self.comm, x, g))
 
     def step(self, g: np.ndarray) -> None:
-        """One step with this gradient."""
+        """Make one step with this gradient."""
         worker, eta = self.worker, self.eta
         worker.g.local[...] = g
         group_slices = [ParamGroupSlice(slice(0, g.size), eta)]
@@ -74,7 +74,7 @@ class OnRank:
         worker.step(group_slices, update)
 
     def consensus(self) -> np.ndarray:
-        """(n,) what the method evaluates, when all ranks have come here. Collective."""
+        """Return what the method evaluates (n,), once all ranks have arrived. Collective."""
         self.comm.barrier()
         out = np.zeros_like(self.worker.x.local)
         self.worker.consensus(out)

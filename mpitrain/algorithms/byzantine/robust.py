@@ -123,21 +123,21 @@ class RobustWorker(Worker):
         """Write this worker's parameters: all are equal. Local."""
         out[...] = self.x.local
 
-    def _middle(self, who: np.ndarray) -> None:
+    def _middle(self, chosen: np.ndarray) -> None:
         """Apply a rule to each coordinate by itself; the aggregate is 0 if no worker is left."""
-        if not len(who):
+        if not len(chosen):
             self._slices.mine[...] = 0
             return
-        most = (len(who) - 1) // 2
+        most = (len(chosen) - 1) // 2
         n_cut = {"mean": 0, "median": most, "trimmed_mean": min(self._n_byzantine, most)}[self._method.rule]
-        self._slices.rows.trimmed_mean(who, n_cut, self._slices.mine)
+        self._slices.rows.trimmed_mean(chosen, n_cut, self._slices.mine)
 
-    def _weights(self, squares: np.ndarray, who: np.ndarray) -> np.ndarray:
+    def _weights(self, squares: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Return the weights (rows,) of a rule that is a weighted mean, from squared distances (rows, rows)."""
         weights = np.zeros(len(squares))
-        if len(who):
-            among = squares[np.ix_(who, who)]
-            weights[who] = krum(among, self._n_byzantine) if self._method.rule == "krum" else geometric_median(among)
+        if len(chosen):
+            among = squares[np.ix_(chosen, chosen)]
+            weights[chosen] = krum(among, self._n_byzantine) if self._method.rule == "krum" else geometric_median(among)
         return weights
 
 
@@ -156,13 +156,13 @@ class ClippingWorker(RobustWorker):
         super().before_update()
         self._aggregate[...] = self._slices.mine
 
-    def _weights(self, squares: np.ndarray, who: np.ndarray) -> np.ndarray:
+    def _weights(self, squares: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Return (1/m)*c_i for each gradient and 1 - mean(c) for v, with c_i = min(1, r/||g_i - v||)."""
         weights = np.zeros(len(squares))
         weights[-1] = 1.0
-        if len(who):
-            weights[who] = clipping(np.sqrt(squares[-1, who]), self._method.clip_radius) / len(who)
-            weights[-1] -= weights[who].sum()
+        if len(chosen):
+            weights[chosen] = clipping(np.sqrt(squares[-1, chosen]), self._method.clip_radius) / len(chosen)
+            weights[-1] -= weights[chosen].sum()
         return weights
 
 

@@ -96,7 +96,7 @@ class SafeguardSGD(Method):
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line for fewer than three workers, which have no majority, and for windows in the wrong order."""
         if size < 3:
-            yield f"safeguard: among {size} workers nobody can be outvoted: use at least 3"
+            yield f"safeguard: among {size} workers none can be outvoted: use at least 3"
         if self.guards == "double" and self.short_window > self.long_window:
             yield (
                 f"safeguard: short_window = {self.short_window} is longer than long_window = {self.long_window}: "

@@ -114,7 +114,7 @@ class SynchronousCenter:
         kernels.copy(out, self._center)
 
     def _sum(self, x: Any) -> None:
-        """s <- sum_i x_i, with c in place of the non-finite elements of x_i: these then pull nobody. Collective."""
+        """s <- sum_i x_i, with c in place of the non-finite elements of x_i: these then pull no worker. Collective."""
         n_nonfinite = kernels.receive(self._s.local, x)
         if n_nonfinite:
             kernels.copy(self._s.local, x)

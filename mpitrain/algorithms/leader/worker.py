@@ -15,7 +15,7 @@ from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.worker import Worker
 
-NOBODY = -1
+NO_LEADER = -1
 """The leader if no loss is finite, and before the first exchange."""
 
 
@@ -39,14 +39,14 @@ class Following:
     rate: float
     period: int
     leader_parameters: Any
-    leader: int = NOBODY
+    leader: int = NO_LEADER
     round: int = 0
     pending: bool = False
 
     def choose(self, losses: np.ndarray) -> None:
         """Make the member with the lowest of the losses (p,) the leader, among equals the first."""
         best = int(self.members[np.argmin(losses[self.members])])
-        self.leader = best if np.isfinite(losses[best]) else NOBODY
+        self.leader = best if np.isfinite(losses[best]) else NO_LEADER
 
 
 class LSGDWorker(Worker):
@@ -78,7 +78,7 @@ class LSGDWorker(Worker):
         """Make the small pulls of every step. grad_point = post: the next gradient is taken after this exchange."""
         if self._method.continuous_pull:
             for following in (self._group, self._all):
-                if following.leader not in (NOBODY, self.comm.rank):
+                if following.leader not in (NO_LEADER, self.comm.rank):
                     self.comm.statistics.n_nonfinite += kernels.weighted_average(
                         self.x.local, following.leader_parameters, following.rate / following.period
                     )
@@ -99,7 +99,7 @@ class LSGDWorker(Worker):
 
         The rate is 0 where there is nothing to do.
         """
-        planned = [(f.leader, 0.0 if f.leader in (NOBODY, self.comm.rank) else f.rate) for f in due]
+        planned = [(f.leader, 0.0 if f.leader in (NO_LEADER, self.comm.rank) else f.rate) for f in due]
         if len(planned) == 2 and planned[0][0] == planned[1][0]:
             (leader, rate), (_, global_rate) = planned
             planned = [(leader, 1 - (1 - rate) * (1 - global_rate)), (leader, 0.0)]

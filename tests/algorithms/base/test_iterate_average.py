@@ -1,4 +1,4 @@
-"""Averages of the iterates: what they are, that they feed nothing back, and that any method can carry one."""
+"""Running averages of the iterates: their values, that nothing is fed back, and that they work with any method."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def simulation(method, p=3, average=None, start=STARTS, seed=0, gradient=None):
 
 @every_method
 @every_average
-def test_average_of_any_method_is_read_only_and_is_the_average(name, average):
+def test_an_average_is_the_average_and_changes_no_method(name, average):
     method = METHODS[name]()
     plain = simulation(method).run(12)
     seen: list[list[np.ndarray]] = [[] for _ in range(3)]
@@ -76,7 +76,7 @@ def test_average_is_in_the_checkpoint(name, average):
 
 
 @every_average
-def test_at_the_end_the_method_is_what_it_is_alone(average):
+def test_the_end_of_a_run_is_that_of_the_method_alone(average):
     ends = [simulation(Downpour(period=5), average=average).run(7), simulation(Downpour(period=5)).run(7)]
     for end in ends:
         for worker in end.workers:
@@ -91,7 +91,7 @@ def test_rate_one_is_the_last_iterate():
 
 
 @given(st.floats(0.01, 1), st.integers(1, 20))
-def test_average_of_what_does_not_move_is_that(rate, steps):
+def test_average_of_constant_parameters_is_constant(rate, steps):
     for kind in ("polyak", "moving"):
         end = simulation(AllReduceSGD(), 1, Average(kind, rate), np.ones((1, 3)), gradient=slope(0.0)).run(steps)
         np.testing.assert_allclose(end.consensus(), 1.0, atol=1e-12)
@@ -161,7 +161,7 @@ def test_average_between_ranks(world):
         world.barrier()
 
 
-def test_the_next_worker_goes_on_with_the_average_of_one_that_died():
+def test_the_next_worker_continues_the_average_of_one_that_died():
     def kill(simulation, rank):
         if rank == 0 and simulation.workers[0].t == 30:
             simulation.world.kill(0)
@@ -175,7 +175,7 @@ def test_the_next_worker_goes_on_with_the_average_of_one_that_died():
 
 
 @pytest.mark.parametrize("kind", ["polyak", "moving"])
-def test_an_average_leaves_out_what_is_not_finite(kind):
+def test_an_average_leaves_out_nonfinite_values(kind):
     def gradient(rank, x):
         steps[rank] += 1
         return np.full_like(x, np.nan) if (rank, steps[rank]) == (1, 7) else x

@@ -1,4 +1,4 @@
-"""What attackers send."""
+"""The vectors that attackers send."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ OWN, HONEST = RNG.normal(size=(2, 5)), RNG.normal(size=(3, 5))
         (variance(0), np.tile(HONEST.mean(0), (2, 1))),
     ],
 )
-def test_what_is_sent(attack, sent):
+def test_attackers_send_the_formula(attack, sent):
     own, honest = OWN.copy(), HONEST.copy()
     np.testing.assert_allclose(attack(own, honest), sent, rtol=0, atol=1e-15)
     assert (own == OWN).all()

@@ -1,4 +1,4 @@
-"""Rules without a memory: each typed again from its definition, what it stands, and what it cannot."""
+"""Robust rules without memory: against their definitions, and under attacks that they do and do not withstand."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ ETA = 0.5
 
 
 def step(method, g, *, steps=1, schedule=None):
-    """What comes of the gradients (m, n) of all workers in each of a few steps: the last aggregate."""
+    """Return the last aggregate, given the gradients (m, n) of all workers in each of a few steps."""
     m, n = g.shape
     simulation = simulate(
         method, m, start=np.zeros(n, g.dtype), eta=ETA, gradient=lambda rank, x: g[rank], schedule=schedule
@@ -59,7 +59,7 @@ def test_a_rule_is_its_definition(rule, m, n, f, seed):
 
 
 @pytest.mark.parametrize(("m", "f"), [(1, 0), (3, 0), (4, 0), (5, 1), (10, 3), (11, 4)])
-def test_it_reckons_with_as_many_as_krum_allows(m, f):
+def test_the_default_is_as_many_as_krum_allows(m, f):
     g = np.random.default_rng(m).normal(size=(m, 6))
     assert RobustSGD().tolerated(m) == f
     np.testing.assert_allclose(step(RobustSGD(rule="trimmed_mean"), g), trimmed(g, f), atol=1e-12)
@@ -93,7 +93,7 @@ def test_the_geometric_median_on_a_line_is_the_median():
     np.testing.assert_allclose(step(RobustSGD(rule="geometric_median"), g), g[2], atol=1e-4)
 
 
-def test_the_geometric_median_knows_infinity():
+def test_the_geometric_median_ignores_infinite_distances():
     squares = np.ones((4, 4)) - np.eye(4)
     squares[3, :3] = squares[:3, 3] = np.inf
     np.testing.assert_allclose(geometric_median(squares), [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-9)
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(rule, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_happens_where_no_gradient_is_finite(rule):
+def test_nothing_moves_if_no_gradient_is_finite(rule):
     simulation = simulate(
         RobustSGD(rule=rule), 3, start=np.ones(40), eta=ETA, gradient=lambda rank, x: np.full(40, np.nan)
     )
@@ -139,7 +139,7 @@ def test_nothing_happens_where_no_gradient_is_finite(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_outliers_have_little_say_but_in_the_mean(rule):
+def test_outliers_have_little_influence_except_on_the_mean(rule):
     g = np.random.default_rng(7).normal(size=(9, 30))
     g[7:] = 1e6
     distance = np.linalg.norm(step(RobustSGD(rule=rule, n_byzantine=3), g, steps=9) - g[:7].mean(axis=0))

@@ -1,4 +1,4 @@
-"""SafeguardSGD (Allen-Zhu et al., arXiv 2012.14368): the algorithm typed again, its guarantees, its threshold."""
+"""SafeguardSGD (Allen-Zhu et al., arXiv 2012.14368) against its algorithm; its guarantees and its threshold."""
 
 import itertools
 
@@ -19,7 +19,7 @@ NEVER = 1e9  # a threshold that nobody exceeds
 
 
 def noise(p, n, *, seed=0, bias=None, dtype=np.float64):
-    """Gradients that do not depend on x: N(0, 1), each worker from a stream of its own, plus bias[rank]."""
+    """Return gradients that do not depend on x: N(0, 1) from a stream per worker, plus bias[rank]."""
     rngs = [np.random.default_rng([seed, rank]) for rank in range(p)]
 
     def gradient(rank, x):
@@ -30,7 +30,7 @@ def noise(p, n, *, seed=0, bias=None, dtype=np.float64):
 
 
 def reference(gradient, x, eta, steps, method, m):
-    """Algorithm 1 for one master: x, and the step in which each worker leaves; with the thresholds given."""
+    """Run algorithm 1 with one master and given thresholds; return x and the step in which each worker leaves."""
     good, left = set(range(m)), {}
     a, b = np.zeros((m, x.size)), np.zeros((m, x.size))
     for t in range(steps):
@@ -97,7 +97,7 @@ def test_equal_gradients_are_all_reduce_sgd(guards, threshold, p):
 
 @settings(max_examples=8)
 @given(st.integers(3, 8), st.floats(0.3, 4), st.floats(0.5, 3))
-def test_a_steady_bias_is_found_in_the_step_that_arithmetic_says(m, threshold, length):
+def test_a_steady_bias_is_detected_in_the_predicted_step(m, threshold, length):
     # ||B_i - B_med|| = s*||u||/m after s steps
     u = np.zeros(30)
     u[7] = length
@@ -124,7 +124,7 @@ def test_the_short_window_forgets_and_the_long_one_does_not():
 
 @settings(max_examples=10)
 @given(m=st.integers(2, 6), seed=st.integers(0, 99), tolerance=st.floats(1, 1.3))
-def test_who_has_left_does_not_come_back(m, seed, tolerance):
+def test_an_excluded_worker_does_not_return(m, seed, tolerance):
     method = SafeguardSGD(short_window=2, long_window=6, tolerance=tolerance)
     seen = []
     simulation = simulate(method, m, start=np.zeros(4), eta=0.1, gradient=noise(m, 4, seed=seed))
@@ -137,7 +137,7 @@ def test_who_has_left_does_not_come_back(m, seed, tolerance):
     assert seen[-1].any()
 
 
-def test_all_come_back_if_asked_for():
+def test_all_workers_return_after_a_reset():
     method = SafeguardSGD(short_window=4, long_window=6, short_threshold=0.5, long_threshold=NEVER, reset_good_every=2)
     gradient = lambda rank, x: np.full(3, 10.0 * (rank == 0))  # noqa: E731
     simulation = simulate(method, 5, start=np.zeros(3), eta=0.1, gradient=gradient)
@@ -183,7 +183,7 @@ def test_half_is_no_majority_and_twice_the_threshold_is_inside():
     assert window.close(pairs, good).tolist() == [True, True, True, False]
 
 
-def test_without_a_majority_nobody_leaves_and_it_is_counted():
+def test_without_a_majority_no_worker_leaves_and_the_step_is_counted():
     method = SafeguardSGD("single", long_window=50, long_threshold=1e-6)
     end = simulate(method, 4, start=np.zeros(6), eta=0.1, gradient=noise(4, 6)).run(11)
     assert end.workers[3].metrics() == {"n_good": 4.0, "removed_at": -1.0, "n_undecided": 11.0}
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_is_not_used_at_all(bad, guards):
     assert np.isfinite(simulation.run(5).x()).all()
 
 
-def test_sums_that_overflow_are_thrown_out():
+def test_a_worker_whose_sum_overflows_is_excluded():
     def gradient(rank, x):
         return np.full(5, 3e38 if rank == 1 else 0.5, np.float32)
 
@@ -225,7 +225,7 @@ def test_sums_that_overflow_are_thrown_out():
     assert end.workers[0].removed_at.tolist() == [-1, 3, -1]  # 4*3e38/3 is more than float32 holds
 
 
-def test_nobody_looks_at_the_gradient_of_who_has_left():
+def test_the_gradient_of_an_excluded_worker_is_not_read():
     def gradient(rank, x):
         return np.full(64, np.nan) if rank == 1 else x
 
@@ -281,7 +281,7 @@ def test_honest_noise_grows_like_sqrt_t():
 
 
 @pytest.mark.parametrize(("window", "found"), [(200, True), (20, False)])
-def test_the_automatic_threshold_finds_a_small_bias_in_a_long_window_only(window, found):
+def test_the_automatic_threshold_detects_a_small_bias_in_a_long_window_only(window, found):
     # z = 0.5: more than 8/z^2 = 32 steps are needed, and honest workers are never thrown out.
     n, start = 400, np.zeros(400)
     gradient = Attacked(noise(10, n), size=10, attackers=range(6, 10), attack=variance(0.5))
@@ -292,7 +292,7 @@ def test_the_automatic_threshold_finds_a_small_bias_in_a_long_window_only(window
     assert (removed_at[6:] >= 0).all() if found else (removed_at[6:] == -1).all()
 
 
-def test_the_automatic_threshold_asks_for_no_scale():
+def test_the_automatic_threshold_is_scale_free():
     def removed_at(scale):
         base = noise(7, 60, bias=1.5 * (np.arange(7) == 2)[:, None] * np.ones(60))
         gradient = lambda rank, x: scale * base(rank, x)  # noqa: E731
@@ -303,7 +303,7 @@ def test_the_automatic_threshold_asks_for_no_scale():
     assert removed_at(1.0)[2] >= 0
 
 
-def test_half_of_the_workers_together_can_throw_the_others_out():
+def test_half_of_the_workers_together_can_exclude_the_others():
     # Where the guarantee ends: three of five agree, and the honest ones are the outliers.
     gradient = lambda rank, x: np.full(4, 100.0) if rank < 3 else x  # noqa: E731
     end = simulate(SafeguardSGD(), 5, start=np.ones(4), eta=0.01, gradient=gradient).run(150)

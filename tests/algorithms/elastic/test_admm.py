@@ -1,4 +1,4 @@
-"""ADMM in turn, at once and whenever (arXiv 1412.6651, section 4): radii, divergence, exact consensus, delays."""
+"""ADMM in its three modes (arXiv 1412.6651, section 4): radii, divergence, exact consensus, delays."""
 
 import time
 
@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.on_ranks import RankRun, ranks
-from support.quadratic import assert_states_equal, change, radius, same_bits, simulate, slope, states, statistics
+from support.quadratic import (
+    assert_states_equal,
+    change,
+    load,
+    radius,
+    same_bits,
+    simulate,
+    slope,
+    states,
+    statistics,
+)
 
 from mpitrain import UsageError
 from mpitrain.algorithms import ADMM, EASGD
@@ -20,14 +30,14 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 
 
 def column(simulation, name):
-    """One entry of the state of every worker, (p, n)."""
+    """Return one entry of the state of every worker, (p, n)."""
     return np.stack([state[name] for state in states(simulation)])
 
 
 def in_turn(script, x, rho, eta, h, b, decay=0.0, arrivals=1):
-    """The paper's three assignments, one worker's turn an entry of the script; the center after every K-th.
+    """Make the paper's three assignments, one worker's turn per entry of the script; the center after every K-th.
 
-    The contributions of all begin as the center, which is worker 0's x.
+    All contributions start as the center, which is worker 0's x.
     """
     x, c, lam = x.copy(), x[0].copy(), np.zeros_like(x)
     s = np.repeat(x[:1], len(x), axis=0)
@@ -42,7 +52,7 @@ def in_turn(script, x, rho, eta, h, b, decay=0.0, arrivals=1):
 
 
 def at_once(steps, x, rho, eta, h, b):
-    """The same for all workers together, from one center."""
+    """Make the three assignments for all workers at once, from one center."""
     x, c, lam = x.copy(), x[0].copy(), np.zeros_like(x)
     h, b = np.array(h)[:, None], np.array(b)[:, None]
     for _ in range(steps):
@@ -56,7 +66,7 @@ def at_once(steps, x, rho, eta, h, b):
 
 
 def sweep(method, p, eta):
-    """The matrix on (x_1, ..., x_p, lam_1, ..., lam_p) of one turn of each worker, in turn; c is the mean of x - lam.
+    """Return the matrix on (x_1, ..., x_p, lam_1, ..., lam_p) of one turn of each worker; c is the mean of x - lam.
 
     Any sweep ends with such a center, so that the paper's matrix, which has c as one more state, has one more
     eigenvalue and that is 0.
@@ -89,7 +99,7 @@ def test_round_robin_is_the_papers_three_assignments(p, rho, eta, seed):
 
 @settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(0, 2**16))
-def test_round_robin_is_the_same_whoever_is_fast(p, seed):
+def test_round_robin_is_the_same_at_any_speeds(p, seed):
     # Bits: asynchronous workers served in turn; workers that take turns, in their turns and in any other order.
     start = np.random.default_rng(seed).normal(size=40)
     ends = [
@@ -154,7 +164,7 @@ def test_a_center_after_every_p_arrivals_in_turn_is_sync(p):
 
 
 @given(st.integers(1, 4), st.sampled_from([0.0, 0.1]), st.lists(st.integers(0, 2), max_size=60))
-def test_any_script_gives_what_the_equations_say(arrivals, decay, script):
+def test_any_order_of_events_follows_the_equations(arrivals, decay, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=(3, 6)), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     simulation = simulate(
@@ -182,7 +192,7 @@ def test_the_center_is_the_mean_of_the_contributions_at_any_moment(arrivals, p, 
     np.testing.assert_allclose(states(simulation)[0][name], contributions.mean(0), atol=1e-11)
 
 
-def test_what_a_worker_has_contributed_is_its_x_without_its_multiplier():
+def test_a_contribution_is_x_minus_the_multiplier():
     for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)):
         start = np.random.default_rng(2).normal(size=50).astype(dtype)
         simulation = simulate(ADMM(), 3, start=start, eta=0.1, gradient=slope(H, B), schedule=RandomOrder(1)).run(40)
@@ -257,7 +267,7 @@ def test_the_center_moves_with_every_kth_arrival_only():
 @pytest.mark.parametrize("max_delay", [1, 2, 5])
 def test_no_turn_begins_with_a_contribution_older_than_the_bound(max_delay):
     def lead(method):
-        """The most turns by which a worker was ahead of another, at the end of a step."""
+        """Return the largest number of turns by which a worker is ahead of another at the end of a step."""
         most = 0
 
         def look(simulation, rank):
@@ -295,7 +305,7 @@ def test_the_worker_ahead_waits_and_the_one_behind_does_not():
     st.integers(1, 5),
     st.integers(0, 2**16),
 )
-def test_waiting_never_locks_up(method, p, seed):
+def test_waiting_never_deadlocks(method, p, seed):
     # RuntimeError if all wait. Twice, since a run may go on.
     simulation = simulate(
         method, p, start=np.ones(20), eta=0.1, gradient=slope(H, B), schedule=RandomOrder(seed),
@@ -304,7 +314,7 @@ def test_waiting_never_locks_up(method, p, seed):
     assert [worker.t for worker in simulation.workers] == [9] * p
 
 
-def test_who_waits_says_so():
+def test_methods_that_wait_declare_it():
     assert not ADMM().is_synchronous
     assert not ADMM(arrivals=4).is_synchronous
     assert all(method.is_synchronous for method in (ADMM(max_delay=1), ADMM(mode="sync"), ADMM(mode="round_robin")))
@@ -314,7 +324,7 @@ def test_who_waits_says_so():
                 ADMM(mode=mode, **settings_)
 
 
-def test_workers_without_a_bound_wait_for_nobody():
+def test_workers_without_a_bound_never_wait():
     simulation = simulate(ADMM(arrivals=2), 3, start=np.ones(4), eta=0.1, schedule=Scripted([1] * 20)).run(20)
     assert [worker.t for worker in simulation.workers] == [0, 20, 0]
 
@@ -339,7 +349,7 @@ def test_a_warning_names_a_penalty_that_is_inside():
 
 
 def sweep_without_curvature(p, eta_rho):
-    """The typed sweep on (x, lam) for h = 0, column by column."""
+    """Return the matrix of the sweep on (x, lam) for h = 0, column by column."""
     unit, columns = np.eye(2 * p), []
     for start in unit:
         x, lam = start[:p].copy(), start[p:].copy()
@@ -350,6 +360,19 @@ def sweep_without_curvature(p, eta_rho):
             c = (x - lam).mean()
         columns.append(np.concatenate([x, lam]))
     return np.array(columns).T
+
+
+@pytest.mark.parametrize(("arrivals", "row"), [(1, "center"), (3, "mean")])
+def test_the_mean_is_repaired_when_a_worker_that_died_continues_with_the_part_of_another(arrivals, row):
+    method, start = ADMM(arrivals=arrivals), np.random.default_rng(4).normal(size=(4, 6))
+    parts = states(simulate(method, 4, start=start, eta=0.1, gradient=slope(H, B), largest_shard=4).run(9))
+    intact = load(simulate(method, 4, start=0 * start, eta=0.1, largest_shard=4), parts)
+    assert same_bits(states(intact)[0][row], parts[0][row])  # no worker had died: rounding stays as it was
+    parts[2] = parts[3]
+    repaired = load(simulate(method, 4, start=0 * start, eta=0.1, largest_shard=4), parts)
+    wanted = column(repaired, "contribution").mean(0)
+    np.testing.assert_allclose(states(repaired)[0][row], wanted, rtol=1e-14, atol=1e-14)
+    assert np.abs(wanted - parts[0][row]).max() > 0.01
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "round_robin"])
@@ -374,7 +397,7 @@ def test_parameter_groups_have_their_own_rates(mode):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("method", [ADMM(mode="sync"), ADMM(), ADMM(arrivals=2), ADMM(mode="round_robin")])
-def test_what_is_not_finite_never_reaches_the_center(method, bad):
+def test_nonfinite_values_never_reach_the_center(method, bad):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:
@@ -455,7 +478,7 @@ def test_bounded_ranks_stay_together(n_nodes):
 @ALL
 @pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("method", [ADMM(mode="sync"), ADMM(mode="round_robin"), ADMM(arrivals=3)])
-def test_ranks_continue_with_what_they_saved(method, n_nodes):
+def test_ranks_continue_from_their_checkpoint(method, n_nodes):
     with ranks(n_nodes) as comm:
         first = RankRun(method, comm, np.random.default_rng(5).normal(size=900))
         first.run(11, 0.1, slope(H, B))

@@ -14,7 +14,7 @@ H, B = np.array([0.5, 2.0, 7.0]), np.array([1.0, -2.0, 4.0])
 
 
 def exchange_steps(simulation, steps, rank=0):
-    """The steps, from 0, in which a worker of a simulation of ``steps`` steps exchanges."""
+    """Return the steps, from 0, in which a worker exchanges."""
     made = []
 
     def look(simulation, who):
@@ -26,7 +26,7 @@ def exchange_steps(simulation, steps, rank=0):
 
 
 def first_balanced(h, rho, eta, x, c, steps):
-    """The first t with h|x_t| - rho|x_t - c| < 1, x_t = (1 - eh)^t x_0."""
+    """Return the first t with h|x_t| - rho|x_t - c| < 1, x_t = (1 - eh)^t x_0."""
     for t in range(steps):
         x_t = (1 - eta * h) ** t * x
         if h * abs(x_t) - rho * abs(x_t - c) < 1:
@@ -48,7 +48,7 @@ def test_exchange_comes_at_the_first_step_in_which_gradient_and_spring_balance(h
     assert (made[0] if made else None) == first_balanced(h, rho, eta, x, c, 60)
 
 
-def test_without_a_spring_it_comes_once_the_gradient_is_below_one():
+def test_without_a_spring_the_exchange_comes_once_the_gradient_is_below_one():
     h, eta, x = 2.0, 0.1, 8.0  # |g_t| = 16 * 0.8^t: 1.09 at t = 12 and 0.88 at t = 13
     method = AEASGD(rho=0.0, period=NEVER, early_exchange=True)
     simulation = simulate(method, 1, start=np.array([x]), eta=eta, gradient=slope(h))
@@ -68,7 +68,7 @@ def test_exchange_follows_the_local_step_of_the_balance():
 
 
 @pytest.mark.parametrize("distance", [1.0, 1e3])
-def test_worker_at_its_equilibrium_exchanges_however_large_its_gradient(distance):
+def test_worker_at_its_equilibrium_exchanges_whatever_its_gradient(distance):
     # x_eq = (h x* + rho c)/(h + rho): -eta g(x_eq) = eta rho (x_eq - c)
     h, rho, best, c = 4.0, 3.0, distance, -distance
     at = (h * best + rho * c) / (h + rho)
@@ -95,7 +95,7 @@ def test_elastic_force_in_each_step_rests_where_gradient_and_spring_balance():
 
 
 @pytest.mark.parametrize("tau", [1, 3, 7])
-def test_without_balance_it_comes_after_the_period_at_the_latest(tau):
+def test_without_balance_the_exchange_comes_after_the_period(tau):
     # c is where the worker begins, and the gradient stays above 1 + rho|x - c|
     method = AEASGD(rho=0.1, period=tau, early_exchange=True)
     simulation = simulate(method, 2, start=np.full(5, 100.0), eta=0.001, gradient=slope(3.0))
@@ -129,7 +129,7 @@ def test_it_is_easgd_with_its_gradient_after_the_exchange_bit_for_bit(tau):
 
 
 def by_definition(script, x, rho, eta, tau, early):
-    """One worker's step an entry of the script; each worker knows the center as it left it."""
+    """Make one worker's step per entry of the script; each worker remembers the center as it left it."""
     p = len(x)
     x, c, seen, local = x.copy(), x[0].copy(), np.tile(x[0], (p, 1)), np.zeros(p, int)
     for i in script:
@@ -145,7 +145,7 @@ def by_definition(script, x, rho, eta, tau, early):
 
 
 @given(st.booleans(), st.integers(1, 6), st.sampled_from([0.0, 0.5, 3.0]), st.lists(st.integers(0, 2), max_size=90))
-def test_any_script_gives_what_the_definition_says(early, tau, rho, script):
+def test_any_order_of_events_follows_the_definition(early, tau, rho, script):
     start = np.random.default_rng(3).normal(size=(3, 6))
     method = AEASGD(rho=rho, period=tau, early_exchange=early)
     simulation = simulate(method, 3, start=start, eta=0.1, gradient=slope(H, B), schedule=Scripted(script)).run(NEVER)
@@ -178,7 +178,7 @@ def test_gradients_alone_change_the_sum_of_workers_and_center(early, p, rho, lar
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_never_reaches_the_center(early, bad):
+def test_nonfinite_values_never_reach_the_center(early, bad):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:
@@ -199,7 +199,7 @@ def test_rule_visits_the_center_no_more_often_than_it_exchanges():
     assert statistics(simulation, "bytes_sent") == [0, 0, 0]
 
 
-def test_moving_rate_follows_the_learning_rate_and_is_remarked_on():
+def test_moving_rate_follows_the_learning_rate_and_gives_a_warning():
     assert AEASGD().rates(4, 0.01) == (0.05, 0.05)
     assert not list(AEASGD().warnings(4, 0.01))
     (remark,) = AEASGD().warnings(40, 0.01)  # the thesis' largest run: the center's gain is 40 * 0.05

@@ -14,13 +14,13 @@ P, BETA = 4, 0.9
 
 
 def reduced(eh, delta, alpha=BETA / P, beta=BETA):
-    """On (v, mean x, c), dh = delta (1 - eh)."""
+    """Return the matrix on (v, mean x, c), dh = delta (1 - eh)."""
     dh = delta * (1 - eh)
     return np.array([[delta * (1 - eh), -eh, 0], [dh, 1 - eh - alpha, alpha], [0, beta, 1 - beta]])
 
 
 def transition(eh, delta):
-    """The matrix on (v_1, ..., v_p, x_1, ..., x_p, c) of one synchronous step, from a run of unit vectors."""
+    """Return the matrix on (v_1, ..., v_p, x_1, ..., x_p, c) of one synchronous step, from a run of unit vectors."""
     method = EAMSGD(momentum=delta, moving_rate=BETA / P, period=1, synchronous=True)
     unit = np.eye(2 * P + 1)
     v, x, c = unit[:P], unit[P : 2 * P], unit[2 * P]
@@ -50,7 +50,7 @@ def test_mean_velocity_and_center_follow_the_reduced_dynamics(eh, delta, wanted)
 
 
 def algorithm_2(script, exchanges, eta, delta, h, b, decay):
-    """The paper's loop, one worker's step an entry of the script; the gradient is h_i (y - b_i) at y = x + delta v."""
+    """Run the loop of the paper, one step per entry of the script; the gradient is h_i (y - b_i) at y = x + delta v."""
     x, v = exchanges.x, np.zeros_like(exchanges.x)
     for i in script:
         y = x[i] + delta * v[i]
@@ -70,7 +70,7 @@ def algorithm_2(script, exchanges, eta, delta, h, b, decay):
     st.sampled_from([0.0, 0.1]),
     st.lists(st.integers(0, 2), max_size=60),
 )
-def test_any_script_gives_what_algorithm_2_says(grad_point, order, center_rate, tau, decay, script):
+def test_any_order_of_events_follows_algorithm_2(grad_point, order, center_rate, tau, decay, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=(3, 6)), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     method = EAMSGD(

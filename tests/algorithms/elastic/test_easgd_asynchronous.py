@@ -23,7 +23,7 @@ methods = st.builds(
 
 
 def weights(method, p):
-    """What multiplies sum_i x_i and c in the sum that exchanges keep: a_c and a_w, or 1 and 1 where these are equal.
+    """Return the weights of sum_i x_i and c in the sum that exchanges conserve: a_c and a_w, or 1 and 1 if equal.
 
     With the center first the worker sees its difference shortened to 1 - a_c of it; with the worker first the center.
     """
@@ -76,7 +76,7 @@ def test_gradients_alone_change_the_sum(method, p, steps, largest_shard, seed):
 
 
 def algorithm_1(script, exchanges, eta, h, b, decay):
-    """The paper's loop, one worker's step an entry of the script; the gradient is h_i (x - b_i)."""
+    """Run the paper's loop, one worker's step per entry of the script; the gradient is h_i (x - b_i)."""
     x = exchanges.x
     for i in script:
         g = h[i] * (x[i] - b[i])
@@ -94,7 +94,7 @@ def algorithm_1(script, exchanges, eta, h, b, decay):
     st.sampled_from([0.0, 0.1]),
     st.lists(st.integers(0, 2), max_size=60),
 )
-def test_any_script_gives_what_algorithm_1_says(grad_point, order, center_rate, tau, decay, script):
+def test_any_order_of_events_follows_algorithm_1(grad_point, order, center_rate, tau, decay, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=(3, 6)), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     method = EASGD(moving_rate=0.3, center_rate=center_rate, order=order, period=tau, grad_point=grad_point)
@@ -190,7 +190,7 @@ def test_period_is_counted_by_each_worker():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_never_reaches_the_center(bad):
+def test_nonfinite_values_never_reach_the_center(bad):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:

@@ -1,4 +1,4 @@
-"""EASGD whose exchanges go on in the background: late for the worker, never lost."""
+"""EASGD with exchanges in the background: late for the worker, never lost."""
 
 import threading
 
@@ -18,17 +18,17 @@ N = 700
 
 
 def under_way(worker):
-    """E_i, or zeros. Whoever is asked waits for its own exchange."""
+    """Return E_i, or zeros; the worker waits for its own exchange."""
     return dict(worker.state()).get("under_way", np.zeros_like(worker.x.local))
 
 
 def whole(simulation):
-    """sum_i x_i + c - (the E_i under way)"""
+    """Return sum_i x_i + c - (the E_i under way)."""
     return simulation.x().sum(0) + simulation.consensus() - sum(under_way(worker) for worker in simulation.workers)
 
 
 @given(p=st.integers(1, 5), seed=st.integers(0, 2**16), steps=st.integers(1, 9), period=st.integers(1, 3))
-def test_exchanges_conserve_the_sum_with_what_is_under_way(p, seed, steps, period):
+def test_exchanges_conserve_the_sum_with_those_under_way(p, seed, steps, period):
     start = np.random.default_rng(seed).normal(size=(p, 40))
     method = EASGD(moving_rate=0.3, period=period, overlap=True)
     world = {"largest_shard": 8, "interleave_locks": True}
@@ -38,7 +38,7 @@ def test_exchanges_conserve_the_sum_with_what_is_under_way(p, seed, steps, perio
     np.testing.assert_allclose(whole(simulation), before, rtol=0, atol=1e-12)
 
 
-def test_a_lone_exchange_is_taken_one_step_later():
+def test_a_lone_exchange_is_applied_one_step_later():
     simulation = simulate(EASGD(moving_rate=0.25, period=2, overlap=True), 1, start=np.full(3, 8.0), eta=0.0)
     (worker,) = simulation.workers
     worker.x.local[...] = 16.0  # and the center is 8
@@ -55,12 +55,12 @@ def test_late_moves_find_the_same_minimum():
 
 
 @pytest.mark.parametrize("settings", [{"synchronous": True}, {"order": "center_first"}, {"order": "worker_first"}])
-def test_what_cannot_overlap_is_refused(settings):
+def test_settings_that_cannot_overlap_are_refused(settings):
     with pytest.raises(UsageError, match="overlap is for asynchronous exchanges in jacobi order"):
         EASGD(overlap=True, **settings)
 
 
-def test_the_background_is_a_thread_in_order():
+def test_background_operations_run_in_order_in_one_thread():
     background, order, gate = Background(threads=True), [], threading.Event()
     first = background.start(lambda: (gate.wait(10), order.append(threading.current_thread().name)))
     second = background.start(lambda: order.append("second"))
@@ -75,7 +75,7 @@ def test_the_background_is_a_thread_in_order():
     background.stop()
 
 
-def test_what_the_background_raises_comes_out_at_the_end():
+def test_an_error_in_the_background_is_raised_at_its_end():
     background = Background(threads=True)
 
     def fail():
@@ -87,7 +87,7 @@ def test_what_the_background_raises_comes_out_at_the_end():
     background.stop()
 
 
-def test_without_threads_it_is_done_at_once():
+def test_without_threads_operations_run_at_once():
     done = []
     started = Background(threads=False).start(lambda: done.append(threading.current_thread()))
     assert started.done
@@ -127,7 +127,7 @@ def test_ranks_find_the_minimum(n_nodes):
 
 
 @ALL
-def test_ranks_continue_with_what_was_under_way():
+def test_ranks_continue_with_the_exchange_under_way():
     with ranks(1) as comm:
         start = np.random.default_rng(5 + comm.rank).normal(size=N)
         method = EASGD(period=3, overlap=True)

@@ -15,7 +15,7 @@ REDUCED = np.array([[1 - EH - ALPHA, ALPHA], [BETA, 1 - BETA]])
 
 
 def reduced_of(matrix):
-    """What a matrix on (x_1, ..., x_p, c) does to (mean x, c), for workers that are alike."""
+    """Reduce a matrix on (x_1, ..., x_p, c) to (mean x, c), for equal workers."""
     p = len(matrix) - 1
     return np.array(
         [[matrix[:p, :p].sum() / p, matrix[:p, p].mean()], [matrix[p, :p].sum(), matrix[p, p]]]
@@ -84,7 +84,7 @@ def test_mean_of_the_center_is_the_closed_form(p, alpha):
 
 
 @pytest.mark.parametrize(("eta", "alpha"), [(0.1, 0.225), (0.2, 0.1)])
-def test_time_average_of_the_center_is_as_good_as_can_be(eta, alpha):
+def test_time_average_of_the_center_is_asymptotically_optimal(eta, alpha):
     # T Var((1/T) sum c_t) -> sigma^2/(p h^2), whatever eta and alpha. For finite T: c_t sums eta M^(t-1-k)[c, x] xi_k.
     t_end, d = 1000, 2000
     matrix, powers, total = np.array([[1 - eta - alpha, alpha], [P * alpha, 1 - P * alpha]]), np.eye(2), 0.0
@@ -149,7 +149,7 @@ def test_one_worker_is_the_two_by_two_system():
     np.testing.assert_allclose(matrix, [[1 - EH - ALPHA, ALPHA], [ALPHA, 1 - ALPHA]], atol=1e-15)
 
 
-def test_workers_begin_with_one_center():
+def test_all_workers_start_with_one_center():
     start = np.random.default_rng(4).normal(size=(3, 5))
     simulation = simulate(METHOD, 3, start=start, eta=ETA)
     for rank in range(3):
@@ -159,7 +159,7 @@ def test_workers_begin_with_one_center():
     assert np.array_equal(simulation.consensus(2), simulation.consensus(0))
 
 
-def test_moving_rate_stays_and_rho_follows_when_the_learning_rate_decays():
+def test_moving_rate_is_constant_and_rho_follows_when_the_learning_rate_decays():
     fixed, following = EASGD(moving_rate=0.2), EASGD(rho=2.0)
     assert [fixed.alpha(4, eta) for eta in (0.1, 0.01)] == [0.2, 0.2]
     assert [following.alpha(4, eta) for eta in (0.1, 0.01)] == [0.2, 0.02]

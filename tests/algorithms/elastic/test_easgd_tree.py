@@ -34,12 +34,12 @@ def branches(p, degree, nodes=None):
 
 
 def inner_nodes(simulation):
-    """The vectors of all inner nodes; each is in the state of one worker."""
+    """Return the vectors of all inner nodes; each is in the state of one worker."""
     return [state[name] for state in states(simulation) for name in state if name.startswith("center")]
 
 
 def everything(simulation):
-    """(leaves and inner nodes, n)"""
+    """Return the vectors of leaves and inner nodes (number, n)."""
     return np.vstack([simulation.x(), *inner_nodes(simulation)])
 
 
@@ -90,7 +90,7 @@ def test_moving_rate_comes_from_the_largest_number_of_children():
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
-def test_of_the_workers_below_a_node_exactly_one_carries_each_message(n_turns, up, down):
+def test_exactly_one_of_the_workers_below_a_node_carries_each_message(n_turns, up, down):
     edges = [Edge(None, None, turn, n_turns, (up, down)) for turn in range(n_turns)]
     for t in range(60):
         due = [edge.due(t) for edge in edges]
@@ -104,9 +104,9 @@ def test_of_the_workers_below_a_node_exactly_one_carries_each_message(n_turns, u
 
 
 def message_passing(script, x, found, alpha, periods, eta, h, b, grad_point):
-    """The tree's messages, one worker's step an entry of the script; ``periods(of_leaf)`` gives tau up and down.
+    """Send the tree's messages, one worker's step per entry of the script; ``periods(of_leaf)`` is tau up and down.
 
-    A node is named by the ranks below it; it begins as the first of them.
+    A node is identified by the ranks below it; it starts with the parameters of the first.
     """
     x = x.copy()
     value = {members: x[members[0]].copy() for one in found for members in one[1:]}
@@ -137,7 +137,7 @@ def message_passing(script, x, found, alpha, periods, eta, h, b, grad_point):
 
 @settings(max_examples=60)
 @given(methods, st.sampled_from([(1, None), (3, None), (4, (0, 0, 1, 1)), (5, (0, 1, 1, 0, 1)), (5, None)]), st.data())
-def test_any_script_gives_what_the_messages_say(method, shape, data):
+def test_any_order_of_events_follows_the_messages(method, shape, data):
     p, nodes = shape
     script = data.draw(st.lists(st.integers(0, p - 1), max_size=80))
     rng = np.random.default_rng(5)
@@ -231,7 +231,7 @@ def test_consensus_stays_consensus_to_the_bit(method, p, seed):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("p", "degree", "nodes"), [(7, 2, None), (9, 3, None), (5, None, [0, 0, 1, 2, 1])])
-def test_all_nodes_come_together(scheme, p, degree, nodes):
+def test_all_nodes_converge_to_one_value(scheme, p, degree, nodes):
     start = np.random.default_rng(p).normal(size=(p, 4))
     method = EASGDTree(degree=degree, scheme=scheme, period=1, slow_period=2, moving_rate=0.6)
     simulation = simulate(
@@ -282,7 +282,7 @@ def test_the_root_hears_of_d_nodes_and_not_of_p_workers():
     assert sum(statistics(simulation, "bytes_sent")) == at_leaves + 2 * 4 * 16 * 80
 
 
-def test_nobody_waits_for_a_worker_that_has_stopped():
+def test_no_worker_waits_for_one_that_has_stopped():
     method = EASGDTree(degree=2, period=1, slow_period=1, moving_rate=0.5)
     start = np.array([[0.0], [1.0], [2.0], [3.0]])
     simulation = simulate(method, 4, start=start, eta=0.0, schedule=Scripted([3] * 40)).run(10**6)
@@ -294,7 +294,7 @@ def test_nobody_waits_for_a_worker_that_has_stopped():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_not_finite_stays_with_its_worker(scheme, bad):
+def test_nonfinite_values_stay_with_their_worker(scheme, bad):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:
@@ -309,7 +309,7 @@ def test_what_is_not_finite_stays_with_its_worker(scheme, bad):
     assert statistics(simulation, "n_nonfinite") == [0, 5, 0, 0, 0]  # in every other step it has recovered
 
 
-def test_a_node_that_no_part_of_a_checkpoint_has_begins_anew():
+def test_a_node_missing_from_the_checkpoint_starts_from_the_parameters():
     method, start = EASGDTree(degree=2, period=1, slow_period=2), np.arange(15.0).reshape(5, 3)
     saved = states(simulate(method, 5, start=start, eta=0.1, gradient=slope(1.0)).run(6))
     saved[2] = saved[3] = saved[4]  # ranks 2 and 3 had died, and with them all below their node
@@ -336,7 +336,7 @@ def test_state_reproduces_the_rest_of_the_run(method, p, before, after):
         assert_states_equal(a, b)
 
 
-def test_consensus_is_the_root_for_everybody():
+def test_consensus_is_the_root_for_every_worker():
     method = EASGDTree(degree=2, period=1, slow_period=2)
     simulation = simulate(
         method, 5, start=np.random.default_rng(4).normal(size=(5, 6)), eta=0.1, schedule=RoundRobin()
@@ -352,7 +352,7 @@ def test_consensus_is_the_root_for_everybody():
 @pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("degree", [None, 2])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_ranks_stay_in_the_hull_and_come_together(scheme, degree, n_nodes):
+def test_ranks_stay_in_the_hull_and_converge_to_one_value(scheme, degree, n_nodes):
     method = EASGDTree(degree=degree, scheme=scheme, period=1, slow_period=2)
     with ranks(n_nodes) as comm:
         start = np.random.default_rng(comm.rank).normal(size=1500)
@@ -361,7 +361,7 @@ def test_ranks_stay_in_the_hull_and_come_together(scheme, degree, n_nodes):
         run = RankRun(method, comm, start)
 
         def width():
-            """Of all nodes, when all rest."""
+            """Return the range of all nodes while all workers rest."""
             comm.barrier()
             found = run.states()
             values = np.stack(
@@ -399,7 +399,7 @@ def test_ranks_find_the_minimum_at_the_root(n_nodes):
 
 @ALL
 @pytest.mark.parametrize("n_nodes", [1, 2])
-def test_ranks_continue_with_what_they_saved(n_nodes):
+def test_ranks_continue_from_their_checkpoint(n_nodes):
     method = EASGDTree(degree=2, period=1, slow_period=2)
     with ranks(n_nodes) as comm:
         first = RankRun(method, comm, np.random.default_rng(5).normal(size=900))

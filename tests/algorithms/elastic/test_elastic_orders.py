@@ -1,4 +1,4 @@
-"""The elastic exchange in every order: what it is, which methods it contains, its spectra (arXiv 1605.02216, ch. 6)."""
+"""The elastic exchange in every order: its definition, special cases and spectra (arXiv 1605.02216, ch. 6)."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def synchronous(order, a_w, a_c, **more):
 
 
 def reduced(method, p, eh):
-    """What one period does to (mean x, c), for workers that are alike: measured."""
+    """Measure the matrix of one period on (mean x, c), for equal workers."""
     matrix = sweep_matrix(method, p, eh=eh, steps=method.period)
     return np.array(
         [[matrix[:p, :p].sum() / p, matrix[:p, p].mean()], [matrix[p, :p].sum(), matrix[p, p]]]
@@ -30,7 +30,7 @@ def reduced(method, p, eh):
 
 
 def exchange(order, x, c, a_w, a_c):
-    """The three definitions, for all workers at once: x (p, n), c (n,)."""
+    """Make an exchange by the definition of its order, for all workers at once: x (p, n), c (n,)."""
     if order == "center_first":
         c = c + a_c * (x - c).sum(0)
         return x - a_w * (x - c), c
@@ -41,7 +41,7 @@ def exchange(order, x, c, a_w, a_c):
 
 
 def run_by_definition(order, x, a_w, a_c, *, eta, steps, tau, grad_point, c=None):
-    """Synchronous runs with the gradients h_i (x - b_i); a pre gradient is part of the worker's assignment."""
+    """Run synchronously with the gradients h_i (x - b_i); a pre gradient is part of the worker's assignment."""
     p = len(x)
     h, b = H[:p, None], B[:p, None]
     c = x[0].copy() if c is None else c
@@ -76,7 +76,7 @@ def test_synchronous_runs_are_the_definitions(p, order, grad_point, tau):
 
 
 @pytest.mark.parametrize("synchronous", [False, True])
-def test_an_order_that_is_not_given_is_jacobi_with_equal_rates(synchronous):
+def test_the_default_order_is_jacobi_with_equal_rates(synchronous):
     start, ends = np.random.default_rng(1).normal(size=(3, 30)), []
     for more in ({}, {"order": "jacobi"}, {"center_rate": 0.3}):
         method = EASGD(moving_rate=0.3, period=2, synchronous=synchronous, **more)
@@ -276,7 +276,7 @@ def test_variance_of_the_center_with_rates_set_apart_is_the_closed_form():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("center_rate", [0.05, 0.2])
-def test_fixed_point_knows_neither_the_center_rate_nor_the_order(order, center_rate):
+def test_fixed_point_depends_on_neither_the_center_rate_nor_the_order(order, center_rate):
     # The envelopes': c* = sum w_i b_i / sum w_i, w_i = h_i rho / (h_i + rho); x_i* = (h_i b_i + rho c*)/(h_i + rho)
     h, b, rho, eta = np.array([0.5, 1, 2, 4]), np.array([1, -2, 0.5, 3]), 1.5, 0.1
     method = EASGD(rho=rho, center_rate=center_rate, order=order, period=1, synchronous=True)
@@ -288,7 +288,7 @@ def test_fixed_point_knows_neither_the_center_rate_nor_the_order(order, center_r
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_worker_before_a_center_that_rests_balances_gradient_and_spring(order):
+def test_worker_with_a_center_at_rest_balances_gradient_and_spring(order):
     # -eta g(x) = eta rho (x - c): x = (h x* + rho c)/(h + rho), and more local steps change nothing
     h, best, rho, c = 2.0, 3.0, 5.0, -1.0
     method = EASGD(rho=rho, center_rate=0.0, order=order, period=1)
@@ -302,14 +302,14 @@ def test_worker_before_a_center_that_rests_balances_gradient_and_spring(order):
 
 
 @given(st.sampled_from(ORDERS), st.floats(-1.5, 1.5), st.floats(-1.5, 1.5), st.floats(-9, 9), st.floats(-9, 9))
-def test_jacobi_rates_do_what_the_order_says(order, a_w, a_c, x, c):
+def test_jacobi_rates_reproduce_the_order(order, a_w, a_c, x, c):
     one_x, one_c = exchange(order, np.array([[x]]), np.array([c]), a_w, a_c)
     other_x, other_c = exchange("jacobi", np.array([[x]]), np.array([c]), *jacobi_rates(order, a_w, a_c))
     np.testing.assert_allclose([one_x[0], one_c], [other_x[0], other_c], rtol=0, atol=1e-12)
 
 
 def turn(order, eh, a_w, a_c):
-    """What one worker's step with an exchange, gradient from before, does to (x_i, c)."""
+    """Return the matrix on (x_i, c) of one worker's step with an exchange, with the gradient from before."""
     worker, center = np.array([1 - eh - a_w, a_w]), np.array([a_c, 1 - a_c])
     if order == "center_first":
         worker = np.array([1 - eh - a_w + a_w * a_c, a_w * (1 - a_c)])
@@ -346,7 +346,7 @@ def test_center_first_is_stable_in_turns_inside_the_papers_bound(eh, fraction, p
 
 
 @given(st.floats(0, 1.9), st.floats(1.01, 2))
-def test_a_turn_beyond_the_papers_bound_enlarges(eh, fraction):
+def test_a_turn_beyond_the_papers_bound_diverges(eh, fraction):
     alpha = fraction * (4 - 2 * eh) / (4 - eh)
     assume(0 < alpha < 2)
     assert radius(sweep_matrix(EASGD(moving_rate=alpha, period=1), 1, eh=eh)) > 1
@@ -365,7 +365,7 @@ def test_gradient_between_the_halves_costs_no_more_bytes(synchronous):
 @pytest.mark.parametrize("grad_point", ["pre", "post"])
 @pytest.mark.parametrize("order", GAUSS_SEIDEL)
 @pytest.mark.parametrize("kind", [EASGD, EAMSGD])
-def test_what_is_not_finite_never_reaches_the_center_in_any_order(kind, order, grad_point, synchronous):
+def test_nonfinite_values_never_reach_the_center_in_any_order(kind, order, grad_point, synchronous):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:
@@ -387,7 +387,7 @@ def remarks(p, eta=0.1, **values):
 
 
 @pytest.mark.parametrize("p", [1, 2, 4, 16])
-def test_nothing_is_remarked_where_all_is_well(p):
+def test_settings_inside_the_region_give_no_warning(p):
     for order, synchronous, grad_point in itertools.product(ORDERS, (False, True), ("pre", "post")):
         assert not remarks(p, order=order, synchronous=synchronous, grad_point=grad_point)
     # model averaging, and DOWNPOUR with few workers
@@ -408,7 +408,7 @@ def test_nothing_is_remarked_where_all_is_well(p):
         (2, {"order": "worker_first", "moving_rate": -0.4, "synchronous": True}, ["worker_first", "not stable"]),
     ],
 )  # fmt: skip
-def test_settings_outside_the_region_are_remarked_on_with_one_inside(p, values, words):
+def test_warnings_name_a_setting_inside_the_region(p, values, words):
     found = remarks(p, **values)
     assert found
     for word in words:
@@ -416,12 +416,12 @@ def test_settings_outside_the_region_are_remarked_on_with_one_inside(p, values, 
     assert "inside" in found[0]
 
 
-def test_remarks_need_no_learning_rate():
+def test_warnings_need_no_learning_rate():
     assert remarks(4, eta=0.0, rho=1.0, center_rate=1.5, order="center_first", synchronous=True)
     assert not remarks(4, eta=0.0, rho=1.0)
 
 
-def test_center_that_flees_the_workers_is_remarked_on_and_does():
+def test_a_negative_center_rate_gives_a_warning_and_diverges():
     assert "flees" in remarks(1, moving_rate=-0.4)[1]
     assert len(remarks(1, moving_rate=-0.4, center_rate=0.9)) == 1
     for eh in (0.01, 0.1, 1.0):

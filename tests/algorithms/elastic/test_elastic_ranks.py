@@ -1,4 +1,4 @@
-"""The elastic methods between ranks do what they do between simulated workers, and keep what they keep there."""
+"""The elastic methods between ranks: they do what simulated workers do and keep the same invariants."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ N = 1000
 
 
 def center(run):
-    """What all ranks have come to. Collective."""
+    """Return the center when all ranks have finished. Collective."""
     run.comm.barrier()
     out = np.zeros(N)
     run.worker.consensus(out)

@@ -22,7 +22,7 @@ def of(simulation, name):
 
 
 def two_loops(method, x, eta, steps, decay=0.0, n_batches=None):
-    """What the module's docstring says, for the gradients h_i (y - b_i): x, y, z and r after so many steps."""
+    """Run the equations of the module's docstring with the gradients h_i (y - b_i); return x, y, z and r."""
     p = len(x)
     a, delta = method.averaging, method.momentum
     x, y, z, u, v, r = x.copy(), x.copy(), x.copy(), 0 * x, 0 * x, x.mean(0)
@@ -51,7 +51,7 @@ def two_loops(method, x, eta, steps, decay=0.0, n_batches=None):
     st.sampled_from([None, 1, 5]),
     st.sampled_from([0.0, 0.1]),
 )
-def test_any_setting_gives_what_the_equations_say(reference, period, steps, n_batches, decay):
+def test_any_settings_follow_the_equations(reference, period, steps, n_batches, decay):
     method = Parle(
         period=period, reference=reference, inner_rate=0.08, momentum=0.7, averaging=0.6, gamma_inverse=0.3,
         gamma_inverse_cap=0.5, rho_inverse=0.9, rho_inverse_cap=2.0, scoping_batches=n_batches,
@@ -156,7 +156,7 @@ def test_equal_replicas_with_equal_batches_stay_equal(p, reference):
 
 
 @pytest.mark.parametrize("reference", ["x", "z"])
-def test_what_is_evaluated_is_the_mean_position_and_one_on_all(reference):
+def test_the_mean_position_is_evaluated_and_equal_on_all_workers(reference):
     simulation = simulate(Parle(period=4, reference=reference), 3, start=STARTS, eta=0.1, gradient=slope(H, B))
     np.testing.assert_allclose(simulation.consensus(), STARTS.mean(0), rtol=0, atol=1e-15)
     simulation.run(10)
@@ -164,7 +164,7 @@ def test_what_is_evaluated_is_the_mean_position_and_one_on_all(reference):
     assert same_bits(simulation.consensus(2), simulation.consensus(0))
 
 
-def test_couplings_grow_once_an_outer_step_up_to_their_caps():
+def test_couplings_grow_once_per_outer_step_up_to_their_caps():
     method = Parle(period=25, scoping_batches=100)
     assert [method.gamma_inverse_at(t) for t in (0, 24)] == [0.01, 0.01]
     assert method.gamma_inverse_at(25 * 7) == pytest.approx(0.01 * 1.005**7, rel=1e-12)
@@ -211,7 +211,7 @@ def test_a_replica_that_is_not_finite_is_left_out():
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])
-def test_replicas_fly_apart_exactly_where_the_warning_begins(factor):
+def test_replicas_diverge_exactly_where_the_warning_begins(factor):
     momentum, rinv = 0.5, 3.0
     bound = 2 * (1 + momentum) / (1 + 2 * momentum)
     # On a flat loss x - z = 0, and what replicas differ by makes Nesterov's steps with the curvature 1/rho.

@@ -1,4 +1,4 @@
-"""AD-PSGD (Lian et al., arXiv 1710.06952): atomic averages keep the sum, gradients are applied wherever x has gone."""
+"""AD-PSGD (Lian et al., arXiv 1710.06952): atomic averages keep the sum, gradients are applied to the averaged x."""
 
 import itertools
 
@@ -19,7 +19,7 @@ COMPLETE = ADPSGD(topology="complete")
 
 
 def positions(everyones):
-    """(p, n) x, which a model may be behind."""
+    """Return x (p, n), of which the models hold copies."""
     return np.stack([state["position"] for state in everyones])
 
 
@@ -39,7 +39,7 @@ def test_an_averaging_gives_both_the_mean():
     assert simulation.x().tolist() == [[1.0, -3.0], [5.0, 8.0], [7.0, 7.0]]  # copies are made at the end of a step
 
 
-def test_a_gradient_is_applied_to_what_averagings_have_made_of_x():
+def test_a_gradient_is_applied_to_the_averaged_x():
     eta, x0, x1, x2 = 0.1, 1.0, 5.0, 11.0
     simulation = simulate(COMPLETE, 3, start=[[x0], [x1], [x2]], eta=eta)
     first, second, third = simulation.workers
@@ -106,7 +106,7 @@ def test_sum_moves_by_the_gradients_only(name, p, seed, eta):
 
 @pytest.mark.parametrize("p", [2, 3, 5, 6])
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_workers_come_together_at_the_mean(name, p):
+def test_workers_converge_to_the_mean(name, p):
     start = np.random.default_rng(0).normal(size=(p, 4))
     simulation = simulate(
         ADPSGD(topology=name), p, start=start, eta=0.0, schedule=RandomOrder(1), interleave_locks=True
@@ -114,7 +114,7 @@ def test_workers_come_together_at_the_mean(name, p):
     np.testing.assert_allclose(simulation.run(300).x(), np.broadcast_to(start.mean(0), (p, 4)), rtol=0, atol=1e-8)
 
 
-def test_workers_of_equal_curvature_meet_around_the_mean_of_their_minima():
+def test_workers_of_equal_curvature_converge_around_the_mean_of_their_minima():
     simulation = simulate(ADPSGD(), 5, start=np.zeros(1), eta=0.01, gradient=slope(0.8, B)).run(3000)
     # The mean moves by the mean of h*(y_i - b_i), and a copy y_i is behind x_i by no more than a step's averagings.
     assert simulation.consensus()[0] == pytest.approx(B[:5].mean(), abs=0.05)
@@ -123,7 +123,7 @@ def test_workers_of_equal_curvature_meet_around_the_mean_of_their_minima():
 
 @settings(max_examples=20)
 @given(st.sampled_from(TOPOLOGIES), st.integers(2, 6), st.integers(0, 2**16))
-def test_neighbours_are_those_of_the_graph_and_drawn_alike(name, p, seed):
+def test_neighbours_are_those_of_the_graph_and_equally_frequent(name, p, seed):
     method, steps = ADPSGD(topology=name), 400
     graph = method.graph(p)
     simulation = simulate(method, p, start=np.zeros(1), eta=0.1, seed=seed)
@@ -139,7 +139,7 @@ def test_neighbours_are_those_of_the_graph_and_drawn_alike(name, p, seed):
         np.testing.assert_allclose(counts[list(neighbours)], steps * q, atol=6 * np.sqrt(steps * q * (1 - q)) + 1e-9)
 
 
-def test_two_locks_are_taken_lower_rank_first():
+def test_the_lock_of_the_lower_rank_is_acquired_first():
     simulation = simulate(COMPLETE, 4, start=np.zeros(2), eta=0.0)
     for i, j in itertools.permutations(range(4), 2):
         worker, taken = simulation.workers[i], []
@@ -161,7 +161,7 @@ def test_staleness_is_bounded_by_the_averagings_of_a_round(p):
     assert np.mean(seen) == pytest.approx(1, abs=0.1)  # one averaging a step and worker
 
 
-def test_nobody_waits():
+def test_no_worker_waits():
     x = simulate(COMPLETE, 3, start=np.ones((3, 2)), eta=0.1, schedule=Scripted([0] * 30 + [1] * 3), seed=2).run(99)
     assert [worker.t for worker in x.workers] == [30, 3, 0]
 
@@ -181,7 +181,7 @@ def test_state_reproduces_a_run_interrupted_anywhere(p, length, seed):
     assert [w.metrics() for w in whole.workers] == [w.metrics() for w in resumed.workers]
 
 
-def test_what_is_not_finite_reaches_nobody_and_is_left_behind():
+def test_nonfinite_values_reach_no_other_worker_and_are_dropped():
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:

@@ -1,4 +1,4 @@
-"""D-PSGD (Lian et al., arXiv 1705.09056): x <- W x - eta*g with W typed again, its mean and its rate of consensus."""
+"""D-PSGD (Lian et al., arXiv 1705.09056) against x <- W x - eta*g; its mean and its rate of consensus."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ EVERY_TOPOLOGY = pytest.mark.parametrize("name", TOPOLOGIES)
 
 @dataclass(frozen=True)
 class OnGraph(DPSGD):
-    """D-PSGD on a graph that has no name."""
+    """D-PSGD on an arbitrary graph."""
 
     edges: Topology = PAIR
 
@@ -36,7 +36,7 @@ class OnGraph(DPSGD):
 
 
 def random_graph(p, seed):
-    """Two steps of random undirected edges on top of a path."""
+    """Return two steps of random undirected edges added to a path."""
     rng = np.random.default_rng(seed)
     steps = []
     for _ in range(2):
@@ -48,7 +48,7 @@ def random_graph(p, seed):
 
 
 def metropolis(graph, t):
-    """W_ij = 1/(1 + max(d_i, d_j)) for neighbours; the diagonal has what a row lacks."""
+    """Return W_ij = 1/(1 + max(d_i, d_j)) for neighbours, with a diagonal that makes each row sum to 1."""
     degree = [len(graph.out_neighbours(i, t)) for i in range(graph.size)]
     w = np.zeros((graph.size, graph.size))
     for i in range(graph.size):
@@ -112,7 +112,7 @@ def test_mean_moves_by_the_mean_gradient_and_nothing_else(name):
         np.testing.assert_allclose(simulation.consensus(2), mean, rtol=0, atol=1e-14)
 
 
-def test_workers_of_equal_curvature_meet_around_the_mean_of_their_minima():
+def test_workers_of_equal_curvature_converge_around_the_mean_of_their_minima():
     simulation = simulate(DPSGD(), 5, start=np.zeros(1), eta=0.05, gradient=slope(0.8, B)).run(600)
     assert simulation.x().mean() == pytest.approx(B[:5].mean(), abs=1e-9)
 

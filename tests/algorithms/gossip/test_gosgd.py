@@ -1,4 +1,4 @@
-"""GoSGD (Blot et al., arXiv 1611.09726): weighted means lose nothing, whoever is on the way."""
+"""GoSGD (Blot et al., arXiv 1611.09726): weighted means lose nothing, whatever the order of messages."""
 
 import itertools
 
@@ -17,7 +17,7 @@ ALWAYS = GoSGD(probability=1.0)
 
 
 def mass(everyones):
-    """sum w_i and sum w_i x_i, with what lies in the mailboxes."""
+    """Return sum w_i and sum w_i x_i, with the contents of the mailboxes."""
     weight, total = 0.0, np.zeros(everyones[0]["parameters"].size)
     for state in everyones:
         weight += state["push_weight"] + state["inbox_weight"]
@@ -31,7 +31,7 @@ def push(simulation, sender, receiver):
 
 def take(simulation, rank):
     worker = simulation.workers[rank]
-    worker._boxes.update(rank, worker._acquire)
+    worker._boxes.update(rank, worker._drain)
 
 
 def test_a_push_halves_the_weight_and_a_receiver_takes_the_weighted_mean():
@@ -56,7 +56,7 @@ def test_a_push_halves_the_weight_and_a_receiver_takes_the_weighted_mean():
 
 @settings(max_examples=80)
 @given(st.integers(1, 6), st.sampled_from([0.05, 0.5, 1.0]), st.sampled_from(["pre", "post"]), st.integers(0, 2**16))
-def test_weights_and_weighted_sum_are_conserved_with_what_is_on_its_way(p, probability, grad_point, seed):
+def test_weights_and_weighted_sum_are_conserved_with_unread_messages(p, probability, grad_point, seed):
     start = np.random.default_rng(seed).normal(size=(p, 5))
     method = GoSGD(probability=probability, grad_point=grad_point)
     simulation = simulate(method, p, start=start, eta=0.0, schedule=RandomOrder(seed), seed=seed, interleave_locks=True)
@@ -87,13 +87,13 @@ def test_weighted_sum_moves_by_the_weighted_gradients_only(p, seed):
     np.testing.assert_allclose(total, start.mean(0) + moved, rtol=0, atol=1e-12)
 
 
-def test_workers_come_together_at_the_weighted_mean():
+def test_workers_converge_to_the_weighted_mean():
     start = np.random.default_rng(0).normal(size=(5, 4))
     simulation = simulate(ALWAYS, 5, start=start, eta=0.0, schedule=RandomOrder(1), interleave_locks=True).run(200)
     np.testing.assert_allclose(simulation.x(), np.broadcast_to(start.mean(0), (5, 4)), rtol=0, atol=1e-12)
 
 
-def test_a_worker_that_is_never_answered_gives_nearly_all_away_and_breaks_nothing():
+def test_a_worker_that_receives_nothing_keeps_a_tiny_weight_without_harm():
     simulation = simulate(ALWAYS, 2, start=[[1.0], [3.0]], eta=0.0)
     for _ in range(1200):  # 2^-1201 is 0 in float64
         push(simulation, 0, 1)
@@ -118,7 +118,7 @@ def test_gradient_is_taken_before_the_exchange_or_after_it(grad_point):
     assert simulation.x()[:, 0] == pytest.approx([step(x0), wanted], abs=1e-14)
 
 
-def test_pushes_come_with_the_probability_asked_for_and_reach_all_others_alike():
+def test_pushes_have_their_probability_and_reach_all_others_equally_often():
     p, steps, probability = 4, 6000, 0.3
     drawn = [[] for _ in range(p)]
     simulation = simulate(GoSGD(probability=probability), p, start=np.zeros(1), eta=0.1)
@@ -138,7 +138,7 @@ def test_pushes_come_with_the_probability_asked_for_and_reach_all_others_alike()
 
 @settings(max_examples=20)
 @given(st.integers(2, 5), st.integers(0, 7), st.integers(0, 2**16))
-def test_a_checkpoint_holds_what_is_on_its_way(p, before, seed):
+def test_a_checkpoint_holds_the_messages_under_way(p, before, seed):
     start = np.random.default_rng(seed).normal(size=(p, 4))
     arguments = {"eta": 0.1, "gradient": slope(H, B), "interleave_locks": True}
     whole = simulate(ALWAYS, p, start=start, schedule=RandomOrder(seed), seed=seed, **arguments)

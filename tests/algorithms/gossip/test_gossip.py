@@ -15,12 +15,12 @@ PULL, PUSH = GossipSGD(direction="pull"), GossipSGD(direction="push")
 
 
 def all_choices(p):
-    """(number, p): every way in which each worker can choose another one."""
+    """Return every choice of a peer by each worker, (number, p)."""
     return np.array(list(itertools.product(*[[j for j in range(p) if j != i] for i in range(p)])))
 
 
 def spread(x):
-    """V = sum_i (x_i - mean)^2 over the last axis."""
+    """Return V = sum_i (x_i - mean)^2 over the last axis."""
     return ((x - x.mean(-1, keepdims=True)) ** 2).sum(-1)
 
 
@@ -62,7 +62,7 @@ def test_push_contracts_as_enumeration_says(p, wanted):
     np.testing.assert_allclose(total / len(choices) / before, wanted, atol=5e-8)
 
 
-def test_push_averages_with_everything_that_came():
+def test_push_averages_with_all_messages():
     x = np.array([[1.0], [2.0], [6.0], [11.0]])
     simulation = simulate(PUSH, 4, start=x, eta=0.0, interleave_locks=True)
     simulation.world.run(lambda comm: simulation.workers[comm.rank].average_with([3, 3, 3, 0][comm.rank]))
@@ -97,7 +97,7 @@ def test_averages_stay_in_the_hull(direction, grad_point, tau, p, seed):
 
 
 @pytest.mark.parametrize("direction", ["pull", "push"])
-def test_workers_come_together(direction):
+def test_workers_converge_to_one_value(direction):
     start = np.random.default_rng(0).normal(size=(5, 4))
     method = GossipSGD(direction=direction)
     simulation = simulate(method, 5, start=start, eta=0.0, schedule=RandomOrder(1), interleave_locks=True).run(200)
@@ -159,7 +159,7 @@ def test_peers_are_drawn_by_seed_and_rank():
     assert not np.array_equal(trajectory(1), trajectory(2))
 
 
-def test_peers_are_uniform_and_drawn_by_each_worker_for_itself():
+def test_peers_are_uniform_and_independent_between_workers():
     p, steps = 4, 3600
     drawn = [[] for _ in range(p)]
     simulation = simulate(PULL, p, start=np.zeros(1), eta=0.1)

@@ -23,7 +23,7 @@ IRREGULAR = Topology("irregular", 4, (((1, 2, 3), (2,), (3,), (0,)),))
 
 @dataclass(frozen=True)
 class OnGraph(SGP):
-    """SGP on a graph that has no name."""
+    """SGP on an arbitrary graph."""
 
     edges: Topology = IRREGULAR
 
@@ -37,7 +37,7 @@ class OnGraph(SGP):
 
 
 def random_digraph(p, seed):
-    """Two steps of random edges on top of a circle: degrees differ, and everybody reaches everybody."""
+    """Return two steps of random edges added to a circle: degrees differ, and the graph is strongly connected."""
     rng = np.random.default_rng(seed)
     steps = []
     for _ in range(2):
@@ -48,7 +48,7 @@ def random_digraph(p, seed):
 
 
 def shares(graph, t):
-    """P[j, i] = 1/(1 + number of i's out-neighbours) if i sends to j at step t, or is j."""
+    """Return P[j, i] = 1/(1 + number of i's out-neighbours) if i sends to j at step t, or is j."""
     matrix = np.zeros((graph.size, graph.size))
     for i in range(graph.size):
         receivers = [i, *graph.out_neighbours(i, t)]
@@ -57,7 +57,7 @@ def shares(graph, t):
 
 
 def reference(graph, x, gradient, eta, steps, decay=0.0, delta=0.0):
-    """The paper's recursion: (z, w) after some steps, x (p, n); momentum as torch has it, on the numerator."""
+    """Run the paper's recursion from x (p, n), with torch's momentum on the numerator; return (z, w)."""
     p = len(x)
     w, v = np.ones(p), np.zeros_like(x)
     for t in range(steps):
@@ -73,7 +73,7 @@ def weights(simulation):
 
 
 def on_its_way(everyones, overlap):
-    """(weight, vector) of each message that a receiver has not taken yet; all have made the same number of steps."""
+    """Return (weight, vector) of each unread message; all workers have made the same number of steps."""
     for state in everyones:
         for step, sender in json.loads(state["due"]):
             sent, t = everyones[sender], everyones[sender]["t"]
@@ -84,7 +84,7 @@ def on_its_way(everyones, overlap):
 
 
 def mass(everyones, overlap=0):
-    """sum w_i and sum w_i z_i, with what is on its way."""
+    """Return sum w_i and sum w_i z_i, with the messages under way."""
     held = [(state["push_weight"], state["parameters"]) for state in everyones]
     total_weight, total = 0.0, np.zeros(everyones[0]["parameters"].size)
     for w, z in [*held, *on_its_way(everyones, overlap)]:
@@ -94,7 +94,7 @@ def mass(everyones, overlap=0):
 
 
 class Favour(RoundRobin):
-    """Whoever stands first in the order runs whenever it can."""
+    """A schedule that always runs the first ready worker of an order."""
 
     def __init__(self, order):
         self.order = order
@@ -184,7 +184,7 @@ def test_exponential_graphs_average_exactly_after_a_period(name, p, steps, error
     assert np.abs(simulation.x() - 1 / p).max() == pytest.approx(error, abs=1e-10)
 
 
-def test_workers_of_equal_curvature_meet_at_the_mean_of_their_minima():
+def test_workers_of_equal_curvature_converge_to_the_mean_of_their_minima():
     b, spread = B[:5, None] * np.ones(2), []
     for eta in (0.02, 0.01):
         simulation = simulate(SGP(), 5, start=np.zeros(2), eta=eta, gradient=slope(0.8, b))
@@ -215,7 +215,7 @@ def test_consensus_is_the_mean_of_the_numerators():
     np.testing.assert_allclose(simulation.consensus(3), w @ z / 4, rtol=0, atol=1e-14)
 
 
-def test_regular_is_what_has_equal_degrees_at_every_step():
+def test_a_graph_is_regular_if_all_degrees_are_equal_at_every_step():
     assert not is_regular(IRREGULAR)
     assert not is_regular(SGP(topology="grid").graph(6))
     assert not is_regular(Topology("in", 3, (((1,), (2,), (1,)),)))  # all send to one, not all hear from one
@@ -229,7 +229,7 @@ def test_regular_is_what_has_equal_degrees_at_every_step():
 @given(
     st.sampled_from(TOPOLOGIES), st.integers(1, 6), st.integers(0, 3), st.integers(0, 2**16), st.sampled_from([0, 0.1])
 )
-def test_mass_is_conserved_with_what_is_on_its_way(name, p, overlap, seed, eta):
+def test_mass_is_conserved_with_the_messages_under_way(name, p, overlap, seed, eta):
     start, pulled = np.random.default_rng(seed).normal(size=(p, 4)), np.zeros(4)
 
     def gradient(rank, z):
@@ -266,7 +266,7 @@ def test_late_mass_is_debiased(p, overlap, seed):
     np.testing.assert_allclose(z, np.broadcast_to(start.mean(0), z.shape), rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_holds_what_is_on_its_way():
+def test_a_checkpoint_holds_the_messages_under_way():
     p, overlap, found = 5, 2, 0
     for seed in range(6):
         method, start = SGP(overlap=overlap), np.random.default_rng(seed).normal(size=(p, 4))
@@ -305,7 +305,7 @@ def test_nan_of_a_peer_does_not_spread(overlap):
 
 @settings(max_examples=60)
 @given(st.sampled_from([*TOPOLOGIES, "random"]), st.integers(1, 7), st.integers(0, 3), st.integers(0, 2**16))
-def test_nobody_waits_for_ever_and_nobody_runs_away(name, p, overlap, seed):
+def test_no_worker_waits_forever_or_runs_ahead(name, p, overlap, seed):
     rng = np.random.default_rng(seed)
     method = OnGraph(edges=random_digraph(p, seed), overlap=overlap) if name == "random" else SGP(name, overlap)
     graph = method.graph(p)
@@ -327,7 +327,7 @@ def test_nobody_waits_for_ever_and_nobody_runs_away(name, p, overlap, seed):
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 2, 5])
-def test_a_worker_goes_on_as_many_steps_as_messages_may_be_late(overlap):
+def test_a_worker_continues_for_as_many_steps_as_messages_may_be_late(overlap):
     simulation = simulate(SGP(overlap=overlap), 2, start=np.zeros(1), eta=0.1, schedule=Favour([0, 1]))
     clocks = []
 
@@ -343,7 +343,7 @@ def test_a_worker_goes_on_as_many_steps_as_messages_may_be_late(overlap):
 
 
 @pytest.mark.parametrize("bad", ["hypercube", "ring:3", "", 3])
-def test_topologies_that_are_not_for_every_size_are_refused(bad):
+def test_topologies_that_do_not_exist_for_every_size_are_refused(bad):
     with pytest.raises(UsageError, match="one_peer_exponential, two_peer_exponential"):
         SGP(topology=bad)
 

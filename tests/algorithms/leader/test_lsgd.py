@@ -40,7 +40,7 @@ def lsgd(loss, **arguments):
 
 
 def one_group(**settings):
-    """Pulls towards a single leader only."""
+    """Return LSGD with a single group."""
     return LSGD(**{"period": 1, "global_pull": 0.0, "synchronous": True, **settings})
 
 
@@ -103,7 +103,7 @@ def test_the_leaders_value_never_rises(seed, step, lam, grad_point):
 
 
 @given(st.permutations(range(5)), st.sampled_from(["pre", "post"]))
-def test_names_of_the_workers_do_not_matter(order, grad_point):
+def test_permuting_the_workers_permutes_the_result(order, grad_point):
     method = LSGD(period=2, synchronous=True, grad_point=grad_point)
     order = list(order)
     plain = lsgd(quadratic_loss, method=method, p=5, start=STARTS, eta=0.1).run(9)
@@ -112,7 +112,7 @@ def test_names_of_the_workers_do_not_matter(order, grad_point):
 
 
 @TIMINGS
-def test_of_equal_losses_the_lowest_rank_leads(synchronous):
+def test_among_equal_losses_the_lowest_rank_leads(synchronous):
     method = one_group(synchronous=synchronous, pull=1.0)
     end = lsgd(lambda rank, x: [2.0, 1.0, 1.0][rank], method=method, p=3, start=[[0.0], [1.0], [2.0]], eta=0.0).run(6)
     assert [worker.metrics()["leader"] for worker in end.workers] == [1, 1, 1]
@@ -143,7 +143,7 @@ def test_a_lucky_batch_does_not_lead(synchronous):
     assert {worker.metrics()["leader"] for worker in simulation.workers} == {0}
 
 
-def test_the_loss_that_counts_is_of_the_last_period():
+def test_workers_are_ranked_by_the_loss_of_the_last_period():
     # A worker that was bad long ago leads once a whole period was good.
     values = {0: [1.0] * 8, 1: [100.0] * 4 + [0.5] * 4}
     drawn = {rank: iter(v) for rank, v in values.items()}
@@ -176,7 +176,7 @@ def test_a_step_lowers_the_value_as_far_as_the_posters_bound(lam):
 
 
 def double_well(lam, grad_point, *, eta=0.1, steps=4000):
-    """Where (.9, -.85) ends on f(x) = (1 - x^2)^2/4 with a pull at every step."""
+    """Return the end of (.9, -.85) on f(x) = (1 - x^2)^2/4 with a pull at every step."""
     return lsgd(
         lambda rank, x: 0.25 * float((1 - x[0] ** 2) ** 2),
         method=one_group(pull=lam, grad_point=grad_point),
@@ -264,7 +264,7 @@ def test_leaders_send_and_followers_read_once_half_of_elastic_averaging(synchron
     assert sum(bytes_sent) / sum(statistics(elastic, "bytes_sent")) == (p - 1) / (2 * p)
 
 
-def test_pulls_of_every_step_go_to_where_the_leader_was():
+def test_pulls_of_every_step_are_towards_the_leaders_last_exchange():
     method = LSGD(pull=0.3, global_pull=0.0, period=3, synchronous=True, continuous_pull=True, grad_point="pre")
     z, x, eta = 0.5, 2.0, 0.1
     simulation = lsgd(by_rank, method=method, p=2, start=[[z], [x]], eta=eta)
@@ -281,7 +281,7 @@ def test_pulls_of_every_step_go_to_where_the_leader_was():
 
 
 @TIMINGS
-def test_what_is_not_finite_stays_with_the_leader(synchronous):
+def test_nonfinite_values_stay_with_the_leader(synchronous):
     def gradient(rank, x):
         g = x.copy()
         g[2] = math.nan if rank == 0 else g[2]
@@ -299,7 +299,7 @@ def test_what_is_not_finite_stays_with_the_leader(synchronous):
 
 
 def asynchronous_rule(script, x, losses, method, eta):
-    """The rule of the module's docstring, one worker's step an entry of the script; the gradient is x."""
+    """Follow the rule of the method's docstring, one worker's step per entry of the script; the gradient is x."""
     p = len(x)
     x, published = x.copy(), x.copy()
     clock, stamp, shown = np.zeros(p, int), np.full(p, -1), np.full(p, np.inf)
@@ -355,7 +355,7 @@ def asynchronous_rule(script, x, losses, method, eta):
     st.lists(st.integers(0, 3), max_size=80),
     st.integers(0, 100),
 )
-def test_any_script_gives_what_the_rule_says(grad_point, tau, times, group_size, script, seed):
+def test_any_order_of_events_follows_the_rule(grad_point, tau, times, group_size, script, seed):
     rng = np.random.default_rng(seed)
     start, losses = rng.normal(size=(4, 5)), rng.integers(0, 4, size=(4, 81)).astype(float)
     method = LSGD(
@@ -378,7 +378,7 @@ def test_a_loss_is_published_before_its_stamp(monkeypatch):
 
 
 @SIDES
-def test_who_reads_a_loss_before_its_stamp_reads_it_again(monkeypatch, grad_point):
+def test_a_loss_read_before_its_stamp_is_read_again(monkeypatch, grad_point):
     rng = np.random.default_rng(3)
     losses, method = rng.random((60, 3)), LSGD(pull=0.3, period=2, grad_point=grad_point)
     seen, read = {}, SimulatedCommunicator.read
@@ -416,7 +416,7 @@ def test_workers_in_step_are_pulled_one_step_after_the_synchronous_ones():
     assert simulation.run(2).x()[:, 0].tolist() == [0, 2, 4]
 
 
-def test_an_absent_worker_stops_nobody_and_does_not_lead():
+def test_an_absent_worker_stops_no_other_and_does_not_lead():
     # Worker 0 has the lowest loss and makes two steps in all; three workers with tau = 2 have a round of 6 steps.
     script = [0, 0, *[1, 2] * 40]
     method = one_group(period=2, synchronous=False, pull=0.5)
@@ -480,7 +480,7 @@ def test_leads_survive_a_checkpoint():
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_one_period_gives_the_other():
+def test_each_period_has_a_default_from_the_other():
     periods = [(4, 16), (5, 20), (16, 64), (1, 2)]
     made = [LSGD(), LSGD(period=5), LSGD(global_period=64), LSGD(global_period=2)]
     assert [(method.tau, method.tau_global) for method in made] == periods
@@ -497,7 +497,7 @@ def test_the_global_period_is_not_the_shorter_one(tau, tau_global):
 
 
 class Point(nn.Module):
-    """Parameters x whose gradient is h*(x - b)."""
+    """A model with parameters x and the gradient h*(x - b)."""
 
     def __init__(self, start):
         super().__init__()
@@ -540,7 +540,7 @@ def test_ranks_do_what_simulated_workers_do(world, grad_point, continuous):
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
 @pytest.mark.time_limit(180)
-def test_asynchronous_ranks_wait_for_nobody_and_stay_in_the_hull(world):
+def test_asynchronous_ranks_never_wait_and_stay_in_the_hull(world):
     model = Point(np.zeros(500))
     method = LSGD(period=1, global_period=2, group_size=2, pull=0.5)
     with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, method, world=world) as optimizer:

@@ -1,4 +1,4 @@
-"""ADAG (Hermans, CERN-THESIS-2017-103): commits damped by the distance that the center has moved since the pull."""
+"""ADAG (Hermans, CERN-THESIS-2017-103): commits damped by how far the center has moved since the pull."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def run(method, p, seed, steps=11, **more):
 
 
 def factors(method, moved):
-    """By what a commit of worker 1 is multiplied when worker 0 has moved the center by ``moved`` (n,) meanwhile."""
+    """Return the factor of a commit of worker 1 after worker 0 has moved the center by ``moved`` (n,)."""
     start = np.zeros_like(moved)
     simulation = simulate(
         method, 2, start=start, eta=1.0, gradient=lambda rank, x: -moved if rank == 0 else -np.full_like(moved, 8.0),
@@ -31,7 +31,7 @@ def factors(method, moved):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("gamma", [1e-4, 0.5, 3.0])
-def test_factor_is_the_theses_weight_by_weight(placement, gamma):
+def test_factor_is_that_of_the_thesis_element_by_element(placement, gamma):
     e = np.concatenate([np.linspace(-2, 2, 41), np.geomspace(1e-6, 1e6, 40)])
     found = factors(ADAG(period=1, gamma=gamma, placement=placement), e)
     tolerance = 1e-15 * (1 + np.abs(e))  # of the sum e + 8*factor
@@ -64,13 +64,13 @@ def test_a_and_b_are_the_same_on_any_schedule(p, tau, normalise, seed):
 
 @settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**16))
-def test_c_is_the_same_where_nobody_comes_between_its_pull_and_its_push(p, tau, seed):
+def test_placement_c_is_the_same_if_no_commit_comes_between_pull_and_push(p, tau, seed):
     one, other = (run(ADAG(period=tau, placement=where), p, seed, interleave_locks=False) for where in "AC")
     assert same_bits(one.x(), other.x())
     assert same_bits(one.consensus(), other.consensus())
 
 
-def test_c_scales_by_what_it_pulled_and_goes_on_from_there():
+def test_placement_c_scales_by_the_pulled_center_and_continues_from_it():
     # Worker 1 pulls c = 0 (twice it gives way: before its pull, before its push); worker 0 moves c to 4 in between.
     simulation = simulate(
         ADAG(period=1, gamma=1.0, placement="C"), 2, start=np.zeros(1), eta=1.0,
@@ -89,7 +89,7 @@ def test_c_scales_by_what_it_pulled_and_goes_on_from_there():
     st.lists(st.integers(0, 2), max_size=60), st.integers(1, 3), st.booleans(), st.sampled_from(PLACEMENTS),
     st.floats(1e-4, 10),
 )  # fmt: skip
-def test_any_script_gives_what_the_update_says(script, tau, normalise, placement, gamma):
+def test_any_order_of_events_follows_the_update_rule(script, tau, normalise, placement, gamma):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=6), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     method = ADAG(period=tau, gamma=gamma, placement=placement, normalise=normalise)
@@ -126,7 +126,7 @@ def test_a_small_gamma_stops_every_coordinate_that_has_moved(placement):
 @pytest.mark.parametrize("gamma", [1e-30, 1e-4, 1e30])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(dtype, placement, gamma):
+def test_nonfinite_values_never_reach_the_center_and_leave_the_worker(dtype, placement, gamma):
     steps = [0, 0]
 
     def gradient(rank, x):

@@ -1,4 +1,4 @@
-"""ADOWNPOUR and MVADOWNPOUR (Zhang, Choromanska, LeCun, arXiv 1412.6651): averages of the center, evaluated only."""
+"""ADOWNPOUR and MVADOWNPOUR (Zhang, Choromanska, LeCun, arXiv 1412.6651): averages of the center for evaluation."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from mpitrain.simulation.schedules import RandomOrder
 
 
 def centers_seen(simulation):
-    """Note, for each shard, every center that a commit leaves behind."""
+    """Record, for each shard, the center after every commit."""
     seen = {}
     for worker in simulation.workers:
 
@@ -61,7 +61,7 @@ def test_rate_1_is_the_center_itself():
 
 
 @pytest.mark.parametrize("method", [ADownpour(), MVADownpour(rate=0.3)])
-def test_a_center_that_rests_is_its_own_average(method):
+def test_a_center_at_rest_is_its_own_average(method):
     start = np.random.default_rng(3).normal(size=20)
     simulation = simulate(method, 3, start=start, eta=0.0, schedule=RandomOrder(3)).run(50)
     np.testing.assert_allclose(simulation.consensus(), start, rtol=1e-14)

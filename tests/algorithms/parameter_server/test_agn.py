@@ -36,7 +36,7 @@ def test_short_periods_are_not():
         assert radius(sweep_matrix(AGN(period=2), p, eh=0.9, steps=2)) > 1
 
 
-def test_it_bears_what_downpour_does_not():
+def test_it_is_stable_where_downpour_is_not():
     for p, tau in ((3, 40), (10, 5)):
         assert radius(sweep_matrix(Downpour(period=tau), p, eh=0.05, steps=tau)) > 1
         assert radius(sweep_matrix(AGN(period=tau), p, eh=0.05, steps=tau)) < 1
@@ -114,7 +114,7 @@ def test_a_partial_window_is_divided_by_its_own_steps(method, steps):
 
 @settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 40), st.data())
-def test_center_has_exactly_what_was_committed_at_any_moment(p, largest_shard, data):
+def test_center_contains_exactly_the_commits_at_any_moment(p, largest_shard, data):
     script = data.draw(st.lists(st.integers(0, p - 1), max_size=150))
     start, gradient, noted = whole_numbers(p, 37, seed=p)
     simulation = simulate(
@@ -142,7 +142,7 @@ def test_half_precision_keeps_commits_below_its_last_bit(method):
 
 
 @pytest.mark.parametrize("method", BOTH)
-def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(method):
+def test_nonfinite_values_never_reach_the_center_and_leave_the_worker(method):
     steps = [0, 0]
 
     def gradient(rank, x):
@@ -158,7 +158,7 @@ def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(metho
     assert statistics(simulation, "n_nonfinite") == [0, 1]
 
 
-def test_warnings_tell_of_short_periods():
+def test_warnings_name_short_periods():
     assert not list(AGN().warnings(20, 0.05))
     (text,) = AGN(period=1).warnings(60, 0.05)
     assert "AGN with 60 workers and period 1" in text

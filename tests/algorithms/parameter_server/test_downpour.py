@@ -51,7 +51,7 @@ def test_stable_exactly_inside_the_bound(eh, tau, p):
 
 @settings(max_examples=100)
 @given(periods, st.integers(1, 5), st.integers(1, 50), st.integers(1, 40), st.data())
-def test_center_has_exactly_what_was_committed_at_any_moment(method, p, n, largest_shard, data):
+def test_center_contains_exactly_the_commits_at_any_moment(method, p, n, largest_shard, data):
     script = data.draw(st.lists(st.integers(0, p - 1), max_size=150))
     start, gradient, noted = whole_numbers(p, n, seed=n)
     simulation = simulate(
@@ -65,7 +65,7 @@ def test_center_has_exactly_what_was_committed_at_any_moment(method, p, n, large
 
 @settings(max_examples=60)
 @given(periods, st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**16))
-def test_center_is_the_start_and_all_whole_periods(method, p, steps, seed):
+def test_center_is_the_start_plus_all_complete_periods(method, p, steps, seed):
     start, gradient, noted = whole_numbers(p, 37, seed)
     simulation = simulate(
         method, p, start=start, eta=1.0, gradient=gradient, schedule=RandomOrder(seed), interleave_locks=True,
@@ -79,7 +79,7 @@ def test_center_is_the_start_and_all_whole_periods(method, p, steps, seed):
 
 
 def literal(script, start, eta, n_push, n_fetch, h, b):
-    """Dean's client loop, one worker's step an entry of the script; the gradient is h_i (x - b_i)."""
+    """Run Dean's client loop, one worker's step per entry of the script; the gradient is h_i (x - b_i)."""
     x, v, c, t = np.tile(start, (3, 1)), np.zeros((3, start.size)), start.copy(), np.zeros(3, int)
     for i in script:
         d = -eta * h[i] * (x[i] - b[i])
@@ -92,7 +92,7 @@ def literal(script, start, eta, n_push, n_fetch, h, b):
 
 
 @given(periods, st.lists(st.integers(0, 2), max_size=60))
-def test_any_script_gives_what_the_loop_says(method, script):
+def test_any_order_of_events_follows_the_papers_loop(method, script):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=6), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     simulation = simulate(method, 3, start=start, eta=0.1, gradient=slope(h, b), schedule=Scripted(script)).run(10**6)
@@ -139,7 +139,7 @@ def test_a_push_leaves_the_worker_and_a_fetch_the_center_alone():
 @pytest.mark.parametrize(
     "method", [Downpour(), Downpour(push_period=1, fetch_period=2), Downpour(push_period=2, fetch_period=1)]
 )
-def test_what_is_not_finite_never_reaches_the_center_and_leaves_the_worker(method, bad):
+def test_nonfinite_values_never_reach_the_center_and_leave_the_worker(method, bad):
     steps = [0, 0, 0]
 
     def gradient(rank, x):
@@ -163,12 +163,12 @@ def test_periods_are_counted_by_each_worker():
     assert statistics(simulation, "n_exchanges") == [8, 8]  # at 2 3 4 6 8 9 10 12
 
 
-def test_periods_not_given_are_the_period():
+def test_push_and_fetch_periods_default_to_the_period():
     assert (Downpour(period=7).n_push, Downpour(period=7).n_fetch) == (7, 7)
     assert (Downpour(period=7, push_period=2).n_push, Downpour(period=7, push_period=2).n_fetch) == (2, 7)
 
 
-def test_the_end_commits_what_is_left():
+def test_the_end_commits_the_remaining_steps():
     start, gradient, noted = whole_numbers(3, 9, seed=1)
     simulation = simulate(Downpour(period=4), 3, start=start, eta=1.0, gradient=gradient).run(6)
     assert not np.array_equal(simulation.consensus(), start - sum(g for _, g in noted))
@@ -179,7 +179,7 @@ def test_the_end_commits_what_is_left():
     assert statistics(simulation, "n_exchanges") == [2, 2, 2]
 
 
-def test_warnings_tell_what_is_outside_the_bound():
+def test_warnings_name_settings_outside_the_bound():
     assert not list(Downpour(period=1).warnings(4, 0.05))
     for method in (Downpour(period=16), Downpour(push_period=16), ADownpour(period=16), ZealousDownpour(period=16)):
         (text,) = method.warnings(4, 0.05)
@@ -192,7 +192,7 @@ EXACT = [Downpour(period=3), Downpour(push_period=1, fetch_period=2), Downpour(p
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
 @pytest.mark.parametrize("method", EXACT)
-def test_ranks_lose_nothing_and_count_nothing_twice(world, method):
+def test_ranks_commit_every_step_exactly_once(world, method):
     start = np.arange(1000.0)
     rng, total, n_steps = np.random.default_rng(world.rank), np.zeros(1000), 12 * (4 + world.rank)
     with OnRank(world, method, start, eta=1.0) as rank:
@@ -208,7 +208,7 @@ def test_ranks_lose_nothing_and_count_nothing_twice(world, method):
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
 @pytest.mark.parametrize("method", [ADownpour(period=2), MVADownpour(rate=1.0)])
-def test_ranks_average_what_they_commit(world, method):
+def test_ranks_average_their_commits(world, method):
     with OnRank(world, method, np.zeros(1000), eta=1.0) as rank:
         for _ in range(40):
             rank.step(-np.ones(1000))

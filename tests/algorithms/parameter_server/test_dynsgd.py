@@ -12,7 +12,7 @@ from mpitrain.simulation.schedules import RandomOrder, Scripted
 
 
 def script_matrix(script, p, *, eh, tau=1):
-    """The matrix of a script of whole periods on (o_1, ..., o_p, c), once the workers' lags are what they leave."""
+    """Return the matrix of a script of whole periods on (o_1, ..., o_p, c), with the lags in their steady state."""
     steps, unit = np.repeat(script, tau), np.eye(p + 1)
     lags = np.vstack([state["lags"] for state in states(after(steps, p, np.zeros((p, p + 1)), eh, tau))])
     again = after(steps, p, unit[:p], eh, tau, center=unit[p], lags=lags)
@@ -35,7 +35,7 @@ def test_round_robin_is_the_delayed_recursion_and_stable(eh, tau, p):
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 5])
-def test_staleness_in_turn_is_that_of_the_others(p):
+def test_staleness_in_turn_is_the_number_of_the_others(p):
     found = []
     simulation = simulate(DynSGD(period=2), p, start=np.ones(20), eta=0.1)
     simulation.run(14, lambda s, rank: found.append(s.workers[rank].metrics()["staleness"]))
@@ -45,7 +45,7 @@ def test_staleness_in_turn_is_that_of_the_others(p):
 
 
 def literal(script, start, eta, tau, h, b):
-    """The server's clock k, what it was at each worker's pull, and the division by s + 1."""
+    """Run the server by its equations: its clock k, the clock at each worker's pull, and the division by s + 1."""
     x, o, c, k = np.tile(start, (3, 1)), np.tile(start, (3, 1)), start, 0
     m, t, found = [0, 0, 0], [0, 0, 0], []
     for i in script:
@@ -61,7 +61,7 @@ def literal(script, start, eta, tau, h, b):
 
 
 @given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 3))
-def test_any_script_gives_what_the_server_says(script, tau):
+def test_any_order_of_events_follows_the_servers_equations(script, tau):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=6), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     found = []
@@ -91,7 +91,7 @@ def test_back_and_forth_diverges_where_in_turn_does_not():
     assert radius(script_matrix(there + there[::-1], p, eh=0.999)) == pytest.approx(1.0803670351, abs=1e-9)
 
 
-def test_it_bears_what_downpour_does_not():
+def test_it_is_stable_where_downpour_is_not():
     p, tau, start = 10, 5, np.ones(1)
     assert np.abs(simulate(Downpour(period=tau), p, start=start, eta=0.05).run(500).consensus()) > 10
     assert np.abs(simulate(DynSGD(period=tau), p, start=start, eta=0.05).run(500).consensus()) < 1e-5
@@ -107,7 +107,7 @@ def test_alone_it_is_downpour(seed, tau):
 
 @settings(max_examples=20)
 @given(st.integers(2, 4), st.integers(0, 2**16))
-def test_each_shard_is_a_server_with_a_clock_of_its_own(p, seed):
+def test_each_shard_is_a_server_with_its_own_clock(p, seed):
     # Equal gradients, visits that mix: each shard sees the same commits in an order of its own.
     simulation = simulate(
         DynSGD(period=1), p, start=np.zeros(64), eta=1.0, gradient=lambda rank, x: -np.ones(64),

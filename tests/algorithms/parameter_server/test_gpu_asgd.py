@@ -1,4 +1,4 @@
-"""GPU A-SGD is DOWNPOUR between its clients; before that, client 0 is alone."""
+"""GPU A-SGD: client 0 alone at first, then DOWNPOUR between all clients."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_clients_served_in_turn_are_stable_up_to_downpours_bound(p):
 
 
 @given(st.integers(2, 4), st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**16))
-def test_nobody_but_client_0_trains_or_commits_during_the_warm_start(p, n_sync, warm, seed):
+def test_only_client_0_trains_or_commits_during_the_warm_start(p, n_sync, warm, seed):
     made = []
 
     def look(simulation, rank):
@@ -71,7 +71,7 @@ def test_nobody_but_client_0_trains_or_commits_during_the_warm_start(p, n_sync, 
 
 
 @pytest.mark.parametrize("n_sync", [1, 4, 50])
-def test_clients_begin_alike_where_client_0_has_come_to(n_sync):
+def test_clients_start_alike_from_client_0s_model(n_sync):
     warm = 10
     method = GPUASGD(period=n_sync, warm_start_steps=warm)
     script = Scripted([*[0, 1, 2] * (warm - 1), 0, 2, 1])  # the last step of each of the two finds client 0 done
@@ -84,7 +84,7 @@ def test_clients_begin_alike_where_client_0_has_come_to(n_sync):
     np.testing.assert_allclose(x[0], alone.x()[0], rtol=1e-13)
 
 
-def test_a_client_that_joined_makes_its_next_step_from_there():
+def test_a_client_that_joins_makes_its_next_step_from_the_center():
     method = GPUASGD(period=1, warm_start_steps=2)
     simulation = run(method, 2, 10**6, schedule=Scripted([1, 0, 0, 1, 1]))
     start = np.random.default_rng(0).normal(size=12)
@@ -96,7 +96,7 @@ def test_a_client_that_joined_makes_its_next_step_from_there():
 
 
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**16))
-def test_the_center_is_the_start_and_all_that_was_committed(p, warm, n_sync, seed):
+def test_the_center_is_the_start_plus_all_commits(p, warm, n_sync, seed):
     # With gradient 1 for all, the center is at -eta times the steps committed, whoever made them.
     method = GPUASGD(period=n_sync, warm_start_steps=warm)
     steps = warm + 2 * n_sync
@@ -109,7 +109,7 @@ def test_the_center_is_the_start_and_all_that_was_committed(p, warm, n_sync, see
     assert committed[0] == pytest.approx(of_client_0 + of_others, rel=1e-9)
 
 
-def test_who_still_waits_at_the_end_has_nothing_to_commit():
+def test_a_client_that_still_waits_at_the_end_has_nothing_to_commit():
     simulation = run(GPUASGD(period=3, warm_start_steps=9), 3, 4, gradient=lambda rank, x: np.ones_like(x))
     for worker in simulation.workers:
         worker.finalize()
@@ -131,13 +131,13 @@ def test_a_checkpoint_in_the_middle_of_the_warm_start_loses_nothing(before, afte
         assert_states_equal(a, b)
 
 
-def test_more_clients_than_the_bound_allows_are_warned_of():
+def test_more_clients_than_the_bound_allows_give_a_warning():
     assert not list(GPUASGD(period=1).warnings(4, 0.05))
     assert list(GPUASGD(period=40).warnings(4, 0.05))
 
 
 class Point(nn.Module):
-    """Parameters x whose gradient is h*(x - b)."""
+    """A model with parameters x and the gradient h*(x - b)."""
 
     def __init__(self, start):
         super().__init__()
@@ -156,7 +156,7 @@ def numbers(model):
 @pytest.mark.ranks(1, 2, 3, 4)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("k", [1, 2])
-def test_groups_join_when_the_first_is_done(world, k):
+def test_groups_join_when_the_first_has_finished(world, k):
     if world.size % k:
         k = world.size
     warm, start = 5, np.ones(6)
@@ -183,7 +183,7 @@ def test_groups_join_when_the_first_is_done(world, k):
         world.barrier()
 
 
-def test_clients_go_on_when_client_0_dies_in_the_warm_start():
+def test_clients_start_when_client_0_dies_in_the_warm_start():
     def kill(simulation, rank):
         if rank == 0 and simulation.workers[0].t == 5:
             simulation.world.kill(0)
@@ -191,3 +191,13 @@ def test_clients_go_on_when_client_0_dies_in_the_warm_start():
     method = GPUASGD(period=1, warm_start_steps=20)
     run = Simulation(method, SimulatedWorld(3), slope(1.0), np.ones(4), 0.1).run(60, kill)
     assert np.abs(run.consensus(1)).max() < 0.1  # a warm start of 5 steps alone leaves 0.59
+
+
+def test_client_0_does_not_wait_for_itself_when_it_continues_with_the_part_of_another():
+    method = GPUASGD(period=1, warm_start_steps=20)
+    parts = states(run(method, 3, 5))
+    assert [state["waits"] for state in parts] == [False, True, True]
+    continued = load(run(method, 3, 0), [parts[1] | {"center": parts[0]["center"]}, *parts[1:]])
+    assert [state["waits"] for state in states(continued)] == [False, True, True]
+    continued.run(20)
+    assert [state["waits"] for state in states(continued)] == [False, False, False]

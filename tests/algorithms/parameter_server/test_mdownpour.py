@@ -15,7 +15,7 @@ from mpitrain.theory import mdownpour_largest_eh, mdownpour_matrix
 
 
 def msgd(x, gradient, eta, delta, decay, steps):
-    """v <- delta*v - eta*g(x + delta*v);  x <- x + v"""
+    """Make steps v <- delta*v - eta*g(x + delta*v);  x <- x + v."""
     v = np.zeros_like(x)
     for _ in range(steps):
         y = x + delta * v
@@ -50,7 +50,7 @@ def test_without_momentum_it_is_downpour(p, seed):
 
 
 @given(st.lists(st.integers(0, 2), max_size=60), st.floats(0, 0.95))
-def test_any_script_gives_what_the_server_says(script, delta):
+def test_any_order_of_events_follows_the_servers_equations(script, delta):
     rng = np.random.default_rng(5)
     start, h, b = rng.normal(size=6), rng.uniform(0.2, 2, 3), rng.normal(size=3)
     simulation = simulate(
@@ -76,7 +76,7 @@ def test_in_turn_it_is_the_recursion_of_delayed_momentum(p, delta):
     assert radius(delayed(eh, p)) < 1
 
 
-def test_parameter_groups_have_their_own_rates_wherever_the_shards_end():
+def test_parameter_groups_have_their_own_rates_across_shards():
     start, parts = np.random.default_rng(2).normal(size=60), [slice(0, 25), slice(25, 27), slice(27, 60)]
     group_slices = [ParamGroupSlice(*of) for of in zip(parts, (0.1, 0.3, 0.2), (0, 0.5, 0.1), strict=True)]
     simulation = simulate(MDownpour(momentum=0.7), 1, start=start, eta=0.0, largest_shard=16)
@@ -96,14 +96,14 @@ def test_there_is_no_period():
             create("mdownpour", {"period": period})
 
 
-def test_warnings_tell_of_momentum_that_the_delay_does_not_bear():
+def test_warnings_name_a_momentum_that_is_unstable_with_the_delay():
     assert not list(MDownpour().warnings(4, 0.05))
     (text,) = MDownpour(momentum=0.99).warnings(4, 0.05)
     assert "momentum 0.99" in text
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_never_reaches_the_center(bad):
+def test_nonfinite_values_never_reach_the_center(bad):
     def gradient(rank, x):
         g = x.copy()
         if rank == 1:

@@ -1,4 +1,4 @@
-"""Staleness: how many commits of others lie between a worker's pull and its commit, and what that does.
+"""Staleness: the number of other commits between a worker's pull and its own commit, and its effect.
 
 Hermans, CERN-THESIS-2017-103, chapter 4; Mitliagkas, Zhang, Hadjis, Re 2016, Asynchrony begets momentum.
 """
@@ -19,7 +19,7 @@ METHODS = [Downpour(), AGN(period=1), ADAG(period=1), DynSGD(period=1), MDownpou
 
 
 def found_by(method, p, schedule, steps):
-    """The staleness of every commit, in order, and the lags that are left at the end."""
+    """Return the staleness of every commit, in order, and the lags at the end."""
     found = []
     simulation = simulate(method, p, start=np.zeros(10), eta=0.1, schedule=schedule)
     simulation.run(steps, lambda s, rank: found.append(int(s.workers[rank].metrics()["staleness"])))
@@ -45,8 +45,8 @@ def test_histograms_count_every_commit():
 
 
 @given(st.integers(1, 6), st.data())
-def test_all_staleness_there_is_was_made_by_somebody(p, data):
-    """Each commit ages the pulls of p-1 others by one; it is found by their next commit, or is left at the end."""
+def test_staleness_adds_up_to_the_commits_of_the_others(p, data):
+    """Each commit ages the pulls of p-1 others by one; their next commit counts it, or the lags at the end do."""
     script = data.draw(st.lists(st.integers(0, p - 1), max_size=80))
     found, left = found_by(Downpour(), p, Scripted(script), 10**6)
     assert len(found) == len(script)
@@ -54,7 +54,7 @@ def test_all_staleness_there_is_was_made_by_somebody(p, data):
 
 
 def ending(schedule, n):
-    """The schedule until ``n`` times a worker was chosen: nobody goes on alone when the others have finished."""
+    """Return the schedule cut after ``n`` choices, so that no worker continues alone when the others have finished."""
     choose, chosen = schedule.choose, itertools.count()
     schedule.choose = lambda ready: choose(ready) if next(chosen) < n else None
     return schedule
@@ -62,7 +62,7 @@ def ending(schedule, n):
 
 @pytest.mark.parametrize("p", [2, 10, 30])
 @pytest.mark.parametrize("speeds", ["random", "one to three", "one straggler"])
-def test_mean_is_p_minus_1_whoever_is_fast(p, speeds):
+def test_mean_staleness_is_p_minus_1_at_any_speeds(p, speeds):
     schedule = {
         "random": RandomOrder(p),
         "one to three": VirtualTime(np.linspace(1, 3, p)),
@@ -88,8 +88,8 @@ def test_in_random_order_it_is_geometric():
 def test_asynchrony_is_momentum(p, n_steps):
     """E c_{t+1} - E c_t = (1-1/p)(E c_t - E c_{t-1}) - (eh/p) E c_t, the mean over all orders in which p can come.
 
-    Each commit is that of any worker alike. Then the staleness is geometric, P(l) = (1/p)(1-1/p)^l, except that no pull
-    is older than the beginning.
+    Each commit is equally likely to be that of any worker. Then the staleness is geometric, P(l) = (1/p)(1-1/p)^l,
+    except that no pull is older than the start.
     """
     eh, total = 0.3, np.zeros(n_steps + 1)
     for script in itertools.product(range(p), repeat=n_steps):
@@ -121,7 +121,7 @@ def test_age_of_a_pull_survives_a_checkpoint(p, seed, before):
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
 @pytest.mark.parametrize("method", [Downpour(), DynSGD(period=2), ADAG(period=3)], ids=lambda method: method.name)
-def test_ranks_find_all_staleness_there_is(world, method):
+def test_staleness_between_ranks_adds_up_to_the_commits_of_the_others(world, method):
     with OnRank(world, method, np.zeros(1000), eta=0.1) as rank:
         worker, visit = rank.worker, rank.worker.visit
         shard_of = {part.start: k for k, part in enumerate(worker._center.parts)}

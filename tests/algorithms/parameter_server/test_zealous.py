@@ -1,4 +1,4 @@
-"""Zealous DOWNPOUR (Hermans, CERN-THESIS-2017-103): between period 1 and period tau, as the center is free or busy."""
+"""Zealous DOWNPOUR (Hermans, CERN-THESIS-2017-103): period 1 while the center is free, up to tau while it is busy."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_a_center_that_is_always_busy_gives_period_tau(tau):
     assert zealous.workers[0].t > 2 * tau
 
 
-def test_a_worker_waits_for_its_turn_without_standing_still():
+def test_a_worker_trains_on_while_the_center_is_busy():
     # 1 is at the center (before its only shard) while 0 makes two steps; then it leaves, and 0 brings three at once.
     simulation = simulate(
         ZealousDownpour(period=10), 2, start=np.full(2, 8.0), eta=0.5,
@@ -54,7 +54,7 @@ def test_a_worker_waits_for_its_turn_without_standing_still():
 
 @settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.data())
-def test_center_has_exactly_what_was_committed_at_any_moment(tau, p, largest_shard, data):
+def test_center_contains_exactly_the_commits_at_any_moment(tau, p, largest_shard, data):
     script = data.draw(st.lists(st.integers(0, p - 1), max_size=150))
     start, gradient, noted = whole_numbers(p, 37, seed=tau)
     simulation = simulate(
@@ -80,7 +80,7 @@ def test_no_worker_goes_longer_than_tau_steps(tau, p, seed):
     assert longest < tau  # after the tau-th it has exchanged
 
 
-def test_a_visit_that_fails_does_not_leave_the_flag_up():
+def test_a_failed_visit_lowers_the_flag():
     simulation = simulate(ZealousDownpour(), 2, start=START, eta=0.1)
     first, second = simulation.workers
     first.visit = lambda part, c: 1 / 0

@@ -1,4 +1,4 @@
-"""NeuroevolutionSGD, our reconstruction of arXiv 2012.11184: clusters, survival, children, and what it promises."""
+"""NeuroevolutionSGD, our reconstruction of arXiv 2012.11184: clusters, survival, children, guarantees."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_the_fittest_of_each_cluster_survives():
     assert sorted(plan.children) == [0, 2]
 
 
-def test_the_least_fit_go_but_never_the_elite():
+def test_the_least_fit_are_replaced_but_never_the_elite():
     fitness, s = np.array([4.0, 1.0, 3.0, 2.0]), np.eye(4)
     for unfit, elite, gone in [(0.0, 0.25, []), (0.25, 0.25, [0]), (0.5, 0.25, [0, 2]), (1.0, 0.25, [0, 2, 3])]:
         method = NeuroevolutionSGD(unfit_fraction=unfit, elite_fraction=elite)
@@ -162,7 +162,7 @@ def test_identical_individuals_are_one_cluster(crossover):
     np.testing.assert_allclose(end.x(), 0.7 + 0.3 * 0.9**3, rtol=1e-12)  # children of one are copies of it
 
 
-def test_orthogonal_updates_suppress_nobody():
+def test_orthogonal_updates_suppress_no_individual():
     p, n = 4, 64
     target = 5.0 * np.eye(p).repeat(n // p, axis=1)  # each worker goes its own way
     method = NeuroevolutionSGD(period=2, unfit_fraction=0.0)
@@ -237,7 +237,7 @@ def test_mutation_is_relative_to_the_update_of_a_layer():
     assert abs(np.corrcoef(change[layers[0]], change[layers[1]])[0, 1]) < 4 / np.sqrt(n)
 
 
-def test_fitness_is_the_mean_loss_of_a_generation_unless_there_is_a_better_one():
+def test_fitness_is_the_mean_loss_of_a_generation_unless_one_is_given():
     losses = iter(np.arange(100.0))
     world = SimulatedWorld(1)
     method = NeuroevolutionSGD(period=4)
@@ -249,7 +249,7 @@ def test_fitness_is_the_mean_loss_of_a_generation_unless_there_is_a_better_one()
     assert given.workers[0].metrics()["fitness"] == pytest.approx(3 * 0.9**4)
 
 
-def test_who_has_diverged_is_replaced():
+def test_a_diverged_individual_is_replaced():
     def gradient(rank, x):
         return np.full(30, np.nan if rank == 2 and asked.append(1) is None and len(asked) < 5 else 0.0) + x
 
@@ -267,7 +267,7 @@ def test_who_has_diverged_is_replaced():
 
 @settings(max_examples=15)
 @given(st.integers(2, 6), st.integers(0, 99), st.sampled_from(["convex", "uniform"]))
-def test_who_comes_first_does_not_matter(p, seed, crossover):
+def test_the_order_of_events_does_not_matter(p, seed, crossover):
     start = rng(seed).normal(size=(p, 40)).astype(np.float32)
     method = NeuroevolutionSGD(period=2, unfit_fraction=0.5, crossover=crossover, similarity=0.5)
     layers = (slice(0, 16), slice(16, 40))
@@ -279,7 +279,7 @@ def test_who_comes_first_does_not_matter(p, seed, crossover):
     assert not same_bits(x(None), x(None, seed + 1))
 
 
-def test_all_know_the_best():
+def test_all_workers_agree_on_the_best():
     start = rng(8).normal(size=(5, 12))
     end = population(NeuroevolutionSGD(period=3), start, slope(1.0, 0.2)).run(6)
     fitness = [worker.metrics()["fitness"] for worker in end.workers]

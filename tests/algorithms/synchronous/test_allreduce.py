@@ -63,7 +63,7 @@ def test_one_worker_is_sgd():
 
 
 def sliced(p, nodes, schedule=None):
-    """Workers of which those of a node hold one copy of the parameters: what each holds after some steps."""
+    """Run workers that share one copy of the parameters per node; return each worker's parameters."""
     rng, n = np.random.default_rng(5), 53
     start, h, b = rng.normal(size=n), np.linspace(0.2, 1.5, p), rng.normal(size=p)
     group_slices = [
@@ -106,9 +106,37 @@ def sliced(p, nodes, schedule=None):
 
 
 @pytest.mark.parametrize("nodes", [[0], [0, 0], [0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
-def test_workers_that_share_a_copy_take_torchs_steps_each_in_its_slice(nodes):
+def test_workers_that_share_a_copy_make_torchs_step_in_their_slices(nodes):
     results, wanted = sliced(len(nodes), nodes, RandomOrder(3))
     for x, _ in results:
         np.testing.assert_allclose(x, wanted, rtol=1e-12, atol=1e-13)
     for node in set(nodes):
         assert sum(held for (_, held), at in zip(results, nodes, strict=True) if at == node) == wanted.size
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([0, 0, 0], [0, 0, 0]), ([0, 0, 0], [0, 0, 1]), ([0, 1, 1], [0, 0, 0]), ([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])],
+)
+def test_momentum_is_that_of_the_slice_however_the_nodes_were_before(before, after):
+    n, momentum = 53, np.arange(53.0)
+
+    def worker_of(comm):
+        x, g = comm.node_vector(n, np.float64), comm.vector(n, np.float64)
+        return AllReduceSGD().worker(Replica(comm, x, g, node_shared=True)), comm.slice_of(n)
+
+    def save(comm):
+        worker, mine = worker_of(comm)
+        state = dict(worker.state())
+        state["velocity"][...] = momentum[mine]
+        return state
+
+    saved = SimulatedWorld(len(before), nodes=before).run(save)
+
+    def load(comm):
+        worker, mine = worker_of(comm)
+        worker.load(saved[comm.rank])
+        return dict(worker.state())["velocity"], mine
+
+    for velocity, mine in SimulatedWorld(len(after), nodes=after).run(load):
+        assert np.array_equal(velocity, momentum[mine])

@@ -16,7 +16,7 @@ START = np.random.default_rng(0).normal(size=6)
 
 
 def delayed_averaging(x, tau, d, eta, steps):
-    """Local SGD on the quadratics; what averages would have changed comes d steps later."""
+    """Run local SGD on the quadratics with corrections that arrive d steps late."""
     p, x, due = len(x), x.copy(), {}
     for t in range(1, steps + 1):
         x = x - eta * H[:p, None] * (x - B[:p, None])
@@ -27,7 +27,7 @@ def delayed_averaging(x, tau, d, eta, steps):
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 5), st.integers(0, 25), st.integers(0, 2**16))
-def test_corrections_are_those_of_the_snapshots_however_late(p, tau, d, steps, seed):
+def test_corrections_are_those_of_the_snapshots_at_any_delay(p, tau, d, steps, seed):
     start = np.random.default_rng(seed).normal(size=(p, 5))
     simulation = simulate(
         DaSGD(period=tau, delay=min(d, tau - 1)), p, start=start, eta=0.1, gradient=slope(H, B),
@@ -69,7 +69,7 @@ def test_alike_workers_are_sequential_sgd():
     np.testing.assert_allclose(simulation.x(), np.tile(wanted, (4, 1)), rtol=0, atol=1e-12)
 
 
-def test_what_is_being_averaged_is_left_alone(monkeypatch):
+def test_a_vector_is_left_alone_during_its_average(monkeypatch):
     begin, begun, finished = SimulatedCommunicator.start_allreduce, [], []
 
     def watched(comm, vector, *, mean=False):
@@ -93,7 +93,7 @@ def test_what_is_being_averaged_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("interrupted_at", range(4, 11))
-def test_a_run_is_continued_to_the_bit_wherever_an_average_is_under_way(interrupted_at):
+def test_a_run_continues_bit_for_bit_with_an_average_under_way(interrupted_at):
     def simulation():
         return simulate(DaSGD(period=5, delay=3), 3, start=START, eta=0.1, gradient=slope(H, B))
 
@@ -108,7 +108,7 @@ def test_a_run_is_continued_to_the_bit_wherever_an_average_is_under_way(interrup
             assert_states_equal(a, b)
 
 
-def test_nan_of_one_worker_stays_with_it():
+def test_nan_of_one_worker_stays_there():
     def gradient(rank, x):
         return np.where(np.arange(6) == 2, np.nan, x) if rank == 1 else x
 
@@ -118,7 +118,7 @@ def test_nan_of_one_worker_stays_with_it():
     assert statistics(simulation, "n_nonfinite") == [4, 4, 4]
 
 
-def test_a_delay_of_a_period_is_cut_and_told():
+def test_a_delay_of_a_period_is_cut_with_a_warning():
     assert DaSGD(period=4, delay=3).steps_late == DaSGD(period=4, delay=9).steps_late == 3
     assert not list(DaSGD(period=4, delay=3).warnings(4, 0.1))
     (told,) = DaSGD(period=4, delay=9).warnings(4, 0.1)
@@ -143,7 +143,7 @@ def test_between_ranks_the_mean_follows_the_mean_gradient_step(world, n_nodes, d
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
-def test_between_ranks_a_run_is_continued_where_an_average_is_under_way(world):
+def test_between_ranks_a_run_continues_with_an_average_under_way(world):
     with ranks(1) as comm:
         start = np.random.default_rng(7).normal(size=300)
         whole = RankRun(DaSGD(period=4, delay=2), comm, start)

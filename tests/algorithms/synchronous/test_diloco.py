@@ -17,7 +17,7 @@ START = np.random.default_rng(0).normal(size=6)
 
 
 def round_matrix(method, eh):
-    """The matrix on (buffer, theta) of one round, from a run of unit vectors; alike workers."""
+    """Return the matrix on (buffer, theta) of one round, from a run of unit vectors with equal workers."""
     unit = np.eye(2)
     simulation = simulate(method, P, start=np.zeros(2), eta=eh)
     change(simulation, parameters=unit[1], theta=unit[1], momentum=unit[0]).run(method.period)
@@ -67,7 +67,7 @@ def test_the_outer_optimizer_is_torchs():
         np.testing.assert_allclose(simulation.x(), np.tile(theta.detach().numpy(), (P, 1)), rtol=0, atol=1e-12)
 
 
-def test_islands_that_are_not_finite_drop_out_of_a_round():
+def test_nonfinite_islands_drop_out_of_a_round():
     def gradient(rank, x):
         return np.full(6, np.inf) if rank > 1 and np.array_equal(x, START) else x - rank
 
@@ -82,7 +82,7 @@ def test_islands_that_are_not_finite_drop_out_of_a_round():
     np.testing.assert_allclose(simulation.run(2).x(), np.tile(wanted, (4, 1)), rtol=1e-12)
 
 
-def test_all_begin_a_round_at_the_same_bits():
+def test_all_workers_start_a_round_from_the_same_bits():
     start = np.random.default_rng(1).normal(size=(P, 9)).astype(np.float32)
     simulation = simulate(DiLoCo(period=3), P, start=start, eta=0.1, gradient=slope(H, B)).run(6)
     for rank in range(P):
@@ -90,7 +90,7 @@ def test_all_begin_a_round_at_the_same_bits():
         assert same_bits(simulation.x()[rank], simulation.consensus(rank))
 
 
-def test_an_outer_learning_rate_beyond_every_period_is_told():
+def test_an_outer_learning_rate_that_is_unstable_for_every_period_gives_a_warning():
     assert not list(DiLoCo(outer_learning_rate=1.35).warnings(4, 0.1))
     (told,) = DiLoCo(outer_learning_rate=1.36).warnings(4, 0.1)
     assert "1.36" in told

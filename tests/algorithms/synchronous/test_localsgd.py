@@ -1,4 +1,4 @@
-"""Local SGD and post-local SGD: the mean of all parameters every H steps, and what follows from it."""
+"""Local SGD and post-local SGD: the mean of all parameters every H steps, and its consequences."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ START = np.random.default_rng(0).normal(size=6)
 
 
 def curved(rank, x):
-    """Not a quadratic: h_i sin(x - b_i)."""
+    """Return gradients that are not those of a quadratic: h_i sin(x - b_i)."""
     return H[rank] * np.sin(x - B[rank])
 
 
@@ -29,7 +29,7 @@ def test_averaging_every_step_is_allreduce_sgd(p):
 
 
 @pytest.mark.parametrize("tau", [1, 2, 10])
-def test_fixed_point_weighs_unlike_workers_by_how_far_a_round_takes_them(tau):
+def test_fixed_point_weighs_workers_by_the_contraction_of_a_round(tau):
     # mean_i (b_i + q_i (x - b_i)) = x with q_i = (1 - eta h_i)^H, so x* = sum (1 - q_i) b_i / sum (1 - q_i)
     eta = 0.1
     weights = 1 - (1 - eta * H) ** tau
@@ -41,7 +41,7 @@ def test_fixed_point_weighs_unlike_workers_by_how_far_a_round_takes_them(tau):
     np.testing.assert_allclose(end.consensus(2), formula, rtol=0, atol=1e-10)
 
 
-def test_workers_are_alone_within_a_round_and_one_at_its_end():
+def test_workers_are_independent_within_a_round_and_equal_at_its_end():
     start, tau, eta = np.random.default_rng(1).normal(size=(3, 5)), 4, 0.1
     simulation = simulate(LocalSGD(period=tau), 3, start=start, eta=eta, gradient=slope(H)).run(tau - 1)
     np.testing.assert_allclose(simulation.x(), (1 - eta * H[:3, None]) ** 3 * start, rtol=1e-13)
@@ -53,7 +53,7 @@ def test_workers_are_alone_within_a_round_and_one_at_its_end():
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.integers(0, 2**16))
-def test_averages_conserve_the_sum_whatever_the_order(p, tau, steps, seed):
+def test_averages_conserve_the_sum_in_any_order_of_events(p, tau, steps, seed):
     rng = np.random.default_rng(seed)
     start, used = rng.normal(size=(p, 7)), np.zeros(7)
 
@@ -69,7 +69,7 @@ def test_averages_conserve_the_sum_whatever_the_order(p, tau, steps, seed):
     np.testing.assert_allclose(end.consensus(p - 1), end.x().mean(0), rtol=0, atol=1e-12)
 
 
-def test_a_worker_that_is_not_finite_is_left_out_and_comes_back():
+def test_a_nonfinite_worker_is_left_out_and_returns():
     def gradient(rank, x):
         return np.where(np.arange(6) == 2, np.nan, 0.0) if rank == 1 and np.array_equal(x, START) else x - rank
 
@@ -81,7 +81,7 @@ def test_a_worker_that_is_not_finite_is_left_out_and_comes_back():
     assert statistics(simulation, "n_nonfinite") == [0, 1, 0]
 
 
-def test_when_nobody_is_finite_it_shows():
+def test_the_mean_is_nan_if_no_worker_is_finite():
     simulation = simulate(LocalSGD(period=1), 2, start=START, eta=0.1, gradient=lambda rank, x: x * np.inf).run(1)
     assert np.isnan(simulation.x()).all()
 

@@ -16,7 +16,7 @@ START = np.random.default_rng(0).normal(size=6)
 
 
 def round_matrix(method, eh):
-    """The matrix on (gamma*u, x0) of one round, from a run of unit vectors; alike workers."""
+    """Return the matrix on (gamma*u, x0) of one round, from a run of unit vectors with equal workers."""
     unit = np.eye(2)
     simulation = simulate(method, P, start=np.zeros(2), eta=eh)
     change(simulation, parameters=unit[1], theta=unit[1], momentum=unit[0] / eh).run(method.period)
@@ -61,7 +61,7 @@ RATES = [0.1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.002, 0.002, 0.002, 0.002]
 
 
 @pytest.mark.parametrize("interrupted_at", [None, 2, 6, 7])
-def test_slow_momentum_is_one_of_gradients_however_the_learning_rate_falls(interrupted_at):
+def test_slow_momentum_averages_gradients_at_any_learning_rates(interrupted_at):
     # With the constant gradient 1 a round of 4 steps has the mean displacement 4 gamma, gamma the mean learning rate.
     def simulation():
         return simulate(method, 2, start=np.zeros(3), eta=0.0, gradient=lambda rank, x: np.ones(3))
@@ -90,7 +90,7 @@ def test_nothing_moves_while_the_learning_rate_is_zero():
     np.testing.assert_array_equal(states(simulation)[0]["momentum"], 0.5 * u)
 
 
-def test_all_begin_a_round_at_the_same_bits():
+def test_all_workers_start_a_round_from_the_same_bits():
     start = np.random.default_rng(1).normal(size=(P, 9)).astype(np.float32)
     simulation = simulate(SlowMo(period=3), P, start=start, eta=0.1, gradient=slope(H, B)).run(6)
     for rank in range(P):
@@ -98,7 +98,7 @@ def test_all_begin_a_round_at_the_same_bits():
         assert same_bits(simulation.x()[rank], simulation.consensus(rank))
 
 
-def test_what_is_evaluated_is_where_the_last_round_has_ended():
+def test_the_outcome_of_the_last_round_is_evaluated():
     simulation = simulate(SlowMo(period=5), P, start=START, eta=0.1, gradient=slope(H, B)).run(5)
     end = simulation.consensus()
     assert same_bits(simulation.run(4).consensus(2), end)
@@ -120,7 +120,7 @@ def test_a_worker_that_is_not_finite_is_left_out_of_a_round():
     np.testing.assert_allclose(simulation.run(2).consensus(), wanted, rtol=1e-12)
 
 
-def test_a_round_that_nobody_ends_finite_changes_nothing_but_by_momentum():
+def test_a_round_without_finite_workers_moves_by_momentum_only():
     method = SlowMo(slow_momentum=0.5, period=1)
     simulation = simulate(method, 2, start=START, eta=0.1, gradient=lambda rank, x: x).run(1)
     theta, u = simulation.consensus(), states(simulation)[0]["momentum"]
@@ -128,7 +128,7 @@ def test_a_round_that_nobody_ends_finite_changes_nothing_but_by_momentum():
     np.testing.assert_allclose(simulation.run(1).x(), np.tile(theta - 0.1 * 0.5 * u, (2, 1)), rtol=1e-12)
 
 
-def test_a_slow_learning_rate_beyond_every_period_is_told():
+def test_a_slow_learning_rate_that_is_unstable_for_every_period_gives_a_warning():
     assert not list(SlowMo(slow_learning_rate=2.9).warnings(4, 0.1))
     (told,) = SlowMo(slow_learning_rate=3.1).warnings(4, 0.1)
     assert "3" in told
