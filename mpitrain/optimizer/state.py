@@ -55,9 +55,7 @@ class Owner:
         if state["algorithm"] != self.algorithm:
             raise UsageError(f"the state is of {state['algorithm']}, and this optimizer runs {self.algorithm}")
         if state["replica_size"] != self.replica_size:
-            raise UsageError(
-                f"the state is of replica_size {state['replica_size']}, and this is {self.replica_size}"
-            )
+            raise UsageError(f"the state is of replica_size {state['replica_size']}, and this is {self.replica_size}")
         if state.get("node_shared", self.node_shared) != self.node_shared:
             here, there = ("with the method", "in the base optimizer")[:: 1 if self.node_shared else -1]
             raise UsageError(
