@@ -12,16 +12,15 @@ Each crossing has to bring the vectors across, keep the streams of a GPU in orde
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.kernels.gpu import Gpu
 from mpitrain.optimizer.flat import FlatParameters
 
 
-@dataclass
+@dataclass(slots=True)
 class Stopwatch:
     """A number of seconds that several measurements add to."""
 
@@ -43,38 +42,74 @@ class ExchangeBoundary:
         self._flat, self._device = flat, device
         self.clock = Stopwatch()
 
-    @contextmanager
-    def exchanging(self, *, copies: bool = False, counts: bool = False) -> Iterator[None]:
-        """Run the block as the worker's.
+    def exchanging(self, *, copies: bool = False, counts: bool = False) -> Exchanging:
+        """Return a context manager whose block is the worker's.
 
         Args:
             copies: The block reads gradients or changes parameters. Where the model is on a GPU and the worker's
                 vectors in host memory, they are copied there before the block and back after it.
             counts: Add the block's time to the clock, without that of ``computing`` inside it.
         """
-        began = time.perf_counter()
-        try:
-            if copies:
-                self._flat.to_host()
-            with nullcontext() if self._device is None else self._device.exchanging(self._flat.compute_stream):
-                yield
-            if copies:
-                self._flat.to_device()
-        finally:
-            if counts:
-                self.clock.seconds += time.perf_counter() - began
+        return Exchanging(self._flat, self._device, self.clock, copies, counts)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Inside ``exchanging``, run the block as torch's, on the parameters so far; the clock stands still."""
-        began = time.perf_counter()
-        try:
-            self._flat.to_device()
-            with nullcontext() if self._device is None else self._device.computing(self._flat.compute_stream):
-                yield
+    def computing(self) -> Computing:
+        """Return a context manager, inside ``exchanging``, whose block is torch's; the clock stands still."""
+        return Computing(self._flat, self._device, self.clock)
+
+
+class Exchanging:
+    """The context manager of ``ExchangeBoundary.exchanging``.
+
+    This and ``Computing`` are classes because generators would cost a step of a small model some percent.
+    """
+
+    __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_stream")
+
+    def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch, copies: bool, counts: bool) -> None:
+        self._flat, self._device, self._clock, self._copies, self._counts = flat, device, clock, copies, counts
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        if self._copies:
             self._flat.to_host()
-        finally:
-            self.clock.seconds -= time.perf_counter() - began
+        if self._device is not None:
+            self._stream = self._device.exchanging(self._flat.compute_stream)
+            self._stream.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device is not None:
+            self._stream.__exit__(kind, error, trace)
+        if self._copies and kind is None:
+            self._flat.to_device()
+        if self._counts:
+            self._clock.seconds += time.perf_counter() - self._began
+
+
+class Computing:
+    """The context manager of ``ExchangeBoundary.computing``."""
+
+    __slots__ = ("_began", "_clock", "_device", "_flat", "_stream")
+
+    def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch) -> None:
+        self._flat, self._device, self._clock = flat, device, clock
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        self._flat.to_device()
+        if self._device is not None:
+            self._stream = self._device.computing(self._flat.compute_stream)
+            self._stream.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device is not None:
+            self._stream.__exit__(kind, error, trace)
+        if kind is None:
+            self._flat.to_host()
+        self._clock.seconds -= time.perf_counter() - self._began
 
 
 class EarlyGradients:

@@ -46,18 +46,16 @@ class Owner:
             )
         ranks, rank = state.get("ranks", self.ranks), state.get("rank", self.rank)
         if ranks != self.ranks:
-            raise UsageError(f"the state is one of {ranks} ranks, and here are {self.ranks}: go on with as many")
+            raise UsageError(f"the state is of {ranks} ranks, and here are {self.ranks}: continue with as many")
         if rank != self.rank:
             raise UsageError(
                 f"the state is that of rank {rank}, and this is rank {self.rank}: each rank saves a file of its "
                 "own and loads it (to begin as a copy of another rank, set state['rank'] to this rank's number)"
             )
         if state["algorithm"] != self.algorithm:
-            raise UsageError(f"the state is one of {state['algorithm']}, and this optimizer runs {self.algorithm}")
+            raise UsageError(f"the state is of {state['algorithm']}, and this optimizer runs {self.algorithm}")
         if state["replica_size"] != self.replica_size:
-            raise UsageError(
-                f"the state is one of replica_size {state['replica_size']}, and this is {self.replica_size}"
-            )
+            raise UsageError(f"the state is of replica_size {state['replica_size']}, and this is {self.replica_size}")
         if state.get("node_shared", self.node_shared) != self.node_shared:
             here, there = ("with the method", "in the base optimizer")[:: 1 if self.node_shared else -1]
             raise UsageError(
