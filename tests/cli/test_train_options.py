@@ -1,0 +1,303 @@
+"""Every option of `mpitrain train` has its effect: a number of the run becomes what the option says it must become."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from support import plain_sgd
+from support.plain_sgd import DATA, MODEL, STEPS
+
+from mpitrain.cli import train as command
+from mpitrain.cli.main import main
+from mpitrain.data import hdf5
+from mpitrain.errors import UsageError
+from mpitrain.records import checkpoint
+from mpitrain.trainer import batches, loop
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.options import options_of
+
+BASE = ["--algorithm", "allreduce", "--data", DATA, "--model", MODEL, "--batch-size", "16"]
+MEASURED = ("step", "test_loss", "test_accuracy")
+Run = Callable[..., dict[str, Any]]
+
+
+@dataclass
+class Bench:
+    """A way to run the command in this process, and a folder."""
+
+    folder: Path
+    run: Run
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def bench(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    def run(*words: str, budget: tuple[str, ...] = ("--steps", str(STEPS)), quiet: bool = True) -> dict[str, Any]:
+        capsys.readouterr()
+        code = main(["train", *BASE, *budget, *["--quiet"][:quiet], "--json", *words])
+        assert code == 0
+        document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return document
+
+    return Bench(tmp_path, run, monkeypatch, capsys)
+
+
+def close(loss: float) -> Any:
+    return pytest.approx(loss, rel=1e-4)
+
+
+def has_loss_of(*words: str, **expected: Any) -> Callable[[Bench], None]:
+    """The run computes what SGD with these options computes, and not what it computes without them."""
+
+    def check(bench: Bench) -> None:
+        wanted = plain_sgd.loss_after(**expected)
+        assert wanted != close(plain_sgd.loss_after())
+        assert bench.run(*words)["test_loss"] == close(wanted)
+
+    return check
+
+
+def is_handed_over(name: str, text: str, value: Any) -> Callable[[Bench], None]:
+    """The optimizer, whose tests have the effect on several ranks, is given the value."""
+
+    def check(bench: Bench) -> None:
+        given: dict[str, Any] = {}
+
+        class Stop(Exception):
+            pass
+
+        def note(*arguments: Any, **keywords: Any) -> None:
+            given.update(keywords)
+            raise Stop
+
+        bench.monkeypatch.setattr(loop, "DistributedOptimizer", note)
+        bench.monkeypatch.setattr(loop, "check_replica_size", lambda *_: None)
+        bench.monkeypatch.setattr("mpitrain.optimizer.replica_group.check_replica_size", lambda *_: None)
+        with pytest.raises(Stop):
+            bench.run(f"--{name.replace('_', '-')}", text)
+        assert given[name] == value
+
+    return check
+
+
+def is_given_to_mpi(*words: str, expected: tuple[str, str]) -> Callable[[Bench], None]:
+    def check(bench: Bench) -> None:
+        def init(*arguments: str) -> None:
+            assert arguments == expected
+            raise UsageError("seen")
+
+        bench.monkeypatch.setattr("mpitrain.collectives.world.world.init", init)
+        assert main(["train", *words]) == 2
+        assert "seen" in bench.capsys.readouterr().err
+
+    return check
+
+
+def algorithm(bench: Bench) -> None:
+    assert bench.run("--algorithm", "gossip")["algorithm"] == "gossip"
+
+
+def settings(bench: Bench) -> None:
+    found = bench.run("--algorithm", "easgd", "--set", "period=3", "--set", "moving_rate=0.25")
+    assert (found["settings"]["period"], found["settings"]["moving_rate"]) == (3, 0.25)
+    assert found["test_loss"] != bench.run("--algorithm", "easgd", "--set", "period=1")["test_loss"]
+
+
+def dataset(bench: Bench) -> None:
+    other = "synthetic:n=96,shape=6,classes=3"
+    found = bench.run("--data", other)
+    assert found["data"] == other
+    assert found["evaluation"][-1]["epoch"] == STEPS / (96 // 16)
+    assert found["test_loss"] == close(plain_sgd.loss_after(name=other))
+
+
+def model(bench: Bench) -> None:
+    found = bench.run("--model", "mlp:hidden=5")
+    assert found["parameters"] == 6 * 5 + 5 + 5 * 3 + 3
+    assert found["test_loss"] == close(plain_sgd.loss_after(model="mlp:hidden=5"))
+
+
+def epochs(bench: Bench) -> None:
+    assert bench.run(budget=("--epochs", "2.5"))["steps"] == 10
+
+
+def steps(bench: Bench) -> None:
+    assert bench.run(budget=("--steps", "5"))["steps"] == 5
+
+
+def gradients(bench: Bench) -> None:
+    assert bench.run(budget=("--gradients", "6"))["gradients"] == 6
+
+
+def minutes(bench: Bench) -> None:
+    assert bench.run(budget=("--minutes", "0.002"))["seconds"] >= 0.12
+
+
+def out(bench: Bench) -> None:
+    found = bench.run("--out", str(bench.folder / "run"))
+    assert json.loads((bench.folder / "run" / "result.json").read_text()) == found
+    assert {"config.json", "metrics.h5", "checkpoints", "report.md"} <= {
+        p.name for p in (bench.folder / "run").iterdir()
+    }
+
+
+def augment(bench: Bench) -> None:
+    file = bench.folder / "images.h5"
+    draw = np.random.default_rng(0)
+    with h5py.File(file, "w") as content:
+        hdf5.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(32, 8))
+        for split in ("train", "test"):
+            content[split]["images"][...] = draw.integers(0, 255, content[split]["images"].shape)
+        content.attrs["mean"], content.attrs["std"] = np.full(1, 0.5), np.full(1, 0.2)
+    seen = []
+
+    def half(x: Any, rng: Any) -> Any:
+        seen.append(x)
+        return x / 2
+
+    bench.monkeypatch.setattr(batches.data, "augment", half)
+    plain, half_as_bright = bench.run("--data", str(file)), bench.run("--data", str(file), "--augment")
+    assert len(seen) == STEPS
+    assert half_as_bright["test_loss"] != close(plain["test_loss"])
+
+
+def evaluate_every(bench: Bench) -> None:
+    found = bench.run("--evaluate-every", "3")
+    assert [point["step"] for point in found["evaluation"]] == [0, 3, 6, 7]
+    for point in found["evaluation"]:
+        assert point["test_loss"] == close(plain_sgd.loss_after(steps=point["step"]))
+    assert [point["step"] for point in bench.run()["evaluation"]] == [0, 4, 7]
+
+
+def checkpoint_every(bench: Bench) -> None:
+    written: list[tuple[int, int]] = []
+    save = checkpoint.save
+
+    def note(folder: Path, number: int, state: dict[str, Any], world: Any) -> Path:
+        written.append((number, state["step"]))
+        return save(folder, number, state, world)
+
+    bench.monkeypatch.setattr(checkpoint, "save", note)
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+    for words, expected in ((["--checkpoint-every", "3"], [3, 6, 7]), (["--checkpoint-every", "0"], []), ([], [4, 7])):
+        written.clear()
+        bench.run("--out", str(bench.folder / "-".join(["run", *words])), *words)
+        assert written == [(step, step) for step in expected]
+
+
+def straggler(bench: Bench) -> None:
+    slept: list[float] = []
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), sleep=slept.append)
+    bench.monkeypatch.setattr(loop, "time", clock)  # a gradient takes a second
+    bench.run("--straggler", "0:4")
+    assert slept == [3.0] * STEPS
+
+
+def quiet(bench: Bench) -> None:
+    for is_quiet in (True, False):
+        main(["train", *BASE, "--steps", "4", *["--quiet"][:is_quiet]])
+        assert ("test accuracy" in bench.capsys.readouterr().err) is not is_quiet
+
+
+def evaluate_seconds(bench: Bench) -> None:
+    assert timed(bench, evaluate_seconds=1e-9) == list(range(STEPS + 1))
+    assert timed(bench, evaluate_seconds=1e9) == [0, STEPS]
+
+
+def timed(bench: Bench, **changes: Any) -> list[int]:
+    configuration = command.configuration
+
+    def changed(args: argparse.Namespace) -> TrainConfig:
+        return replace(configuration(args), **changes)
+
+    bench.monkeypatch.setattr(command, "configuration", changed)
+    found = [point["step"] for point in bench.run()["evaluation"]]
+    bench.monkeypatch.setattr(command, "configuration", configuration)
+    return found
+
+
+def defer_evaluation(bench: Bench) -> None:
+    """The vectors are those of their steps, though they are evaluated at the end."""
+    configuration, during = command.configuration, []
+    evaluate = loop.Evaluator.evaluate
+
+    def note(self: Any, vector: np.ndarray) -> tuple[float, float]:
+        during.append(vector.copy())
+        return evaluate(self, vector)
+
+    bench.monkeypatch.setattr(loop.Evaluator, "evaluate", note)
+    plain = bench.run("--evaluate-every", "2")
+    bench.monkeypatch.setattr(
+        command, "configuration", lambda args: replace(configuration(args), defer_evaluation=True)
+    )
+    deferred = bench.run("--evaluate-every", "2")
+    names = ("step", "test_loss", "test_accuracy")
+    assert [[p[n] for n in names] for p in deferred["evaluation"]] == [
+        [p[n] for n in names] for p in plain["evaluation"]
+    ]
+    assert len(during) == 2 * len(plain["evaluation"])
+
+
+CASES: dict[str, Callable[[Bench], None]] = {
+    "algorithm": algorithm,
+    "settings": settings,
+    "data": dataset,
+    "model": model,
+    "epochs": epochs,
+    "steps": steps,
+    "gradients": gradients,
+    "minutes": minutes,
+    "batch_size": has_loss_of("--batch-size", "8", batch_size=8),
+    "lr": has_loss_of("--lr", "0.2", lr=0.2),
+    "momentum": has_loss_of("--momentum", "0.5", momentum=0.5),
+    "weight_decay": has_loss_of("--weight-decay", "0.3", weight_decay=0.3),
+    "average": has_loss_of("--average", "moving:0.3", average=0.3),
+    "seed": has_loss_of("--seed", "5", seed=5),
+    "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto")),
+    "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged")),
+    "out": out,
+    "sampling": has_loss_of("--sampling", "sharded", sampling="sharded"),
+    "augment": augment,
+    "evaluate_every": evaluate_every,
+    "evaluate_seconds": evaluate_seconds,
+    "defer_evaluation": defer_evaluation,
+    "checkpoint_every": checkpoint_every,
+    "straggler": straggler,
+    "replica_size": is_handed_over("replica_size", "2", 2),
+    "wire": is_handed_over("wire", "int8", "int8"),
+    "quiet": quiet,
+}
+
+
+@pytest.mark.parametrize("name", options_of(TrainConfig))
+def test_an_option_has_its_effect(bench: Bench, name: str) -> None:
+    CASES[name](bench)
+
+
+def test_a_run_without_options_is_sgd_with_the_defaults(bench: Bench) -> None:
+    assert bench.run()["test_loss"] == close(plain_sgd.loss_after())
+    assert bench.run("--average", "polyak")["test_loss"] == close(plain_sgd.loss_after(averaged=True))
+
+
+def test_the_last_batch_of_the_test_set_counts_by_its_size(bench: Bench) -> None:
+    """Several batches, of which the last is smaller: the mean is over samples."""
+    from mpitrain.trainer import evaluation
+
+    whole = bench.run()
+    bench.monkeypatch.setattr(evaluation, "BATCH", 5)
+    found = bench.run()
+    assert plain_sgd.load().n_test % 5
+    assert found["test_loss"] == close(whole["test_loss"])
+    assert found["test_accuracy"] == whole["test_accuracy"]

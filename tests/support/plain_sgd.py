@@ -1,0 +1,60 @@
+"""SGD of one worker in a few lines of torch: what a run of one rank must compute with each of its options."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mpitrain import data, models
+from mpitrain.trainer.study import OneProcess
+
+DATA = "synthetic:n=64,shape=6,classes=3"
+MODEL = "mlp:hidden=8"
+STEPS = 7  # an epoch of 64 samples in batches of 16 has 4
+
+
+def load(name: str = DATA) -> data.Dataset:
+    return data.load(name, world=OneProcess(), sampling="independent")
+
+
+def loss_after(
+    *,
+    name: str = DATA,
+    model: str = MODEL,
+    steps: int = STEPS,
+    batch_size: int = 16,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    sampling: str = "independent",
+    average: float | None = None,
+    averaged: bool = False,
+) -> float:
+    """Return the mean cross entropy over the test set after some steps.
+
+    Args:
+        average: The rate of a moving average z <- z + rate*(x - z) that is evaluated.
+        averaged: Whether the mean of all iterates is evaluated.
+    """
+    dataset = load(name)
+    net = models.build(model, shape=dataset.shape, n_classes=dataset.n_classes, seed=seed)
+    parameters = list(net.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    mean = [p.detach().clone() for p in parameters]
+    sampler = data.Sampler(dataset.n_train, batch_size, seed=seed, mode=sampling)
+    for step in range(steps):
+        x, y = dataset.batch(sampler.indices(*divmod(step, sampler.steps_per_epoch)))
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(net(x), y), parameters)
+        with torch.no_grad():
+            for p, v, g, z in zip(parameters, velocity, gradients, mean, strict=True):
+                v.mul_(momentum).add_(g + weight_decay * p)
+                p.sub_(lr * v)
+                z.add_((1 / (step + 1) if average is None else average) * (p - z))
+    with torch.no_grad():
+        if averaged or average is not None:
+            for p, z in zip(parameters, mean, strict=True):
+                p.copy_(z)
+        x = dataset.normalisation.apply(dataset.test_images.select(np.arange(dataset.n_test)))
+        y = torch.from_numpy(dataset.test_labels)
+        return float(torch.nn.functional.cross_entropy(net(x), y))
