@@ -1,29 +1,17 @@
-"""`mpitrain report RUN [RUN ...]`: plots and a table of what runs did, written as PNG files and one report.md."""
+"""The sub-command `mpitrain report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mpitrain.algorithms import METHODS
-from mpitrain.errors import UsageError
-from mpitrain.report import text
-from mpitrain.report.runs import Run, load_runs, summarise, temporal_efficiency
-
-CAPTIONS = {
-    "curves.png": "Loss and accuracy against time, gradients and bytes; training loss as a running median.",
-    "shares.png": "Where the ranks' time went.",
-    "staleness.png": "How many updates by others lay between reading and writing, and how far they moved the center.",
-    "consensus.png": "How far the workers are from what is evaluated, and the energy of the springs.",
-    "method.png": "What the method tells of its workers.",
-}
+from mpitrain.report.markdown import remarks, table, write_report
+from mpitrain.report.runs import load_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the sub-command takes."""
+    """Add the arguments of the sub-command."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
     parser.add_argument(
         "--out", type=Path, help="folder for the plots (default: RUN for one run, ./report for several)"
@@ -32,92 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the sub-command and returns its exit code."""
+    """Run the sub-command and return its exit code."""
     document = write_report(load_runs(args.runs), args.out or (args.runs[0] if len(args.runs) == 1 else Path("report")))
     print("\n".join(table(document["runs"])))
     print("\n".join(["", *remarks(document), *(f"wrote {file}" for file in document["files"])]))
     if args.json:
         print(json.dumps(document))
     return 0
-
-
-def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
-    """Draws all there is to draw and writes report.md beside it.
-
-    Returns:
-        The summaries of the runs (`runs`), the paths of the `files` and, of two runs, their `temporal_efficiency`.
-    """
-    from mpitrain.report import plots  # matplotlib takes a second to import, which only this command should pay
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out} cannot be made ({error.strerror}): give --out a folder that can be written") from error
-    drawn = [name for name, draw in plots.DRAWINGS.items() if draw(runs, out / name)]
-    document: dict[str, Any] = {"runs": [summarise(one) for one in runs]}
-    if len(runs) == 2:
-        document["temporal_efficiency"] = _efficiency(*runs)
-    document["files"] = [str(out / name) for name in (*drawn, "report.md")]
-    lines = ["# Report", "", *table(document["runs"]), "", *remarks(document)]
-    for name in drawn:
-        lines += ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
-    return document
-
-
-def _efficiency(a: Run, b: Run) -> float | None:
-    try:
-        curves = (one.curve("evaluation", "seconds", "test_accuracy") for one in (a, b))
-        return temporal_efficiency(*curves)
-    except ValueError:  # one of them was not evaluated
-        return None
-
-
-def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What the table cannot say, one line each."""
-    lines = [
-        f"{one['run']} has no result: it is running or was stopped; its numbers are those of its metrics so far.  "
-        for one in document["runs"]
-        if not one["finished"]
-    ]
-    if document.get("temporal_efficiency") is not None:
-        a, b = (one["run"] for one in document["runs"])
-        lines.append(f"Temporal efficiency of {a} over {b} (test accuracy): {document['temporal_efficiency']:.3f}.  ")
-    return lines
-
-
-def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table whose columns line up as plain text too."""
-    columns = {
-        "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
-        "algorithm": [str(one["algorithm"] or "?") for one in summaries],
-        "settings": [_settings(one["settings"], one["algorithm"]) for one in summaries],
-        "ranks": [text.number(one["ranks"], "{:.0f}") for one in summaries],
-        "accuracy": [text.number(one["test_accuracy"], "{:.2%}") for one in summaries],
-        "best": [text.number(one["best_test_accuracy"], "{:.2%}") for one in summaries],
-        "test loss": [text.number(one["test_loss"], "{:.4g}") for one in summaries],
-        "time": [text.duration(one["seconds"]) for one in summaries],
-        "gradients": [text.number(one["gradients"], "{:,.0f}") for one in summaries],
-        "gradients/s": [text.number(one["gradients_per_second"], "{:,.3g}") for one in summaries],
-        "sent/gradient": [text.size(one["bytes_per_gradient"]) for one in summaries],
-        "waiting": [text.number(one["waiting_share"], "{:.1%}") for one in summaries],
-        "exchanges": [text.number(one["exchanges"], "{:,.0f}") for one in summaries],
-        "lock wait": [text.duration(one["lock_wait_seconds"]) for one in summaries],
-    }
-    return text.table(columns, left=("run", "algorithm", "settings"))
-
-
-def _settings(settings: Any, algorithm: Any) -> str:
-    """Those that are not the method's defaults."""
-    if not isinstance(settings, Mapping):
-        return str(settings)
-    defaults = METHODS[algorithm]().settings() if algorithm in METHODS else {}
-    shown = [
-        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-        for k, v in settings.items()
-        if v != defaults.get(k, _NOTHING)
-    ]
-    return ", ".join(shown).replace("|", "/") or "defaults"
-
-
-_NOTHING = object()
