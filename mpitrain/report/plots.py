@@ -1,8 +1,9 @@
-"""Pictures of runs: curves, time shares, staleness, consensus distance, as PNG files.
+"""Plots of runs as PNG files: curves, time shares, staleness, consensus distance, metrics of the method.
 
-Matplotlib is used through its objects alone, with no figure kept in global state, so that a program which plots itself
-is left alone. Runs of one group (one method, several seeds) are one line, their median, in a band from the smallest to
-the largest.
+Figures are created as objects, without pyplot's global state, so that a calling program's own plots are unaffected.
+Runs of one group (one method, several seeds) are one line, their median, in a band from the smallest to the largest.
+
+A function that draws returns False, and writes no file, if the runs have no data for its plot.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ PathLike = str | os.PathLike[str]
 
 SHARE_COLOURS = {"compute": "#009E73", "exchange": "#0072B2", "waiting": "#E69F00", "other": "#BBBBBB"}
 DPI = 130
-N_POINTS = 400  # of a drawn line
-MOST_RAW = 6  # lines with their raw values faint behind them: more cannot be told apart
-MOST_PANELS = 8  # of what methods tell
-MOST_WORKERS = 8  # with a line each
+N_POINTS = 400  # points of a line
+MOST_RAW = 6  # lines with faint raw values behind them; more would be illegible
+MOST_PANELS = 8  # metrics of methods
+MOST_WORKERS = 8  # lines of a panel
 
 
 def running_median(x: Column, y: Column) -> tuple[Column, Column]:
-    """`y` smoothed by the median of a window of a twentieth of its length, at no more than N_POINTS places.
+    """Smooth `y` by the median over a window of a twentieth of its length, at no more than N_POINTS points.
 
-    A short curve is left as it is: every one of its points is a part of its shape.
+    A short curve is not smoothed.
     """
     half = len(y) // 40
     centers = np.unique(np.linspace(0, len(y) - 1, min(len(y), N_POINTS)).astype(int)) if len(y) else np.empty(0, int)
@@ -43,7 +44,7 @@ def running_median(x: Column, y: Column) -> tuple[Column, Column]:
 
 
 def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
-    """Training loss, test loss and test accuracy against seconds, gradients and bytes. False without data."""
+    """Draw training loss, test loss and test accuracy against seconds, gradients and bytes."""
     rows = [("progress", "loss", "training loss"), ("evaluation", "test_loss", "test loss")]
     rows = [row for row in [*rows, ("evaluation", "test_accuracy", "test accuracy")] if _has(runs, row[0], row[1])]
     columns = [
@@ -71,8 +72,7 @@ def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_consensus(runs: Sequence[Run], path: PathLike) -> bool:
-    """How far the workers are from what is evaluated, against gradients, and the energy of the springs, where there are
-    any. False without data."""
+    """Draw the workers' distance from the evaluated parameters, and the elastic energy if any, against gradients."""
     rows = [("consensus_distance", "distance of the workers"), ("elastic_energy", "elastic energy")]
     rows = [row for row in rows if any((_spread(run, row[0])[1] > 0).any() for run in runs)]
     if not rows:
@@ -101,9 +101,9 @@ def _spread(run: Run, name: str) -> tuple[Column, Column]:
 
 
 def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
-    """What the methods tell of their workers (the leader, push weights, who was removed). False without data.
+    """Draw the methods' own metrics (the leader, push weights, removed workers) against time.
 
-    One row for each number of each run, one line for each worker.
+    Each metric of each run has a panel, each worker a line.
     """
     panels = [
         (run, name, values)
@@ -139,7 +139,7 @@ def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
-    """Where the time went: one stacked bar per group (the mean of its runs). False without data."""
+    """Draw the shares of time: one stacked bar per group, the mean of its runs."""
     bars = []
     for one in series_of(runs):
         shares = [run.shares() for run in one.runs if run.shares()]
@@ -172,9 +172,9 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
-    """How old what a worker got was: one histogram per group (the sum of its runs). False without data.
+    """Draw the staleness of exchanges: one histogram per group, the sum of its runs.
 
-    By both measures: how many updates of others lay in between, and how far they have moved the center.
+    Both measures are drawn: the number of updates by others in between, and the distance they moved the center.
     """
     histograms = []
     for one in series_of(runs):
@@ -186,7 +186,7 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     last_used = max(int(np.flatnonzero(shares)[-1]) for _, shares, _ in histograms)
     moved = [distances for _, _, distances in histograms if distances is not None]
     used = np.flatnonzero(np.sum(moved, axis=0)[1:]) + 1 if moved else np.empty(0, int)
-    # No move at all is the first bin, far below what does move: it is drawn just left of that.
+    # The first bin is no move at all, far below the others: it is drawn just left of the smallest move.
     at_zero = int(used[0]) - 2 if len(used) else 0
     figure = Figure(figsize=(7.2 + 3.6 * bool(moved), 0.9 + 1.35 * len(histograms)), layout="constrained")
     grid = figure.subplots(len(histograms), 1 + bool(moved), sharex="col", squeeze=False)
@@ -220,7 +220,7 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def _last_histogram(one: Series, name: str) -> Column | None:
-    """The shares of the bins at the end of the runs of a series; None where nothing was counted."""
+    """Return the shares of the bins at the end of the runs, or None if nothing was counted."""
     lasts = [run.column("staleness", name) for run in one.runs]
     lasts = [last[-1] for last in lasts if len(last)]
     counts = np.nansum(lasts, axis=0) if lasts else np.zeros(1)
@@ -237,9 +237,12 @@ DRAWINGS: dict[str, Callable[[Sequence[Run], PathLike], bool]] = {
 
 
 def _draw_line(axes: Axes, one: Series, table: str, x: str, y: str, *, raw: bool = False) -> None:
-    """The runs of a series: a band, or one line; a noisy training loss is smoothed, and `raw` faint underneath."""
+    """Draw the runs of a series as a line, in a band if there are several.
+
+    The training loss is smoothed; `raw` draws its values faintly underneath.
+    """
     curves = [run.curve(table, x, y) for run in one.runs]
-    curves = [(a, b) for a, b in curves if len(a) and a[-1] > 0]  # all at 0: bytes of a run that sends none
+    curves = [(a, b) for a, b in curves if len(a) and a[-1] > 0]  # a run that sends nothing has all bytes at 0
     if table == "progress" and y == "loss":
         if raw and len(curves) == 1:
             a, b = curves[0]
@@ -258,14 +261,14 @@ def _draw_line(axes: Axes, one: Series, table: str, x: str, y: str, *, raw: bool
 
 
 def _on_one_grid(curves: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
-    """Values (curves, points) of all curves at the same points; one that has ended keeps its last value."""
+    """Return common points, and (curves, points) the values of all curves there; ended curves keep their last value."""
     start, stop = max(a[0] for a, _ in curves), _end([a[-1] for a, _ in curves])
     grid = np.linspace(min(start, stop), stop, N_POINTS)
     return grid, np.stack([np.interp(grid, a, b) for a, b in curves])
 
 
 def _end(ends: Sequence[float]) -> float:
-    """Where the line of several runs ends: half of them have."""
+    """Return the end of the line of several runs: the median of their ends."""
     return float(np.median(ends))
 
 
@@ -282,5 +285,5 @@ def _bin_name(index: int) -> str:
 
 
 def _distance_name(index: int) -> str:
-    """The lower end of a bin of a histogram of distances."""
+    """Format the lower end of a bin of a histogram of distances."""
     return f"{2.0 ** (index + SMALLEST_DISTANCE_EXPONENT - 1):.1g}"

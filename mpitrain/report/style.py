@@ -1,4 +1,4 @@
-"""How the plots look: colours, units, scales, ticks, legends."""
+"""The style of the plots: colours, units, scales, ticks, legends."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mpitrain.report.runs import Run
 
 Dash = Literal["-", "--", ":", "-."]
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision. Their yellow is too pale on white.
+# Okabe and Ito, "Color Universal Design", 2008: distinct for any colour vision. Their yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 
-CLIMB_PERCENT = 12  # of the evaluations of a run: what an axis of accuracies need not show
+CLIMB_PERCENT = 12  # of the evaluations, the initial climb that an axis of accuracies may cut off
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: the runs of one group and how they are drawn."""
+    """One line of a plot: the runs of a group, and their style."""
 
     label: str
     runs: tuple[Run, ...]
@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What one axis shows: a column and the words beside it."""
+    """The quantity of an axis: its column, its label and its units (factor, name)."""
 
     column: str
     label: str
@@ -50,7 +50,7 @@ BYTES = Quantity("bytes", "sent, all ranks", ((1, "bytes"), (1e3, "kB"), (1e6, "
 
 
 def series_of(runs: Sequence[Run]) -> list[Series]:
-    """The groups of `runs` in the order in which they come."""
+    """Return the groups of `runs` in the order of their first runs."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
@@ -66,7 +66,16 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
 
 
 def scale_x(axes: Axes, x: Quantity, ends: Sequence[float]) -> None:
-    """The largest unit that leaves a number of at least 3, or a log axis where runs end a factor of 10 apart."""
+    """Label and scale an x axis.
+
+    The unit is the largest of which the longest run has at least 3. The axis is logarithmic for bytes of runs whose
+    ends differ by a factor of 10.
+
+    Args:
+        axes: The axes to change.
+        x: The quantity of the axis.
+        ends: The last value of each run, in the base unit.
+    """
     largest = max(ends)
     factor, unit = max((u for u in x.units if largest >= 3 * u[0]), default=x.units[0])
     if x is GRADIENTS:
@@ -83,26 +92,26 @@ def scale_x(axes: Axes, x: Quantity, ends: Sequence[float]) -> None:
 
 
 class _Multiples(MaxNLocator):
-    """Round numbers of a unit, not of what the axis holds: 1 min and not 50 s."""
+    """Ticks at round multiples of a unit rather than of the values: 1 min and not 50 s."""
 
     def __init__(self, factor: float, steps: Sequence[float]) -> None:
         super().__init__(6, steps=steps)
         self._factor = factor
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
-        """Locations for an axis from vmin to vmax."""
+        """Return the ticks of an axis from vmin to vmax."""
         return [self._factor * tick for tick in super().tick_values(vmin / self._factor, vmax / self._factor)]
 
 
 def scale_y(axes: Axes, y: str, values: Column) -> None:
-    """Percent for accuracies, the climb from nothing cut off; logarithms for what spans more than a factor of 5."""
+    """Scale a y axis: percent without the initial climb for accuracies, logarithmic for values over a factor of 5."""
     if y == "test_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         bottom, top = axes.get_ylim()
         settled = float(np.percentile(values, CLIMB_PERCENT)) if len(values) else bottom
-        if settled - bottom > top - settled:  # the first climb would take more than half of the height
+        if settled - bottom > top - settled:  # the climb would take more than half of the height
             bottom = settled - 0.1 * (top - settled)
-        margin = max(0.0, 0.05 - (top - bottom)) / 2  # no tenths of a percent for a single evaluation
+        margin = max(0.0, 0.05 - (top - bottom)) / 2  # a single evaluation needs no tenths of a percent
         axes.set_ylim(bottom - margin, min(top + margin, 1.005))
     elif len(values) and values.min() > 0 and np.percentile(values, 99) > 5 * np.percentile(values, 1):
         axes.set_yscale("log")
@@ -110,7 +119,7 @@ def scale_y(axes: Axes, y: str, values: Column) -> None:
 
 
 def _plain_log_ticks(axis: Axis, smallest: float, largest: float, factor: float) -> None:
-    """0.2, 0.5, 1, 2 and no powers, as long as few decades are shown."""
+    """Label ticks 0.2, 0.5, 1, 2 instead of powers, and only full decades if there are many."""
     n_decades = np.log10(largest / smallest)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if n_decades < 2.5 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
@@ -118,7 +127,7 @@ def _plain_log_ticks(axis: Axis, smallest: float, largest: float, factor: float)
 
 
 def tidy(axes: Axes) -> None:
-    """A faint grid and no frame."""
+    """Draw a faint grid and no frame."""
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -126,7 +135,7 @@ def tidy(axes: Axes) -> None:
 
 
 def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> None:
-    """Above the plots, in as many columns as fit."""
+    """Draw a legend above the plots, in as many columns as fit."""
     labels = [one.label + (f" (median and range of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
     lines = [Line2D([], [], color=one.colour, linestyle=one.dash, linewidth=2) for one in series]
     longest_inches = 0.085 * max(map(len, labels)) + 0.7

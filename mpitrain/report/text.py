@@ -1,4 +1,4 @@
-"""Tables and numbers as people read them; "-" for what is not known."""
+"""Formatting of tables and numbers; an unknown number is "-"."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 
 def table(columns: Mapping[str, Sequence[str]], left: Collection[str] = ()) -> list[str]:
-    """The lines of a Markdown table whose columns line up as plain text too.
+    """Return the lines of a Markdown table whose columns are aligned in plain text too.
 
     Args:
-        columns: Heading and cells of each column; all of the same length.
-        left: The columns that are aligned to the left.
+        columns: The cells of each column by its heading, as many for all.
+        left: The columns to align to the left.
     """
     widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
 
@@ -25,19 +25,19 @@ def table(columns: Mapping[str, Sequence[str]], left: Collection[str] = ()) -> l
 
 
 def number(value: float | None, form: str) -> str:
-    """As the format says."""
+    """Format a number."""
     return "-" if value is None else form.format(value)
 
 
 def duration(seconds: float | None) -> str:
-    """In seconds, minutes or hours."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds is None or seconds < 120:
         return number(seconds, "{:.2f} s" if seconds is not None and seconds < 10 else "{:.1f} s")
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def size(n_bytes: float | None) -> str:
-    """In B, kB, MB or GB of powers of ten."""
+    """Format a size in B, kB, MB or GB, which are powers of ten."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes is not None and n_bytes >= factor:
             return f"{n_bytes / factor:.3g} {unit}"

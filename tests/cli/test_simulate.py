@@ -1,4 +1,4 @@
-"""`mpitrain simulate`: real methods, models and data; only time is made up."""
+"""`mpitrain simulate`: real methods, models and data under virtual time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpitrain.cli.simulate import add_arguments, simulate
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
 from mpitrain.report import load_run, write_report
+from mpitrain.simulation.engine import Simulation
 
 
 def result(*words: str) -> dict[str, Any]:
@@ -52,23 +53,23 @@ def test_torch_computes_with_one_thread_unless_the_environment_says_more(monkeyp
     assert given == [1]
 
 
-def test_who_waits_for_a_straggler_takes_its_time() -> None:
+def test_only_synchronous_workers_are_slowed_by_a_straggler() -> None:
     words = ["--workers", "4", "--gradients", "200", "--straggler", "2:5", "--step-seconds", "0.1"]
-    run_on_survivors, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
-    assert run_on_survivors["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
+    synchronous, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
+    assert synchronous["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
     assert apart["seconds"] == pytest.approx(200 / 32 * 1.0, rel=0.1)  # 3 workers make 10 steps a second, one makes 2
-    assert max(run_on_survivors["steps_of_workers"]) - min(run_on_survivors["steps_of_workers"]) <= 1
+    assert max(synchronous["steps_of_workers"]) - min(synchronous["steps_of_workers"]) <= 1
     assert apart["steps_of_workers"][2] < min(apart["steps_of_workers"][k] for k in (0, 1, 3)) / 4
 
 
-def test_exchanges_take_the_time_of_their_latency_and_bytes() -> None:
+def test_exchanges_take_latency_and_the_time_of_their_bytes() -> None:
     words = ["--algorithm", "allreduce", "--workers", "2", "--gradients", "20", "--step-seconds", "1"]
     free = result(*words)
-    dear = result(*words, "--latency", "0.5", "--bandwidth", "1e6")
+    costly = result(*words, "--latency", "0.5", "--bandwidth", "1e6")
     n_bytes = free["bytes_sent"] / 20
     assert free["seconds"] == pytest.approx(10.0)
-    assert dear["seconds"] == pytest.approx(10 * (1 + 0.5 + n_bytes / 1e6))
-    assert dear["test_loss"] == free["test_loss"]  # nothing else has changed
+    assert costly["seconds"] == pytest.approx(10 * (1 + 0.5 + n_bytes / 1e6))
+    assert costly["test_loss"] == free["test_loss"]  # nothing else has changed
 
 
 def test_seconds_are_a_budget() -> None:
@@ -77,7 +78,7 @@ def test_seconds_are_a_budget() -> None:
     assert done["seconds"] == pytest.approx(0.5)
 
 
-def test_who_dies_is_left_behind_and_who_waits_for_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dead_workers_are_left_behind_and_synchronous_ones_report_them(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--workers", "4", "--seconds", "2", "--step-seconds", "0.1", "--death", "0:0.55", "--death", "2:0.95"]
     for algorithm in ("easgd", "gossip", "adpsgd"):
         done = result("--algorithm", algorithm, *words)
@@ -105,6 +106,28 @@ def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureF
     assert "already holds a run" in capsys.readouterr().err
 
 
+def test_distance_and_energy_of_the_workers_are_those_of_the_formulas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # distance^2 = mean_i ||x_i - c||^2,  energy = (rho/2)*sum_i ||x_i - c||^2 with rho = moving_rate/eta
+    made: list[Simulation] = []
+    set_up = Simulation.__post_init__
+
+    def keep(simulation: Simulation) -> None:
+        set_up(simulation)
+        made.append(simulation)
+
+    monkeypatch.setattr(Simulation, "__post_init__", keep)
+    words = ["--workers", "4", "--gradients", "60", "--set", "period=2", "--set", "moving_rate=0.2", "--lr", "0.04"]
+    result(*words, "--out", str(tmp_path / "run"))
+    (simulation,) = made
+    squares = ((simulation.x().astype(np.float64) - simulation.consensus()) ** 2).sum(axis=1)
+    progress = read_metrics(tmp_path / "run" / "metrics.h5")["progress"]
+    assert progress["consensus_distance"][0] == 0
+    assert progress["consensus_distance"][-1] == pytest.approx(np.sqrt(squares.mean()), rel=1e-5)
+    assert progress["elastic_energy"][-1] == pytest.approx(0.2 / 0.04 / 2 * squares.sum(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -124,6 +147,6 @@ def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureF
         (["--workers", "9999", "--sampling", "sharded"], "fewer workers"),
     ],
 )
-def test_what_is_wrong_is_said(words: list[str], told: str) -> None:
+def test_invalid_options_are_explained(words: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         result(*words)

@@ -1,4 +1,4 @@
-"""The report: what runs left in their folders, as numbers and pictures; also while they go on or when killed."""
+"""Reports of finished, running and killed runs: files, tables and numbers."""
 
 import argparse
 import json
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from mpitrain import report
+from mpitrain.cli import report
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import MetricsWriter
-from mpitrain.report import Run, command, load_run, load_runs, plots, summarise, temporal_efficiency
+from mpitrain.report import Run, load_run, load_runs, markdown, plots, summarise, temporal_efficiency
 
 TABLES = {
     "progress": (
@@ -41,7 +41,7 @@ RESULT = {
 
 
 def make_run(folder: Path, *, result: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """A run of 4 ranks that takes 100 steps of 0.5 s, sends 2 kB a gradient, and is evaluated 5 times."""
+    """Write a run of 4 ranks with 100 steps of 0.5 s, 2 kB sent per gradient, and 5 evaluations."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     with MetricsWriter(folder / "metrics.h5", TABLES) as metrics:
@@ -92,7 +92,9 @@ def test_one_run_is_reported_into_its_own_folder(tmp_path: Path, capsys: pytest.
         assert cell in cells
 
 
-def test_several_runs_and_one_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_are_compared_and_unfinished_ones_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [make_run(tmp_path / "a", result=RESULT), make_run(tmp_path / "b")]
     report_command(*runs, "--out", tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
@@ -105,18 +107,18 @@ def test_several_runs_and_one_that_was_killed(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_table_of_a_report_is_well_formed(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, result=RESULT if name == "a" else None) for name in "abc"]
-    lines = command.table([summarise(run) for run in load_runs(runs)])
+    lines = markdown.table([summarise(run) for run in load_runs(runs)])
     assert len(lines) == 5
     assert {len(line) for line in lines} == {len(lines[0])}
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_labelled_by_their_paths(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name / "run") for name in "ab"]
     assert [run.label for run in load_runs(runs)] == ["a/run", "b/run"]
 
 
-def test_a_run_that_has_only_begun_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_metrics_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"algorithm": "sgd"}')
     report_command(tmp_path, "--json")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -128,7 +130,7 @@ def test_a_run_that_has_only_begun_is_reported(tmp_path: Path, capsys: pytest.Ca
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_summed_up_by_its_result(tmp_path: Path) -> None:
+def test_a_finished_run_is_summarised_by_its_result(tmp_path: Path) -> None:
     summary = summarise(load_run(make_run(tmp_path / "run", result=RESULT)))
     assert summary["finished"]
     assert summary["gradients_per_second"] == 4000 / 50
@@ -137,7 +139,7 @@ def test_a_finished_run_is_summed_up_by_its_result(tmp_path: Path) -> None:
     assert summary["best_test_accuracy"] == 0.9
 
 
-def test_an_unfinished_run_is_summed_up_by_its_metrics(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_summarised_by_its_metrics(tmp_path: Path) -> None:
     summary = summarise(load_run(make_run(tmp_path / "run")))
     accuracies = [0.5 + 0.1 * np.sin(step) for step in (20, 40, 60, 80, 100)]
     assert not summary["finished"]
@@ -147,13 +149,13 @@ def test_an_unfinished_run_is_summed_up_by_its_metrics(tmp_path: Path) -> None:
     assert summary["waiting_share"] == pytest.approx(0.3)  # 25 s at 0.4, 25 s at 0.2
 
 
-def test_a_curve_has_neither_gaps_nor_disorder() -> None:
+def test_a_curve_is_finite_and_sorted() -> None:
     columns = {"seconds": np.array([3.0, 1, np.nan, 2]), "loss": np.array([30.0, 10, 5, np.inf])}
     x, y = Run("a", "a", {"progress": columns}).curve("progress", "seconds", "loss")
     assert (x.tolist(), y.tolist()) == ([1, 3], [10, 30])
 
 
-def test_temporal_efficiency_oracles() -> None:
+def test_temporal_efficiency_matches_closed_forms() -> None:
     rng = np.random.default_rng(3)
 
     def curve(n: int, end: float) -> tuple[np.ndarray, np.ndarray]:
@@ -170,14 +172,14 @@ def test_temporal_efficiency_oracles() -> None:
     assert temporal_efficiency(([1, 3], [0.5, 1.5]), ([2], [1])) == pytest.approx(1.25 / 2, abs=1e-12)
 
 
-def test_temporal_efficiency_refuses_what_has_none() -> None:
+def test_temporal_efficiency_is_undefined_for_some_curves() -> None:
     with pytest.raises(ValueError, match="at least one"):
         temporal_efficiency(([], []), ([1], [1]))
     with pytest.raises(ValueError, match="above 0"):
         temporal_efficiency(([1], [1]), ([1], [0]))
 
 
-def test_the_running_median_ignores_spikes_and_keeps_lines() -> None:
+def test_the_running_median_removes_spikes_and_keeps_lines() -> None:
     x = np.arange(3000.0)
     y = np.where(x % 7 == 0, 1e9, x)
     a, b = plots.running_median(x, y)
@@ -186,7 +188,7 @@ def test_the_running_median_ignores_spikes_and_keeps_lines() -> None:
     assert all(len(plots.running_median(x[:n], x[:n])[0]) == n for n in range(4))
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- plots -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,12 +204,12 @@ def test_seeds_of_one_method_are_one_line_in_a_band(three_seeds: list[Run], tmp_
         png_size(tmp_path / name)
 
 
-def test_a_method_has_the_same_colour_in_every_picture_and_neighbours_differ() -> None:
+def test_methods_have_distinct_styles() -> None:
     series = plots.series_of([Run(str(i), str(i), {}) for i in range(20)])
     assert len({(one.colour, one.dash) for one in series}) == 20
 
 
-def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
+def test_plots_without_data_are_not_drawn(tmp_path: Path) -> None:
     sparse = Run("a", "a", {"progress": {"seconds": np.array([1.0]), "loss": np.array([np.nan])}})
     silent = Run("b", "b", {"progress": {k: np.array([1.0, 2]) for k in ("seconds", "gradients", "loss")}})
     for runs in ([], [sparse]):
@@ -221,7 +223,7 @@ def test_drawing_leaves_no_global_figures(three_seeds: list[Run], tmp_path: Path
     assert pyplot.get_fignums() == []
 
 
-# ---- what a user can get wrong -----------------------------------------------------------------------------
+# ---- mistakes of users -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,14 +237,14 @@ def test_drawing_leaves_no_global_figures(three_seeds: list[Run], tmp_path: Path
         (lambda run: (run / "result.json").write_text("[]") and run, "JSON object"),
     ],
 )
-def test_a_mistake_is_one_clear_line(tmp_path: Path, spoil: Any, says: str) -> None:
+def test_a_mistake_is_reported_in_one_line(tmp_path: Path, spoil: Any, says: str) -> None:
     folder = spoil(make_run(tmp_path / "run"))
     with pytest.raises(UsageError, match=says) as caught:
         report_command(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_one_run_twice_and_an_impossible_out_are_mistakes(tmp_path: Path) -> None:
+def test_a_repeated_run_and_an_unusable_out_are_mistakes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UsageError, match="twice"):
         report_command(run, run)

@@ -1,4 +1,4 @@
-"""`mpitrain report RUN [RUN ...]`: plots and a table of what runs did, written as PNG files and one report.md."""
+"""The report of runs: plots as PNG files, and report.md with a table of results."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.report import text
-from mpitrain.report.runs import Run, summarise, temporal_efficiency
+from mpitrain.report.runs import Run
+from mpitrain.report.summary import summarise, temporal_efficiency
 
 CAPTIONS = {
     "curves.png": "Loss and accuracy against time, gradients and bytes; training loss as a running median.",
-    "shares.png": "Where the ranks' time went.",
-    "staleness.png": "How many updates by others lay between reading and writing, and how far they moved the center.",
-    "consensus.png": "How far the workers are from what is evaluated, and the energy of the springs.",
-    "method.png": "What the method tells of its workers.",
+    "shares.png": "The shares of the ranks' time.",
+    "staleness.png": "Updates by others between reading and writing, and the distance by which they moved the center.",
+    "consensus.png": "Distance of the workers from the evaluated parameters, and the elastic energy.",
+    "method.png": "The method's own metrics of its workers.",
 }
 
 
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
-    """Draws all there is to draw and writes report.md beside it.
+    """Draw all plots that the runs have data for, and write report.md beside them.
 
     Returns:
-        The summaries of the runs (`runs`), the paths of the `files` and, of two runs, their `temporal_efficiency`.
+        The summaries of the runs (`runs`), the paths of the `files` and, for two runs, their `temporal_efficiency`.
     """
-    from mpitrain.report import plots  # matplotlib takes a second to import, which only this command should pay
+    from mpitrain.report import plots  # imported here because matplotlib takes a second to import
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,14 +49,14 @@ def _efficiency(a: Run, b: Run) -> float | None:
     try:
         curves = (one.curve("evaluation", "seconds", "test_accuracy") for one in (a, b))
         return temporal_efficiency(*curves)
-    except ValueError:  # one of them was not evaluated
+    except ValueError:  # one of them has no evaluation
         return None
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What the table cannot say, one line each."""
+    """Return remarks on the table, one line each."""
     lines = [
-        f"{one['run']} has no result: it is running or was stopped; its numbers are those of its metrics so far.  "
+        f"{one['run']} has no result: it is running or was stopped; its numbers are from its metrics so far.  "
         for one in document["runs"]
         if not one["finished"]
     ]
@@ -66,7 +67,7 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table whose columns line up as plain text too."""
+    """Return the lines of the table of results."""
     columns = {
         "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
         "algorithm": [str(one["algorithm"] or "?") for one in summaries],
@@ -87,7 +88,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _settings(settings: Any, algorithm: Any) -> str:
-    """Those that are not the method's defaults."""
+    """Format the settings that differ from the method's defaults."""
     if not isinstance(settings, Mapping):
         return str(settings)
     defaults = METHODS[algorithm]().settings() if algorithm in METHODS else {}
