@@ -28,13 +28,17 @@ from support.launching import MPIS, Finished, launch, python
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
 
-# Only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the tier "test" the
-# tests on ranks run under the first MPI, and those of these files and folders under the others too.
+# Of the package only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the
+# tier "test" all tests on ranks run under the first MPI, and under the others those of these files and folders.
 UNDER_EVERY_MPI = (
     "tests/collectives",
-    "tests/algorithms/test_simulated_and_real.py",  # every method
+    "tests/algorithms/test_simulated_and_real.py",  # every synchronous method
+    "tests/algorithms/elastic/test_elastic_ranks.py",  # an asynchronous one
+    "tests/optimizer/test_ranks.py",  # parameters of torch in windows
     "tests/records/test_checkpoint.py",
     "tests/trainer/test_control.py",
+    "tests/benchmarks/test_collectives.py",  # these call MPI themselves
+    "tests/benchmarks/test_windows.py",
     "tests/test_ranks_launched.py",
 )
 
