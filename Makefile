@@ -3,9 +3,9 @@
 # make lint    ruff, mypy, codespell, shellcheck
 # make check   set-up, lint, and the tests to run while working: one process, then 2 and 3 ranks under Open MPI
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
-# make bench   the benchmarks, ten minutes; benchmarks/results/bench.md has all tables and plots (BENCH_RANKS=4 for the
+# make bench   the benchmarks, ten minutes; docs/benchmarks/bench.md has all tables and plots (BENCH_RANKS=4 for the
 #              comparison of methods, BENCH_MORE_RANKS="3 6" for the collectives)
-# make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; benchmarks/results/gpu.md has all.
+# make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; docs/benchmarks/gpu.md has all.
 #              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
 #              BENCH_GPU_PARTS="kernels exchange training" are the parts
 # make clean   remove what the others made, the environments included
@@ -19,7 +19,7 @@ DEMO_EPOCHS ?= 20
 BENCH_RANKS ?= 4
 BENCH_MORE_RANKS ?= 4 8
 BENCH_OUT := runs/bench
-REPRODUCTIONS := $(filter-out benchmarks/reproduce/figure.py benchmarks/reproduce/__init__.py,$(sort $(wildcard benchmarks/reproduce/*.py)))
+REPRODUCTIONS := $(filter-out %.figure %.__init__,$(subst /,.,$(basename $(sort $(wildcard benchmarks/reproduce/*.py)))))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
 
 .PHONY: setup demo lint check test bench bench-gpu reproduce docs clean
@@ -61,36 +61,36 @@ bench: setup
 	@rm -rf $(BENCH_OUT); failed=; \
 	record() { \
 	    local name=$$1 mpi=$$2 began=$$SECONDS; shift 2; echo "== $$name"; \
-	    VIRTUAL_ENV=$(CURDIR)/.venv/$$mpi $(OPENMPI)/bin/python benchmarks/record.py $$name "$$@" || failed="$$failed $$name"; \
+	    VIRTUAL_ENV=$(CURDIR)/.venv/$$mpi $(OPENMPI)/bin/python -m benchmarks.pages.record $$name "$$@" || failed="$$failed $$name"; \
 	    echo "== $$name: $$((SECONDS - began)) s"; \
 	}; \
-	record kernels openmpi $(OPENMPI)/bin/python benchmarks/kernels.py --repeats 11; \
+	record kernels openmpi $(OPENMPI)/bin/python -m benchmarks.micro.kernels --repeats 11; \
 	for mpi in openmpi mpich; do \
 	    python=.venv/$$mpi/bin/python; \
-	    record collectives-$$mpi $$mpi jobs/local.sh 2 python benchmarks/collectives.py --repeats 20; \
+	    record collectives-$$mpi $$mpi jobs/local.sh 2 python -m benchmarks.micro.collectives --repeats 20; \
 	    for n in $(BENCH_MORE_RANKS); do \
-	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python benchmarks/collectives.py --sizes 4K,4M --repeats 5 --no-gloo; \
+	        record collectives-$$mpi-$$n $$mpi jobs/local.sh $$n python -m benchmarks.micro.collectives --sizes 4K,4M --repeats 5 --no-gloo; \
 	    done; \
-	    record windows-$$mpi $$mpi jobs/local.sh 2 python benchmarks/windows.py --most 64M --repeats 10; \
-	    record startup-$$mpi $$mpi $$python benchmarks/startup.py --repeats 3 --imports 3; \
-	    if [ "$$(id -u)" = 0 ] && [ -f benchmarks/hosts.py ]; then \
-	        record between-$$mpi $$mpi $$python benchmarks/hosts.py; \
+	    record windows-$$mpi $$mpi jobs/local.sh 2 python -m benchmarks.micro.windows --most 64M --repeats 10; \
+	    record startup-$$mpi $$mpi $$python -m benchmarks.micro.startup --repeats 3 --imports 3; \
+	    if [ "$$(id -u)" = 0 ]; then \
+	        record between-$$mpi $$mpi $$python -m benchmarks.network.hosts; \
 	    fi; \
 	done; \
-	record steps-openmpi openmpi jobs/local.sh 2 python benchmarks/steps.py --repeats 5; \
-	record steps-mpich mpich jobs/local.sh 2 python benchmarks/steps.py --model mlp --repeats 5; \
-	record stragglers-openmpi openmpi jobs/local.sh 2 python benchmarks/stragglers.py; \
+	record steps-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.steps --repeats 5; \
+	record steps-mpich mpich jobs/local.sh 2 python -m benchmarks.training.steps --model mlp --repeats 5; \
+	record stragglers-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.stragglers; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
-	$(OPENMPI)/bin/python benchmarks/page.py || failed="$$failed page"; \
+	$(OPENMPI)/bin/python -m benchmarks.pages.bench || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 bench-gpu:
-	@MPIRUN="$(MPIRUN)" $(if $(filter file,$(origin PYTHON)),python3,"$(PYTHON)") benchmarks/gpu_bench.py $(BENCH_GPU_PARTS)
+	@MPIRUN="$(MPIRUN)" $(if $(filter file,$(origin PYTHON)),python3,"$(PYTHON)") -m benchmarks.gpu.run $(BENCH_GPU_PARTS)
 
 # What the papers found, in simulated worlds: each script prints its criterion and draws a figure.
 reproduce: $(OPENMPI)/.ready
 	@failed=; for script in $(REPRODUCTIONS); do \
-	    echo "== $$script"; $(OPENMPI)/bin/python $$script --out runs/reproduce || failed="$$failed $$script"; \
+	    echo "== $$script"; $(OPENMPI)/bin/python -m $$script --out runs/reproduce || failed="$$failed $$script"; \
 	done; [ -z "$$failed" ] || { echo "missed:$$failed" >&2; exit 1; }
 
 docs: $(OPENMPI)/.ready

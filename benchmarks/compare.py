@@ -1,16 +1,15 @@
-"""Several methods on the same ranks, data, model and budget, with several seeds: a table, plots, one JSON document.
+"""Compare methods on the same ranks, data, model and budget, with several seeds: a table, plots, one JSON document.
 
     jobs/local.sh 4 python benchmarks/compare.py --algorithms allreduce,gossip,easgd --seeds 3
     jobs/local.sh 4 python benchmarks/compare.py --straggler 1:4
     jobs/local.sh 4 python benchmarks/compare.py --algorithms easgd,eamsgd --set easgd.period=1 --lr-of eamsgd=0.002
 
-The runs follow each other in one MPI job, seed after seed and in each seed method after method, so that whatever else
-the machine does meets all methods alike. Before the first, each method makes a few steps that count for nothing:
-kernels are compiled, pages touched, torch warm. Nothing is evaluated while a run goes on; what a method would have
-evaluated is kept and evaluated afterwards.
+The runs follow each other in one MPI job, seed by seed and, within a seed, method by method, so other load on the
+machine affects all methods alike. Before the first run, each method makes a few steps to warm up: kernels are compiled,
+pages touched. Nothing is evaluated during a run; the vectors to evaluate are stored and evaluated afterwards.
 
-Budgets are the gradients of all ranks together (an epoch is as many as cover the training set once) or the same time
-for each. A method that waits for nobody so uses what its fast ranks can do when another is slow.
+The budget is the number of gradients of all ranks in total (an epoch covers the training set once) or the same time for
+each run. With either, an asynchronous method benefits from its fast ranks when another is slow.
 """
 
 from __future__ import annotations
@@ -24,71 +23,74 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comparison
 import numpy as np
-import plan
 
-from mpitrain.cli import main as cli
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds benchmarks/ only
+
+from benchmarks.comparison import plan, tables
+from mpitrain.cli.failure import EXIT_STOPPED, fail
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
-from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.runfolder import to_json
 
-Results = Mapping[str, list[dict[str, Any]]]  # of each method, its runs seed by seed
+Results = Mapping[str, list[dict[str, Any]]]  # for each method, the result of each seed
 
 
 def main() -> int:
-    """Compare; returns the exit code."""
+    """Run the comparison; return the exit code."""
     try:
         options = plan.parser().parse_args()
         return compare(options, plan.configurations(options))
     except UsageError as error:
-        return cli.fail(str(error))
+        return fail(str(error))
 
 
-def compare(options: argparse.Namespace, configs: Mapping[str, TrainConfig]) -> int:
-    """Warm up, run, and tell what came out; returns the exit code. Collective."""
+def compare(options: argparse.Namespace, plans: Mapping[str, RunPlan]) -> int:
+    """Warm up, run all methods and print the results; return the exit code. Collective."""
     from mpitrain.cli import info
-    from mpitrain.collectives.world.world import init
+    from mpitrain.collectives.world.launch import init
     from mpitrain.trainer.loop import train
 
     world = init(options.device)
     if options.straggler is not None and not 0 <= options.straggler[0] < world.size:
         raise UsageError(f"--straggler names rank {options.straggler[0]}: there are ranks 0 to {world.size - 1}")
     load_before = os.getloadavg()
-    say = Teller(world.rank == 0)
+    say = Speaker(world.rank == 0)
     dataset = load(options, world)
-    for name, config in configs.items():
+    for name, plan_of_method in plans.items():
         say(f"warming up: {name}\n")
-        steps = dataclasses.replace(config, epochs=None, gradients=None, minutes=None, steps=plan.WARM_UP_STEPS)
+        steps = dataclasses.replace(
+            plan_of_method.config, epochs=None, gradients=None, minutes=None, steps=plan.WARM_UP_STEPS
+        )
         train(dataclasses.replace(steps, straggler=None), world, dataset=dataset)
     out = make_folder(options.out, world)
-    results: Results = {name: [] for name in configs}
-    runs = [(seed, name) for seed in range(options.seeds) for name in configs]
+    results: Results = {name: [] for name in plans}
+    runs = [(seed, name) for seed in range(options.seeds) for name in plans]
     for k, (seed, name) in enumerate(runs):
         say(f"run {k + 1} of {len(runs)}: {name}, seed {seed} ... ")
         config = plan.with_calendar(
-            configs[name], n_evaluations=options.evaluations, n_train=dataset.n_train, n_ranks=world.size
+            plans[name], n_evaluations=options.evaluations, n_train=dataset.n_train, n_ranks=world.size
         )
         config = dataclasses.replace(config, seed=seed, out=str(out / f"{name}-{seed}"))
         result = train(config, world, dataset=dataset)
         if not result["complete"]:
-            raise SystemExit(cli.EXIT_STOPPED)
+            raise SystemExit(EXIT_STOPPED)
         results[name].append(result)
         say(f"{result['test_accuracy']:.2%} after {result['gradients']} gradients in {result['seconds']:.1f} s\n")
     if world.rank == 0:
         given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         load_average = {"before": load_before, "after": os.getloadavg()}
         document = {"settings": given, **summary(results, options.target), "files": draw(results, out)}
-        tell({**document, **info.describe(world), "load_average": load_average}, out, only_json=options.json)
+        report({**document, **info.describe(world), "load_average": load_average}, out, only_json=options.json)
     return 0
 
 
-class Teller:
-    """Says on standard error what is going on. Called with text that brings its own ends of lines.
+class Speaker:
+    """A writer of progress to standard error. The text brings its own line ends.
 
     Args:
-        show: Whether this rank says it.
+        show: Whether this rank writes.
     """
 
     def __init__(self, show: bool) -> None:
@@ -100,7 +102,7 @@ class Teller:
 
 
 def load(options: argparse.Namespace, world: Any) -> Any:
-    """The data set, perhaps with a smaller test set. Collective."""
+    """Return the data set, perhaps with a smaller test set. Collective."""
     from mpitrain import data
     from mpitrain.data.storage import MemoryImages
 
@@ -113,11 +115,11 @@ def load(options: argparse.Namespace, world: Any) -> Any:
     return dataclasses.replace(dataset, test_images=images, test_labels=dataset.test_labels[chosen])
 
 
-def make_folder(out: Path | None, world: Any) -> Path:
-    """The folder of the comparison, new. Collective.
+def make_folder(out: str | None, world: Any) -> Path:
+    """Create the folder of the tables. Collective.
 
     Raises:
-        UsageError: When it holds something or cannot be made, on all ranks.
+        UsageError: The folder is not empty or cannot be made; on all ranks.
     """
     folder = Path(world.comm.bcast(str(out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}")))
 
@@ -130,21 +132,19 @@ def make_folder(out: Path | None, world: Any) -> Path:
 
 
 def summary(results: Results, target: float | None) -> dict[str, Any]:
-    """What came out, by method and run by run. Local; rank 0 only."""
-    target = target or comparison.default_target([result for runs in results.values() for result in runs])
+    """Return the results by method and run by run. Local; rank 0 only."""
+    target = target or tables.default_target([result for runs in results.values() for result in runs])
     return {
         "target_accuracy": target,
-        "rows": [comparison.summarise(runs, target) for runs in results.values()],
+        "rows": [tables.summarise(runs, target) for runs in results.values()],
         "runs": [
-            comparison.run_document(result, seed, target)
-            for runs in results.values()
-            for seed, result in enumerate(runs)
+            tables.run_document(result, seed, target) for runs in results.values() for seed, result in enumerate(runs)
         ],
     }
 
 
 def draw(results: Results, out: Path) -> list[str]:
-    """The plots that there is something for; the runs of a method are one line in them. Local; rank 0 only."""
+    """Draw the plots, in which the runs of a method are one line; return their paths. Local; rank 0 only."""
     from mpitrain.report import load_run, plots
 
     runs = [
@@ -155,19 +155,19 @@ def draw(results: Results, out: Path) -> list[str]:
     return [str(out / name) for name, draw in plots.DRAWINGS.items() if draw(runs, out / name)]
 
 
-def tell(document: dict[str, Any], out: Path, *, only_json: bool) -> None:
+def report(document: dict[str, Any], out: Path, *, only_json: bool) -> None:
     """Write the document; print the table, and the document on the last line. Local; rank 0 only."""
     path = out / "compare.json"
     document["files"].append(str(path))
     path.write_text(to_json(document, indent=2) + "\n")
     if not only_json:
-        print("\n".join([*headline(document), "", *comparison.table(document["rows"]), ""]))
+        print("\n".join([*headline(document), "", *tables.table(document["rows"]), ""]))
         print("\n".join(f"wrote {file}" for file in document["files"]))
     print(to_json(document), flush=True)
 
 
 def headline(document: Mapping[str, Any]) -> Sequence[str]:
-    """What was compared, and under which circumstances."""
+    """Return lines on the compared runs and the machine."""
     settings, world = document["settings"], document["world"]
     n_seeds, cores = settings["seeds"], document["machine"]["cores"]
     lines = [

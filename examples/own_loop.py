@@ -1,8 +1,9 @@
 """Your own training loop, on several ranks: handwritten digits with EASGD.
 
-    jobs/local.sh 4 python examples/own_loop.py        (or mpirun -n 4 ..., srun ..., or plain python: one rank)
+    jobs/local.sh 4 python examples/own_loop.py
 
-Three lines make the difference to a script for one process: ``init``, ``DistributedOptimizer``, ``consensus``.
+(or with ``mpirun -n 4`` or ``srun``; plain ``python`` runs it as one rank). The script differs from one for a single
+process in three calls: ``init``, ``DistributedOptimizer`` and ``consensus``.
 """
 
 import torch
@@ -26,11 +27,11 @@ scheduler = torch.optim.lr_scheduler.StepLR(base, step_size=15, gamma=0.1)
 method = mpitrain.EASGD(moving_rate=0.9 / world.size, period=10)
 
 with mpitrain.DistributedOptimizer(base, model, method) as optimizer:
-    # Every rank draws from all the training data, in an order of its own; together they make EPOCHS passes over it.
+    # Every rank draws from all training data, in an order of its own; together the ranks make EPOCHS passes.
     order = torch.Generator().manual_seed(world.rank)
     for _ in range(EPOCHS):
-        mine = torch.randperm(len(images) - N_TEST, generator=order)[: (len(images) - N_TEST) // world.size]
-        for batch in mine.split(BATCH):
+        own_share = torch.randperm(len(images) - N_TEST, generator=order)[: (len(images) - N_TEST) // world.size]
+        for batch in own_share.split(BATCH):
             x, y = images[batch].to(world.device), labels[batch].to(world.device)
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -38,8 +39,8 @@ with mpitrain.DistributedOptimizer(base, model, method) as optimizer:
             optimizer.step(loss)
         scheduler.step()
 
-    world.barrier()  # the center is complete when all ranks are done
+    world.barrier()  # now the center has the last exchange of every rank
     if world.rank == 0:
-        with optimizer.consensus(), torch.no_grad():  # the model holds the center inside, its own parameters after it
-            guess = model(images[-N_TEST:].to(world.device)).argmax(1).cpu()
-        print(f"test accuracy of the center: {(guess == labels[-N_TEST:]).float().mean():.1%}")
+        with optimizer.consensus(), torch.no_grad():  # the model holds the center inside the block
+            predicted = model(images[-N_TEST:].to(world.device)).argmax(1).cpu()
+        print(f"test accuracy of the center: {(predicted == labels[-N_TEST:]).float().mean():.1%}")

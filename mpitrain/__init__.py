@@ -1,6 +1,6 @@
 """mpitrain: train PyTorch models over MPI with elastic averaging, gossip and all-reduce.
 
-Importing this package starts nothing: MPI, torch and numba are loaded by what is used, when it is used.
+Importing this package starts nothing: its modules load MPI, torch and numba when they are first used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mpitrain.errors import UsageError as UsageError
 from mpitrain.version import __version__ as __version__
 
 _HOME_OF = {
-    "init": "mpitrain.collectives.world.world",
+    "init": "mpitrain.collectives.world.launch",
     "World": "mpitrain.collectives.world.world",
     "DistributedOptimizer": "mpitrain.optimizer.distributed",
     "Average": "mpitrain.algorithms.base.iterate_average",
@@ -54,7 +54,7 @@ __all__ = sorted((*_HOME_OF, "UsageError", "__version__"))  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for (PEP 562)."""
+    """Import a public name from its module on first use (PEP 562)."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mpitrain' has no attribute {name!r}")
     module = importlib.import_module(_HOME_OF[name])

@@ -1,22 +1,22 @@
-"""What a user can get wrong, and how the user gets to hear of it."""
+"""Errors that a user can cause or must know of, and the timing of their last messages."""
 
 import os
 import re
 
 OUTPUT_SECONDS = 0.3
-"""How long a rank waits between its last words and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
-what they wrote a moment before."""
+"""Pause of a rank between its last message and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
+output written a moment before."""
 
 TURN_SECONDS = 0.5
-"""How much later than the rank before it one ends all ranks, where several might: Open MPI's launcher may hang when two
-do so at once after a third one has died."""
+"""Delay between two ranks that may both end all ranks: Open MPI's launcher may hang when two do so at once after the
+death of a third one."""
 
 
 class UsageError(ValueError):
-    """A mistake in what was asked for, not in mpitrain.
+    """A mistake of the user, not of mpitrain.
 
-    Its text is one line that says what is wrong and what to do about it. The command line prints that line on one rank
-    and exits with code 2; everything else shows a traceback.
+    Its text is one line that names the mistake and the way out. The command line prints that line on one rank and exits
+    with code 2; all other exceptions show a traceback.
     """
 
     def __init__(self, text: str) -> None:
@@ -24,14 +24,14 @@ class UsageError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be used, in a few words; HDF5 takes a hundred."""
+    """Return why a file cannot be used, in a few words, where HDF5 writes a hundred."""
     number = getattr(error, "errno", None)
     found = re.search(r"error message = '([^']*)'", str(error))
     return os.strerror(number) if number else found.group(1) if found else str(error)
 
 
 class RankFailed(RuntimeError):
-    """A rank has died, and what was begun cannot be done without it.
+    """The death of a rank without which an operation cannot complete.
 
-    It is raised only where the launcher lets the other ranks live (``world.fault_tolerance``); elsewhere they end too.
+    Raised only where the launcher lets the other ranks survive (``world.fault_tolerance``); elsewhere they end too.
     """

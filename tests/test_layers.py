@@ -51,6 +51,7 @@ ROOMS = (
     "kernels.native",
     "kernels.compile",
     "kernels.gpu",
+    "log",
     "errors",
     "version",
 )
@@ -58,15 +59,15 @@ ROOMS = (
 # Where a library may be imported. A library that is not listed may be imported anywhere.
 LIBRARIES = {
     "cupy": ("kernels.compile.cuda", "kernels.gpu", "collectives.probe.child"),
-    "greenlet": ("simulation.communicator",),
+    "greenlet": ("simulation.scheduler",),
     "h5py": ("records", "data"),
     "matplotlib": ("report",),
     "mpi4py": ("collectives",),
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
-    "torch": ("records.checkpoint", "optimizer", "collectives.world.device", "data", "models", "trainer"),
-    "tqdm": ("data", "cli", "trainer"),
+    "torch": ("records.hdf5_tree", "optimizer", "collectives.world.device", "data", "models", "trainer"),
+    "tqdm": ("data", "trainer"),
 }
 
 # Where a module may be imported by a name that is computed: the public names, and modules of the user's own.

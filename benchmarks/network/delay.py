@@ -1,4 +1,4 @@
-"""A link between two network namespaces whose frames arrive some milliseconds later: for kernels without netem.
+"""A link between two network namespaces that delays frames by milliseconds, for kernels without netem.
 
     delay.py MILLISECONDS PID PID READY
 
@@ -30,7 +30,7 @@ LONGEST_FRAME = 66_000
 
 
 def open_tap(pid: int) -> int:
-    """Make the device eth0 in the network namespace of ``pid``."""
+    """Create the device eth0 in the network namespace of ``pid``."""
     libc = ctypes.CDLL(None, use_errno=True)
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
@@ -46,7 +46,7 @@ def open_tap(pid: int) -> int:
 
 
 def forward(taps: tuple[int, int], delay_seconds: float) -> None:
-    """Pass frames on for ever."""
+    """Forward frames forever."""
     under_way: deque[tuple[float, int, bytes]] = deque()  # in the order of arrival: the delay is the same for all
     other = {taps[0]: taps[1], taps[1]: taps[0]}
     while True:
@@ -61,7 +61,7 @@ def forward(taps: tuple[int, int], delay_seconds: float) -> None:
 
 
 def main() -> None:
-    """Never returns."""
+    """Run the link. It never returns."""
     milliseconds, *pids, ready = sys.argv[1:]
     taps = open_tap(int(pids[0])), open_tap(int(pids[1]))
     Path(ready).touch()

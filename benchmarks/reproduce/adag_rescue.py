@@ -1,4 +1,4 @@
-"""B8: many workers, frequent commits, a high learning rate: AGN diverges at first, ADAG on top of it does not.
+"""B8: with many workers, frequent commits and a high learning rate, AGN diverges at first and ADAG does not.
 
 Hermans' thesis, CERN-THESIS-2017-103, reports that AGN with many workers and short periods diverges in the beginning,
 and that ADAG with gamma = 1e-4 removes this. Here 16 equal machines, whose steps vary in length by 10 %, fit a softmax
@@ -8,7 +8,7 @@ that of the center, on all images. It begins at ln 10.
 Equal machines come nearly in turn, and that does the harm: with steps of exponentially distributed length (the next one
 is anybody, most pulls are young) AGN does not diverge at the same learning rate. The last row of the table shows it.
 
-    python benchmarks/reproduce/adag_rescue.py [--workers 16] [--lr 0.5] [--rounds 60] [--seeds 3] [--out DIR] [--json]
+    python -m benchmarks.reproduce.adag_rescue [--workers 16] [--lr 0.5] [--rounds 60] [--seeds 3] [--out DIR] [--json]
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from figure import COLOURS, DASHES, Outcome, panels, parser
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.reproduce.figure import COLOURS, DASHES, Outcome, panels, parser
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.parameter_server.adag import ADAG
 from mpitrain.algorithms.parameter_server.agn import AGN
 from mpitrain.algorithms.parameter_server.downpour import Downpour
 from mpitrain.algorithms.parameter_server.dynsgd import DynSGD
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, Schedule, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -61,26 +61,26 @@ class Digits:
 
     @property
     def n_weights(self) -> int:
-        """Of a model."""
+        """The number of weights of a model."""
         return int(self.x.shape[1]) * 10
 
     def _logarithms(self, weights: Array, rows: NDArray[np.int64] | slice) -> Array:
-        """(rows, 10) of the probabilities."""
+        """Return the logarithms of the probabilities, (rows, 10)."""
         z = self.x[rows] @ weights.reshape(-1, 10)
         z -= z.max(1, keepdims=True)
         logarithms: Array = z - np.log(np.exp(z).sum(1, keepdims=True))
         return logarithms
 
     def loss(self, weights: Array) -> float:
-        """Cross-entropy over all images."""
+        """Return the cross-entropy over all images."""
         return -float(self._logarithms(weights, slice(None))[np.arange(self.y.size), self.y].mean())
 
     def accuracy(self, weights: Array) -> float:
-        """Of all images, the fraction that is recognised."""
+        """Return the fraction of all images that is classified correctly."""
         return float((self._logarithms(weights, slice(None)).argmax(1) == self.y).mean())
 
     def gradients(self, seed: int) -> Callable[[int, Array], Array]:
-        """Of mini-batches drawn at random."""
+        """Return the gradients of random mini-batches."""
         rng = np.random.default_rng(seed)
 
         def gradient(rank: int, weights: Array) -> Array:
@@ -96,7 +96,7 @@ class Digits:
 def train(
     digits: Digits, method: Method, schedule: Schedule, n: int, lr: float, n_rounds: int, seed: int
 ) -> tuple[Array, float]:
-    """The center's loss (n_rounds + 1,) after each round, and its accuracy at the end.
+    """Train; return the center's loss (n_rounds + 1,) after each round and its final accuracy.
 
     A round is as many local steps as there are workers, whoever makes them.
     """
@@ -115,7 +115,7 @@ def train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--workers", type=int, default=16, help="default: %(default)s")
     made.add_argument("--lr", type=float, default=0.5, help="learning rate (default: %(default)s)")

@@ -1,11 +1,11 @@
-"""B3: where round-robin ADMM is unstable and round-robin EASGD is not.
+"""B3: round-robin ADMM is unstable in regions where round-robin EASGD is stable.
 
 Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651, figure 1: the largest eigenvalue modulus of one sweep,
 with 3 and 8 workers, over learning rates eta up to 0.01 and elastic coefficients rho up to 10, at curvature 1. Beside
 it the center from the paper's start, 1000, at eta = 0.001 and rho = 2.5: ADMM falls first, as EASGD does, and then
 oscillates with a growing amplitude.
 
-    python benchmarks/reproduce/admm_stability.py [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.admm_stability [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.colors import TwoSlopeNorm
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 
 Array = NDArray[np.float64]
@@ -31,14 +31,14 @@ EXPECTED = {1: (0.0, 0.0), 2: (0.0, 0.0), 3: (0.10, 0.20), 8: (0.28, 0.42)}
 
 
 def radii(sweep: Callable[[float, float], Array], etas: Array, rhos: Array) -> Array:
-    """The spectral radius of a sweep at each grid point, shape (rhos, etas)."""
+    """Return the spectral radius of a sweep at each grid point, shape (rhos, etas)."""
     stack = np.array([[sweep(eta, rho) for eta in etas] for rho in rhos])
     radius: Array = np.abs(np.linalg.eigvals(stack)).max(axis=-1)
     return radius
 
 
 def trajectory(sweep: Array, start: Array, n_sweeps: int) -> Array:
-    """The center, the last of the state, after 0, 1, ..., n_sweeps sweeps."""
+    """Return the center, the last entry of the state, after 0, 1, ..., n_sweeps sweeps."""
     centers, state = [start[-1]], start
     for _ in range(n_sweeps):
         state = sweep @ state
@@ -47,7 +47,7 @@ def trajectory(sweep: Array, start: Array, n_sweeps: int) -> Array:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--points", type=int, default=50, help="grid points of each axis (default: %(default)s)")
     made.add_argument("--sweeps", type=int, default=6000, help="sweeps of the trajectories (default: %(default)s)")
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(outcome: Outcome, etas: Array, rhos: Array, maps: dict[str, Array], centers: dict[str, Array]) -> None:
-    """Three maps of the radius and the two trajectories."""
+    """Draw three maps of the radius and the two trajectories."""
     figure, grid = panels(2, 2)
     norm = TwoSlopeNorm(0, vmin=-2e-3, vmax=4e-3)
     mesh: Any = None

@@ -1,4 +1,4 @@
-"""B20: attackers among the workers, and what a safeguard and rules without a memory make of them.
+"""B20: attackers among the workers, against the safeguard and against rules without memory.
 
 Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, https://arxiv.org/abs/2012.14368, section 5: ten workers, four of them
 Byzantine (three for Krum, which allows no more), six attacks. The paper trains ResNet-20 on CIFAR-10 for 200 epochs;
@@ -11,7 +11,7 @@ What the attackers do before they are caught is not undone: the double safeguard
 280 steps, here a sixth of the run, and of the seeds 0 to 4 one (2) stays 4 points below the ideal baseline, the others
 less than 1.
 
-    python benchmarks/reproduce/byzantine.py [--steps 1800] [--seeds 1] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.byzantine [--steps 1800] [--seeds 1] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, DASHES, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, DASHES, Outcome, panels, parser
 from mpitrain import RobustSGD, SafeguardSGD
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.byzantine.attacks import (
@@ -37,8 +37,8 @@ from mpitrain.algorithms.byzantine.attacks import (
     variance,
     zero,
 )
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[Any]
 
@@ -98,7 +98,7 @@ class Digits:
         self._gradients = np.zeros((workers, self.start.size), np.float32)
 
     def gradient(self, rank: int, x: Array) -> Array:
-        """(n,) of this worker's mini-batch; worker 0 comes first and draws all of a step."""
+        """Return the gradient (n,) of this worker's mini-batch; worker 0 is first and draws all batches of a step."""
         if rank == 0:
             pixels, labels = self._train
             chosen = self._rng.integers(len(labels), size=(self._workers, BATCH))
@@ -110,26 +110,26 @@ class Digits:
         return row
 
     def accuracy(self, x: Array) -> float:
-        """On the test set."""
+        """Return the accuracy on the test set."""
         pixels, labels = self._test
         return float((logits(x, pixels)[1].argmax(axis=-1) == labels).mean())
 
 
 def layers(x: Array) -> list[Array]:
-    """The weights and biases in a flat vector (n,)."""
+    """Return the weights and biases of a flat vector (n,)."""
     ends = np.cumsum([np.prod(shape) for shape in SHAPES])
     return [part.reshape(shape) for part, shape in zip(np.split(x, ends[:-1]), SHAPES)]
 
 
 def logits(x: Array, pixels: Array) -> tuple[Array, Array]:
-    """(..., 32) the hidden layer and (..., 10) the logits of (..., 64) pixels."""
+    """Return the hidden layer (..., 32) and the logits (..., 10) of (..., 64) pixels."""
     first, first_bias, second, second_bias = layers(x)
     hidden = np.maximum(pixels @ first + first_bias, 0)
     return hidden, hidden @ second + second_bias
 
 
 def gradients(x: Array, pixels: Array, labels: Array) -> Array:
-    """(p, n) the gradients of the mean cross entropy of p mini-batches (p, b, 64) with labels (p, b)."""
+    """Return the gradients (p, n) of the mean cross entropy of p mini-batches (p, b, 64) with labels (p, b)."""
     second = layers(x)[2]
     hidden, z = logits(x, pixels)
     p, b = labels.shape
@@ -143,7 +143,7 @@ def gradients(x: Array, pixels: Array, labels: Array) -> Array:
 
 
 def attack_named(name: str, delay: int) -> Attack:
-    """What the attackers of a column send."""
+    """Return the attack of a column."""
     known: dict[str, Attack] = {
         "delayed": Delayed(delay),
         "label-flip": lambda own, honest: own,
@@ -171,7 +171,7 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """At the end, in %."""
+        """The final accuracy on the test set, in %."""
         return 100 * float(self.accuracies[-LAST:].mean())
 
 
@@ -205,7 +205,7 @@ def run(rule: str, attack: str, steps: int, seed: int) -> Cell:
 
 
 def mean_of(cells: Sequence[Cell]) -> Cell:
-    """The same cell of several seeds: mean accuracies, all detections."""
+    """Average the same cell over several seeds: mean accuracies, all detections."""
     return replace(
         cells[0],
         accuracies=np.mean([cell.accuracies for cell in cells], axis=0),
@@ -215,7 +215,7 @@ def mean_of(cells: Sequence[Cell]) -> Cell:
 
 
 def say_table(outcome: Outcome, table: dict[str, dict[str, Cell]], n_seeds: int) -> None:
-    """The paper's table, and when who was thrown out."""
+    """Print the paper's table, and when each worker was excluded."""
     header = "".join(f"{attack:>16}" for attack in ATTACKS)
     outcome.say(f"test accuracy at the end, %\n{'':20}{header}")
     for rule, cells in table.items():
@@ -232,7 +232,7 @@ def say_table(outcome: Outcome, table: dict[str, dict[str, Cell]], n_seeds: int)
 
 
 def draw(outcome: Outcome, table: dict[str, dict[str, Cell]], steps: int) -> None:
-    """The accuracy under the variance attack as training goes on, and the table as colours."""
+    """Draw the accuracy under the variance attack over time, and the table as colours."""
     figure, ((curves, colours),) = panels(2, width_inches=6.2, height_inches=4.6)
     at = steps * np.arange(1, EVALUATIONS + 1) / EVALUATIONS
     for k, (rule, cells) in enumerate(table.items()):
@@ -253,7 +253,7 @@ def draw(outcome: Outcome, table: dict[str, dict[str, Cell]], steps: int) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=1800, help="of each run (default: %(default)s)")
     made.add_argument("--seeds", type=int, default=1, help="runs of each cell (default: %(default)s)")

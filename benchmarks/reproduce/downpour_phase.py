@@ -1,4 +1,4 @@
-"""B6: for how many workers and which period DOWNPOUR converges, and what AGN changes.
+"""B6: the numbers of workers and periods for which DOWNPOUR converges, and how AGN changes them.
 
 Hermans' thesis, CERN-THESIS-2017-103, reports that DOWNPOUR with period 1 converges with 10 workers and diverges with
 20, and with 10 workers diverges at periods 5, 10 and 20. Workers served in turn on the quadratic have a closed form,
@@ -8,7 +8,7 @@ Hermans' thesis, CERN-THESIS-2017-103, reports that DOWNPOUR with period 1 conve
 and at eh = 0.1 all of these observations follow from it. Measured here: the workers' pushes and pulls themselves, in
 turn, at each point; and the toolkit's own DOWNPOUR and AGN, in a simulated world, at some of them.
 
-    python benchmarks/reproduce/downpour_phase.py [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.downpour_phase [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms.parameter_server.agn import AGN
 from mpitrain.algorithms.parameter_server.downpour import Downpour
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -39,7 +39,7 @@ OBSERVED = {(10, 1): True, (20, 1): False, (10, 5): False, (10, 10): False, (10,
 
 
 def growth(n: int, periods: Array, eh: float, scale: Array, n_rounds: int) -> Array:
-    """By what the center's swing grows in a round of n pushes, for each period: below 1 is convergence.
+    """Return the growth of the center's swing in a round of n pushes, for each period; below 1 it converges.
 
     Each worker in turn makes its local steps from the center that it pulled last, pushes ``scale`` times what they
     changed, and pulls. The swings of two halves of the run are compared; a swing lasts about four rounds.
@@ -64,7 +64,7 @@ def growth(n: int, periods: Array, eh: float, scale: Array, n_rounds: int) -> Ar
 
 
 def simulated(name: str, n: int, period: int, eh: float, n_rounds: int) -> bool:
-    """Whether the toolkit's method converges in the same setting: whether its center's swing shrinks."""
+    """Return whether the toolkit's method converges in the same setting: whether the center's swing shrinks."""
     centers: list[float] = []
     method = (Downpour if name == "DOWNPOUR" else AGN)(period=period)
     simulation = Simulation(method, SimulatedWorld(n), lambda rank, x: x, np.ones(1), eh)
@@ -80,7 +80,7 @@ def simulated(name: str, n: int, period: int, eh: float, n_rounds: int) -> bool:
 
 
 def judge(outcome: Outcome, name: str, axes: Axes, eh: float, most: int, n_rounds: int) -> dict[tuple[int, int], bool]:
-    """Run the grid for one method, compare with the bound, draw it; returns whether each point converged."""
+    """Run the grid for one method, compare it with the bound and draw it; return which points converged."""
     workers, periods = ([v for v in values if v <= most] for values in (WORKERS, PERIODS))
     lam = np.array(periods, float)
     scale = np.ones(len(lam)) if name == "DOWNPOUR" else 1 / lam
@@ -130,7 +130,7 @@ def judge(outcome: Outcome, name: str, axes: Axes, eh: float, most: int, n_round
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--eh", type=float, default=0.1, help="learning rate times curvature (default: %(default)s)")
     made.add_argument("--most", type=int, default=40, help="largest number of workers, and period (%(default)s)")

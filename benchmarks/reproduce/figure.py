@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: their options, their criteria, their figure.
+"""The shared parts of the reproductions: options, criteria, figures.
 
 A script reproduces one published result. It says what would count as a success before it computes, prints one line for
 each criterion, draws one figure, and ends with a JSON document on the last line of stdout. Its exit code is 1 when a
@@ -44,7 +44,7 @@ DPI = 130
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--out`` and ``--json``; the first line of ``description`` (a module's docstring) is its help."""
+    """Return a parser with ``--out`` and ``--json``; the first line of ``description`` is its help."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     made.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the figure (%(default)s)")
     made.add_argument("--json", action="store_true", help="print the JSON document only")
@@ -54,7 +54,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def panels(
     n_columns: int = 1, n_rows: int = 1, *, width_inches: float = 5.2, height_inches: float = 4.0, **subplots: Any
 ) -> tuple[Figure, NDArray[np.object_]]:
-    """A figure and its axes, shape (n_rows, n_columns), with the toolkit's look; the sizes are those of one panel.
+    """Create a figure and its axes, (n_rows, n_columns), in the toolkit's style; sizes are those of one panel.
 
     ``subplots`` goes to ``Figure.subplots``, for example ``sharey=True``. Nothing is kept in matplotlib's global state.
     """
@@ -67,7 +67,7 @@ def panels(
 
 
 class Outcome:
-    """What one script found: lines for a reader, criteria, a figure, a JSON document."""
+    """The outcome of one script: lines for a reader, criteria, a figure, a JSON document."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self._out, self._silent = name, Path(options.out), bool(options.json)
@@ -116,7 +116,7 @@ class Outcome:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: lists for arrays, null for NaN and infinity."""
+    """Convert to JSON types: lists for arrays, null for NaN and infinity."""
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""B16: how far apart gossiping workers are, against their number.
+"""B16: the spread of gossiping workers as a function of their number.
 
 Jin, Yuan, Iandola, Keutzer 2016, https://arxiv.org/abs/1611.04581, section 3: each of p workers pulls from (or pushes
 to) another one drawn uniformly. One round of pulls, all from the old state, multiplies the spread
@@ -16,7 +16,7 @@ All of it is measured on the method itself, in rounds. Beside it the spread of w
 random order, as asynchronous ones do: who pulls then finds what its peer published before its last step, and the
 workers stay further apart. There is no formula for that here.
 
-    python benchmarks/reproduce/gossip_spread.py [--rounds 400] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.gossip_spread [--rounds 400] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms import GossipSGD
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -45,13 +45,13 @@ LIMIT = 4.0  # standard errors
 
 
 def settled(p: int) -> float:
-    """V/(p - 1) for each coordinate, in units of (eta sigma)^2, of noisy steps each followed by a round of pulls."""
+    """Return V/(p - 1) per coordinate in units of (eta sigma)^2, for noisy steps each followed by a round of pulls."""
     c = theory.pull_contraction(p)
     return c / (1 - c * (1 - ETA * H) ** 2)
 
 
 def gossip(direction: str, p: int, seed: int, *, in_turn: bool) -> Simulation:
-    """p workers at 0 with noisy gradients, exchanging after every step: in random order, or in turn lock by lock."""
+    """Create p workers at 0 with noisy gradients that exchange after every step, in random order or lock by lock."""
     noise = np.random.default_rng([seed, p])
     return Simulation(
         GossipSGD(direction=direction, grad_point="post"),
@@ -64,7 +64,7 @@ def gossip(direction: str, p: int, seed: int, *, in_turn: bool) -> Simulation:
 
 
 def round_of_pulls(simulation: Simulation) -> None:
-    """Every worker pulls once, all from the old state."""
+    """Let every worker pull once, all from the old state."""
     for worker in simulation.workers:
         worker.average_with(worker.comm.rank)  # with itself: publishes x and changes nothing
     for worker in simulation.workers:
@@ -72,17 +72,17 @@ def round_of_pulls(simulation: Simulation) -> None:
 
 
 def round_of_pushes(simulation: Simulation) -> None:
-    """Every worker pushes once, then all look into their mailboxes: each gives way before every lock."""
+    """Let every worker push once and then read its mailbox; each yields before every lock."""
     simulation.world.run(lambda comm: simulation.workers[comm.rank].exchange())
 
 
 def spread(x: Array) -> float:
-    """V of (p, n)."""
+    """Return V of (p, n)."""
     return float(((x - x.mean(0)) ** 2).sum())
 
 
 def one_round(direction: str, p: int, n_rounds: int) -> Array:
-    """(rounds, 2): V'/V and |mean' - mean|^2/V of rounds that each begin anywhere."""
+    """Return V'/V and |mean' - mean|^2/V, (rounds, 2), of rounds with random starts."""
     simulation, starts = gossip(direction, p, 0, in_turn=True), np.random.default_rng(p)
     found = np.zeros((n_rounds, 2))
     for k in range(n_rounds):
@@ -96,7 +96,7 @@ def one_round(direction: str, p: int, n_rounds: int) -> Array:
 
 
 def noisy_rounds(p: int, n_rounds: int) -> Array:
-    """(rounds,) V/(p - 1) for each coordinate after each round, in units of (eta sigma)^2."""
+    """Return V/(p - 1) per coordinate after each round, (rounds,), in units of (eta sigma)^2."""
     simulation, found = gossip("pull", p, 1, in_turn=True), []
     for _ in range(BURN_IN + n_rounds):
         for worker in simulation.workers:
@@ -108,14 +108,14 @@ def noisy_rounds(p: int, n_rounds: int) -> Array:
 
 
 def noisy_order(p: int, n_rounds: int) -> Array:
-    """The same, for whole steps in random order."""
+    """Return the same for whole steps in random order."""
     simulation = gossip("pull", p, 1, in_turn=False).run(BURN_IN)
     found = [spread(simulation.run(1).x()) for _ in range(n_rounds)]
     return np.array(found) / ((p - 1) * N * (ETA * SIGMA) ** 2)
 
 
 def mean_and_error(values: Array) -> tuple[float, float]:
-    """The mean of (k,) numbers in the order of time and its standard error, from means of batches."""
+    """Return the mean of (k,) numbers in time order and its standard error, from batch means."""
     batches = np.array([batch.mean() for batch in np.array_split(values, BATCHES)])
     return float(values.mean()), float(batches.std(ddof=1) / np.sqrt(BATCHES))
 
@@ -129,7 +129,7 @@ FORMULAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=400, help="of each measurement (default: %(default)s)")
     options = made.parse_args(arguments)
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(outcome: Outcome, found: dict[str, list[tuple[float, float]]]) -> None:
-    """One round on the left, the spread that noise keeps up on the right."""
+    """Draw one round on the left and the spread under noise on the right."""
     figure, ((left, right),) = panels(2)
     every = np.arange(WORKERS[0], WORKERS[-1] + 1)
     for axes, name, colour, marker, label in (

@@ -1,4 +1,4 @@
-"""B5: what the spread of the inputs bounds, what a negative moving rate is, and where EASGD is trapped.
+"""B5: the bound from the spread of the inputs, negative moving rates, and where EASGD is trapped.
 
 Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pictures.
 
@@ -8,7 +8,7 @@ Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pict
    is drawn too: what workers differ by is multiplied by 1 - eh - alpha, above 1 there.
 3. Two workers in a double well rest in different wells, the center on the saddle, as long as rho < 2/3.
 
-    python benchmarks/reproduce/input_spread.py [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.input_spread [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 
 Array = NDArray[np.float64]
@@ -36,14 +36,14 @@ WELL_ETA = 0.05
 
 
 def sampled_factor(shape: float, p: int, n: int, rng: np.random.Generator) -> tuple[float, float]:
-    """E x_{t+1}^2 / E x_t^2 at the best learning rate and its standard error, from n mini-batches of p draws."""
+    """Return E x_{t+1}^2 / E x_t^2 at the best learning rate and its standard error, from n mini-batches of p draws."""
     eta, _ = theory.spread_sgd_optimum(shape, shape, p)
     squares = (1 - eta * rng.gamma(shape, 1 / shape, (n, p)).mean(axis=1)) ** 2
     return float(squares.mean()), float(squares.std() / np.sqrt(n))
 
 
 def simulated_rate(alpha: float, n_steps: int = 600) -> float:
-    """By what EASGD with equal workers shrinks a step, late in a run of the algorithm itself."""
+    """Return the late contraction per step of EASGD with equal workers, from a run of the algorithm itself."""
     x, c, logs = np.ones(N_EASGD), 0.3, []
     for _ in range(n_steps):
         x, c = x - EH * x - alpha * (x - c), c + BETA / N_EASGD * float((x - c).sum())
@@ -54,7 +54,7 @@ def simulated_rate(alpha: float, n_steps: int = 600) -> float:
 
 
 def double_well_ends(rhos: Array, n_steps: int) -> Array:
-    """Where gradient descent on the elastic objective ends: (x_1, x_2, c) for each rho, shape (3, rhos)."""
+    """Return where gradient descent on the elastic objective ends: (x_1, x_2, c) for each rho, shape (3, rhos)."""
     s = np.repeat(np.array(WELL_START)[:, None], len(rhos), axis=1)
     for _ in range(n_steps):
         x, c = s[:2], s[2]
@@ -64,7 +64,7 @@ def double_well_ends(rhos: Array, n_steps: int) -> Array:
 
 
 def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
-    """Picture 1."""
+    """Draw picture 1."""
     rng = np.random.default_rng(0)
     outcome.say("  shape  workers   1/(p lam+1)   measured   standard errors off")
     worst, rows = 0.0, []
@@ -91,7 +91,7 @@ def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
 
 
 def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
-    """Picture 2."""
+    """Draw picture 2."""
     best, radius = theory.optimal_moving_rate(EH, BETA)
     alphas = np.linspace(-0.9, 0.6, 1501)
     center = np.array([theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA)) for alpha in alphas])
@@ -126,7 +126,7 @@ def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
 
 
 def double_well(outcome: Outcome, axes: Axes, n_steps: int) -> dict[str, Any]:
-    """Picture 3."""
+    """Draw picture 3."""
     ends = double_well_ends(RHOS, n_steps)
     trapped = np.abs(ends[2]) < 0.5
     last, first = float(RHOS[trapped].max(initial=0)), float(RHOS[~trapped].min(initial=np.inf))
@@ -152,7 +152,7 @@ def double_well(outcome: Outcome, axes: Axes, n_steps: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--samples", type=int, default=20_000, help="mini-batches sampled a point (default: %(default)s)")
     made.add_argument("--steps", type=int, default=40_000, help="steps in the double well (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""B13: between valleys an average is worse than all that it is made of, and traps them there; a leader does not.
+"""B13: between valleys an average is worse than its members and traps them; a leader does not.
 
 LGD and EAGD are LSGD and EASGD with exact gradients. Teng et al. 2019, arXiv 1905.10395, report that LGD beats EAGD in
 low-rank matrix completion at every rank; the sizes here are our own, and so are the thresholds of the double well.
@@ -13,7 +13,7 @@ squared error of X X' there. If X is a solution then X Q is one for every rotati
 As in the paper the best worker of eight counts. The table has the losing cells too: under a strong pull all follow the
 first leader at once, and where that comes to a plateau (rank 5, pull 0.1) nobody is left to find a way around it.
 
-    python benchmarks/reproduce/leader_escape.py [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
+    python -m benchmarks.reproduce.leader_escape [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.elastic.easgd import EASGD
 from mpitrain.algorithms.leader.lsgd import LSGD
-from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -49,7 +50,7 @@ METHODS: dict[str, Callable[[float], Method]] = {
 
 
 def double_well(method: str) -> Array:
-    """(2 + center, ratios) where workers from (.9, -.899) end, and the center from 0, for each pull/eta.
+    """Return where workers from (.9, -.899) and the center from 0 end, (2 + center, ratios), for each pull/eta.
 
     Every ratio is a coordinate of its own: the pull is the same for all, the learning rate is in the gradient.
     """
@@ -70,7 +71,7 @@ def double_well(method: str) -> Array:
 
 
 def put_center(simulation: Simulation, center: Array) -> None:
-    """Let the center begin elsewhere than at worker 0; nothing for a method without one."""
+    """Move the center's start away from worker 0, for methods that have a center."""
 
     def program(comm: SimulatedCommunicator) -> None:
         worker = simulation.workers[comm.rank]
@@ -82,7 +83,7 @@ def put_center(simulation: Simulation, center: Array) -> None:
 
 @dataclass
 class Completion:
-    """Half of the entries of a symmetric matrix of a known rank.
+    """A symmetric matrix of known rank with half of its entries known.
 
     Args:
         rank: r.
@@ -101,19 +102,19 @@ class Completion:
         self.starts = rng.normal(size=(WORKERS, SIZE * self.rank)) / np.sqrt(SIZE)
 
     def loss(self, worker: int, x: Array) -> float:
-        """F(X) = sum over known (i, j) of (X X' - M)_ij^2 / 4, per fraction known."""
+        """Compute F(X) = sum over known (i, j) of (X X' - M)_ij^2 / 4, per fraction known."""
         factor = x.reshape(SIZE, self.rank)
         return 0.25 * float((self.weights * (factor @ factor.T - self.matrix) ** 2).sum())
 
     def gradient(self, worker: int, x: Array) -> Array:
-        """(d*r,) of F."""
+        """Return the gradient of F, (d*r,)."""
         factor = x.reshape(SIZE, self.rank)
         found: Array = ((self.weights * (factor @ factor.T - self.matrix)) @ factor).ravel()
         return found
 
 
 def complete(problem: Completion, method: Method, n_steps: int) -> Array:
-    """(points + 1, 2) the best worker's F, and that of what the method evaluates, along the way."""
+    """Return F of the best worker and of what the method evaluates over time, (points + 1, 2)."""
     simulation = Simulation(
         method, SimulatedWorld(WORKERS), problem.gradient, problem.starts, LEARNING_RATE, loss=problem.loss
     )
@@ -129,7 +130,7 @@ def complete(problem: Completion, method: Method, n_steps: int) -> Array:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=400, help="of each worker, a multiple of 20 (default: %(default)s)")
     made.add_argument("--seeds", type=int, default=3, help="problems of each rank (default: %(default)s)")

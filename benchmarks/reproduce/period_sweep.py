@@ -5,7 +5,7 @@ few learning rates for each method and period. Here the workers are simulated, i
 one hidden layer on the digits of scikit-learn. What is compared is the loss of the center on all training samples after
 a fixed number of gradients.
 
-    python benchmarks/reproduce/period_sweep.py [--steps 640] [--seeds 1] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.period_sweep [--steps 640] [--seeds 1] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms import METHODS
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Gradient, Simulation
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ CURVE_POINTS = 20
 
 
 class Network:
-    """Digits classified by tanh and softmax, 64-32-10: losses and gradients of a flat vector of parameters.
+    """A tanh and softmax classifier of digits, 64-32-10: losses and gradients of a flat parameter vector.
 
     Args:
         batch_size: Samples of a gradient, drawn with replacement.
@@ -52,19 +52,19 @@ class Network:
         self.n = sum(int(np.prod(shape)) for shape in self.shapes)
 
     def start(self, seed: int) -> Array:
-        """(n,) weights of variance 1/fan-in, biases of 0."""
+        """Return the initial vector (n,): weights of variance 1/fan-in, zero biases."""
         rng, w = np.random.default_rng(seed), np.zeros(self.n)
         for part in self.split(w)[::2]:
             part[...] = rng.normal(size=part.shape) / np.sqrt(len(part))
         return w
 
     def split(self, w: Array) -> list[Array]:
-        """Views of the vector: weights and biases of both layers."""
+        """Return views of the vector: weights and biases of both layers."""
         ends = np.cumsum([np.prod(shape) for shape in self.shapes])
         return [part.reshape(shape) for part, shape in zip(np.split(w, ends[:-1]), self.shapes)]
 
     def forward(self, w: Array, x: Array) -> tuple[Array, Array]:
-        """The hidden layer and the logarithms of the probabilities, (samples, 10)."""
+        """Return the hidden layer and the log-probabilities, (samples, 10)."""
         w_1, b_1, w_2, b_2 = self.split(w)
         hidden = np.tanh(x @ w_1 + b_1)
         logits = hidden @ w_2 + b_2
@@ -72,17 +72,17 @@ class Network:
         return hidden, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     def loss(self, w: Array, samples: tuple[Array, Array]) -> float:
-        """The mean cross-entropy; NaN for parameters that are not finite."""
+        """Return the mean cross-entropy; NaN for non-finite parameters."""
         x, y = samples
         return float(-self.forward(w, x)[1][np.arange(len(y)), y].mean())
 
     def accuracy(self, w: Array) -> float:
-        """On the test samples."""
+        """Return the accuracy on the test samples."""
         x, y = self.test
         return float((self.forward(w, x)[1].argmax(axis=1) == y).mean())
 
     def gradient_on(self, w: Array, samples: tuple[Array, Array]) -> Array:
-        """(n,) of ``loss``."""
+        """Return the gradient (n,) of ``loss``."""
         (x, y), g, w_2 = samples, np.empty(self.n), self.split(w)[2]
         hidden, logs = self.forward(w, x)
         error = np.exp(logs)
@@ -94,7 +94,7 @@ class Network:
         return g
 
     def gradient(self, seed: int) -> Gradient:
-        """Of mini-batches that each worker draws for itself from all training samples."""
+        """Return the gradients of mini-batches that each worker draws from all training samples."""
         draws = [np.random.default_rng([seed, rank]) for rank in range(WORKERS)]
 
         def gradient(rank: int, w: Array) -> Array:
@@ -106,7 +106,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a method: the center's loss on the way and at the end, and what it cost."""
+    """One run of a method: the center's loss over time and at the end, and its cost."""
 
     learning_rate: float
     curve: Array
@@ -135,7 +135,7 @@ def run(network: Network, name: str, period: int, learning_rate: float, steps: i
 
 
 def runs_of(network: Network, name: str, period: int, steps: int, n_seeds: int) -> list[Run]:
-    """One for each learning rate, the mean over the seeds; the smallest final loss first."""
+    """Return one run per learning rate, averaged over the seeds; the smallest final loss first."""
     means = []
     for learning_rate in LEARNING_RATES[name]:
         runs = [run(network, name, period, learning_rate, steps, seed) for seed in range(n_seeds)]
@@ -146,7 +146,7 @@ def runs_of(network: Network, name: str, period: int, steps: int, n_seeds: int) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=640, help="of each worker, a multiple of 64 (default: %(default)s)")
     made.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def figures(one: Run) -> dict[str, float]:
-    """What the document says of a run."""
+    """Return the document's figures of a run."""
     return {
         "learning_rate": one.learning_rate,
         "loss": one.loss,
@@ -186,12 +186,12 @@ def figures(one: Run) -> dict[str, float]:
 
 
 def best_at_1(runs: dict[int, list[Run]], period: int) -> Run:
-    """The run of a period with the learning rate that is best at period 1."""
+    """Return the run of a period with the learning rate that is best at period 1."""
     return next(one for one in runs[period] if one.learning_rate == runs[1][0].learning_rate)
 
 
 def judge(outcome: Outcome, found: dict[str, dict[int, list[Run]]]) -> None:
-    """What counts as the published picture."""
+    """Check the criteria of the published picture."""
     downpour, easgd, eamsgd = (found[name] for name in LEARNING_RATES)
     ratio = downpour[64][0].loss / easgd[64][0].loss
     outcome.criterion("DOWNPOUR's final loss at period 64 is more than twice EASGD's, or NaN", ratio, not ratio <= 2)
@@ -209,7 +209,7 @@ def judge(outcome: Outcome, found: dict[str, dict[int, list[Run]]]) -> None:
 
 
 def draw(outcome: Outcome, found: dict[str, dict[int, list[Run]]], steps: int) -> None:
-    """Final losses over the period, the way there at the longest one, and bytes."""
+    """Draw final losses over the period, the loss over time at the longest period, and bytes."""
     figure, ((final, way, volume),) = panels(3)
     gradients = np.linspace(0, WORKERS * steps, CURVE_POINTS + 1)
     for colour, marker, width, (name, runs) in zip(COLOURS, "os^", (6, 3.5, 1.5), found.items()):

@@ -1,11 +1,11 @@
-"""B9: the mean staleness of n workers is n - 1, whatever their times are; how it spreads depends on them.
+"""B9: the mean staleness of n workers is n - 1 for any step times; its distribution depends on them.
 
 Hermans' thesis, CERN-THESIS-2017-103, shows histograms for 10, 20, 30 and 60 workers whose mean is n - 1. Measured here
 is the staleness of DOWNPOUR's commits, under three kinds of workers: served in turn; equal machines whose steps vary in
 length by 10 % (log-normal); and steps of exponentially distributed length, which make the next one always anybody's
 turn. Then the staleness is geometric, and asynchrony acts as momentum 1 - 1/n (Mitliagkas et al. 2016).
 
-    python benchmarks/reproduce/staleness.py [--commits 300] [--seed 0] [--out runs/reproduce] [--json]
+    python -m benchmarks.reproduce.staleness [--commits 300] [--seed 0] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from figure import COLOURS, Outcome, panels, parser
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.parameter_server.downpour import Downpour
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Schedule, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 WORKERS = (10, 20, 30, 60)
 JITTER = 0.1
@@ -32,7 +32,7 @@ KINDS: dict[str, Callable[[int, int], Schedule]] = {
 
 
 class Until:
-    """A schedule that ends after a number of steps of all workers, so that nobody goes on when others have finished."""
+    """A schedule that ends all workers after a total number of steps."""
 
     def __init__(self, schedule: Schedule, n_steps: int) -> None:
         self._schedule, self._left = schedule, n_steps
@@ -40,13 +40,13 @@ class Until:
         self.step_made = schedule.step_made
 
     def choose(self, ready: list[int]) -> int | None:
-        """As the schedule, or None at the end."""
+        """Choose as the wrapped schedule does, or None at the end."""
         self._left -= 1
         return self._schedule.choose(ready) if self._left >= 0 else None
 
 
 def staleness(kind: str, n: int, n_commits: int, seed: int) -> NDArray[np.int64]:
-    """(commits,) of n workers with ``n_commits`` each on average, in order, after a few that are left out."""
+    """Return the staleness (commits,) of n workers with ``n_commits`` each on average, without the first few."""
     warm_up = 5 * n  # all begin at once, and the first pulls are young
     found: list[int] = []
     world = SimulatedWorld(n, Until(KINDS[kind](n, seed), n * n_commits + warm_up))
@@ -56,7 +56,7 @@ def staleness(kind: str, n: int, n_commits: int, seed: int) -> NDArray[np.int64]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--commits", type=int, default=300, help="of each worker, on average (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the lengths of steps (default: %(default)s)")

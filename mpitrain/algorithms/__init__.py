@@ -1,12 +1,11 @@
-"""The methods: one file each, found by name."""
+"""The registry of the methods."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.settings import settings_of
 from mpitrain.algorithms.byzantine.robust import RobustSGD
 from mpitrain.algorithms.byzantine.safeguard import SafeguardSGD
 from mpitrain.algorithms.elastic.admm import ADMM
@@ -45,7 +44,7 @@ METHODS: dict[str, type[Method]] = {
         LSGD, RobustSGD, SafeguardSGD, NeuroevolutionSGD,
     )
 }  # fmt: skip
-"""The registry: a new method is one more class here."""
+"""The methods by name: a new method is one more class here."""
 
 __all__ = [
     "ADAG",
@@ -86,38 +85,23 @@ __all__ = [
 
 
 def create(name: str, settings: Mapping[str, str] | None = None) -> Method:
-    """Make a method from its registry name and the text of its settings, as the command line gives them.
+    """Make a method from its name in the registry and its settings as text, as the command line gives them.
 
     Args:
         name: For example ``easgd``.
         settings: For example ``{"period": "10"}``.
 
     Raises:
-        UsageError: Unknown names, with those that exist; values that are no numbers or out of range.
+        UsageError: The name or a setting is unknown (the message lists the known ones), or a value is not accepted.
     """
     if name not in METHODS:
         raise UsageError(f"unknown algorithm {name!r}: it must be one of {', '.join(METHODS)}")
-    method = METHODS[name]
-    fields = {field.name: field for field in dataclasses.fields(method)}
-    values = {}
+    declared, values = settings_of(METHODS[name]), {}
     for key, text in (settings or {}).items():
-        if key not in fields:
-            raise UsageError(f"{name} has no setting {key!r}: it has {', '.join(fields) or 'none'}")
-        values[key] = _parse(name, fields[key], text)
-    return method(**values)
-
-
-def _parse(name: str, field: dataclasses.Field[Any], text: str) -> Any:
-    kind = str(field.type)
-    try:
-        if text.lower() == "none" and "None" in kind:
-            return None
-        if "bool" in kind:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if "int" in kind:
-            return int(text)
-        return float(text) if "float" in kind else text
-    except (ValueError, KeyError):
-        kinds = {"bool": "true or false", "int": "a whole number"}
-        wanted = next((words for key, words in kinds.items() if key in kind), "a number")
-        raise UsageError(f"{name}: {field.name} must be {wanted}, not {text!r}") from None
+        if key not in declared:
+            raise UsageError(f"{name} has no setting {key!r}: it has {', '.join(declared) or 'none'}")
+        try:
+            values[key] = declared[key].parse(text)
+        except ValueError as refused:
+            raise UsageError(f"{name}: {key} {refused}") from None
+    return METHODS[name](**values)

@@ -1,19 +1,19 @@
-"""Every method in words: what ``mpitrain algorithms`` prints and docs/methods.md holds, made from the declarations."""
+"""The catalogue of the methods, made from their declarations: ``mpitrain algorithms`` and docs/methods.md."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 from typing import Any
 
 from mpitrain.algorithms import METHODS
-from mpitrain.algorithms.base.method import Method, describe_range
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.settings import settings_of
 
 PREFACE = """\
 # Methods
 
-This page is made from the declarations in `mpitrain/algorithms/` by `make docs`; `mpitrain algorithms` prints the same.
+`make docs` generates this page from the declarations in `mpitrain/algorithms/`; `mpitrain algorithms` prints the same.
 
 Every method runs under `mpirun` (`mpitrain train --algorithm NAME --set KEY=VALUE`), in your own loop
 (`mpitrain.DistributedOptimizer(base, model, mpitrain.CLASS(...))`), in `benchmarks/compare.py` and in
@@ -23,24 +23,25 @@ Every method runs under `mpirun` (`mpitrain train --algorithm NAME --set KEY=VAL
 learning rate, delta the momentum, alpha = eta*rho the moving rate, tau the period in local steps; n the number of
 parameters.
 
-**What is exchanged.** The trainable parameters that the optimizer holds. Buffers, such as the running statistics of
-BatchNorm, stay each worker's own: averaged parameters have none of their own, so they are estimated anew from training
-data before an evaluation (`mpitrain train` does it; in your own loop call `mpitrain.reestimate_batchnorm`).
+**Exchanged parameters.** Workers exchange the trainable parameters of the optimizer. Buffers, such as the running
+statistics of BatchNorm, stay local. Averaged parameters have no statistics of their own, so these are estimated anew
+from training data before an evaluation: `mpitrain train` does it; in your own loop call
+`mpitrain.reestimate_batchnorm`.
 
-**Learning-rate schedules.** A `moving_rate` stays what it is while the learning rate decays; with `rho` it follows,
+**Learning-rate schedules.** A `moving_rate` stays constant while the learning rate decays; with `rho` it follows,
 alpha = eta*rho. Give one of the two.
 
-**Communication** is counted in vectors of n numbers that a worker sends and receives for each of its local steps.
+**Communication** is counted in vectors of n numbers that a worker sends and receives per local step.
 
-**Running averages.** Any method can carry a Polyak or a moving average of its iterates, which is then evaluated
-instead: `--average polyak`, `mpitrain.Average("moving", 0.001)`.
+**Running averages.** Any method can be combined with a Polyak average or a moving average of its iterates, which is
+then evaluated in their place: `--average polyak`, `mpitrain.Average("moving", 0.001)`.
 """
 
 SETTINGS_HEAD = "| setting | default | range | meaning |\n|---|---|---|---|\n"
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """What each method declares, by name, ready for JSON."""
+    """Return the declarations of each method by name, ready for JSON."""
     return {
         name: {
             "class": method.__name__,
@@ -54,12 +55,8 @@ def catalogue() -> dict[str, dict[str, Any]]:
             "learning_rate_factor": method.learning_rate_factor,
             "metrics": list(method.metrics),
             "settings": {
-                field.name: {
-                    "default": field.default,
-                    "range": describe_range(field),
-                    "help": field.metadata["help"],
-                }
-                for field in dataclasses.fields(method)
+                key: {"default": setting.default, "range": setting.describe(), "help": setting.help}
+                for key, setting in settings_of(method).items()
             },
         }
         for name, method in METHODS.items()
@@ -67,7 +64,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
 
 
 def text() -> str:
-    """For the terminal."""
+    """Return the catalogue as text for the terminal."""
     parts: list[str] = []
     for name, method in catalogue().items():
         lines = [f"{name}  ({method['class']})", f"    {method['summary']}", f"    {method['source']}"]
@@ -80,7 +77,7 @@ def text() -> str:
 
 
 def markdown() -> str:
-    """docs/methods.md."""
+    """Return the catalogue as Markdown: the contents of docs/methods.md."""
     methods = catalogue()
     rows = [
         f"| [`{name}`](#{_anchor(name)}) | {method['summary']} | {'yes' if method['synchronous'] else 'no'} "
@@ -105,7 +102,9 @@ def _section(name: str, method: type[Method]) -> str:
     if declared["needs_loss"]:
         facts.append("- **Needs the loss** `optimizer.step(loss)`")
     if declared["metrics"]:
-        facts.append(f"- **Tells of each worker** {', '.join(word.replace('_', ' ') for word in declared['metrics'])}")
+        facts.append(
+            f"- **Metrics of each worker** {', '.join(word.replace('_', ' ') for word in declared['metrics'])}"
+        )
     if declared["learning_rate_factor"] != 1:
         facts.append(
             f"- **Learning rate** about {declared['learning_rate_factor']:g} times that of SGD with momentum 0.9"
@@ -117,13 +116,13 @@ def _section(name: str, method: type[Method]) -> str:
         f"| `{key}` | {_shown(setting['default'])} | {_cell(setting['range'])} | {_cell(setting['help'])} |"
         for key, setting in declared["settings"].items()
     ]
-    settings = SETTINGS_HEAD + "\n".join(rows) if rows else "It has no settings."
+    settings = SETTINGS_HEAD + "\n".join(rows) if rows else "This method has no settings."
     module = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
     return "\n\n".join([f"## {name}", module, _first_part(method), "\n".join(facts), settings]) + "\n"
 
 
 def _first_part(method: type[Method]) -> str:
-    """The docstring of the class up to its list of arguments."""
+    """Return the docstring of the class up to its list of arguments."""
     paragraphs = inspect.cleandoc(method.__doc__ or "").split("\n\n")
     fields = []
     for paragraph in paragraphs:

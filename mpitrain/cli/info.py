@@ -1,25 +1,54 @@
-"""What ``mpitrain info`` says: this MPI, this machine, these GPUs, and what will be used of them."""
+"""``mpitrain info``: this MPI, this machine, these GPUs, and what a run will use of them."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import os
 import platform
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from mpitrain.collectives.probe.cache import Probe
-from mpitrain.collectives.probe.runner import Outcome
-from mpitrain.collectives.rma.window import SHARED_MEMORY
+from mpitrain.collectives.probe.cache import Probe, probe_hosts
+from mpitrain.collectives.probe.outcome import Outcome
 from mpitrain.collectives.world.device import gpu_names
+from mpitrain.collectives.world.launch import init
+from mpitrain.collectives.world.shared_memory import SHARED_MEMORY
 from mpitrain.collectives.world.world import World
 from mpitrain.kernels import cache_root
 from mpitrain.trainer.runfolder import versions
 
+HOW_TO_PROBE = "mpirun -n 2 mpitrain info --probe"
+MAX_ERROR_LETTERS = 40
+"""The length of an error's first line in a table; the JSON document has the whole text."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="show what a run on this device uses (default: cpu)")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="probe again which operations of this MPI work with which memory; several ranks probe once in any case",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts on rank 0; return the exit code. Collective."""
+    world = init(args.device)
+    probes = probe_hosts(world.comm, world.hosts, gpu_names(), again=args.probe)
+    document = describe(world)
+    if world.rank == 0:
+        whole = {**document, "probes": [probe.document() for probe in probes]}
+        print(json.dumps(whole) if args.json else show(document, probes))
+    return 0
+
 
 def describe(world: World) -> dict[str, Any]:
-    """The facts as one JSON document. Local."""
+    """Return the facts as one JSON document. Local."""
     shared = shutil.disk_usage(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
     return {
         "world": world.describe(),
@@ -34,13 +63,8 @@ def describe(world: World) -> dict[str, Any]:
     }
 
 
-HOW_TO_PROBE = "mpirun -n 2 mpitrain info --probe"
-ERROR_LETTERS = 40
-"""Of an error's first line in a table; the JSON document has all of it."""
-
-
 def _processor() -> str:
-    """The model, as Linux calls it."""
+    """Return the model of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -49,27 +73,27 @@ def _processor() -> str:
 
 
 def show(document: dict[str, Any], probes: Sequence[Probe] = ()) -> str:
-    """The same for people.
+    """Return the facts as text.
 
     Args:
-        document: What ``describe`` gives.
-        probes: What was found out about this MPI, by host.
+        document: The document of ``describe``.
+        probes: The probe of each host.
     """
     lines = []
     for section, facts in document.items():
         lines.append(section)
         width = max(len(name) for name in facts)
         for name, fact in facts.items():
-            first, *others = _words(fact)
+            first, *others = _lines(fact)
             lines.append(f"  {name.replace('_', ' '):{width}s}  {first}")
             lines += [f"  {'':{width}s}  {other}" for other in others]
     return "\n".join([*lines, *_probe_section(probes)])
 
 
 def _probe_section(probes: Sequence[Probe]) -> list[str]:
-    """A table for all hosts whose verdicts are alike, with the figures of the first."""
+    """Return a table for all hosts with the same verdicts, with the figures of the first."""
     if not probes:
-        return ["probe", f"  nothing is known yet: {HOW_TO_PROBE}"]
+        return ["probe", f"  not probed yet: {HOW_TO_PROBE}"]
     alike: dict[tuple[str, ...], list[Probe]] = {}
     for probe in probes:
         verdicts = tuple(outcome.verdict for row in probe.outcomes.values() for outcome in row.values())
@@ -87,7 +111,7 @@ def _probe_section(probes: Sequence[Probe]) -> list[str]:
 
 
 def table(probe: Probe) -> list[str]:
-    """A line for each operation, a column for each kind of memory, and why what was not tried was not."""
+    """Return a line for each operation with a column for each kind of memory, and reasons for what was not tried."""
     memories = list(next(iter(probe.outcomes.values())))
     rows = [["", *memories]]
     rows += [[operation, *(_cell(row[memory]) for memory in memories)] for operation, row in probe.outcomes.items()]
@@ -109,7 +133,9 @@ def _cell(outcome: Outcome) -> str:
         return "-"
     if outcome.verdict == "error":
         text = f"error: {outcome.detail}"
-        return text if len(outcome.detail) <= ERROR_LETTERS else f"{text[: len('error: ') + ERROR_LETTERS - 3]}..."
+        return (
+            text if len(outcome.detail) <= MAX_ERROR_LETTERS else f"{text[: len('error: ') + MAX_ERROR_LETTERS - 3]}..."
+        )
     if outcome.verdict == "wrong":
         return "wrong bytes"
     if outcome.verdict != "ok":
@@ -123,7 +149,7 @@ def _figure(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
-def _words(fact: Any) -> list[str]:
+def _lines(fact: Any) -> list[str]:
     if isinstance(fact, dict):
         return [f"{name}: {value}" for name, value in fact.items()]
     if isinstance(fact, list):

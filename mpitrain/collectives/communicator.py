@@ -1,7 +1,7 @@
-"""What a method sees of the other workers, whether they are MPI ranks or simulated in one process.
+"""The interface of a method to the other workers, whether they are MPI ranks or simulated in one process.
 
-A method is written against this and nothing else: vectors (anything with NumPy's slicing) and the calls below.
-``MPICommunicator`` (``collectives.mpi``) and ``SimulatedCommunicator`` (``simulation.communicator``) implement it.
+A method uses nothing else: vectors (any array with NumPy's slicing) and the calls below. ``MPICommunicator``
+(``collectives.mpi``) and ``SimulatedCommunicator`` (``simulation.communicator``) implement it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Vector(Protocol):
     """A vector in memory that peers can read.
 
     Attributes:
-        local: (n,) this worker's own.
+        local: (n,) this worker's own array.
     """
 
     @property
@@ -28,29 +28,28 @@ class Vector(Protocol):
 
 
 class Pending(Protocol):
-    """An operation that has begun."""
+    """An operation in progress."""
 
     def wait(self) -> None:
-        """Wait for its end."""
+        """Wait for the end of the operation."""
 
 
 class Started(Pending, Protocol):
-    """A local operation that has begun, and of which one can see whether it has ended."""
+    """A background operation of this worker."""
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether the operation has ended. Local."""
 
 
 class Communicator(Protocol):
-    """The workers of a run, as one of them sees them.
+    """The workers of a run, as seen by one of them.
 
     Attributes:
         rank: This worker, 0 <= rank < size.
         size: The number of workers, p in the papers.
         nodes: (size,) the node of each worker.
-        statistics: What this worker has exchanged.
-        dead: Workers that have died, as far as this one knows. Nobody waits for them: collectives raise
-            ``errors.RankFailed``. The memory of one of the same node stays as it left it.
+        statistics: The counters of this worker's exchanges.
     """
 
     rank: int
@@ -59,96 +58,101 @@ class Communicator(Protocol):
     statistics: Statistics
 
     @property
-    def dead(self) -> frozenset[int]: ...
+    def dead(self) -> frozenset[int]:
+        """The workers that have died, as far as this one knows. Local.
+
+        No worker waits for them: collectives raise ``errors.RankFailed``. The memory of a dead worker of the same node
+        stays as it is.
+        """
 
     def split(self, color: int) -> Communicator:
-        """A communicator of those workers that give the same ``color``, in the order of their ranks. Collective.
+        """Create a communicator of the workers that pass the same ``color``, in the order of their ranks. Collective.
 
-        It counts into the same statistics and is freed with this one.
+        It shares the statistics of this communicator and is freed with it.
         """
 
     def vector(self, n: int, dtype: Any) -> Vector:
-        """A vector of zeros that peers can read. Collective."""
+        """Allocate a vector of zeros that peers can read. Collective."""
 
     def numbers(self, n: int) -> Vector:
-        """A few numbers, float64 zeros in host memory wherever vectors are, that peers can read. Collective."""
+        """Allocate a few numbers, float64 zeros that peers can read, always in host memory. Collective."""
 
     def node_vector(self, n: int, dtype: Any) -> Vector:
-        """A vector of zeros that peers can read; the workers of a node have one between them. Collective."""
+        """Allocate a vector of zeros that the workers of a node share and that peers can read. Collective."""
 
     def publish(self, vector: Vector) -> None:
-        """Let peers read a vector as it is now, after the next barrier or gather. Local.
+        """Publish a snapshot of ``vector``; peers see it after the next barrier or gather. Local.
 
-        In host memory they do anyway, and who sees what is written there after this sees what was written before. A
-        barrier publishes all vectors.
+        Vectors in host memory are always visible. For them this only orders writes: a peer that sees a later write also
+        sees all earlier ones. A barrier publishes all vectors.
         """
 
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
 
-        Nothing is locked: while the peer is at work, a part of it can be one step newer than another.
+        The vector is not locked: while the peer works, one part of it may be a step newer than another.
         """
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """One vector for all workers, zeros, sharded over them; or ``rows`` of them, changed together. Collective."""
+        """Allocate a vector of zeros sharded over all workers, or ``rows`` that change together. Collective."""
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Vectors at every worker that others read or change under their locks. Collective."""
+        """Allocate vectors at every worker that others read or change under their locks. Collective."""
 
     def allreduce(self, vector: Vector, *, mean: bool = False, part: slice | None = None) -> None:
-        """Replace every worker's vector by the sum (or mean) of all; the same bits everywhere. Collective.
+        """Replace every worker's vector by the sum (or mean) of all, with the same bits everywhere. Collective.
 
         Args:
             vector: (n,) of each worker.
-            mean: Divide by the number of workers.
-            part: Of the vector, the same on all workers; the rest is left alone.
+            mean: Whether to divide by the number of workers.
+            part: The part of the vector to replace, the same on all workers; by default all of it.
         """
 
     def slice_of(self, n: int) -> slice:
-        """This worker's part of a vector of ``n`` elements; the workers of a node have all of it between them. Local.
+        """Return this worker's slice of a vector of ``n`` elements, which ``reduce_slices`` gives it. Local.
 
-        It is what ``reduce_slices`` gives this worker.
+        The slices of the workers of a node cover the vector.
         """
 
     def reduce_slices(self, vector: Vector, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Give each worker what adds up to the sum of all workers' vectors in its part. Collective.
+        """Call ``fn`` with addends of the sum of all workers' vectors in this worker's slice. Collective.
 
-        Where it can be read where it lies, nothing has been added up yet, so that whoever uses the sum can add in the
-        same pass. The vectors must stay as they are. When this returns, every worker of the node has returned from its
-        ``fn``, and sees what all have written in it.
+        Vectors in reach are passed as they are, so that ``fn`` adds them in the same pass in which it uses the sum. The
+        vectors must not change meanwhile. On return, all workers of the node have returned from their ``fn``, and each
+        sees what the others have written there.
 
         Args:
             vector: (n,) of each worker.
-            fn: Called with parts of ``slice_of(n)``, all of it in the end, and for each with 1 to 8 vectors of that
-                part, which are lent for that call.
+            fn: Called with parts of ``slice_of(n)``, which together cover it, and for each with 1 to 8 vectors that
+                add up to the sum in this part. The vectors are valid during the call only.
         """
 
     def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:
-        """Begin to replace every worker's vector by the sum (or mean) of all. Collective, as ``wait`` is.
+        """Start a non-blocking all-reduce. Collective, as is ``wait`` of the result.
 
-        The vector must be left alone until ``wait``; a worker may have one such operation under way.
+        The vector must not be used until ``wait`` returns. A worker may have one all-reduce in progress.
         """
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Begin ``fn``, which exchanges something by itself, in the background. Local.
+        """Start ``fn``, a one-sided exchange, in the background. Local.
 
-        Until it has ended the worker touches nothing that ``fn`` touches. Functions run one after the other.
+        The worker must not use the data of ``fn`` until it has ended. Functions run one after the other.
         """
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something that others do, one-sided, makes ``condition()`` true. Local."""
+        """Wait until the one-sided operations of others make ``condition()`` true. Local."""
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
 
     def reduce(self, array: Any, root: int = 0) -> None:
-        """Sum every worker's array into the root's; the others' are spent. Collective."""
+        """Replace the root's array by the sum of all; the arrays of others are left undefined. Collective."""
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
-        """A few numbers of each worker, to all: (size, len(values)) float64. Collective."""
+        """Return a few numbers of each worker to all workers: (size, len(values)) float64. Collective."""
 
     def barrier(self) -> None:
-        """Wait for every worker. Collective."""
+        """Wait for all workers. Collective."""
 
     def free(self) -> None:
-        """Give back everything that was made here. Collective."""
+        """Free everything that was allocated here. Collective."""

@@ -1,16 +1,16 @@
-"""An all-reduce between nodes that fills both directions of every link.
+"""A ring all-reduce between nodes that uses both directions of every link.
 
 MPI_Allreduce negotiates large messages, and over TCP both Open MPI and MPICH then use one direction at a time. Here
-every message is short enough to be sent at once::
+every message is short enough for the eager protocol::
 
-    p - 1 times    send a part of the sum to the next rank, add what comes from the one before to another part
-    p - 1 times    send a complete part to the next rank, take another from the one before
+    p - 1 times    send a partial sum to the next rank, receive another from the previous rank and add to it
+    p - 1 times    send a complete part to the next rank, receive another from the previous rank
 
-Each part is summed in one order, at one rank, so that all ranks get the same bits at every run.
+Each part is summed in one order, so that all ranks get the same bits in every run.
 
-Parts can travel in a wire format (``native.wire``). They are then summed in float32 at every rank they pass, and a
-complete part is encoded once, by the rank that has it; that rank, too, goes on with what the others decode. A part is
-rounded once at each rank that it leaves, and what that loses is lost: unlike a center, a sum has no next time.
+Parts can travel in a wire format (``native.wire``). Every rank that they pass then sums them in float32. A complete
+part is encoded once, by the rank that completes it, and this rank also continues with the decoded values. A part is
+rounded once per rank. There is no error feedback: unlike a center, a sum has no next exchange.
 
 Source: Patarasuk, Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
 """
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.topology.partition import split
-from mpitrain.collectives.world.progress import pieces, wait_all
+from mpitrain.collectives.world.background import wait_all
+from mpitrain.collectives.world.transfers import pieces
 from mpitrain.kernels.native.wire import Format
 
 
@@ -30,9 +31,9 @@ def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
     """Replace ``total`` (n,) by the sum over the ranks of ``comm``. Collective.
 
     Args:
-        comm: The ranks; no other messages between them are under way.
+        comm: The ranks; there must be no other messages between them.
         total: (n,) this rank's summand.
-        room: For what comes in: as many elements as the largest part of ``split(n, ranks)``.
+        incoming: A buffer for incoming parts, with as many elements as the largest part of ``split(n, ranks)``.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     parts = split(total.size, size)
@@ -48,13 +49,13 @@ def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
 
 
 def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: Format) -> None:
-    """The same for float32 vectors that travel as ``wire`` fetches blocks. Collective.
+    """Replace ``total`` (n,) float32 by the sum over the ranks of ``comm``, sent in a wire format. Collective.
 
     Args:
-        comm: As above.
-        total: As above.
-        room: As above: there is place for two parts of 16-bit numbers.
-        wire: The format.
+        comm: As in ``allreduce``.
+        total: As in ``allreduce``.
+        incoming: As in ``allreduce``; it holds two parts in 16 bits.
+        wire: The wire format; sums travel as it encodes fetched blocks.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     parts = split(total.size, size)
@@ -63,7 +64,7 @@ def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: 
     for step in range(2 * (size - 1)):
         mine, theirs = (total[parts[(rank - step - k) % size]] for k in (0, 1))
         sent, received = going[: wire.fetched_bytes(mine.size)], coming[: wire.fetched_bytes(theirs.size)]
-        if step < size:  # later ones are sent on as they have come
+        if step < size:  # later parts are forwarded as received
             wire.encode(mine, sent)
         if step == size - 1:
             wire.decode(sent, mine)

@@ -1,7 +1,7 @@
 """Broadcast and reduce along a binomial tree, in ceil(log2 p) rounds, pipelined in chunks.
 
-The tree is pure arithmetic (``partition.binomial_tree``); MPI's point-to-point calls carry the chunks, so that a chunk
-travels on while the next one is still arriving.
+``partition.binomial_tree`` computes the tree. MPI's point-to-point calls carry the chunks, so that a rank forwards a
+chunk while it receives the next one.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
 
 
 def reduce(world: World, array: np.ndarray, root: int = 0) -> None:
-    """Sum every rank's array (n,) into the root's, in place; the others' are left with partial sums. Collective.
+    """Replace the root's array (n,) by the sum of all; the other arrays are left with partial sums. Collective.
 
-    Each rank adds its children in a fixed order, so that the result has the same bits at every run.
+    Each rank adds its children in a fixed order, so that the result has the same bits in every run.
     """
     parent, children = binomial_tree(world.rank, world.size, root)
     received = np.empty(min(array.size, max(CHUNK_BYTES // array.itemsize, 1)), array.dtype)

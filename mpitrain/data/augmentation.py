@@ -1,4 +1,4 @@
-"""Random crops and mirror images of a whole batch at once.
+"""Random crops and reflections of a whole batch at once.
 
 Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385), section 4.2: "4
 pixels are padded on each side, and a 32x32 crop is randomly sampled from the padded image or its horizontal flip". As
@@ -11,19 +11,19 @@ from torch.nn import functional
 
 
 def augment(images: Tensor, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Local: a new batch, every image cropped and mirrored its own way.
+    """Return a new batch in which every image is cropped and reflected at random. Local.
 
     Args:
         images: (b, C, H, W) float32, normalised, on any device.
-        generator: Where the randomness comes from, on the CPU; seeded and saved by the caller, one for each rank.
+        generator: The random generator, on the CPU; the caller seeds and saves one for each rank.
         padding: Pixels added on each side before the crop to the original size; 0 for no crop.
-        flip: Whether half of the images are mirrored; not for digits, whose mirror image is something else.
+        flip: Whether to reflect half of the images; unsuitable for digits.
 
     Returns:
-        The same shape, dtype and device.
+        A tensor of the same shape, dtype and device.
     """
     b, c, height, width = images.shape
-    rows = torch.arange(height).expand(b, -1)  # (b, H): the row of the padded image that each row is taken from
+    rows = torch.arange(height).expand(b, -1)  # (b, H): the row of the padded image that becomes each row
     columns = torch.arange(width).expand(b, -1)  # (b, W)
     if flip:
         mirrored = torch.randint(0, 2, (b, 1), generator=generator).bool()

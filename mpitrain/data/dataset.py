@@ -1,4 +1,4 @@
-"""A data set: batches of normalised tensors, wherever the bytes are."""
+"""Data sets, which return batches of normalised tensors from any storage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ class Normalisation:
     std: tuple[float, ...]  # (C,) or (d,)
 
     def apply(self, images: NDArray[Any]) -> Tensor:
-        """Local: a float32 tensor; `images`, (b, C, H, W) or (b, d), may be overwritten if it is float32."""
+        """Return `images`, (b, C, H, W) or (b, d), as a normalised float32 tensor. Local.
+
+        Float32 images may be overwritten.
+        """
         columns = (-1,) + (1,) * (images.ndim - 2)
         std = np.asarray(self.std).reshape(columns)
         factor = torch.from_numpy((1 / (self.scale * std)).astype(np.float32))
@@ -34,56 +37,60 @@ class Normalisation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Training and test samples; made by `mpitrain.data.load`, the same on every rank.
+    """Training and test samples, the same on every rank. `mpitrain.data.load` returns one.
 
-    What a rank asks for is Local: no other rank needs to ask for anything.
+    All methods are local.
     """
 
     name: str
     classes: tuple[str, ...]
     shape: tuple[int, ...]  # of one image: (C, H, W) or (d,)
     normalisation: Normalisation
-    storage: str  # "shared", "private" or "file": of the training images
+    storage: str  # of the training images: "shared", "private" or "file"
     train_images: Images
     train_labels: NDArray[np.int64]  # (n_train,)
     test_images: Images
     test_labels: NDArray[np.int64]  # (n_test,)
-    photographs: bool = False  # whether a shifted or mirrored image is still one of its class
+    photographs: bool = False  # whether a shifted or reflected image keeps its class
     file: h5py.File | None = None
 
     @property
     def n_train(self) -> int:
-        """Training samples."""
+        """The number of training samples."""
         return len(self.train_labels)
 
     @property
     def n_test(self) -> int:
-        """Test samples."""
+        """The number of test samples."""
         return len(self.test_labels)
 
     @property
     def n_classes(self) -> int:
-        """Classes."""
+        """The number of classes."""
         return len(self.classes)
 
     @property
     def augmentable(self) -> bool:
-        """Whether `augment` makes sense: photographs of at least 28x28 pixels."""
+        """Whether `augment` is suitable: photographs of at least 28x28 pixels."""
         return self.photographs and len(self.shape) == 3 and min(self.shape[1:]) >= 28
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:
-        """Local: the training samples at these indices, in that order."""
+        """Return the training samples at the given indices, in that order. Local."""
         return self.normalisation.apply(self.train_images.select(indices)), torch.from_numpy(self.train_labels[indices])
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Local: announces what `batch` will ask for; call it with `sampler.shard(epoch)` when a sharded epoch begins.
+        """Prepare for batches of the given indices; call with `sampler.shard(epoch)` before a sharded epoch. Local.
 
-        Only private storage of a file does something about it; without it, each batch is read from the file.
+        Private storage of a file reads the samples at once; otherwise each batch would be read from the file. Other
+        storages need no preparation.
         """
         self.train_images.stage(indices)
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Local: the test set in order, the last batch perhaps smaller; `size` callers share the batches."""
+        """Yield the test set in order; the last batch may be smaller. Local.
+
+        With `size` callers, caller `rank` gets every `size`-th batch.
+        """
         for start in range(rank * batch_size, self.n_test, size * batch_size):
             indices = np.arange(start, min(start + batch_size, self.n_test))
             yield (
@@ -92,10 +99,10 @@ class Dataset:
             )
 
     def train_batches(self, batch_size: int, limit: int) -> Iterator[Batch]:
-        """Local: a fixed random subset of at most `limit` training samples, in full batches, for BatchNorm statistics.
+        """Yield a fixed random subset of at most `limit` training samples in full batches, for BatchNorm. Local.
 
-        The same on every rank and at every call. It is shuffled because files are often sorted by class. Where
-        there are fewer samples than a batch, they are one batch.
+        The subset is the same on every rank and at every call. It is shuffled because files are often sorted by class.
+        Fewer samples than a batch form one batch.
         """
         limit = min(limit, self.n_train)
         batch_size = min(batch_size, limit)
@@ -104,6 +111,6 @@ class Dataset:
             yield self.batch(indices)
 
     def close(self) -> None:
-        """Local: closes the file that batches are read from, if any."""
+        """Close the file from which batches are read, if there is one. Local."""
         if self.file is not None:
             self.file.close()

@@ -1,25 +1,24 @@
-"""Which samples a worker draws at a step: integers in, indices out, a pure function of (seed, rank, epoch, step).
+"""The samples that a worker draws at a step, a pure function of (seed, rank, epoch, step).
 
-Two modes, because the papers disagree (Zhang et al. 2015: every worker samples the whole set; Parle, Jin et al., SGP:
-shards).
+There are two modes because papers differ (Zhang et al. 2015: every worker samples the whole set; Parle, Jin et al.,
+SGP: shards).
 
-  independent   Each worker shuffles the WHOLE training set with a seed of its own and goes through it again and again:
-                its indices are one permutation of n after the other, cut into batches without leaving anything out.
-  sharded       One permutation per epoch, common to all. Its slice k of p*b indices is the global batch k, of which
-                worker r takes the sub-slice r*b:(r+1)*b. So p workers with batch b draw, together, exactly what one
-                worker with batch p*b draws with the same seed; shards are disjoint within an epoch and differ between
-                epochs. The n mod p*b samples at the end of the permutation are left out; they are others in each epoch.
+  independent   Each worker shuffles the WHOLE training set with a seed of its own, again and again: its indices are a
+                sequence of permutations of n, cut into batches without a remainder.
+  sharded       All workers share one permutation per epoch. Its slice k of p*b indices is the global batch k, of which
+                worker r draws the sub-slice r*b:(r+1)*b. Together, p workers with batch b therefore draw exactly the
+                batches of one worker with batch p*b and the same seed. Shards are disjoint within an epoch and differ
+                between epochs. The n mod p*b samples at the end of the permutation are left out of the epoch.
 
       permutation of the epoch   |-- global batch 0 --|-- global batch 1 --|-- ... --|left out|
                                  | r=0 | r=1 | r=2    | r=0 | r=1 | r=2    |
 
-In both modes an epoch is n // (p*b) steps of each worker: an epoch of all workers together computes the gradients of
-about n samples, which is the x-axis on which methods are compared. An independent worker has therefore seen the whole
-set after p epochs. Where p*b is more than n, an independent epoch is one step, and sharding is refused.
+In both modes an epoch is n // (p*b) steps of each worker. An epoch of all workers computes the gradients of about n
+samples, the unit in which methods are compared; an independent worker has seen the whole set after p epochs. If p*b is
+more than n, an independent epoch is one step, and sharding is refused.
 
-Shards that stay the same would let each rank keep its part of the data for ever, but would break the equality with one
-big batch, the sharpest test a synchronous method has; `storage.py` says what is done instead for data that does not fit
-into memory.
+Fixed shards would let each rank keep its part of the data, but would break the equality with one large batch, the
+sharpest test of a synchronous method; `storage.py` says how data is kept that does not fit into memory.
 """
 
 from collections.abc import Mapping
@@ -33,13 +32,13 @@ MODES = ("independent", "sharded")
 
 
 class Sampler:
-    """The batches of one worker, and how far it has come.
+    """The batches of one worker, and its position in them.
 
     Args:
-        n: Samples in the training set.
-        batch_size: Samples in a worker's batch, b.
-        rank: This worker, r.
-        size: How many workers there are, p.
+        n: The number of training samples.
+        batch_size: The number of samples in a worker's batch, b.
+        rank: The rank of this worker, r.
+        size: The number of workers, p.
         seed: The run's seed, the same on every rank.
         mode: "independent" or "sharded".
     """
@@ -67,7 +66,7 @@ class Sampler:
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Local: the batch of this worker at a step of an epoch, (batch_size,) int64; pure."""
+        """Return this worker's batch at a step of an epoch, (batch_size,) int64. Local and pure."""
         if not (epoch >= 0 and 0 <= step < self.steps_per_epoch):
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
         b, p, r = self.batch_size, self.size, self.rank
@@ -81,11 +80,11 @@ class Sampler:
         return np.concatenate([head, self._permutation(n_pass + 1)[: b - len(head)]])
 
     def shard(self, epoch: int) -> NDArray[np.int64]:
-        """Local: everything this worker draws in an epoch, step after step, (steps_per_epoch * batch_size,) int64."""
+        """Return this worker's batches of an epoch in order, (steps_per_epoch * batch_size,) int64. Local."""
         return np.concatenate([self.indices(epoch, step) for step in range(self.steps_per_epoch)])
 
     def draw(self) -> NDArray[np.int64]:
-        """Local: the next batch; moves on by one step."""
+        """Return the next batch and advance by one step. Local."""
         indices = self.indices(self.epoch, self.step)
         self.step += 1
         if self.step == self.steps_per_epoch:
@@ -93,11 +92,11 @@ class Sampler:
         return indices
 
     def state(self) -> dict[str, int]:
-        """Where the sampler stands, and what it was made for."""
+        """Return the position and the parameters of the sampler."""
         return {**self._identity(), "epoch": self.epoch, "step": self.step}
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Goes on where `state` stood; refuses a state under which the same position would mean other samples."""
+        """Continue from a saved state; refuse one of a sampler with other parameters, which draws other samples."""
         for name, value in self._identity().items():
             if int(state[name]) != value:
                 raise UsageError(
@@ -116,10 +115,10 @@ class Sampler:
         }
 
     def _permutation(self, number: int) -> NDArray[np.int64]:
-        """The permutation of an epoch (sharded) or of a pass of this worker (independent); the last two are kept."""
+        """Return the permutation of an epoch (sharded) or of this worker's pass (independent); cache the last two."""
         if number not in self._permutations:
             while len(self._permutations) > 1:
                 del self._permutations[next(iter(self._permutations))]
-            who = 0 if self.mode == "sharded" else 1 + self.rank
-            self._permutations[number] = np.random.default_rng([self.seed, who, number]).permutation(self.n)
+            stream = 0 if self.mode == "sharded" else 1 + self.rank
+            self._permutations[number] = np.random.default_rng([self.seed, stream, number]).permutation(self.n)
         return self._permutations[number]

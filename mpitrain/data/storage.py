@@ -1,15 +1,15 @@
-"""Where the images of a data set are kept, chosen by size.
+"""Storage of the images of a data set, chosen by size.
 
-  shared    Once per node, in memory that all its ranks see; every rank reads its 1/local_size of it. The first choice
-            for either way of sampling: on one node it takes no more memory than private shards would, and any index is
-            at hand.
-  private   In this rank's own memory. For a file that does not fit into shared memory, with sharded sampling: the shard
-            of the epoch, n/p samples, which `stage` reads in one sweep through the file at the start of each epoch
-            (shards change with the epoch, see `sampler.py`). Built-in data that is tiny or does not fit into shared
-            memory is private too, as a whole.
-  file      Nowhere: every batch is read from the file, in the order of the file, neighbours in one read.
+  shared    Once per node, in memory that all its ranks see; each rank reads 1/local_size of it. This is the first
+            choice for both modes of sampling: on one node it takes no more memory than private shards would, and every
+            sample is available.
+  private   In the memory of this rank. For a file that does not fit into shared memory, with sharded sampling: the
+            shard of the epoch, n/p samples, which `stage` reads in one sweep through the file at the start of each
+            epoch (shards change with the epoch, see `sampler.py`). Built-in data that is tiny or does not fit into
+            shared memory is private too, as a whole.
+  file      In the file only: every batch is read in the order of the file, adjacent rows in one read.
 
-"Fits" means half of what is free. A rank asks for indices and gets images, whatever the storage, so that nodes may
+Data fits if it takes at most half of the free memory. Images are selected by index from any storage, so that nodes may
 choose differently.
 """
 
@@ -27,38 +27,38 @@ from numpy.typing import NDArray
 from mpitrain.errors import UsageError
 
 STORAGES = ("shared", "private", "file")
-MAX_GAP_BYTES = 2**16  # rows nearer than this are read in one go: a read call costs about as much as 64 KiB of copying
-MAX_READ_BYTES = 2**24  # what one read call brings in at most
+MAX_GAP_BYTES = 2**16  # rows closer than this are read at once: a read call costs as much as copying about 64 KiB
+MAX_READ_BYTES = 2**24  # the most that one call reads
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much memory data may take on this node."""
+    """The memory that data may take on this node."""
 
     shared_bytes: int  # node-shared
     private_bytes: int  # of all ranks of the node together
 
     @classmethod
     def measure(cls) -> "Limits":
-        """Half of what is free now; memory that this process's control group does not allow is not free."""
+        """Return half of the free memory; the limit of this process's control group counts too."""
         memory_bytes = _free_memory_bytes()
         try:
             shm = os.statvfs("/dev/shm")
             shared_bytes = min(shm.f_bavail * shm.f_frsize, memory_bytes)
-        except OSError:  # no such file system: shared memory is ordinary memory
+        except OSError:  # without this file system, shared memory is ordinary memory
             shared_bytes = memory_bytes
         return cls(shared_bytes // 2, memory_bytes // 2)
 
 
 def choose(total_bytes: int, *, sampling: str, size: int, local_size: int, limits: Limits) -> str:
-    """The storage of a file's training images: pure.
+    """Return the storage of a file's training images. Pure.
 
     Args:
-        total_bytes: All images and labels of the file.
+        total_bytes: The size of all images and labels.
         sampling: "independent" or "sharded".
-        size: Ranks of the world.
-        local_size: Ranks of this node.
-        limits: What fits.
+        size: The number of ranks.
+        local_size: The number of ranks on this node.
+        limits: The memory that the data may take.
     """
     if total_bytes <= limits.shared_bytes:
         return "shared"
@@ -68,15 +68,18 @@ def choose(total_bytes: int, *, sampling: str, size: int, local_size: int, limit
 
 
 def share_of(n: int, index: int, count: int, align: int = 1) -> tuple[int, int]:
-    """Rows [start, stop) of rank `index` of `count`; bounds are multiples of `align`, so no chunk is read twice."""
+    """Return the rows [start, stop) of rank `index` of `count`.
+
+    Bounds are multiples of `align`, so that no chunk is read twice.
+    """
     n_blocks = -(-n // align)
     return min(n_blocks * index // count * align, n), min(n_blocks * (index + 1) // count * align, n)
 
 
 def runs(indices: NDArray[np.int64], *, max_gap: int, max_length: int) -> Iterator[tuple[int, int]]:
-    """Cuts sorted indices into stretches [i, j) whose rows are read at once.
+    """Divide sorted indices into runs [i, j) whose rows are read at once.
 
-    Neighbours within a stretch are at most `max_gap` rows apart, and a stretch spans at most `max_length` rows.
+    Adjacent indices of a run are at most `max_gap` rows apart, and a run spans at most `max_length` rows.
     """
     starts = np.concatenate([[0], np.flatnonzero(np.diff(indices) > max_gap) + 1, [len(indices)]])
     for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -87,14 +90,14 @@ def runs(indices: NDArray[np.int64], *, max_gap: int, max_length: int) -> Iterat
 
 
 class Images(Protocol):
-    """(n, C, H, W) or (n, d), uint8 or float32, somewhere."""
+    """Images (n, C, H, W) or (n, d), uint8 or float32, in any storage."""
 
     def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Local: a new array of the images at `indices`, in that order."""
+        """Return a new array of the images at `indices`, in that order. Local."""
         ...
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Local: these are needed soon."""
+        """Prepare for the selection of these images. Local."""
         ...
 
 
@@ -105,20 +108,20 @@ class MemoryImages:
         self.array = array
 
     def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Local: see `Images`."""
+        """See `Images.select`. Local."""
         images: NDArray[Any] = self.array[indices]
         return images
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Local: nothing to do."""
+        """Do nothing. Local."""
 
 
 class FileImages:
-    """Images in a data set of an HDF5 file.
+    """Images in a dataset of an HDF5 file.
 
     Args:
-        source: (n, ...) the HDF5 data set.
-        staging: Whether `stage` keeps what it is told in private memory.
+        source: (n, ...) the HDF5 dataset.
+        staging: Whether `stage` reads images into private memory.
     """
 
     def __init__(self, source: h5py.Dataset, *, staging: bool = False) -> None:
@@ -128,7 +131,7 @@ class FileImages:
         self._buffer: NDArray[Any] = np.empty((0, *source.shape[1:]), source.dtype)  # the images at _staged
 
     def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Local: see `Images`; from private memory if all are staged, else from the file."""
+        """Select images from private memory if all are staged, else from the file. Local."""
         if len(self._staged):
             places = np.minimum(np.searchsorted(self._staged, indices), len(self._staged) - 1)
             if (self._staged[places] == indices).all():
@@ -139,20 +142,20 @@ class FileImages:
         return images
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Local: reads these into private memory, in place of what was there."""
+        """Read images into private memory, in place of those staged before. Local."""
         if not self.staging:
             return
         staged = np.unique(indices)
         if np.array_equal(staged, self._staged):
             return
-        self._staged = np.empty(0, np.int64)  # a failed read must not leave a buffer that is half new
+        self._staged = np.empty(0, np.int64)  # a failed read leaves a buffer that is partly new
         if len(staged) != len(self._buffer):
             self._buffer = np.empty((len(staged), *self.source.shape[1:]), self.source.dtype)
         self._read(staged, np.arange(len(staged)), self._buffer)
         self._staged = staged
 
     def _read(self, indices: NDArray[np.int64], order: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """out[k] = image indices[k], read in `order`, which sorts the indices."""
+        """Read image indices[k] into out[k], in the `order` that sorts the indices."""
         ascending = indices[order]
         row_bytes = math.prod(self.source.shape[1:]) * self.source.dtype.itemsize
         max_gap, max_length = max(1, MAX_GAP_BYTES // row_bytes), max(1, MAX_READ_BYTES // row_bytes)
@@ -169,24 +172,24 @@ class FileImages:
 
 
 def _free_memory_bytes() -> int:
-    """Memory that this process may still take."""
+    """Return the memory that this process may still allocate."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         free = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 2**10
         own = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
     except (OSError, ValueError, KeyError):
         return free
-    for group in (own, *own.parents):  # a job's limit may stand above the group of its task
+    for group in (own, *own.parents):  # the limit of a job may be set on a parent of its task's group
         try:
             limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
             stat = _numbers(group / "memory.stat")
         except (OSError, ValueError):  # no group, or "max"
             continue
-        cached = stat.get("active_file", 0) + stat.get("inactive_file", 0)  # counted as used, but given up when needed
+        cached = stat.get("active_file", 0) + stat.get("inactive_file", 0)  # counted as used, but freed on demand
         free = min(free, max(0, limit - used + cached))
     return free
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """A file of lines `name number ...`."""
+    """Parse a file of lines `name number ...`."""
     return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines() if line.strip()}

@@ -1,24 +1,10 @@
-"""The fused arithmetic of the methods: one declaration, three back-ends (NumPy, Numba, CUDA).
+"""The methods' fused arithmetic: declared once, run by three back-ends (NumPy, Numba, CUDA).
 
-`Kernel` declares one; the library below holds those of the methods, by family:
+A `Kernel` is declared in the file of its family with the equations of its paper. `__all__` lists them by family, and
+each kernel's docstring gives its equations, source and bytes moved per element.
 
-- elastic averaging: `elastic_exchange elastic_exchange_seen elastic_displacement elastic_center elastic_pull
-  elastic_sync elastic_sync_center_first`
-- multipliers: `admm_local admm_turn admm_arrival`
-- local steps: `sgd_step heavy_ball_step eamsgd_step lookahead torch_momentum_step torch_nesterov_step`
-- parameter servers: `commit_and_pull commit_only pull_only commit_averaged commit_gathered gather_step master_momentum
-  adag_commit adag_scale adag_push`
-- mixing: `pair_average symmetric_average weighted_average push_receive scaled_add scale copy`,
-  and for a number of vectors `weighted_mix(k) sum_into(k) sum_everywhere(k) mean_step(kind, k)`
-- push-sum: `debias`
-- between rounds of local steps: `keep_finite outer_gradient slow_momentum outer_nesterov delayed_correction
-  entropy_inner entropy_outer`
-- many workers' vectors side by side: `receive accumulate`, and `robust.Rows`
-- reductions of many vectors: `reduce_sum reduce_broadcast`
-- no arithmetic, but wherever vectors lie: `assign to_host`; what small changes are added up in: `accumulator`
-
-Importing this package imports NumPy only. Numba comes with the first call on NumPy arrays, CuPy with the first on
-others.
+Importing this package imports NumPy only. Numba is imported with the first call on NumPy arrays, CuPy with the first
+call on device arrays.
 """
 
 from __future__ import annotations
@@ -86,67 +72,77 @@ from mpitrain.kernels.steps import (
 )
 
 __all__ = [
-    "MOST_OF_A_MEAN",
+    # The declaration, and the compiled kernels.
     "Kernel",
-    "accumulate",
-    "accumulator",
-    "adag_commit",
-    "adag_push",
-    "adag_scale",
-    "admm_arrival",
-    "admm_local",
-    "admm_turn",
-    "assign",
     "cache_root",
-    "commit_and_pull",
-    "commit_averaged",
-    "commit_gathered",
-    "commit_only",
-    "copy",
-    "debias",
-    "delayed_correction",
-    "eamsgd_step",
+    "library",
+    # Elastic averaging.
     "elastic_center",
-    "elastic_exchange",
     "elastic_displacement",
+    "elastic_exchange",
     "elastic_exchange_seen",
     "elastic_pull",
     "elastic_sync",
     "elastic_sync_center_first",
-    "entropy_inner",
-    "entropy_outer",
-    "gather_step",
+    # ADMM.
+    "admm_arrival",
+    "admm_local",
+    "admm_turn",
+    # Local steps; `mean_step(kind, k)` takes the mean of k gradients.
+    "MOST_OF_A_MEAN",
+    "eamsgd_step",
     "heavy_ball_step",
-    "keep_finite",
-    "library",
     "lookahead",
-    "master_momentum",
     "mean_step",
-    "outer_gradient",
-    "outer_nesterov",
-    "pair_average",
+    "sgd_step",
+    "torch_momentum_step",
+    "torch_nesterov_step",
+    # Parameter servers.
+    "adag_commit",
+    "adag_push",
+    "adag_scale",
+    "commit_and_pull",
+    "commit_averaged",
+    "commit_gathered",
+    "commit_only",
+    "gather_step",
+    "master_momentum",
     "pull_only",
+    # Mixing; `weighted_mix(k)`, `sum_into(k)` and `sum_everywhere(k)` are kernels for k vectors.
+    "copy",
+    "debias",
+    "pair_average",
     "push_receive",
-    "receive",
-    "reduce_broadcast",
-    "reduce_sum",
     "scale",
     "scaled_add",
-    "sgd_step",
-    "slow_momentum",
     "sum_everywhere",
     "sum_into",
     "symmetric_average",
-    "to_host",
-    "torch_momentum_step",
-    "torch_nesterov_step",
     "weighted_average",
     "weighted_mix",
+    # Between rounds of local steps.
+    "delayed_correction",
+    "entropy_inner",
+    "entropy_outer",
+    "keep_finite",
+    "outer_gradient",
+    "outer_nesterov",
+    "slow_momentum",
+    # Byzantine robustness; `robust.Rows` holds many workers' vectors.
+    "accumulate",
+    "receive",
+    # Reductions of many vectors.
+    "reduce_broadcast",
+    "reduce_sum",
+    # Vectors in host or device memory, and the dtype in which to accumulate small changes.
+    "accumulator",
+    "assign",
+    "to_host",
 ]
 
 
 def library() -> tuple[Kernel, ...]:
-    """Every declared kernel, and one of each that is made for a number of vectors."""
+    """Return every declared kernel, and one example of each kernel that is made for a number of vectors."""
     families = (
         *elastic.KERNELS,
         *admm.KERNELS,
@@ -157,5 +153,5 @@ def library() -> tuple[Kernel, ...]:
         *outer.KERNELS,
         *robust.KERNELS,
     )
-    of_many = (weighted_mix(2), sum_into(3), sum_everywhere(3))
-    return (*families, *of_many, *(mean_step(kind, 2) for kind in ("sgd", "momentum", "nesterov")))
+    for_many_vectors = (weighted_mix(2), sum_into(3), sum_everywhere(3))
+    return (*families, *for_many_vectors, *(mean_step(kind, 2) for kind in ("sgd", "momentum", "nesterov")))

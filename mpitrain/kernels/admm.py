@@ -1,11 +1,11 @@
-"""The turn of a worker in ADMM: its multiplier, its parameters, its contribution to the center.
+"""A worker's turn in ADMM: update its multiplier, its parameters and its contribution to the center.
 
 Boyd, Parikh, Chu, Peleato, Eckstein 2011, Distributed optimization and statistical learning via the alternating
 direction method of multipliers, section 7.1; linearised and with multipliers scaled by rho as in Zhang, Choromanska,
 LeCun 2015, https://arxiv.org/abs/1412.6651, section 4. The minimisation over x_i is one gradient step with an exact
-proximal term, so that a turn is one pass.
+proximal term, so that a turn is one pass. x is the worker's parameters, lam its multiplier, c the center.
 
-A contribution is guarded: where x_i or its multiplier is not finite, it does not change.
+The change of a contribution is guarded: where x_i or its multiplier is not finite, the contribution stays as it is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ admm_local: Final = Kernel(
     scalars="eta rho decay",
     guard="d",
     source=_ZHANG,
-    doc="A turn of all workers at once: c becomes this worker's contribution, and the mean of all is the next center.",
+    doc="Take a turn of all workers at once: c becomes this worker's contribution; their mean is the next center.",
 )
 
 admm_turn: Final = Kernel(
@@ -45,7 +45,7 @@ admm_turn: Final = Kernel(
     scalars="eta rho decay share",
     guard="d",
     source=_ZHANG,
-    doc="A turn of one worker: its contribution s is replaced in c, the mean of all contributions; share is 1/p.",
+    doc="Take a turn of one worker and replace its contribution s in the center c, the mean of all; share = 1/p.",
 )
 
 admm_arrival: Final = Kernel(
@@ -59,7 +59,7 @@ admm_arrival: Final = Kernel(
     scalars="eta rho decay share",
     guard="d",
     source=f"{_ZHANG}; Zhang and Kwok 2014, Asynchronous distributed ADMM, algorithm 1",
-    doc="A turn of one worker that does not move the center: s is replaced in m, the mean that it will be.",
+    doc="Take a turn of one worker with the center fixed: its contribution s is replaced in m, the next center.",
 )
 
 KERNELS: Final = (admm_local, admm_turn, admm_arrival)

@@ -1,8 +1,8 @@
-"""What workers commit to a parameter server, and what it keeps: DOWNPOUR and its descendants.
+"""Commits to a parameter server and pulls from it: DOWNPOUR and its descendants.
 
-x is the worker's model, o (origin) what it last pulled, c the center. A commit is a displacement d, guarded: what is
-not finite is dropped, and the pull that follows gives the worker finite parameters again. A commit and the pull after
-it are one pass under one lock, so that the pull sees the commit.
+x is the worker's parameters, o (origin) the parameters it last pulled, c the center. A commit is a displacement d. It
+is guarded: non-finite elements are dropped, and the pull that follows gives the worker finite parameters again. A
+commit and the pull after it are one pass under one lock, so that the pull sees the commit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ commit_and_pull: Final = Kernel(
     scalars="a",
     guard="d",
     source=f"{_DOWNPOUR} (a = 1); Hermans 2017, arXiv 1710.02368 (a = 1/lambda)",
-    doc="A worker commits a times its displacement, then pulls.",
+    doc="Commit a times the worker's displacement, then pull.",
 )
 
 commit_only: Final = Kernel(
@@ -39,7 +39,7 @@ commit_only: Final = Kernel(
     arrays="x o c",
     guard="d",
     source=f"{_DOWNPOUR}, n_push",
-    doc="A worker commits its displacement and goes on where it is: the displacement is counted anew from here.",
+    doc="Commit the worker's displacement without pulling; the next displacement starts from x.",
 )
 
 pull_only: Final = Kernel(
@@ -52,7 +52,7 @@ pull_only: Final = Kernel(
     arrays="x o c",
     guard="d",
     source=f"{_DOWNPOUR}, n_fetch",
-    doc="A worker pulls the center; the displacement that it has not committed yet stays x - o.",
+    doc="Pull the center and set o so that the uncommitted displacement remains x - o.",
 )
 
 commit_averaged: Final = Kernel(
@@ -68,7 +68,7 @@ commit_averaged: Final = Kernel(
     scalars="a",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, section 5: ADOWNPOUR (a = 1/(t+1)) and MVADOWNPOUR",
-    doc="A commit and a pull, and the center's running average z.",
+    doc="Commit, pull, and update the running average z of the center.",
 )
 
 commit_gathered: Final = Kernel(
@@ -83,7 +83,7 @@ commit_gathered: Final = Kernel(
     scalars="a",
     guard="d",
     source=f"{_DOWNPOUR}: the accumulated gradients; Hermans 2017, arXiv 1710.02368",
-    doc="A worker commits a times what it has gathered in v, pulls, and gathers anew.",
+    doc="Commit a times the steps gathered in v, pull, and reset v.",
 )
 
 gather_step: Final = Kernel(
@@ -92,7 +92,7 @@ gather_step: Final = Kernel(
     arrays="v g x",
     scalars="eta decay",
     source=_DOWNPOUR,
-    doc="Adds the step of plain SGD to v, and leaves x where it is.",
+    doc="Add a step of plain SGD to v and leave x unchanged.",
 )
 
 master_momentum: Final = Kernel(
@@ -107,7 +107,7 @@ master_momentum: Final = Kernel(
     scalars="eta delta decay",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, section 5: MDOWNPOUR, in the look-ahead form of Nesterov momentum",
-    doc="The center takes a gradient with momentum, and the worker the next look-ahead point x.",
+    doc="Take a momentum step of the center, and give the worker the next look-ahead point x.",
 )
 
 adag_commit: Final = Kernel(
@@ -123,7 +123,7 @@ adag_commit: Final = Kernel(
     scalars="a k",
     guard="d",
     source=f"{_ADAG}, scaled at the center",
-    doc="A commit, damped element by element by how far (e) the center has moved since the pull; k = 1/gamma; a pull.",
+    doc="Commit, damped by how far (e) the center has moved since the pull, then pull; k = 1/gamma.",
 )
 
 adag_scale: Final = Kernel(
@@ -138,7 +138,7 @@ adag_scale: Final = Kernel(
     scalars="a k",
     guard="d",
     source=f"{_ADAG}, scaled at the worker",
-    doc="The worker pulls c to o and holds in x what it will commit; adag_push follows.",
+    doc="Pull c to o and put the damped displacement in x, for adag_push to commit.",
 )
 
 adag_push: Final = Kernel(
@@ -152,7 +152,7 @@ adag_push: Final = Kernel(
     arrays="x o c",
     guard="d",
     source=f"{_ADAG}, scaled at the worker",
-    doc="The worker commits what adag_scale has left in x, and goes on from what it pulled then, plus that.",
+    doc="Commit the displacement that adag_scale put in x, and continue from the pulled o plus it.",
 )
 
 KERNELS: Final = (

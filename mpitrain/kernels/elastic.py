@@ -1,12 +1,12 @@
 """The exchanges of elastic averaging.
 
 Zhang, Choromanska, LeCun: Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, equations
-5-6 and Algorithms 1-2. The rates of worker and center are separate (a_w, a_c), which makes DOWNPOUR-like
-pulls and model averaging special cases; the paper's symmetric exchange is a_w = a_c = alpha and conserves x + c. Both
-sides move from their old values (Jacobi) unless a kernel says otherwise (Gauss-Seidel; Zhang's thesis, 2016,
-https://arxiv.org/abs/1605.02216, chapter 6).
+5-6 and Algorithms 1-2. x is a worker's parameters, c the center. Worker and center have separate moving rates (a_w,
+a_c), which makes DOWNPOUR-like pulls and model averaging special cases. The paper's symmetric exchange is a_w = a_c =
+alpha and conserves x + c. Both sides move from their old values (Jacobi) unless a kernel says otherwise (Gauss-Seidel;
+Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 6).
 
-What enters the center is guarded: a worker whose parameters are no longer finite neither spoils the center nor stops.
+The difference that enters the center is guarded: a worker with non-finite parameters does not spoil the center.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ elastic_exchange: Final = Kernel(
     scalars="a_w a_c",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
-    doc="A worker and the center pull each other together, both from their old values.",
+    doc="Move a worker and the center towards each other, both from their old values.",
 )
 
 elastic_exchange_seen: Final = Kernel(
@@ -41,7 +41,7 @@ elastic_exchange_seen: Final = Kernel(
     scalars="a_w a_c",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
-    doc="As elastic_exchange; besides, z becomes the center as the worker leaves it.",
+    doc="Perform elastic_exchange and copy the new center to z.",
 )
 
 elastic_displacement: Final = Kernel(
@@ -55,7 +55,7 @@ elastic_displacement: Final = Kernel(
     scalars="a_w a_c",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
-    doc="As elastic_exchange for a worker that goes on meanwhile: x, its copy, becomes what it has to subtract.",
+    doc="Perform elastic_exchange on a copy x of a worker that trains on: x becomes the displacement to subtract.",
 )
 
 elastic_center: Final = Kernel(
@@ -68,7 +68,7 @@ elastic_center: Final = Kernel(
     scalars="a_c p",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, eq. 6",
-    doc="The synchronous center moves towards the workers, given s, the sum of all p of them.",
+    doc="Move the synchronous center towards the workers; s is the sum of all p workers.",
 )
 
 elastic_pull: Final = Kernel(
@@ -81,7 +81,7 @@ elastic_pull: Final = Kernel(
     scalars="a_w",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, eq. 5",
-    doc="A worker moves towards the center, which does not move.",
+    doc="Move a worker towards the center and leave the center unchanged.",
 )
 
 elastic_sync: Final = Kernel(
@@ -95,7 +95,7 @@ elastic_sync: Final = Kernel(
     scalars="a_w a_c p",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, eq. 5-6",
-    doc="The synchronous exchange of a rank that keeps a copy of the center: both sides from the old values (Jacobi).",
+    doc="Exchange synchronously with a local copy of the center, both sides from their old values (Jacobi).",
 )
 
 elastic_sync_center_first: Final = Kernel(
@@ -109,7 +109,7 @@ elastic_sync_center_first: Final = Kernel(
     scalars="a_w a_c p",
     guard="d",
     source="Zhang 2016, arXiv 1605.02216, chapter 6",
-    doc="The synchronous exchange in which the workers move towards the center that has already moved (Gauss-Seidel).",
+    doc="Exchange synchronously; workers move towards the center after it has moved (Gauss-Seidel).",
 )
 
 KERNELS: Final = (

@@ -1,8 +1,8 @@
-"""Averages and linear combinations of vectors: gossip, all-reduce, and the plain vector operations.
+"""Averages and linear combinations of vectors: gossip, all-reduce, and plain vector operations.
 
-A pair average is written as a displacement, x + (z - x)/2, and not as (x + z)/2: the guard can then drop a peer's NaN
-and leave x what it was, and a symmetric average moves the two by the same amount in opposite directions, so that their
-sum is kept even where an element is rejected. Either form stays between x and z.
+A pair average is written as a displacement, x + (z - x)/2, rather than as (x + z)/2. The guard can then drop a peer's
+NaN and leave x unchanged, and a symmetric average moves both vectors by the same amount in opposite directions, so that
+their sum is conserved even where an element is dropped. Both forms stay between x and z.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pair_average: Final = Kernel(
     arrays="x z",
     guard="d",
     source=f"{_GOSSIP}, gossiping SGD (pull)",
-    doc="x becomes the mean of x and a peer's z; z is not touched.",
+    doc="Replace x by the mean of x and a peer's z; z is unchanged.",
 )
 
 symmetric_average: Final = Kernel(
@@ -36,7 +36,7 @@ symmetric_average: Final = Kernel(
     arrays="x z",
     guard="d",
     source="Lian, Zhang, Zhang, Liu 2018, AD-PSGD, arXiv 1710.06952, Algorithm 1",
-    doc="Both become their mean (to rounding); x + z is kept.",
+    doc="Replace x and z by their mean (up to rounding); x + z is conserved.",
 )
 
 weighted_average: Final = Kernel(
@@ -49,7 +49,7 @@ weighted_average: Final = Kernel(
     scalars="share",
     guard="d",
     source="Assran et al. 2019, SGP, arXiv 1811.10792; Lian et al. 2017, D-PSGD, arXiv 1705.09056",
-    doc="x becomes (w*x + w_z*z)/(w + w_z) with share = w_z/(w + w_z); z is not touched.",
+    doc="Replace x by (w*x + w_z*z)/(w + w_z), with share = w_z/(w + w_z); z is unchanged.",
 )
 
 push_receive: Final = Kernel(
@@ -62,7 +62,7 @@ push_receive: Final = Kernel(
     scalars="n",
     guard="d",
     source=f"{_GOSSIP}, gossiping SGD (push): x = (x + r) / (1 + n)",
-    doc="x becomes the mean of itself and n received vectors whose sum is r.",
+    doc="Replace x by the mean of itself and n received vectors whose sum is r.",
 )
 
 scaled_add: Final = Kernel(
@@ -71,13 +71,13 @@ scaled_add: Final = Kernel(
     arrays="y x",
     scalars="a",
     source="BLAS axpy",
-    doc="Adds a multiple of x to y.",
+    doc="Add a multiple of x to y.",
 )
 
-scale: Final = Kernel("scale", "x = a * x", arrays="x", scalars="a", source="BLAS scal", doc="Multiplies x by a.")
+scale: Final = Kernel("scale", "x = a * x", arrays="x", scalars="a", source="BLAS scal", doc="Multiply x by a.")
 
 copy: Final = Kernel(
-    "copy", "y = x", arrays="y x", source="BLAS copy", doc="y becomes x, converted if they are stored differently."
+    "copy", "y = x", arrays="y x", source="BLAS copy", doc="Copy x to y, converting the dtype if they differ."
 )
 
 KERNELS: Final = (pair_average, symmetric_average, weighted_average, push_receive, scaled_add, scale, copy)
@@ -85,9 +85,10 @@ KERNELS: Final = (pair_average, symmetric_average, weighted_average, push_receiv
 
 @functools.cache
 def weighted_mix(k: int) -> Kernel:
-    """The kernel ``x = w0*x + w1*z1 + ... + wk*zk``; called as ``weighted_mix(k)(x, z1, ..., zk, w0, ..., wk)``.
+    """Return the kernel ``x = w0*x + w1*z1 + ... + wk*zk``.
 
-    Source: Lian et al. 2017, D-PSGD, arXiv 1705.09056, Algorithm 1, with row i of the mixing matrix W as weights.
+    It is called as ``weighted_mix(k)(x, z1, ..., zk, w0, ..., wk)``.
+    Source: Lian et al. 2017, D-PSGD, arXiv 1705.09056, Algorithm 1; the weights are row i of the mixing matrix W.
     """
     _check_count(k)
     others = range(1, k + 1)
@@ -97,13 +98,16 @@ def weighted_mix(k: int) -> Kernel:
         arrays=" ".join(["x", *(f"z{j}" for j in others)]),
         scalars=" ".join(f"w{j}" for j in range(k + 1)),
         source="Lian et al. 2017, arXiv 1705.09056, Algorithm 1",
-        doc=f"x becomes a weighted mean of itself and {k} others.",
+        doc=f"Replace x by a weighted mean of itself and {k} others.",
     )
 
 
 @functools.cache
 def sum_into(k: int) -> Kernel:
-    """The kernel ``out = a * (z1 + ... + zk)``, summed in that order; on the host `reduce_sum` is faster for many."""
+    """Return the kernel ``out = a * (z1 + ... + zk)``, summed in this order.
+
+    On the host `reduce_sum` is faster for many vectors.
+    """
     _check_count(k)
     names = [f"z{j}" for j in range(1, k + 1)]
     return Kernel(
@@ -112,13 +116,16 @@ def sum_into(k: int) -> Kernel:
         arrays=" ".join(["out", *names]),
         scalars="a",
         source="the definition of a reduction",
-        doc=f"out becomes a times the sum of {k} vectors.",
+        doc=f"Set out to a times the sum of {k} vectors.",
     )
 
 
 @functools.cache
 def sum_everywhere(k: int) -> Kernel:
-    """The kernel ``zj = a * (z1 + ... + zk)`` for every j; on the host `reduce_broadcast` is faster for many."""
+    """Return the kernel ``zj = a * (z1 + ... + zk)`` for every j.
+
+    On the host `reduce_broadcast` is faster for many vectors.
+    """
     _check_count(k)
     names = [f"z{j}" for j in range(1, k + 1)]
     return Kernel(
@@ -127,7 +134,7 @@ def sum_everywhere(k: int) -> Kernel:
         arrays=" ".join(names),
         scalars="a",
         source="the definition of an all-reduce",
-        doc=f"Each of {k} vectors becomes a times the sum of all.",
+        doc=f"Set each of {k} vectors to a times the sum of all.",
     )
 
 

@@ -1,8 +1,8 @@
-"""Euclidean norms of long vectors, of whatever type, without a vector of temporaries.
+"""Euclidean norms of long vectors of any dtype, without temporary vectors.
 
-The vectors are walked in blocks that stay in the first-level cache, each widened to float64 and squared there. A sum of
-n float32 squares in float32 may be off by a part of n/10^7, and one of float16 is infinite beyond 65504; in float64
-neither happens at any length. On a GPU they are one reduction kernel, and the host waits for its result.
+Vectors are processed in blocks that stay in the first-level cache, where each block is widened to float64 and squared.
+A float32 sum of n squares may have a relative error of n/10^7, and a float16 sum overflows beyond 65504; in float64
+neither happens at any length. On a GPU the sum is one reduction kernel, and the host waits for its result.
 
 Bytes moved per element: each vector is read once, nothing is written.
 """
@@ -19,12 +19,12 @@ BLOCK: Final = 2048  # elements: 16 KiB of float64, half of the smallest first-l
 
 
 def norm(x: Any) -> float:
-    """The Euclidean norm of ``x`` (n,). NaN or infinite where an element is."""
+    """Return the Euclidean norm of ``x`` (n,): NaN or infinite if an element is."""
     return _root_of_squares(x, None)
 
 
 def distance(x: Any, y: Any) -> float:
-    """The Euclidean norm of ``x - y``, both (n,)."""
+    """Return the Euclidean norm of ``x - y``, both (n,)."""
     return _root_of_squares(x, y)
 
 

@@ -1,7 +1,8 @@
-"""What happens between rounds of local steps: slow momentum, outer Nesterov, delayed corrections, Parle's two loops.
+"""Updates between rounds of local steps: slow momentum, outer Nesterov, delayed corrections, Parle's two loops.
 
-Workers meet rarely, and then exchange the displacement of a whole round, theta - x, as if it were a gradient: the outer
-gradient. What goes into a mean over workers is guarded and counted, so that a worker that has diverged can be left out.
+Workers communicate once per round and exchange the displacement of the whole round, theta - x, as if it were a
+gradient: the outer gradient (pseudogradient). Terms of a mean over workers are guarded and counted, so that a diverged
+worker can be left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ keep_finite: Final = Kernel(
     arrays="x",
     guard="d",
     source="the guard alone",
-    doc="Elements that are not finite become zero and are counted; the others keep their bits.",
+    doc="Replace non-finite elements by zero and count them; the others keep their bits.",
 )
 
 outer_gradient: Final = Kernel(
@@ -31,7 +32,7 @@ outer_gradient: Final = Kernel(
     arrays="d theta x",
     guard="h",
     source="Douillard et al. 2023, DiLoCo, arXiv 2311.08105, Algorithm 1",
-    doc="d becomes what a round of local steps has taken from theta, where it began.",
+    doc="Set d to the outer gradient: how far a round of local steps has moved x from its start theta.",
 )
 
 slow_momentum: Final = Kernel(
@@ -46,7 +47,7 @@ slow_momentum: Final = Kernel(
     scalars="beta inverse rate",
     guard="h",
     source="Wang, Tantia, Ballas, Rabbat 2019, SlowMo, arXiv 1910.00643, Algorithm 1",
-    doc="d is the mean outer gradient; inverse = 1/gamma and rate = alpha*gamma, gamma the fast learning rate.",
+    doc="Step with slow momentum; d is the mean outer gradient, inverse = 1/gamma, rate = alpha*gamma.",
 )
 
 outer_nesterov: Final = Kernel(
@@ -61,7 +62,7 @@ outer_nesterov: Final = Kernel(
     scalars="eta m",
     guard="h",
     source="Douillard et al. 2023, DiLoCo, arXiv 2311.08105, Algorithm 1",
-    doc="d is the mean outer gradient; Nesterov momentum as torch.optim.SGD has it.",
+    doc="Step with Nesterov momentum as in torch.optim.SGD; d is the mean outer gradient.",
 )
 
 delayed_correction: Final = Kernel(
@@ -73,7 +74,7 @@ delayed_correction: Final = Kernel(
     arrays="x s m",
     guard="d",
     source="Zhou et al. 2020, DaSGD, arXiv 2006.00441",
-    doc="x is moved by what averaging would have done to its snapshot s; m is the mean of all snapshots.",
+    doc="Move x by the correction that averaging makes to its snapshot s; m is the mean of all snapshots.",
 )
 
 entropy_inner: Final = Kernel(
@@ -87,7 +88,7 @@ entropy_inner: Final = Kernel(
     arrays="y v z x g",
     scalars="eta delta gamma_inverse a decay",
     source="Chaudhari et al. 2017, Parle, arXiv 1707.00424",
-    doc="One step of the inner loop: y explores around x on a spring, z averages where it was; g was taken at y.",
+    doc="Step the inner loop: y is coupled to x, z is its running average, g is the gradient at y.",
 )
 
 entropy_outer: Final = Kernel(
@@ -105,7 +106,7 @@ entropy_outer: Final = Kernel(
     scalars="eta delta rho_inverse",
     guard="e",
     source="Chaudhari et al. 2017, Parle, arXiv 1707.00424",
-    doc="One step of the outer loop, towards z and the reference r; y, z and v begin the next inner loop.",
+    doc="Step the outer loop towards z and the reference r, and reset y, z and v for the next inner loop.",
 )
 
 KERNELS: Final = (

@@ -1,9 +1,9 @@
-"""Push-sum: averaging over directed graphs, where weights travel with the vectors and correct for uneven shares.
+"""Push-sum: averaging over directed graphs. Weights travel with the vectors and correct for uneven shares.
 
 Kempe, Dobra, Gehrke 2003, Gossip-based computation of aggregate information; Assran, Loizou, Ballas, Rabbat 2019,
-Stochastic Gradient Push, https://arxiv.org/abs/1811.10792, Algorithm 1. The caller keeps the scalar weight w. A message
-is taken in by ``mixing.weighted_average``, on the estimates z = x/w, and the numerator x = w*z is made by
-``mixing.scale``.
+Stochastic Gradient Push, https://arxiv.org/abs/1811.10792, Algorithm 1. The caller keeps the scalar push weight w.
+``mixing.weighted_average`` receives a message on the estimates z = x/w, and ``mixing.scale`` makes the numerator
+x = w*z.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ debias: Final = Kernel(
     arrays="z x",
     scalars="w",
     source="Assran et al. 2019, arXiv 1811.10792, Algorithm 1, line 8",
-    doc="The estimate z at which the gradient is taken: the numerator x over the push weight w; z may be x itself.",
+    doc="Divide the numerator x by the push weight w: the estimate z at which the gradient is taken. z may be x.",
 )
 
 KERNELS: Final = (debias,)

@@ -1,11 +1,11 @@
 """Sums of many vectors at once, for an all-reduce among ranks that see each other's memory.
 
-Up to `DIRECT` vectors the declared kernel is best: one fused loop, as fast as an in-place scale of the vectors. Beyond
-that the prefetchers lose track of the streams, and vectors that start at the same offset of a page, as those of
-shared-memory windows do, evict each other from the first-level cache: with 32 of them the fused loop falls to a
-thirtieth of the bandwidth. So many vectors are summed in blocks that stay in the cache, `GROUP` vectors at a time,
-which holds at 60 to 90 % for any number. Each element is summed in the order of the vectors either way: the bits are
-those of NumPy's sequential sum, and the same on every rank that sums the same vectors in the same order.
+Up to `DIRECT` vectors the declared kernel is best: one fused loop, as fast as scaling the vectors in place. With more,
+the prefetchers lose track of the streams, and vectors that start at the same offset within a page, as those of
+shared-memory windows do, evict each other from the first-level cache: with 32 vectors the fused loop drops to a
+thirtieth of the bandwidth. More vectors are therefore summed in blocks that stay in the cache, `GROUP` vectors at a
+time, which reaches 60 to 90 % of the bandwidth for any number. Both ways sum each element in the order of the vectors:
+the bits are those of NumPy's sequential sum, and equal on all ranks that sum the same vectors in the same order.
 
 Bytes moved per element: `reduce_sum` reads k elements and writes one, `reduce_broadcast` reads k and writes k.
 """
@@ -30,15 +30,15 @@ MOST: Final = 64  # vectors
 
 
 def reduce_sum(out: Any, sources: Sequence[Any], scale: float = 1.0) -> None:
-    """``out = scale * (sources[0] + sources[1] + ...)``; `out` may be one of the sources.
+    """Compute ``out = scale * (sources[0] + sources[1] + ...)``; `out` may be one of the sources.
 
     Args:
-        out: (n,) any dtype the kernels take, changed in place.
+        out: (n,), any dtype the kernels support, changed in place.
         sources: 1 to 64 vectors like `out`. 16-bit ones are summed in float32 and rounded once.
         scale: 1/k makes it a mean.
 
     Raises:
-        ValueError: the vectors are not alike.
+        ValueError: The vectors differ in length or dtype.
     """
     k = _count("reduce_sum", sources)
     if k <= DIRECT or not isinstance(out, np.ndarray):
@@ -53,14 +53,14 @@ def reduce_sum(out: Any, sources: Sequence[Any], scale: float = 1.0) -> None:
 
 
 def reduce_broadcast(targets: Sequence[Any], scale: float = 1.0) -> None:
-    """Every vector becomes ``scale * (targets[0] + targets[1] + ...)``.
+    """Set every vector to ``scale * (targets[0] + targets[1] + ...)``.
 
     Args:
         targets: 1 to 64 vectors of one length and dtype, all changed in place.
         scale: 1/k makes it a mean.
 
     Raises:
-        ValueError: the vectors are not alike, or one cannot be written to.
+        ValueError: The vectors differ in length or dtype, or one is read-only.
     """
     k = _count("reduce_broadcast", targets)
     if k <= DIRECT or not isinstance(targets[0], np.ndarray):
@@ -72,7 +72,7 @@ def reduce_broadcast(targets: Sequence[Any], scale: float = 1.0) -> None:
 
 
 def source(name: str, k: int, storage: Storage) -> str:
-    """Python source of `reduce_sum` or `reduce_broadcast` for k vectors, with its signature as ``SIGNATURE``."""
+    """Return the Python source of `reduce_sum` or `reduce_broadcast` for k vectors, with ``SIGNATURE``, its types."""
     compute = compute_type([storage])
     broadcast = name == "reduce_broadcast"
     vector, vectors = f"{storage.numba}[::1]", f"UniTuple({storage.numba}[::1], {k})"
@@ -87,14 +87,14 @@ def source(name: str, k: int, storage: Storage) -> str:
         f"    block = np.empty({BLOCK}, np.{compute})",
         f"    for start in range(0, n, {BLOCK}):",
         f"        stop = min(start + {BLOCK}, n)",
-        # Slices rather than indices start + i, which Numba could not prove to be positive and would look at each time.
+        # Slices, because Numba would check each index start + i for being negative.
         *(f"        z{j} = zs[{j}][start:stop]" for j in range(k)),
     ]
     for group in groups:
         terms = ["block[i]"] if group[0] else []
         terms += [f"{storage.widen}(z{j}[i])" for j in group]
         lines += ["        for i in range(stop - start):", f"            block[i] = {' + '.join(terms)}"]
-    # Scaled and rounded once, into the first vector that is assigned; the others are copies of that.
+    # Scale and round once, into the first vector that is assigned; the others are copies of it.
     lines += [
         f"        w = {'zs[0]' if broadcast else 'out'}[start:stop]",
         "        for i in range(stop - start):",

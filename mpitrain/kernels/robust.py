@@ -1,10 +1,10 @@
-"""Many vectors side by side, one of each worker: their distances, their weighted mean, the middle of each coordinate.
+"""Operations across workers' vectors: distances, weighted sums, and trimmed means of each coordinate.
 
-``Rows`` holds k vectors and works through them in blocks that stay in the cache, in float64, whatever they are stored
-as; nothing as long as a vector is allocated after it is made. Distances are sums of squared differences and not taken
-from a Gram matrix: equal vectors are exactly 0 apart, and what all have in common does not cancel.
+`Rows` holds k vectors and processes them in blocks that stay in the cache, in float64 for any stored dtype; no method
+allocates a whole vector. Distances are sums of squared differences and not derived from a Gram matrix: equal vectors
+are exactly 0 apart, and a large common part does not cancel digits.
 
-Bytes moved per element: all of it reads k elements; ``weighted_sum`` and ``middle_mean`` write one.
+Bytes moved per element: every method reads k elements; `weighted_sum` and `trimmed_mean` also write one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ receive: Final = Kernel(
     arrays="x z",
     guard="d",
     source="the definition of a copy",
-    doc="x becomes a peer's z, with 0 where that is not finite.",
+    doc="Copy a peer's z to x, with 0 where it is not finite.",
 )
 
 accumulate: Final = Kernel(
@@ -40,22 +40,22 @@ accumulate: Final = Kernel(
     scalars="w",
     guard="d",
     source="Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368, algorithm 1",
-    doc="Adds a share of a gradient to a running sum; a sum that is not finite any more is counted and begins anew.",
+    doc="Add w times a gradient to a running sum; a non-finite sum is counted and reset to 0.",
 )
 
 KERNELS: Final = (receive, accumulate)
 
 
 class Rows:
-    """k vectors of n elements, zeros at first.
+    """k vectors of n elements, initially zero.
 
     Args:
-        k: How many.
-        n: Elements of each.
-        dtype: Of the elements.
+        k: The number of vectors.
+        n: The number of elements of each.
+        dtype: The dtype of the elements: float16, bfloat16, float32 or float64.
 
     Attributes:
-        values: (k, n)
+        values: (k, n), one vector per row.
     """
 
     def __init__(self, k: int, n: int, dtype: Any) -> None:
@@ -64,40 +64,46 @@ class Rows:
         self._other = np.empty((k, BLOCK))
         self._line = np.empty(BLOCK)
 
-    def squared_distances(self, who: np.ndarray) -> np.ndarray:
-        """(k, k) float64, the squared Euclidean distances between those vectors; 0 elsewhere."""
-        k, chosen = len(self.values), len(who)
-        squares = np.zeros((chosen, chosen))
-        with np.errstate(over="ignore"):  # infinitely far is an answer
-            for _, block in self._blocks(who):
-                for i in range(chosen - 1):
-                    d = np.subtract(block[i + 1 :], block[i], out=self._other[i + 1 : chosen, : block.shape[1]])
+    def squared_distances(self, rows: np.ndarray) -> np.ndarray:
+        """Return the squared Euclidean distances between the given rows: (k, k) float64, 0 for other rows."""
+        k, n_chosen = len(self.values), len(rows)
+        squares = np.zeros((n_chosen, n_chosen))
+        with np.errstate(over="ignore"):  # an infinite distance is a valid answer
+            for _, block in self._blocks(rows):
+                for i in range(n_chosen - 1):
+                    d = np.subtract(block[i + 1 :], block[i], out=self._other[i + 1 : n_chosen, : block.shape[1]])
                     squares[i, i + 1 :] += np.einsum("ij,ij->i", d, d)
         distances = np.zeros((k, k))
-        distances[np.ix_(who, who)] = squares + squares.T
+        distances[np.ix_(rows, rows)] = squares + squares.T
         return distances
 
     def weighted_sum(self, weights: np.ndarray, out: Any) -> None:
-        """out (n,) = sum_i weights[i]*values[i], summed in that order; vectors of weight 0 are not looked at."""
-        who = np.flatnonzero(weights)
-        for part, block in self._blocks(who):
-            block *= weights[who, None]
+        """Compute ``out = sum_i weights[i]*values[i]`` (n,), summed in this order; rows of weight 0 are not read."""
+        rows = np.flatnonzero(weights)
+        for part, block in self._blocks(rows):
+            block *= weights[rows, None]
             out[part] = np.add.reduce(block, axis=0, out=self._line[: block.shape[1]])
 
-    def middle_mean(self, who: np.ndarray, n_cut: int, out: Any) -> None:
-        """out (n,): for each coordinate the mean of what is left without the ``n_cut`` smallest and largest values."""
-        n_left = len(who) - 2 * n_cut
-        for part, block in self._blocks(who):
+    def trimmed_mean(self, rows: np.ndarray, n_cut: int, out: Any) -> None:
+        """Compute the trimmed mean of each coordinate of the given rows, without the ``n_cut`` smallest and largest.
+
+        Args:
+            rows: Indices of rows.
+            n_cut: How many values to drop at either end.
+            out: (n,), receives the means.
+        """
+        n_left = len(rows) - 2 * n_cut
+        for part, block in self._blocks(rows):
             block.sort(axis=0)
             middle = np.add.reduce(block[n_cut : n_cut + n_left], axis=0, out=self._line[: block.shape[1]])
             out[part] = np.divide(middle, n_left, out=middle)
 
-    def _blocks(self, who: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Where a block lies, and a copy of it (len(who), length) to work in."""
+    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the slice of each block and a working copy of the given rows in it, (len(rows), length)."""
         n = self.values.shape[1]
         for start in range(0, n, BLOCK):
             part = slice(start, min(start + BLOCK, n))
-            block = self._block[: len(who), : part.stop - start]
-            for line, i in zip(block, who):
+            block = self._block[: len(rows), : part.stop - start]
+            for line, i in zip(block, rows):
                 line[...] = self.values[i, part]
             yield part, block

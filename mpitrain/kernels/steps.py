@@ -1,8 +1,9 @@
 """Local steps of stochastic gradient descent, with weight decay and the usual kinds of momentum.
 
-g is the gradient, eta the learning rate, delta the momentum, decay the weight decay (an L2 term, as torch.optim.SGD has
-it). Two conventions live side by side: the papers' velocity carries eta (v is a displacement), torch's does not. They
-agree while eta is constant; when eta changes, the papers' velocity keeps the step sizes it was made with.
+x is the parameters, g the gradient, v the velocity, eta the learning rate, delta the momentum, decay the weight decay
+(an L2 term, as in torch.optim.SGD). There are two conventions: the papers' velocity includes eta (v is a displacement),
+torch's does not. They agree while eta is constant; when eta changes, the papers' velocity keeps the step sizes with
+which it was accumulated.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ sgd_step: Final = Kernel(
     arrays="x g",
     scalars="eta decay",
     source="Robbins and Monro 1951, with an L2 term",
-    doc="One step of SGD.",
+    doc="Take a step of SGD.",
 )
 
 heavy_ball_step: Final = Kernel(
@@ -44,7 +45,7 @@ heavy_ball_step: Final = Kernel(
     arrays="x v g",
     scalars="eta delta decay",
     source=f"Polyak 1964; {_SUTSKEVER}, eq. 1-2",
-    doc="One step with classical momentum; the gradient is that at x.",
+    doc="Take a step with classical momentum; g is the gradient at x.",
 )
 
 eamsgd_step: Final = Kernel(
@@ -57,7 +58,7 @@ eamsgd_step: Final = Kernel(
     arrays="x v g y",
     scalars="eta delta decay",
     source=f"Zhang et al. 2015, arXiv 1412.6651, Algorithm 2; {_SUTSKEVER}, eq. 3-4",
-    doc="One step with Nesterov momentum; g was taken at the look-ahead y = x + delta*v, and y becomes the next one.",
+    doc="Take a step with Nesterov momentum; g is the gradient at the look-ahead y = x + delta*v, which is updated.",
 )
 
 lookahead: Final = Kernel(
@@ -66,7 +67,7 @@ lookahead: Final = Kernel(
     arrays="x v y",
     scalars="delta",
     source=f"{_SUTSKEVER}, eq. 3",
-    doc="The point at which Nesterov momentum wants its gradient; after an exchange has moved x, for instance.",
+    doc="Compute the look-ahead point of Nesterov momentum, for instance after an exchange has moved x.",
 )
 
 torch_momentum_step: Final = Kernel(
@@ -75,7 +76,7 @@ torch_momentum_step: Final = Kernel(
     arrays="x v g",
     scalars="eta delta decay",
     source=f"{_TORCH}, momentum without dampening",
-    doc="One step of torch.optim.SGD with momentum; v starts at zero.",
+    doc="Take a step of torch.optim.SGD with momentum; v starts at zero.",
 )
 
 torch_nesterov_step: Final = Kernel(
@@ -84,11 +85,11 @@ torch_nesterov_step: Final = Kernel(
     arrays="x v g",
     scalars="eta delta decay",
     source=f"{_TORCH}, nesterov=True",
-    doc="One step of torch.optim.SGD with nesterov=True; v starts at zero.",
+    doc="Take a step of torch.optim.SGD with nesterov=True; v starts at zero.",
 )
 
 MOST_OF_A_MEAN: Final = 8
-"""Gradients of which a step can take the mean: beyond that the prefetchers lose track of the streams."""
+"""The largest number of gradients in `mean_step`: with more, the prefetchers lose track of the streams."""
 
 _OF_THE_MEAN: Final = {
     "sgd": ("x", "eta decay", _SGD),
@@ -99,14 +100,17 @@ _OF_THE_MEAN: Final = {
 
 @functools.cache
 def mean_step(kind: str, k: int) -> Kernel:
-    """A step of torch.optim.SGD with the gradient ``g = a * (z1 + ... + zk)``, which is never written anywhere.
+    """Return a step of torch.optim.SGD with the gradient ``g = a * (z1 + ... + zk)``, which is never stored.
 
     Args:
         kind: ``sgd`` (arrays x z1...zk), ``momentum`` or ``nesterov`` (arrays x v z1...zk).
-        k: Gradients, 1 to 8; the scalar a comes before those of the step.
+        k: The number of gradients, 1 to 8. The scalar a comes before those of the step.
+
+    Raises:
+        ValueError: k is out of range.
     """
     if not 1 <= k <= MOST_OF_A_MEAN:
-        raise ValueError(f"{k} gradients; a step takes 1 to {MOST_OF_A_MEAN}, add more of them up first")
+        raise ValueError(f"{k} gradients; a step takes 1 to {MOST_OF_A_MEAN}, sum more of them first")
     names = [f"z{j}" for j in range(1, k + 1)]
     arrays, scalars, equations = _OF_THE_MEAN[kind]
     return Kernel(
@@ -115,7 +119,7 @@ def mean_step(kind: str, k: int) -> Kernel:
         arrays=" ".join([arrays, *names]),
         scalars=f"a {scalars}",
         source=_TORCH,
-        doc=f"One step of torch.optim.SGD with the mean of {k} gradients.",
+        doc=f"Take a step of torch.optim.SGD with the mean of {k} gradients.",
     )
 
 

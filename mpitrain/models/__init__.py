@@ -1,4 +1,4 @@
-"""Models by name, with the same weights on every rank."""
+"""Models by name, with equal initial weights on every rank."""
 
 import importlib
 import inspect
@@ -18,20 +18,25 @@ from mpitrain.models.resnet import ResNet20
 
 __all__ = ["MODELS", "build", "has_batchnorm", "reestimate"]
 
-# Called with shape, n_classes, and what its `read_options`, if it has one, makes of the text after the colon.
+# A model is called with shape, n_classes and the arguments that its `read_options` parses from the text after a colon.
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn7": CNN7, "resnet20": ResNet20}
 
 
 def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn.Module:
-    """Local: a model, with the same weights wherever the arguments are the same; the global random state is untouched.
+    """Build a model, with equal weights on all ranks that pass equal arguments. Local.
+
+    The global random state is not changed.
 
     Args:
-        name: A name in `MODELS`, with options such as `mlp:hidden=256x128`; or `module:function`, a function or class
-            that is imported, from the working directory too, and called with those of shape, n_classes and seed that it
-            accepts.
-        shape: Of one input: (C, H, W) or (d,).
-        n_classes: Outputs.
-        seed: Of the initial weights.
+        name: A name in `MODELS`, possibly with options such as `mlp:hidden=256x128`; or `module:function`, a function
+            or class to import, also from the working directory. It is called with those of shape, n_classes and seed
+            that it accepts.
+        shape: The shape of one input: (C, H, W) or (d,).
+        n_classes: The number of outputs.
+        seed: The seed of the initial weights.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be built with these arguments.
     """
     head, _, rest = name.partition(":")
     function: Callable[..., Any]
@@ -41,7 +46,7 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
         if rest:
             read_options = getattr(function, "read_options", None)
             if read_options is None:
-                raise UsageError(f"{head} has no options, but was given '{rest}': write {head}")
+                raise UsageError(f"{head} takes no options, but was given '{rest}': write {head}")
             arguments |= read_options(rest)
     elif rest:
         function = _import(head, rest)
@@ -49,7 +54,9 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
     else:
         raise UsageError(f"no model '{name}': use one of {', '.join(MODELS)}, or module:function for one of your own")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too, whose state is not restored
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would also seed GPUs, whose state fork_rng does not restore here
         model = function(**arguments)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module: return the model")
@@ -58,13 +65,13 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
 
 def _import(module_name: str, attribute: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script does not have it; stays, for imports inside the function
+        sys.path.insert(0, os.getcwd())  # missing in a console script; it stays for imports inside the function
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # a user's module may raise anything
         raise UsageError(
             f"model {module_name}:{attribute} cannot be imported ({type(error).__name__}: {error}): check the "
-            f"name, run where the module lies, or use one of {', '.join(MODELS)}"
+            f"name, run in the folder of the module, or use one of {', '.join(MODELS)}"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -74,16 +81,18 @@ def _import(module_name: str, attribute: str) -> Callable[..., Any]:
 
 
 def _accepted(name: str, function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the offered arguments that the function takes by keyword."""
+    """Return those of the offered arguments that the function takes by keyword."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError as error:  # written in C
-        raise UsageError(f"{name} does not say which arguments it takes: wrap it in a function of your own") from error
+    except ValueError as error:  # implemented in C
+        raise UsageError(f"{name} has no signature that tells its arguments: wrap it in a Python function") from error
     by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if required and not (p.name in by_keyword and p.name in offered):
-            raise UsageError(f"{name} needs '{p.name}', but is given {', '.join(offered)}: give '{p.name}' a default")
+            raise UsageError(
+                f"{name} requires '{p.name}', but only {', '.join(offered)} are passed: give '{p.name}' a default"
+            )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return offered
     return {key: value for key, value in offered.items() if key in by_keyword}

@@ -1,8 +1,8 @@
-"""BatchNorm statistics of a model that nobody trained.
+"""Re-estimation of BatchNorm statistics for averaged weights.
 
-Methods average trainable parameters only. The running mean and variance of BatchNorm layers belong to the weights they
-were recorded under, and those of a center or an average were never trained with, so they are measured anew before such
-a model is evaluated, as the authors of LSGD and Parle do.
+Methods average trainable parameters only. The running mean and variance of BatchNorm layers belong to the weights with
+which they were recorded, but no rank has trained with the weights of a center or an average. The statistics are
+therefore re-estimated before such a model is evaluated, as the authors of LSGD and Parle do.
 """
 
 from collections.abc import Iterable
@@ -14,19 +14,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Local: whether the model keeps running statistics."""
+    """Return whether the model keeps running statistics. Local."""
     return bool(_layers(model))
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
-    """Local: replaces running statistics by plain averages over `batches`, with the weights the model has now.
+    """Replace running statistics by plain averages over `batches`, computed with the model's current weights. Local.
 
-    Only BatchNorm layers run in training mode; dropout is off. Modes and momenta are as before afterwards, also after
-    an error. Does nothing, and asks for no batch, where the model keeps no running statistics.
+    Only BatchNorm layers run in training mode; dropout is off. Modes and momenta are restored afterwards, also after an
+    error. A model without running statistics is left alone, and no batch is read.
 
     Args:
-        model: On any device.
-        batches: Images, or (images, labels), on any device; batches of one size, or they do not count alike.
+        model: The model, on any device.
+        batches: Images, or (images, labels), on any device. All batches have equal weight, so they should be of one
+            size.
+
+    Raises:
+        ValueError: There is no batch.
     """
     layers = _layers(model)
     if not layers:
@@ -34,7 +38,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
-        raise ValueError("BatchNorm statistics cannot be measured without a batch: give at least one")
+        raise ValueError("BatchNorm statistics cannot be estimated without data: pass at least one batch")
     training = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
     device = next(chain(model.parameters(), model.buffers())).device
@@ -43,7 +47,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor
         for layer in layers:
             layer.train()
             layer.reset_running_stats()
-            layer.momentum = None  # a cumulative average: 1/k at the k-th batch
+            layer.momentum = None  # cumulative average: weight 1/k for the k-th batch
         with torch.no_grad():
             for batch in chain([first], iterator):
                 images = batch if isinstance(batch, Tensor) else batch[0]

@@ -4,24 +4,25 @@ Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 201
 (3, 28), then convolution 64, pooling, convolution 128, pooling, convolution 64, fully connected 256 with dropout 0.5,
 softmax.
 
-Here: kernels of 5x5, 5x5 and 3x3 without padding, pools of 2x2 with stride 2, ReLU, and the softmax left to the loss.
-The paper's 28-pixel crops go 28 > 24 > 12 > 8 > 4 > 2; whole 32-pixel images 32 > 28 > 14 > 10 > 5 > 3, with a fully
-connected layer that is wider by that. Any image of at least 24x24 works, with any number of channels.
+Details that the paper leaves open: kernels of 5x5, 5x5 and 3x3 without padding, 2x2 pooling with stride 2, ReLU. The
+softmax is left to the loss. The paper's 28-pixel crops give feature maps of 24, 12, 8, 4 and 2 pixels; whole 32-pixel
+images give 28, 14, 10, 5 and 3, and a wider fully connected layer. Images must have at least 24x24 pixels and may have
+any number of channels.
 """
 
 from torch import Tensor, nn
 
 from mpitrain.errors import UsageError
 
-SMALLEST = 24  # one pixel is left of it
+SMALLEST = 24  # pixels; the last feature map then has one
 
 
 class CNN7(nn.Module):
-    """Three convolutions, two pools, two fully connected layers.
+    """Three convolutions, two poolings, two fully connected layers.
 
     Args:
-        shape: (C, H, W).
-        n_classes: Outputs.
+        shape: The shape of one input, (C, H, W).
+        n_classes: The number of outputs.
     """
 
     def __init__(self, *, shape: tuple[int, ...], n_classes: int) -> None:
@@ -48,12 +49,12 @@ class CNN7(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, n_classes) logits."""
+        """Map images (b, C, H, W) to logits (b, n_classes)."""
         logits: Tensor = self.classifier(self.features(x))
         return logits
 
 
 def _n_features(shape: tuple[int, ...]) -> int:
-    """What the convolutions leave of an image."""
+    """Return the number of features after the convolutions."""
     height, width = (((side - 4) // 2 - 4) // 2 - 2 for side in shape[1:])
     return 64 * height * width

@@ -12,9 +12,9 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        shape: Of one input, flattened: (d,) or (C, H, W).
-        n_classes: Outputs.
-        hidden: Widths of the hidden layers; the default is right for 8x8 digits.
+        shape: The shape of one input, (d,) or (C, H, W); inputs are flattened.
+        n_classes: The number of outputs.
+        hidden: The widths of the hidden layers; the default suits 8x8 digits.
     """
 
     def __init__(self, *, shape: tuple[int, ...], n_classes: int, hidden: tuple[int, ...] = (128, 128)) -> None:
@@ -26,14 +26,14 @@ class MLP(nn.Module):
 
     @staticmethod
     def read_options(text: str) -> dict[str, tuple[int, ...]]:
-        """What `hidden=256x128` after `mlp:` means."""
+        """Parse the text after `mlp:`, such as `hidden=256x128`, into keyword arguments."""
         key, _, widths = text.partition("=")
         hidden = tuple(int(width) if width.isascii() and width.isdigit() else 0 for width in widths.split("x"))
         if key != "hidden" or min(hidden) < 1:
-            raise UsageError(f"mlp cannot use '{text}': write the widths of its hidden layers as mlp:hidden=256x128")
+            raise UsageError(f"mlp cannot parse '{text}': write the widths of its hidden layers as mlp:hidden=256x128")
         return {"hidden": hidden}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, ...) -> (b, n_classes) logits."""
+        """Map inputs (b, ...) to logits (b, n_classes)."""
         logits: Tensor = self.layers(x)
         return logits

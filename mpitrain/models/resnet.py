@@ -1,9 +1,9 @@
 """ResNet-20 for small images.
 
 Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385), section 4.2: a 3x3
-convolution, then three stages of three blocks with 16, 32 and 64 filters, stages two and three starting with stride 2,
-average pooling, one linear layer; shortcuts of option A, which skip pixels and fill new channels with zeros and so have
-no parameters. Weights as in He et al. 2015 (arXiv 1502.01852).
+convolution, then three stages of three blocks with 16, 32 and 64 filters, where stages two and three start with stride
+2, then average pooling and one linear layer. Shortcuts are of option A: they skip pixels and fill new channels with
+zeros, so they have no parameters. Weights are initialised as in He et al. 2015 (arXiv 1502.01852).
 """
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ BLOCKS_PER_STAGE = 3  # 6 n + 2 layers
 
 
 class Block(nn.Module):
-    """y = relu(x' + F(x)): two convolutions, and x' = x where the shape stays."""
+    """A residual block y = relu(x' + F(x)): F has two convolutions, and x' = x if the shape is unchanged."""
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, n_in, H, W) -> (b, n_out, ceil(H / stride), ceil(W / stride))."""
+        """Map (b, n_in, H, W) to (b, n_out, ceil(H / stride), ceil(W / stride))."""
         y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
         if self.stride > 1 or self.n_new:
             x = x[:, :, :: self.stride, :: self.stride]
@@ -37,11 +37,11 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """20 layers, 0.27 million parameters at 10 classes.
+    """ResNet-20: 20 layers, 0.27 million parameters with 10 classes.
 
     Args:
-        shape: (C, H, W), of any size.
-        n_classes: Outputs.
+        shape: The shape of one input, (C, H, W) of any size.
+        n_classes: The number of outputs.
     """
 
     def __init__(self, *, shape: tuple[int, ...], n_classes: int) -> None:
@@ -63,7 +63,7 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, n_classes) logits."""
+        """Map images (b, C, H, W) to logits (b, n_classes)."""
         y = self.blocks(functional.relu(self.norm(self.conv(x))))
         logits: Tensor = self.linear(y.mean(dim=(2, 3)))
         return logits

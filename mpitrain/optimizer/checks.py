@@ -1,14 +1,11 @@
-"""What can be wrong with what a ``DistributedOptimizer`` is given, said before anything is made of it.
-
-And what is wrong where the optimizer that it is made from makes steps by itself.
-"""
+"""Checks of what a ``DistributedOptimizer`` is given, before anything is made from it and while it is used."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -19,9 +16,11 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 
+TOO_LATE_FOR_GROUPS = "add the parameter group to the base optimizer, before the DistributedOptimizer is made"
+
 
 def check_kinds(base: object, model: object, method: object) -> None:
-    """Refuse arguments that are something else than what their places are for. Local.
+    """Refuse arguments of another kind than their places are for. Local.
 
     Raises:
         UsageError: With what would be right.
@@ -47,7 +46,7 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
         UsageError: With what would be right.
     """
     of_model = {id(p) for p in model.parameters()}
-    if any(id(p) not in of_model for group in base.param_groups for p in group["params"]):
+    if any(id(p) not in of_model for p in _parameters(base)):
         raise UsageError("the base optimizer holds parameters the model does not have: make it from model.parameters()")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -62,6 +61,20 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
         raise UsageError(
             f"{method.name} makes the update itself: pass torch.optim.SGD(..., momentum=0) as the base optimizer, "
             f"and the momentum to {type(method).__name__}(momentum=...)"
+        )
+
+
+def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parameter]) -> None:
+    """Refuse parameters that another optimizer has moved into its vector. Local.
+
+    Raises:
+        UsageError: With what to do first.
+    """
+    own = {id(p) for p in _parameters(base)}
+    if any(id(p) in own for p in in_use):
+        raise UsageError(
+            "another DistributedOptimizer already has these parameters: close() it first, "
+            "and make the new one from the torch optimizer"
         )
 
 
@@ -84,11 +97,53 @@ def check_alike(base: torch.optim.Optimizer, model: torch.nn.Module, method: Met
     raise UsageError(_difference(described[first], described[other], first, other))
 
 
-class DirectStepGuard:
-    """Warns, once, when a base optimizer makes a step that its DistributedOptimizer did not ask for.
+def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
+    """Refuse parameters that are not on this rank's GPU. Local.
+
+    Raises:
+        UsageError: With what to do first.
+    """
+    wanted = torch.device(world.device)
+    other = next((p.device for p in parameters if p.device != wanted), None)
+    if world.gpu is not None and other is not None:
+        raise UsageError(f"the model is on {other} and this rank on {wanted}: call model.to(world.device) first")
+
+
+class FrozenParameters:
+    """The parameters of a base optimizer that are frozen when it is distributed. They are not in the vector.
 
     Args:
-        base: Has this as a hook until ``stop``.
+        base: The optimizer. Gradients left from before are dropped: ``base.step()`` would use them.
+        model: Has the names.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        self._model = model
+        self._frozen = [p for p in _parameters(base) if not p.requires_grad]
+        for parameter in self._frozen:
+            parameter.grad = None
+
+    def check(self) -> None:
+        """Refuse a parameter that was made trainable later: no rank would exchange it.
+
+        Raises:
+            UsageError: With what to do instead.
+        """
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                names = (name for name, known in self._model.named_parameters() if known is parameter)
+                raise UsageError(
+                    f"the parameter {next(names, '')} requires a gradient and did not when the DistributedOptimizer "
+                    "was made, so it is not exchanged: make it trainable before, in a parameter group of its own "
+                    "with learning rate 0 for as long as it must not change"
+                )
+
+
+class DirectStepGuard:
+    """Warns once when a base optimizer makes a step that its DistributedOptimizer did not ask for.
+
+    Args:
+        base: The optimizer, which has this object as a hook until ``stop``.
     """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
@@ -96,7 +151,7 @@ class DirectStepGuard:
         self._hook = base.register_step_post_hook(self)
 
     def __call__(self, base: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """A step was made."""
+        """Handle a step of the optimizer."""
         if not self._is_silent:
             self._is_silent = True
             warnings.warn(
@@ -107,7 +162,7 @@ class DirectStepGuard:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, steps are those of the DistributedOptimizer."""
+        """Allow steps inside the block: they are the DistributedOptimizer's."""
         before, self._is_silent = self._is_silent, True
         try:
             yield
@@ -115,12 +170,16 @@ class DirectStepGuard:
             self._is_silent = before
 
     def stop(self) -> None:
-        """The optimizer is its user's again."""
+        """Remove the hook."""
         self._hook.remove()
 
 
+def _parameters(base: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
+    return (parameter for group in base.param_groups for parameter in group["params"])
+
+
 def _described(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> Iterator[str]:
-    """Everything that must be the same on all ranks, in order: what is broadcast, and what is exchanged."""
+    """Yield everything that must be equal on all ranks, in order: what is broadcast, and what is exchanged."""
     yield f"the method is {method.name}"
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):

@@ -1,4 +1,4 @@
-"""A worker that is a group of ranks, which hold one model between them.
+"""A worker that is a group of ranks with one model between them.
 
     rank      0   1   2 | 3   4   5 | ...       groups of k = 3 neighbours
     worker        0     |     1     | ...       what the methods call p counts workers
@@ -8,160 +8,277 @@ One step of a group:
 
     1. g <- the mean of its members' gradients     an all-reduce among them
     2. the head makes the worker's step            exchange and local update, with that gradient
-    3. x <- the head's x                           the others read it where it lies
+    3. x <- the head's x                           the other members read it in place
 
 So a group of k ranks with mini-batches of b is, to rounding, one rank with a mini-batch of k*b, whatever the method:
-only the head has the method's state and the local optimizer's, and the others have the parameters that it leaves.
+only the head has the state of the method and of the local optimizer; the other members have the parameters it leaves.
 
-A group is data-parallel: every member has the whole model and computes with samples of its own. A model that is split
-over the members has its place here: step 1 would gather what each has of the gradient, step 3 hand out the parameters,
-and nothing above or below would change.
+A group is data-parallel: every member has the whole model and samples of its own. A model that is split over the
+members would fit here too: step 1 would gather the members' parts of the gradient, and step 3 scatter the parameters.
 
-The other members can ask for what the method evaluates at any time, as the head can: it has a thread that answers, so
-that neither has to wait until the other has come to a certain point of its program.
+The other members can ask for what the method evaluates at any time, as the head can. A thread of the head answers, so
+that neither waits until the other reaches a certain point of its program.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.communicator import Vector
 from mpitrain.collectives.world.background import threads_may_call_mpi
-from mpitrain.collectives.world.fault_tolerance import explained
+from mpitrain.collectives.world.world import World
 from mpitrain.errors import RankFailed, UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing it starts MPI, and `check_replica_size` is called before that
     from mpitrain.collectives.mpi import MPICommunicator
-    from mpitrain.collectives.world.world import World
+    from mpitrain.collectives.rma.device_window import AnyWindow
 
 ASK, ANSWER = 23, 24
-"""Tags of a member's question and of the head's answer."""
+"""Tags of a member's request and of the head's reply."""
 
 REQUEST_POLL_SECONDS = 2e-3
-"""How long a question lies before the head sees it."""
+"""Time between two polls for requests."""
 
 
 def check_replica_size(replica_size: int, world: World) -> None:
-    """Refuse groups that the ranks cannot be divided into.
+    """Refuse a replica size that does not divide the number of ranks.
 
     Raises:
         UsageError: With what would be right.
     """
     if replica_size < 1 or world.size % replica_size:
         raise UsageError(
-            f"replica_size must divide the number of ranks, which is {world.size}, not be {replica_size}: "
-            "so many ranks are one worker"
+            "replica_size, the number of ranks that are one worker, must divide the number of ranks, "
+            f"which is {world.size}, not be {replica_size}"
         )
+
+
+@dataclass(frozen=True)
+class GroupVectors:
+    """What the members of a group exchange among themselves.
+
+    Attributes:
+        comm: The members.
+        x, g: (n,) vectors of parameters and gradients. On a member other than the head, its tensors live here; the
+            head's must be where the other heads reach them.
+    """
+
+    comm: MPICommunicator
+    x: AnyWindow
+    g: AnyWindow
+
+    def average(self, loss: float | None) -> float | None:
+        """Replace every member's ``g`` by the mean over the group. Collective over the group.
+
+        Args:
+            loss: Of this rank's mini-batch, where the method asks for it; on all members or on none.
+
+        Returns:
+            The mean of the members' losses.
+        """
+        self.comm.allreduce(self.g, mean=True)
+        return None if loss is None else float(self.comm.gather([loss]).mean())
 
 
 class ReplicaGroup:
     """The ranks that are one worker, as one of them sees them. Collective over all ranks to make.
 
     Args:
-        comm: Of all ranks.
-        size: Ranks of a worker, k; 1: each rank is a worker, and everything here costs nothing.
+        comm: All ranks.
+        size: Ranks of a worker, k; with 1 each rank is a worker, at no cost.
         n: Elements of the model's vector.
         dtype: Of the elements.
-        node_shared: The workers of a node hold one ``x`` between them; only where each rank is a worker.
+        node_shared: The workers of a node share one ``x``; only with a size of 1.
 
     Attributes:
-        workers: The communicator of the heads, which the method gets; None on other ranks.
+        workers: The communicator of the workers' heads, which the method gets; None on other members.
         world: The ranks of this group; None where each rank is a worker.
-        x, g: (n,) vectors in which this rank's parameters and gradients live.
-        busy: Held while the worker changes; who asks the worker something waits for it.
+        x, g: (n,) vectors for this rank's parameters and gradients.
     """
 
     def __init__(self, comm: MPICommunicator, size: int, n: int, dtype: Any, *, node_shared: bool = False) -> None:
-        self.busy = threading.Lock()
         self.workers: MPICommunicator | None = comm
         self.world: World | None = None
         self.x: Vector
         self.g: Vector
+        self._shared: GroupVectors | None = None
         self._consensus_server: ConsensusServer | None = None
         if size > 1:
             is_head = comm.rank % size == 0
             heads = comm.split(0 if is_head else 1)
             self.workers = heads if is_head else None
-            self._group = comm.split(comm.rank // size)
-            self.world = self._group.world
-            # What the members exchange. The others' parameters and gradients live here; the head's must be where the
-            # other heads can reach them.
-            self._shared_x, self._shared_g = self._group.vector(n, dtype), self._group.vector(n, dtype)
-            self.x, self.g = self._shared_x, self._shared_g
+            members = comm.split(comm.rank // size)
+            self.world = members.world
+            self._shared = GroupVectors(members, members.vector(n, dtype), members.vector(n, dtype))
+            self.x, self.g = self._shared.x, self._shared.g
             kernels.copy(np.empty(0, dtype), np.empty(0, dtype))  # compiled before the first step
         if self.workers is not None:
             self.x = self.workers.node_vector(n, dtype) if node_shared else self.workers.vector(n, dtype)
             self.g = self.workers.vector(n, dtype)
 
-    def average(self, loss: float | None) -> float | None:
-        """Make every member's gradient the mean over the group. Collective over the group.
+    def worker(self, make: Callable[[MPICommunicator], Worker], metrics: Sequence[str]) -> Worker:
+        """Return this rank's worker, which may be called at every rank. Collective.
 
         Args:
-            loss: Of this rank's mini-batch, where the method asks for it; on all members or on none.
-
-        Returns:
-            The mean of the members' losses: that of the mini-batch that the group is one worker with.
+            make: Makes the method's worker from the communicator of the workers; called on heads only.
+            metrics: Names of the method's metrics.
         """
-        if self.world is None:
-            return loss
-        if self.workers is not None:
-            kernels.copy(self._shared_g.local, self.g.local)
-        self._group.allreduce(self._shared_g, mean=True)
-        if self.workers is not None:
-            kernels.copy(self.g.local, self._shared_g.local)
-        return None if loss is None else float(self._group.gather([loss]).mean())
-
-    def share(self) -> None:
-        """Let every member have the head's parameters. Collective over the group."""
-        if self.world is None:
-            return
-        if self.workers is not None:
-            # The members have read what it held: they have been in an all-reduce since.
-            kernels.copy(self._shared_x.local, self.x.local)
-            self._shared_x.sync()
-        self._group.barrier()
         if self.workers is None:
-            mine = self.x.local
-            self._group.read(self._shared_x, 0, lambda x: kernels.copy(mine, x))
-            self._group.statistics.bytes_sent += mine.nbytes
-
-    def serve_consensus(self, answer: Callable[[Any], None]) -> None:
-        """Answer the other members from now on. Local; the head only.
-
-        Args:
-            answer: Writes what the method evaluates to a vector (n,).
-        """
-        if self.world is not None and threads_may_call_mpi():
-            self._consensus_server = ConsensusServer(self.world, np.empty_like(self.x.local), answer, self.busy)
-
-    def ask(self, out: np.ndarray) -> None:
-        """Write what the method evaluates to ``out`` (n,), as the head sees it. Local; not for the head.
-
-        Raises:
-            UsageError: When this MPI lets only one thread of a rank call it.
-        """
-        assert self.world is not None
-        if not threads_may_call_mpi():
-            raise UsageError(
-                "this MPI lets one thread of a rank call it (mpitrain info): "
-                "ask the first rank of a replica group for the consensus"
-            )
-        self.world.comm.Send(np.empty(0, np.uint8), 0, ASK)
-        self.world.comm.Recv(out.view(np.uint8), 0, ANSWER)
+            assert self._shared is not None
+            return GroupMember(self._shared, metrics)
+        worker = make(self.workers)
+        if self._shared is None:
+            return worker
+        busy = threading.Lock()
+        if threads_may_call_mpi():
+            vector = np.empty_like(self.x.local)
+            self._consensus_server = ConsensusServer(self._shared.comm.world, vector, worker.consensus, busy)
+        return GroupHead(worker, self._shared, busy)
 
     def close(self) -> None:
-        """Answer no more, and let go of the vectors. Local; when no member can ask any more."""
+        """Stop answering members, and release the vectors. Local; call it when no member can ask any more."""
         if self._consensus_server is not None:
             self._consensus_server.stop()
             self._consensus_server = None
+        self._shared = None
         del self.x, self.g
+
+
+class GroupHead(Worker):
+    """The head's part in a group: the method's worker, with the group's gradient.
+
+    Args:
+        worker: Of the method, perhaps with an average.
+        shared: What the members exchange.
+        busy: Held while the worker changes or is read. The thread that answers members takes it too.
+    """
+
+    def __init__(self, worker: Worker, shared: GroupVectors, busy: threading.Lock) -> None:
+        super().__init__(Replica(worker.comm, worker.x, worker.g))
+        self._worker, self._shared, self._busy = worker, shared, busy
+
+    def step(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
+    ) -> bool:
+        """Make the worker's step with the mean of the members' gradients. Collective over the group."""
+        kernels.copy(self._shared.g.local, self.g.local)
+        loss = self._shared.average(loss)
+        kernels.copy(self.g.local, self._shared.g.local)
+        with self._busy:
+            found_nonfinite = self._worker.step(group_slices, local_update, loss)
+        self._share_parameters()
+        return found_nonfinite
+
+    def _share_parameters(self) -> None:
+        # The members have read what was there before: they have been in an all-reduce since.
+        kernels.copy(self._shared.x.local, self.x.local)
+        self._shared.x.sync()
+        self._shared.comm.barrier()
+
+    def consensus(self, out: Any) -> None:
+        """Write what the method evaluates to ``out`` (n,). Local."""
+        with self._busy:
+            self._worker.consensus(out)
+
+    def wait(self) -> None:
+        """Wait for the worker's exchanges in the background. Local."""
+        with self._busy:
+            self._worker.wait()
+
+    def finalize(self) -> None:
+        """Make the worker's last exchange. Collective over the group."""
+        with self._busy:
+            self._worker.finalize()
+        self._share_parameters()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the worker's metrics. Local."""
+        return self._worker.metrics()
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the worker's state. The lock is held until the iterator is exhausted."""
+        with self._busy:
+            yield from self._worker.state()
+
+    def load(self, state: State) -> None:
+        """Continue from the worker's state. Collective over the heads."""
+        with self._busy:
+            self._worker.load(state)
+
+
+class GroupMember(Worker):
+    """A member's part in a group, when it is not the head: it has no state of the method.
+
+    Args:
+        shared: What the members exchange.
+        metrics: Names of the method's metrics.
+    """
+
+    def __init__(self, shared: GroupVectors, metrics: Sequence[str]) -> None:
+        super().__init__(Replica(shared.comm, shared.x, shared.g))
+        self._shared, self._metrics = shared, metrics
+
+    def step(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
+    ) -> bool:
+        """Contribute the gradient and receive the head's parameters. Collective over the group."""
+        self._shared.average(loss)
+        self._receive_parameters()
+        return False
+
+    def _receive_parameters(self) -> None:
+        comm, own = self._shared.comm, self.x.local
+        comm.barrier()
+        comm.read(self._shared.x, 0, lambda x: kernels.copy(own, x))
+        comm.statistics.bytes_sent += own.nbytes
+
+    def consensus(self, out: Any) -> None:
+        """Ask the head for what the method evaluates, and write it to ``out`` (n,). Local.
+
+        Raises:
+            UsageError: This MPI lets only one thread of a rank call it.
+        """
+        if not threads_may_call_mpi():
+            raise UsageError(
+                "this MPI lets only one thread of a rank call it (mpitrain info): "
+                "ask the first rank of a replica group for the consensus"
+            )
+        comm = self._shared.comm.world.comm
+        comm.Send(np.empty(0, np.uint8), 0, ASK)
+        comm.Recv(out.view(np.uint8), 0, ANSWER)
+
+    def finalize(self) -> None:
+        """Receive the head's parameters after its last exchange. Collective over the group."""
+        self._receive_parameters()
+
+    def metrics(self) -> dict[str, float]:
+        """Return NaN for every metric: only the head has numbers. Local."""
+        return dict.fromkeys(self._metrics, math.nan)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield nothing: the head has the worker's state."""
+        yield from ()
+
+    def load(self, state: State) -> None:
+        """Do nothing: the head loads the worker's state."""
 
 
 class ConsensusServer:
@@ -169,29 +286,28 @@ class ConsensusServer:
 
     Args:
         world: The group.
-        vector: (n,) what is sent.
+        vector: (n,) the buffer of an answer.
         answer: Fills it.
-        busy: Held while it does.
+        busy: Held meanwhile.
     """
 
     def __init__(self, world: World, vector: np.ndarray, answer: Callable[[Any], None], busy: threading.Lock) -> None:
         self._world, self._comm, self._members = world, world.comm, range(1, world.size)
         self._vector, self._answer, self._busy = vector, answer, busy
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="replica-desk", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="consensus-server", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # runs before MPI is finalized
 
     def _run(self) -> None:
-        with suppress(RankFailed), explained(self._world):  # the thread that makes the steps will say so
+        with suppress(RankFailed), self._world.translated_errors():  # the thread that makes the steps reports it
             while not self._stopped.wait(REQUEST_POLL_SECONDS):
                 for member in self._members:
                     self._serve(member)
 
     def _serve(self, member: int) -> None:
-        question = np.empty(0, np.uint8)
         if self._comm.Iprobe(member, ASK):
-            self._comm.Recv(question, member, ASK)
+            self._comm.Recv(np.empty(0, np.uint8), member, ASK)
             with self._busy:
                 self._answer(self._vector)
             self._comm.Send(self._vector.view(np.uint8), member, ANSWER)

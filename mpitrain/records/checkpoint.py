@@ -1,14 +1,16 @@
-"""Checkpoints: a folder for each, one HDF5 file for each rank in it.
+"""Checkpoints: one folder for each, with one HDF5 file for each rank.
 
     RUN/checkpoints/step-00000100/rank-00000.h5, rank-00001.h5, ..., checksums.json
 
-Every rank writes its own part into a folder that nobody looks at; when all have written and synced theirs, rank 0 adds
-their checksums (CRC-32) and renames it, which is atomic. A crash at any moment leaves the one before as it was. The
-newest two are kept: a part whose checksum is wrong, as a disk or a lost node may leave it, is not opened (HDF5 may
-crash or hang on it), and all ranks go on from the one before. While one is written there has to be room for one
-more than are kept; where there is none, what has been written of it goes and those before stay.
+Every rank writes its part into a hidden folder that no reader considers. Once all parts are written and synced, rank 0
+adds their checksums (CRC-32) and renames the folder, which is atomic: a crash at any moment leaves the previous
+checkpoint as it was.
 
-A state is nested dicts and lists of arrays, tensors, numbers, strings and None; what is loaded equals what was saved.
+The newest two checkpoints are kept. HDF5 may crash or hang on a damaged file, so a part whose checksum is wrong, as a
+disk or a lost node may leave it, is not opened, and all ranks load the previous checkpoint instead. Writing needs room
+for one checkpoint more than are kept; without that room the unfinished one is removed and the previous ones stay.
+
+``hdf5_tree`` says what a state may contain. A loaded state equals the saved one.
 """
 
 from __future__ import annotations
@@ -16,145 +18,167 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
-import ml_dtypes
-import numpy as np
-import torch
 
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError, reason
+from mpitrain.records import hdf5_tree
 
 KEEP = 2
 CHECKSUMS = "checksums.json"
-"""In a checkpoint: the CRC-32 of each rank's file, by its name. Those of earlier versions have none."""
+"""The file of a checkpoint that has the CRC-32 of each rank's file, by file name. Early versions wrote none."""
 
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+_NAME = re.compile(r"step-(\d+)(\.replaced)?")
 _BLOCK_BYTES = 2**22
-_KIND, _VALUE, _DTYPE = "kind", "value", "dtype"
-_SIXTEEN_BIT = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class _Part(NamedTuple):
+    """The outcome of writing one rank's part."""
+
+    file_name: str
+    checksum: int
+    n_bytes: int  # of its arrays
+    problem: str  # empty if it was written
 
 
 def save(folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
     """Write a checkpoint. Collective.
 
     Args:
-        folder: ``RUN/checkpoints``.
-        step: Names the checkpoint; larger is newer.
+        folder: The folder of all checkpoints of the run, ``RUN/checkpoints``.
+        step: The number in the checkpoint's name; a larger one is newer.
         state: This rank's part.
         world: The ranks.
 
     Returns:
-        The complete checkpoint.
+        The folder of the complete checkpoint.
 
     Raises:
-        UsageError: It cannot be written, for want of room or otherwise; the same on all ranks.
+        UsageError: The checkpoint cannot be written, for lack of room or another reason; the same on all ranks.
     """
     target = folder / f"step-{step:08d}"
     partial = folder / f".{target.name}.partial"
-    mine = partial / _file_name(world.rank)
-    problem, checksum = "", 0
-    if world.rank == 0:
-        _remove_partial(folder)
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problem = reason(error)
+    problem = _problem_of(lambda: _make_partial(folder, partial)) if world.rank == 0 else ""
     world.barrier()
-    if not problem:
-        try:
-            _write_file(mine, {"ranks": world.size, "step": step, "state": state})
-            checksum = _checksum(mine)
-        except (OSError, RuntimeError) as error:  # RuntimeError: HDF5 closes a file that it could not write
-            problem = reason(error)
-    part = mine.name, checksum, _n_bytes(state), problem
+    part = _write_part(partial / _file_name(world.rank), step, state, world, problem)
     parts = world.run_on_survivors(lambda comm: comm.allgather(part))
-    problem = next((text for *_, text in parts if text), "")
+    problem = next((part.problem for part in parts if part.problem), "")
     if world.rank == 0 and not problem:
-        try:
-            _publish(partial, target, {name: checksum for name, checksum, *_ in parts}, world)
-        except OSError as error:
-            problem = reason(error)
-    known = problem
-    problem = world.run_on_survivors(lambda comm: comm.bcast(known))
+        checksums = {part.file_name: part.checksum for part in parts}
+        problem = _problem_of(lambda: _publish(partial, target, checksums, world))
+    problem = world.run_on_survivors(lambda comm: comm.bcast(problem))
     if problem:
         if world.rank == 0:
             _remove_partial(folder)
-        newest, mib = latest(folder), sum(n_bytes for _, _, n_bytes, _ in parts) / 2**20
-        what = "no room for" if problem in NO_ROOM else "cannot write"
-        raise UsageError(
-            f"{what} a checkpoint ({mib:.0f} MiB) in {folder} ({problem}): the newest is "
-            f"{newest.name if newest else 'none'}; {KEEP + 1} of them need room"
-        )
+        raise UsageError(_cannot_write(folder, problem, sum(part.n_bytes for part in parts)))
     return target
 
 
+def _make_partial(folder: Path, partial: Path) -> None:
+    """Make the folder that all ranks write into, and remove those of interrupted saves. Local; rank 0 only."""
+    _remove_partial(folder)
+    partial.mkdir(parents=True)
+
+
+def _write_part(file: Path, step: int, state: dict[str, Any], world: World, problem: str) -> _Part:
+    """Write this rank's file, unless there is a problem already. Local."""
+    checksum = 0
+    if not problem:
+        try:
+            _write_file(file, {"ranks": world.size, "step": step, "state": state})
+            checksum = _checksum(file)
+        except (OSError, RuntimeError) as error:  # HDF5 raises RuntimeError when it closes a file it could not write
+            problem = reason(error)
+    return _Part(file.name, checksum, hdf5_tree.n_array_bytes(state), problem)
+
+
 def _publish(partial: Path, target: Path, checksums: dict[str, int], world: World) -> None:
-    """Make a checkpoint of what all ranks have written, and remove the oldest. Local; rank 0 only."""
+    """Turn the parts of all ranks into a checkpoint and remove the oldest one. Local; rank 0 only.
+
+    A resumed run may write a checkpoint of the same step again. The one that is there is complete under another name
+    until the new one has taken its place.
+    """
     _supply_missing(partial, checksums, world)
     (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
     _sync(partial / CHECKSUMS)
     _sync(partial)
-    if target.exists():  # written before a resume: this one replaces it
-        _remove(target)
+    replaced = target.with_name(f"{target.name}.replaced")
+    if target.exists():
+        if replaced.exists():
+            _remove(replaced)
+        target.rename(replaced)
     partial.rename(target)
     _sync(target.parent)
+    if replaced.exists():
+        _remove(replaced)
     for old in _complete(target.parent)[:-KEEP]:
         _remove(old)
 
 
-def _remove_partial(folder: Path) -> None:
-    """Remove what was not completed: it may be what there is no room for. Local; rank 0 only."""
-    for left in folder.glob(".step-*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it whole or as one that was not completed. Local; rank 0 only."""
-    gone = path.rename(path.with_name(f".{path.name}.old.partial"))
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _n_bytes(state: Any) -> int:
-    """Of the arrays in a state."""
-    if isinstance(state, dict):
-        return sum(map(_n_bytes, state.values()))
-    if isinstance(state, (list, tuple)):
-        return sum(map(_n_bytes, state))
-    return int(state.nbytes) if isinstance(state, (torch.Tensor, np.ndarray)) else 0
-
-
-def _supply_missing(folder: Path, checksums: dict[str, int], world: World) -> None:
-    """Give each rank that has died a copy of the part of the next one that lives: when resumed it begins as its twin.
+def _supply_missing(partial: Path, checksums: dict[str, int], world: World) -> None:
+    """Copy, for each rank that has died, the part of the next rank alive, from which it starts when resumed.
 
     Local; rank 0 only.
     """
     for rank in world.dead:
-        after = (other % world.size for other in range(rank + 1, rank + world.size))
-        heir = next(other for other in after if other not in world.dead)
-        shutil.copyfile(folder / _file_name(heir), folder / _file_name(rank))
-        checksums[_file_name(rank)] = checksums[_file_name(heir)]
-        _sync(folder / _file_name(rank))
+        followers = (other % world.size for other in range(rank + 1, rank + world.size))
+        source = next(other for other in followers if other not in world.dead)
+        shutil.copyfile(partial / _file_name(source), partial / _file_name(rank))
+        checksums[_file_name(rank)] = checksums[_file_name(source)]
+        _sync(partial / _file_name(rank))
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove unfinished checkpoints, which may take the room that the next one needs. Local; rank 0 only."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a crash leaves it complete or unfinished. Local; rank 0 only."""
+    unfinished = path.rename(path.with_name(f".{path.name}.old.partial"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _problem_of(action: Callable[[], None]) -> str:
+    """Return why the file system refused an action, or an empty string. Local."""
+    try:
+        action()
+    except OSError as error:
+        return reason(error)
+    return ""
+
+
+def _cannot_write(folder: Path, problem: str, n_bytes: int) -> str:
+    newest = latest(folder)
+    return (
+        f"{'no room for' if problem in NO_ROOM else 'cannot write'} a checkpoint ({n_bytes / 2**20:.0f} MiB) in "
+        f"{folder} ({problem}): the newest is {newest.name if newest else 'none'}; {KEEP + 1} of them need room"
+    )
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of ``RUN/checkpoints``, if there is one."""
+    """Return the newest complete checkpoint in ``RUN/checkpoints``, or None. Local."""
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
 def load_newest(folder: Path, world: World) -> dict[str, Any]:
-    """This rank's part of the newest checkpoint of ``RUN/checkpoints`` that all ranks can read. Collective.
+    """Return this rank's part of the newest checkpoint that all ranks can read. Collective.
 
-    Rank 0 says which ones there are: where a network file system is slow to show what is new, others may see others.
+    Rank 0 lists the checkpoints, because ranks may see different ones on a slow network file system.
 
     Raises:
-        UsageError: There is none, or it was written by another number of ranks; the same on all ranks.
+        UsageError: There is no checkpoint, or another number of ranks wrote it; the same on all ranks.
     """
     if world.rank == 0:
         _remove_partial(folder)
@@ -176,10 +200,10 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
 
 
 def _load_on_survivors(path: Path, world: World) -> tuple[dict[str, Any] | None, str]:
-    """This rank's part of a checkpoint; or None, on all ranks, and what is wrong with it. Collective.
+    """Return this rank's part of a checkpoint; or, on all ranks, None and why one of them cannot read it. Collective.
 
     Raises:
-        UsageError: Some ranks see another checkpoint under this name than others; the same on all ranks.
+        UsageError: Ranks see different checkpoints under this name; the same on all ranks.
     """
     step, state, problem = None, None, ""
     try:
@@ -192,31 +216,31 @@ def _load_on_survivors(path: Path, world: World) -> tuple[dict[str, Any] | None,
         return None, problems[0]
     if len(steps := sorted({number for number, _ in parts})) > 1:
         raise UsageError(
-            f"{path} is not the same for all ranks, but of steps {', '.join(map(str, steps))}: a network file system "
-            "may be slow to show what is new; try again in a minute"
+            f"{path} is not the same for all ranks, but of steps {', '.join(map(str, steps))}: the network file system "
+            "may be slow to show new files; try again in a minute"
         )
     return state, ""
 
 
 def load(path: Path, world: World) -> dict[str, Any]:
-    """This rank's part of a checkpoint. Local.
+    """Return this rank's part of a checkpoint. Local.
 
     Raises:
-        UsageError: When it was written by another number of ranks, or cannot be read.
+        UsageError: Another number of ranks wrote the checkpoint, or this rank's part cannot be read.
     """
     _require_ranks(path, _n_parts(path), world)
     try:
         return _load_part(path, world)[1]
     except _Damaged as error:
-        raise UsageError(f"{error}: delete {path} to resume from the one before") from error
+        raise UsageError(f"{error}: delete {path} to resume from the previous one") from error
 
 
 class _Damaged(UsageError):
-    """A part of a checkpoint cannot be read."""
+    """A part of a checkpoint that cannot be read."""
 
 
 def _n_parts(path: Path) -> int:
-    """How many ranks have written a checkpoint: as its checksums tell it, else as many as it has parts."""
+    """Return the number of ranks that wrote a checkpoint: the number of its checksums, or else of its files."""
     try:
         n_files = len(json.loads((path / CHECKSUMS).read_text()))
     except (OSError, ValueError):
@@ -230,10 +254,10 @@ def _require_ranks(path: Path, n_parts: int, world: World) -> None:
 
 
 def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
-    """The number of the checkpoint, as this rank's file tells it, and this rank's state. Local.
+    """Return the step and the state that this rank's file holds. Local.
 
     Raises:
-        _Damaged: When it cannot be read, or is not what was written.
+        _Damaged: The file cannot be read, or is not what was written.
     """
     file = path / _file_name(world.rank)
     try:
@@ -241,9 +265,9 @@ def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
         if manifest.exists() and json.loads(manifest.read_text())[file.name] != _checksum(file):
             raise ValueError("its checksum is wrong")
         with h5py.File(file, "r", locking=False) as root:
-            content = _read(root)
+            content = hdf5_tree.read_tree(root)
         return content["step"], content["state"]
-    except Exception as error:  # what a damaged file makes of HDF5 has no end
+    except Exception as error:  # a damaged file makes HDF5 raise errors of any type
         raise _Damaged(f"{file} is no readable checkpoint ({type(error).__name__}: {error})") from error
 
 
@@ -252,18 +276,20 @@ def _file_name(rank: int) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))  # 100000000 is after 99999999
+    """Return the complete checkpoints, the oldest first; a replaced one comes before the one that replaces it."""
+    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 
 
 def _write_file(path: Path, content: dict[str, Any]) -> None:
     with h5py.File(path, "w", locking=False) as root:
-        _write(root, content)
+        hdf5_tree.write_tree(root, content)
         root.flush()
     _sync(path)
 
 
 def _checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     value, block = 0, memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(block):
@@ -272,78 +298,9 @@ def _checksum(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Of a file or a folder."""
+    """Write a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write(group: h5py.Group, value: Any) -> None:
-    """Write one value of a nested state as a group that says of what kind it is."""
-    if isinstance(value, dict):
-        group.attrs[_KIND] = "dict"
-        for k, (key, item) in enumerate(value.items()):
-            child = group.create_group(str(k))
-            child.attrs["key"] = key
-            child.attrs["key_is_number"] = isinstance(key, int)
-            _write(child, item)
-    elif isinstance(value, (list, tuple)):
-        group.attrs[_KIND] = "list" if isinstance(value, list) else "tuple"
-        for k, item in enumerate(value):
-            _write(group.create_group(str(k)), item)
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        group.attrs[_KIND] = "tensor" if isinstance(value, torch.Tensor) else "array"
-        array = _to_numpy(value)
-        group.attrs[_DTYPE] = str(array.dtype)
-        group.create_dataset(_VALUE, data=array.view(np.uint16) if str(array.dtype) in _SIXTEEN_BIT else array)
-    elif value is None:
-        group.attrs[_KIND] = "none"
-    elif isinstance(value, (bool, int, float, str)):
-        kind = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))  # np.float64 is a float
-        group.attrs[_KIND] = kind.__name__
-        # Text goes into a dataset: attributes end at 64 KiB. So do whole numbers, which may be of any length.
-        group.create_dataset(_VALUE, data=str(value) if kind is int else kind(value))
-    else:
-        raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-def _read(group: h5py.Group) -> Any:
-    kind = group.attrs[_KIND]
-    if kind == "dict":
-        children = [group[str(k)] for k in range(len(group))]
-        return {
-            int(child.attrs["key"]) if child.attrs["key_is_number"] else str(child.attrs["key"]): _read(child)
-            for child in children
-        }
-    if kind in ("list", "tuple"):
-        items = [_read(group[str(k)]) for k in range(len(group))]
-        return items if kind == "list" else tuple(items)
-    if kind == "none":
-        return None
-    if kind in ("tensor", "array"):
-        return _read_array(group, as_tensor=kind == "tensor")
-    raw = group[_VALUE][()]
-    return raw.decode() if kind == "str" else {"bool": bool, "int": int, "float": float}[kind](raw)
-
-
-def _read_array(group: h5py.Group, *, as_tensor: bool) -> Any:
-    stored = group[_VALUE]
-    array = np.empty(stored.shape, stored.dtype)
-    if array.size:
-        stored.read_direct(array)
-    dtype = str(group.attrs[_DTYPE])
-    if not as_tensor:
-        return array.view(_SIXTEEN_BIT[dtype]) if dtype in _SIXTEEN_BIT else array
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype in _SIXTEEN_BIT else tensor
-
-
-def _to_numpy(value: torch.Tensor | np.ndarray) -> np.ndarray:
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value) if value.ndim else value
-    value = value.detach().cpu().contiguous()
-    if value.dtype == torch.bfloat16:
-        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return value.numpy()

@@ -1,27 +1,27 @@
-"""Tables of numbers that grow while a run goes on, in one HDF5 file that any process may read meanwhile.
+"""Tables of numbers that grow during a run, in one HDF5 file that any process may read at the same time.
 
     metrics.h5:  /progress/seconds (rows,)  /progress/loss (rows,) ...  /staleness/histogram (rows, 33)    all float64
 
 The format is HDF5's single writer, multiple readers (SWMR; The HDF Group, "HDF5 Single-writer/Multiple-reader User's
-Guide"): all datasets are made before the mode is switched on, after which they only grow. What follows from how that
-behaves (HDF5 2.0):
+Guide"): all datasets are created before that mode is switched on, and only grow afterwards. The behaviour of HDF5 2.0
+decides the rest:
 
-- A file whose writer lives, or was killed, opens for reading with `swmr=True` and in no other way. Killed at any moment
-  it stays readable, but its columns may have different lengths: a table is as long as its shortest column.
-- A killed writer leaves the file marked as open for writing, and then it opens for writing no more (the tool that
-  clears the mark, h5clear, is not in the wheels). Going on with a file therefore means to read it and to write a new
-  one, which takes its place in one rename. That is also how rows are dropped, and how a table gets new fields.
-- A file is built under another name and renamed only once SWMR is on, so `path` is never in a state that cannot be
-  read.
-- A reader repeats what it finds unfinished, 100 times with pauses that double from a nanosecond: on a damaged file, as
-  a crashed machine leaves it, that is for ever. 25 times are over in some 50 ms. h5py has no call for that setting. And
-  what lies behind the end of a file that was cut off reads as zeros, so the length is compared with the one noted.
-- No file locks are asked for: a run has one writer (`trainer.runlock`), and on a network file system whose
-  locks do not work HDF5 gives up over them. All openings in one process must ask alike, or HDF5 refuses the second.
-  HDF5_USE_FILE_LOCKING in the environment overrules this.
-- A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. So
-  room is taken from the file system before rows are handed to HDF5; where there is none they are dropped, with one
-  warning, and training goes on.
+- A file whose writer is alive, or was killed, opens for reading with `swmr=True` and in no other way. A writer killed
+  at any moment leaves a readable file, but its columns may differ in length: a table is as long as its shortest column.
+- A killed writer leaves the file marked as open for writing, and HDF5 then refuses to write to it (h5clear, which
+  clears the mark, is not in the wheels). Continuing a file therefore means reading it and writing a new one, which
+  replaces it in one rename. Rows are dropped and fields are added to a table in the same way.
+- A new file is built under another name and renamed only once SWMR is on, so that `path` can always be read.
+- A reader retries metadata that it finds incomplete, 100 times by default, with pauses that double from a nanosecond:
+  on a damaged file, as a crashed machine leaves it, that is forever. 25 attempts take some 50 ms. h5py has no function
+  for this setting. What lies beyond the end of a truncated file reads as zeros, so the file's length is compared with
+  the one it notes.
+- No file locks are requested: a run has one writer (`trainer.runlock`), and HDF5 fails on network file systems without
+  working locks. All openings in one process must ask for the same, or HDF5 refuses the second. HDF5_USE_FILE_LOCKING in
+  the environment overrides this.
+- A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. Room
+  is therefore reserved in the file system before rows are passed to HDF5. Rows without room are dropped, with one
+  warning, and training continues.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ from numpy.typing import ArrayLike, NDArray
 from mpitrain.errors import UsageError, reason
 
 Column = NDArray[np.float64]
-Field = str | tuple[str, tuple[int, ...]]  # a name, or a name and the shape of one row's entry
+Field = str | tuple[str, tuple[int, ...]]  # a name, or a name and the shape of its entry in a row
 Tables = Mapping[str, Sequence[Field]]
 
 LOCKING = False
-LIBVER = "v110"  # the oldest format that has SWMR, so that the most tools can read it
+LIBVER = "v110"  # the oldest format with SWMR, which the most tools can read
 ROWS_PER_CHUNK = 256
-HDF5_ATTEMPTS = 25  # of reading one piece of metadata, see above
-ATTEMPTS = 3  # of reading the file: local file systems keep the order of writes, network ones do not promise it
+HDF5_ATTEMPTS = 25  # to read a piece of metadata, see above
+ATTEMPTS = 3  # to read the file: network file systems, unlike local ones, may reorder writes
 PAUSE_SECONDS = 0.1
 FAILURES = (OSError, RuntimeError, KeyError)
-"""What h5py raises when a file cannot be written: RuntimeError of closing it, KeyError of looking for a part of it."""
-BYTES_PER_FIELD = 8192  # more than a column's new chunk and what points to it
-HOLES_BYTES = 2**20  # at the end of a file, in which HDF5 may leave out what it has not written yet
+"""Errors of h5py when a file cannot be written: closing it raises RuntimeError, looking up a part of it KeyError."""
+BYTES_PER_FIELD = 8192  # more than a new chunk of a column and its index entry take
+HOLES_BYTES = 2**20  # the end of a file, which may have holes where HDF5 has not written yet
 CANNOT_RESERVE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class MetricsWriter:
-    """Appends rows to the tables of one file; the only writer of it. Continues the file if there is one.
+    """The only writer of a metrics file; appends rows to its tables and continues a file that exists.
 
-    Rows are kept in memory and written at most every `flush_seconds`, all tables together: writing a row of 13 fields
-    takes a millisecond. A writer that is killed loses what it had not written.
+    Rows are buffered in memory and written at most every `flush_seconds`, all tables at once: writing a row of 13
+    fields takes a millisecond. A killed writer loses its buffered rows.
 
     Example:
         >>> tables = {"progress": ["step", "loss"], "staleness": ["step", ("histogram", (33,))]}
@@ -74,16 +74,16 @@ class MetricsWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], tables: Tables, *, flush_seconds: float = 1.0) -> None:
-        """Opens `path` with the given tables, and with the rows (and any further fields) that it has already.
+        """Open `path` with the given tables and with the rows and further fields that it has.
 
         Args:
-            path: the HDF5 file; its folder must exist.
-            tables: the fields of each table; a field with a shape, as in `("histogram", (33,))`, holds an array per
+            path: The HDF5 file; its folder must exist.
+            tables: The fields of each table; a field with a shape, as in `("histogram", (33,))`, has an array in each
                 row.
-            flush_seconds: the least time between two writes; 0 writes every row at once.
+            flush_seconds: The shortest time between two writes; with 0 every row is written at once.
 
         Raises:
-            UsageError: if there is a file that cannot be read, or one whose fields have other shapes.
+            UsageError: The file cannot be read, or its fields have other shapes.
         """
         self._path = Path(path)
         self._has_warned = self._is_broken = False
@@ -104,9 +104,9 @@ class MetricsWriter:
         self._start(rows)
 
     def _start(self, rows: Mapping[str, Mapping[str, Column]]) -> None:
-        """Puts a new file with these rows in the place of `path` and leaves it open for appending."""
+        """Replace the file at `path` by a new one with these rows, and leave that open for appending."""
         building = self._path.with_name(f"{self._path.name}.building")
-        building.unlink(missing_ok=True)  # of a writer that was killed at this point
+        building.unlink(missing_ok=True)  # left by a writer killed while it built the file
         n_fields = sum(map(len, self._shapes.values()))
         with building.open("wb") as file:
             n_bytes = sum(column.nbytes for columns in rows.values() for column in columns.values())
@@ -130,10 +130,10 @@ class MetricsWriter:
         self._flushed_at = -math.inf
 
     def append(self, table: str, **values: ArrayLike) -> None:
-        """Adds one row; a field without a value gets NaN.
+        """Append one row; fields without a value are NaN.
 
         Raises:
-            ValueError: for an unknown table or field, a value of the wrong shape, or after `close`.
+            ValueError: The table or a field is unknown, a value has the wrong shape, or the writer is closed.
         """
         shapes = self._shapes.get(table)
         if shapes is None:
@@ -152,7 +152,7 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows that wait, so that readers see them; drops them if there is no room."""
+        """Write all buffered rows, so that readers see them; drop them if there is no room."""
         self._flushed_at = time.monotonic()
         try:
             if not self._is_broken:
@@ -168,7 +168,7 @@ class MetricsWriter:
         offset = max(0, length - HOLES_BYTES)
         n_fields = sum(map(len, self._shapes.values()))
         reserve(descriptor, offset, length - offset + 2 * sum(values) + BYTES_PER_FIELD * n_fields)
-        self._is_broken = True  # if what follows raises
+        self._is_broken = True  # if one of the following calls raises
         for table, rows in self._waiting.items():
             if rows:
                 for field in self._shapes[table]:
@@ -176,18 +176,18 @@ class MetricsWriter:
                     n = len(column)
                     column.resize(n + len(rows), axis=0)
                     column[n:] = np.stack([row[field] for row in rows])
-        self._file.flush()  # the file and not each dataset: this notes its length, so that readers know a cut file
+        self._file.flush()  # of the file, not of each dataset: it notes the length by which readers detect truncation
         os.ftruncate(descriptor, self._file.id.get_filesize())
         self._is_broken = False
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
-            text = " ".join(f"rows of {self._path} are lost, as it cannot be written ({reason(error)})".split())
+            text = " ".join(f"rows of {self._path} are lost because it cannot be written ({reason(error)})".split())
             print(f"mpitrain: warning: {text}", file=sys.stderr, flush=True)
         self._has_warned = True
 
     def truncate_after(self, table: str, column: str, value: float) -> None:
-        """Drops the rows of `table` whose `column` is above `value` or NaN: what came after a checkpoint.
+        """Drop the rows of `table` whose `column` is above `value` or NaN, such as those after a checkpoint.
 
         Example:
             >>> for table in ("progress", "evaluation"):
@@ -203,7 +203,7 @@ class MetricsWriter:
         self._start(rows)
 
     def close(self) -> None:
-        """Writes what waits and closes the file; more than once does no harm."""
+        """Write the buffered rows and close the file; a second call does nothing."""
         if self._file:
             self.flush()
             if not self._is_broken:
@@ -219,10 +219,10 @@ class MetricsWriter:
 
 
 def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
-    """Takes room for a part of a file, which becomes as long.
+    """Reserve room for a part of a file and extend the file to its end.
 
     Raises:
-        OSError: if there is none.
+        OSError: There is no room.
     """
     try:
         os.posix_fallocate(descriptor, offset, n_bytes)
@@ -232,14 +232,13 @@ def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
-    """All tables of a metrics file, whether its writer is at work, has finished or was killed.
+    """Return all tables of a metrics file, whose writer may be running, finished or killed.
 
     Returns:
-        table -> field -> float64 array of shape (rows,) or (rows, k), with the same number of rows for all fields of a
-        table.
+        table -> field -> float64 array of shape (rows,) or (rows, k), with as many rows in all fields of a table.
 
     Raises:
-        UsageError: if the file is missing or cannot be read as metrics.
+        UsageError: The file is missing or cannot be read as metrics.
     """
     path = Path(path)
     if not path.is_file():
@@ -265,19 +264,17 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
 
 
 def _open(path: Path) -> Any:
-    """`h5py.File(path, "r", swmr=True, locking=LOCKING)` that raises OSError, and soon, for a damaged file."""
+    """Open a file as `h5py.File(path, "r", swmr=True, locking=LOCKING)`, but fail on a damaged file within seconds."""
     with path.open("rb") as file:
         superblock = file.read(36)  # version at byte 8, in version 3 the end of the file at byte 28
         length = file.seek(0, os.SEEK_END)
     if superblock[8:9] == b"\3" and int.from_bytes(superblock[28:36], "little") > length:
-        raise OSError(f"it was cut off after {length} bytes")
+        raise OSError(f"it was truncated to {length} bytes")
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
     access.set_file_locking(LOCKING, True)  # and ignore that they may be disabled
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # no such symbol: HDF5 is linked in another way, and tries longer
-        # Looked up through h5py's own module, so that it is the HDF5 which h5py uses.
+    with contextlib.suppress(OSError, AttributeError):  # HDF5 is linked in another way: it retries longer
+        # The symbol is looked up through h5py's own module, to find the HDF5 that h5py uses.
         set_attempts = ctypes.PyDLL(h5py.h5p.__file__).H5Pset_metadata_read_attempts
         set_attempts.argtypes = [ctypes.c_int64, ctypes.c_uint]
         set_attempts(access.id, HDF5_ATTEMPTS)

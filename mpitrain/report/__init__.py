@@ -1,6 +1,6 @@
 """What a user looks at after a run: tables and plots. matplotlib is loaded by `plots` and `style` only."""
 
-from mpitrain.report.command import add_arguments, run, write_report
+from mpitrain.report.command import remarks, table, write_report
 from mpitrain.report.runs import Run, load_run, load_runs, summarise, temporal_efficiency
 
-__all__ = ["Run", "add_arguments", "load_run", "load_runs", "run", "summarise", "temporal_efficiency", "write_report"]
+__all__ = ["Run", "load_run", "load_runs", "remarks", "summarise", "table", "temporal_efficiency", "write_report"]

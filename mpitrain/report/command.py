@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.report import text
-from mpitrain.report.runs import Run, load_runs, summarise, temporal_efficiency
+from mpitrain.report.runs import Run, summarise, temporal_efficiency
 
 CAPTIONS = {
     "curves.png": "Loss and accuracy against time, gradients and bytes; training loss as a running median.",
@@ -20,25 +18,6 @@ CAPTIONS = {
     "consensus.png": "How far the workers are from what is evaluated, and the energy of the springs.",
     "method.png": "What the method tells of its workers.",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the sub-command takes."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the plots (default: RUN for one run, ./report for several)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs the sub-command and returns its exit code."""
-    document = write_report(load_runs(args.runs), args.out or (args.runs[0] if len(args.runs) == 1 else Path("report")))
-    print("\n".join(table(document["runs"])))
-    print("\n".join(["", *remarks(document), *(f"wrote {file}" for file in document["files"])]))
-    if args.json:
-        print(json.dumps(document))
-    return 0
 
 
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:

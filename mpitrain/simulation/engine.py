@@ -1,7 +1,7 @@
-"""Run a method in one process: many workers, a schedule, and gradients from a function.
+"""Runs of a method in one process, with many workers, a schedule, and gradients from a function.
 
-The classes are those that run under mpirun. What a test proves here about a method holds there, up to the order of
-events, which here is the schedule's and there the machine's.
+The method's classes are those that run under mpirun. What a test proves about a method here holds there too, up to the
+order of events, which the schedule decides here and the machine there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
-from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
+from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.schedules import RoundRobin
+from mpitrain.simulation.world import SimulatedWorld
 
 Gradient = Callable[[int, np.ndarray], Any]
-"""``gradient(rank, x)``: the gradient (n,) at what that worker's model holds."""
+"""``gradient(rank, x)`` returns the gradient (n,) of a worker at its parameters x (n,)."""
 
 
 @dataclass
@@ -27,17 +30,17 @@ class Simulation:
     """Workers of one method in a simulated world.
 
     Args:
-        method: Its hyper-parameters.
+        method: The method and its hyper-parameters.
         world: The workers and their schedule.
-        gradient: What each worker computes.
-        start: (n,) where all begin, or (p, n) one row each; worker 0's seeds whatever is shared.
-        learning_rate: eta.
-        weight_decay: Added to the gradient.
-        momentum: Of the local SGD, for methods that leave the update to it; in no checkpoint.
-        seed: Of the method's random choices.
-        layers, fitness: What a method may ask of a model, as in ``Replica``.
-        average: What is evaluated instead of the method's own.
-        loss: ``loss(rank, x)`` of the mini-batch, for methods that need it; the norm of the gradient when not given.
+        gradient: Computes the gradient of each worker.
+        start: Initial parameters, (n,) of all workers or (p, n) with a row for each. Shared state is worker 0's.
+        learning_rate: The learning rate eta.
+        weight_decay: The coefficient of the parameters that is added to the gradient.
+        momentum: The momentum of the local SGD, for methods that do not own the update; checkpoints omit its velocity.
+        seed: The seed of the method's random choices.
+        layers, fitness: The model's layers and fitness, as in ``Replica``.
+        loss: ``loss(rank, x)`` of the mini-batch, for methods that need it; by default the norm of the gradient.
+        average: An average of the iterates, evaluated in place of the method's consensus.
     """
 
     method: Method
@@ -64,17 +67,17 @@ class Simulation:
             worker = self.method.worker(replica)
             return worker if self.average is None else self.average.wrap(worker, replica)
 
-        # Setting up is collective and takes as many switches as it takes: the schedule is for what follows.
+        # Set-up is collective and switches workers any number of times: the schedule applies to the steps only.
         schedule, self.world.schedule = self.world.schedule, RoundRobin()
         self.workers = self.world.run(set_up)
         self.world.schedule = schedule
 
     def run(self, steps: int, after_step: Callable[[Simulation, int], None] | None = None) -> Simulation:
-        """Let every worker make this many steps (or until the schedule ends).
+        """Run every worker for a number of steps, or until the schedule ends.
 
         Args:
-            steps: Of each worker.
-            after_step: Called with this object and the rank, whenever a worker has made one.
+            steps: The steps of each worker.
+            after_step: Called with this object and the worker's rank after each step.
         """
 
         def program(comm: SimulatedCommunicator) -> None:
@@ -96,11 +99,11 @@ class Simulation:
         return self
 
     def x(self) -> np.ndarray:
-        """(p, n) what each worker's model holds."""
+        """Return the parameters of all workers, (p, n)."""
         return np.stack([worker.x.local for worker in self.workers])
 
     def consensus(self, rank: int = 0) -> np.ndarray:
-        """(n,) what the method evaluates, as one worker sees it."""
+        """Return the vector (n,) that the method evaluates, as one worker sees it."""
         out = np.zeros_like(self.workers[rank].x.local)
         self.workers[rank].consensus(out)
         return out
@@ -111,7 +114,7 @@ class Simulation:
         return float(np.linalg.norm(worker.g.local))
 
     def _sgd(self, worker: Worker) -> tuple[Callable[[], object], np.ndarray | None]:
-        """x <- x - eta*(g + decay*x), or the same with momentum as torch has it, and the velocity of that."""
+        """Return the local update x <- x - eta*(g + decay*x) and, if it has momentum as torch's SGD, its velocity."""
         x, g, eta, decay = worker.x.local, worker.g.local, self.learning_rate, self.weight_decay
         if self.momentum == 0:
             return lambda: kernels.sgd_step(x, g, eta, decay), None

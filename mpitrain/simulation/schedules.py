@@ -1,4 +1,4 @@
-"""Who goes on: the schedules of a simulated world."""
+"""Schedules, which decide the order in which the workers of a simulated world run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ class Schedule(Protocol):
     """Decides which worker runs next."""
 
     def choose(self, ready: list[int]) -> int | None:
-        """One of the ready workers (ascending, not empty), or None to end the run."""
+        """Return one of the ready workers (ascending, not empty), or None to end the run."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
-        """A worker has finished a local step, in which it exchanged so often and moved so many bytes."""
+        """Note that a worker has finished a local step, with the exchanges it made and the bytes it sent in it."""
 
     def all_met(self, ranks: Sequence[int]) -> None:
-        """These workers have met in a collective: none of them is ahead of another."""
+        """Note that these workers have completed a collective, which lets none of them be ahead of another."""
 
     def released(self, rank: int) -> None:
-        """A worker has what it waited for, from the worker that ran last."""
+        """Note that the worker that ran last has made true the condition for which this one waits."""
 
 
 class _Timeless:
-    """Schedules to which steps and collectives make no difference."""
+    """A schedule without clocks."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
-        """No clock to move."""
+        """Do nothing."""
 
     def all_met(self, ranks: Sequence[int]) -> None:
-        """No clock to move."""
+        """Do nothing."""
 
     def released(self, rank: int) -> None:
-        """No clock to move."""
+        """Do nothing."""
 
 
 class RoundRobin(_Timeless):
@@ -45,37 +45,37 @@ class RoundRobin(_Timeless):
         self._last = -1
 
     def choose(self, ready: list[int]) -> int:
-        """The first ready worker after the one that ran last."""
+        """Return the first ready worker after the one that ran last."""
         self._last = next((rank for rank in ready if rank > self._last), ready[0])
         return self._last
 
 
 class RandomOrder(_Timeless):
-    """Each time a worker drawn uniformly from the ready ones."""
+    """A worker drawn uniformly from the ready ones at each turn."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
     def choose(self, ready: list[int]) -> int:
-        """Any of them."""
+        """Return a random ready worker."""
         return ready[int(self._rng.integers(len(ready)))]
 
 
 class Scripted(_Timeless):
-    """Exactly these workers in this order; the run ends with the script.
+    """The given workers in the given order; the run ends with the script.
 
     Args:
-        ranks: Each entry lets one worker run until it gives way.
+        ranks: One worker for each turn, which lasts until the worker gives way.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = iter(ranks)
 
     def choose(self, ready: list[int]) -> int | None:
-        """The next one of the script.
+        """Return the next worker of the script.
 
         Raises:
-            ValueError: When the script names a worker that waits or has finished.
+            ValueError: The script names a worker that waits or has finished.
         """
         rank = next(self._ranks, None)
         if rank is not None and rank not in ready:
@@ -84,20 +84,24 @@ class Scripted(_Timeless):
 
 
 class VirtualTime:
-    """The worker whose clock is behind runs: ``step_seconds`` a step, one number for each worker.
+    """The worker whose virtual clock is furthest behind.
 
-    A step with exchanges takes longer by a latency for each of them and by the time of its bytes on a link of the
-    worker's own. Nothing is shared, so nobody is held up by another's bytes.
+    A step of worker i that makes k exchanges and sends m bytes advances the worker's clock by
+
+        step_seconds[i]*J + k*latency_seconds + m/bytes_per_second,    ln J ~ N(-jitter^2/2, jitter^2)
+
+    Each worker has a link of its own, so that no worker is delayed by the bytes of another.
 
     Args:
-        step_seconds: (p,) what a local step costs each worker; a straggler that is 4 times slower has 4 times as much.
-        latency_seconds: Of an exchange.
-        bytes_per_second: Of a worker's link.
-        jitter: Standard deviation of the logarithm of a step's cost; its mean stays ``step_seconds``.
-        seed: Of the jitter.
+        step_seconds: (p,) mean duration of a local step of each worker; that of a worker 4 times slower is 4 times as
+            long.
+        latency_seconds: Latency of an exchange.
+        bytes_per_second: Bandwidth of a worker's link.
+        jitter: Standard deviation of the logarithm of a step's duration; the mean stays ``step_seconds``.
+        seed: The seed of the jitter.
 
     Attributes:
-        clocks: (p,) seconds of virtual time each worker has used.
+        clocks: (p,) the seconds of virtual time that each worker has used.
     """
 
     def __init__(
@@ -118,30 +122,30 @@ class VirtualTime:
         self._last = 0
 
     def choose(self, ready: list[int]) -> int:
-        """The ready worker with the smallest clock; the lowest rank among equals."""
+        """Return the ready worker with the smallest clock, the one of lowest rank among equals."""
         self._last = ready[int(np.argmin(self.clocks[ready]))]
         return self._last
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
-        """The worker's clock moves on."""
-        slower = np.exp(self._jitter * self._rng.standard_normal() - self._jitter**2 / 2) if self._jitter else 1.0
-        self.clocks[rank] += self.step_seconds[rank] * slower + n_exchanges * self._latency + n_bytes / self._rate
+        """Advance the worker's clock."""
+        factor = np.exp(self._jitter * self._rng.standard_normal() - self._jitter**2 / 2) if self._jitter else 1.0
+        self.clocks[rank] += self.step_seconds[rank] * factor + n_exchanges * self._latency + n_bytes / self._rate
 
     def all_met(self, ranks: Sequence[int]) -> None:
-        """They have waited for the last one."""
+        """Set the clocks of these workers to the latest of them."""
         self.clocks[list(ranks)] = self.clocks[list(ranks)].max()
 
     def released(self, rank: int) -> None:
-        """It has waited for the worker that ran last."""
+        """Advance the worker's clock to that of the worker that ran last, if it is behind."""
         self.clocks[rank] = max(self.clocks[rank], self.clocks[self._last])
 
 
 class Until:
-    """Another schedule, until something holds: then the run ends, wherever the workers are.
+    """Another schedule that ends the run as soon as a condition holds, wherever the workers are.
 
     Args:
-        schedule: Who goes on until then.
-        is_over: Whether it holds.
+        schedule: The schedule until then.
+        is_over: The condition, checked before each turn.
     """
 
     def __init__(self, schedule: Schedule, is_over: Callable[[], bool]) -> None:
@@ -149,5 +153,5 @@ class Until:
         self.step_made, self.all_met, self.released = schedule.step_made, schedule.all_met, schedule.released
 
     def choose(self, ready: list[int]) -> int | None:
-        """As the other one."""
+        """Return the other schedule's choice, or None once the condition holds."""
         return None if self._is_over() else self._schedule.choose(ready)

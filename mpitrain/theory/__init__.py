@@ -1,14 +1,15 @@
-"""What is known about the methods in closed form: stability, rates, variances, fixed points, bounds.
+"""Closed-form results about the methods: stability, rates, variances, fixed points and bounds.
 
-Pure functions of numbers, in the papers' symbols, for one coordinate of the quadratic f(x) = h x^2 / 2 unless they say
-otherwise. They start no MPI and know no method's code: the tests of the methods and the warnings before a run use them.
+Pure functions of numbers, in the papers' symbols. Unless stated otherwise they are for one coordinate of the quadratic
+f(x) = h x^2 / 2. They import neither MPI nor the methods; the tests of the methods and the warnings before a run use
+them.
 
     eta, h, eh    learning rate, curvature, their product         p, tau    workers, local steps between exchanges
-    alpha, beta   the workers' and the center's moving rate       delta     momentum
-    sigma         standard deviation of a gradient's noise        lam       pull to a leader
+    alpha, beta   moving rates of the workers and the center      delta     momentum
+    sigma         standard deviation of a gradient's noise        lam       pull towards a leader
 
-Each docstring has the formula and says where it comes from: from the paper; from memory of the paper; or derived for
-this project, in which case it has been compared with eigenvalues, enumeration or simulation.
+Each docstring gives the formula and its origin: the paper; memory of the paper; or a derivation for this project, which
+has been checked against eigenvalues, enumeration or simulation. `__all__` lists the functions by module.
 """
 
 from __future__ import annotations
@@ -111,80 +112,90 @@ from mpitrain.theory.safeguard import (
 )
 
 __all__ = [
-    "EASGD_TRAP",
-    "LEADER_TRAP",
+    # Parameter servers: delay and staleness.
     "agn_largest_eh",
     "agn_q",
     "agn_safe_period",
-    "agn_warning",
-    "allreduce_variance",
-    "averaged_center_variance",
-    "critical_momentum",
     "delayed_matrix",
     "delayed_radius",
-    "diloco_is_stable",
-    "diloco_matrix",
-    "diloco_radius",
-    "diloco_warning",
-    "double_well_gradient",
     "downpour_bound",
     "downpour_is_stable",
     "downpour_largest_eh",
     "downpour_largest_period",
     "downpour_q",
-    "downpour_warning",
     "dynsgd_q",
-    "eamsgd_matrix",
     "early_exchange_step",
-    "easgd_center_variance",
-    "easgd_center_variance_limit",
-    "easgd_disagreement_factor",
-    "easgd_error_bound",
-    "easgd_fixed_point",
-    "easgd_full_matrix",
-    "easgd_is_mean_square_stable",
-    "easgd_is_stable",
-    "easgd_matrix",
-    "easgd_mean",
-    "easgd_second_moment",
-    "easgd_worker_variance",
-    "elastic_double_well_hessian",
     "elastic_equilibrium",
-    "elastic_order_matrix",
-    "elastic_warning",
-    "exponential_graph_error",
-    "follower_factor",
-    "follower_is_stable",
-    "gauss_seidel_is_stable",
     "geometric_staleness_mean",
     "implicit_momentum",
     "implicit_momentum_matrix",
-    "local_sgd_fixed_point",
     "mdownpour_largest_eh",
     "mdownpour_matrix",
-    "mdownpour_warning",
-    "msgd_matrix",
-    "msgd_variance",
+    # The EASGD family.
+    "eamsgd_matrix",
+    "easgd_disagreement_factor",
+    "easgd_fixed_point",
+    "easgd_full_matrix",
+    "easgd_is_stable",
+    "easgd_matrix",
+    "easgd_mean",
+    "elastic_order_matrix",
+    "gauss_seidel_is_stable",
     "optimal_moving_rate",
-    "parle_inner_fixed_point",
-    "parle_inner_iterate",
+    # Gossip.
+    "exponential_graph_error",
     "pull_contraction",
     "pull_mean_variance",
     "push_contraction",
     "push_mean_variance",
+    # Leaders, and the double well.
+    "EASGD_TRAP",
+    "LEADER_TRAP",
+    "double_well_gradient",
+    "elastic_double_well_hessian",
+    "follower_factor",
+    "follower_is_stable",
+    "trapped_easgd",
+    "trapped_follower",
+    # Linear recursions.
+    "spectral_radius",
+    "stationary_covariance",
+    # Noise.
+    "allreduce_variance",
+    "averaged_center_variance",
+    "critical_momentum",
+    "easgd_center_variance",
+    "easgd_center_variance_limit",
+    "easgd_error_bound",
+    "easgd_is_mean_square_stable",
+    "easgd_second_moment",
+    "easgd_worker_variance",
+    "msgd_matrix",
+    "msgd_variance",
+    "spread_sgd_bound",
+    "spread_sgd_factor",
+    "spread_sgd_optimum",
+    # Warnings about settings outside the known stable region.
+    "agn_warning",
+    "diloco_warning",
+    "downpour_warning",
+    "elastic_warning",
+    "mdownpour_warning",
+    "slowmo_warning",
+    # One worker at a time.
     "round_robin_admm_matrix",
     "round_robin_easgd_bound",
     "round_robin_easgd_matrix",
     "round_robin_easgd_step",
-    "safeguard_detection_step",
+    # Rounds of local steps.
+    "diloco_is_stable",
+    "diloco_matrix",
+    "diloco_radius",
+    "local_sgd_fixed_point",
+    "parle_inner_fixed_point",
+    "parle_inner_iterate",
     "slowmo_is_stable",
     "slowmo_matrix",
-    "slowmo_warning",
-    "spectral_radius",
-    "spread_sgd_bound",
-    "spread_sgd_factor",
-    "spread_sgd_optimum",
-    "stationary_covariance",
-    "trapped_easgd",
-    "trapped_follower",
+    # SafeguardSGD.
+    "safeguard_detection_step",
 ]

@@ -1,7 +1,7 @@
-"""Parameter servers: how much delay a step size bears. DOWNPOUR, AGN, DynSGD, momentum at the master, staleness.
+"""Parameter servers: stability under delay. DOWNPOUR, AGN, DynSGD, momentum at the master, staleness.
 
-Served in turn, each of p workers pushes what tau local steps on h x^2 / 2 changed, from a center that is p-1 pushes
-old. Only the part q that a push undoes of the center's error differs between the methods:
+In round-robin order each of p workers pushes the displacement of tau local steps on h x^2 / 2, computed from a center
+that is p-1 pushes old. The methods differ only in q, the fraction of that center's error that a push removes:
 
     c_{k+1} = c_k - q c_{k-(p-1)},   stable iff 0 < q < 2 sin(pi / (2(2p-1)))
 
@@ -25,17 +25,19 @@ from mpitrain.theory.linear import Matrix, spectral_radius
 
 def _check(p: int, tau: int = 1) -> None:
     if p < 1 or tau < 1:
-        raise UsageError(f"there is at least one worker and one local step, not {p} and {tau}")
+        raise UsageError(f"at least one worker and one local step are needed, not {p} and {tau}")
 
 
 def downpour_bound(p: int) -> float:
-    """Below which q the round-robin recursion is stable: 2 sin(pi/(2(2p-1))); 2, 1, .618, .445, ..."""
+    """Return the q below which the round-robin recursion is stable: 2 sin(pi/(2(2p-1))); 2, 1, .618, .445, ..."""
     _check(p)
-    return 1.0 if p == 2 else 2 * math.sin(math.pi / (2 * (2 * p - 1)))  # sin(pi/6) is 1/2 but for its last bit
+    return (
+        1.0 if p == 2 else 2 * math.sin(math.pi / (2 * (2 * p - 1)))
+    )  # math.sin(pi/6) differs from 1/2 in its last bit
 
 
 def delayed_matrix(q: float, p: int) -> Matrix:
-    """c_{k+1} = c_k - q c_{k-(p-1)} on (c_k, c_{k-1}, ..., c_{k-p+1}), shape (p, p)."""
+    """Return the matrix of c_{k+1} = c_k - q c_{k-(p-1)} on (c_k, c_{k-1}, ..., c_{k-p+1}), shape (p, p)."""
     _check(p)
     matrix = np.eye(p, k=-1)
     matrix[0, 0] = 1.0
@@ -44,38 +46,38 @@ def delayed_matrix(q: float, p: int) -> Matrix:
 
 
 def delayed_radius(q: float, p: int) -> float:
-    """The spectral radius of the recursion for each push; below 1 exactly if 0 < q < ``downpour_bound(p)``."""
+    """Return the spectral radius of the recursion per push; below 1 exactly if 0 < q < ``downpour_bound(p)``."""
     return spectral_radius(delayed_matrix(q, p))
 
 
 def downpour_q(eh: float, tau: int) -> float:
-    """What DOWNPOUR's push undoes of the error it was computed from: 1 - (1-eh)^tau."""
+    """Return the fraction of the error that a push of DOWNPOUR removes: 1 - (1-eh)^tau."""
     return 1 - (1 - eh) ** tau
 
 
 def agn_q(eh: float, tau: int) -> float:
-    """The same with accumulated gradient normalisation: (1 - (1-eh)^tau) / tau, at most min(eh, 1/tau) if eh <= 1."""
+    """Return q with accumulated gradient normalisation: (1 - (1-eh)^tau) / tau, at most min(eh, 1/tau) if eh <= 1."""
     return downpour_q(eh, tau) / tau
 
 
 def dynsgd_q(eh: float, tau: int, p: int) -> float:
-    """The same with DynSGD, which divides a push of staleness p-1 by p: stable for all p and tau if 0 < eh < 1."""
+    """Return q with DynSGD, which divides a push of staleness p-1 by p: stable for all p and tau if 0 < eh < 1."""
     return downpour_q(eh, tau) / p
 
 
 def downpour_is_stable(eh: float, p: int, tau: int) -> bool:
-    """Whether round-robin DOWNPOUR converges on the quadratic: 0 < q < bound."""
-    return 1 - downpour_bound(p) < (1 - eh) ** tau < 1  # of 1 - q, which is exact where q rounds to 1
+    """Return whether round-robin DOWNPOUR converges on the quadratic: 0 < q < bound."""
+    return 1 - downpour_bound(p) < (1 - eh) ** tau < 1  # in terms of 1 - q, which is exact where q rounds to 1
 
 
 def downpour_largest_eh(p: int, tau: int) -> float:
-    """DOWNPOUR is stable for every eh up to, not including, this: 1 - (1-bound)^(1/tau); 2 for a single worker."""
+    """Return the eh below which DOWNPOUR is stable: 1 - (1-bound)^(1/tau); 2 for a single worker."""
     _check(p, tau)
     return 2.0 if p == 1 else 1 - (1 - min(downpour_bound(p), 1.0)) ** (1 / tau)
 
 
 def downpour_largest_period(p: int, eh: float) -> float:
-    """The largest tau at which DOWNPOUR with all smaller ones is stable: a whole number, 0 if none is, or inf."""
+    """Return the largest tau such that DOWNPOUR is stable for it and all smaller ones: 0 if none is, or inf."""
     _check(p)
     if not 0 < eh < 2:
         return 0
@@ -85,31 +87,32 @@ def downpour_largest_period(p: int, eh: float) -> float:
     if eh >= bound:
         return 0
     tau = math.floor(math.log1p(-bound) / math.log1p(-eh))
-    return tau if downpour_is_stable(eh, p, tau) else tau - 1  # the bound itself is outside
+    return tau if downpour_is_stable(eh, p, tau) else tau - 1  # the bound itself is unstable
 
 
 def agn_safe_period(p: int) -> int:
-    """The smallest tau from which on AGN is stable whatever 0 < eh <= 1: the first with 1/tau <= bound, about 0.64 p.
+    """Return the smallest tau from which AGN is stable for every 0 < eh <= 1: the first with 1/tau <= bound.
 
-    Hermans' rule of thumb, (p + number of layers)/2, grows alike.
+    It is about 0.64 p. Hermans' rule of thumb, (p + number of layers)/2, grows similarly.
     """
     return math.ceil(1 / downpour_bound(p) - 1e-12)
 
 
 def agn_largest_eh(p: int, tau: int) -> float:
-    """AGN is stable for every 0 < eh up to, not including, this, of those up to 1: 1 - (1 - tau*bound)^(1/tau)."""
+    """Return the eh <= 1 below which AGN is stable: 1 - (1 - tau*bound)^(1/tau)."""
     _check(p, tau)
     pushed = tau * downpour_bound(p)
     return 1.0 if pushed >= 1 else 1 - (1 - pushed) ** (1 / tau)
 
 
 def mdownpour_matrix(eh: float, delta: float, p: int) -> Matrix:
-    """One update of momentum at the master on (c, v, y_k, ..., y_{k-p+1}), shape (p+2, p+2); y is what workers pull.
+    """Return one update of momentum at the master on (c, v, y_k, ..., y_{k-p+1}), shape (p+2, p+2).
 
         v <- delta*v - eh*y_{k-p+1};   c <- c + v;   y_{k+1} = c + delta*v
 
-    MDOWNPOUR of arXiv 1412.6651 in its look-ahead form, served in turn: gradients are p-1 updates old. Its eigenvalues
-    for delta = 0 are those of ``delayed_matrix(eh, p)``, for p = 1 those of ``msgd_matrix``. Derived for this project.
+    Workers pull y. This is MDOWNPOUR of arXiv 1412.6651 in its look-ahead form, in round-robin order: gradients are p-1
+    updates old. Its eigenvalues for delta = 0 are those of ``delayed_matrix(eh, p)``, for p = 1 those of
+    ``msgd_matrix``. Derived for this project.
     """
     _check(p)
     n = p + 2
@@ -121,9 +124,10 @@ def mdownpour_matrix(eh: float, delta: float, p: int) -> Matrix:
 
 
 def mdownpour_largest_eh(p: int, delta: float) -> float:
-    """MDOWNPOUR served in turn is stable for every 0 < eh up to this: the first crossing, found by bisection.
+    """Return the eh up to which round-robin MDOWNPOUR is stable, for 0 <= delta < 1.
 
-    For 0 <= delta < 1. Delay and momentum add up: 8 workers with 0.9 bear a hundredth of what one worker without does.
+    The first crossing of radius 1, found by bisection. Delay and momentum compound: with 8 workers and momentum 0.9 it
+    is a hundredth of that of one worker without momentum.
     """
     if not 0 <= delta < 1:
         raise UsageError(f"momentum must be in [0, 1), not {delta:g}")
@@ -137,19 +141,22 @@ def mdownpour_largest_eh(p: int, delta: float) -> float:
 
 
 def implicit_momentum(p: int) -> float:
-    """The momentum that asynchrony among p workers amounts to, 1 - 1/p (Mitliagkas et al. 2016), with eta/p as step."""
+    """Return the implicit momentum of asynchrony among p workers, 1 - 1/p, with step eta/p (Mitliagkas et al. 2016)."""
     _check(p)
     return 1 - 1 / p
 
 
 def implicit_momentum_matrix(eh: float, p: int) -> Matrix:
-    """E x_{t+1} - E x_t = (1-1/p)(E x_t - E x_{t-1}) - (eh/p) E x_t on (E x_t, E x_{t-1}), shape (2, 2)."""
+    """Return the matrix of implicit momentum on (E x_t, E x_{t-1}), shape (2, 2).
+
+    E x_{t+1} - E x_t = (1-1/p)(E x_t - E x_{t-1}) - (eh/p) E x_t
+    """
     m = implicit_momentum(p)
     return np.array([[1 + m - eh / p, -m], [1.0, 0.0]])
 
 
 def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
-    """E x_0 = 1, ..., E x_n under gradients of random age l, P(l) = (1/p)(1-1/p)^l, none from before the start.
+    """Return E x_0 = 1, ..., E x_n with gradients of random age l, P(l) = (1/p)(1-1/p)^l, none from before the start.
 
         E x_{t+1} = E x_t - eh sum_{l<=t} P(l) E x_{t-l},   shape (n_steps + 1,)
 
@@ -163,21 +170,21 @@ def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
 
 
 def elastic_equilibrium(h: float, rho: float, minimum: float, center: float) -> float:
-    """Where elastic force and gradient cancel while the center rests: (h x* + rho c)/(h + rho).
+    """Return where elastic force and gradient cancel for a fixed center: (h x* + rho c)/(h + rho).
 
-    More local steps there are wasted: the equilibrium condition of Hermans' thesis, for f = h (x - x*)^2 / 2.
+    Further local steps there are wasted: the equilibrium condition of Hermans' thesis, for f = h (x - x*)^2 / 2.
     """
     return (h * minimum + rho * center) / (h + rho)
 
 
 def early_exchange_step(h: float, eta: float, rho: float, x_start: float, center: float) -> int:
-    """The first local step t >= 0 at which Hermans' rule exchanges: |eta g| - |eta rho (x-c)| < eta.
+    """Return the first local step t >= 0 at which Hermans' rule exchanges: |eta g| - |eta rho (x-c)| < eta.
 
-    For x_t = (1-eta*h)^t x_0 in one dimension and a resting center it is the first t with h|x_t| - rho|x_t - c| < 1.
-    Hermans' thesis for the rule; derived for this project.
+    For x_t = (1-eta*h)^t x_0 in one dimension and a fixed center it is the first t with h|x_t| - rho|x_t - c| < 1. The
+    rule is from Hermans' thesis; derived for this project.
     """
     if not 0 < eta * h < 2:
-        raise UsageError(f"local steps converge for 0 < eta*h < 2 only, not for {eta * h:g}")
+        raise UsageError(f"local steps converge only for 0 < eta*h < 2, not for {eta * h:g}")
     t, x = 0, x_start
     while h * abs(x) - rho * abs(x - center) >= 1:
         t, x = t + 1, (1 - eta * h) * x

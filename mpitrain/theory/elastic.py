@@ -1,7 +1,7 @@
-"""The EASGD family on a quadratic: matrices, stability, the best moving rate, the fixed point.
+"""The EASGD family on a quadratic: matrices, stability, the optimal moving rate, the fixed point.
 
-f(x) = h x^2 / 2 per coordinate, eh = eta*h. The workers' mean and the center obey a small matrix; what a worker differs
-from the mean shrinks by a factor of its own, the disagreement factor. Both must shrink.
+f(x) = h x^2 / 2 per coordinate, eh = eta*h. The workers' mean and the center follow a small matrix. A worker's
+difference from the mean shrinks separately, by the disagreement factor. Stability needs both to shrink.
 
 Sources: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651
 (the methods); Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapters 5 and 6 (stability, the negative moving
@@ -24,7 +24,7 @@ GradPoint = Literal["pre", "post"]
 
 
 def easgd_matrix(eh: float, alpha: float, beta: float, tau: int = 1) -> Matrix:
-    """One period of synchronous EASGD on (mean of x_i, c), shape (2, 2).
+    """Return one period of synchronous EASGD on (mean of x_i, c), shape (2, 2).
 
         diag((1-eh)^(tau-1), 1) @ [[1-eh-alpha, alpha], [beta, 1-beta]]
 
@@ -36,7 +36,7 @@ def easgd_matrix(eh: float, alpha: float, beta: float, tau: int = 1) -> Matrix:
 
 
 def easgd_full_matrix(eh: float, alpha: float, p: int, beta: float | None = None, tau: int = 1) -> Matrix:
-    """One period of synchronous EASGD on (x_1, ..., x_p, c), shape (p+1, p+1); ``beta`` is p*alpha unless given.
+    """Return one period of synchronous EASGD on (x_1, ..., x_p, c), shape (p+1, p+1); ``beta`` defaults to p*alpha.
 
         x_i <- x_i - eh*x_i - alpha*(x_i - c);   c <- (1-beta)*c + beta*mean(x_i);   then tau-1 steps of SGD
 
@@ -50,43 +50,45 @@ def easgd_full_matrix(eh: float, alpha: float, p: int, beta: float | None = None
 
 
 def easgd_disagreement_factor(eh: float, alpha: float, tau: int = 1) -> float:
-    """By what x_i - mean(x_i) is multiplied in one period: (1-eh)^(tau-1) * (1-eh-alpha)."""
+    """Return the factor of x_i - mean(x_i) per period: (1-eh)^(tau-1) * (1-eh-alpha)."""
     return (1 - eh) ** (tau - 1) * (1 - eh - alpha)
 
 
 def easgd_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
-    """Whether synchronous EASGD with tau = 1 converges on the quadratic: the exact region.
+    """Return whether synchronous EASGD with tau = 1 converges on the quadratic: the exact region.
 
     With a = eh+alpha+beta and q = eh*beta the mean and the center converge iff
 
         q > 0,   a > q,   4 - 2a + q > 0, which is (2-eh)(2-beta) > 2*alpha
 
-    and, from two workers on, the workers find to each other iff |1-eh-alpha| < 1. For alpha >= 0 and eh, beta > 0 that
-    is the thesis' region, (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 it is not: there a > q
-    and eh > -alpha are what binds. Derived for this project (Jury's criterion).
+    and two or more workers converge to each other iff |1-eh-alpha| < 1. For alpha >= 0 and eh, beta > 0 this is the
+    thesis' region, (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 it is not: there the binding
+    conditions are a > q and eh > -alpha. Derived for this project (Jury's criterion).
 
     Args:
-        eh: step size times curvature.
-        alpha: the workers' moving rate, of any sign.
-        beta: the center's moving rate, p*alpha under elastic symmetry.
-        p: the number of workers; all p >= 2 have one answer, p = 1 has no disagreement.
+        eh: Step size times curvature.
+        alpha: The workers' moving rate, of any sign.
+        beta: The center's moving rate, p*alpha under elastic symmetry.
+        p: The number of workers. All p >= 2 have the same region; p = 1 has no disagreement.
     """
     a, q = eh + alpha + beta, eh * beta
     return q > 0 and a > q and 4 - 2 * a + q > 0 and (p == 1 or abs(1 - eh - alpha) < 1)
 
 
 def easgd_mean(t: int, eh: float, alpha: float, p: int, x_start: ArrayLike, c_start: float) -> float:
-    """E[c_t] of synchronous EASGD with beta = p*alpha and tau = 1; the minimum is at 0. ``x_start`` has shape (p,).
+    """Return E[c_t] of synchronous EASGD with beta = p*alpha and tau = 1; the minimum is at 0, ``x_start`` is (p,).
 
         E[c_t] = G^t c_0 + (G^t - F^t)/(G - F) * alpha*u_0
         G, F = 1 - (a -+ sqrt(a^2 - 4 eh p alpha))/2,   a = eh + (p+1)*alpha
         alpha*u_0 = alpha*sum_i(x_i) - (1 - eh - alpha - F)*c_0
 
-    The lemma of arXiv 1412.6651 has u_0 = sum_i(x_i - alpha/(1-p*alpha-F) c_0), recalled from memory; the form here is
-    the same number without its division by zero at alpha = 0. Equal to the powers of ``easgd_matrix``.
+    The lemma of arXiv 1412.6651 has u_0 = sum_i(x_i - alpha/(1-p*alpha-F) c_0), from memory; the form here has
+    the same value without its division by zero at alpha = 0. Equal to the powers of ``easgd_matrix``.
     """
     a = eh + (p + 1) * alpha
-    root = math.hypot(eh - (p - 1) * alpha, 2 * math.sqrt(p) * alpha)  # of a^2 - 4 eh p alpha: never negative
+    root = math.hypot(
+        eh - (p - 1) * alpha, 2 * math.sqrt(p) * alpha
+    )  # sqrt(a^2 - 4 eh p alpha), never of a negative number
     g, f = 1 - (a - root) / 2, 1 - (a + root) / 2
     drive = alpha * float(np.sum(x_start)) - (1 - eh - alpha - f) * c_start
     quotient = sum(g**k * f ** (t - 1 - k) for k in range(t))  # (G^t - F^t)/(G - F), also at eh = alpha = 0
@@ -94,13 +96,13 @@ def easgd_mean(t: int, eh: float, alpha: float, p: int, x_start: ArrayLike, c_st
 
 
 def easgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, alpha: float, tau: int = 1) -> tuple[float, Matrix]:
-    """Where synchronous EASGD settles if worker i has f_i(x) = h_i (x - b_i)^2 / 2: the center, and the x_i, (p,).
+    """Return the fixed point of synchronous EASGD if worker i has f_i(x) = h_i (x - b_i)^2 / 2: c*, and x_i* (p,).
 
         k_i = A_i alpha / (1 - A_i (1 - eta h_i - alpha)),   A_i = (1 - eta h_i)^(tau-1)
         c* = sum_i (1-k_i) b_i / sum_i (1-k_i),   x_i* = b_i + k_i (c* - b_i)  (before the exchange)
 
-    For tau = 1 the weights are those of the Moreau envelopes, h_i rho/(h_i + rho) with rho = alpha/eta, so c* is not
-    the minimum of sum f_i unless all h_i are equal. Derived for this project.
+    For tau = 1 the weights are those of the Moreau envelopes, h_i rho/(h_i + rho) with rho = alpha/eta. So c* is the
+    minimum of sum f_i only if all h_i are equal. Derived for this project.
     """
     h, b = np.asarray(h, float), np.asarray(b, float)
     local = (1 - eta * h) ** (tau - 1)
@@ -110,7 +112,7 @@ def easgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, alpha: float, tau:
 
 
 def eamsgd_matrix(eh: float, alpha: float, beta: float, delta: float, tau: int = 1) -> Matrix:
-    """One period of synchronous EAMSGD on (mean of v_i, mean of x_i, c), shape (3, 3), dh = delta*(1-eh).
+    """Return one period of synchronous EAMSGD on (mean of v_i, mean of x_i, c), shape (3, 3), dh = delta*(1-eh).
 
         v <- dh*v - eh*x;   x <- x + v_new - alpha*(x - c);   c <- (1-beta)*c + beta*x
         [[dh, -eh, 0], [dh, 1-eh-alpha, alpha], [0, beta, 1-beta]],   then tau-1 steps with alpha = beta = 0
@@ -124,17 +126,17 @@ def eamsgd_matrix(eh: float, alpha: float, beta: float, delta: float, tau: int =
 
 
 def optimal_moving_rate(eh: float, beta: float) -> tuple[float, float]:
-    """The alpha at which ``easgd_matrix`` shrinks fastest for given eh and beta, and its spectral radius.
+    """Return the alpha that minimises the spectral radius of ``easgd_matrix`` for given eh and beta, and the radius.
 
         alpha* = -(sqrt(beta) - sqrt(eh))^2 <= 0,   radius* = 1 - sqrt(eh*beta)
 
     At beta = 1 and alpha = -dh the eigenvalues are those of Nesterov's momentum with delta*(1-eh) = dh: a negative
-    moving rate is momentum. It is optimal for the mean of the workers alone. What they differ by is multiplied by
-    1-eh-alpha, above 1 unless eh > -alpha: more than one worker needs equal starts and equal gradients to profit.
-    Thesis, chapter 5 (the abstract says so); derived for this project.
+    moving rate acts as momentum. It is optimal for the mean of the workers only. Their differences are multiplied by
+    1-eh-alpha, above 1 unless eh > -alpha, so several workers profit only with equal starts and equal gradients.
+    Thesis, abstract and chapter 5; derived for this project.
     """
     if eh <= 0 or beta <= 0:
-        raise UsageError(f"the optimal moving rate is for positive eh and beta, not {eh:g} and {beta:g}")
+        raise UsageError(f"the optimal moving rate needs positive eh and beta, not {eh:g} and {beta:g}")
     return -((math.sqrt(beta) - math.sqrt(eh)) ** 2), 1 - math.sqrt(eh * beta)
 
 
@@ -147,7 +149,7 @@ def elastic_order_matrix(
     grad_point: GradPoint = "pre",
     tau: int = 1,
 ) -> Matrix:
-    """One period of an elastic exchange in any order on (mean of x_i, c), shape (2, 2).
+    """Return one period of an elastic exchange in any order on (mean of x_i, c), shape (2, 2).
 
         jacobi        both sides from the old values
         center_first  c <- c + beta*(x - c), then x <- x - alpha*(x - c_new)
@@ -168,12 +170,14 @@ def elastic_order_matrix(
 
 
 def gauss_seidel_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
-    """Whether EASGD converges when one side of the exchange sees the other's new value (either order), pre, tau = 1.
+    """Return whether EASGD converges if one side of the exchange sees the other's new value, in either order.
+
+    The gradient point is ``pre`` and tau = 1.
 
         eh*beta > 0,   (2-beta)(2-eh) > 2*alpha*(1-beta),   |(1-eh-alpha)(1-beta)| < 1
 
-    and |1-eh-alpha| < 1 for two workers or more. For alpha > 0 and 0 < beta < 1 that is strictly larger than EASGD's
-    region, (2-beta)(2-eh) > 2*alpha. Derived for this project.
+    and |1-eh-alpha| < 1 for two or more workers. For alpha > 0 and 0 < beta < 1 the region is strictly larger than
+    EASGD's, (2-beta)(2-eh) > 2*alpha. Derived for this project.
     """
     shrinks = eh * beta > 0 and (2 - beta) * (2 - eh) > 2 * alpha * (1 - beta)
     return shrinks and abs((1 - eh - alpha) * (1 - beta)) < 1 and (p == 1 or abs(1 - eh - alpha) < 1)

@@ -1,4 +1,4 @@
-"""Leader-based coupling, and the double well in which it and the elastic center are trapped or not.
+"""Leader-based coupling, and when it and the elastic center are trapped in a double well.
 
 Sources: Teng et al., Leader Stochastic Gradient Descent, 2019, https://arxiv.org/abs/1905.10395; Zhang's thesis, 2016,
 https://arxiv.org/abs/1605.02216, section 5.3 (the trap of EASGD). The thresholds were derived for this project.
@@ -16,43 +16,43 @@ from numpy.typing import ArrayLike
 from mpitrain.theory.linear import Matrix
 
 EASGD_TRAP = 2 / 3
-"""The rho below which two workers of EASGD can rest in different wells, the center on the saddle between them."""
+"""The rho below which two EASGD workers can stay in different wells, with the center on the saddle between them."""
 
 LEADER_TRAP = 1 / 4
-"""The lam/eta up to which a follower can rest in the other well than its leader."""
+"""The lam/eta up to which a follower can stay in the well opposite its leader's."""
 
 
 def follower_factor(eh: float, lam: float) -> float:
-    """By what a step multiplies follower - leader on a quadratic, with a pull of ``lam`` at each step: 1 - eh - lam."""
+    """Return the factor of follower - leader per step on a quadratic, with a pull of ``lam`` per step: 1 - eh - lam."""
     return 1 - eh - lam
 
 
 def follower_is_stable(eh: float, lam: float) -> bool:
-    """Whether followers find to their leader: 0 < eh + lam < 2."""
+    """Return whether followers converge to their leader: 0 < eh + lam < 2."""
     return 0 < eh + lam < 2
 
 
 def trapped_follower(lam: float, eta: float) -> float | None:
-    """Where a follower rests in the double well while the leader sits at 1; None if nothing holds it back.
+    """Return where a follower stays in the other well while the leader is at 1; None if it escapes.
 
-    x - x^3 = (lam/eta)(x - 1) has, besides 1, the roots of x^2 + x + lam/eta = 0; the lower one is stable. There are
-    such exactly for lam/eta <= 1/4.
+    x - x^3 = (lam/eta)(x - 1) has, besides 1, the roots of x^2 + x + lam/eta = 0, which exist for lam/eta <= 1/4. The
+    lower one is stable.
     """
     discriminant = 1 - 4 * lam / eta
     return None if discriminant < 0 else (-1 - math.sqrt(discriminant)) / 2
 
 
 def double_well_gradient(x: ArrayLike) -> Matrix:
-    """x^3 - x, the gradient of (1-x^2)^2 / 4."""
+    """Return x^3 - x, the gradient of (1-x^2)^2 / 4."""
     x = np.asarray(x, float)
     return x**3 - x
 
 
 def trapped_easgd(rho: float) -> tuple[float, float, float] | None:
-    """The critical point (s, -s, 0) of the elastic objective of two workers in the double well, s = sqrt(1-rho).
+    """Return the critical point (s, -s, 0) of the elastic objective of two workers in the double well, s = sqrt(1-rho).
 
-    It exists for rho < 1 and is a strict local minimum, so that EASGD stays there, exactly if rho < 2/3. None from rho
-    = 1 on.
+    It exists for rho < 1, else the result is None. It is a strict local minimum, at which EASGD stays, exactly if
+    rho < 2/3.
     """
     if rho >= 1:
         return None
@@ -61,7 +61,7 @@ def trapped_easgd(rho: float) -> tuple[float, float, float] | None:
 
 
 def elastic_double_well_hessian(x: ArrayLike, rho: float) -> Matrix:
-    """The second derivatives of sum_i f(x_i) + (rho/2) sum_i (x_i - c)^2 in (x_1, ..., x_p, c), shape (p+1, p+1)."""
+    """Return the Hessian of sum_i f(x_i) + (rho/2) sum_i (x_i - c)^2 in (x_1, ..., x_p, c), shape (p+1, p+1)."""
     x = np.asarray(x, float)
     p = len(x)
     hessian = np.diag([*(3 * x**2 - 1 + rho), p * rho])

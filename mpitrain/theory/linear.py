@@ -1,6 +1,6 @@
-"""What every linear model of a method is asked: how fast it shrinks, and where its noise settles.
+"""Linear recursions: the rate of convergence and the stationary covariance.
 
-On a quadratic each coordinate of a method's state s obeys s' = M s + noise of its own, so a matrix says everything.
+On a quadratic each coordinate of a method's state s follows s' = M s + noise, independently of the others.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ Matrix = NDArray[np.float64]
 
 
 def spectral_radius(matrix: ArrayLike) -> float:
-    """The largest eigenvalue modulus of a square matrix: below 1 the method converges, above 1 it diverges."""
+    """Return the largest eigenvalue modulus of a square matrix: the method converges below 1 and diverges above."""
     return float(np.abs(np.linalg.eigvals(np.asarray(matrix))).max())
 
 
 def stationary_covariance(matrix: ArrayLike, noise: ArrayLike) -> Matrix:
-    """The covariance S that s' = M s + xi keeps: S = M S M^T + Q. Shape (n, n), as M and Q = Cov(xi).
+    """Return the stationary covariance S of s' = M s + xi: S = M S M^T + Q, all (n, n), with Q = Cov(xi).
 
     Raises:
-        UsageError: the spectral radius of M is not below 1, so there is none.
+        UsageError: The spectral radius of M is not below 1, so S does not exist.
     """
     m, q = np.asarray(matrix, float), np.asarray(noise, float)
     if (radius := spectral_radius(m)) >= 1:

@@ -1,7 +1,7 @@
-"""Noise: stationary variances, an upper bound for strongly convex functions, and noise that grows with x.
+"""Noise: stationary variances, an upper bound for strongly convex functions, and multiplicative noise.
 
-Additive noise: the gradient is h*x - xi with xi ~ N(0, sigma^2), independent at each step and worker. Multiplicative
-noise: the curvature itself is drawn, u ~ Gamma(shape, rate) for each sample, which models how widely the inputs spread.
+Additive noise: the gradient is h*x - xi with xi ~ N(0, sigma^2), independent for each step and worker. Multiplicative
+noise: the curvature is random, u ~ Gamma(shape, rate) for each sample, which models the spread of the inputs.
 
 Sources: Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651 (variance of the center, strongly convex case);
 Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5 (the multiplicative model, from memory of it). The
@@ -18,12 +18,15 @@ from mpitrain.theory.linear import Matrix, spectral_radius
 
 
 def allreduce_variance(eta: float, h: float, sigma: float, p: int) -> float:
-    """Stationary variance of all-reduce SGD: (eta^2 sigma^2/p) / (1 - (1-eta*h)^2). Derived for this project."""
+    """Return the stationary variance of all-reduce SGD: (eta^2 sigma^2/p) / (1 - (1-eta*h)^2).
+
+    Derived for this project.
+    """
     return eta**2 * sigma**2 / p / (1 - (1 - eta * h) ** 2)
 
 
 def msgd_matrix(eh: float, delta: float) -> Matrix:
-    """One step of Nesterov's momentum SGD on (v, x), shape (2, 2), with dh = delta*(1-eh).
+    """Return one step of SGD with Nesterov momentum on (v, x), shape (2, 2), with dh = delta*(1-eh).
 
         v <- delta*v - eta*g(x + delta*v);   x <- x + v
         [[dh, -eh], [dh, 1-eh]]
@@ -35,7 +38,7 @@ def msgd_matrix(eh: float, delta: float) -> Matrix:
 
 
 def msgd_variance(eta: float, h: float, sigma: float, delta: float) -> float:
-    """Stationary variance of x under Nesterov's momentum SGD. Derived for this project.
+    """Return the stationary variance of x under SGD with Nesterov momentum. Derived for this project.
 
     Var(x) = (eta^2 sigma^2/eh) * (1+dh) / ((1-dh) * (2(1+dh) - eh)),   eh = eta*h, dh = delta*(1-eh)
     """
@@ -45,23 +48,23 @@ def msgd_variance(eta: float, h: float, sigma: float, delta: float) -> float:
 
 
 def critical_momentum(eh: float) -> tuple[float, float]:
-    """The delta at which Nesterov's momentum shrinks fastest, and its spectral radius.
+    """Return the delta at which Nesterov momentum converges fastest, and its spectral radius.
 
         delta = (1-sqrt(eh)) / (1+sqrt(eh)),   radius = |1-sqrt(eh)|
 
-    Both eigenvalues of ``msgd_matrix`` are then 1-sqrt(eh), so dh = (1-sqrt(eh))^2. For eh in (1, 2) that delta is
-    negative, as the thesis notes in chapter 5. Derived for this project.
+    Both eigenvalues of ``msgd_matrix`` are then 1-sqrt(eh), so dh = (1-sqrt(eh))^2. For eh in (1, 2) this delta is
+    negative, as chapter 5 of the thesis notes. Derived for this project.
     """
     root = math.sqrt(eh)
     return (1 - root) / (1 + root), abs(1 - root)
 
 
 def easgd_center_variance(eta: float, h: float, sigma: float, p: int, alpha: float, beta: float | None = None) -> float:
-    """Stationary variance of the center of synchronous EASGD, tau = 1; ``beta`` is p*alpha unless given.
+    """Return the stationary variance of the center of synchronous EASGD, tau = 1; ``beta`` defaults to p*alpha.
 
         Var(c) = beta^2 eta^2 (sigma^2/p) * (2-a+q) / ((a-q) * q * (4-2a+q)),   a = eh+alpha+beta, q = eh*beta
 
-    Exact for every p, and for alpha and beta chosen independently. Derived for this project; arXiv 1412.6651 has the
+    Exact for every p, and for alpha and beta chosen independently. Derived for this project; arXiv 1412.6651 gives the
     limit of many workers.
     """
     eh, beta = eta * h, p * alpha if beta is None else beta
@@ -70,7 +73,7 @@ def easgd_center_variance(eta: float, h: float, sigma: float, p: int, alpha: flo
 
 
 def easgd_worker_variance(eta: float, h: float, sigma: float, p: int, alpha: float, beta: float | None = None) -> float:
-    """Stationary variance of a worker of synchronous EASGD, tau = 1: that of the mean and that of the disagreement.
+    """Return the stationary variance of a worker of synchronous EASGD, tau = 1: mean plus disagreement.
 
         Var(mean x) = eta^2 (sigma^2/p) * ((1+(1-beta)^2)(2-a+q) - 2(1-beta)(2-a)) / ((a-q) * q * (4-2a+q))
         Var(x_i - mean x) = eta^2 sigma^2 (1-1/p) / (1 - (1-eh-alpha)^2)
@@ -85,20 +88,21 @@ def easgd_worker_variance(eta: float, h: float, sigma: float, p: int, alpha: flo
 
 
 def easgd_center_variance_limit(eh: float, beta: float, sigma: float, h: float) -> float:
-    """p*Var(c) of synchronous EASGD as p grows with beta fixed (alpha = beta/p vanishes).
+    """Return the limit of p*Var(c) of synchronous EASGD as p grows with beta fixed (alpha = beta/p vanishes).
 
         beta*eh/((2-beta)(2-eh)) * (2-beta-eh+beta*eh)/(beta+eh-beta*eh) * sigma^2/h^2
 
-    The corollary of arXiv 1412.6651; beta = 1 gives what p*Var is for all-reduce SGD.
+    The corollary of arXiv 1412.6651; beta = 1 gives p*Var of all-reduce SGD.
     """
     width = beta * eh / ((2 - beta) * (2 - eh))
     return width * (2 - beta - eh + beta * eh) / (beta + eh - beta * eh) * sigma**2 / h**2
 
 
 def averaged_center_variance(h: float, sigma: float, p: int, n_steps: int) -> float:
-    """Variance of the average of n_steps centers, for many steps: sigma^2/(p h^2 n_steps), whatever eta and alpha.
+    """Return the variance of the average of n_steps centers, for many steps: sigma^2/(p h^2 n_steps).
 
-    The average of the center is asymptotically efficient (Polyak and Juditsky 1992; the lemma of arXiv 1412.6651).
+    It depends on neither eta nor alpha: the average of the center is asymptotically efficient (Polyak and Juditsky
+    1992; the lemma of arXiv 1412.6651).
     """
     return sigma**2 / (p * h**2 * n_steps)
 
@@ -106,10 +110,10 @@ def averaged_center_variance(h: float, sigma: float, p: int, n_steps: int) -> fl
 def easgd_error_bound(
     eta: float, mu: float, smoothness: float, sigma: float, p: int, alpha: float, beta: float
 ) -> tuple[Matrix, Matrix]:
-    """An upper bound on the errors of synchronous EASGD on a mu-strongly convex function: matrix (3, 3), offset (3,).
+    """Return a bound on the errors of synchronous EASGD on a mu-strongly convex function: matrix (3, 3), offset (3,).
 
-    (E|mean x - x*|^2, mean_i E|x_i - x*|^2, E|c - x*|^2) stays below the recursion e <- matrix @ e + offset, for eta
-    <= 2(1-alpha)/(mu+L), 0 <= alpha < 1, 0 <= beta <= 1, with L the smoothness and
+    (E|mean x - x*|^2, mean_i E|x_i - x*|^2, E|c - x*|^2) stays below the recursion e <- matrix @ e + offset
+    for eta <= 2(1-alpha)/(mu+L), 0 <= alpha < 1, 0 <= beta <= 1, with L the smoothness and
 
         g1 = 2 eta mu L/(mu+L),   g2 = 2 eta L (1 - 2 sqrt(mu L)/(mu+L))
         [[1-g1-g2-alpha, g2, alpha], [0, 1-g1-alpha, alpha], [beta, 0, 1-beta]],   (eta^2 sigma^2/p, eta^2 sigma^2, 0)
@@ -123,30 +127,31 @@ def easgd_error_bound(
 
 
 def spread_sgd_factor(eta: float, shape: float, rate: float, p: int) -> float:
-    """E x_{t+1}^2 / E x_t^2 of SGD with f(x) = u x^2/2, u the mean of p draws from Gamma(shape, rate).
+    """Return E x_{t+1}^2 / E x_t^2 of SGD with f(x) = u x^2/2, u the mean of p draws from Gamma(shape, rate).
 
         r(eta) = 1 - 2 eta shape/rate + eta^2 shape (p*shape+1) / (p rate^2)
 
-    Below 1 exactly for eta < ``spread_sgd_bound``. p is a mini-batch, or the workers of all-reduce SGD. The smaller
-    the shape, the wider the inputs spread. Model from memory of the thesis, chapter 5; derived for this project.
+    Below 1 exactly for eta < ``spread_sgd_bound``. p is the mini-batch size, or the number of all-reduce workers. A
+    smaller shape means a wider spread of the inputs. Model from memory of the thesis, chapter 5; derived for this
+    project.
     """
     return 1 - 2 * eta * shape / rate + eta**2 * shape * (p * shape + 1) / (p * rate**2)
 
 
 def spread_sgd_bound(shape: float, rate: float, p: int) -> float:
-    """The learning rate below which ``spread_sgd_factor`` is below 1: 2 p rate/(p*shape+1)."""
+    """Return the learning rate below which ``spread_sgd_factor`` is below 1: 2 p rate/(p*shape+1)."""
     return 2 * p * rate / (p * shape + 1)
 
 
 def spread_sgd_optimum(shape: float, rate: float, p: int) -> tuple[float, float]:
-    """The best learning rate under multiplicative noise, p rate/(p*shape+1), and its factor, 1/(p*shape+1)."""
+    """Return the best learning rate with multiplicative noise, p rate/(p*shape+1), and its factor, 1/(p*shape+1)."""
     return p * rate / (p * shape + 1), 1 / (p * shape + 1)
 
 
 def easgd_second_moment(eta: float, alpha: float, beta: float, p: int, shape: float, rate: float) -> Matrix:
-    """One step of synchronous EASGD on (E x_i^2, E x_i x_j, E x_i c, E c^2) under multiplicative noise, shape (4, 4).
+    """Return one step of synchronous EASGD on (E x_i^2, E x_i x_j, E x_i c, E c^2) with multiplicative noise, (4, 4).
 
-    Each worker draws u ~ Gamma(shape, rate) for itself, of mean mu = shape/rate and variance var = shape/rate^2. With
+    Each worker draws its own u ~ Gamma(shape, rate), of mean mu = shape/rate and variance var = shape/rate^2. With
     m1 = 1 - eta*mu - alpha and m2 = m1^2 + eta^2 var:
 
         A' = m2 A + 2 alpha m1 C + alpha^2 D
@@ -169,5 +174,5 @@ def easgd_second_moment(eta: float, alpha: float, beta: float, p: int, shape: fl
 
 
 def easgd_is_mean_square_stable(eta: float, alpha: float, beta: float, p: int, shape: float, rate: float) -> bool:
-    """Whether all second moments vanish: the radius of ``easgd_second_moment`` is below 1."""
+    """Return whether all second moments vanish: the radius of ``easgd_second_moment`` is below 1."""
     return spectral_radius(easgd_second_moment(eta, alpha, beta, p, shape, rate)) < 1

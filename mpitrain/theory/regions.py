@@ -1,8 +1,8 @@
-"""What to tell before a run whose settings lie outside a region that is known to be stable: one line, or None.
+"""Warnings before a run with settings outside the known stable region: one line each, or None.
 
-The bounds are those of the quadratic h x^2 / 2, with the workers served in turn or all at once. The curvature h of a
-training loss is not known, so a setting is remarked on when the method would need learning rate times curvature below
-0.05, where plain SGD bears 2. A remark is no error: nothing is clamped.
+The bounds hold for the quadratic h x^2 / 2, with workers in round-robin order or all at once. The curvature h of a
+training loss is unknown, so a method is warned about if it is stable only for learning rate times curvature below 0.05;
+plain SGD allows 2. A warning is not an error: no setting is changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mpitrain.theory.delayed import (
 )
 
 LEAST_EH = 0.05
-"""A method that needs learning rate times curvature below this is remarked on."""
+"""A method that is stable only below this learning rate times curvature gets a warning."""
 
 BETA = 0.9
 """p*alpha in all experiments of Zhang, Choromanska and LeCun 2015."""
@@ -25,7 +25,7 @@ STABLE = "is stable only where learning rate times curvature is below"
 
 
 def downpour_warning(p: int, tau: int) -> str | None:
-    """DOWNPOUR with p workers that push every tau steps: 2 sin(pi/(2(2p-1))) of ``downpour_bound``."""
+    """Return a warning about DOWNPOUR with p workers that push every tau steps; see ``downpour_bound``."""
     largest = downpour_largest_eh(p, tau)
     if largest >= LEAST_EH:
         return None
@@ -34,12 +34,12 @@ def downpour_warning(p: int, tau: int) -> str | None:
         out = f"period {inside:.0f} or less is stable up to {LEAST_EH:g}"
     else:
         best = downpour_largest_eh(p, 1)
-        out = f"with so many workers even period 1 only below {best:.2g}: divide the learning rate by {p}"
+        out = f"with this many workers even period 1 only below {best:.2g}: divide the learning rate by {p}"
     return f"DOWNPOUR with {p} workers and period {tau} {STABLE} {largest:.2g}; {out}"
 
 
 def agn_warning(p: int, tau: int) -> str | None:
-    """AGN with p workers that push every tau steps; from ``agn_safe_period`` on it is stable whatever the curvature."""
+    """Return a warning about AGN with p workers that push every tau steps; see ``agn_safe_period``."""
     largest = agn_largest_eh(p, tau)
     if largest >= LEAST_EH:
         return None
@@ -48,7 +48,7 @@ def agn_warning(p: int, tau: int) -> str | None:
 
 
 def mdownpour_warning(p: int, delta: float) -> str | None:
-    """Momentum at the master with p workers, served in turn: the delay adds to the momentum."""
+    """Return a warning about MDOWNPOUR with p workers: their delay compounds with the momentum at the master."""
     largest = mdownpour_largest_eh(p, delta)
     if largest >= LEAST_EH:
         return None
@@ -58,11 +58,11 @@ def mdownpour_warning(p: int, delta: float) -> str | None:
 
 
 def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchronous: bool = True) -> str | None:
-    """EASGD and EAMSGD with p workers, moving rate alpha and center rate beta (p*alpha unless given).
+    """Return a warning about EASGD or EAMSGD with p workers, moving rate alpha and center rate beta (default p*alpha).
 
-    A negative alpha is momentum. Otherwise all workers at once need (2-eh)(2-beta) > 2*alpha, one after the other the
-    same with beta/p whatever p: told when that holds for no eh, or only below 0.05. Last, beta > 1 lets the center
-    overshoot the mean of the workers when they come together.
+    A negative alpha acts as momentum. Otherwise synchronous workers need (2-eh)(2-beta) > 2*alpha, and workers in
+    round-robin order the same with beta/p, for every p; there is a warning if this holds for no eh, or only below
+    0.05. Finally, with beta > 1 the center overshoots the mean of the workers when they exchange at the same time.
     """
     symmetric = beta is None
     beta = p * alpha if beta is None else beta
@@ -82,12 +82,15 @@ def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchron
         return f"{rates} {STABLE} {largest:.2g}; {inside}"
     if beta > 1:
         what = f"p*moving_rate is {beta:.3g}" if symmetric else f"the center rate is {beta:g}"
-        return f"{rates}: {what}, and beyond 1 workers that come together push the center past their mean; {inside}"
+        return f"{rates}: {what}, and above 1 simultaneous exchanges push the center past the workers' mean; {inside}"
     return None
 
 
 def slowmo_warning(alpha: float, beta: float) -> str | None:
-    """SlowMo with slow learning rate alpha and slow momentum beta: 0 < alpha(1-q) < 2(1+beta) with q down to 0."""
+    """Return a warning about SlowMo with slow learning rate alpha and slow momentum beta.
+
+    It is stable for 0 < alpha(1-q) < 2(1+beta), and q approaches 0 for long periods.
+    """
     bound = 2 * (1 + beta)
     if 0 < alpha < bound:
         return None
@@ -98,7 +101,10 @@ def slowmo_warning(alpha: float, beta: float) -> str | None:
 
 
 def diloco_warning(alpha: float, delta: float) -> str | None:
-    """DiLoCo with outer rate alpha and Nesterov momentum delta: alpha(1-q) < 2(1+delta)/(1+2 delta), q down to 0."""
+    """Return a warning about DiLoCo with outer learning rate alpha and outer Nesterov momentum delta.
+
+    It is stable for 0 < alpha(1-q) < 2(1+delta)/(1+2 delta), and q approaches 0 for long periods.
+    """
     bound = 2 * (1 + delta) / (1 + 2 * delta)
     if 0 < alpha < bound:
         return None

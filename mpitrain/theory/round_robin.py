@@ -1,8 +1,8 @@
-"""One worker at a time: round-robin EASGD, whose bound does not know p, and round-robin ADMM, which has none like it.
+"""One worker at a time: round-robin EASGD, whose stability bound is independent of p, and round-robin ADMM.
 
-At the global time t only worker (t mod p) + 1 acts. A sweep is p such times. Source: Zhang, Choromanska, LeCun 2015,
+At global time t only worker (t mod p) + 1 acts. A sweep is p turns. Source: Zhang, Choromanska, LeCun 2015,
 https://arxiv.org/abs/1412.6651, section 3.3 and figure 1, where ADMM diverges for settings at which each single step is
-stable. The constants of the sweeps were computed for this project.
+stable: it has no bound like that of EASGD. The constants of the sweeps were computed for this project.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from mpitrain.theory.linear import Matrix
 
 
 def round_robin_easgd_step(eh: float, alpha: float) -> Matrix:
-    """What one worker's turn does to (x_i, c): [[1-eh-alpha, alpha], [alpha, 1-alpha]], symmetric, shape (2, 2)."""
+    """Return one worker's turn on (x_i, c): [[1-eh-alpha, alpha], [alpha, 1-alpha]], symmetric, shape (2, 2)."""
     return np.array([[1 - eh - alpha, alpha], [alpha, 1 - alpha]])
 
 
 def round_robin_easgd_bound(eh: float) -> float:
-    """The largest alpha at which round-robin EASGD is stable: (4-2eh)/(4-eh), for 0 <= eh <= 2 and every p.
+    """Return the largest alpha at which round-robin EASGD is stable: (4-2eh)/(4-eh), for 0 <= eh <= 2 and every p.
 
-    For 0 <= alpha up to it no turn enlarges anything, and since the turns are symmetric neither does any sequence of
-    them. Beyond it a turn alone does; a whole sweep may still be stable there. arXiv 1412.6651, section 3.3.
+    For 0 <= alpha up to the bound no turn increases the norm, because turns are symmetric, and so no sequence of turns
+    does. Beyond it a single turn does, although a whole sweep may still be stable. arXiv 1412.6651, section 3.3.
     """
     return (4 - 2 * eh) / (4 - eh)
 
 
 def round_robin_easgd_matrix(eh: float, alpha: float, p: int) -> Matrix:
-    """One sweep of round-robin EASGD on (x_1, ..., x_p, c), shape (p+1, p+1)."""
+    """Return one sweep of round-robin EASGD on (x_1, ..., x_p, c), shape (p+1, p+1)."""
     sweep = np.eye(p + 1)
     for i in range(p):
         sweep[[i, p]] = round_robin_easgd_step(eh, alpha) @ sweep[[i, p]]
@@ -35,9 +35,9 @@ def round_robin_easgd_matrix(eh: float, alpha: float, p: int) -> Matrix:
 
 
 def round_robin_admm_matrix(eta: float, rho: float, p: int, h: float = 1.0) -> Matrix:
-    """One sweep of linearised ADMM on (lam_1, ..., lam_p, x_1, ..., x_p, c), shape (2p+1, 2p+1).
+    """Return one sweep of linearised ADMM on (lam_1, ..., lam_p, x_1, ..., x_p, c), shape (2p+1, 2p+1).
 
-    Worker i, in this order, the multipliers scaled by rho:
+    Worker i computes in this order, with multipliers scaled by rho:
 
         lam_i <- lam_i - (x_i - c)
         x_i   <- (x_i - eta*h*x_i + eta*rho*(lam_i + c)) / (1 + eta*rho)
@@ -47,7 +47,11 @@ def round_robin_admm_matrix(eta: float, rho: float, p: int, h: float = 1.0) -> M
     project.
     """
     sweep = np.eye(2 * p + 1)
-    lam, x, c = sweep[:p], sweep[p : 2 * p], sweep[2 * p]  # rows: what each quantity is in terms of the sweep's start
+    lam, x, c = (
+        sweep[:p],
+        sweep[p : 2 * p],
+        sweep[2 * p],
+    )  # rows: each quantity in terms of those at the start of the sweep
     for i in range(p):
         lam[i] -= x[i] - c
         x[i] = ((1 - eta * h) * x[i] + eta * rho * (lam[i] + c)) / (1 + eta * rho)

@@ -1,4 +1,4 @@
-"""The mini-batches of one rank: drawn, augmented and brought to its device."""
+"""The mini-batches of one rank: drawn, augmented and moved to its device."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from mpitrain.trainer.config import TrainConfig
 
 
 class Batches:
-    """What a rank trains on. Collective over the ranks of a node to make.
+    """The training data of a rank. Collective over the ranks of a node to create.
 
     Args:
-        config: The run's.
+        config: The options of the run.
         world: The ranks.
-        dataset: When it is loaded already.
+        dataset: The data set, if it is loaded already.
 
     Attributes:
         dataset: Training and test samples.
-        steps_per_epoch: Of each rank.
-        rng: Of the augmentation.
+        steps_per_epoch: Steps of each rank in an epoch.
+        rng: The random generator of the augmentation.
     """
 
     def __init__(self, config: TrainConfig, world: World, dataset: data.Dataset | None = None) -> None:
         self._config, self._device = config, world.device
         self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling)
         if config.augment and not self.dataset.augmentable:
-            raise UsageError(f"--augment is for photographs of 28x28 pixels or more, which {config.data} has not")
+            raise UsageError(f"--augment needs photographs of 28x28 pixels or more, which {config.data} does not have")
         self._sampler = data.Sampler(
             self.dataset.n_train,
             config.batch_size,
@@ -42,7 +42,10 @@ class Batches:
         self._staged: int | None = None
 
     def draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (b, ...) and labels (b,) of this rank's step; the same again for the same state of ``rng``. Local."""
+        """Return the inputs (b, ...) and labels (b,) of a step of this rank. Local.
+
+        The same step and state of ``rng`` give the same batch.
+        """
         epoch, k = divmod(step, self.steps_per_epoch)
         if self._config.sampling == "sharded" and epoch != self._staged:
             self.dataset.stage(self._sampler.shard(epoch))

@@ -1,8 +1,9 @@
-"""A start without torch's compiler.
+"""Optimizers without an import of torch's compiler.
 
-torch imports torch._dynamo when the first optimizer is made, for the sake of a mark: four methods of an optimizer are
-not to be compiled. The import takes 1.1 s of every rank, and a run whose model is not compiled needs nothing of it. So
-the methods are marked as they are. Where the model has imported the compiler, or does so later, nothing else changes.
+torch imports ``torch._dynamo`` when the first optimizer is made, to mark four methods of an optimizer as not to be
+compiled. The import takes 1.1 s on every rank, and a run whose model is not compiled has no use for it. So the methods
+are marked here, with the functions that they are. Where the model has imported the compiler, or does so later, nothing
+changes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 
 COMPILER = "torch._dynamo"
 MARK = "__dynamo_disable"
-"""Where torch (2.6 to 2.13, ``torch._compile``) keeps what it calls instead of a method."""
+"""The attribute in which torch (2.6 to 2.13, ``torch._compile``) stores the function it calls instead of a method."""
 
 
 def do_without_compiler() -> None:
-    """Make optimizers without importing the compiler, unless it has been imported."""
+    """Mark the methods of optimizers, unless the compiler has been imported."""
     if COMPILER in sys.modules:
         return
     for method in vars(torch.optim.Optimizer).values():

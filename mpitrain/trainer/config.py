@@ -1,4 +1,4 @@
-"""What a training run is asked to do."""
+"""The configuration of a training run: the options of ``mpitrain train``."""
 
 from __future__ import annotations
 
@@ -6,120 +6,180 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpitrain import algorithms
-from mpitrain.algorithms import Method
-from mpitrain.algorithms.base.iterate_average import Average
+from mpitrain.collectives.world.transport import TRANSPORTS
 from mpitrain.errors import UsageError
-from mpitrain.kernels.native.wire import FLOAT32, format_of
+from mpitrain.kernels.native.wire import FLOAT32
+from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
+from mpitrain.trainer.options import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    check_ranges,
+    flag_of,
+    option,
+    options_of,
+    parse_settings,
+    straggler,
+)
 
 DEFAULT_EPOCHS = 10.0
-BUDGETS = ("epochs", "steps", "gradients", "minutes")
-NOT_OF_THE_RESULT = (*BUDGETS, "device", "transport", "evaluate_every", "checkpoint_every", "straggler", "quiet")
-"""What a resumed run may be given anew; all else decides what it computes."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. The command line's options have the same names.
+    """Everything that decides a run.
 
-    Args:
-        algorithm: Registry name of the method.
-        settings: Its hyper-parameters, as text.
-        data: ``digits``, ``synthetic`` or an HDF5 file.
-        model: A name of ``mpitrain.models`` or ``module:function``.
-        epochs, steps, gradients, minutes: The budget; give one. An epoch is the training set once, over all ranks
-            together; steps are each rank's; gradients count over all ranks.
-        batch_size: Of each rank.
-        lr, momentum, weight_decay: Of the local SGD. ``momentum`` None means 0.9, or the method's own default when it
-            makes the update itself.
-        average: What is evaluated instead of what the method evaluates: ``polyak``, ``moving:RATE``, or None.
-        seed: Of everything random: weights, sampling, augmentation, peers.
-        device: ``cpu`` or ``cuda``.
-        transport: How vectors on GPUs reach other ranks: ``auto``, ``ipc``, ``cuda-aware`` or ``staged``.
-        out: The run's folder; made new.
-        sampling: ``independent`` (each rank shuffles the whole set) or ``sharded``.
-        augment: Random crops and flips.
-        evaluate_every: Steps of rank 0 between evaluations; an epoch when None.
-        evaluate_seconds: Seconds between evaluations, instead.
-        defer_evaluation: Only keep what the method evaluates while training, and evaluate it afterwards on all ranks:
-            the run is not disturbed.
-        checkpoint_every: Steps between checkpoints; an epoch when None, never when 0.
-        straggler: Rank and factor: this rank computes that many times slower.
-        replica_size: Ranks that are one worker between them, each with mini-batches of its own.
-        wire: How vectors cross nodes: ``float32``, ``bfloat16``, ``float16`` or ``int8``; see ``DistributedOptimizer``.
-        quiet: No progress bar.
+    Each field declares its option; at most one budget may be given. ``momentum`` None means 0.9, or the method's own
+    default when the method makes the update itself. ``config.json`` stores the fields under their names.
     """
 
-    algorithm: str = "easgd"
-    settings: Mapping[str, str] = field(default_factory=dict)
-    data: str = "digits"
-    model: str = "mlp"
-    epochs: float | None = None
-    steps: int | None = None
-    gradients: int | None = None
-    minutes: float | None = None
-    batch_size: int = 32
-    lr: float = 0.05
-    momentum: float | None = None
-    weight_decay: float = 0.0
-    average: str | None = None
-    seed: int = 0
-    device: str = "cpu"
-    transport: str = "auto"
-    out: str | None = None
-    sampling: str = "independent"
-    augment: bool = False
-    evaluate_every: int | None = None
-    evaluate_seconds: float | None = None
-    defer_evaluation: bool = False
-    checkpoint_every: int | None = None
-    straggler: tuple[int, float] | None = None
-    replica_size: int = 1
-    wire: str = FLOAT32
-    quiet: bool = False
+    algorithm: str = option("easgd", "name of the method; see mpitrain algorithms", metavar="NAME")
+    settings: Mapping[str, str] = option(
+        {},
+        "a setting of the algorithm; may be given several times",
+        flag="--set",
+        metavar="KEY=VALUE",
+        repeated=True,
+        collect=parse_settings,
+    )
+    data: str = option("digits", "digits, synthetic or FILE.h5")
+    model: str = option("mlp", "mlp, cnn7, resnet20 or module:function")
+    epochs: float | None = option(
+        None,
+        "passes over the training set, by all ranks in total",
+        parse=float,
+        within=POSITIVE,
+        group="budget",
+        default_text=f"{DEFAULT_EPOCHS:g}",
+        replaceable=True,
+    )
+    steps: int | None = option(None, "steps of each rank", parse=int, within=POSITIVE, group="budget", replaceable=True)
+    gradients: int | None = option(
+        None,
+        "mini-batch gradients, by all ranks in total",
+        parse=int,
+        within=POSITIVE,
+        group="budget",
+        replaceable=True,
+    )
+    minutes: float | None = option(
+        None,
+        "minutes of training, without evaluations and checkpoints",
+        parse=float,
+        within=POSITIVE,
+        group="budget",
+        replaceable=True,
+    )
+    batch_size: int = option(32, "samples in a mini-batch of each rank", parse=int, within=POSITIVE)
+    lr: float = option(0.05, "learning rate of the local SGD", parse=float, within=NON_NEGATIVE)
+    momentum: float | None = option(
+        None,
+        "momentum of the local SGD",
+        parse=float,
+        within=BELOW_ONE,
+        default_text="0.9, or the algorithm's own where it makes the update",
+    )
+    weight_decay: float = option(0.0, "L2 penalty added to the gradient", parse=float, within=NON_NEGATIVE)
+    average: str | None = option(
+        None, "evaluate an average of the iterates: polyak or moving:RATE", metavar="KIND", default_text="no average"
+    )
+    seed: int = option(
+        0, "seed of the weights, sampling, augmentation and choice of peers", parse=int, within=NON_NEGATIVE
+    )
+    device: str = option("cpu", "device of the model", choices=("cpu", "cuda"), replaceable=True)
+    transport: str = option(
+        "auto",
+        "how vectors on GPUs reach other ranks; auto selects the best that works",
+        choices=TRANSPORTS,
+        replaceable=True,
+    )
+    out: str | None = option(
+        None, "folder for the configuration, metrics, checkpoints and plots", metavar="RUN", default_text="none"
+    )
+    sampling: str = option(
+        "independent",
+        "each rank draws from the whole training set (independent) or from its part (sharded)",
+        choices=("independent", "sharded"),
+    )
+    augment: bool = option(False, "crop and flip training images at random", parse=None)
+    evaluate_every: int | None = option(
+        None,
+        "steps of rank 0 between evaluations",
+        parse=int,
+        within=POSITIVE,
+        metavar="STEPS",
+        default_text="an epoch",
+        replaceable=True,
+    )
+    evaluate_seconds: float | None = option(
+        None, "seconds between evaluations, instead of steps", parse=float, within=POSITIVE, on_command_line=False
+    )
+    defer_evaluation: bool = option(
+        False,
+        "store the vectors to evaluate, and evaluate them on all ranks after training, which is then undisturbed",
+        parse=None,
+        on_command_line=False,
+    )
+    checkpoint_every: int | None = option(
+        None,
+        "steps of rank 0 between checkpoints; 0 writes none",
+        parse=int,
+        within=NON_NEGATIVE,
+        metavar="STEPS",
+        default_text="an epoch",
+        replaceable=True,
+    )
+    straggler: tuple[int, float] | None = option(
+        None,
+        "slow the computation of one rank down by a factor",
+        parse=straggler,
+        metavar="RANK:FACTOR",
+        default_text="none",
+        replaceable=True,
+    )
+    replica_size: int = option(
+        1,
+        "ranks that form one worker, each with mini-batches of its own",
+        parse=int,
+        within=AT_LEAST_ONE,
+        metavar="K",
+    )
+    wire: str = option(
+        FLOAT32,
+        "format of vectors between nodes; int8 sends changes of a center as 1 byte an element, all else as 2",
+        choices=WIRE_FORMATS,
+    )
+    quiet: bool = option(False, "show no progress bar", parse=None, replaceable=True)
 
     def __post_init__(self) -> None:
-        budgets = [b for b in (self.epochs, self.steps, self.gradients, self.minutes) if b is not None]
-        if len(budgets) > 1:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
             raise UsageError("give one of --epochs, --steps, --gradients and --minutes, not several")
-        if not budgets:
+        if not given:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
-        for name in ("epochs", "steps", "gradients", "minutes", "batch_size", "evaluate_every", "evaluate_seconds"):
-            self._need(name, lambda v: v > 0, "more than 0")
-        self._need("replica_size", lambda v: v >= 1, "1 or more")
-        for name in ("lr", "weight_decay", "checkpoint_every", "seed"):
-            self._need(name, lambda v: v >= 0, "0 or more")
-        self._need("momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
-        average_of(self)
-        format_of(self.wire)
-        if self.sampling not in ("independent", "sharded"):
-            raise UsageError(f"--sampling must be independent or sharded, not {self.sampling!r}")
+        check_ranges(self)
         if self.straggler is not None and not (math.isfinite(self.straggler[1]) and self.straggler[1] >= 1):
             raise UsageError(f"--straggler RANK:FACTOR needs a factor of 1 or more, not {self.straggler[1]:g}")
 
-    def _need(self, name: str, good: Any, wanted: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and good(value)):
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value:g}")
-
     def to_json(self) -> dict[str, Any]:
-        """As a JSON document."""
+        """Return the fields as a JSON document."""
         return {**dataclasses.asdict(self), "settings": dict(self.settings)}
 
     @classmethod
     def of_run(cls, run: Path, **changes: Any) -> TrainConfig:
-        """The configuration of an existing run, with some of it changed (a longer budget).
+        """Return the configuration of an existing run, with some fields changed (a longer budget).
 
         Args:
-            run: Its folder.
-            changes: By the names of the fields; None is no change. What decides the result may be repeated only.
+            run: The folder of the run.
+            changes: Values by field name; None changes nothing. A field that decides the result may only be repeated.
 
         Raises:
-            UsageError: When ``run`` is not the folder of a run, or a change would make it another one.
+            UsageError: ``run`` is not the folder of a run, or a change would make it another run.
         """
         path = run / "config.json"
         try:
@@ -131,47 +191,22 @@ class TrainConfig:
         changes = {name: value for name, value in changes.items() if value is not None}
         for key, value in changes.pop("settings", {}).items():
             _refuse_change(f"--set {key}", value, stored.settings.get(key))
+        declared = options_of(cls)
         for name, value in changes.items():
-            if name not in NOT_OF_THE_RESULT:
-                _refuse_change(f"--{name.replace('_', '-')}", value, getattr(stored, name))
+            if not declared[name].replaceable:
+                _refuse_change(flag_of(name, declared[name]), value, getattr(stored, name))
         if any(name in changes for name in BUDGETS):
             changes = {**dict.fromkeys(BUDGETS), **changes}
         return dataclasses.replace(stored, **changes)
 
 
-def _refuse_change(option: str, value: Any, stored: Any) -> None:
+BUDGETS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.group == "budget")
+"""The fields of which one says when a run ends."""
+
+
+def _refuse_change(flag: str, value: Any, stored: Any) -> None:
     if value != stored:
-        of_the_run = "the default" if stored is None else stored
+        of_run = "the default" if stored is None else stored
         raise UsageError(
-            f"{option} is {of_the_run} in the run that is resumed, not {value}: leave it out, or start a new run"
+            f"{flag} is {of_run} in the run that is resumed, not {value}: leave it out, or start a new run"
         )
-
-
-def method_of(config: TrainConfig) -> Method:
-    """The method; ``--momentum`` is its own setting when it makes the update itself.
-
-    Raises:
-        UsageError: Unknown names, settings out of range.
-    """
-    method = algorithms.create(config.algorithm, config.settings)
-    if method.owns_update and config.momentum is not None:
-        if "momentum" not in method.settings():
-            raise UsageError(f"{method.name} makes the update itself, without momentum: leave --momentum out")
-        if "momentum" in config.settings:
-            raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
-        method = algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
-    return method
-
-
-def average_of(config: TrainConfig) -> Average | None:
-    """What is evaluated instead of what the method evaluates.
-
-    Raises:
-        UsageError: With what ``--average`` takes.
-    """
-    return None if config.average is None else Average.parse(config.average)
-
-
-def warnings_of(config: TrainConfig, n_workers: int) -> list[str]:
-    """What about a run is outside a region in which its method is proved to work, one line each."""
-    return list(method_of(config).warnings(n_workers, config.lr))

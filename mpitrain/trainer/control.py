@@ -1,9 +1,9 @@
-"""How rank 0 tells the others to save or to stop, without anybody waiting for it.
+"""Orders of rank 0 to save or to stop, which reach the other ranks without anyone waiting.
 
-Ranks of a synchronous method walk in step: they hear of an order at every tenth step, by a broadcast. Ranks of an
-asynchronous one do not, and look at a board instead, one-sided, a few times a second. Where such a worker is a group of
-ranks its first rank looks, and the group, which walks in step, hears of it after every step. What every rank can tell
-from its own step number needs no order.
+Ranks of a synchronous method step in lockstep: a broadcast tells them at every tenth step. Ranks of an asynchronous
+method poll a scoreboard instead, one-sided, a few times a second. Where a worker is a group of ranks, its first rank
+polls, and tells the group, which steps in lockstep, after every step. What a rank can tell from its own step number
+needs no order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ORDER_POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What a rank has to do now."""
+    """The orders that a rank follows now."""
 
     save: bool = False
     stop: bool = False
@@ -33,12 +33,12 @@ class Orders:
 
 
 class Control:
-    """Rank 0's orders. Collective to create and to free.
+    """The orders of rank 0. Collective to create and to free.
 
     Args:
         world: The ranks.
-        synchronous: Whether the method's ranks walk in step.
-        group: Those that are one worker with this one; None where each rank is one.
+        synchronous: Whether the method's ranks step in lockstep.
+        group: The ranks that form one worker with this one; None where each rank is a worker.
     """
 
     def __init__(self, world: World, *, synchronous: bool, group: World | None = None) -> None:
@@ -46,7 +46,7 @@ class Control:
         self._scoreboard = Scoreboard(world, ("saves", "stop", "finished", "over"))
         self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
         self._saved = 0  # orders to save that this rank has followed
-        self._looked = 0.0
+        self._polled = 0.0
 
     @property
     def is_stopping(self) -> bool:
@@ -61,9 +61,9 @@ class Control:
         self._scoreboard.write(saves=self._saves, stop=self._stop)
 
     def listen(self, step: int) -> Orders:
-        """The orders for this rank, after its step number ``step``.
+        """Return the orders for this rank after its step number ``step``.
 
-        Collective at every tenth if synchronous; if not, Collective over the group at every step, or Local.
+        Collective at every tenth step if synchronous; otherwise collective over the group at every step, or local.
         """
         if self._synchronous:
             if step % STEPS_BETWEEN_BROADCASTS:
@@ -81,34 +81,25 @@ class Control:
         return self._followed()
 
     def _followed(self, *, over: bool = False) -> Orders:
-        """What has been heard, as orders that this rank follows now."""
+        """Return what has been heard as orders that this rank follows now."""
         orders = Orders(self._saves > self._saved, self._stop, over)
         self._saved = self._saves
         return orders
 
     def _poll(self) -> None:
-        """What rank 0 has ordered, if it is time to look again. Local."""
+        """Read the orders of rank 0 if it is time again. Local."""
         now = time.perf_counter()
-        if self._world.rank != 0 and now - self._looked >= ORDER_POLL_SECONDS:
-            self._looked = now
-            self._update_orders()
+        if self._world.rank != 0 and now - self._polled >= ORDER_POLL_SECONDS:
+            self._polled = now
+            self._read_orders()
 
-    def require_leader(self) -> None:
-        """Raise if rank 0 has died. Local; after a barrier, on all ranks or on none.
-
-        Raises:
-            RankFailed: It says so.
-        """
-        if 0 in self._world.dead:
-            raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
-
-    def _update_orders(self) -> bool:
-        """Note what rank 0 has ordered; whether it has said that all have made their last step. Local.
+    def _read_orders(self) -> bool:
+        """Read the orders of rank 0; return whether all ranks have made their last step. Local.
 
         Raises:
-            RankFailed: It will give no more orders.
+            RankFailed: Rank 0 has died.
         """
-        self.require_leader()
+        require_leader(self._world)
         row = self._scoreboard.read_rank(0)
         self._saves, self._stop = int(row["saves"]), bool(row["stop"])
         return bool(row["over"])
@@ -118,9 +109,9 @@ class Control:
         self._scoreboard.write(finished=1)
 
     def rest(self) -> Orders:
-        """The orders for a rank that has made its last step, a moment later: others may be slower. Local.
+        """Return, a moment later, the orders for a rank that has made its last step. Local.
 
-        The ranks of a synchronous method make their last step together.
+        The ranks of a synchronous method make their last step at the same time; others may be slower.
         """
         if self._synchronous:
             return Orders(over=True)
@@ -130,24 +121,34 @@ class Control:
             over = self._saves == self._saved and bool(has_finished.all())
             self._scoreboard.write(over=over)
         else:
-            over = self._update_orders()
+            over = self._read_orders()
         orders = self._followed(over=over)
         if not orders.save and not over:
             time.sleep(ORDER_POLL_SECONDS)
         return orders
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the scoreboard. Collective."""
         self._scoreboard.free()
 
 
-class StopSignal:
-    """SIGUSR1 asks for a checkpoint and an end: batch systems send it ahead of the time limit.
+def require_leader(world: World) -> None:
+    """Raise if rank 0 has died. Local; after a barrier, on all ranks or on none.
 
-    Who enters it puts back what was there before when leaving, however that comes.
+    Raises:
+        RankFailed: Rank 0 has died and gives no more orders.
+    """
+    if 0 in world.dead:
+        raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
+
+
+class StopSignal:
+    """SIGUSR1 as a request for a checkpoint and an end: batch systems send it ahead of the time limit.
+
+    A context manager that restores the previous handler on leaving.
 
     Attributes:
-        received: Whether it has come.
+        received: Whether the signal has come.
     """
 
     def __init__(self) -> None:
@@ -158,7 +159,7 @@ class StopSignal:
         self.received = True
 
     def restore(self) -> None:
-        """Put back what was there before."""
+        """Restore the previous handler."""
         signal.signal(signal.SIGUSR1, self._before)
 
     def __enter__(self) -> StopSignal:

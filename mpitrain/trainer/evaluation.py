@@ -1,13 +1,13 @@
-"""Evaluate what a method evaluates (center, average, leader), beside the model that goes on training.
+"""Evaluation of a method's consensus (center, average, leader) on the test set, beside the model that is trained.
 
-The evaluated model is a copy with a vector of its own, so that neither parameters nor BatchNorm statistics of the
-training are touched. Averaged parameters have no BatchNorm statistics: they are re-estimated from training data first.
+The evaluated model is a copy with a vector of its own, so neither the parameters nor the BatchNorm statistics of the
+training change. Averaged parameters have no BatchNorm statistics: these are re-estimated from training data first.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,63 +16,38 @@ from mpitrain.collectives.world.world import World
 from mpitrain.data import Dataset
 from mpitrain.models import has_batchnorm, reestimate
 from mpitrain.optimizer.flat import FlatParameters
+from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.trainer.run import Hook, Point, Run
 
 BATCHNORM_SAMPLES = 2000
 BATCH = 500
 
 
-@dataclass
-class Point:
-    """What was known when a method was looked at, and what its evaluation found.
-
-    Attributes:
-        seconds: Of training.
-        step: Of rank 0.
-        gradients, bytes: Of all ranks.
-        epoch: Of rank 0.
-        consensus_distance: Of the workers' parameters from what is evaluated: the root of the mean square over the
-            workers (over some of them, where there are many).
-        elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
-        test_loss: Mean cross entropy over the test set.
-        test_accuracy: 0 to 1.
-    """
-
-    seconds: float
-    step: int
-    gradients: int
-    bytes: int
-    epoch: float
-    consensus_distance: float
-    elastic_energy: float = 0.0
-    test_loss: float = float("nan")
-    test_accuracy: float = float("nan")
-
-
 class Evaluator:
-    """Evaluates parameter vectors on the test set.
+    """Loss and accuracy of parameter vectors on the test set.
 
     Args:
-        model: Copied; call before a DistributedOptimizer moves its parameters.
-        dataset: Of ``mpitrain.data.load``.
-        device: Where to compute.
+        model: The model, which is copied before a DistributedOptimizer moves its parameters.
+        dataset: The data set, from ``mpitrain.data.load``.
+        device: The device to compute on.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str) -> None:
         self._model = copy.deepcopy(model).to(device)
         self._dataset, self._device = dataset, device
-        self._flat = FlatParameters([{"params": list(self._model.parameters())}])
-        self._vector = np.zeros(self._flat.n, self._flat.dtype)
-        self._flat.attach(self._vector, np.zeros_like(self._vector))
-        self._dtype = self._flat.torch_dtype
+        layout = FlatLayout([{"params": list(self._model.parameters())}])
+        self._vector = np.zeros(layout.n, layout.dtype)
+        self._flat = FlatParameters(layout, self._vector, np.zeros_like(self._vector))
+        self._dtype = layout.torch_dtype
         self._reestimates = has_batchnorm(self._model)
 
     def empty_vector(self) -> np.ndarray:
-        """(n,) of the kind that ``evaluate`` takes."""
+        """Return an uninitialised vector (n,) for ``evaluate``."""
         return np.empty_like(self._vector)
 
     @torch.no_grad()
     def evaluate(self, vector: np.ndarray) -> tuple[float, float]:
-        """Mean cross entropy and accuracy (0 to 1) of parameters ``vector`` (n,) over the whole test set. Local."""
+        """Return the mean cross entropy and the accuracy of parameters ``vector`` (n,) over the test set. Local."""
         self._vector[...] = vector
         self._flat.to_device()
         if self._reestimates:
@@ -90,15 +65,103 @@ class Evaluator:
         return total_loss / n, n_right / n
 
 
-def evaluate_deferred(points: list[Point], vectors: list[np.ndarray], evaluator: Evaluator, world: World) -> None:
-    """Evaluate rank 0's snapshots on all ranks in turn, and fill in what was found. Collective.
+class Evaluations(Hook):
+    """The evaluations of a run: at its start, on the way and at its end.
 
     Args:
-        points, vectors: Rank 0's; empty elsewhere.
+        evaluator: This rank's.
+        deferred: Whether vectors are stored during the run and evaluated at its end, on all ranks.
+    """
+
+    def __init__(self, evaluator: Evaluator, *, deferred: bool) -> None:
+        self._evaluator, self._deferred = evaluator, deferred
+        self._last_seconds = 0.0
+        self._snapshots: list[np.ndarray] = []  # vectors of the last points, which are not evaluated yet
+        self._has_evaluated_end = False  # the last point is the end of the run, after the last exchange
+
+    def on_start(self, run: Run) -> None:
+        """Evaluate the start, unless the run is continued."""
+        self._last_seconds = run.clock.seconds
+        if run.is_leader and not run.points:
+            self._evaluate(run)
+
+    def on_step(self, run: Run) -> None:
+        """Evaluate if it is time."""
+        self._has_evaluated_end = False
+        if run.is_leader and run.calendar.evaluation_is_due(run.step, run.clock.seconds - self._last_seconds):
+            self._evaluate(run)
+
+    def on_end(self, run: Run) -> None:
+        """Evaluate the end, and all stored vectors. Collective."""
+        if not run.is_complete:
+            return
+        if run.is_leader:
+            self._evaluate_end(run)
+        if self._deferred:
+            points = run.points[len(run.points) - len(self._snapshots) :]
+            evaluate_deferred(points, self._snapshots, self._evaluator, run.world)
+            self._snapshots.clear()
+            for point in points:
+                run.hooks.on_evaluation(run, point)
+
+    def state(self, run: Run) -> dict[str, Any]:
+        """Return this rank's part of a checkpoint."""
+        return {
+            "points": [vars(point) for point in run.points],
+            "snapshots": self._snapshots,
+            "has_evaluated_end": self._has_evaluated_end,
+        }
+
+    def load_state(self, run: Run, state: dict[str, Any]) -> None:
+        """Continue from this rank's part of a checkpoint."""
+        run.points = [Point(**point) for point in state["points"]]
+        self._snapshots = state.get("snapshots", [])
+        self._has_evaluated_end = state.get("has_evaluated_end", False)
+
+    def _evaluate(self, run: Run) -> None:
+        """Evaluate the consensus, or store it for later, while the clock stands still. Local; rank 0 only."""
+        with run.clock.paused():
+            self._last_seconds = run.clock.seconds
+            run.report_totals(in_full=True)
+            totals, vector = run.counters.totals(), run.optimizer.consensus_vector()
+            distance, energy = run.optimizer.spread(vector)
+            point = Point(
+                seconds=self._last_seconds,
+                step=run.step,
+                gradients=totals.gradients,
+                bytes=totals.bytes,
+                epoch=run.step / run.batches.steps_per_epoch,
+                consensus_distance=distance,
+                elastic_energy=energy,
+            )
+            run.points.append(point)
+            if self._deferred:
+                self._snapshots.append(vector.copy())
+            else:
+                point.test_loss, point.test_accuracy = self._evaluator.evaluate(vector)
+                run.hooks.on_evaluation(run, point)
+
+    def _evaluate_end(self, run: Run) -> None:
+        """Evaluate the end, when all ranks are at rest and the result is exact. Local; rank 0 only."""
+        if run.points and run.points[-1].gradients == run.counters.totals().gradients:
+            if self._has_evaluated_end:
+                return
+            run.points.pop()  # an evaluation after the same steps, before the last exchange
+            if self._snapshots:
+                self._snapshots.pop()
+        self._evaluate(run)
+        self._has_evaluated_end = True
+
+
+def evaluate_deferred(points: list[Point], vectors: list[np.ndarray], evaluator: Evaluator, world: World) -> None:
+    """Evaluate the vectors of rank 0 on all ranks in turn, and complete their points. Collective.
+
+    Args:
+        points, vectors: Those of rank 0; empty elsewhere.
         evaluator: Each rank's own.
         world: The ranks.
     """
-    comm = world.comm  # of those that live
+    comm = world.comm  # the ranks that are alive
     rank, size = comm.Get_rank(), comm.Get_size()
     n_points = comm.bcast(len(points))
     found = []

@@ -1,4 +1,4 @@
-"""The gradients of one torch model at any parameters: many simulated workers share it."""
+"""The gradients of one torch model at any parameters, shared by many simulated workers."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ import torch
 
 from mpitrain import data
 from mpitrain.optimizer.flat import FlatParameters
+from mpitrain.optimizer.layout import FlatLayout
 
 
 class ModelGradient:
-    """``gradient(rank, x)``: that of the worker's next mini-batch at parameters x (n,). Buffers are common to all.
+    """A function ``gradient(rank, x)`` of a worker's next mini-batch at parameters x (n,).
+
+    Buffers of the model are common to all workers.
 
     Args:
-        model: Its parameters are moved into a vector.
-        dataset: What the workers draw from.
-        samplers: Of each worker.
+        model: The model, whose parameters are moved into a vector.
+        dataset: The data from which the workers draw.
+        samplers: The sampler of each worker.
 
     Attributes:
-        start: (n,) float32, the model's first parameters.
-        layers: Where each parameter tensor lies.
-        losses: (p,) of each worker's last mini-batch.
+        start: (n,) float32, the initial parameters.
+        layers: The slice of each parameter tensor.
+        losses: (p,) loss of each worker's last mini-batch.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: data.Dataset, samplers: list[data.Sampler]) -> None:
         self._model, self._dataset, self._samplers = model, dataset, samplers
-        self._flat = FlatParameters([{"params": list(model.parameters())}])
-        self._x, self._g = np.zeros((2, self._flat.n), self._flat.dtype)
-        self._flat.attach(self._x, self._g)
+        layout = FlatLayout([{"params": list(model.parameters())}])
+        self._x, self._g = np.zeros((2, layout.n), layout.dtype)
+        self._flat = FlatParameters(layout, self._x, self._g)
         self.start = self._x.copy()
-        self.layers = self._flat.layers
+        self.layers = layout.layers
         self.losses = np.full(len(samplers), np.nan)
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
-        """(n,), overwritten by the next call."""
+        """Return the gradient (n,), which the next call overwrites."""
         self._x[...] = x
         self._flat.release_gradients()
         inputs, labels = self._dataset.batch(self._samplers[rank].draw())

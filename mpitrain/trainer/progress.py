@@ -1,4 +1,4 @@
-"""The progress bar of rank 0: loss, samples a second over all ranks, and where their time goes."""
+"""The progress bar of rank 0: loss, samples per second over all ranks, and the shares of their time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mpitrain.trainer.counters import Totals
+from mpitrain.trainer.run import Hook, Point, Run
+
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "mpiexec.hydra", "srun")
 SECONDS_BETWEEN_LOG_LINES = 15.0
-SECONDS_BETWEEN_SAYINGS = 0.25
-"""A tiny model makes hundreds of epochs in a second, and nobody reads a line for each."""
+SECONDS_BETWEEN_NOTES = 0.25
+"""A tiny model makes hundreds of epochs in a second: not each gets a line."""
 
-
-LAUNCHED_COLUMNS = 110
-"""Under a launcher the width of the terminal is not known."""
+COLUMNS_UNDER_LAUNCHER = 110
+"""Under a launcher the width of the terminal is unknown."""
 
 
 def ends_in_terminal() -> bool:
-    """Whether somebody reads standard error in a terminal: this process's, or that of the launcher it is piped to."""
+    """Return whether standard error, of this process or of the launcher it is piped to, is a terminal."""
     if sys.stderr.isatty():
         return True
     process = os.getppid()
@@ -41,21 +43,21 @@ def ends_in_terminal() -> bool:
 class Progress:
     """A bar over gradients, or over seconds when the budget is a time. Silent where ``show`` is false.
 
-    In a terminal it is drawn over and over; in a batch system's log it is a line every quarter of a minute.
+    A terminal shows one bar that is redrawn; the log of a batch system gets a line every 15 seconds.
 
     Args:
-        name: Of the run, before the bar.
-        gradients: The budget over all ranks, if that is the budget.
+        name: The name of the run, before the bar.
+        gradients: The budget in gradients of all ranks, if that is the budget.
         seconds: The budget in seconds, otherwise.
-        done: How much of it a resumed run has behind it.
-        show: Whether this rank draws it.
+        done: The part of the budget that a resumed run has used.
+        show: Whether this rank draws the bar.
     """
 
     def __init__(self, name: str, *, gradients: int | None, seconds: float | None, done: float, show: bool) -> None:
         self._name, self._show = name, show
         self._counts_gradients = gradients is not None
         self._total = gradients if gradients is not None else round(seconds or 0.0, 1)
-        self._said, self._spoke = time.monotonic(), -math.inf
+        self._last_line, self._last_note = time.monotonic(), -math.inf
         self._bar: Any = None
         if show and ends_in_terminal():
             self._bar = tqdm(
@@ -63,14 +65,14 @@ class Progress:
                 initial=done,
                 desc=name,
                 dynamic_ncols=sys.stderr.isatty(),
-                ncols=None if sys.stderr.isatty() else LAUNCHED_COLUMNS,
+                ncols=None if sys.stderr.isatty() else COLUMNS_UNDER_LAUNCHER,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             )
 
     def update(
         self, *, gradients: int, seconds: float, loss: float, samples_per_second: float, shares: Mapping[str, float]
     ) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if not self._show:
             return
         done = min(gradients if self._counts_gradients else seconds, self._total)
@@ -79,22 +81,53 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(status, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LOG_LINES:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LOG_LINES:
+            self._last_line = time.monotonic()
             self._print(f"{self._name}: {done / max(self._total, 1e-9):4.0%}  {seconds:7.1f} s  {status}")
 
-    def say(self, text: str, *, last: bool = False) -> None:
-        """Print a line, above the bar if there is one, unless there has just been another and this is not the last."""
+    def note(self, text: str, *, last: bool = False) -> None:
+        """Print a line, above the bar if there is one. A line soon after another is dropped unless it is the last."""
         now = time.monotonic()
-        if self._show and (last or now - self._spoke >= SECONDS_BETWEEN_SAYINGS):
-            self._spoke = now
+        if self._show and (last or now - self._last_note >= SECONDS_BETWEEN_NOTES):
+            self._last_note = now
             self._print(text)
 
     def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar as it is and end its line."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
+
+
+class ProgressHook(Hook):
+    """The progress of a run, on rank 0."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
+        """Advance the bar."""
+        seconds = run.clock.seconds
+        self._progress.update(
+            gradients=totals.gradients,
+            seconds=seconds,
+            loss=totals.loss,
+            samples_per_second=totals.gradients * run.plan.config.batch_size / max(seconds, 1e-9),
+            shares=totals.shares,
+        )
+
+    def on_evaluation(self, run: Run, point: Point) -> None:
+        """Print a line, except for the start of the run."""
+        if run.step:
+            self._progress.note(
+                f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "
+                f"test accuracy {point.test_accuracy:.2%}",
+                last=run.is_complete,
+            )
+
+    def close(self) -> None:
+        """End the bar."""
+        self._progress.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -14,25 +15,26 @@ from support.variants import variants
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import METHODS, create
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
+from mpitrain.algorithms.base.settings import Boolean, Bounded, Choice, Integer, settings_of
 from mpitrain.errors import RankFailed
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 STARTS = np.random.default_rng(0).normal(size=(5, 40))
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1])
 
 
-def settings_of(method, *, numeric=None):
-    fields = dataclasses.fields(method)
-    return fields if numeric is None else [f for f in fields if numeric == ("int" in f.type or "float" in f.type)]
+def numbers(method):
+    """The settings of a method that are numbers, by name."""
+    return {key: setting for key, setting in settings_of(method).items() if isinstance(setting, Bounded)}
 
 
 ALL_VARIANTS = [pytest.param(method, id=name) for name, method in variants()]
-NUMBERS = [pytest.param(m, f, id=f"{n}-{f.name}") for n, m in METHODS.items() for f in settings_of(m, numeric=True)]
+NUMBERS = [pytest.param(m, k, s, id=f"{n}-{k}") for n, m in METHODS.items() for k, s in numbers(m).items()]
 every_variant = pytest.mark.parametrize("method", ALL_VARIANTS)
 every_method = pytest.mark.parametrize("name", METHODS)
-every_number = pytest.mark.parametrize(("method", "field"), NUMBERS)
+every_number = pytest.mark.parametrize(("method", "key", "setting"), NUMBERS)
 
 
 def run(method, p, steps, **more):
@@ -44,7 +46,7 @@ def test_an_unknown_setting_is_refused_with_those_that_there_are(name):
     method = METHODS[name]
     with pytest.raises(TypeError, match=f"{method.__name__} has no setting 'perod': it has ") as error:
         method(perod=3)
-    assert all(field.name in str(error.value) for field in settings_of(method))
+    assert all(key in str(error.value) for key in settings_of(method))
 
 
 @every_method
@@ -54,53 +56,53 @@ def test_method_says_what_it_is(name):
     for text in (method.summary, method.source, method.communication, method.__doc__):
         assert text.strip()
         assert "\n" not in method.summary + method.source + method.communication
-    assert all(f.metadata["help"].strip() for f in settings_of(method))
+    assert all(setting.help.strip() for setting in settings_of(method).values())
 
 
 @every_method
 def test_settings_are_frozen(name):
     method = METHODS[name]()
-    for field in settings_of(method):
+    for key, setting in settings_of(method).items():
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(method, field.name, field.default)
+            setattr(method, key, setting.default)
 
 
-def outside(field):
+BOUNDS = ("low", "high", "above", "below")
+
+
+def outside(setting):
     """Values of the right type just outside the range."""
-    step = 1 if "int" in field.type else 1e-9
-    for key, beyond in (("low", -step), ("high", step), ("above", 0), ("below", 0)):
-        if field.metadata[key] is not None:
-            yield type(step)(field.metadata[key] + beyond)
+    step = 1 if isinstance(setting, Integer) else 1e-9
+    for bound, beyond in zip(BOUNDS, (-step, step, 0, 0), strict=True):
+        if getattr(setting, bound) is not None:
+            yield type(step)(getattr(setting, bound) + beyond)
 
 
 @every_number
-def test_numbers_outside_their_range_are_refused_with_the_range(method, field):
-    wrong_types = [
-        "3",
-        [1],
-        1j,
-        True,
-        *([] if "None" in field.type else [None]),
-        *([1.5] if "int" in field.type else []),
-    ]
-    for bad in [math.nan, math.inf, -math.inf, *outside(field), *wrong_types]:
+def test_numbers_outside_their_range_are_refused_with_the_range(method, key, setting):
+    wrong_types = ["3", [1], 1j, True]
+    if not setting.optional:
+        wrong_types.append(None)
+    if isinstance(setting, Integer):
+        wrong_types.append(1.5)
+    for bad in [math.nan, math.inf, -math.inf, *outside(setting), *wrong_types]:
         with pytest.raises(UsageError) as refused:
-            method(**{field.name: bad})
+            method(**{key: bad})
         text = str(refused.value)
         assert "\n" not in text
-        assert all(word in text for word in (method.name, field.name, repr(bad)))
-        for bound in ("low", "high", "above", "below"):
-            if field.metadata[bound] is not None:
-                assert f"{field.metadata[bound]:g}" in text
+        assert all(word in text for word in (method.name, key, repr(bad)))
+        for bound in BOUNDS:
+            if getattr(setting, bound) is not None:
+                assert f"{getattr(setting, bound):g}" in text
 
 
 @every_number
 @given(data=st.data())
-def test_numbers_inside_their_range_are_taken_and_parsed(method, field, data):
-    low, high, above, below = (field.metadata[key] for key in ("low", "high", "above", "below"))
-    numbers = (
-        st.integers(low if low is not None else above, high if high is not None else below)
-        if "int" in field.type
+def test_numbers_inside_their_range_are_accepted_and_parsed(method, key, setting, data):
+    low, high, above, below = (getattr(setting, bound) for bound in BOUNDS)
+    values = (
+        st.integers(low, high)
+        if isinstance(setting, Integer)
         else st.floats(
             low if low is not None else above,
             high if high is not None else below,
@@ -110,42 +112,55 @@ def test_numbers_inside_their_range_are_taken_and_parsed(method, field, data):
             allow_infinity=False,
         )
     )
-    value = data.draw(numbers)
-    made = method(**{field.name: value})
-    assert getattr(made, field.name) == value
-    assert create(method.name, {field.name: repr(value)}) == made
+    value = data.draw(values)
+    made = method(**{key: value})
+    assert getattr(made, key) == value
+    assert create(method.name, {key: repr(value)}) == made
+
+
+@every_number
+def test_none_is_a_value_of_optional_numbers_alone(method, key, setting):
+    if setting.optional:
+        assert getattr(method(**{key: None}), key) is None
+        assert getattr(create(method.name, {key: "None"}), key) is None
+    else:
+        with pytest.raises(UsageError, match=f"{key} must be a .*number, not 'none'"):
+            create(method.name, {key: "none"})
 
 
 @every_method
 def test_defaults_survive_being_text(name):
     default = METHODS[name]()
-    text = {f.name: str(getattr(default, f.name)) for f in settings_of(default)}
+    text = {key: str(getattr(default, key)) for key in settings_of(default)}
     assert create(name, text) == create(name) == default
 
 
 @every_method
 def test_choices_and_switches_are_parsed_and_others_refused(name):
-    for field in settings_of(METHODS[name], numeric=False):
-        good = field.metadata["choices"] or ("true", "False", "1", "0", "yes", "no")
-        for text in good:
-            value = getattr(create(name, {field.name: text}), field.name)
-            assert value == (text if field.metadata["choices"] else text.lower() in ("true", "1", "yes"))
+    for key, setting in settings_of(METHODS[name]).items():
+        if isinstance(setting, Choice):
+            good, words = {word: word for word in setting.choices}, setting.choices
+        elif isinstance(setting, Boolean):
+            good = {"true": True, "False": False, "1": True, "0": False, "yes": True, "no": False}
+            words = ("true", "false")
+        else:
+            continue
+        for text, value in good.items():
+            assert getattr(create(name, {key: text}), key) == value
         with pytest.raises(UsageError) as refused:
-            create(name, {field.name: "sideways"})
-        assert field.name in str(refused.value)
-        assert "'sideways'" in str(refused.value)
-        for word in field.metadata["choices"] or ("true", "false"):
-            assert word in str(refused.value)
+            create(name, {key: "sideways"})
+        assert all(word in str(refused.value) for word in (name, key, "'sideways'", *words))
 
 
 @every_number
-def test_text_that_is_no_number_is_refused(method, field):
-    for text in ("abc", "", "1.5.2", *(["1.5", "1e3"] if "int" in field.type else [])):
-        with pytest.raises(UsageError, match="whole number" if "int" in field.type else "a number"):
-            create(method.name, {field.name: text})
+def test_text_that_is_no_number_is_refused(method, key, setting):
+    whole = isinstance(setting, Integer)
+    for text in ("abc", "", "1.5.2", *(["1.5", "1e3"] if whole else [])):
+        with pytest.raises(UsageError, match=f"{method.name}: {key} must be a {'whole ' if whole else ''}number, not"):
+            create(method.name, {key: text})
     for text in ("nan", "inf"):
-        with pytest.raises(UsageError, match=field.name):
-            create(method.name, {field.name: text})
+        with pytest.raises(UsageError, match=key):
+            create(method.name, {key: text})
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
@@ -155,7 +170,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
     for name, method in METHODS.items():
         with pytest.raises(UsageError) as refused:
             create(name, {"no_such_setting": "1"})
-        assert all(field.name in str(refused.value) for field in settings_of(method))
+        assert all(key in str(refused.value) for key in settings_of(method))
 
 
 @every_variant
@@ -215,6 +230,23 @@ def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after,
     assert same_bits(resumed.consensus(), whole.consensus())
     for a, b in zip(states(resumed), states(whole), strict=True):
         assert_states_equal(a, b)
+
+
+OPTIONAL = re.compile("under_way|snapshot|center_[0-9]+")
+"""Entries of operations in the background, and of nodes that no part of a checkpoint may hold."""
+
+
+@every_variant
+def test_entries_have_names_of_their_own_and_none_may_be_missing(method):
+    simulation = run(method, 1, 3)
+    worker = simulation.workers[0]
+    names = [name for name, _ in worker.state()]
+    assert len(set(names)) == len(names)
+    saved = states(simulation)
+    for name in names:
+        if not OPTIONAL.fullmatch(name):
+            with pytest.raises(KeyError, match=name):
+                load(run(method, 1, 0), [{key: value for key, value in saved[0].items() if key != name}])
 
 
 @every_variant

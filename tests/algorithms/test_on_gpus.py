@@ -8,7 +8,7 @@ from support.quadratic import slope
 from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 
 pytestmark = pytest.mark.time_limit(120)
 

@@ -7,9 +7,9 @@ from support.quadratic import slope
 from support.variants import variants
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
-from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 # Every variant makes its windows anew, which takes its time where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mpitrain import AEASGD, EAMSGD, EASGD, DiLoCo, EASGDTree, GossipSGD, SlowMo, StochasticGradientPush
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 HALVES = [np.float16, ml_dtypes.bfloat16]
 PULLED = [

@@ -1,29 +1,13 @@
-"""What stands in benchmarks/ is scripts: they are loaded from their files."""
+"""The benchmarks are modules of the package ``benchmarks``, imported when a test needs them."""
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
-    """Loads ``benchmarks/NAME.py``, under a name that clashes with nothing."""
-
-    def load(name: str) -> ModuleType:
-        full = f"benchmark_{name}"
-        if full not in sys.modules:
-            spec = importlib.util.spec_from_file_location(full, BENCHMARKS / f"{name}.py")
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            sys.modules[full] = module
-        return sys.modules[full]
-
-    return load
+    """Import a benchmark by its module name."""
+    return importlib.import_module

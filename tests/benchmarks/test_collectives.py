@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 
 from mpitrain.collectives.world.world import World
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ONE_RANK = pytest.mark.ranks(1)  # what imports these scripts starts MPI
 ON_RANKS = pytest.mark.ranks(1, 2, 3, 5)
 
@@ -24,8 +22,7 @@ K, M = 2**10, 2**20
 
 @pytest.fixture
 def collectives(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("collectives")
+    return importlib.import_module("benchmarks.micro.collectives")
 
 
 def rows(n_bytes: int, **changes: float) -> list[dict[str, Any]]:

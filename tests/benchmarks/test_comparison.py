@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def comparison(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("comparison")
+    return script("benchmarks.comparison.tables")
 
 
 def run(accuracies: list[float], **changes: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_the_first_crossing_is_that_of_a_fine_grid(
     steps = 2000
     grid = np.linspace(0, len(ys) - 1, steps * max(len(ys) - 1, 1) + 1)
     above = np.flatnonzero(np.interp(grid, np.arange(len(ys)), ys) >= target - 1e-9)
-    found = script("comparison").first_crossing(range(len(ys)), ys, target)
+    found = script("benchmarks.comparison.tables").first_crossing(range(len(ys)), ys, target)
     assert (found is None) == (len(above) == 0)
     if found is not None:
         assert abs(found - grid[above[0]]) <= 1 / steps

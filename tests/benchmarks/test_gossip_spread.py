@@ -2,18 +2,14 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
-
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPRODUCE))
-    module = importlib.import_module("gossip_spread")
+    module = importlib.import_module("benchmarks.reproduce.gossip_spread")
     monkeypatch.setattr(module, "WORKERS", (2, 3, 4, 5, 6))
     return module
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,32 +12,31 @@ import pytest
 from support.on_ranks import ranks
 from support.standin_gpu import StandInGpu, install
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.ranks(1, 2), pytest.mark.time_limit(120)]  # what imports these scripts starts MPI
 
 M = 2**20
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def load() -> Callable[[str], ModuleType]:
+    """Import a benchmark by its module name."""
     return importlib.import_module
 
 
 @pytest.fixture
 def exchange(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_exchange")
+    return load("benchmarks.gpu.exchange")
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
     """This rank's GPU; worlds that ask for one get it."""
-    from mpitrain.collectives.world import world as module
+    from mpitrain.collectives.world import device as module
     from mpitrain.kernels import gpu
 
     device = install(monkeypatch, StandInGpu())
     monkeypatch.setattr(module, "bind", lambda wanted, local_rank: wanted)
-    monkeypatch.setattr(module, "take", lambda name: 0)
+    monkeypatch.setattr(module, "select_gpu", lambda name: 0)
     monkeypatch.setattr(gpu, "use", lambda index: device)
     return device
 
@@ -46,10 +44,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
 @pytest.fixture
 def whole(device: StandInGpu) -> Iterator[Any]:
     """Collective. The ranks, with a GPU that torch does not know."""
-    from mpitrain.collectives.world.world import World
+    from mpitrain.collectives.world.launch import create_world
 
     with ranks(1) as comm:
-        yield World(comm.world.comm.Dup(), "cuda:0", "staged")
+        yield create_world(comm.world.comm.Dup(), "cuda:0", "staged")
 
 
 def test_the_exchange_is_measured_by_every_transport(exchange: ModuleType, whole: Any) -> None:
@@ -170,7 +168,7 @@ def test_the_default_sizes_hold_that_of_the_bar(exchange: ModuleType) -> None:
 
 @pytest.fixture
 def training(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_training")
+    return load("benchmarks.gpu.training")
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def on_host(device: StandInGpu) -> Iterator[Callable[[str], Any]]:
 
         def make(wanted: str) -> Any:
             comm.world.gpu = device
-            comm.world.transport = transport.choose(comm.world, wanted, device)
+            comm.world.transport = transport.choose(comm.world.ranks, wanted, device)
             return comm.world
 
         yield make
@@ -194,7 +192,7 @@ def test_training_is_measured(
     training: ModuleType, on_host: Callable[[str], Any], transport: str, model: str, device: StandInGpu
 ) -> None:
     world = on_host(transport)
-    models = importlib.import_module("gpu_models")
+    models = importlib.import_module("benchmarks.gpu.models")
     small = models.resnet20(2) if model == "resnet20" else models.gpt(2, 8, 1, 8, 2)
     measured = training.Training(world, small, device.synchronize, periods=(1, 2), n_steps=2)
     seconds = measured.measure(2)

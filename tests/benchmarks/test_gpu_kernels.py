@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,25 +12,24 @@ import pytest
 import torch
 from support.standin_gpu import StandInGpu, install
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 M = 2**20
 TORCH = ("torch", "torch in place", "torch.optim")
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def load() -> Callable[[str], ModuleType]:
+    """Import a benchmark by its module name."""
     return importlib.import_module
 
 
 @pytest.fixture
 def kernels(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_kernels")
+    return load("benchmarks.gpu.kernels")
 
 
 @pytest.fixture
 def timing(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("gpu_timing")
+    return load("benchmarks.gpu.timing")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ H200 |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.
 
 @pytest.fixture
 def machine(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("gpu_machine")
+    return script("benchmarks.gpu.machine")
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, *, code: int = 0, n_gpus: int = 1) -> None:
@@ -76,10 +76,10 @@ def test_a_machine_without_nvidia_smi_has_an_unknown_driver(
     assert machine.driver_version() == "unknown"
 
 
-@pytest.mark.parametrize("name", ["gpu_bench", "gpu_kernels", "gpu_exchange", "gpu_training"])
+@pytest.mark.parametrize("name", ["run", "kernels", "exchange", "training"])
 def test_without_a_gpu_each_script_ends_with_one_line(name: str) -> None:
     env = environment("active", {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
-    command = [sys.executable, f"benchmarks/{name}.py"]
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert done.stdout == ""
@@ -88,8 +88,7 @@ def test_without_a_gpu_each_script_ends_with_one_line(name: str) -> None:
 
 
 def test_the_page_of_results_needs_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    page = importlib.import_module("gpu_page")
+    page = importlib.import_module("benchmarks.pages.gpu_page")
     monkeypatch.setattr(sys, "argv", ["gpu_page.py", "--results", str(tmp_path)])
     assert page.main() == 2
     assert "make bench-gpu" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    return importlib.import_module("gpu_models")
+    return importlib.import_module("benchmarks.gpu.models")
 
 
 def test_a_gpt_does_not_see_what_comes(models: ModuleType) -> None:

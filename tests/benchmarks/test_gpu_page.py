@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 M = 2**20
 GPU = {"name": "NVIDIA H200", "n_gpus": 1, "memory_gib": 139.8, "l2_mib": 60.0, "driver": "580.1"}
 GPU |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.0"}
@@ -18,8 +17,7 @@ GPU |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.0
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu_page")
+    return importlib.import_module("benchmarks.pages.gpu_page")
 
 
 def keep(folder: Path, name: str, results: Any, **more: Any) -> None:
@@ -85,6 +83,6 @@ def test_what_was_not_measured_is_left_out(page: ModuleType, tmp_path: Path) -> 
 def test_the_page_of_hosts_is_without_gpus(page: ModuleType, tmp_path: Path) -> None:
     everything(tmp_path)
     keep(tmp_path, "compare-x", [])
-    of_hosts = importlib.import_module("page")
+    of_hosts = importlib.import_module("benchmarks.pages.bench")
     assert [result.name for result in of_hosts.load(tmp_path)] == ["compare-x"]
     assert len(of_hosts.load(tmp_path, on_gpu=True)) == 4

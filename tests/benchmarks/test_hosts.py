@@ -13,12 +13,12 @@ import pytest
 
 @pytest.fixture(scope="module")
 def hosts(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("hosts")
+    return script("benchmarks.network.hosts")
 
 
 @pytest.fixture(scope="module")
 def tcp(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("tcp")
+    return script("benchmarks.network.tcp")
 
 
 def steps(of_alone: float) -> list[dict[str, Any]]:

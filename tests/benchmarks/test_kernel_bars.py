@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def kernels(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("kernels")
+    return script("benchmarks.micro.kernels")
 
 
 def timed(**seconds: float) -> dict[str, dict[str, float]]:

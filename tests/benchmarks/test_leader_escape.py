@@ -10,14 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
-
 
 @pytest.fixture
 def escape(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, as Python imports it when it runs it: its folder is on the path."""
-    monkeypatch.syspath_prepend(str(REPRODUCE))
-    return importlib.import_module("leader_escape")
+    return importlib.import_module("benchmarks.reproduce.leader_escape")
 
 
 @pytest.mark.parametrize("rank", [1, 3])

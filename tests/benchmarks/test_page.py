@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 K, M = 2**10, 2**20
 COLLECTIVES = ("local pass", "exchange", "Get/Put, Allocate", "Get/Put, Create", "all-reduce", "MPI_Allreduce", "gloo")
 FORMS = ("tree reduce + broadcast", "MPI_Reduce + Bcast", "gossip", "MPI_Sendrecv + NumPy")
@@ -19,20 +18,17 @@ MPI_NAMES = {"openmpi": "Open MPI 5.0", "mpich": "MPICH 5.0"}
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("page")
+    return importlib.import_module("benchmarks.pages.bench")
 
 
 @pytest.fixture
 def plots(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("plots")
+    return importlib.import_module("benchmarks.pages.plots")
 
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("kept")
+    return importlib.import_module("benchmarks.pages.results")
 
 
 def document(results: Any, mpi: str = "openmpi", ranks: int = 2, **more: Any) -> dict[str, Any]:
@@ -76,7 +72,7 @@ def everything(folder: Path) -> None:
         steps = [{"model": "mlp", "step": s, "median_seconds": 0.02, "of_alone": 1.0} for s in ("alone", "allreduce")]
         keep(folder, f"steps-{mpi}", document(steps, mpi))
     keep(folder, "collectives-mpich-8", document(rows((*COLLECTIVES, *FORMS)), "mpich", 8))
-    keep(folder, "stragglers-openmpi", document([{"method": "easgd", "kept": 0.98}], factor=4.0))
+    keep(folder, "stragglers-openmpi", document([{"method": "easgd", "retained_fraction": 0.98}], factor=4.0))
     row = {"seconds_to_target": None, "gradients_per_second": 2000.0, "bytes_per_gradient": 1e5}
     keep(folder, "compare", document([], rows=[{"algorithm": "easgd", **row}], target_accuracy=0.95))
 

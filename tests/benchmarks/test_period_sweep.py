@@ -10,14 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
-
 
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, as Python imports it when it runs it: its folder is on the path."""
-    monkeypatch.syspath_prepend(str(REPRODUCE))
-    return importlib.import_module("period_sweep")
+    return importlib.import_module("benchmarks.reproduce.period_sweep")
 
 
 def test_gradient_is_that_of_the_loss(sweep: ModuleType) -> None:

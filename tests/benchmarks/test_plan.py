@@ -15,7 +15,21 @@ from mpitrain.errors import UsageError
 @pytest.fixture
 def configurations(script: Callable[[str], ModuleType]) -> Callable[..., dict[str, Any]]:
     plan = script("plan")
-    return lambda *words: plan.configurations(plan.parser().parse_args(words))
+    return lambda *words: {
+        name: one.config for name, one in plan.configurations(plan.parser().parse_args(words)).items()
+    }
+
+
+@pytest.fixture
+def scheduled(script: Callable[[str], ModuleType]) -> Callable[..., Any]:
+    """The configuration of the only method after its calendar is known."""
+
+    def scheduled(*words: str) -> Any:
+        plan = script("plan")
+        (one,) = plan.configurations(plan.parser().parse_args(words)).values()
+        return plan.with_calendar(one, n_evaluations=18, n_train=960, n_ranks=2)
+
+    return scheduled
 
 
 def test_all_is_the_registry(configurations: Callable[..., dict[str, Any]]) -> None:
@@ -64,27 +78,17 @@ def test_what_is_wrong_is_told(configurations: Callable[..., dict[str, Any]], wo
     ],
 )
 def test_rank_0_evaluates_as_often_as_asked(
-    script: Callable[[str], ModuleType],
-    configurations: Callable[..., dict[str, Any]],
-    words: list[str],
-    gradients: int,
-    every: int,
+    scheduled: Callable[..., Any], words: list[str], gradients: int, every: int
 ) -> None:
-    config = configurations("--algorithms", "easgd", *words)["easgd"]
-    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+    config = scheduled("--algorithms", "easgd", *words)
     assert (config.epochs, config.gradients, config.evaluate_every) == (None, gradients, every)
 
 
-def test_ranks_that_wait_share_the_steps(
-    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
-) -> None:
-    config = configurations("--algorithms", "allreduce", "--gradients", "360", "--straggler", "0:4")["allreduce"]
-    assert script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2).evaluate_every == 10
+def test_ranks_in_lockstep_share_the_steps(scheduled: Callable[..., Any]) -> None:
+    config = scheduled("--algorithms", "allreduce", "--gradients", "360", "--straggler", "0:4")
+    assert config.evaluate_every == 10
 
 
-def test_a_time_is_divided_into_equal_parts(
-    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
-) -> None:
-    config = configurations("--algorithms", "easgd", "--seconds", "36")["easgd"]
-    config = script("plan").with_calendar(config, n_evaluations=18, n_train=960, n_ranks=2)
+def test_a_time_is_divided_into_equal_parts(scheduled: Callable[..., Any]) -> None:
+    config = scheduled("--algorithms", "easgd", "--seconds", "36")
     assert (config.minutes, config.evaluate_seconds) == (pytest.approx(0.6), pytest.approx(2))

@@ -10,14 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
-
 
 @pytest.fixture
 def byzantine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, imported as Python does when it runs it: its folder is on the path."""
-    monkeypatch.syspath_prepend(str(REPRODUCE))
-    return importlib.import_module("byzantine")
+    return importlib.import_module("benchmarks.reproduce.byzantine")
 
 
 def test_gradients_are_those_of_the_cross_entropy(byzantine: ModuleType) -> None:

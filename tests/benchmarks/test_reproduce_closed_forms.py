@@ -12,7 +12,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
 SMALL = {
     "admm_stability": ("--points", "12"),
     "input_spread": ("--samples", "2000", "--steps", "20000"),
@@ -21,9 +20,8 @@ SMALL = {
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a script as Python does when it runs it: its folder is on the path."""
-    monkeypatch.syspath_prepend(str(REPRODUCE))
+def load() -> Callable[[str], ModuleType]:
+    """Import a benchmark by its module name."""
     return importlib.import_module
 
 
@@ -31,7 +29,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def test_a_reproduction_passes_and_draws(
     name: str, load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load(name).main([*SMALL[name], "--out", str(tmp_path / "new")]) == 0
+    assert load(f"benchmarks.reproduce.{name}").main([*SMALL[name], "--out", str(tmp_path / "new")]) == 0
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     assert document["name"] == name
@@ -43,7 +41,7 @@ def test_a_reproduction_passes_and_draws(
 def test_only_the_document_with_json(
     load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load("admm_stability").main([*SMALL["admm_stability"], "--json", "--out", str(tmp_path)])
+    load("benchmarks.reproduce.admm_stability").main([*SMALL["admm_stability"], "--json", "--out", str(tmp_path)])
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["unstable_fraction"]["8"] > 0.2
 
@@ -52,7 +50,12 @@ def test_a_missed_criterion_is_an_exit_code(
     load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # At a small curvature DOWNPOUR converges where Hermans saw it diverge.
-    assert load("downpour_phase").main(["--eh", "0.001", "--rounds", "80", "--most", "20", "--out", str(tmp_path)]) == 1
+    assert (
+        load("benchmarks.reproduce.downpour_phase").main(
+            ["--eh", "0.001", "--rounds", "80", "--most", "20", "--out", str(tmp_path)]
+        )
+        == 1
+    )
     *lines, document = capsys.readouterr().out.splitlines()
     assert any(line.endswith("converges MISSED") for line in lines)
     assert not json.loads(document)["passed"]
@@ -61,11 +64,11 @@ def test_a_missed_criterion_is_an_exit_code(
 def test_the_helper_prints_criteria_and_plain_json(
     load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figure = load("figure")
+    figure = load("benchmarks.reproduce.figure")
     options = figure.parser("One line.\n\nMore.").parse_args(["--out", str(tmp_path)])
     outcome = figure.Outcome("nothing", options)
     outcome.criterion("a third is small", np.float64(1 / 3), np.bool_(True))
-    code = outcome.wait(values=np.arange(3), largest=float("nan"), nested={"one": (np.float32(0.5),)})
+    code = outcome.conclude(values=np.arange(3), largest=float("nan"), nested={"one": (np.float32(0.5),)})
     first, last = capsys.readouterr().out.splitlines()
     assert first == "criterion a third is small: 0.3333 PASS"
     document = json.loads(last)
@@ -74,12 +77,12 @@ def test_the_helper_prints_criteria_and_plain_json(
     assert document["figure"] is None
     assert figure.parser("One line.\n\nMore.").description == "One line."
     with pytest.raises(AssertionError):
-        figure.Outcome("empty", argparse.Namespace(out=tmp_path, json=True)).wait()
+        figure.Outcome("empty", argparse.Namespace(out=tmp_path, json=True)).conclude()
 
 
 @pytest.mark.parametrize(("q", "n"), [(0.1, 4), (0.3, 8), (0.05, 16)])
 def test_the_measured_growth_is_the_radius(load: Callable[[str], ModuleType], q: float, n: int) -> None:
     from mpitrain import theory
 
-    per_round = load("downpour_phase").growth(n, np.array([1.0]), q, np.ones(1), 400)[0]
+    per_round = load("benchmarks.reproduce.downpour_phase").growth(n, np.array([1.0]), q, np.ones(1), 400)[0]
     assert per_round == pytest.approx(theory.delayed_radius(q, n) ** n, rel=0.02)

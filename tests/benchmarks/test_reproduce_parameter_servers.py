@@ -2,30 +2,26 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-REPRODUCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce"
-
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPRODUCE))
     return importlib.import_module
 
 
 @pytest.fixture
 def rescue(load, monkeypatch):
-    module = load("adag_rescue")
+    module = load("benchmarks.reproduce.adag_rescue")
     monkeypatch.setattr(module, "PERIODS", (1, 3))
     return module
 
 
 @pytest.fixture
 def staleness(load, monkeypatch):
-    module = load("staleness")
+    module = load("benchmarks.reproduce.staleness")
     monkeypatch.setattr(module, "WORKERS", (3, 8))
     return module
 

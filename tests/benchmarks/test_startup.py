@@ -9,13 +9,10 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def startup(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return script("startup")
+    return script("benchmarks.micro.startup")
 
 
 def test_what_a_launcher_set_is_not_passed_on(startup: ModuleType) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,32 +14,30 @@ from support.launching import launch
 
 from mpitrain.errors import UsageError
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ONE_RANK = pytest.mark.ranks(1)  # what imports these scripts starts MPI
 ON_RANKS = pytest.mark.ranks(2, 3)
 MOVES = ("put", "get", "accumulate")
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a script that imports its neighbours."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def load() -> Callable[[str], ModuleType]:
+    """Import a benchmark by its module name."""
     return importlib.import_module
 
 
 @pytest.fixture
 def windows(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("windows")
+    return load("benchmarks.micro.windows")
 
 
 @pytest.fixture
 def timing(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("timing")
+    return load("benchmarks.micro.timing")
 
 
 @pytest.fixture
 def one_sided(load: Callable[[str], ModuleType]) -> ModuleType:
-    return load("one_sided")
+    return load("benchmarks.micro.one_sided")
 
 
 @ONE_RANK
@@ -278,7 +275,7 @@ def test_what_does_not_fit_is_told_on_all_ranks(world: Any, windows: ModuleType)
 @pytest.mark.launches
 @pytest.mark.parametrize("only_json", [True, False])
 def test_two_ranks_make_the_table(only_json: bool) -> None:
-    command = ["python", "benchmarks/windows.py", "--sizes", "8,4K,16M", "--most", "64K", "--repeats", "2"]
+    command = ["python", "-m", "benchmarks.micro.windows", "--sizes", "8,4K,16M", "--most", "64K", "--repeats", "2"]
     finished = launch(2, [*command, *(["--json"] if only_json else [])], timeout_seconds=120)
     assert finished.returncode == 0, finished.output
     *lines, last = finished.output.splitlines()
@@ -297,7 +294,7 @@ def test_two_ranks_make_the_table(only_json: bool) -> None:
 
 @pytest.mark.launches
 def test_one_rank_has_no_target() -> None:
-    finished = launch(1, ["python", "benchmarks/windows.py"], timeout_seconds=60)
+    finished = launch(1, ["python", "-m", "benchmarks.micro.windows"], timeout_seconds=60)
     assert finished.returncode == 2, finished.output
     assert "2 or more ranks" in finished.output
     assert "Traceback" not in finished.output

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.launching import Finished, installed, launch
 
-from mpitrain.data import hdf5
+from mpitrain.data import hdf5_format
 
 pytestmark = pytest.mark.launches
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     for name, label in (("good.h5", 1), ("label.h5", 2)):
         with h5py.File(folder / name, "w") as file:
-            hdf5.create(file, classes=["cat", "dog"], shape=(3, 28, 28), n=(200, 50))
+            hdf5_format.create(file, classes=["cat", "dog"], shape=(3, 28, 28), n=(200, 50))
             file["train"]["labels"][7] = label
             file.attrs["mean"], file.attrs["std"] = np.full(3, 0.5), np.full(3, 0.2)
     content = (folder / "good.h5").read_bytes()

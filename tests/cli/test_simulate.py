@@ -86,7 +86,7 @@ def test_who_dies_is_left_behind_and_who_waits_for_it_says_so(capsys: pytest.Cap
         assert done["seconds"] == pytest.approx(2)
         assert done["test_loss"] < done["evaluation"][0]["test_loss"]
     assert main(["simulate", "--algorithm", "allreduce", *words]) == 1
-    assert capsys.readouterr().err.count("rank 0 died, and who waits for it cannot go on") == 1
+    assert capsys.readouterr().err.count("rank 0 died, and ranks that wait for it cannot go on") == 1
 
 
 def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

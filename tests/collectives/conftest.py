@@ -13,11 +13,12 @@ def make_world(n_nodes: int) -> Any:
     """Collective. A world of the ranks of this launch as `n_nodes` nodes (1 where there is only one rank)."""
     from mpi4py import MPI
 
-    from mpitrain.collectives.world.world import EMULATED_NODES, World
+    from mpitrain.collectives.world.launch import create_world
+    from mpitrain.collectives.world.ranks import EMULATED_NODES
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EMULATED_NODES, str(n_nodes))
-        return World(MPI.COMM_WORLD.Dup(), "cpu")
+        return create_world(MPI.COMM_WORLD.Dup())
 
 
 @pytest.fixture(scope="session")
@@ -31,21 +32,21 @@ def two_nodes() -> Iterator[Any]:
     """Collective. The ranks as two nodes, of unequal size where their number is odd."""
     world = make_world(2)
     yield world
-    if world._progress is not None:
-        world._progress.stop()
+    if world.progress_thread is not None:
+        world.progress_thread.stop()
 
 
 @pytest.fixture(scope="session")
 def windows() -> Iterator[Any]:
     """Collective. As two nodes that visit each other's memory by MPI's one-sided operations."""
-    from mpitrain.collectives.world.world import BETWEEN_NODES
+    from mpitrain.collectives.world.launch import BETWEEN_NODES
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BETWEEN_NODES, "windows")
         world = make_world(2)
     yield world
-    if world._progress is not None:
-        world._progress.stop()
+    if world.progress_thread is not None:
+        world.progress_thread.stop()
 
 
 @pytest.fixture(scope="session", params=["one_node", "two_nodes"])
@@ -68,11 +69,11 @@ def comm(world: Any) -> Iterator[Any]:
 @pytest.fixture
 def largest_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`largest_shards(n)`: from now on shards have at most n elements, of whichever node their ranks are."""
-    from mpitrain.collectives import mpi
+    from mpitrain.collectives.rma import peer_memory
 
     def limit(n: int) -> None:
         for name in ("LARGEST_SHARD", "LARGEST_REMOTE_SHARD"):
-            monkeypatch.setattr(mpi, name, n)
+            monkeypatch.setattr(peer_memory, name, n)
 
     return limit
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpitrain.collectives import allreduce as module
-from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.simulation.world import SimulatedWorld
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 DTYPES = [np.float32, np.float64]

@@ -1,4 +1,4 @@
-"""Stand-ins for the world, and data files to load."""
+"""Worlds without MPI, and a data file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from mpitrain.data.hdf5 import create
+from mpitrain.data.hdf5_format import create
 
 
 class Node:
-    """What `n` ranks of one node share. Each is a thread; a collective call has the same number on all of them."""
+    """The memory and barrier of `n` ranks of a node, which are threads.
+
+    Arrays are numbered: the k-th call of each rank returns the same one.
+    """
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -26,7 +29,7 @@ class Node:
 
 
 class LocalRank:
-    """The part of the world that loading needs."""
+    """One rank of a node; the part of a world that loading needs."""
 
     node = 0
 
@@ -50,13 +53,13 @@ class LocalRank:
 
 @pytest.fixture
 def lone() -> LocalRank:
-    """A world of one rank."""
+    """Return a world of one rank."""
     return LocalRank(0, Node(1))
 
 
 @pytest.fixture
 def on_node() -> Callable[[int, Callable[[LocalRank], Any]], list[Any]]:
-    """on_node(n, f): what f(world) returned, or the exception it raised, on each of the n ranks of a node."""
+    """Return on_node(n, f), the result of f(world), or its exception, on each of the n ranks of a node."""
 
     def outcome(f: Callable[[LocalRank], Any], world: LocalRank) -> Any:
         try:
@@ -74,7 +77,7 @@ def on_node() -> Callable[[int, Callable[[LocalRank], Any]], list[Any]]:
 
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
-    """700 training and 90 test images of 3x5x4, 7 classes."""
+    """Write 700 training and 90 test images of 3x5x4 in 7 classes."""
     path = tmp_path / "some.h5"
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:

@@ -1,4 +1,4 @@
-"""Laws of random crops and mirror images."""
+"""Laws of random crops and reflections."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(4, True), (2, False), (0, True), (1, True)])
-def test_every_image_is_a_crop_of_the_padded_image_or_its_mirror_image(padding, flip):
+def test_every_image_is_a_crop_of_the_padded_image_or_its_reflection(padding, flip):
     generator = seeded()
     seen = set()
     for _ in range(60):
@@ -38,18 +38,18 @@ def test_every_image_is_a_crop_of_the_padded_image_or_its_mirror_image(padding, 
     assert len(seen) > min(20, (2 * padding + 1) ** 2 * (1 + flip) - 1)  # they vary, within the batch too
 
 
-def test_nothing_asked_for_is_nothing_done():
+def test_without_padding_and_flip_images_are_unchanged():
     assert torch.equal(augment(IMAGES, seeded(), padding=0, flip=False), IMAGES)
 
 
-def test_the_input_and_the_global_random_state_are_left_alone():
+def test_the_input_and_the_global_random_state_are_unchanged():
     before, state = IMAGES.clone(), torch.get_rng_state()
     augment(IMAGES, seeded())
     assert torch.equal(IMAGES, before)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_saved_state_repeats_what_followed():
+def test_a_saved_generator_repeats_the_augmentations():
     generator, other = seeded(), seeded(9)
     augment(IMAGES, generator)
     other.set_state(generator.get_state())

@@ -1,4 +1,4 @@
-"""Laws of the batches, whatever the data and wherever it is kept."""
+"""Laws of batches, for every data source and storage."""
 
 import h5py
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpitrain.data import Limits, Normalisation, Sampler, load
-from mpitrain.data.hdf5 import create
+from mpitrain.data.hdf5_format import create
 from mpitrain.errors import UsageError
 
 PLENTY, NO_SHARED, NOTHING = Limits(10**9, 10**9), Limits(0, 10**9), Limits(0, 0)
@@ -23,7 +23,7 @@ def test_normalisation_is_the_formula():
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3])
 @pytest.mark.parametrize(("limits", "sampling", "storage"), STORAGES)
-def test_every_rank_sees_the_file_whatever_the_storage(on_node, data_file, n_ranks, limits, sampling, storage):
+def test_every_rank_sees_the_whole_file_in_any_storage(on_node, data_file, n_ranks, limits, sampling, storage):
     with h5py.File(data_file) as file:
         pixels, labels = file["train/images"][:], file["train/labels"][:]
         test_pixels, test_labels = file["test/images"][:], file["test/labels"][:]
@@ -51,21 +51,21 @@ def test_every_rank_sees_the_file_whatever_the_storage(on_node, data_file, n_ran
     assert on_node(n_ranks, check) == [True] * n_ranks
 
 
-def test_ranks_that_measure_differently_store_alike(on_node, data_file):
+def test_ranks_with_different_limits_choose_the_same_storage(on_node, data_file):
     def storage(world):
         return load(str(data_file), world=world, limits=PLENTY if world.rank == 1 else NOTHING).storage
 
     assert on_node(3, storage) == ["file"] * 3
 
 
-def test_all_ranks_report_the_same_broken_file(on_node, data_file):
+def test_all_ranks_report_the_same_invalid_file(on_node, data_file):
     with h5py.File(data_file, "a") as file:
         file["train/labels"][650] = 7
     outcomes = on_node(3, lambda world: load(str(data_file), world=world))
     assert all(isinstance(error, UsageError) and "labels[650] is 7" in str(error) for error in outcomes)
 
 
-def test_float_vectors_can_be_stored_too(tmp_path, lone):
+def test_float_vectors_are_loaded(tmp_path, lone):
     path = tmp_path / "table.hdf5"
     rows = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(np.float32)
     with h5py.File(path, "w") as file:
@@ -74,13 +74,13 @@ def test_float_vectors_can_be_stored_too(tmp_path, lone):
         for split in ("train", "test"):
             file[f"{split}/images"], file[f"{split}/labels"] = rows, np.arange(50) % 2
     data = load(str(path), world=lone)
-    for _ in range(2):  # normalising a batch leaves the data alone
+    for _ in range(2):  # normalising a batch does not change the data
         x, _ = data.batch(np.arange(50))
         np.testing.assert_allclose(x, (rows - 3) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(("side", "expected"), [(27, False), (28, True)])
-def test_only_photographs_of_a_size_are_augmented(tmp_path, lone, side, expected):
+def test_only_large_photographs_are_augmentable(tmp_path, lone, side, expected):
     path = tmp_path / "photographs.h5"
     with h5py.File(path, "w") as file:
         create(file, classes=["a"], shape=(1, side, 28), n=(3, 1))
@@ -89,13 +89,13 @@ def test_only_photographs_of_a_size_are_augmented(tmp_path, lone, side, expected
     assert not load("synthetic:n=10,shape=3x32x32", world=lone).augmentable
 
 
-def test_test_batches_are_shared_out(data_file, lone):
+def test_callers_divide_the_test_batches(data_file, lone):
     data = load(str(data_file), world=lone)
     parts = [torch.cat([y for _, y in data.test_batches(8, rank=rank, size=3)]) for rank in range(3)]
     assert torch.equal(torch.cat(parts).sort().values, torch.from_numpy(data.test_labels).sort().values)
 
 
-def test_training_batches_are_full_and_mixed(lone):
+def test_training_batches_are_full_and_shuffled(lone):
     data = load("synthetic:n=2000,classes=4", world=lone)
     batches = list(data.train_batches(30, 200))
     assert [len(y) for _, y in batches] == [30] * 6
@@ -105,25 +105,25 @@ def test_training_batches_are_full_and_mixed(lone):
     assert [len(y) for _, y in data.train_batches(30, 20)] == [20]
 
 
-def test_digits_are_those_of_scikit_learn(monkeypatch):
+def test_digits_equal_those_of_scikit_learn(monkeypatch):
     from sklearn.datasets import load_digits
 
-    from mpitrain.data import builtin
+    from mpitrain.data import digits
 
     wanted = load_digits()
-    read = builtin._digits_table()
+    read = digits._read_table()
     assert np.array_equal(read[:, :-1], wanted.data)
     assert np.array_equal(read[:, -1], wanted.target)
-    monkeypatch.setattr(builtin.Path, "exists", lambda self: False)  # where scikit-learn keeps the file elsewhere
-    assert np.array_equal(builtin._digits_table(), read)
+    monkeypatch.setattr(digits.Path, "exists", lambda self: False)  # where scikit-learn keeps the file elsewhere
+    assert np.array_equal(digits._read_table(), read)
 
 
-def test_without_scikit_learn_digits_are_refused(monkeypatch):
-    from mpitrain.data import builtin
+def test_digits_without_scikit_learn_are_refused(monkeypatch):
+    from mpitrain.data import digits
 
-    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install scikit-learn"):
-        builtin._digits_table()
+        digits._read_table()
 
 
 def test_digits_are_split_by_class(lone):
@@ -161,7 +161,7 @@ def test_synthetic_data_can_be_learned(lone, kind):
     assert LogisticRegression(max_iter=500).fit(x, y).score(test_x, test_y) > 0.6  # chance: 0.25
 
 
-def test_synthetic_data_goes_where_it_fits(lone):
+def test_synthetic_data_is_stored_where_it_fits(lone):
     assert load("synthetic:n=100", world=lone, limits=PLENTY).storage == "shared"
     assert load("synthetic:n=100", world=lone, limits=NO_SHARED).storage == "private"
     with pytest.raises(UsageError, match="use a smaller n"):

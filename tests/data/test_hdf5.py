@@ -1,4 +1,4 @@
-"""A broken data file is refused with one line that says what to do."""
+"""Invalid data files are refused with one line that names the remedy."""
 
 import h5py
 import numpy as np
@@ -51,7 +51,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_wrong_file_is_refused(data_file, lone, name):
+def test_an_invalid_file_is_refused(data_file, lone, name):
     damage, text = BREAKS[name]
     with h5py.File(data_file, "a") as file:
         damage(file)
@@ -76,7 +76,7 @@ def test_another_kind_of_file_is_refused(data_file, lone, content):
         load(str(data_file), world=lone)
 
 
-def test_a_file_without_its_end_and_its_head_is_refused(data_file, lone):
+def test_a_file_of_a_few_bytes_is_refused(data_file, lone):
     data_file.write_bytes(data_file.read_bytes()[:20])
     with pytest.raises(UsageError, match=r"some\.h5 is"):
         load(str(data_file), world=lone)

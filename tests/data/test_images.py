@@ -1,4 +1,4 @@
-"""Importing class folders of real image files."""
+"""Imports of class folders of real image files."""
 
 import argparse
 import io
@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpitrain.cli.data import IMPORTERS, add_arguments, run
 from mpitrain.data import load
-from mpitrain.data.images import import_images
-from mpitrain.data.importers import IMPORTERS, add_arguments, run
-from mpitrain.data.sources import places
+from mpitrain.data.class_folders import places
+from mpitrain.data.image_import import import_images
 from mpitrain.errors import UsageError
 
 RNG = np.random.default_rng(0)
 
 
 def write(path: Path, *, size=(8, 6), mode="RGB", value=None) -> np.ndarray:
-    """An image file of (W, H); returns its pixels."""
+    """Write an image file of (W, H) and return its pixels."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     pixels = RNG.integers(256, size=shape, dtype=np.uint8) if value is None else np.full(shape, value, np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def pack(folder: Path, archive: Path) -> Path:
 
 @pytest.fixture
 def split_folder(tmp_path):
-    """train/ and test/ of cat and dog, with things that are no images; the pixels of each class in order."""
+    """Return a folder with train/ and test/ of two classes and other files, and the pixels of each class in order."""
     folder = tmp_path / "pets"
     pixels = {
         (split, name): [write(folder / split / name / f"{k:03}.png") for k in range(n)]
@@ -56,7 +56,7 @@ def split_folder(tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["folder", "pets.tar.gz", "pets.tar", "pets.zip"])
-def test_what_is_imported_is_what_was_there(tmp_path, lone, split_folder, packing):
+def test_imported_images_equal_their_sources(tmp_path, lone, split_folder, packing):
     folder, pixels = split_folder
     source = folder if packing == "folder" else pack(folder, tmp_path / packing)
     done = import_images(source, tmp_path / "pets.h5", progress=False)
@@ -86,7 +86,7 @@ def test_more_images_than_a_chunk_are_all_written(tmp_path):
         assert len({image.tobytes() for split in ("train", "test") for image in file[split]["images"][:]}) == 600
 
 
-def test_the_split_does_not_depend_on_the_packing(tmp_path):
+def test_the_split_does_not_depend_on_the_order_of_an_archive(tmp_path):
     for k in range(40):
         write(tmp_path / "in" / f"class{k % 2}" / f"{k}.png")
     archive = tmp_path / "shuffled.zip"
@@ -102,7 +102,7 @@ def test_the_split_does_not_depend_on_the_packing(tmp_path):
     assert len(tests[0]) == 10
 
 
-def test_images_are_brought_to_the_most_common_size_or_the_one_asked_for(tmp_path):
+def test_images_are_resized_to_the_most_common_or_the_given_size(tmp_path):
     for k, size in enumerate([(8, 6), (8, 6), (16, 12), (3, 3)]):
         write(tmp_path / "in" / "a" / f"{k}.jpg", size=size, value=77)
     for size, shape in ((None, (3, 6, 8)), ((5, 7), (3, 5, 7))):
@@ -113,14 +113,14 @@ def test_images_are_brought_to_the_most_common_size_or_the_one_asked_for(tmp_pat
             np.testing.assert_array_equal(file.attrs["std"] > 0, True)
 
 
-def test_one_coloured_image_makes_all_coloured(tmp_path):
+def test_one_coloured_image_makes_all_images_coloured(tmp_path):
     write(tmp_path / "in" / "a" / "0.png", mode="L")
     write(tmp_path / "in" / "a" / "1.png", mode="RGB")
     assert import_images(tmp_path / "in", tmp_path / "out.h5", progress=False).shape == (3, 6, 8)
 
 
 @pytest.mark.parametrize("damage", ["header", "body"])
-def test_an_unreadable_image_is_named_or_left_out(tmp_path, damage):
+def test_an_unreadable_image_is_reported_or_left_out(tmp_path, damage):
     for k in range(6):
         write(tmp_path / "in" / "a" / f"{k}.png", size=(30, 30))
     broken = tmp_path / "in" / "a" / "3.png"
@@ -146,7 +146,7 @@ def deep(folder):
 
 SOURCES = {
     "empty": (lambda folder: folder.mkdir(), "holds no images"),
-    "no class": (lambda folder: write(folder / "0.png"), "0.png lies in no class folder"),
+    "no class": (lambda folder: write(folder / "0.png"), "0.png is in no class folder"),
     "one image": (lambda folder: write(folder / "a" / "0.png"), "one image a class"),
     "class of the test set only": (
         lambda folder: [write(folder / "train" / "a" / "0.png"), write(folder / "test" / "b" / "0.png")],
@@ -161,7 +161,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_that_makes_no_data_set_is_refused(tmp_path, name):
+def test_an_unsuitable_source_is_refused(tmp_path, name):
     make, text = SOURCES[name]
     make(tmp_path / "in")
     with pytest.raises(UsageError, match=text):
@@ -204,7 +204,7 @@ def test_wrong_paths_are_refused(tmp_path):
         (["train/1", "other/1"], ["train", "other"], None),  # a class of that name
     ],
 )
-def test_paths_say_class_and_split(names, labels, tests):
+def test_paths_determine_class_and_split(names, labels, tests):
     found = places(names)
     assert [place.label for place in found] == list(labels)
     assert [place.is_test for place in found] == (tests or [None] * len(names))

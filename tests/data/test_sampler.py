@@ -67,7 +67,7 @@ def test_an_independent_worker_draws_every_sample_once_in_each_pass(n, b, p, n_p
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_epochs_and_seeds_differ_and_nothing_else_does(mode):
+def test_batches_depend_on_epoch_and_seed_only(mode):
     a = Sampler(100, 10, rank=1, size=2, seed=3, mode=mode)
     again = Sampler(100, 10, rank=1, size=2, seed=3, mode=mode)
     other = Sampler(100, 10, rank=1, size=2, seed=4, mode=mode)
@@ -81,7 +81,7 @@ def test_independent_ranks_draw_differently():
     assert (first.indices(0, 0) != second.indices(0, 0)).any()
 
 
-def test_the_order_of_asking_does_not_matter():
+def test_batches_do_not_depend_on_the_order_of_calls():
     sampler = Sampler(50, 7, size=2, rank=1, mode="independent")
     steps = [(epoch, step) for epoch in range(6) for step in range(sampler.steps_per_epoch)]
     forward = {at: sampler.indices(*at) for at in steps}
@@ -91,7 +91,7 @@ def test_the_order_of_asking_does_not_matter():
 
 @quick
 @given(worlds(), st.sampled_from(MODES), st.integers(0, 12))
-def test_a_resumed_sampler_goes_on_where_it_stood(world, mode, n_before):
+def test_a_resumed_sampler_continues_at_its_position(world, mode, n_before):
     n, b, p = world
     original = samplers(n, b, p, mode)[-1]
     for _ in range(n_before):
@@ -104,7 +104,7 @@ def test_a_resumed_sampler_goes_on_where_it_stood(world, mode, n_before):
         np.testing.assert_array_equal(resumed.draw(), original.draw())
 
 
-def test_a_caller_may_overwrite_what_it_got():
+def test_a_caller_may_overwrite_a_batch():
     for mode in MODES:
         sampler = Sampler(20, 5, mode=mode)
         expected = sampler.indices(0, 1).copy()
@@ -112,7 +112,7 @@ def test_a_caller_may_overwrite_what_it_got():
         np.testing.assert_array_equal(sampler.indices(0, 1), expected)
 
 
-def test_a_state_of_another_run_is_refused():
+def test_the_state_of_another_sampler_is_refused():
     with pytest.raises(UsageError, match=r"batch_size 5.*10"):
         Sampler(100, 10).load(Sampler(100, 5).state())
 
@@ -131,6 +131,6 @@ def test_more_workers_than_samples_still_sample_independently():
         ({"n": 3, "batch_size": 1, "mode": "random"}, "independent, sharded"),
     ],
 )
-def test_mistakes_are_explained(arguments, text):
+def test_invalid_arguments_are_explained(arguments, text):
     with pytest.raises(UsageError, match=text):
         Sampler(**arguments)

@@ -1,4 +1,4 @@
-"""Laws of where data is kept, and of how it is read."""
+"""Laws of the choice of a storage, and of reading from files."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitrain.data.agreement import agree, run_on_survivors
+from mpitrain.data.node_agreement import agree, all_ok
 from mpitrain.data.storage import FileImages, Limits, choose, runs, share_of
 from mpitrain.errors import UsageError
 
@@ -39,7 +39,7 @@ def test_runs_cover_sorted_indices_within_their_bounds(indices, max_gap, max_len
 
 @quick
 @given(st.lists(st.integers(0, 199), min_size=1), st.lists(st.integers(0, 199)), st.booleans())
-def test_images_from_a_file_are_those_asked_for(indices, staged, staging):
+def test_selected_images_are_those_at_the_indices(indices, staged, staging):
     with h5py.File("memory", "w", driver="core", backing_store=False) as file:
         pixels = np.random.default_rng(0).integers(256, size=(200, 2, 3), dtype=np.uint8)
         images = FileImages(file.create_dataset("x", data=pixels, chunks=(16, 2, 3)), staging=staging)
@@ -58,7 +58,7 @@ def test_staged_images_are_not_read_again(tmp_path):
     np.testing.assert_array_equal(images.select(np.array([11, 3, 3])), pixels[[11, 3, 3]])
 
 
-def test_a_file_that_breaks_while_it_is_read_is_reported():
+def test_an_error_while_reading_is_reported():
     class Broken:
         shape, dtype = (20, 3), np.dtype(np.uint8)
         file = SimpleNamespace(filename="data.h5")
@@ -67,7 +67,7 @@ def test_a_file_that_breaks_while_it_is_read_is_reported():
             raise OSError("no such device")
 
     with pytest.raises(UsageError, match=r"data.h5: images 4 to 4 cannot be read \(no such device\).*resume"):
-        FileImages(Broken()).take(np.array([4]))
+        FileImages(Broken()).select(np.array([4]))
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,18 @@ def test_a_file_that_breaks_while_it_is_read_is_reported():
         (99, 49, "sharded", "file"),
     ],
 )
-def test_the_storage_is_what_fits(shared, private, sampling, expected):
+def test_the_first_storage_that_fits_is_chosen(shared, private, sampling, expected):
     limits = Limits(shared, private)
     assert choose(100, sampling=sampling, size=4, local_size=2, limits=limits) == expected
 
 
-def test_limits_are_below_what_the_machine_has():
+def test_limits_are_below_the_free_memory():
     limits = Limits.measure()
     assert 0 <= limits.shared_bytes <= limits.private_bytes
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_ranks_of_a_node_agree_on_the_first(on_node, n):
+def test_ranks_of_a_node_agree_on_the_value_of_the_first(on_node, n):
     assert on_node(n, lambda world: agree(world, 10 + world.local_rank)) == [10] * n
 
 
@@ -102,10 +102,10 @@ def test_all_ranks_fail_when_one_does(on_node, n):
             raise OSError("disk on fire")
         return world.local_rank
 
-    outcomes = on_node(n, lambda world: run_on_survivors(world, lambda: act(world)))
+    outcomes = on_node(n, lambda world: all_ok(world, lambda: act(world)))
     assert all(str(error) == "disk on fire" for error in outcomes)
     assert [type(error) for error in outcomes] == [UsageError] * (n - 1) + [OSError]
 
 
-def test_all_ranks_get_their_own_result(on_node):
-    assert on_node(3, lambda world: run_on_survivors(world, lambda: world.local_rank)) == [0, 1, 2]
+def test_each_rank_gets_its_own_result(on_node):
+    assert on_node(3, lambda world: all_ok(world, lambda: world.local_rank)) == [0, 1, 2]

@@ -1,6 +1,6 @@
-"""What the tests on a real GPU share.
+"""Fixtures of the tests on a real GPU, which `--also gpu` runs.
 
-`--also gpu` runs them. They are collected without CuPy too, and so import it where they use it.
+These tests are also collected where CuPy is missing, so they import it inside functions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 LATE = r"""
-// Writes `value` everywhere, but only after a while: who does not wait for it finds what was there before.
+// Fills x with `value` after a delay: code that does not wait for it sees the old values.
 extern "C" __global__ void late(float* x, float value, long long n, unsigned long long nanoseconds) {
     unsigned long long begin, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
@@ -36,7 +36,7 @@ def device() -> Any:
 
 @pytest.fixture(scope="session")
 def late() -> Callable[[Any, float], None]:
-    """Begins, on CuPy's current stream, to fill an array with a value, long after everything else would be over."""
+    """Return a function that fills an array on CuPy's current stream, after a delay longer than the rest of a test."""
     import cupy
 
     kernel = cupy.RawKernel(LATE, "late")
@@ -50,7 +50,7 @@ def late() -> Callable[[Any, float], None]:
 
 @pytest.fixture
 def exact() -> Iterator[None]:
-    """torch computes in float32 on a GPU, and not in TF32."""
+    """Let torch compute in float32 on a GPU instead of TF32."""
     import torch
 
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -63,15 +63,16 @@ def exact() -> Iterator[None]:
 
 @pytest.fixture
 def world_on() -> Iterator[Callable[..., Any]]:
-    """Collective to call. Makes a world of all ranks of this launch on ``cpu`` or ``cuda``, with a transport."""
+    """Return a function that makes a world on ``cpu`` or ``cuda``, with a transport. Calling it is collective."""
     from mpi4py import MPI
 
+    from mpitrain.collectives.world.launch import create_world
     from mpitrain.collectives.world.world import World
 
     made: list[World] = []
 
     def make(device: str, transport: str = "auto") -> World:
-        made.append(World(MPI.COMM_WORLD.Dup(), device, transport))
+        made.append(create_world(MPI.COMM_WORLD.Dup(), device, transport))
         return made[-1]
 
     yield make

@@ -1,7 +1,7 @@
-"""Training on a GPU and on the host, by every transport: synchronous methods agree to float32 rounding.
+"""Training on a GPU and on the host, by every transport: synchronous methods agree up to float32 rounding.
 
-The oracle is the same run in float64 on the host. A run in float32 differs from it by rounding, on the host as on a
-GPU; the two sum in different orders, so that their errors are two samples of one size and neither is the other's.
+The oracle is the same run in float64 on the host. A float32 run differs from it by rounding, on the host as on a GPU.
+The two sum in different orders, so their errors are of the same size but not equal.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ pytestmark = [
 
 STEPS = 10
 INPUTS, HIDDEN, CLASSES, BATCH = 20, 64, 5, 16
-AS_LARGE_AT_MOST = 8.0
-"""Times the host's own error, which is some 1e-6 of the way that training has gone; one update is 1/STEPS of it."""
+LARGEST_ERROR_RATIO = 8.0
+"""GPU error over host error. The host's error is about 1e-6 of the distance trained; one update is 1/STEPS of it."""
 
 METHODS: dict[str, Method] = {
     "allreduce": mpitrain.AllReduceSGD(),
@@ -46,9 +46,9 @@ METHODS: dict[str, Method] = {
 
 
 def train(world: Any, method: Method, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """What this rank's model holds, before and after. Collective."""
+    """Train, and return this rank's parameters before and after. Collective."""
     torch.manual_seed(0)
-    # Smooth: a ReLU that changes its mind for a rounding would be no rounding error.
+    # A smooth activation: rounding could switch a ReLU, which would not be a rounding error.
     model = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)).to(world.device, dtype)
     momentum = 0.0 if method.owns_update else 0.9
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=0.01)
@@ -72,19 +72,19 @@ def numbers(model: nn.Module) -> np.ndarray:
 
 @pytest.mark.parametrize("transport", ["auto", "ipc", "staged"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_on_a_gpu_is_the_run_on_the_host(world_on: Callable[..., Any], name: str, transport: str) -> None:
+def test_a_run_on_a_gpu_matches_the_run_on_the_host(world_on: Callable[..., Any], name: str, transport: str) -> None:
     host = world_on("cpu")
     before, exact = train(host, METHODS[name], torch.float64)
     _, rounded = train(host, METHODS[name], torch.float32)
     _, found = train(world_on("cuda", transport), METHODS[name], torch.float32)
     way, error = np.linalg.norm(exact - before), np.linalg.norm(rounded - exact)
     assert 0 < error < 1e-4 * way  # the yardstick is rounding
-    assert np.linalg.norm(found - exact) < AS_LARGE_AT_MOST * error
+    assert np.linalg.norm(found - exact) < LARGEST_ERROR_RATIO * error
 
 
 @pytest.mark.parametrize("transport", ["auto", "ipc"])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_transport_gives_what_staging_gives(world_on: Callable[..., Any], name: str, transport: str) -> None:
+def test_every_transport_matches_staging(world_on: Callable[..., Any], name: str, transport: str) -> None:
     _, staged = train(world_on("cuda", "staged"), METHODS[name], torch.float64)
     before, found = train(world_on("cuda", transport), METHODS[name], torch.float64)
     assert np.linalg.norm(found - staged) < 1e-12 * np.linalg.norm(staged - before)
@@ -97,7 +97,7 @@ def test_every_transport_gives_what_staging_gives(world_on: Callable[..., Any], 
     ids=lambda method: method.name,
 )
 def test_asynchronous_methods_train_on_a_gpu(world_on: Callable[..., Any], method: Method, transport: str) -> None:
-    """In which order they meet is nobody's to say: they stay finite, and have gone about as far as on the host."""
+    """Exchange order is arbitrary: parameters stay finite and move about as far as on the host."""
     before, there = train(world_on("cpu"), method, torch.float32)
     _, found = train(world_on("cuda", transport), method, torch.float32)
     assert np.isfinite(found).all()
@@ -106,7 +106,7 @@ def test_asynchronous_methods_train_on_a_gpu(world_on: Callable[..., Any], metho
 
 
 @pytest.mark.parametrize("transport", ["ipc", "staged"])
-def test_a_checkpoint_goes_on_where_the_run_was(world_on: Callable[..., Any], transport: str) -> None:
+def test_a_checkpoint_resumes_the_run(world_on: Callable[..., Any], transport: str) -> None:
     world = world_on("cuda", transport)
 
     def steps(optimizer: Any, model: nn.Module, first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""`kernels.gpu` on a real GPU: memory, copies, and the order of streams, of which a late write tells."""
+"""`kernels.gpu` on a real GPU: memory, copies, and the order of streams, which delayed writes reveal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compute_stream() -> int:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64])
 @pytest.mark.parametrize("n", [0, 1, N])
 def test_new_memory_is_zeros_of_its_type(device: Any, n: int, dtype: Any) -> None:
-    for _ in range(3):  # memory that is used again is not clean by itself
+    for _ in range(3):  # reused memory is not zero by itself
         array = device.zeros(n, dtype)
         assert gpu.is_device(array)
         assert (array.shape, array.dtype) == ((n,), np.dtype(dtype))
@@ -40,7 +40,7 @@ def test_host_arrays_are_not_device_arrays() -> None:
     assert not gpu.is_device(3.0)
 
 
-def test_this_gpu_has_an_identity(device: Any) -> None:
+def test_a_gpu_has_an_identity(device: Any) -> None:
     assert device.identity.count(":") == 2
     assert gpu.use(device.index) is device
 
@@ -59,7 +59,7 @@ def test_copies_reach_host_and_device_and_parts_of_both(device: Any) -> None:
     assert_array_equal(back[7:6000], wanted[7:6000])
 
 
-def test_memory_of_others_can_be_locked_and_unlocked(device: Any) -> None:
+def test_existing_memory_can_be_locked_and_unlocked(device: Any) -> None:
     host = np.arange(N, dtype=np.float32)
     device.lock_pages(host)
     array = device.zeros(N, np.float32)
@@ -69,7 +69,7 @@ def test_memory_of_others_can_be_locked_and_unlocked(device: Any) -> None:
     device.unlock_pages(host)
 
 
-def test_assign_and_to_host_cross_in_both_directions(device: Any) -> None:
+def test_assign_and_to_host_copy_in_both_directions(device: Any) -> None:
     array, values = device.zeros(N, np.float32), np.arange(N)
     gpu.assign(array, values)
     assert_array_equal(gpu.to_host(array), values)
@@ -83,7 +83,7 @@ def test_assign_and_to_host_cross_in_both_directions(device: Any) -> None:
     assert_array_equal(array.get(), 3.0)
 
 
-def test_settle_waits_for_the_current_stream(device: Any, late: Any) -> None:
+def test_synchronize_waits_for_the_current_stream(device: Any, late: Any) -> None:
     import cupy
 
     array, host = device.zeros(N, np.float32), device.page_locked(N, np.float32)
@@ -108,7 +108,7 @@ def test_a_mark_orders_two_streams(device: Any, late: Any) -> None:
     assert_array_equal(host, 6.0)
 
 
-def test_what_is_copied_out_is_what_was_begun_before(device: Any, late: Any) -> None:
+def test_copy_out_copies_the_result_of_earlier_work(device: Any, late: Any) -> None:
     import cupy
 
     array, host = device.zeros(N, np.float32), device.page_locked(N, np.float32)
@@ -118,7 +118,7 @@ def test_what_is_copied_out_is_what_was_begun_before(device: Any, late: Any) -> 
     assert_array_equal(host, 7.0)
 
 
-def test_an_exchange_sees_what_torch_computed_and_torch_what_was_exchanged(device: Any, late: Any) -> None:
+def test_an_exchange_is_ordered_between_torch_computations(device: Any, late: Any) -> None:
     import cupy
     import torch
 
@@ -135,7 +135,7 @@ def test_an_exchange_sees_what_torch_computed_and_torch_what_was_exchanged(devic
     assert_array_equal(host[N // 2 :], 20.0)
 
 
-def test_a_local_step_inside_an_exchange_comes_between_its_halves(device: Any, late: Any) -> None:
+def test_a_local_step_inside_an_exchange_is_ordered_between_its_parts(device: Any, late: Any) -> None:
     import torch
 
     array = device.zeros(N, np.float32)
@@ -149,7 +149,7 @@ def test_a_local_step_inside_an_exchange_comes_between_its_halves(device: Any, l
         assert_array_equal((tensor + 0).cpu().numpy(), 30.0)
 
 
-def test_the_background_has_done_its_work_at_its_end(device: Any, late: Any) -> None:
+def test_background_work_is_done_when_the_block_ends(device: Any, late: Any) -> None:
     array, host = device.zeros(N, np.float32), device.page_locked(N, np.float32)
     mark = device.mark()
     with device.in_background():
@@ -160,7 +160,7 @@ def test_the_background_has_done_its_work_at_its_end(device: Any, late: Any) -> 
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-def test_norms_are_those_of_the_host(device: Any, dtype: Any) -> None:
+def test_norms_match_those_on_the_host(device: Any, dtype: Any) -> None:
     rng = np.random.default_rng(0)
     hosts = [rng.normal(size=100_003).astype(dtype) for _ in range(2)]
     arrays = [device.zeros(100_003, dtype) for _ in hosts]

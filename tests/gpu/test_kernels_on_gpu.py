@@ -1,4 +1,4 @@
-"""Every kernel on a GPU has the bits of its reference, whatever the length, the alignment and the type."""
+"""Every kernel on a GPU has the bits of its reference, for any length, alignment and dtype."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 BY_NAME = {kernel.name: kernel for kernel in library()}
-MARGIN = 19  # elements on either side that nobody may touch
+MARGIN = 19  # elements on either side that must stay unchanged
 
 
 def to_gpu(array: np.ndarray) -> Any:
-    """The same bits in device memory, at an address that is a multiple of 512."""
+    """Copy an array to device memory bit by bit, at an address that is a multiple of 512."""
     import cupy
 
     return cupy.asarray(array.view(np.uint8)).view(array.dtype)
@@ -32,14 +32,14 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array's bits, with one pattern for all NaN: which payload survives is the processor's affair."""
+    """Return the array's bits, with one pattern for all NaN, whose payloads depend on the processor."""
     unsigned = array.view(f"u{array.itemsize}").copy()
     unsigned[np.isnan(array.astype(np.float64))] = 1
     return unsigned
 
 
 def buffers_of(dtypes: list[np.dtype], n: int, seed: int) -> list[np.ndarray]:
-    """Numbers of all magnitudes, zeros, infinities and NaN among them."""
+    """Return arrays of numbers of all magnitudes, with some zeros, infinities and NaN."""
     rng = np.random.default_rng(seed)
     made = []
     for dtype in dtypes:
@@ -52,7 +52,7 @@ def buffers_of(dtypes: list[np.dtype], n: int, seed: int) -> list[np.ndarray]:
 
 
 def check(kernel: Kernel, dtypes: list[np.dtype], n: int, seed: int, offsets: list[int] | None = None) -> None:
-    """The kernel on views into device memory against its reference on the host."""
+    """Compare the kernel on views into device memory with its reference on the host."""
     offsets = offsets or [0] * len(dtypes)
     scalars = np.random.default_rng(seed + 1).uniform(0.05, 1.5, len(kernel.equations.scalars)).tolist()
     hosts = buffers_of(dtypes, MARGIN + n + MARGIN, seed)
@@ -125,7 +125,7 @@ def test_reductions_have_the_sum(k: int, dtype: np.dtype) -> None:
         np.testing.assert_array_equal(to_host(device), wanted)
 
 
-def test_many_guarded_calls_before_one_look_each_have_their_own_count() -> None:
+def test_guarded_calls_have_separate_counts_although_read_late() -> None:
     import cupy
 
     found = []
@@ -136,11 +136,11 @@ def test_many_guarded_calls_before_one_look_each_have_their_own_count() -> None:
     assert list(map(int, found)) == list(range(200))
 
 
-def test_a_clean_vector_is_counted_as_clean() -> None:
+def test_a_finite_vector_has_a_count_of_zero() -> None:
     assert int(elastic_exchange(to_gpu(np.ones(1000, np.float32)), to_gpu(np.zeros(1000, np.float32)), 0.5, 0.5)) == 0
 
 
-def test_vectors_of_more_than_2_to_the_31_elements_are_done_to_the_end() -> None:
+def test_vectors_of_more_than_2_to_the_31_elements() -> None:
     import cupy
 
     n = 2**31 + 5
@@ -163,7 +163,7 @@ def test_a_kernel_runs_on_the_current_stream(late: Any) -> None:
     assert (x.get() == 8.0).all()
 
 
-def test_a_guard_on_another_stream_counts_what_came_before(late: Any) -> None:
+def test_a_guard_on_another_stream_counts_after_earlier_work(late: Any) -> None:
     import cupy
 
     x, c = cupy.zeros(1000, np.float32), cupy.zeros(1000, np.float32)
@@ -174,6 +174,6 @@ def test_a_guard_on_another_stream_counts_what_came_before(late: Any) -> None:
     assert int(n_nonfinite) == 1000
 
 
-def test_arrays_of_host_and_gpu_are_not_mixed() -> None:
+def test_host_and_device_arrays_cannot_be_mixed() -> None:
     with pytest.raises(ValueError, match="NumPy arrays only or CuPy arrays only"):
         elastic_exchange(to_gpu(np.ones(3, np.float32)), np.ones(3, np.float32), 0.5, 0.5)

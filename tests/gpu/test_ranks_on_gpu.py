@@ -1,4 +1,4 @@
-"""Ranks that share a real GPU: they map each other's memory, and what one writes late the others see in time."""
+"""Ranks that share a real GPU map each other's memory and see each other's delayed writes in time."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ SLEEP_CYCLES = 30_000_000  # of the GPU's clock: some 15 ms
 
 @contextmanager
 def communicator(world: Any) -> Iterator[Any]:
-    """Collective."""
+    """Make a communicator and free it at the end. Collective."""
     from mpitrain.collectives.mpi import MPICommunicator
 
     comm = MPICommunicator(world)
     yield comm
-    world.comm.Barrier()  # nobody is still reading
+    world.comm.Barrier()  # no rank is still reading
     comm.free()
 
 
 @pytest.fixture(params=TRANSPORTS)
 def comm(request: pytest.FixtureRequest, world_on: Callable[..., Any]) -> Iterator[Any]:
-    """Collective. A communicator of ranks on the GPU."""
+    """Return a communicator of ranks on the GPU. Collective."""
     with communicator(world_on("cuda", request.param)) as comm:
         yield comm
 
 
 @contextmanager
 def computing(comm: Any) -> Iterator[int]:
-    """A stream of torch's on which CuPy works too, as a backward pass would; its address."""
+    """Make a stream current for torch and CuPy, like that of a backward pass, and yield its address."""
     import cupy
     import torch
 
@@ -65,7 +65,7 @@ def test_a_rank_writes_into_the_memory_of_another(world_on: Callable[..., Any]) 
     world.barrier()
 
 
-def test_ranks_say_what_they_use(comm: Any) -> None:
+def test_a_world_describes_its_device_and_transport(comm: Any) -> None:
     described = comm.world.describe()
     assert described["device"].startswith("cuda:")
     assert any(name.startswith("vectors on GPUs") for name in described["transport"])
@@ -81,7 +81,7 @@ def test_an_all_reduce_is_the_sum(comm: Any, dtype: Any) -> None:
         assert_array_equal(gpu.to_host(vector.local), np.arange(n) % 31 * total)
 
 
-def test_an_all_reduce_sums_what_was_written_last(comm: Any, late: Any) -> None:
+def test_an_all_reduce_sees_late_writes(comm: Any, late: Any) -> None:
     vector = comm.vector(N, np.float32)
     for turn in range(3):
         gpu.assign(vector.local, np.full(N, np.nan, np.float32))
@@ -95,7 +95,7 @@ def test_an_all_reduce_sums_what_was_written_last(comm: Any, late: Any) -> None:
         comm.barrier()
 
 
-def test_a_center_moves_by_what_was_written_last(comm: Any, late: Any) -> None:
+def test_a_center_update_sees_late_writes(comm: Any, late: Any) -> None:
     x, center = comm.vector(N, np.float32), comm.shared_vector(N, np.float32)
     gpu.assign(x.local, np.full(N, np.nan, np.float32))
     comm.barrier()
@@ -107,12 +107,12 @@ def test_a_center_moves_by_what_was_written_last(comm: Any, late: Any) -> None:
     out = np.zeros(N, np.float32)
     center.read(out)
     assert_allclose(out, 8 * (1 - 0.75**comm.size), rtol=1e-6)
-    assert comm.statistics.n_nonfinite == 0  # nobody has seen a NaN
+    assert comm.statistics.n_nonfinite == 0  # no rank has seen a NaN
     comm.barrier()
 
 
-def test_a_visitor_finds_what_the_one_before_wrote_late(comm: Any, late: Any) -> None:
-    """Each in its turn writes late inside the visit: the lock must not be given back before it is there."""
+def test_a_lock_is_released_after_late_writes(comm: Any, late: Any) -> None:
+    """Each rank in turn writes late inside its update: the lock must not be released before the write is done."""
     center = comm.shared_vector(N, np.float32)
     seen = []
 
@@ -124,12 +124,12 @@ def test_a_visitor_finds_what_the_one_before_wrote_late(comm: Any, late: Any) ->
         if rank == comm.rank:
             with computing(comm) as stream, comm.world.gpu.exchanging(stream):
                 center.update(visit)
-        comm.world.barrier()  # MPI's alone: what the GPU has done is the lock's affair
+        comm.world.barrier()  # a plain MPI barrier: the lock must order the work on the GPU
     assert_array_equal(np.concatenate(seen), float(comm.rank))
     comm.barrier()
 
 
-def test_all_visit_at_once_and_none_is_lost(comm: Any) -> None:
+def test_no_concurrent_update_is_lost(comm: Any) -> None:
     center, one = comm.shared_vector(N, np.float32), comm.world.gpu.zeros(N, np.float32)
     gpu.assign(one, 1.0)
     comm.barrier()
@@ -142,7 +142,7 @@ def test_all_visit_at_once_and_none_is_lost(comm: Any) -> None:
     comm.barrier()
 
 
-def test_a_peer_is_read_as_it_was_at_the_barrier(comm: Any, late: Any) -> None:
+def test_a_peer_is_read_as_of_the_barrier(comm: Any, late: Any) -> None:
     vector, found = comm.vector(N, np.float32), comm.world.gpu.zeros(N, np.float32)
     with computing(comm) as stream, comm.world.gpu.exchanging(stream):
         late(vector.local, 3.0 + comm.rank)
@@ -153,7 +153,7 @@ def test_a_peer_is_read_as_it_was_at_the_barrier(comm: Any, late: Any) -> None:
     comm.barrier()
 
 
-def test_what_goes_on_in_the_background_sees_what_was_written_last(comm: Any, late: Any) -> None:
+def test_a_background_operation_sees_late_writes(comm: Any, late: Any) -> None:
     x, center = comm.vector(N, np.float32), comm.shared_vector(N, np.float32)
     with computing(comm) as stream, comm.world.gpu.exchanging(stream):
         late(x.local, 4.0)
@@ -168,10 +168,8 @@ def test_what_goes_on_in_the_background_sees_what_was_written_last(comm: Any, la
 
 @pytest.mark.parametrize("own_stream", [False, True], ids=["default stream", "own stream"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_step_sees_the_gradient_that_comes_late(
-    world_on: Callable[..., Any], transport: str, own_stream: bool
-) -> None:
-    """Of a backward pass that is not over when ``step`` is called; and what comes next sees the step."""
+def test_a_step_sees_a_late_gradient(world_on: Callable[..., Any], transport: str, own_stream: bool) -> None:
+    """``step`` is called before the backward pass is done, and later work sees the step."""
     import torch
 
     import mpitrain
@@ -199,9 +197,7 @@ def test_a_step_sees_the_gradient_that_comes_late(
 
 @pytest.mark.parametrize("synchronous", [False, True], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_an_exchange_takes_the_parameters_that_come_late(
-    world_on: Callable[..., Any], transport: str, synchronous: bool
-) -> None:
+def test_an_exchange_sees_late_parameters(world_on: Callable[..., Any], transport: str, synchronous: bool) -> None:
     import torch
 
     import mpitrain

@@ -1,4 +1,4 @@
-"""NumPy, the reference, and Numba give the same bits, for any length, offset and value."""
+"""NumPy, the reference, and Numba give the same bits for any length, offset and value."""
 
 import copy
 import os
@@ -38,14 +38,14 @@ lengths = st.one_of(
 
 
 def bits(array):
-    """The array's bits, with one pattern for all NaN: which payload survives is the processor's affair."""
+    """Return the array's bits, with one pattern for all NaN, whose payloads depend on the CPU."""
     unsigned = array.view(f"u{array.itemsize}").copy()
     unsigned[np.isnan(array.astype(np.float64))] = 1
     return unsigned
 
 
 def vectors(kernel, dtypes, n, seed, offset=0):
-    """Views at an offset into larger arrays, wild values among them, and those arrays."""
+    """Return larger arrays with some extreme values, and views of length n at an offset into them."""
     rng = np.random.default_rng(seed)
     buffers = []
     for dtype in dtypes:
@@ -110,12 +110,12 @@ def test_16_bit_tails_and_offsets_have_the_bits_of_numpy(n, offset, seed, dtype)
 
 
 WRITING = [k.name for k in library() if set(k.equations.stored) - set(k.equations.loaded)]
-"""Kernels of which an array is written and not read."""
+"""Kernels with a write-only array."""
 
 
 @pytest.fixture
 def streaming(monkeypatch):
-    """Makes a kernel that streams what it only writes, however short the vectors are."""
+    """Return a function that copies a kernel so that it streams write-only arrays of any length."""
     monkeypatch.setattr(host, "STREAMED_FROM", 0)
 
     def make(kernel):
@@ -140,7 +140,7 @@ def test_streamed_vectors_of_any_type_have_the_bits_of_numpy(streaming, dtypes):
         check(streaming(commit_gathered), dtypes, n, seed=10, offset=offset)
 
 
-def test_arrays_at_unequal_places_of_their_lines_are_streamed_right(streaming):
+def test_arrays_at_different_offsets_in_their_cache_lines_are_streamed_correctly(streaming):
     split = Kernel("split", "y = x + 1\nz = x - 1", arrays="y z x", source="test")
     x = np.arange(1000, dtype=np.float32)
     y, z = (np.zeros(1100, np.float32) for _ in range(2))
@@ -149,7 +149,7 @@ def test_arrays_at_unequal_places_of_their_lines_are_streamed_right(streaming):
     np.testing.assert_array_equal(z, np.pad(x - 1, (8, 92)))
 
 
-def test_an_array_given_twice_ends_up_as_in_numpy_also_where_it_would_be_streamed(streaming):
+def test_an_array_given_twice_is_not_streamed(streaming):
     kernel = streaming(commit_gathered)  # x, v, c: the last one assigned stays
     for twice in ((0, 0, 1), (0, 1, 0), (0, 1, 1)):
         arrays, expected = (np.random.default_rng(3).random((2, 1500), np.float32) for _ in range(2))
@@ -158,18 +158,29 @@ def test_an_array_given_twice_ends_up_as_in_numpy_also_where_it_would_be_streame
         np.testing.assert_array_equal(arrays, expected)
 
 
-def test_only_what_is_written_unread_is_streamed():
+NONTEMPORAL_STORE = r"\bv?movnt|\bstnp\b"  # x86, 64-bit ARM
+FENCE = r"\bmfence\b|\block\s+or|\bdmb\b"
+
+
+def assembly_of(kernel, dtype):
     import numba
 
-    def streams(kernel):
-        namespace: dict = {}
-        exec(kernel.host_source("float32"), namespace)
-        function = numba.njit(namespace["SIGNATURE"], **OPTIONS)(namespace[kernel.name])
-        (assembly,) = function.inspect_asm().values()
-        return bool(re.search(r"\bv?movnt|\bstnp\b", assembly))  # x86, 64-bit ARM
+    namespace: dict = {}
+    exec(kernel.host_source(dtype), namespace)
+    function = numba.njit(namespace["SIGNATURE"], **OPTIONS)(namespace[kernel.name])
+    (assembly,) = function.inspect_asm().values()
+    return assembly
 
-    assert streams(commit_gathered)
-    assert not streams(elastic_exchange)
+
+def test_only_write_only_arrays_are_streamed():
+    assert re.search(NONTEMPORAL_STORE, assembly_of(commit_gathered, "float32"))
+    assert not re.search(NONTEMPORAL_STORE, assembly_of(elastic_exchange, "float32"))
+
+
+def test_a_fence_orders_streamed_stores_before_the_kernel_returns():
+    # Without a fence another rank could get the lock before the stores arrive; no test of results would show that.
+    assert re.search(FENCE, assembly_of(commit_gathered, "float32"))
+    assert not re.search(FENCE, assembly_of(elastic_exchange, "float32"))
 
 
 def test_literals_and_scalars_do_not_widen_float32():
@@ -200,7 +211,7 @@ def test_float32_rounds_to_16_bits_as_in_numpy(dtype):
     copy = BY_NAME["copy"]
     rng = np.random.default_rng(3)
     anything = rng.integers(0, 2**32, 300_000, dtype=np.uint32).view(np.float32)
-    # Ties, and what lies next to them: halfway between every two neighbours, one unit to either side.
+    # Ties halfway between all neighbours, and their neighbours in float32.
     patterns = np.arange(2**16, dtype=np.uint16).view(dtype).astype(np.float32)
     with np.errstate(all="ignore"):
         ties = ((patterns[:-1].astype(np.float64) + patterns[1:]) / 2).astype(np.float32)
@@ -236,7 +247,7 @@ print(cpu_target.target_context.codegen().magic_tuple()[1:])
 @pytest.mark.parametrize(
     "processor", [{}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}], ids=["host", "generic"]
 )
-def test_float16_is_the_same_with_and_without_the_processors_conversions_and_subnormals(processor):
+def test_float16_is_the_same_with_and_without_cpu_conversions_and_subnormals(processor):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **processor}
     done = subprocess.run(
         [sys.executable, "-c", BITWISE], env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -247,13 +258,8 @@ def test_float16_is_the_same_with_and_without_the_processors_conversions_and_sub
 
 @pytest.mark.parametrize("kernel", [elastic_exchange, elastic_sync, weighted_mix(7), sum_everywhere(8)], ids=repr)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loops_are_vectorised_whatever_the_number_of_arrays(kernel, dtype):
-    import numba
-
-    namespace: dict = {}
-    exec(kernel.host_source(dtype), namespace)
-    function = numba.njit(namespace["SIGNATURE"], **OPTIONS)(namespace[kernel.name])
-    (assembly,) = function.inspect_asm().values()
+def test_loops_are_vectorised_and_not_contracted_for_any_number_of_arrays(kernel, dtype):
+    assembly = assembly_of(kernel, dtype)
     # x86: addps or vaddps; 64-bit ARM: fadd v0.4s. A scalar loop has only addss, or fadd s0.
     assert re.search(r"\bv?(add|sub|mul)ps\b|\bf(add|sub|mul)\s+v\d+\.4s", assembly)
     # Contraction would change bits.

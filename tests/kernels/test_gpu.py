@@ -1,4 +1,7 @@
-"""Vectors wherever they lie; and that the stand-in, on which tests of GPUs rest, finds what it is there to find."""
+"""Vectors in host and device memory; and that the stand-in GPU of the tests detects the errors it is made for."""
+
+import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -6,13 +9,14 @@ from support.standin_gpu import DeviceArray, Stream, on
 
 from mpitrain.kernels import assign, elastic_exchange, gpu, norms, scale, to_host
 from mpitrain.kernels.gpu import address_of, is_device
+from mpitrain.kernels.gpu.cuda_gpu import CudaGpu
 
 
 def test_the_process_has_one_gpu(standin_gpu):
     assert gpu.current() is standin_gpu
 
 
-def test_assign_takes_and_gives_what_lies_anywhere(standin_gpu):
+def test_assign_copies_between_host_and_device(standin_gpu):
     values, host = np.arange(6, dtype=np.float32), np.zeros(6, np.float32)
     on_gpu, other = standin_gpu.zeros(6, np.float32), standin_gpu.zeros(6, np.float32)
     assign(on_gpu, values.astype(np.float64))
@@ -36,7 +40,7 @@ def test_host_vectors_are_not_copied():
     gpu.synchronize(values)  # needs no GPU
 
 
-def test_norms_are_those_of_the_host(standin_gpu):
+def test_norms_on_the_gpu_are_those_on_the_host(standin_gpu):
     x, y = np.arange(5.0), np.ones(5)
     on_gpu = [standin_gpu.zeros(5, np.float64) for _ in range(2)]
     for to, values in zip(on_gpu, (x, y), strict=True):
@@ -45,7 +49,7 @@ def test_norms_are_those_of_the_host(standin_gpu):
     assert norms.distance(*on_gpu) == pytest.approx(norms.distance(x, y))
 
 
-def test_a_kernel_on_device_arrays_is_the_one_on_hosts(standin_gpu):
+def test_a_kernel_on_device_arrays_is_the_kernel_on_host_arrays(standin_gpu):
     host = [np.array([1.0, np.nan, 3.0]), np.array([2.0, 2.0, np.inf])]
     on_gpu = [standin_gpu.zeros(3, np.float64) for _ in range(2)]
     for to, values in zip(on_gpu, host, strict=True):
@@ -57,7 +61,7 @@ def test_a_kernel_on_device_arrays_is_the_one_on_hosts(standin_gpu):
         np.testing.assert_array_equal(to_host(mine), theirs)
 
 
-def test_work_is_not_done_before_somebody_waits(standin_gpu):
+def test_work_is_deferred_until_something_waits_for_it(standin_gpu):
     x = standin_gpu.zeros(2, np.float64)
     x.fill(1.0)
     scale(x, 3.0)
@@ -66,7 +70,7 @@ def test_work_is_not_done_before_somebody_waits(standin_gpu):
     assert x.host.tolist() == [3, 3]
 
 
-def test_streams_know_nothing_of_each_other_but_by_marks(standin_gpu):
+def test_streams_are_ordered_by_marks_only(standin_gpu):
     x, other = standin_gpu.zeros(2, np.float64), Stream()
     x.fill(1.0)
     with on(other):
@@ -79,7 +83,7 @@ def test_streams_know_nothing_of_each_other_but_by_marks(standin_gpu):
     assert x.get().tolist() == [2, 2]
 
 
-def test_it_refuses_what_cupy_refuses(standin_gpu):
+def test_device_arrays_refuse_what_cupy_refuses(standin_gpu):
     x = standin_gpu.zeros(2, np.float64)
     for wrong in (lambda: np.asarray(x), lambda: x + 1, lambda: np.add(x, 1), lambda: np.sum(x)):
         with pytest.raises(TypeError):
@@ -93,7 +97,7 @@ def test_it_refuses_what_cupy_refuses(standin_gpu):
     assert isinstance(np.zeros_like(x, shape=5), DeviceArray)
 
 
-def test_it_copies_to_and_from_page_locked_memory_only(standin_gpu):
+def test_copies_need_page_locked_memory(standin_gpu):
     x, locked = standin_gpu.zeros(4, np.float32), standin_gpu.page_locked(4, np.float32)
     locked[:] = range(4)
     standin_gpu.copy(x, locked)
@@ -103,3 +107,55 @@ def test_it_copies_to_and_from_page_locked_memory_only(standin_gpu):
     assert locked.tolist() == [0, 1, 2, 3]
     with pytest.raises(AssertionError, match="pageable"):
         standin_gpu.copy(x, np.zeros(4, np.float32))
+
+
+@pytest.fixture
+def cuda_gpu(monkeypatch):
+    """A CudaGpu on a recording cupy, whose streams have the addresses 1 (exchange) and 2 (out)."""
+    cupy = MagicMock()
+    cupy.cuda.Stream.side_effect = [MagicMock(ptr=address) for address in (1, 2, 3)]
+    cupy.cuda.Event.side_effect = [MagicMock(ptr=address) for address in range(100, 110)]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return CudaGpu(0), cupy.cuda.runtime
+
+
+COMPUTE = 7  # the address of torch's stream
+
+
+def order_of(runtime):
+    """Return pairs of streams of which the second was made to wait for the first, and forget them."""
+    recorded, pairs = {}, []
+    for name, arguments, _ in runtime.method_calls:
+        if name == "eventRecord":
+            recorded[arguments[0]] = arguments[1]
+        elif name == "streamWaitEvent":
+            pairs.append((recorded[arguments[1]], arguments[0]))
+    runtime.reset_mock()
+    return pairs
+
+
+def test_an_exchange_follows_the_computation_before_it_and_precedes_the_one_after(cuda_gpu):
+    gpu, runtime = cuda_gpu
+    with gpu.exchanging(COMPUTE):
+        assert order_of(runtime) == [(COMPUTE, 1)]
+    assert order_of(runtime) == [(1, COMPUTE)]
+    with pytest.raises(ZeroDivisionError), gpu.exchanging(COMPUTE):  # also after an error
+        raise ZeroDivisionError
+    assert order_of(runtime) == [(COMPUTE, 1), (1, COMPUTE)]
+
+
+def test_a_local_step_comes_between_two_parts_of_an_exchange(cuda_gpu):
+    gpu, runtime = cuda_gpu
+    with gpu.computing(COMPUTE):
+        assert order_of(runtime) == [(1, COMPUTE)]
+    assert order_of(runtime) == [(COMPUTE, 1)]
+
+
+def test_background_work_is_done_at_the_end_on_one_stream_per_thread(cuda_gpu):
+    gpu, _ = cuda_gpu
+    for _ in range(2):
+        with gpu.in_background():
+            stream = gpu._per_thread.stream
+            stream.synchronize.reset_mock()
+        stream.synchronize.assert_called_once()
+        assert stream.ptr == 3

@@ -1,4 +1,4 @@
-"""What the kernels compute: the papers' formulas in float64, conservation laws, and what a guard keeps out."""
+"""The kernels compute their papers' formulas, conserve what they should, and keep non-finite values out."""
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ def test_every_kernel_has_an_oracle():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 2e-6)])
 @pytest.mark.parametrize("name", ORACLES)
-def test_kernel_is_its_papers_formula(name, dtype, tolerance):
+def test_kernel_matches_its_papers_formula(name, dtype, tolerance):
     before, scalars, after = ORACLES[name]
     arrays = [array.astype(dtype) for array in before]
     assert LIBRARY[name](*arrays, *scalars) == 0
@@ -168,7 +168,7 @@ def test_entropy_inner_is_nesterov_descent_on_the_loss_and_a_spring():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_torch_steps_are_those_of_torch(nesterov):
+def test_torch_steps_match_torch(nesterov):
     import torch
 
     kernel = kernels.torch_nesterov_step if nesterov else kernels.torch_momentum_step
@@ -221,7 +221,7 @@ def test_equal_rates_conserve_the_sum_of_worker_and_center(alpha, seed, n):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.integers(1, 500))
-def test_averages_stay_in_the_hull_and_conserve_the_sum(seed, n):
+def test_averages_stay_between_both_vectors_and_conserve_the_sum(seed, n):
     x, z = normal(2, n, seed=seed).astype(np.float32)
     low, high, total = np.minimum(x, z), np.maximum(x, z), x.astype(float) + z
     pulled = x.copy()
@@ -235,25 +235,12 @@ def test_averages_stay_in_the_hull_and_conserve_the_sum(seed, n):
 
 GUARDED = {name: kernel for name, kernel in LIBRARY.items() if kernel.equations.guard}
 
-
-def test_what_enters_a_shared_vector_is_guarded():
-    assert set(GUARDED) == {
-        *("elastic_exchange", "elastic_exchange_seen", "elastic_displacement", "elastic_center", "elastic_pull"),
-        *("elastic_sync", "elastic_sync_center_first"),
-        *("admm_local", "admm_turn", "admm_arrival"),
-        *("commit_and_pull", "commit_only", "pull_only", "commit_averaged", "commit_gathered"),
-        *("master_momentum", "adag_commit", "adag_scale", "adag_push"),
-        *("pair_average", "symmetric_average", "push_receive", "weighted_average"),
-        *("keep_finite", "outer_gradient", "slow_momentum", "outer_nesterov"),
-        *("delayed_correction", "entropy_outer"),
-        *("receive", "accumulate"),
-    }
-
-
-# Kernel: the array that is to stay finite, and the one that a diverged peer or worker brings.
+# Kernel: the array that must stay finite and unchanged, and the one with the non-finite elements.
 PROTECTED = {
     "elastic_exchange": ("c", "x"),
     "elastic_exchange_seen": ("c", "x"),
+    "elastic_displacement": ("c", "x"),
+    "elastic_pull": ("x", "c"),
     "elastic_center": ("c", "s"),
     "elastic_sync": ("c", "s"),
     "elastic_sync_center_first": ("c", "s"),
@@ -274,10 +261,19 @@ PROTECTED = {
     "delayed_correction": ("x", "m"),
 }
 
+# Guarded kernels for which non-finite elements count as zero, and those with tests of their own.
+BETWEEN_ROUNDS = {"keep_finite", "receive", "outer_gradient", "slow_momentum", "outer_nesterov", "entropy_outer"}
+NO_DISPLACEMENT = {"pull_only", "adag_scale"}
+RESET = {"accumulate"}  # test_robust.py
+
+
+def test_kernels_that_change_shared_vectors_are_guarded_and_each_guard_is_tested():
+    assert set(PROTECTED) | BETWEEN_ROUNDS | NO_DISPLACEMENT | RESET == set(GUARDED)
+
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", PROTECTED)
-def test_a_guard_keeps_what_is_not_finite_out_and_counts_it(name, dtype):
+def test_a_guard_keeps_non_finite_elements_out_and_counts_them(name, dtype):
     kernel = GUARDED[name]
     kept, bad = PROTECTED[name]
     arrays = {array: normal(1001, seed=j).astype(dtype) for j, array in enumerate(kernel.equations.arrays)}
@@ -294,6 +290,28 @@ def test_a_guard_keeps_what_is_not_finite_out_and_counts_it(name, dtype):
 
 
 @pytest.mark.parametrize(
+    ("name", "scalars", "arrays"),
+    [  # x = [2, NaN], o = [1, 1], c = [3, 3] before; the arrays afterwards
+        ("pull_only", (), [[3, 3], [2, 3], [3, 3]]),
+        ("adag_scale", (0.5, 4.0), [[0.5 / 17, 0], [3, 3], [3, 3]]),
+    ],
+)
+def test_a_worker_with_non_finite_parameters_has_no_displacement_after_a_pull(name, scalars, arrays):
+    x, o, c = np.array([2, np.nan]), np.ones(2), np.full(2, 3.0)
+    assert LIBRARY[name](x, o, c, *scalars) == 1
+    np.testing.assert_array_equal([x, o, c], arrays)
+
+
+@pytest.mark.parametrize("name", ["debias", "push_receive", "admm_local"])
+def test_a_division_by_zero_gives_infinity_or_nan_and_no_exception(name):
+    kernel = LIBRARY[name]
+    arrays = [np.ones(9, np.float32) for _ in kernel.equations.arrays]
+    scalars = {"w": 0.0, "n": -1.0, "eta": 1.0, "rho": -1.0, "decay": 0.0}
+    kernel(*arrays, *[scalars[scalar] for scalar in kernel.equations.scalars])
+    assert not np.isfinite(arrays[0]).any()
+
+
+@pytest.mark.parametrize(
     ("name", "bad", "scalars"),
     [
         ("keep_finite", "x", ()),
@@ -304,7 +322,7 @@ def test_a_guard_keeps_what_is_not_finite_out_and_counts_it(name, dtype):
         ("entropy_outer", "r", (0.1, 0.9, 2.0)),
     ],
 )
-def test_what_is_not_finite_counts_as_zero_between_rounds(name, bad, scalars):
+def test_non_finite_elements_count_as_zero_between_rounds(name, bad, scalars):
     kernel = LIBRARY[name]
     arrays = {array: normal(100, seed=j) for j, array in enumerate(kernel.equations.arrays)}
     arrays[bad][[0, 50, 99]] = [np.nan, np.inf, -np.inf]
@@ -317,7 +335,7 @@ def test_what_is_not_finite_counts_as_zero_between_rounds(name, bad, scalars):
         np.testing.assert_array_equal(arrays[array], zero[array])
 
 
-def test_a_poisoned_vector_is_rejected_element_by_element():
+def test_a_vector_of_nan_is_replaced_and_counted_element_by_element():
     x, c = np.full(100_000, np.nan, np.float32), np.zeros(100_000, np.float32)
     assert kernels.elastic_exchange(x, c, 0.5, 0.5) == 100_000
     assert not c.any()

@@ -1,4 +1,4 @@
-"""Norms of vectors of every type are those of float64, whatever the length, and allocate no vector."""
+"""Norms of vectors of any dtype and length are those of float64, and allocate no vector."""
 
 import tracemalloc
 
@@ -32,7 +32,7 @@ def test_float16_does_not_overflow():
     assert distance(x, -x) == pytest.approx(600 * np.sqrt(1000), rel=1e-14)
 
 
-def test_what_is_not_finite_shows():
+def test_norms_of_non_finite_vectors_are_not_finite():
     assert norm(np.array([1.0, np.inf])) == np.inf
     assert np.isnan(norm(np.array([1.0, np.nan])))
     assert np.isnan(distance(np.array([np.inf]), np.array([np.inf])))

@@ -1,4 +1,4 @@
-"""Reductions of many vectors have the bits of NumPy's sequential sum, whatever their number and length."""
+"""Reductions of many vectors have the bits of NumPy's sequential sum, for any number and length."""
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,7 @@ from mpitrain.kernels import (
 )
 from mpitrain.kernels.reductions import BLOCK
 
-COUNTS = [1, 2, 3, 8, 9, 13]  # declared kernels up to 8, blocks beyond; tails of a group
+COUNTS = [1, 2, 3, 8, 9, 13, 64]  # declared kernels up to 8, then blocks; groups of 4 with tails; the largest number
 
 
 def sequential_sum(vectors, scale):
@@ -64,7 +64,7 @@ def test_the_sum_may_replace_one_of_its_terms(k):
 
 
 @pytest.mark.parametrize("k", [3, 9])
-def test_vectors_that_are_not_alike_are_refused(k):
+def test_vectors_of_other_lengths_or_types_are_refused(k):
     ones = [np.ones(4, np.float32) for _ in range(k)]
     read_only = np.ones(4, np.float32)
     read_only.flags.writeable = False
@@ -83,7 +83,7 @@ def test_vectors_that_are_not_alike_are_refused(k):
 @pytest.mark.parametrize(
     ("kind", "step"), [("sgd", sgd_step), ("momentum", torch_momentum_step), ("nesterov", torch_nesterov_step)]
 )
-def test_a_step_with_a_mean_is_the_step_with_what_is_the_mean(kind, step, k):
+def test_a_mean_step_is_the_step_with_the_mean_gradient(kind, step, k):
     rng = np.random.default_rng(k)
     gradients, (x, v) = list(rng.normal(size=(k, 101))), rng.normal(size=(2, 101))
     state = [x.copy()] if kind == "sgd" else [x.copy(), v.copy()]
@@ -96,13 +96,13 @@ def test_a_step_with_a_mean_is_the_step_with_what_is_the_mean(kind, step, k):
 
 
 @pytest.mark.parametrize("k", [0, 9])
-def test_a_step_with_too_many_gradients_is_refused(k):
+def test_a_step_refuses_too_many_gradients(k):
     with pytest.raises(ValueError, match=f"{k} gradients"):
         mean_step("sgd", k)
 
 
 @pytest.mark.parametrize("k", [0, 65])
-def test_a_number_of_vectors_that_is_out_of_range_is_refused(k):
+def test_too_few_or_too_many_vectors_are_refused(k):
     many = [np.ones(3)] * k
     for call in (
         lambda: reduce_broadcast(many),

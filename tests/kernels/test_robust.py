@@ -1,4 +1,4 @@
-"""Vectors side by side: distances, weighted sums and middles are NumPy's, whatever the length and the type."""
+"""Distances, weighted sums and trimmed means across vectors match NumPy, for any length and dtype."""
 
 import ml_dtypes
 import numpy as np
@@ -21,18 +21,18 @@ def rows(k, n, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distances_are_those_of_the_chosen_rows(n, dtype):
     made, values = rows(6, n, dtype)
-    who = np.array([1, 3, 4])
-    found = made.squared_distances(who)
+    chosen = np.array([1, 3, 4])
+    found = made.squared_distances(chosen)
     expected = np.zeros((6, 6))
-    for i in who:
-        for j in who:
+    for i in chosen:
+        for j in chosen:
             expected[i, j] = ((values[i] - values[j]) ** 2).sum()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert (found == found.T).all()
     assert not made.squared_distances(np.array([], int)).any()
 
 
-def test_equal_rows_are_exactly_zero_apart_whatever_they_have_in_common():
+def test_equal_rows_are_exactly_zero_apart_also_with_a_large_common_part():
     made = Rows(3, 5000, np.float32)
     made.values[:2] = 1e20 * np.random.default_rng(0).normal(size=5000)
     made.values[2] = made.values[0]
@@ -50,7 +50,7 @@ def test_a_distance_can_be_infinite():
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_and_middles_are_rounded_once(n, dtype):
+def test_sums_and_trimmed_means_are_rounded_once(n, dtype):
     made, values = rows(7, n, dtype)
     out = np.empty(n, dtype)
     weights = np.array([0.0, 0.3, -1.0, 0.0, 0.25, 0.2, 0.5])
@@ -59,15 +59,15 @@ def test_sums_and_middles_are_rounded_once(n, dtype):
     for weight, row in zip(weights, values, strict=True):
         total = total + weight * row
     assert out.tobytes() == total.astype(dtype).tobytes()
-    for who in (np.arange(7), np.array([5, 0, 2, 6])):
-        for n_cut in range((len(who) + 1) // 2):
-            made.middle_mean(who, n_cut, out)
-            expected = np.sort(values[who], axis=0)[n_cut : len(who) - n_cut].mean(axis=0)
+    for chosen in (np.arange(7), np.array([5, 0, 2, 6])):
+        for n_cut in range((len(chosen) + 1) // 2):
+            made.trimmed_mean(chosen, n_cut, out)
+            expected = np.sort(values[chosen], axis=0)[n_cut : len(chosen) - n_cut].mean(axis=0)
             np.testing.assert_array_equal(out, expected.astype(dtype))
     assert (made.values.astype(np.float64) == values).all()
 
 
-def test_no_weight_no_look():
+def test_rows_of_weight_zero_are_not_read():
     made = Rows(2, 4, np.float64)
     made.values[0], made.values[1], out = np.nan, 3.0, np.ones(4)
     made.weighted_sum(np.array([0.0, 2.0]), out)
@@ -76,7 +76,7 @@ def test_no_weight_no_look():
     assert (out == 0).all()
 
 
-def test_a_sum_that_is_not_finite_begins_anew():
+def test_a_non_finite_sum_is_reset_to_zero():
     sums = np.array([1.0, 3e38, 2.0, np.inf], np.float32)
     assert accumulate(sums, np.array([0.5, 3e38, np.nan, 1.0], np.float32), 1.0) == 3
     assert sums.tolist() == [1.5, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Laws of measuring BatchNorm statistics anew."""
+"""Re-estimation of BatchNorm statistics."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_statistics_are_the_means_over_batches():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_momenta_weights_gradients_and_random_state_stay(training):
+def test_modes_momenta_weights_gradients_and_random_state_are_unchanged(training):
     model = net().train(training)
     model[2].eval()  # frozen by hand
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -57,7 +57,7 @@ def test_an_error_restores_modes_too():
     assert model[3].momentum == 0.3
 
 
-def test_without_batchnorm_nothing_is_asked_for():
+def test_without_batchnorm_no_batch_is_read():
     def batches():
         raise AssertionError
         yield
@@ -67,7 +67,7 @@ def test_without_batchnorm_nothing_is_asked_for():
         reestimate(model, batches())
 
 
-def test_no_batch_is_an_error_that_leaves_the_model_alone():
+def test_no_batch_is_an_error_and_the_model_is_unchanged():
     model = net()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="at least one"):

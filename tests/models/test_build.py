@@ -1,4 +1,4 @@
-"""Laws of building models by name."""
+"""Models built by name: shapes, seeds, sizes and error messages."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_outputs_are_finite_logits_and_every_parameter_has_a_gradient(name, shap
 
 
 @pytest.mark.parametrize("name", [*MODELS, "mlp:hidden=7x5"])
-def test_the_seed_alone_decides_the_weights(name):
+def test_weights_depend_on_the_seed_only(name):
     torch.manual_seed(123)
     state = torch.get_rng_state()
     first = build(name, shape=IMAGE, n_classes=5, seed=1).state_dict()
@@ -39,7 +39,7 @@ def test_the_seed_alone_decides_the_weights(name):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_sizes_are_those_of_the_papers():
+def test_sizes_match_the_papers():
     # He et al. 2015: convolutions, BatchNorm and a linear layer; shortcuts of option A have no parameters
     stage = [9 * (n_in * n + 5 * n * n) for n_in, n in ((16, 16), (16, 32), (32, 64))]
     norms = 2 * (7 * 16 + 6 * 32 + 6 * 64)
@@ -54,7 +54,7 @@ def test_sizes_are_those_of_the_papers():
     assert n_parameters(build("mlp", shape=(1, 8, 8), n_classes=10, seed=0)) == sum((n + 1) * m for n, m in layers)
 
 
-def test_a_resnet_block_without_its_branch_is_its_shortcut():
+def test_a_resnet_block_with_a_zero_branch_is_its_shortcut():
     model = build("resnet20", shape=IMAGE, n_classes=10, seed=0).eval()
     x = torch.rand(2, 16, 8, 8)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("name", ["net", "keywords", "Net"])
-def test_models_of_the_working_directory_are_built_with_what_they_accept(name):
+def test_models_of_the_working_directory_get_the_arguments_they_accept(name):
     first, again = (build(f"own_models:{name}", shape=(3, 2, 2), n_classes=4, seed=1) for _ in range(2))
     assert isinstance(first, nn.Module)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
@@ -131,11 +131,11 @@ def test_models_of_the_working_directory_are_built_with_what_they_accept(name):
         ("own_models:nets", r"own_models.py\) has no function 'nets'"),
         ("own_models:number", "has no function 'number'"),
         ("own_models:no_model", "returned a list, not a torch.nn.Module"),
-        ("own_models:demanding", "needs 'depth'"),
-        ("own_models:positional", "needs 'shape'"),
+        ("own_models:demanding", "requires 'depth'"),
+        ("own_models:positional", "requires 'shape'"),
         ("mlp:hidden=3x", "mlp:hidden=256x128"),
         ("mlp:width=3", "mlp:hidden=256x128"),
-        ("resnet20:depth=3", "resnet20 has no options"),
+        ("resnet20:depth=3", "resnet20 takes no options"),
     ],
 )
 def test_mistakes_are_explained(name, text):
@@ -156,6 +156,6 @@ def test_models_for_images_refuse_other_data(name):
         build(name, shape=(math.prod(IMAGE),), n_classes=4, seed=0)
 
 
-def test_cnn7_refuses_images_of_which_nothing_would_be_left():
+def test_cnn7_refuses_images_that_are_too_small():
     with pytest.raises(UsageError, match="24x24 pixels, the data is 1x8x8"):
         build("cnn7", shape=(1, 8, 8), n_classes=4, seed=0)

@@ -1,4 +1,4 @@
-"""All-reduce during the backward pass: the same mean, and what users do between ``backward`` and ``step``."""
+"""All-reduce during the backward pass: the same mean, also for what users do between ``backward`` and ``step``."""
 
 import numpy as np
 import pytest
@@ -30,18 +30,18 @@ def test_blocks_cover_the_vector_from_its_end(sizes, at_least, expected):
 
 
 class Net(nn.Module):
-    """Layers of several sizes, one of which is used by odd batches only, and one twice."""
+    """Layers of several sizes; odd batches alone use one of them, and one is used twice."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.twice, self.seldom, self.last = (
+        self.first, self.twice, self.sometimes, self.last = (
             nn.Linear(a, b, dtype=torch.float64) for a, b in ((6, 9), (9, 9), (9, 9), (9, 4))
         )
 
     def forward(self, x, t):
         x = torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x))))))
-        return self.last(self.seldom(x) if t % 2 else x)
+        return self.last(self.sometimes(x) if t % 2 else x)
 
 
 def batch(rank, t):
@@ -50,7 +50,7 @@ def batch(rank, t):
 
 
 def train(comm, overlap, *, passes=1, clip=None, set_to_none=True, steps=6):
-    """The parameters after some steps, and what ``p.grad`` held after ``backward`` at each. Collective."""
+    """Return the parameters after some steps, and every step's gradients after ``backward``. Collective."""
     model, seen = Net(), []
     base = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
     with DistributedOptimizer(base, model, AllReduceSGD(overlap=overlap), world=comm.world) as optimizer:
@@ -70,7 +70,7 @@ def train(comm, overlap, *, passes=1, clip=None, set_to_none=True, steps=6):
 
 @pytest.fixture(params=[1, 2])
 def comm(request, monkeypatch):
-    """Collective. Blocks of a layer or two each, on one node and on two."""
+    """Communicators of one node and of two, with blocks of one or two layers. Collective."""
     monkeypatch.setattr(blocks_from_the_end, "__defaults__", (50,))
     with ranks(request.param) as communicator:
         yield communicator
@@ -80,14 +80,14 @@ def comm(request, monkeypatch):
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_the_mean_is_the_same_and_there_when_backward_returns(comm, passes, set_to_none):
+def test_the_mean_is_in_place_when_backward_returns(comm, passes, set_to_none):
     wanted, _ = train(comm, overlap=False, passes=passes)
     found, seen = train(comm, overlap=True, passes=passes, set_to_none=set_to_none)
     np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     for gradients in seen:
-        everyones = comm.world.comm.allgather(gradients)
-        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
-    # A single parameter's own gradient is another one on every rank: what was seen is no rank's own.
+        of_all = comm.world.comm.allgather(gradients)
+        assert all(np.array_equal(gradient, of_all[0]) for gradient in of_all)
+    # The local gradients differ between ranks, so equal ones are means.
     assert np.abs(seen[0]).max() > 0
 
 
@@ -97,14 +97,14 @@ def test_clipping_clips_the_mean(comm):
     found, seen = train(comm, overlap=True, clip=0.1)
     for gradients in seen:
         assert np.linalg.norm(gradients) <= 0.1 + 1e-9
-    everyones = comm.world.comm.allgather(found)
-    assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+    of_all = comm.world.comm.allgather(found)
+    assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("where", [(1, "ipc"), (1, "staged"), (2, "staged")], ids=str)
-def test_on_gpus_it_is_the_mean_too(world, where, monkeypatch):
+def test_on_gpus_the_mean_is_the_same(world, where, monkeypatch):
     monkeypatch.setattr(blocks_from_the_end, "__defaults__", (50,))
     with ranks(where[0]) as comm:
         wanted, _ = train(comm, overlap=False)
@@ -116,12 +116,13 @@ def test_on_gpus_it_is_the_mean_too(world, where, monkeypatch):
 @pytest.mark.ranks(2)
 @pytest.mark.time_limit(180)
 def test_sums_begin_before_the_backward_pass_has_ended(comm):
-    """The last layer's block is on its way when the first layer's gradient is computed."""
+    """The sum over the last layer's block has begun when the first layer's gradient is computed."""
     model, order = Net(), []
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with DistributedOptimizer(base, model, AllReduceSGD(overlap=True), world=comm.world) as optimizer:
-        start = optimizer._comm.start
-        optimizer._comm.start = lambda fn: (order.append("sum"), start(fn))[1]
+        communicator = optimizer._parts.replica.comm
+        start = communicator.start
+        communicator.start = lambda fn: (order.append("sum"), start(fn))[1]
         model.first.weight.register_hook(lambda _: order.append("first layer"))
         x, y = batch(comm.rank, 0)
         nn.functional.cross_entropy(model(x, 1), y).backward()

@@ -1,6 +1,6 @@
-"""``DistributedOptimizer`` is a torch optimizer: what works with the one it wraps works with it.
+"""``DistributedOptimizer`` works with everything that works with the torch optimizer it wraps.
 
-With the same data on every rank, all-reduce SGD is the wrapped optimizer itself, up to the rounding of the mean.
+With the same data on every rank, all-reduce SGD equals the wrapped optimizer, up to the rounding of the mean.
 """
 
 import copy
@@ -13,7 +13,7 @@ from torch import nn
 
 from mpitrain import EAMSGD, EASGD, AllReduceSGD, DistributedOptimizer, GossipSGD, UsageError, reestimate_batchnorm
 
-# The first optimizer imports a large part of torch, which takes its time where ranks share a core.
+# The first optimizer imports a large part of torch, which is slow where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3), pytest.mark.time_limit(180)]
 
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 5)))
@@ -31,7 +31,7 @@ def loss_of(model, x=X, y=Y):
 
 
 def pair(make_base, dtype=torch.float64):
-    """A model with its plain optimizer, and its twin with the distributed one."""
+    """Return a model with a plain optimizer, and a copy with a distributed one."""
     plain, twin = mlp(dtype), mlp(dtype)
     return (plain, make_base(plain)), (twin, DistributedOptimizer(make_base(twin), twin, AllReduceSGD()))
 
@@ -65,7 +65,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_same_data_everywhere_is_the_wrapped_optimizer(world, base):
+def test_with_the_same_data_on_all_ranks_it_equals_the_wrapped_optimizer(world, base):
     (plain, optimizer), (twin, distributed) = pair(BASES[base])
     train(plain, optimizer)
     with distributed:
@@ -86,7 +86,7 @@ SCHEDULERS = {
 def test_learning_rate_schedulers_act_on_both(world, scheduler):
     (plain, optimizer), (twin, distributed) = pair(lambda m: sgd(m, momentum=0.9))
     with warnings.catch_warnings(), distributed:
-        warnings.simplefilter("error")  # that steps were not seen, for instance
+        warnings.simplefilter("error")  # torch warns when a scheduler has seen no step
         ours, theirs = SCHEDULERS[scheduler](distributed), SCHEDULERS[scheduler](optimizer)
         for _ in range(6):
             train(plain, optimizer, 1)
@@ -98,7 +98,7 @@ def test_learning_rate_schedulers_act_on_both(world, scheduler):
         assert_equal_models(plain, twin)
 
 
-def test_scheduler_goes_on_after_a_state_was_loaded(world):
+def test_a_scheduler_continues_after_a_state_is_loaded(world):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, EAMSGD(momentum=0.5, period=1)) as optimizer:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -111,14 +111,14 @@ def test_scheduler_goes_on_after_a_state_was_loaded(world):
 
 
 @pytest.mark.parametrize("method", [EASGD(period=1), EAMSGD(momentum=0.0, period=1)])
-def test_groups_have_their_own_learning_rate_and_decay(world, method):
+def test_groups_have_their_own_learning_rates_and_decays(world, method):
     model = mlp()
     before = [p.detach().clone() for p in model.parameters()]
     base = torch.optim.SGD(
         [{"params": model[0].parameters(), "lr": 0.2, "weight_decay": 0.5}, {"params": model[2].parameters()}], lr=0.0
     )
     with DistributedOptimizer(base, model, method) as optimizer:
-        optimizer.zero_grad(set_to_none=False)  # what moves is the decay, and the exchange moves nothing yet
+        optimizer.zero_grad(set_to_none=False)  # only the decay changes parameters: the exchange is not due yet
         optimizer.step()
         for p, old in zip(model[0].parameters(), before[:2], strict=True):
             torch.testing.assert_close(p.detach(), old * (1 - 0.2 * 0.5))
@@ -151,7 +151,7 @@ def test_gradients_accumulate_until_they_are_zeroed(world):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_the_models_own_zero_grad_will_do(world, set_to_none):
+def test_zero_grad_of_the_model_works_as_well(world, set_to_none):
     (plain, optimizer), (twin, distributed) = pair(sgd)
     train(plain, optimizer)
     with distributed:
@@ -194,7 +194,7 @@ def test_closure_is_called_with_gradients_and_its_loss_returned(world):
         assert_equal_models(plain, twin)
 
 
-def test_loss_is_handed_back(world):
+def test_step_returns_the_loss(world):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, AllReduceSGD()) as optimizer:
         optimizer.zero_grad()
@@ -207,7 +207,7 @@ def test_loss_is_handed_back(world):
 def test_state_round_trip_is_bit_exact(world, method, base):
     model = mlp(torch.float32)
     with DistributedOptimizer(BASES[base](model), model, method, seed=3) as optimizer:
-        # One rank after the other, so that asynchronous methods too have one order.
+        # One rank after the other: asynchronous methods then have a fixed order as well.
         def run(steps):
             for _ in range(steps):
                 for rank in [None] if method.is_synchronous else range(world.size):
@@ -289,7 +289,7 @@ def test_models_of_every_type_train(world, method, dtype):
     model = mlp(dtype)
     before = loss_of(model).item()
     with DistributedOptimizer(sgd(model, lr=0.05), model, method) as optimizer:
-        # In step: who gossips alone is drawn back to where the others have not yet begun, and hardly moves.
+        # In step: a rank that gossips ahead of the others is pulled back to their start, and hardly moves.
         train(model, optimizer, 150, each=lambda model, optimizer: world.barrier())
         world.barrier()
         with optimizer.consensus():
@@ -299,7 +299,7 @@ def test_models_of_every_type_train(world, method, dtype):
         world.barrier()
 
 
-def test_consensus_is_inside_and_the_parameters_are_outside(world):
+def test_the_model_holds_the_consensus_inside_and_its_parameters_outside(world):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, EASGD(moving_rate=0.0, period=1)) as optimizer:
         center = [p.detach().clone() for p in model.parameters()]
@@ -313,7 +313,7 @@ def test_consensus_is_inside_and_the_parameters_are_outside(world):
         train(model, optimizer, 1)
 
 
-def test_statistics_that_are_estimated_inside_consensus_are_undone(world):
+def test_buffers_changed_inside_consensus_are_restored(world):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
     model.register_buffer("mask", torch.ones(3), persistent=False)
     mask = model.mask
@@ -328,12 +328,12 @@ def test_statistics_that_are_estimated_inside_consensus_are_undone(world):
         assert model.mask is mask
 
 
-def test_closed_optimizer_leaves_the_model_and_its_counters(world):
+def test_a_closed_optimizer_leaves_the_model_and_the_counters(world):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, EASGD(period=1)) as optimizer:
         train(model, optimizer, 2)
         own = [p.detach().clone() for p in model.parameters()]
-    optimizer.close()  # once is enough, twice is no harm
+    optimizer.close()  # a second time does nothing
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
     assert optimizer.statistics.n_exchanges == 2
     train(model, sgd(model), 2)
@@ -355,7 +355,7 @@ USES = {
 
 
 @pytest.mark.parametrize("method", [AllReduceSGD(), EASGD()])
-def test_closed_optimizer_says_so(world, method):
+def test_a_closed_optimizer_refuses_to_be_used(world, method):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, method) as optimizer:
         train(model, optimizer, 1)
@@ -363,7 +363,7 @@ def test_closed_optimizer_says_so(world, method):
         refused("this optimizer is closed", lambda use=use: use(optimizer))
 
 
-def test_inside_consensus_nothing_is_trained_or_closed(world):
+def test_step_and_close_are_refused_inside_consensus(world):
     model = mlp()
     with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
         with optimizer.consensus():
@@ -378,14 +378,14 @@ def test_parameters_belong_to_one_open_optimizer(world):
     base = sgd(model)
     with DistributedOptimizer(base, model, EASGD()) as optimizer:
         for again in (base, sgd(model), optimizer):
-            refused("has these parameters already", lambda again=again: DistributedOptimizer(again, model, EASGD()))
+            refused("already has these parameters", lambda again=again: DistributedOptimizer(again, model, EASGD()))
         train(model, optimizer, 1)
     DistributedOptimizer(base, model, EASGD()).close()
 
 
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adamw"])
 @pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=1)])
-def test_steps_of_the_base_itself_are_warned_of_once(world, base, method):
+def test_a_direct_step_of_the_base_warns_once(world, base, method):
     model = mlp()
     made = BASES[base](model)
     with warnings.catch_warnings(), DistributedOptimizer(made, model, method) as optimizer:
@@ -414,7 +414,7 @@ def refused(match, make):
         lambda m: torch.optim.Adam(m.parameters()),
     ],
 )
-def test_eamsgd_wants_plain_sgd(world, base):
+def test_eamsgd_needs_plain_sgd(world, base):
     model = mlp()
     refused(
         r"eamsgd makes the update itself.*torch\.optim\.SGD", lambda: DistributedOptimizer(base(model), model, EAMSGD())
@@ -441,7 +441,7 @@ def test_models_that_cannot_be_exchanged_are_refused(world):
     refused("several types", lambda: DistributedOptimizer(sgd(mixed), mixed, EASGD()))
 
 
-def test_model_converted_afterwards_is_refused_at_the_next_step(world):
+def test_a_model_converted_afterwards_is_refused_at_the_next_step(world):
     model = mlp(torch.float32)
     with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
         train(model, optimizer, 1)
@@ -450,7 +450,7 @@ def test_model_converted_afterwards_is_refused_at_the_next_step(world):
 
 
 @pytest.mark.parametrize("base", [sgd, lambda m: torch.optim.Adam(m.parameters())])
-def test_layer_unfrozen_afterwards_is_refused_at_the_next_step(world, base):
+def test_a_layer_unfrozen_afterwards_is_refused_at_the_next_step(world, base):
     model = mlp()
     model[0].requires_grad_(False)
     with DistributedOptimizer(base(model), model, AllReduceSGD()) as optimizer:
@@ -461,7 +461,7 @@ def test_layer_unfrozen_afterwards_is_refused_at_the_next_step(world, base):
         train(model, optimizer, 1)
 
 
-def test_layer_that_is_frozen_with_a_gradient_rests(world):
+def test_a_layer_frozen_with_a_gradient_does_not_change(world):
     model = mlp()
     loss_of(model).backward()
     model[0].requires_grad_(False)
@@ -488,6 +488,34 @@ def test_groups_added_to_the_base_are_refused_at_the_next_step(world, method):
         refused("before the DistributedOptimizer", lambda: train(model, optimizer, 1))
 
 
-def test_optimizer_that_needs_a_closure_is_refused(world):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base: base.register_step_post_hook(lambda *_: None),
+        lambda base: torch.optim.lr_scheduler.StepLR(base, 3),
+        lambda base: base.param_groups[0].update(maximize=True),
+    ],
+    ids=["hook", "scheduler", "maximize"],
+)
+def test_sgd_whose_step_the_worker_makes_must_stay_plain(world, change):
+    model = mlp()
+    base = sgd(model)
+    with DistributedOptimizer(base, model, AllReduceSGD()) as optimizer:
+        train(model, optimizer, 1)
+        change(base)
+        refused("the base optimizer has got hooks", lambda: train(model, optimizer, 1))
+
+
+def test_hooks_of_the_base_are_called_in_later_steps(world):
+    model, n_calls = mlp(), []
+    base = sgd(model, momentum=0.9)
+    with DistributedOptimizer(base, model, EASGD(period=1)) as optimizer:
+        train(model, optimizer, 1)
+        base.register_step_post_hook(lambda *_: n_calls.append(1))
+        train(model, optimizer, 2)
+        assert len(n_calls) == 2
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(world):
     model = mlp()
     refused("LBFGS", lambda: DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model, EASGD()))

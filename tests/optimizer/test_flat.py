@@ -1,4 +1,4 @@
-"""A model's parameters as one vector."""
+"""Parameters and gradients as vectors, and their layout."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,14 @@ from torch import nn
 
 from mpitrain import UsageError
 from mpitrain.optimizer.flat import FlatParameters, for_each_state_tensor
+from mpitrain.optimizer.layout import FlatLayout
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 shapes = st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1, max_size=6)
 
 
 def numbered(*shapes, dtype=torch.float32):
-    """Parameters that hold 1, 2, 3, ...: every element has a value of its own."""
+    """Return parameters that hold 1, 2, 3, ..., so that every element has a value of its own."""
     made, end = [], 0
     for shape in shapes:
         n = int(np.prod(shape))
@@ -26,10 +27,9 @@ def numbered(*shapes, dtype=torch.float32):
 
 
 def attached(parameters, *, staged=False):
-    flat = FlatParameters([{"params": parameters}])
-    x, g = np.zeros(flat.n, flat.dtype), np.zeros(flat.n, flat.dtype)
-    flat.attach(x, g, staged=staged)
-    return flat, x, g
+    layout = FlatLayout([{"params": parameters}])
+    x, g = np.zeros((2, layout.n), layout.dtype)
+    return FlatParameters(layout, x, g, staged=staged), x, g
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -46,7 +46,7 @@ def test_parameters_keep_their_values(dtype, staged, shapes):
     in_order = np.concatenate([b.double().numpy().ravel() for b in before])
     values = x.astype(np.float64)
     assert np.array_equal(values[values != 0], in_order)  # in their order, with zeros between them
-    assert flat.n_parameters == in_order.size
+    assert flat.layout.n_parameters == in_order.size
     flat.check_attached()
 
 
@@ -72,7 +72,7 @@ def test_tensors_are_views_of_the_vector():
     assert not g[6:16].any()
 
 
-def test_staged_vectors_are_copies_to_and_fro():
+def test_staged_vectors_are_copied_in_both_directions():
     parameters = numbered((3,))
     flat, x, g = attached(parameters, staged=True)
     assert x[:3].tolist() == [1, 2, 3]
@@ -86,7 +86,7 @@ def test_staged_vectors_are_copies_to_and_fro():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_come_back_after_the_models_own_zero_grad(set_to_none):
+def test_gradients_are_collected_after_zero_grad_of_the_model(set_to_none):
     model = nn.Linear(3, 2)
     flat, _, g = attached(list(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
@@ -98,7 +98,7 @@ def test_gradients_come_back_after_the_models_own_zero_grad(set_to_none):
     assert model.weight.grad.data_ptr() == g.ctypes.data
 
 
-def test_gradient_that_is_missing_is_zero():
+def test_a_missing_gradient_is_zero():
     parameters = numbered((3,), (2,))
     flat, _, g = attached(parameters)
     g[...] = 1
@@ -118,24 +118,24 @@ def test_zeroing_gradients_keeps_them_in_the_vector():
     assert g[:3].tolist() == [3, 3, 3]
 
 
-def test_tied_weights_are_there_once():
+def test_tied_weights_occur_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
     model = nn.Sequential(first, second)
     flat, x, _ = attached(list(model.parameters()))
-    assert flat.n_parameters == 16
+    assert flat.layout.n_parameters == 16
     x[...] = 0.5
     assert (second.weight == 0.5).all()
     assert first.weight is second.weight
 
 
-def test_groups_are_segments():
+def test_groups_are_slices():
     a, b, c, d = numbered((3,), (20,), (2, 2), (5,))
     d.requires_grad_(False)
-    flat = FlatParameters([{"params": [a, b]}, {"params": [d]}, {"params": [c]}])
-    assert flat.group_slices == [slice(0, 48), slice(48, 48), slice(48, 64)]
-    assert flat.n == 64
-    assert flat.n_parameters == 27
+    layout = FlatLayout([{"params": [a, b]}, {"params": [d]}, {"params": [c]}])
+    assert layout.group_slices == [slice(0, 48), slice(48, 48), slice(48, 64)]
+    assert layout.n == 64
+    assert layout.n_parameters == 27
 
 
 def test_frozen_parameters_stay_where_they_are():
@@ -147,21 +147,21 @@ def test_frozen_parameters_stay_where_they_are():
     assert frozen.tolist() == [3, 4, 5]
 
 
-def test_another_vector_is_held_and_given_back():
+def test_parameters_are_swapped_inside_the_block_only():
     parameters = numbered((2,), (3,))
     flat, x, _ = attached(parameters)
-    other = np.full(flat.n, 9, np.float32)
-    with flat.holding(other):
+    other = np.full(flat.layout.n, 9, np.float32)
+    with flat.swapped_parameters(other):
         assert parameters[1].tolist() == [9, 9, 9]
     assert parameters[1].tolist() == [3, 4, 5]
-    with pytest.raises(KeyError), flat.holding(other):
+    with pytest.raises(KeyError), flat.swapped_parameters(other):
         raise KeyError
     assert parameters[0].tolist() == [1, 2]
     assert x[:2].tolist() == [1, 2]
     flat.check_attached()
 
 
-def test_detached_parameters_have_their_values_and_memory_of_their_own():
+def test_detached_parameters_keep_their_values_in_memory_of_their_own():
     parameters = numbered((2,), (3,))
     flat, x, _ = attached(parameters)
     flat.detach()
@@ -173,7 +173,7 @@ def test_detached_parameters_have_their_values_and_memory_of_their_own():
 @pytest.mark.parametrize(
     "move", [lambda m: m.double(), lambda m: m.half(), lambda m: setattr(m.weight, "data", m.weight.data.clone())]
 )
-def test_model_moved_afterwards_is_noticed(move):
+def test_a_model_moved_afterwards_is_noticed(move):
     model = nn.Linear(3, 2)
     flat, _, _ = attached(list(model.parameters()))
     model.float()  # moves nothing
@@ -189,23 +189,23 @@ def one_line(error):
 
 def test_parameters_of_several_types_are_refused():
     with pytest.raises(UsageError, match=r"torch\.float16, torch\.float32.*model\.float\(\)") as error:
-        FlatParameters([{"params": [*numbered((2,)), *numbered((2,), dtype=torch.float16)]}])
+        FlatLayout([{"params": [*numbered((2,)), *numbered((2,), dtype=torch.float16)]}])
     assert one_line(error)
 
 
 def test_parameters_that_are_not_real_are_refused():
     with pytest.raises(UsageError, match=r"torch\.complex64, not floating point") as error:
-        FlatParameters([{"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}])
+        FlatLayout([{"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}])
     assert one_line(error)
 
 
-def test_whole_numbers_are_no_trainable_parameters():
+def test_integers_are_not_trainable_parameters():
     whole = nn.Parameter(torch.arange(3), requires_grad=False)
     with pytest.raises(UsageError, match="no trainable parameter") as error:
-        FlatParameters([{"params": [whole]}])
+        FlatLayout([{"params": [whole]}])
     assert one_line(error)
     flat, _, _ = attached([whole, *numbered((2,))])
-    assert flat.n_parameters == 2
+    assert flat.layout.n_parameters == 2
     assert whole.tolist() == [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""torch.optim.SGD's steps by one kernel a tensor: the same numbers, and the same state, as torch's own."""
+"""Steps of torch.optim.SGD by one kernel per tensor: the same parameters and the same state as torch's."""
 
 import copy
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
+from mpitrain.optimizer.layout import FlatLayout
 
 SETTINGS = [
     {},
@@ -32,10 +33,10 @@ def groups(model, **settings):
 
 
 def fused(model, base):
-    flat = FlatParameters(base.param_groups)
-    x, g = np.zeros(flat.n, flat.dtype), np.zeros(flat.n, flat.dtype)
-    flat.attach(x, g)
-    return FusedSGD(base, flat, x)
+    layout = FlatLayout(base.param_groups)
+    x, g = np.zeros((2, layout.n), layout.dtype)
+    FlatParameters(layout, x, g)
+    return FusedSGD(base, layout, x)
 
 
 def steps(model, n, step, seed=0, first=0):
@@ -44,7 +45,7 @@ def steps(model, n, step, seed=0, first=0):
         model.zero_grad()
         (model(x) ** 2).sum().backward()
         if t == 2:
-            model[2].bias.grad = None  # torch leaves such a parameter alone
+            model[2].bias.grad = None  # torch does not update such a parameter
         step()
 
 
@@ -55,7 +56,7 @@ def assert_equal(a, b, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_steps_are_torchs(settings, dtype):
+def test_steps_equal_torchs(settings, dtype):
     plain, twin = mlp(dtype), mlp(dtype)
     optimizer, base = groups(plain, **settings), groups(twin, **settings)
     ours = fused(twin, base)
@@ -88,7 +89,7 @@ def test_settings_may_change_at_any_step():
     assert_equal(plain, twin, torch.float64)
 
 
-def test_a_parameter_frozen_later_moves_no_other():
+def test_a_parameter_frozen_later_does_not_affect_the_others():
     plain, twin = mlp(torch.float64), mlp(torch.float64)
     optimizer, base = groups(plain, momentum=0.9), groups(twin, momentum=0.9)
     ours = fused(twin, base)
@@ -116,7 +117,7 @@ def test_state_goes_into_a_plain_optimizer_and_back():
 
 
 class Noisy(torch.optim.SGD):
-    """A kind of SGD of somebody's own."""
+    """A user's subclass of SGD."""
 
 
 def hooked(base, register):
@@ -145,5 +146,5 @@ def scheduled(base):
     ],
     ids=["plain", "all", "dampening", "maximize", "differentiable", "subclass", "adamw", "pre", "post", "scheduler"],
 )
-def test_only_what_the_kernels_compute_is_plain(make, wanted):
+def test_sgd_is_plain_only_if_the_kernels_compute_the_same(make, wanted):
     assert is_plain_sgd(make(mlp(torch.float32).parameters())) is wanted

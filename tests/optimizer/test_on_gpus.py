@@ -1,4 +1,4 @@
-"""DistributedOptimizer with vectors in device memory: what it computes, and that the GPU's streams are in order."""
+"""DistributedOptimizer with vectors in device memory: its results, and the order of the GPU's streams."""
 
 import numpy as np
 import pytest
@@ -34,12 +34,12 @@ def batch(rank, t, dtype=torch.float32):
 
 
 def train(comm, method, steps=STEPS, dtype=torch.float32, set_to_none=True, **options):
-    """What the model of this rank holds and what is evaluated. Collective."""
+    """Return this rank's parameters and the consensus. Collective."""
     model = mlp(dtype)
     momentum = 0.0 if method.owns_update else 0.9
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
     with DistributedOptimizer(base, model, method, world=comm.world, **options) as optimizer:
-        assert gpu.is_device(optimizer._x) == (comm._gpu is not None and not method.on_host)
+        assert gpu.is_device(optimizer._parts.replica.group.x.local) == (comm._gpu is not None and not method.on_host)
         for t in range(steps):
             x, y = batch(comm.rank, t, dtype)
             optimizer.zero_grad(set_to_none)
@@ -65,7 +65,7 @@ SYNCHRONOUS = {
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
 @pytest.mark.parametrize("name", SYNCHRONOUS)
-def test_the_same_run_on_gpus_and_on_hosts_agrees(world, name, where):
+def test_gpus_and_hosts_agree(world, name, where):
     with ranks(where[0]) as comm:
         wanted = train(comm, SYNCHRONOUS[name])
     with gpus(*where) as comm:
@@ -76,7 +76,7 @@ def test_the_same_run_on_gpus_and_on_hosts_agrees(world, name, where):
 
 @pytest.mark.parametrize("where", [(1, "ipc"), (1, "staged")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_every_type_of_parameter_can_be_a_view_of_device_memory(world, dtype, where):
+def test_parameters_of_every_type_can_be_views_of_device_memory(world, dtype, where):
     with gpus(*where) as comm:
         found, _ = train(comm, EASGD(period=2), 4, dtype)
     assert np.isfinite(found).all()
@@ -90,7 +90,7 @@ def test_asynchronous_workers_stay_together(world, where, overlap):
         found, center = train(comm, EASGD(period=2, overlap=overlap), 40)
         centers = comm.world.comm.allgather(center)
     assert np.abs(found - center).max() < 1.0
-    if not overlap:  # else others may still be at the center when one reads it
+    if not overlap:  # else other ranks may still change the center
         assert all(np.array_equal(c, centers[0]) for c in centers)
     assert np.abs(center - numbers(mlp())).max() > 1e-3
 
@@ -103,7 +103,7 @@ def test_gossip_and_an_average_of_the_iterates(world, where):
     assert np.isfinite(evaluated).all()
 
 
-def test_a_method_that_computes_otherwise_has_its_vectors_in_host_memory(world):
+def test_a_method_that_computes_on_the_host_has_its_vectors_there(world):
     with ranks(1) as comm:
         wanted = train(comm, RobustSGD())
     with gpus(1, "ipc") as comm:
@@ -112,7 +112,7 @@ def test_a_method_that_computes_otherwise_has_its_vectors_in_host_memory(world):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_checkpoint_of_a_gpu_is_one_of_a_host(world, transport):
+def test_a_state_from_a_gpu_loads_on_a_host(world, transport):
     def run(comm, steps, state=None):
         model = mlp()
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_a_gpu_is_one_of_a_host(world, transport):
 
 
 class Late(torch.optim.SGD):
-    """Its step is begun on the compute stream and done when somebody waits for that; until then there is poison."""
+    """Its step is done when something waits for the compute stream; until then the parameters are NaN."""
 
     def __init__(self, parameters, device, **options):
         super().__init__(parameters, **options)
@@ -163,7 +163,7 @@ class Late(torch.optim.SGD):
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
 @pytest.mark.parametrize("method", [EASGD(period=1, grad_point="post"), GossipSGD(period=1, grad_point="post")])
-def test_what_is_exchanged_is_what_the_compute_stream_writes_last(world, method, where):
+def test_an_exchange_waits_for_the_compute_stream(world, method, where):
     with gpus(*where) as comm:
         model = mlp()
         base = Late(model.parameters(), comm.world.gpu, lr=0.1)
@@ -180,8 +180,8 @@ def test_what_is_exchanged_is_what_the_compute_stream_writes_last(world, method,
 
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
-def test_gradients_that_arrive_late_are_waited_for(world, where):
-    """The vector of gradients holds poison until the compute stream has written it."""
+def test_an_exchange_waits_for_gradients(world, where):
+    """The vector of gradients holds NaN until the compute stream has written it."""
     with gpus(*where) as comm:
         model = mlp()
         base = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -202,7 +202,7 @@ def test_gradients_that_arrive_late_are_waited_for(world, where):
             np.testing.assert_allclose(numbers(model), before - mean, rtol=1e-6, atol=1e-6)
 
 
-def test_replica_groups_train_on_gpus_by_way_of_the_host(world):
+def test_replica_groups_train_on_gpus_through_host_memory(world):
     with gpus(1, "ipc") as comm:
         size = comm.size
         model = mlp()
@@ -211,11 +211,11 @@ def test_replica_groups_train_on_gpus_by_way_of_the_host(world):
             x, y = batch(comm.rank, 0)
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-            everyones = comm.world.comm.allgather(numbers(model))
-    assert all(np.array_equal(each, everyones[0]) for each in everyones)
+            of_all = comm.world.comm.allgather(numbers(model))
+    assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
-def test_a_model_that_is_elsewhere_is_refused(world):
+def test_a_model_on_another_device_is_refused(world):
     from mpitrain import UsageError
 
     with gpus(1, "ipc") as comm:

@@ -1,4 +1,4 @@
-"""What holds between ranks, whatever their number."""
+"""Laws that hold between ranks, for any number of them."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from torch import nn
 
 from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD, UsageError
 
-# The first optimizer imports a large part of torch, which takes its time where ranks share a core.
+# The first optimizer imports a large part of torch, which is slow where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
 
 
@@ -26,7 +26,7 @@ def mlp(seed, dtype=torch.float64):
 
 
 class Point(nn.Module):
-    """Parameters x_i whose gradient is h_i (x_i - b_i)."""
+    """Parameters x whose gradient is h*(x - b)."""
 
     def __init__(self, start):
         super().__init__()
@@ -38,7 +38,7 @@ class Point(nn.Module):
         optimizer.step()
 
 
-def test_all_begin_with_the_model_of_rank_0(world):
+def test_all_ranks_begin_with_the_model_of_rank_0(world):
     def model(seed):
         torch.manual_seed(seed)
         made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2, dtype=torch.float32))
@@ -64,7 +64,7 @@ def test_ranks_share_the_cores(world, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_parameters_outside_the_optimizer_begin_alike_too(world):
+def test_parameters_outside_the_optimizer_begin_with_those_of_rank_0_too(world):
     mine, first = mlp(world.rank), mlp(0)
     mine[0].requires_grad_(False)
     with DistributedOptimizer(torch.optim.SGD(mine[2].parameters(), lr=0.1), mine, AllReduceSGD()):
@@ -91,7 +91,7 @@ OTHERS = {
 
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("difference", OTHERS)
-def test_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
+def test_a_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
     make, words = OTHERS[difference]
     last = world.size - 1
     model = make() if world.rank == last else of_width(9)
@@ -100,7 +100,7 @@ def test_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
 
 
 @pytest.mark.ranks(2, 3)
-def test_order_of_the_parameters_must_be_the_same_on_all(world):
+def test_the_order_of_the_parameters_must_be_the_same_on_all_ranks(world):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     layers = model if world.rank == 0 else reversed(model)
     base = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
@@ -109,7 +109,7 @@ def test_order_of_the_parameters_must_be_the_same_on_all(world):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_ranks_with_b_samples_are_one_process_with_all_of_them(world, dtype, tolerance):
+def test_ranks_with_b_samples_equal_one_process_with_all_samples(world, dtype, tolerance):
     p, b, steps = world.size, 3, 15
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(steps, p * b, 6))).to(dtype)
@@ -125,12 +125,12 @@ def test_ranks_with_b_samples_are_one_process_with_all_of_them(world, dtype, tol
                 nn.functional.cross_entropy(model(x[t, part]), y[t, part]).backward()
                 one.step()
         np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=tolerance, atol=tolerance)
-        everyones = world.comm.allgather(numbers(ours))
-        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+        of_all = world.comm.allgather(numbers(ours))
+        assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
 def groups(model):
-    """Two parameter groups with settings of their own."""
+    """Return an SGD with two parameter groups that have settings of their own."""
     return torch.optim.SGD(
         [
             {"params": model[0].parameters(), "weight_decay": 0.01},
@@ -142,7 +142,7 @@ def groups(model):
 
 
 def descend(model, optimizer, t, rank=0, size=1):
-    """A step with this rank's part of the 60 samples of step ``t``."""
+    """Make a step with this rank's part of the 60 samples of step ``t``."""
     rng = np.random.default_rng(t)
     x, y = torch.from_numpy(rng.normal(size=(60, 6))), torch.from_numpy(rng.integers(4, size=60))
     own = slice(rank * 60 // size, (rank + 1) * 60 // size)
@@ -172,9 +172,9 @@ def test_ranks_of_a_node_share_parameters_and_each_keeps_the_momentum_of_its_sli
                 with torch.no_grad():
                     ours[0].weight.fill_(3.0)
             comm.barrier()
-            assert (ours[0].weight == 3.0).all()  # there is one copy
+            assert (ours[0].weight == 3.0).all()  # the node has one copy
             comm.barrier()
-        assert (ours[0].weight == 3.0).all()  # and after the end each has its own
+        assert (ours[0].weight == 3.0).all()  # and each rank its own after close()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
@@ -238,7 +238,7 @@ def test_asynchronous_exchanges_conserve_the_sum_of_workers_and_center(world):
 
 
 @pytest.mark.parametrize("in_groups", [False, True])
-def test_the_end_hands_over_what_no_exchange_has_taken(world, in_groups):
+def test_finalize_pushes_the_steps_since_the_last_exchange(world, in_groups):
     model, k, n_steps = Point(np.ones(50)), world.size if in_groups else 1, 3
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with DistributedOptimizer(base, model, Downpour(period=100), replica_size=k) as optimizer:
@@ -249,14 +249,14 @@ def test_the_end_hands_over_what_no_exchange_has_taken(world, in_groups):
         optimizer.finalize()
         world.barrier()
         gained = (1 - 0.1) ** n_steps - 1
-        if world.rank % k == 0:  # the others ask by a message, which not every MPI allows
+        if world.rank % k == 0:  # other members ask by message, which not every MPI allows
             np.testing.assert_allclose(optimizer.consensus_vector()[:50], 1 + world.size // k * gained, rtol=1e-12)
-        everyones = world.comm.allgather(numbers(model))
-        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones) or not in_groups
+        of_all = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(vector, of_all[0]) for vector in of_all) or not in_groups
         world.barrier()
 
 
-def test_gossip_stays_in_the_hull(world):
+def test_gossip_stays_in_the_convex_hull(world):
     model = Point(np.zeros(200))
     for direction in ("pull", "push"):
         method = GossipSGD(direction=direction)
@@ -266,19 +266,19 @@ def test_gossip_stays_in_the_hull(world):
             world.barrier()
             for _ in range(40):
                 model.descend(optimizer, 1.0, 0.0)
-            # What was published before the values were set above is the zeros of the start.
+            # Before the values were set above, ranks published the zeros of the start.
             assert (numbers(model) >= 0).all()
             assert (numbers(model) <= world.size).all()
             world.barrier()
 
 
-def test_asynchronous_ranks_wait_for_nobody(world):
+def test_asynchronous_ranks_do_not_wait_for_each_other(world):
     model = Point(np.ones(100))
     for method in (EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD(), GossipSGD(direction="push")):
         with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, method) as optimizer:
             for _ in range(5 * (1 + world.rank)):  # a different number of steps on each
                 model.descend(optimizer, 1.0, 0.0)
-            if world.rank == 0:  # alone, while the others are still at work
+            if world.rank == 0:  # alone, while the others still train
                 with optimizer.consensus():
                     assert np.isfinite(numbers(model)).all()
 
@@ -293,25 +293,26 @@ def test_batchnorm_statistics_stay_local(world):
             model(torch.randn(8, 3) + world.rank).square().mean().backward()
             optimizer.step()
         means = world.comm.allgather(model[1].running_mean.numpy().copy())
-        everyones = world.comm.allgather(numbers(model))
-        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+        of_all = world.comm.allgather(numbers(model))
+        assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
         assert len({mean.tobytes() for mean in means}) == world.size
 
 
-def test_rank_whose_gradient_was_not_finite_says_so_once(world, capsys):
+def test_a_rank_with_nonfinite_gradients_warns_once(world, caplog):
     model = Point(np.ones(64))
     with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD(period=1)) as optimizer:
         bad = world.rank == world.size - 1
-        capsys.readouterr()
         for t in range(6):
             model.descend(optimizer, np.nan if bad and t in (1, 3) else 1.0, 0.0)
             world.barrier()
-    words = f"mpitrain: rank {world.rank}: 64 values were not finite and were kept out"
-    told = capsys.readouterr().err
-    assert told.count("not finite") == told.count(words) == int(bad)
+    warnings = [record for record in caplog.records if "not finite" in record.getMessage()]
+    assert len(warnings) == bad
+    for record in warnings:
+        assert record.getMessage().startswith("64 values were not finite and were kept out of the exchange")
+        assert (record.name, record.levelname, record.any_rank) == ("mpitrain", "WARNING", True)
 
 
-def test_nan_of_one_rank_stays_with_it_and_it_recovers(world):
+def test_a_nan_stays_on_its_rank_which_recovers(world):
     model = Point(np.ones(64))
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     with DistributedOptimizer(base, model, EASGD(period=1)) as optimizer:
@@ -327,7 +328,7 @@ def test_nan_of_one_rank_stays_with_it_and_it_recovers(world):
 
 
 @pytest.mark.ranks(2, 3)
-def test_an_average_beside_an_overlapped_all_reduce_leaves_it_as_it_is(world):
+def test_an_average_does_not_disturb_an_overlapped_all_reduce(world):
     model = Point(np.full(8, 1.0 + world.rank))
     base, average = torch.optim.SGD(model.parameters(), lr=0.1), Average("moving", 0.5)
     with DistributedOptimizer(base, model, AllReduceSGD(overlap=True), average=average) as optimizer:

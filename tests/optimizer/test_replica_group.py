@@ -1,4 +1,4 @@
-"""A group of ranks is one worker: the same numbers as one rank with all their samples, at every rank of the group."""
+"""A replica group is one worker: every member has the parameters of one rank with all their samples."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from mpitrain.records.checkpoint import latest, load
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
 
-# The first optimizer imports a large part of torch, which takes its time where ranks share a core.
+# The first optimizer imports a large part of torch, which is slow where ranks share a core.
 pytestmark = pytest.mark.time_limit(180)
 
 STEPS, BATCH = 12, 3
@@ -69,7 +69,7 @@ ONE_WORKER = {
 @pytest.mark.ranks(1, 2, 3, 4)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("name", ONE_WORKER)
-def test_a_group_is_one_rank_with_all_its_samples(world, name, dtype, tolerance):
+def test_a_group_equals_one_rank_with_all_samples(world, name, dtype, tolerance):
     method, base = ONE_WORKER[name]
     k = world.size
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_a_group_is_one_rank_with_all_its_samples(world, name, dtype, tolerance)
 
 
 @pytest.mark.ranks(2, 3)
-def test_an_average_of_the_iterates_is_the_groups(world):
+def test_a_group_has_one_average_of_the_iterates(world):
     model = Point(np.zeros(7))
     average = Average("polyak", source="workers")
     seen = []
@@ -128,7 +128,7 @@ H, B = np.array([0.5, 1.0, 2.0, 0.8]), np.array([1.0, -2.0, 0.5, 3.0])
     ids=lambda method: method.name,
 )
 @pytest.mark.parametrize("k", [1, 2])
-def test_groups_do_what_simulated_workers_do(world, method, k):
+def test_groups_equal_simulated_workers(world, method, k):
     p, start = world.size // k, np.random.default_rng(1).normal(size=20)
     h, b = H[: world.size].reshape(p, k), B[: world.size].reshape(p, k)
 
@@ -160,20 +160,20 @@ def test_groups_do_what_simulated_workers_do(world, method, k):
 @pytest.mark.parametrize(
     "method", [EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD(), LSGD(period=1)], ids=lambda m: m.name
 )
-def test_groups_of_an_asynchronous_method_wait_for_no_other_group(world, method):
+def test_groups_of_an_asynchronous_method_do_not_wait_for_each_other(world, method):
     k = 2 if world.size == 4 else world.size
     model = Point(np.ones(100))
     with DistributedOptimizer(sgd(model), model, method, world=world, replica_size=k) as optimizer:
         for step in range(5 * (1 + world.rank // k)):  # a different number of steps in each group
             model.descend(optimizer, 1.0, 0.0)
-            if world.rank == world.size - 1 and step % 2:  # a rank alone, a member; the others are at work
+            if world.rank == world.size - 1 and step % 2:  # a member alone, while the others train
                 assert np.isfinite(optimizer.consensus_vector()).all()
-        everyones = optimizer.group.comm.allgather(numbers(model))
-        assert all(np.array_equal(theirs, everyones[0]) for theirs in everyones)
+        of_all = optimizer.group.comm.allgather(numbers(model))
+        assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
 @pytest.mark.ranks(2, 4)
-def test_a_member_is_answered_while_its_head_waits_somewhere_else(world):
+def test_a_member_is_answered_while_its_head_waits_in_a_barrier(world):
     model = Point(np.full(50, 2.0))
     with DistributedOptimizer(sgd(model), model, EASGD(period=1), world=world, replica_size=2) as optimizer:
         model.descend(optimizer, 1.0, 0.0)
@@ -183,12 +183,12 @@ def test_a_member_is_answered_while_its_head_waits_somewhere_else(world):
             for _ in range(3):
                 assert optimizer.consensus_vector()[:50] == pytest.approx(np.full(50, 2.0), abs=0.3)
         world.barrier()
-        everyones = world.comm.allgather(optimizer.consensus_vector().tobytes())  # and all at once
-        assert len(set(everyones)) == 1
+        of_all = world.comm.allgather(optimizer.consensus_vector().tobytes())  # and all at once
+        assert len(set(of_all)) == 1
 
 
 @pytest.mark.ranks(2, 3, 4)
-def test_what_travels_inside_a_group_is_counted(world):
+def test_bytes_sent_inside_a_group_are_counted(world):
     n, k = 64, 2 if world.size == 4 else world.size
     model = Point(np.ones(n))
     with DistributedOptimizer(sgd(model), model, EASGD(period=2), world=world, replica_size=k) as optimizer:
@@ -204,7 +204,7 @@ def test_what_travels_inside_a_group_is_counted(world):
 
 
 @pytest.mark.ranks(2, 3)
-def test_a_gradient_that_is_not_finite_is_the_groups_and_stays_with_it(world):
+def test_a_nonfinite_gradient_stays_inside_its_group(world):
     model = Point(np.ones(8))
     with DistributedOptimizer(sgd(model), model, EASGD(period=1), world=world, replica_size=world.size) as optimizer:
         model.descend(optimizer, np.nan if world.rank == world.size - 1 else 1.0, 0.0)
@@ -222,7 +222,7 @@ def test_a_gradient_that_is_not_finite_is_the_groups_and_stays_with_it(world):
 @pytest.mark.parametrize(
     "method", [EASGD(moving_rate=0.3, period=2), EAMSGD(momentum=0.5, period=2), LSGD(period=2)], ids=lambda m: m.name
 )
-def test_every_rank_saves_and_loads_its_part(world, method):
+def test_every_member_saves_and_loads_its_part(world, method):
     k = world.size  # one worker: the same order of events at every run
     base = {} if method.owns_update else {"momentum": 0.9}
     model, again = Point(np.ones(9)), Point(np.zeros(9))
@@ -266,7 +266,7 @@ def test_ranks_that_cannot_be_divided_are_refused(world):
 
 
 @pytest.mark.ranks(2)
-def test_the_other_workers_are_the_heads_to_look_at(world):
+def test_only_the_head_measures_the_spread(world):
     model = Point(np.ones(3))
     with DistributedOptimizer(sgd(model), model, EASGD(), world=world, replica_size=2) as optimizer:
         vector = optimizer.consensus_vector()
@@ -278,7 +278,7 @@ def test_the_other_workers_are_the_heads_to_look_at(world):
         world.barrier()
 
 
-def test_the_configuration_refuses_no_ranks():
+def test_the_configuration_refuses_a_replica_size_of_0():
     with pytest.raises(UsageError, match="--replica-size must be 1 or more, not 0"):
         TrainConfig(replica_size=0)
 
@@ -288,7 +288,7 @@ def test_the_configuration_refuses_no_ranks():
 
 @pytest.fixture
 def go(world, mpi_tmp_path):
-    """Collective. Trains groups of two in a folder of the test's own; or goes on there, with the given budget."""
+    """Trains groups of two in a folder of the test, or resumes there, with the given budget. Collective."""
 
     def go(config: TrainConfig, name: str, *, resume: bool = False, **budget):
         folder = Path(mpi_tmp_path) / name
@@ -303,7 +303,7 @@ def go(world, mpi_tmp_path):
 
 @pytest.fixture
 def interrupt_at(world):
-    """SIGUSR1 at a training batch of rank 0, of the model `small_models:watched`."""
+    """Sends SIGUSR1 at a training batch of rank 0, for the model `small_models:watched`."""
 
     def interrupt_at(number: int) -> None:
         small_models.on_batch = lambda n: (
@@ -315,7 +315,7 @@ def interrupt_at(world):
 
 
 def saved(world, run: Path) -> dict:
-    """This rank's part of a run's newest checkpoint."""
+    """Return this rank's part of a run's newest checkpoint."""
     return load(latest(run / "checkpoints"), world)
 
 
@@ -329,7 +329,7 @@ def saved(world, run: Path) -> dict:
         ("lsgd", {"steps": 30}),
     ],
 )
-def test_the_ranks_of_a_group_stop_together(world, go, name, budget):
+def test_the_members_of_a_group_stop_at_the_same_step(world, go, name, budget):
     config = TrainConfig(algorithm=name, straggler=(world.size - 1, 3.0), checkpoint_every=7)
     result = go(config, "run", **budget)
     assert result["complete"]
@@ -361,7 +361,7 @@ def test_a_group_is_interrupted_and_resumed_as_a_whole(world, go, interrupt_at):
 
 @pytest.mark.ranks(2, 4)
 def test_a_resumed_run_of_groups_equals_an_uninterrupted_one(world, go):
-    # With several asynchronous workers no two runs are alike.
+    # No two runs with several asynchronous workers are equal.
     settings = {"synchronous": "true"} if world.size > 2 else {}
     config = TrainConfig(algorithm="easgd", settings={"period": "4", **settings}, model="support.small_models:watched")
     whole = go(config, "whole", steps=40)
@@ -375,8 +375,8 @@ def test_a_resumed_run_of_groups_equals_an_uninterrupted_one(world, go):
 
 
 @pytest.mark.ranks(2)
-def test_a_group_that_shards_the_data_is_one_rank_with_the_whole_batch(world, go):
-    # Two ranks with batches of 16 draw together what one draws with batches of 32 (mpitrain.data.sampler).
+def test_a_group_with_sharded_data_equals_one_rank_with_the_whole_batch(world, go):
+    # Two ranks with batches of 16 draw the samples that one draws with batches of 32 (mpitrain.data.sampler).
     config = TrainConfig(algorithm="easgd", sampling="sharded", batch_size=16)
     group = go(config, "group", steps=30)
     alone = world.split(world.rank)

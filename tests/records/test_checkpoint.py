@@ -1,4 +1,4 @@
-"""Checkpoints: what is loaded equals what was saved, and a crash leaves the one before."""
+"""Checkpoints: a loaded state equals the saved one, and a failed save leaves the previous checkpoint."""
 
 import errno
 import math
@@ -18,38 +18,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.lone_world import LoneWorld
 
 from mpitrain import UsageError
 from mpitrain.records import checkpoint
 
-
-class Alone:
-    """All that a checkpoint asks of a world."""
-
-    def __init__(self, rank=0, size=1, dead=()):
-        self.rank, self.size, self.dead = rank, size, frozenset(dead)
-
-    def barrier(self):
-        pass
-
-    def run_on_survivors(self, collective):
-        return collective(self)
-
-    def allgather(self, value):
-        return [value]
-
-    def bcast(self, value):
-        return value
-
-
-ALONE = Alone()
-FAST = (
-    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-)  # to sync a disk takes its time, and there are many examples
+ALONE = LoneWorld()
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # many examples are synced, which takes time on a disk
 
 
 def same(a, b):
-    """Equal in kind, type, shape and bits."""
+    """Return whether two states are equal in type, dtype, shape and bits."""
     if isinstance(a, dict):
         return type(b) is dict and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -96,7 +75,7 @@ nested = st.recursive(
 
 @settings(max_examples=100)
 @given(nested)
-def test_what_is_loaded_is_what_was_saved(state):
+def test_a_loaded_state_equals_the_saved_one(state):
     assert same({"state": state}, round_trip({"state": state}))
 
 
@@ -107,7 +86,7 @@ def test_numbers_keep_their_value(number):
     assert math.copysign(1, loaded) == math.copysign(1, number)
 
 
-def test_views_are_saved_as_what_they_show():
+def test_views_are_saved_by_their_elements():
     array, tensor = np.arange(12).reshape(3, 4), torch.arange(12).reshape(3, 4)
     loaded = round_trip(
         {"array": array[:, ::2].T, "tensor": tensor[:, ::2].t(), "parameter": torch.nn.Parameter(torch.ones(2))}
@@ -117,7 +96,7 @@ def test_views_are_saved_as_what_they_show():
     assert loaded["parameter"].tolist() == [1, 1]
 
 
-def test_optimizer_state_goes_through():
+def test_the_state_of_an_optimizer_can_be_saved():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -126,39 +105,39 @@ def test_optimizer_state_goes_through():
     optimizer.step()
 
 
-def test_long_text_goes_through():
+def test_long_strings_can_be_saved():
     assert round_trip({"text": "x" * 200_000})["text"] == "x" * 200_000
 
 
-def test_newest_two_are_kept(tmp_path):
+def test_the_newest_two_are_kept(tmp_path):
     for step in (5, 99_999_999, 100_000_000, 20, 100_000_001):
         checkpoint.save(tmp_path, step, {"step": step}, ALONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100000000", "step-100000001"]
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"step": 100_000_001}
 
 
-def test_no_folder_and_an_empty_one_have_no_checkpoint(tmp_path):
+def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "not there") is None
 
 
-def test_same_step_again_replaces(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     checkpoint.save(tmp_path, 3, {"x": 1}, ALONE)
     path = checkpoint.save(tmp_path, 3, {"x": 2}, ALONE)
     assert checkpoint.load(path, ALONE) == {"x": 2}
 
 
-def test_who_has_died_is_stood_in_for_by_the_next_that_lives(tmp_path):
-    def others_write(mine):
+def test_a_dead_rank_resumes_from_the_part_of_the_next_rank_alive(tmp_path):
+    def gather(mine):
         files = [tmp_path / ".step-00000004.partial" / f"rank-{rank:05d}.h5" for rank in (3, 4)]
         for rank, file in zip((3, 4), files):
             checkpoint._write_file(file, {"ranks": 6, "step": 4, "state": {"rank": rank}})
-        return [mine, *((file.name, checkpoint._checksum(file), 0, "") for file in files)]
+        return [mine, *(checkpoint._Part(file.name, checkpoint._checksum(file), 0, "") for file in files)]
 
-    world = Alone(0, 6, dead={1, 2, 5})
-    world.allgather = others_write
+    world = LoneWorld(0, 6, dead={1, 2, 5})
+    world.allgather = gather
     path = checkpoint.save(tmp_path, 4, {"rank": 0}, world)
-    assert [checkpoint.load(path, Alone(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
+    assert [checkpoint.load(path, LoneWorld(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
 
 
 def test_each_rank_has_its_own_part(tmp_path):
@@ -170,14 +149,14 @@ def test_each_rank_has_its_own_part(tmp_path):
     partial.rename(tmp_path / "step-00000007")
     checkpoint._write_file(tmp_path / "step-00000007" / "rank-00000.h5", {"ranks": 3, "step": 7, "state": {"rank": 0}})
     path = checkpoint.latest(tmp_path)
-    assert [checkpoint.load(path, Alone(rank, 3))["rank"] for rank in range(3)] == [0, 1, 2]
+    assert [checkpoint.load(path, LoneWorld(rank, 3))["rank"] for rank in range(3)] == [0, 1, 2]
     for size in (1, 2, 4):
         with pytest.raises(UsageError, match=f"written by 3 ranks.*not with {size}"):
-            checkpoint.load(path, Alone(0, size))
+            checkpoint.load(path, LoneWorld(0, size))
 
 
 @given(st.data())
-def test_truncated_file_is_named(data):
+def test_a_truncated_file_is_named(data):
     with tempfile.TemporaryDirectory(dir=FAST) as folder:
         path = checkpoint.save(Path(folder), 1, {"x": np.arange(1000), "y": ["text", 1, None]}, ALONE)
         file = path / "rank-00000.h5"
@@ -191,18 +170,18 @@ def test_truncated_file_is_named(data):
 
 
 def zeroed(content):
-    """As a disk leaves a file that lost a page."""
+    """Return the content with a page of zeros, as a disk may leave it."""
     return content[:4096] + bytes(4096) + content[8192:]
 
 
 def one_bit_changed(content):
-    """Of a number, which HDF5 would not notice."""
+    """Return the content with one bit of a number changed, which HDF5 does not notice."""
     at = content.index(np.arange(1000).tobytes()) + 4000
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("damage", [zeroed, one_bit_changed])
-def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, damage):
+def test_a_file_with_a_wrong_checksum_is_refused(tmp_path, damage):
     path = checkpoint.save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
     file = path / "rank-00000.h5"
     file.write_bytes(damage(file.read_bytes()))
@@ -217,18 +196,18 @@ def test_a_checkpoint_without_checksums_loads(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, OSError, KeyError])
-def test_whatever_hdf5_raises_is_a_usage_error(tmp_path, monkeypatch, error):
+def test_any_error_of_hdf5_becomes_a_usage_error(tmp_path, monkeypatch, error):
     def fail(group):
         raise error("Can't decrement id ref count")
 
     path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
-    monkeypatch.setattr(checkpoint, "_read", fail)
+    monkeypatch.setattr(checkpoint.hdf5_tree, "read_tree", fail)
     with pytest.raises(UsageError, match="is no readable checkpoint"):
         checkpoint.load(path, ALONE)
 
 
 @pytest.mark.parametrize("bad", [object(), {"x": {1, 2}}, np.array([object()])])
-def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
+def test_a_state_that_cannot_be_saved_leaves_the_previous_checkpoint(tmp_path, bad):
     checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path, 2, {"good": np.zeros(10), "bad": bad}, ALONE)
@@ -237,8 +216,8 @@ def test_what_cannot_be_saved_leaves_the_one_before(tmp_path, bad):
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
 
 
-def test_what_was_not_completed_is_removed(tmp_path):
-    """Before there is room needed for another one, and before the run goes on."""
+def test_unfinished_checkpoints_are_removed(tmp_path):
+    """By a save, before it needs the room, and when a run resumes."""
 
     def leave():
         (tmp_path / ".step-00000007.partial").mkdir()
@@ -253,8 +232,8 @@ def test_what_was_not_completed_is_removed(tmp_path):
         assert not list(tmp_path.glob(".step*"))
 
 
-def test_a_file_that_cannot_be_written_leaves_those_before(tmp_path):
-    """The real HDF5, which raises in several ways; a limit of the process stands in for the disk's."""
+def test_a_file_that_cannot_be_written_leaves_the_previous_checkpoints(tmp_path):
+    """With the real HDF5, which raises several types of errors; a limit of the process replaces a full disk."""
     checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -291,7 +270,7 @@ class World:
     rank, size, dead = 0, 1, ()
     def barrier(self):
         wait_to_be_killed("before the file")
-    def together(self, collective):
+    def run_on_survivors(self, collective):
         wait_to_be_killed("before the renaming")
 
 checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())
@@ -299,7 +278,7 @@ checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World()
 
 
 @pytest.mark.parametrize("moment", ["before the file", "in the file", "before the renaming"])
-def test_writer_that_is_killed_leaves_the_one_before(tmp_path, moment):
+def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path, moment):
     checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, tmp_path, moment], stdout=subprocess.PIPE, text=True
@@ -310,12 +289,12 @@ def test_writer_that_is_killed_leaves_the_one_before(tmp_path, moment):
             writer.send_signal(signal.SIGKILL)
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
-    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)  # over what the dead one left
+    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)  # in place of the unfinished one
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
-def test_ranks_save_and_load_together(world, mpi_tmp_path):
+def test_each_rank_loads_what_it_saved(world, mpi_tmp_path):
     for step in (1, 2, 3):
         path = checkpoint.save(mpi_tmp_path, step, {"rank": world.rank, "x": np.full(5, step)}, world)
     assert checkpoint.latest(mpi_tmp_path) == path
@@ -328,7 +307,7 @@ def test_ranks_save_and_load_together(world, mpi_tmp_path):
 
 @pytest.fixture
 def view(world, mpi_tmp_path):
-    """Collective. A folder for each rank, as if it were one that they see differently: steps 1 and 2 by default."""
+    """Copy the checkpoints of steps 1 and 2 for each rank, as if ranks saw one folder differently. Collective."""
     for step in (1, 2):
         checkpoint.save(mpi_tmp_path / "all", step, {"rank": world.rank, "step": step}, world)
     mine = Path(mpi_tmp_path / f"rank-{world.rank}" / "checkpoints")
@@ -338,12 +317,12 @@ def view(world, mpi_tmp_path):
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_ranks_load_the_newest_one(world, view):
+def test_ranks_load_the_newest_checkpoint(world, view):
     assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 2}
 
 
 @pytest.mark.ranks(2, 3)
-def test_ranks_never_load_different_ones(world, view):
+def test_ranks_never_load_different_checkpoints(world, view):
     if world.rank == world.size - 1:  # another one under this name
         shutil.rmtree(view / "step-00000002")
         (view / "step-00000001").rename(view / "step-00000002")
@@ -354,7 +333,7 @@ def test_ranks_never_load_different_ones(world, view):
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("last", ["does not see it", "has half of it", "has no checksum"])
-def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, view, last, capfd):
+def test_all_ranks_load_the_previous_checkpoint_if_one_cannot_read_its_part(world, view, last, capfd):
     newest = view / "step-00000002"
     if world.rank == world.size - 1:
         if last == "does not see it":
@@ -375,7 +354,7 @@ def test_all_go_on_from_the_one_before_if_one_rank_cannot_read_its_part(world, v
 
 
 @pytest.mark.ranks(1, 2)
-def test_all_ranks_say_that_there_is_none(world, mpi_tmp_path):
+def test_a_missing_checkpoint_is_reported_on_all_ranks(world, mpi_tmp_path):
     with pytest.raises(UsageError, match="has no complete checkpoint"):
         checkpoint.load_newest(mpi_tmp_path / "checkpoints", world)
     world.barrier()
@@ -383,7 +362,7 @@ def test_all_ranks_say_that_there_is_none(world, mpi_tmp_path):
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("moment", ["_write_file", "_publish"])
-def test_a_full_disk_is_told_on_all_ranks_and_leaves_what_there_was(world, mpi_tmp_path, monkeypatch, moment):
+def test_a_full_disk_is_reported_on_all_ranks_and_leaves_the_checkpoints(world, mpi_tmp_path, monkeypatch, moment):
     def fail(path, *rest):
         if moment == "_publish" or path.name == f"rank-{world.size - 1:05d}.h5":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Metrics: what is written is read, by other processes too, while the writer lives and after it was killed."""
+"""Metrics: rows that are written are read, also by other processes, while the writer runs and after it was killed."""
 
 import fcntl
 import os
@@ -44,13 +44,13 @@ def check(path: Path, steps: range) -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 300])
 @pytest.mark.parametrize("flush_seconds", [0, 3600])
-def test_what_is_written_is_read(path: Path, n: int, flush_seconds: float) -> None:
+def test_rows_that_are_written_are_read(path: Path, n: int, flush_seconds: float) -> None:
     write(path, range(1, n + 1), flush_seconds=flush_seconds)
     check(path, range(1, n + 1))
     assert [file.name for file in path.parent.iterdir()] == ["metrics.h5"]
 
 
-def test_a_field_that_is_missing_is_nan(path: Path) -> None:
+def test_a_missing_field_is_nan(path: Path) -> None:
     with MetricsWriter(path, TABLES) as metrics:
         metrics.append("progress", step=1)
         metrics.append("staleness", step=1)
@@ -68,7 +68,7 @@ def test_columns_are_float64_with_one_row_per_append(path: Path) -> None:
     assert tables["progress"]["loss"].shape == (5,)
 
 
-def test_the_caller_may_reuse_the_array_it_appended(path: Path) -> None:
+def test_the_caller_may_reuse_an_appended_array(path: Path) -> None:
     histogram = np.zeros(33)
     with MetricsWriter(path, TABLES, flush_seconds=3600) as metrics:
         for step in range(3):
@@ -77,11 +77,11 @@ def test_the_caller_may_reuse_the_array_it_appended(path: Path) -> None:
     np.testing.assert_array_equal(read_metrics(path)["staleness"]["histogram"][:, 0], [0, 1, 2])
 
 
-def test_rows_wait_at_most_until_the_next_flush(path: Path) -> None:
+def test_rows_are_buffered_until_the_next_flush(path: Path) -> None:
     with MetricsWriter(path, TABLES, flush_seconds=3600) as metrics:
         for step in (1, 2, 3):
             metrics.append("progress", step=step)
-        assert len(read_metrics(path)["progress"]["step"]) == 1  # the first row starts the clock
+        assert len(read_metrics(path)["progress"]["step"]) == 1  # the first row is written at once
         metrics.flush()
         assert len(read_metrics(path)["progress"]["step"]) == 3
 
@@ -109,16 +109,16 @@ def test_closing_twice_is_fine_and_appending_afterwards_is_not(path: Path) -> No
         metrics.append("progress", step=1)
 
 
-# ---- going on with a file ----------------------------------------------------------------------------------
+# ---- continuing a file -------------------------------------------------------------------------------------
 
 
-def test_reopening_goes_on(path: Path) -> None:
+def test_a_reopened_file_is_continued(path: Path) -> None:
     write(path, range(1, 4))
     write(path, range(4, 8))
     check(path, range(1, 8))
 
 
-def test_rows_after_a_checkpoint_are_dropped_and_written_again(path: Path) -> None:
+def test_rows_after_a_checkpoint_are_dropped_and_may_be_written_again(path: Path) -> None:
     write(path, range(1, 9))
     with MetricsWriter(path, TABLES) as metrics:
         for table in TABLES:
@@ -128,7 +128,7 @@ def test_rows_after_a_checkpoint_are_dropped_and_written_again(path: Path) -> No
     check(path, range(1, 11))
 
 
-def test_truncation_counts_rows_that_still_wait_and_drops_nan(path: Path) -> None:
+def test_truncation_includes_buffered_rows_and_drops_nan(path: Path) -> None:
     with MetricsWriter(path, TABLES, flush_seconds=3600) as metrics:
         for step in (1, np.nan, 2, 3):
             metrics.append("progress", step=step)
@@ -169,7 +169,7 @@ for step in itertools.count(int(sys.argv[2])):
 
 
 def start_writer(path: Path, first: int, **environment: str) -> subprocess.Popen:
-    """A process that appends rows as fast as it can until it is killed."""
+    """Start a process that appends rows as fast as it can until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(first)], env={**os.environ, **environment})
     deadline = time.monotonic() + 30
     while not path.exists() or len(read_metrics(path)["progress"]["step"]) < first + 20:
@@ -209,8 +209,8 @@ extern "C" int flock(int, int) { errno = ENOLCK; return -1; }
 """
 
 
-def test_a_file_system_without_locks_does(path: Path) -> None:
-    """As NFS is without its lock daemon."""
+def test_a_file_system_without_locks_is_enough(path: Path) -> None:
+    """NFS without its lock daemon is one."""
     library = path.with_name("nolock.so")
     build = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
     subprocess.run(build, input=NO_LOCKS, text=True, check=True)
@@ -221,7 +221,7 @@ def test_a_file_system_without_locks_does(path: Path) -> None:
 
 
 def test_rows_that_cannot_be_written_are_dropped_with_one_warning(path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The real HDF5; a limit of the process stands in for the disk's."""
+    """With the real HDF5; a limit of the process replaces a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with MetricsWriter(path, TABLES, flush_seconds=0) as metrics:
 
@@ -244,12 +244,12 @@ def test_rows_that_cannot_be_written_are_dropped_with_one_warning(path: Path, ca
     assert capsys.readouterr().err.count("cannot be written (File too large)") == 1
 
 
-def test_a_killed_writer_leaves_a_file_that_is_read_and_gone_on_with(path: Path) -> None:
-    """Killed in the middle of a write, again and again: no row that was written is lost."""
+def test_the_file_of_a_killed_writer_can_be_read_and_continued(path: Path) -> None:
+    """A writer killed during a write, several times, loses no row that it has written."""
     rows = 0
     for _ in range(4):
         kill(start_writer(path, rows + 1))
-        with pytest.raises(OSError, match="open for write"):  # what going on by copying is for
+        with pytest.raises(OSError, match="open for write"):  # the reason to continue by copying
             h5py.File(path, "r+")
         tables = read_metrics(path)
         n, rows = rows, min(len(tables[table]["step"]) for table in TABLES)
@@ -260,29 +260,30 @@ def test_a_killed_writer_leaves_a_file_that_is_read_and_gone_on_with(path: Path)
         check(path, range(1, rows + 1))
 
 
-def test_a_writer_killed_while_it_made_the_file_does_not_matter(path: Path) -> None:
+def test_a_file_that_a_killed_writer_was_building_is_ignored(path: Path) -> None:
     path.with_name("metrics.h5.building").write_bytes(b"half a file")
     write(path, range(1, 3))
     check(path, range(1, 3))
 
 
-# ---- what is no metrics file -------------------------------------------------------------------------------
+# ---- other and damaged files --------------------------------------------------------------------------------
 
 
 def damaged(content: bytes, damage: str) -> bytes:
+    length = int.from_bytes(content[28:36], "little")  # as the file notes it; a killed writer may have reserved more
     return {
         "empty": b"",
         "text": b"step,loss\n",
         "beginning": content[:3000],
-        "half": content[: len(content) // 2],
+        "half": content[: length // 2],
         "zeros": content[:48] + bytes(2000) + content[2048:],
     }[damage]
 
 
 @pytest.mark.parametrize("writer", ["closed", "killed"])
 @pytest.mark.parametrize("damage", ["empty", "text", "beginning", "half", "zeros"])
-def test_a_damaged_file_is_a_usage_error_and_soon(path: Path, damage: str, writer: str) -> None:
-    """Left to itself HDF5 retries for hours what a crashed machine or a full disk has cut off."""
+def test_a_damaged_file_is_a_usage_error_within_seconds(path: Path, damage: str, writer: str) -> None:
+    """By default HDF5 retries for hours on a file that a crashed machine or a full disk has truncated."""
     if writer == "closed":
         write(path, range(1, 2000))
     else:
@@ -296,7 +297,7 @@ def test_a_damaged_file_is_a_usage_error_and_soon(path: Path, damage: str, write
     assert time.monotonic() - begin < 5
 
 
-def test_what_is_no_metrics_file_is_a_usage_error(path: Path) -> None:
+def test_a_missing_file_and_another_kind_of_file_are_usage_errors(path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_metrics(path)
     with h5py.File(path, "w") as file:

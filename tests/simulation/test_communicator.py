@@ -1,20 +1,21 @@
-"""The simulated world: its collectives, and what it does when they cannot end."""
+"""The simulated world: its collectives, its memory, and the errors of collectives that cannot complete."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.errors import RankFailed
 from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
+from mpitrain.simulation.world import SimulatedWorld
 
 
 @given(st.integers(1, 5), st.integers(0, 2**16))
-def test_collectives_do_what_they_say_in_any_order(size, seed):
+def test_collectives_match_numpy_in_any_order(size, seed):
     values = np.random.default_rng(seed).normal(size=(size, 7))
 
     def program(comm):
-        comm.world.give_way()
+        world.scheduler.give_way()
         total, mean = comm.vector(7, np.float64), comm.vector(7, np.float64)
         total.local[...], mean.local[...] = values[comm.rank], values[comm.rank]
         comm.allreduce(total)
@@ -35,7 +36,7 @@ def test_collectives_do_what_they_say_in_any_order(size, seed):
         assert gathered.tolist() == [[i, size] for i in range(size)]
 
 
-def test_peers_are_read_where_they_are():
+def test_a_read_sees_the_vector_of_that_peer():
     def program(comm):
         mine = comm.vector(3, np.float64)
         mine.local[...] = comm.rank
@@ -48,12 +49,12 @@ def test_peers_are_read_where_they_are():
     assert SimulatedWorld(3).run(program) == [[0, 1, 2]] * 3
 
 
-def test_results_come_by_rank():
+def test_results_are_ordered_by_rank():
     assert SimulatedWorld(4, RandomOrder(3)).run(lambda comm: comm.rank) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])
-def test_waiting_for_a_worker_that_has_left_is_reported(leaver):
+def test_waiting_for_a_worker_that_has_returned_is_reported(leaver):
     def program(comm):
         if comm.rank != leaver:
             comm.barrier()
@@ -72,7 +73,7 @@ def test_collective_outside_a_run_is_reported():
         world.communicators[1].barrier()
 
 
-def test_world_can_run_again_after_a_run_that_was_cut_off():
+def test_a_world_can_run_again_after_an_interrupted_run():
     world = SimulatedWorld(2, Scripted([0]))
     world.run(lambda comm: comm.gather([9.0]))  # worker 0 waits; the script ends
     world.schedule = RandomOrder(0)
@@ -88,12 +89,12 @@ def test_world_can_run_again_after_a_run_that_was_cut_off():
     assert [found.tolist() for found in world.run(lambda comm: comm.gather([comm.rank]))] == [[[0], [1]]] * 2
 
 
-def test_world_has_at_least_one_worker():
+def test_a_world_has_at_least_one_worker():
     with pytest.raises(ValueError, match="at least 1 worker"):
         SimulatedWorld(0)
 
 
-def test_locks_are_where_workers_give_way():
+def test_workers_give_way_before_locks_when_locks_are_interleaved():
     def visits(**world):
         seen = []
 
@@ -112,7 +113,7 @@ def test_locks_are_where_workers_give_way():
 
 
 @given(st.integers(1, 6), st.integers(0, 2**16))
-def test_parts_of_a_world_have_collectives_of_their_own(size, seed):
+def test_split_communicators_have_collectives_of_their_own(size, seed):
     def program(comm):
         part = comm.split(comm.rank % 2)
         inner = part.split(part.rank % 2)
@@ -136,7 +137,7 @@ def test_parts_of_a_world_have_collectives_of_their_own(size, seed):
         assert found == (rank // 2, len(members), sum(members), len(members), True)
 
 
-def test_waiting_for_a_condition_lets_the_others_go_on():
+def test_other_workers_run_while_one_waits_for_a_condition():
     order, arrived = [], []
 
     def program(comm):
@@ -152,18 +153,18 @@ def test_waiting_for_a_condition_lets_the_others_go_on():
     assert order == [1, 2, 0]
 
 
-def test_waiting_for_what_nobody_does_is_reported():
+def test_waiting_for_a_condition_that_never_holds_is_reported():
     def program(comm):
         if comm.rank == 1:
             comm.wait_until(lambda: False)
         elif comm.rank == 2:
             comm.barrier()
 
-    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for something"):
+    with pytest.raises(RuntimeError, match=r"\[2\] wait in a collective .*; workers \[1\] wait for a condition"):
         SimulatedWorld(3).run(program)
 
 
-def test_waiting_takes_the_time_of_whom_one_waits_for():
+def test_a_waiting_worker_advances_to_the_clock_of_the_worker_it_waits_for():
     done = []
 
     def program(comm):
@@ -179,7 +180,7 @@ def test_waiting_takes_the_time_of_whom_one_waits_for():
     assert world.schedule.clocks.tolist() == [5.0, 5.0]
 
 
-def test_an_allreduce_that_has_begun_sums_what_was_there():
+def test_a_started_allreduce_averages_the_vectors_at_its_start():
     def program(comm):
         vector = comm.vector(3, np.float64)
         vector.local[...] = comm.rank + 1
@@ -195,3 +196,86 @@ def test_an_allreduce_that_has_begun_sums_what_was_there():
 def test_each_worker_has_a_node():
     with pytest.raises(ValueError, match="3 workers have 3 nodes, not 2"):
         SimulatedWorld(3, nodes=[0, 1])
+
+
+def test_a_mailbox_belongs_to_the_worker_that_is_named():
+    def program(comm):
+        boxes = comm.mailboxes(2, np.float64, slots=2)
+        comm.barrier()
+        peer = (comm.rank + 1) % comm.size
+
+        def write(box, tags):
+            box[...], tags[0] = 10 * comm.rank + peer, comm.rank
+
+        boxes.update(peer, write, slot=1)
+        comm.barrier()
+        seen = []
+        boxes.update(comm.rank, lambda box, tags: seen.extend([*box, tags[0]]), slot=1)
+        boxes.update(comm.rank, lambda box, tags: seen.extend(box), slot=0)
+        return seen
+
+    found = SimulatedWorld(4, RandomOrder(0), interleave_locks=True).run(program)
+    senders = [3, 0, 1, 2]
+    assert found == [[10 * sender + rank] * 2 + [sender, 0, 0] for rank, sender in enumerate(senders)]
+
+
+def test_the_workers_of_a_node_share_its_vector_and_divide_it():
+    nodes = [0, 1, 0, 1, 1]
+
+    def program(comm):
+        vector = comm.node_vector(90, np.float64)
+        mine = comm.slice_of(90)
+        vector.local[mine] += comm.rank + 1
+        comm.barrier()
+        of_peers = []
+        for peer in range(comm.size):
+            comm.read(vector, peer, lambda array: of_peers.append(array.tolist()))
+        return vector.local.tolist(), of_peers
+
+    # 6 blocks of 16 elements, the last one of 10
+    of_node = {0: [1.0] * 48 + [3.0] * 42, 1: [2.0] * 32 + [4.0] * 32 + [5.0] * 26}
+    for node, (own, of_peers) in zip(nodes, SimulatedWorld(5, nodes=nodes).run(program), strict=True):
+        assert own == of_node[node]
+        assert of_peers == [of_node[other] for other in nodes]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_an_allreduce_sends_the_bytes_of_a_ring(size):
+    def program(comm):
+        vector = comm.vector(30, np.float32)
+        comm.allreduce(vector)
+        comm.allreduce(vector, part=slice(5, 15))
+        comm.reduce_slices(vector, lambda part, addends: None)
+        return comm.statistics.n_exchanges, comm.statistics.bytes_sent
+
+    sent = 2 * (2 * (size - 1) * 120 // size) + 2 * (size - 1) * 40 // size
+    assert SimulatedWorld(size).run(program) == [(3, sent)] * size
+
+
+@pytest.mark.parametrize("wait", ["collective", "condition"])
+def test_waiting_for_a_worker_that_dies_raises(wait):
+    def program(comm):
+        if comm.rank == 1:
+            comm.end_step()
+            world.kill(1)
+            comm.end_step()
+            raise AssertionError("a dead worker runs")
+        with pytest.raises(RankFailed, match="rank 1 died"):
+            comm.barrier() if wait == "collective" else comm.wait_until(lambda: False)
+        return sorted(comm.dead)
+
+    world = SimulatedWorld(3)
+    assert world.run(program) == [[1], None, [1]]
+    assert world.dead == {1}
+
+
+def test_split_communicators_number_the_dead_by_their_own_ranks():
+    parts = []
+
+    def program(comm):
+        parts.append(comm.split(comm.rank % 2))
+
+    world = SimulatedWorld(5)
+    world.run(program)
+    world.kill(3)
+    assert sorted((part.size, sorted(part.dead)) for part in parts) == [(2, [1])] * 2 + [(3, [])] * 3

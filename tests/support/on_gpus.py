@@ -31,10 +31,10 @@ def gpus(n_nodes: int, wanted: str, *, maps: bool = True, proved: tuple[bool, bo
     with pytest.MonkeyPatch.context() as patch, ranks(n_nodes) as host_comm:
         device = install(patch, StandInGpu(maps=maps))
         found = (wanted == "cuda-aware",) * 2 if proved is None else proved
-        patch.setattr(transport, "_proved", lambda world: found)
+        patch.setattr(transport, "_proved", lambda comm: found)
         world = host_comm.world
         world.gpu = device
-        world.transport = transport.choose(world, wanted, device)
+        world.transport = transport.choose(world.ranks, wanted, device)
         comm = MPICommunicator(world)
         with device.exchanging(0):
             yield comm

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 
 Gradient = Callable[[int, np.ndarray], Any]
 
@@ -59,15 +61,16 @@ def ranks(n_nodes: int) -> Iterator[Any]:
     from mpi4py import MPI
 
     from mpitrain.collectives.mpi import MPICommunicator
-    from mpitrain.collectives.world.world import EMULATED_NODES, World
+    from mpitrain.collectives.world.launch import create_world
+    from mpitrain.collectives.world.ranks import EMULATED_NODES
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EMULATED_NODES, str(n_nodes))
-        world = World(MPI.COMM_WORLD.Dup(), "cpu")
+        world = create_world(MPI.COMM_WORLD.Dup())
     comm = MPICommunicator(world)
     yield comm
     world.comm.Barrier()  # no rank still reads
     comm.free()
-    if world._progress is not None:
-        world._progress.stop()
+    if world.progress_thread is not None:
+        world.progress_thread.stop()
     world.free()

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.simulation.engine import Simulation
 
 

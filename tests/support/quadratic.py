@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from mpitrain.algorithms import Method
-from mpitrain.simulation.communicator import SimulatedCommunicator, SimulatedWorld
+from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.engine import Gradient, Simulation
 from mpitrain.simulation.schedules import RoundRobin, Schedule
+from mpitrain.simulation.world import SimulatedWorld
 
 
 def slope(h: Any = 1.0, b: Any = 0.0, *, sigma: float = 0.0, seed: int = 0) -> Gradient:

@@ -1,15 +1,15 @@
-"""A GPU in host memory, for tests where there is none: the code above `kernels.gpu` and `compile.cuda` runs as it is.
+"""A stand-in GPU in host memory, for tests without a GPU: code above `kernels.gpu` and `compile.cuda` runs unchanged.
 
-What is faithful, because errors there are the ones to be found:
+It is faithful in the things that cause errors:
 
-- Work is queued on streams and done when somebody waits for it, never before: who forgets to wait before another
-  process looks, or to order two streams, gets the old bytes, at every run.
-- Arrays speak ``__cuda_array_interface__`` (with an address that MPI can read: a CUDA-aware MPI's path is really run)
-  and refuse what CuPy refuses: to become a NumPy array by themselves, to be assigned one.
-- Memory is mapped by other processes through a handle, as by CUDA IPC.
+- Work is queued on streams and executed only when something waits for it. Code that forgets to wait before another
+  process reads, or to order two streams, sees the old bytes in every run.
+- Arrays have ``__cuda_array_interface__`` (with an address that MPI can read, so the path of a CUDA-aware MPI runs) and
+  refuse what CuPy refuses: implicit conversion to NumPy arrays, and assignment of NumPy arrays.
+- Other processes map memory through a handle, as with CUDA IPC.
 
-What is not: speed, and torch's side. Torch sees the memory as tensors on the host, whose work is done at once; what
-orders it behind an exchange therefore waits for the exchange.
+It is not faithful in speed, nor for torch. Torch sees the memory as host tensors and computes at once, so ordering
+torch after an exchange waits for the exchange.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FOLDER = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettem
 
 
 class Stream:
-    """Work that is done in order, when somebody waits for it."""
+    """A queue of work that is executed in order when something waits for it."""
 
     def __init__(self) -> None:
         self._queue: deque[Callable[[], object]] = deque()
@@ -51,7 +51,7 @@ class Stream:
             self.n_begun += 1
 
     def reach(self, position: int) -> None:
-        """Do what was begun up to a position."""
+        """Execute the work up to a position."""
         with self._lock:
             while self.n_done < position:
                 self._queue.popleft()()
@@ -61,11 +61,11 @@ class Stream:
 Mark = tuple[Stream, int]
 
 _threads = threading.local()
-_numbers = itertools.count()  # of allocations: a name is not used again
+_numbers = itertools.count()  # of allocations: names are not reused
 
 
 def current_stream() -> Stream:
-    """Of this thread."""
+    """Return the current stream of this thread."""
     if not hasattr(_threads, "stream"):
         _threads.stream = Stream()
     stream: Stream = _threads.stream
@@ -74,7 +74,7 @@ def current_stream() -> Stream:
 
 @contextmanager
 def on(stream: Stream) -> Iterator[None]:
-    """Inside, ``stream`` is this thread's."""
+    """Make ``stream`` the current stream of this thread inside the block."""
     before = current_stream()
     _threads.stream = stream
     try:
@@ -84,7 +84,7 @@ def on(stream: Stream) -> Iterator[None]:
 
 
 class DeviceArray:
-    """What is used of a ``cupy.ndarray``, around a NumPy array that nobody else should look at."""
+    """The attributes of a ``cupy.ndarray`` that mpitrain uses, around a NumPy array that only this module may read."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.host = host
@@ -124,11 +124,11 @@ class DeviceArray:
         if function not in (np.zeros_like, np.empty_like):
             raise TypeError(f"numpy.{function.__name__} of device arrays: use a kernel")
         like, *rest = args
-        # CuPy takes the shape 0 for none given.
+        # Like CuPy, treat the shape 0 as not given.
         made = DeviceArray(np.zeros(options.get("shape") or like.shape, options.get("dtype", like.dtype)))
         assert not rest
         if function is np.empty_like:
-            made.host.view(np.uint8).reshape(-1)[...] = 0xA5  # whoever reads it sees that nobody has written it
+            made.host.view(np.uint8).reshape(-1)[...] = 0xA5  # makes reads of unwritten memory visible
         return made
 
     def __getitem__(self, index: Any) -> DeviceArray:
@@ -202,7 +202,7 @@ class _Device:
 
 
 class StandInGpu:
-    """Implements ``kernels.gpu.Gpu``.
+    """A GPU in host memory. Implements ``kernels.gpu.Gpu``.
 
     Args:
         maps: Whether processes can map each other's memory.
@@ -261,7 +261,7 @@ class StandInGpu:
             return self.mark()
 
     def _bytes(self, array: Any) -> np.ndarray:
-        """Of one side of a copy, which a GPU must be able to reach."""
+        """Return the bytes of one side of a copy; host memory must be page-locked."""
         if isinstance(array, DeviceArray):
             return array.host.view(np.uint8)
         assert array.flags.c_contiguous
@@ -301,7 +301,7 @@ class StandInGpu:
             try:
                 yield
             finally:
-                self.synchronize()  # torch's work on the host comes next, and does not wait by itself
+                self.synchronize()  # torch computes on the host next and would not wait
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
@@ -327,7 +327,7 @@ def _open(path: Path, n: int, dtype: Any) -> DeviceArray:
 
 
 def launcher(name: str, equations: Any, storages: Sequence[Any]) -> Callable[..., None]:
-    """What ``kernels.compile.cuda.launcher`` does, by the reference evaluation."""
+    """Replace ``kernels.compile.cuda.launcher`` by deferred calls of the reference."""
     dtypes = [ml_dtypes.bfloat16 if s.name == "bfloat16" else s.name for s in storages]
 
     def launch(arrays: Sequence[DeviceArray], scalars: Sequence[float], size: int, counter: DeviceArray | None) -> None:
@@ -347,12 +347,12 @@ def launcher(name: str, equations: Any, storages: Sequence[Any]) -> Callable[...
 
 @pytest.fixture
 def standin_gpu(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
-    """This process's GPU from now on; `kernels.gpu.current()`."""
+    """Make a stand-in the GPU of this process, `kernels.gpu.current()`, and return it."""
     return install(monkeypatch, StandInGpu())
 
 
 def install(monkeypatch: pytest.MonkeyPatch, device: StandInGpu) -> StandInGpu:
-    """Make a stand-in this process's GPU."""
+    """Make a stand-in the GPU of this process."""
     monkeypatch.setattr(gpu, "_current", device)
     monkeypatch.setattr(cuda, "launcher", launcher)
     return device

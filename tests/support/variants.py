@@ -1,29 +1,29 @@
-"""Each method with each of its choices and switches: what the tests over the whole registry run over."""
+"""Each method with each of its choices and switches, for the tests that run over the whole registry."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from mpitrain import UsageError
 from mpitrain.algorithms import METHODS, Method
+from mpitrain.algorithms.base.settings import Boolean, Choice, settings_of
 
 
 def variants() -> Iterator[tuple[str, Method]]:
-    """A name and a method, exchanging at every second step so that a short run does."""
+    """Yield a name and a method, which exchanges at every second step so that a short run has exchanges."""
     for name, method in METHODS.items():
-        fields = dataclasses.fields(method)
-        chosen = {
-            f.name: f.metadata["choices"] or (False, True)
-            for f in fields
-            if "int" not in f.type and "float" not in f.type
-        }
-        period = {f.name: 2 for f in fields if f.name.endswith("period")}
+        settings = settings_of(method)
+        chosen: dict[str, tuple[Any, ...]] = {}
+        for key, setting in settings.items():
+            if isinstance(setting, Choice):
+                chosen[key] = setting.choices
+            elif isinstance(setting, Boolean):
+                chosen[key] = (False, True)
+        period = {key: 2 for key in settings if key.endswith("period")}
         for values in itertools.product(*chosen.values()):
-            settings: dict[str, Any] = dict(zip(chosen, values, strict=True)) | period
             try:
-                yield "-".join([name, *map(str, values)]), method(**settings)
+                yield "-".join([name, *map(str, values)]), method(**dict(zip(chosen, values, strict=True)), **period)
             except UsageError:
-                continue  # two that exclude each other
+                continue  # two settings that exclude each other

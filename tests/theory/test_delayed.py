@@ -1,4 +1,4 @@
-"""Bounds of the parameter servers against the eigenvalues of their recursions and against the recursions themselves."""
+"""Bounds of parameter servers, checked against eigenvalues and against the recursions themselves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mpitrain import theory
 from mpitrain.errors import UsageError
 
 
-def served_in_turn(p: int, eh: float, tau: int, n_pushes: int, scale: float = 1.0) -> list[float]:
-    """The centers of p workers that push in turn what tau steps changed, times ``scale``, and pull."""
+def round_robin_centers(p: int, eh: float, tau: int, n_pushes: int, scale: float = 1.0) -> list[float]:
+    """Return the centers when p workers in turn push ``scale`` times the displacement of tau steps, and pull."""
     c, pulled, centers = 1.0, [1.0] * p, []
     for k in range(n_pushes):
         i = k % p
@@ -55,13 +55,13 @@ def test_stable_is_a_radius_below_one(p: int, q: float) -> None:
 )
 def test_downpour_at_a_twentieth(p: int, tau: int, stable: bool) -> None:
     assert theory.downpour_is_stable(0.05, p, tau) == stable
-    centers = np.abs(served_in_turn(p, 0.05, tau, 400 * p))
+    centers = np.abs(round_robin_centers(p, 0.05, tau, 400 * p))
     assert (centers[-p:].max() < 1e-3) == stable
     assert (centers[-p:].max() > 1e3) == (not stable)
 
 
 @pytest.mark.parametrize("method", ["downpour", "agn", "dynsgd"])
-def test_the_recursion_is_the_method_served_in_turn(method: str) -> None:
+def test_the_recursion_is_the_method_round_robin_centers(method: str) -> None:
     p, eh, tau = 4, 0.07, 3
     scale = {"downpour": 1.0, "agn": 1 / tau, "dynsgd": 1 / p}[method]
     q = {
@@ -69,7 +69,7 @@ def test_the_recursion_is_the_method_served_in_turn(method: str) -> None:
         "agn": theory.agn_q(eh, tau),
         "dynsgd": theory.dynsgd_q(eh, tau, p),
     }[method]
-    centers = served_in_turn(p, eh, tau, 60, scale)
+    centers = round_robin_centers(p, eh, tau, 60, scale)
     state = np.ones(p)
     for c in centers:
         state = theory.delayed_matrix(q, p) @ state
@@ -97,14 +97,23 @@ def test_largest_period_of_downpour(p: int, eh: float) -> None:
     assert n_stable == min(largest, 30)
 
 
-def test_largest_period_at_its_ends() -> None:
+@pytest.mark.parametrize("p", range(3, 20))
+def test_the_largest_period_excludes_a_period_exactly_at_the_bound(p: int) -> None:
+    for tau in range(1, 40):
+        eh = 1 - (1 - theory.downpour_bound(p)) ** (1 / tau)  # q(tau) is the bound, up to rounding
+        largest = int(theory.downpour_largest_period(p, eh))
+        assert largest == 0 or theory.downpour_is_stable(eh, p, largest)
+        assert not theory.downpour_is_stable(eh, p, largest + 1) or largest == tau - 1
+
+
+def test_largest_period_in_edge_cases() -> None:
     assert theory.downpour_largest_period(2, 0.05) == math.inf
     assert theory.downpour_largest_period(1, 1.5) == math.inf
     assert theory.downpour_largest_period(3, 0.05) == 18  # 0.95^18 = 0.397 > 1 - 0.618 > 0.95^19
     assert theory.downpour_largest_period(3, 0.7) == 0
     assert theory.downpour_largest_period(3, 0.0) == 0
     bound = theory.downpour_bound(5)
-    assert theory.downpour_largest_period(5, bound) == 0  # the bound itself is outside
+    assert theory.downpour_largest_period(5, bound) == 0  # the bound itself is unstable
 
 
 @pytest.mark.parametrize("p", range(1, 65))
@@ -131,18 +140,18 @@ def test_largest_curvature_of_agn(p: int, tau: int) -> None:
 
 @given(p=st.integers(1, 200), tau=st.integers(1, 1000), eh=st.floats(1e-6, 0.999))
 @settings(max_examples=100, deadline=None)
-def test_dynsgd_is_always_stable_when_served_in_turn(p: int, tau: int, eh: float) -> None:
+def test_dynsgd_is_always_stable_when_round_robin_centers(p: int, tau: int, eh: float) -> None:
     assert 0 < theory.dynsgd_q(eh, tau, p) < theory.downpour_bound(p)
 
 
 @pytest.mark.parametrize("wrong", [(0, 1), (3, 0)])
-def test_there_is_a_worker_and_a_step(wrong: tuple[int, int]) -> None:
+def test_workers_and_steps_must_be_positive(wrong: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="at least one"):
         theory.downpour_largest_eh(*wrong)
 
 
 @pytest.mark.parametrize(("p", "delta"), [(1, 0.9), (3, 0.0), (4, 0.6)])
-def test_the_mdownpour_matrix_is_the_method_served_in_turn(p: int, delta: float) -> None:
+def test_the_mdownpour_matrix_is_the_method_round_robin_centers(p: int, delta: float) -> None:
     eh, c, v = 0.03, 1.0, 0.0
     pulled = [1.0] * p
     state = np.array([1.0, 0.0] + [1.0] * p)
@@ -195,7 +204,7 @@ def test_geometric_staleness_by_simulation() -> None:
     assert (np.abs(x.mean(axis=1) - expected) <= tolerance).all()
 
 
-def test_the_equilibrium_is_where_the_worker_stops() -> None:
+def test_the_equilibrium_is_the_limit_of_local_steps() -> None:
     h, rho, eta, minimum, center = 2.0, 5.0, 0.05, 1.0, -0.5
     x = 3.0
     for _ in range(500):
@@ -207,7 +216,7 @@ def test_the_equilibrium_is_where_the_worker_stops() -> None:
     h=st.floats(0.1, 10), eh=st.floats(0.05, 1.5), rho=st.floats(0, 10), x=st.floats(-20, 20), center=st.floats(-5, 5)
 )
 @settings(max_examples=200, deadline=None)
-def test_the_early_exchange_is_at_the_first_step_that_fulfils_the_rule(
+def test_the_early_exchange_is_the_first_step_that_satisfies_the_rule(
     h: float, eh: float, rho: float, x: float, center: float
 ) -> None:
     eta = eh / h

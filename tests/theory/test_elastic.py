@@ -1,4 +1,4 @@
-"""The EASGD family against matrices typed from the algorithms, powers, grids and random draws."""
+"""The EASGD family, checked against matrices written from the algorithms, powers, grids and random draws."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ rates = st.floats(-3, 3)
 
 
 def synchronous_step(x: np.ndarray, c: float, eh: float, alpha: float, center_rate: float) -> tuple[np.ndarray, float]:
-    """EASGD's equations 5 and 6, one step, all from the old values."""
+    """Return one step of EASGD's equations 5 and 6, all from the old values."""
     return x - eh * x - alpha * (x - c), c + center_rate * float(np.sum(x - c))
 
 
 def as_matrix(step, n: int) -> np.ndarray:
-    """The matrix of a linear function of an (n,) vector."""
+    """Return the matrix of a linear function of an (n,) vector."""
     return np.column_stack([step(unit) for unit in np.eye(n)])
 
 
@@ -255,7 +255,7 @@ def test_gauss_seidel_stable_is_a_radius_below_one(eh: float, alpha: float, beta
     assert theory.gauss_seidel_is_stable(eh, alpha, beta) == (max(*radii, abs(1 - eh - alpha)) < 1)
 
 
-def test_the_gauss_seidel_region_holds_the_jacobi_region_and_more() -> None:
+def test_the_gauss_seidel_region_strictly_contains_the_jacobi_region() -> None:
     draws = np.random.default_rng(1).uniform([0, 0, 0], [2, 2, 1], (5000, 3))
     jacobi = np.array([theory.easgd_is_stable(*one) for one in draws])
     gauss_seidel = np.array([theory.gauss_seidel_is_stable(*one) for one in draws])

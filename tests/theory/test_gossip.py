@@ -1,4 +1,4 @@
-"""Contraction of gossip: against all draws that there are, and against Monte Carlo."""
+"""Contraction of gossip, checked against all draws and by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mpitrain.errors import UsageError
 
 
 def pull(x: np.ndarray, peers: np.ndarray) -> np.ndarray:
-    """Everybody averages itself with its peer. x: (n, p), peers: (n, p)."""
+    """Average every worker with its peer. x: (n, p), peers: (n, p)."""
     return (x + np.take_along_axis(x, peers, axis=1)) / 2
 
 
 def push(x: np.ndarray, peers: np.ndarray) -> np.ndarray:
-    """Everybody averages itself with all it received."""
+    """Average every worker with all vectors it received. x: (n, p), peers: (n, p)."""
     total, count = x.copy(), np.ones_like(x)
     rows = np.arange(len(x))
     for i in range(x.shape[1]):
@@ -27,12 +27,12 @@ def push(x: np.ndarray, peers: np.ndarray) -> np.ndarray:
 
 
 def all_draws(p: int) -> np.ndarray:
-    """Every choice of peers, shape ((p-1)^p, p)."""
+    """Return every choice of peers, shape ((p-1)^p, p)."""
     return np.array(list(itertools.product(*[[j for j in range(p) if j != i] for i in range(p)])))
 
 
 def ratios(step, p: int, peers: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """V'/V and the squared shift of the mean over V, one of each draw."""
+    """Return V'/V and the squared shift of the mean over V for each draw."""
     x = np.random.default_rng(seed).normal(size=p)
     v = ((x - x.mean()) ** 2).sum()
     new = step(np.tile(x, (len(peers), 1)), peers)
@@ -79,7 +79,7 @@ def test_pushing_is_slower_than_pulling_and_both_have_a_limit() -> None:
 
 
 @pytest.mark.parametrize("function", [theory.pull_contraction, theory.push_contraction, theory.push_mean_variance])
-def test_nobody_gossips_alone(function) -> None:
+def test_gossip_needs_two_workers(function) -> None:
     with pytest.raises(UsageError, match="two workers"):
         function(1)
 

@@ -1,4 +1,4 @@
-"""Followers and traps: against iteration, gradient flow and finite differences."""
+"""Followers and traps, checked by iteration, gradient flow and finite differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpitrain import theory
 
 @given(eh=st.floats(0, 2), lam=st.floats(-1, 3))
 @settings(max_examples=50, deadline=None)
-def test_a_follower_finds_to_its_leader_where_its_factor_is_below_one(eh: float, lam: float) -> None:
+def test_a_follower_converges_to_its_leader_where_its_factor_is_below_one(eh: float, lam: float) -> None:
     leader, follower = 1.0, 1.5
     new_leader, new_follower = leader - eh * leader, follower - eh * follower - lam * (follower - leader)
     factor = theory.follower_factor(eh, lam)
@@ -22,7 +22,7 @@ def test_a_follower_finds_to_its_leader_where_its_factor_is_below_one(eh: float,
 
 
 @pytest.mark.parametrize(("lam", "rest"), [(0.024, -0.6), (0.026, 1.0), (0.01, -0.8873), (0.02, -0.7236)])
-def test_where_a_follower_in_the_other_well_ends(lam: float, rest: float) -> None:
+def test_the_limit_of_a_follower_in_the_other_well(lam: float, rest: float) -> None:
     eta, leader, follower = 0.1, 0.9, -0.85
     for _ in range(20_000):
         leader, follower = (
@@ -42,7 +42,7 @@ def test_the_gradient_is_the_derivative_of_the_double_well() -> None:
 
 
 def elastic_gradient(s: np.ndarray, rho: float) -> np.ndarray:
-    """The gradient of sum f(x_i) + rho/2 sum (x_i - c)^2 at s = (x_1, ..., x_p, c)."""
+    """Return the gradient of sum f(x_i) + rho/2 sum (x_i - c)^2 at s = (x_1, ..., x_p, c)."""
     x, c = s[:-1], s[-1]
     return np.append(x**3 - x + rho * (x - c), -rho * (x - c).sum())
 

@@ -1,4 +1,4 @@
-"""Variances and moments against Lyapunov equations typed from the algorithms, and against Monte Carlo."""
+"""Variances and moments, checked against Lyapunov equations of the algorithms and by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -123,9 +123,19 @@ def test_no_momentum_on_a_grid_beats_the_critical_one(eh: float) -> None:
     assert min(radii) > radius - 1e-6
 
 
-def test_no_stationary_variance_where_there_is_none() -> None:
+def test_unstable_recursions_have_no_stationary_variance() -> None:
     with pytest.raises(UsageError, match=r"spectral radius is 1\.1"):
         theory.stationary_covariance([[1.1]], [[1.0]])
+
+
+def test_the_strongly_convex_bound_is_the_papers_recursion() -> None:
+    eta, mu, smoothness, sigma, p, alpha, beta = 0.1, 1.0, 4.0, 2.0, 4, 0.2, 0.6
+    matrix, offset = theory.easgd_error_bound(eta, mu, smoothness, sigma, p, alpha, beta)
+    # g1 = 2 * 0.1 * 1 * 4 / 5 = 0.16, g2 = 2 * 0.1 * 4 * (1 - 2 * 2 / 5) = 0.16
+    np.testing.assert_allclose(matrix, [[0.48, 0.16, 0.2], [0, 0.64, 0.2], [0.6, 0, 0.4]], atol=1e-15)
+    np.testing.assert_allclose(offset, [0.01, 0.04, 0], atol=1e-15)
+    matrix, _ = theory.easgd_error_bound(eta, mu, mu, sigma, p, alpha, beta)
+    assert matrix[0, 1] == pytest.approx(0, abs=1e-15)  # with one curvature the mean does not feel the spread
 
 
 def test_errors_stay_below_the_strongly_convex_bound() -> None:

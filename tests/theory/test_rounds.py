@@ -1,4 +1,4 @@
-"""Local SGD, SlowMo, DiLoCo, Parle and SafeguardSGD against the algorithms typed out."""
+"""Local SGD, SlowMo, DiLoCo, Parle and SafeguardSGD, checked against the algorithms written out."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_diloco_matrix_is_nesterovs_step_on_the_outer_gradient() -> None:
         np.testing.assert_allclose(state, [buffer, theta], atol=1e-13)
 
 
-def test_parles_inner_steps() -> None:
+def test_parle_inner_steps() -> None:
     h, coupling, eta, x, y = 1.0, 0.5, 0.1, 1.0, 1.0
     for _ in range(25):
         y -= eta * (h * y + coupling * (y - x))
@@ -97,7 +97,7 @@ def test_parles_inner_steps() -> None:
 
 @given(n_good=st.integers(1, 12), drift=st.floats(0.05, 5), threshold=st.floats(0.1, 10))
 @settings(max_examples=200, deadline=None)
-def test_a_drifting_worker_is_found_at_the_predicted_step(n_good: int, drift: float, threshold: float) -> None:
+def test_a_drifting_worker_is_detected_at_the_predicted_step(n_good: int, drift: float, threshold: float) -> None:
     ratio = 2 * threshold * n_good / drift
     assume(abs(ratio - round(ratio)) > 1e-6)  # a tie is decided by rounding
     step, distance = 0, 0.0
@@ -108,7 +108,7 @@ def test_a_drifting_worker_is_found_at_the_predicted_step(n_good: int, drift: fl
     assert theory.safeguard_detection_step(drift, threshold, n_good, window=step - 1) is None
 
 
-def test_detection_at_its_ends() -> None:
+def test_detection_in_edge_cases() -> None:
     assert theory.safeguard_detection_step(1.0, 2.0, 5) == 21  # 20 steps reach 2 * 2 exactly, which is not beyond it
     assert theory.safeguard_detection_step(0.0, 2.0, 5) is None
     with pytest.raises(UsageError, match="threshold"):

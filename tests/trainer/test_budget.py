@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mpitrain.trainer.budget import LONGEST_WITHOUT_A_COUNT_SECONDS, Budget
+from mpitrain.trainer.budget import MAX_SECONDS_BETWEEN_COUNTS, Budget, Calendar
 from mpitrain.trainer.config import TrainConfig
+
+
+def calendar(*, steps_per_epoch=11, **options):
+    budget = Budget(TrainConfig(**options), steps_per_epoch=steps_per_epoch, n_ranks=4, synchronous=False)
+    return Calendar(TrainConfig(**options), budget, steps_per_epoch=steps_per_epoch)
 
 
 def budget(*, synchronous=False, n_ranks=4, steps_per_epoch=11, **options):
@@ -62,23 +67,23 @@ def test_gradients_are_counted_seldom_and_their_end_is_seen_at_the_first_step_af
     pace = (1 + others) / step_seconds
     reached, seen, n_counts = end_and_counts(round(pace * seconds) + 1, lambda t: int(pace * t), step_seconds)
     assert seen == reached
-    assert n_counts < 40 + seconds / LONGEST_WITHOUT_A_COUNT_SECONDS
+    assert n_counts < 40 + seconds / MAX_SECONDS_BETWEEN_COUNTS
 
 
 def test_ranks_that_become_faster_are_noticed_soon():
     reached, seen, _ = end_and_counts(100_000, lambda t: 10 * t if t < 60 else 600 + 1e6 * (t - 60), 0.001)
-    assert seen < reached + LONGEST_WITHOUT_A_COUNT_SECONDS + 0.002
+    assert seen < reached + MAX_SECONDS_BETWEEN_COUNTS + 0.002
     reached, seen, _ = end_and_counts(1000, lambda t: 0 if t < 0.05 else 1e5 * (t - 0.05), 0.001)
     assert seen < reached + 0.05 + 0.002  # no longer than has been counted: the first steps of others take long
 
 
 def test_evaluations_and_checkpoints_come_every_epoch_unless_asked_otherwise_and_never_at_the_end():
-    epochs = budget(epochs=2.0)
-    assert [step for step in range(1, 23) if epochs.evaluates(step, 0.0)] == [11]
-    assert [step for step in range(1, 23) if epochs.saves(step)] == [11]
-    asked = budget(steps=9, evaluate_every=2, checkpoint_every=3)
-    assert [step for step in range(1, 10) if asked.evaluates(step, 0.0)] == [2, 4, 6, 8]
-    assert [step for step in range(1, 10) if asked.saves(step)] == [3, 6]
-    assert not any(budget(steps=9, checkpoint_every=0).saves(step) for step in range(1, 10))
-    timed = budget(steps=9, evaluate_seconds=0.5)
-    assert [timed.evaluates(1, seconds) for seconds in (0.4, 0.5)] == [False, True]
+    epochs = calendar(epochs=2.0)
+    assert [step for step in range(1, 23) if epochs.evaluation_is_due(step, 0.0)] == [11]
+    assert [step for step in range(1, 23) if epochs.checkpoint_is_due(step)] == [11]
+    asked = calendar(steps=9, evaluate_every=2, checkpoint_every=3)
+    assert [step for step in range(1, 10) if asked.evaluation_is_due(step, 0.0)] == [2, 4, 6, 8]
+    assert [step for step in range(1, 10) if asked.checkpoint_is_due(step)] == [3, 6]
+    assert not any(calendar(steps=9, checkpoint_every=0).checkpoint_is_due(step) for step in range(1, 10))
+    timed = calendar(steps=9, evaluate_seconds=0.5)
+    assert [timed.evaluation_is_due(1, seconds) for seconds in (0.4, 0.5)] == [False, True]

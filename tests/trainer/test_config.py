@@ -8,9 +8,8 @@ import json
 import pytest
 
 from mpitrain.errors import UsageError
-from mpitrain.trainer.config import DEFAULT_EPOCHS, TrainConfig, average_of, method_of, warnings_of
-
-BUDGETS = ("epochs", "steps", "gradients", "minutes")
+from mpitrain.trainer.config import BUDGETS, DEFAULT_EPOCHS, TrainConfig
+from mpitrain.trainer.plan import RunPlan
 
 
 def test_without_a_budget_there_is_the_default_one():
@@ -56,7 +55,7 @@ def test_a_straggler_is_slower(factor):
 
 
 def test_sampling_is_one_of_two():
-    with pytest.raises(UsageError, match="independent or sharded, not 'random'"):
+    with pytest.raises(UsageError, match="one of independent, sharded, not 'random'"):
         TrainConfig(sampling="random")
 
 
@@ -82,22 +81,25 @@ def test_a_new_budget_replaces_the_old_one(budget, tmp_path):
 
 
 def test_momentum_belongs_to_whoever_makes_the_update():
-    assert method_of(TrainConfig(algorithm="eamsgd", momentum=0.5)).momentum == 0.5
-    assert method_of(TrainConfig(algorithm="eamsgd", settings={"momentum": "0.7"})).momentum == 0.7
-    assert method_of(TrainConfig(algorithm="easgd", momentum=0.5)) == method_of(TrainConfig(algorithm="easgd"))
+    assert RunPlan.of(TrainConfig(algorithm="eamsgd", momentum=0.5)).method.momentum == 0.5
+    assert RunPlan.of(TrainConfig(algorithm="eamsgd", momentum=0.5)).base_momentum == 0
+    assert RunPlan.of(TrainConfig(algorithm="eamsgd", settings={"momentum": "0.7"})).method.momentum == 0.7
+    easgd, default = (RunPlan.of(TrainConfig(algorithm="easgd", momentum=value)) for value in (0.5, None))
+    assert easgd.method == default.method
+    assert (easgd.base_momentum, default.base_momentum) == (0.5, 0.9)
     with pytest.raises(UsageError, match=r"--momentum or --set momentum=\.\.\., not both"):
-        method_of(TrainConfig(algorithm="eamsgd", momentum=0.5, settings={"momentum": "0.7"}))
+        RunPlan.of(TrainConfig(algorithm="eamsgd", momentum=0.5, settings={"momentum": "0.7"}))
 
 
 def test_an_average_is_named():
-    assert average_of(TrainConfig()) is None
-    assert average_of(TrainConfig(average="moving:0.5")).rate == 0.5
+    assert RunPlan.of(TrainConfig()).average is None
+    assert RunPlan.of(TrainConfig(average="moving:0.5")).average.rate == 0.5
     with pytest.raises(UsageError, match=r"average: kind must be one of polyak, moving, not .median"):
-        TrainConfig(average="median")
+        RunPlan.of(TrainConfig(average="median"))
 
 
 def test_settings_outside_a_proven_region_are_warned_of():
-    assert warnings_of(TrainConfig(settings={"moving_rate": "0.2"}), n_workers=4) == []
-    (text,) = warnings_of(TrainConfig(settings={"moving_rate": "0.5"}), n_workers=4)
+    assert RunPlan.of(TrainConfig(settings={"moving_rate": "0.2"})).warnings(n_workers=4) == []
+    (text,) = RunPlan.of(TrainConfig(settings={"moving_rate": "0.5"})).warnings(n_workers=4)
     assert "moving_rate" in text
     assert "0.225" in text  # 0.9/p would be inside

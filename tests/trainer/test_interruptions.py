@@ -134,5 +134,5 @@ def test_a_run_that_is_stopped_without_a_folder_says_so(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 3
-    assert output.startswith("stopped at step ")
+    assert output.startswith("mpitrain: stopped at step ")
     assert output.endswith("; to continue is not possible: there was no --out\n")

@@ -13,7 +13,7 @@ import pytest
 from support import small_models
 
 from mpitrain import DistributedOptimizer
-from mpitrain.algorithms.elastic.method import AsynchronousCenter
+from mpitrain.algorithms.elastic.center import AsynchronousCenter
 from mpitrain.records import checkpoint
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator

@@ -56,8 +56,8 @@ def test_what_is_said_too_often_is_left_out_but_not_the_end(clock, capsys):
     bar = Progress("easgd", gradients=200, seconds=None, done=0, show=True)
     for epoch in range(100):
         clock.now += 0.01
-        bar.say(f"epoch {epoch}")
-    bar.say("the end", last=True)
+        bar.note(f"epoch {epoch}")
+    bar.note("the end", last=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "epoch 0"
     assert lines[-1] == "the end"
@@ -68,7 +68,7 @@ def test_other_ranks_are_silent(clock, capsys):
     bar = Progress("easgd", gradients=200, seconds=None, done=0, show=False)
     clock.now += 100
     update(bar, gradients=100)
-    bar.say("epoch 1", last=True)
+    bar.note("epoch 1", last=True)
     bar.close()
     assert capsys.readouterr() == ("", "")
 
@@ -77,7 +77,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     bar = Progress("easgd", gradients=200, seconds=None, done=50, show=True)
     update(bar, gradients=100)
-    bar.say("epoch 1")
+    bar.note("epoch 1")
     update(bar, gradients=400)  # asynchronous ranks overshoot
     bar.close()
     err = capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_metrics_that_cannot_be_read_do_not_keep_a_run_from_going_on(world, go, 
         os.truncate(folder / "metrics.h5", 2000)
     world.barrier()
     assert go(TrainConfig(algorithm="allreduce"), "run", resume=True, steps=20)["steps"] == 20
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "it is metrics.h5.damaged-2 now" in line]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "it is renamed to metrics.h5.damaged-2" in line]
     assert len(warnings) == (world.rank == 0)
     world.barrier()
     assert (folder / "metrics.h5.damaged-2").stat().st_size == 2000

@@ -98,7 +98,7 @@ def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: list
     done = train(3, 1, "--algorithm", *method, "--minutes", "100")
     assert done.returncode == 1, done.output
     assert "mpitrain: rank 1 of 3 died" in done.output
-    assert "rank 1 died, and who waits for it cannot go on: start again from the newest checkpoint" in done.output
+    assert "rank 1 died, and ranks that wait for it cannot go on: start again from the newest checkpoint" in done.output
     assert "Traceback" not in done.output
 
 

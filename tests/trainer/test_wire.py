@@ -68,7 +68,7 @@ def test_a_state_that_is_loaded_owes_nothing():
         model = nn.Linear(8, 30)
         base = torch.optim.SGD(model.parameters(), lr=1e-3)
         with DistributedOptimizer(base, model, EASGD(period=1), world=comm.world, wire="int8") as optimizer:
-            residuals = optimizer._worker._center._c._blocks._residuals
+            residuals = optimizer._parts.replica.worker._center.vector._blocks.residuals
             for _ in range(3):
                 step(optimizer, model, comm.rank)
             comm.barrier()

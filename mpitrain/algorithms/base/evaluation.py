@@ -1,4 +1,4 @@
-"""The mean of what several workers hold, for evaluation."""
+"""The mean of several workers' vectors, for evaluation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Read = Callable[[int, Callable[[Any], object]], object]
 
 
 def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
-    """Write the mean of the vectors of all workers that live, as they are now, to ``out`` (n,). Local."""
+    """Write the mean of the present vectors of all alive workers to ``out`` (n,). Local."""
     mean_of(alive_ranks(comm), lambda peer, fn: comm.read(vector, peer, fn), out)
 
 
 def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int], float] = lambda peer: 1.0) -> None:
-    """Write the mean of the peers' vectors that are finite to ``out`` (n,), NaN if none is. Local.
+    """Write the weighted mean of the peers' finite vectors to ``out`` (n,), or NaN if none is finite. Local.
 
     Args:
-        peers: Whose vectors.
-        read: Calls a function with one of them.
-        out: In whatever precision; the sum is made in float32 at least.
-        weight_of: Of a peer in the mean, asked just before its vector is read.
+        peers: The ranks to average over.
+        read: Calls a function with the vector of one of them.
+        out: In any precision; the sum is made in float32 at least.
+        weight_of: Returns a peer's weight; called just before its vector is read.
     """
     dtype = kernels.accumulator(out.dtype)
     total = out if out.dtype == dtype else np.zeros_like(out, dtype=dtype)
@@ -44,7 +44,7 @@ def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int
 
 
 def _sum_of_finite(peers: Sequence[int], read: Read, total: Any, weight_of: Callable[[int], float]) -> float:
-    """Add up those vectors that are finite as a whole; returns the sum of their weights."""
+    """Add up the vectors whose elements are all finite; return the sum of their weights."""
     total[...] = 0
     one, weight = np.empty_like(total), 0.0
     for peer in peers:

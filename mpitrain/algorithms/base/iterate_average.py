@@ -1,10 +1,10 @@
-"""A running average of the iterates, beside any method: evaluated instead of them, and never fed back.
+"""A running average of the iterates of any method: it is evaluated in their place and never fed back.
 
     z <- (1 - a_t)*z + a_t*x_t      a_t = 1/t   (Polyak: z_t is the mean of x_1, ..., x_t)
                                     a_t = a     (moving average)
 
-The two are the ASGD and MVASGD of Zhang's comparisons when the method is SGD on one worker. The mean of the iterates
-has a variance that does not depend on the learning rate, so the steps may stay long.
+With SGD on one worker these are the ASGD and MVASGD of Zhang's comparisons. The variance of the mean of the iterates
+does not depend on the learning rate, so the steps may stay long.
 
 Source: Polyak, Juditsky, Acceleration of stochastic approximation by averaging, 1992; Ruppert 1988; as run by Zhang,
 Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, section 5.
@@ -12,34 +12,35 @@ Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, Worker
 from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import UsageError
 
 KINDS = ("polyak", "moving")
 SOURCES = ("workers", "consensus")
 DEFAULT_RATE = 0.001
-"""Of the moving average; that of Zhang, Choromanska and LeCun for MVADOWNPOUR."""
+"""The rate of the moving average; the value of Zhang, Choromanska and LeCun for MVADOWNPOUR."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """What to average, and how.
+    """A kind of running average.
 
     Args:
         kind: ``polyak``: the mean of all iterates; ``moving``: an exponential moving average.
-        rate: a, of the moving average; its memory is about 1/a steps.
-        source: ``workers``: every worker averages its own parameters, and their mean is evaluated: one pass over the
-            vector a step. ``consensus``: worker 0, or the first that lives, averages what the method evaluates, once
-            each of its steps: for a center that is a read of all its shards, for gossip one of all workers.
+        rate: a, the rate of the moving average; its memory is about 1/a steps.
+        source: ``workers``: every worker averages its own parameters, and the mean of these averages is evaluated; it
+            costs one pass over the vector per step. ``consensus``: the first alive worker averages what the method
+            evaluates, at each of its own steps; with a center that is a read of all shards, with gossip of all workers.
 
     Example:
         >>> Average("moving", 0.01).rate_at(7)
@@ -62,10 +63,10 @@ class Average:
 
     @classmethod
     def parse(cls, text: str) -> Average:
-        """``polyak`` or ``moving``, then perhaps ``:RATE`` and ``:consensus``, as the command line gives it.
+        """Return the average that the command line asks for: ``KIND[:RATE][:consensus]``.
 
         Raises:
-            UsageError: With what is wrong.
+            UsageError: The text is something else.
         """
         kind, *rest = text.split(":")
         source = SOURCES[0]
@@ -80,32 +81,34 @@ class Average:
         return cls(kind, rate, source)
 
     def rate_at(self, t: int) -> float:
-        """a_t of step t = 1, 2, ..."""
+        """Return a_t of step t = 1, 2, ..."""
         return 1.0 / t if self.kind == "polyak" else self.rate
 
     def wrap(self, worker: Worker, replica: Replica) -> Worker:
-        """The worker, with an average beside it. Collective."""
+        """Return a worker that makes the steps of ``worker`` and averages. Collective."""
         return AveragedWorker(self, worker, replica)
 
 
 class AveragedWorker(Worker):
-    """A worker of any method and its average z.
+    """A worker of any method, with the running average z.
 
     Args:
-        average: What to average.
-        worker: Of the method; it never learns of the average.
-        replica: What it works on.
+        average: The kind of average.
+        worker: The worker of the method, which does not know of the average.
+        replica: The replica that the worker was made from.
     """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_worker", "_average_of_iterates")
 
     def __init__(self, average: Average, worker: Worker, replica: Replica) -> None:
         super().__init__(replica)
         self._average, self._worker = average, worker
         self._first = 0
         x = self.x.local
-        self._z = self.comm.vector(x.size, kernels.accumulator(x.dtype))
+        self._average_of_iterates = self.comm.vector(x.size, kernels.accumulator(x.dtype))
         self._evaluated = np.zeros_like(x) if average.source == "consensus" else None
-        self._z.local[...] = x
-        kernels.elastic_pull(self._z.local[:0], x[:0], 1.0)  # compiled before the first step
+        self._average_of_iterates.local[...] = x
+        kernels.elastic_pull(self._average_of_iterates.local[:0], x[:0], 1.0)  # compiled before the first step
         self.comm.barrier()
 
     def step(
@@ -114,7 +117,7 @@ class AveragedWorker(Worker):
         local_update: Callable[[], object] | None,
         loss: float | None = None,
     ) -> bool:
-        """The method's step, then z <- (1 - a)*z + a*x; what is not finite is left out of it."""
+        """Make the method's step, then z <- (1 - a)*z + a*x with the finite elements of x."""
         found_nonfinite = self._worker.step(group_slices, local_update, loss)
         self.t = self._worker.t
         source = self.x.local
@@ -123,56 +126,45 @@ class AveragedWorker(Worker):
                 return found_nonfinite
             self._worker.consensus(self._evaluated)
             source = self._evaluated
-        kernels.elastic_pull(self._z.local, source, self._average.rate_at(self.t))
+        kernels.elastic_pull(self._average_of_iterates.local, source, self._average.rate_at(self.t))
         return found_nonfinite
 
     def _averager(self) -> int:
-        """Who averages what the method evaluates: the first that lives. It goes on from what the dead one had."""
+        """Return the worker that averages the consensus, the first alive one; it takes over from one that has died."""
         first = alive_ranks(self.comm)[0]
         if self.comm.rank == first != self._first:
-            self.comm.read(self._z, self._first, lambda z: kernels.copy(self._z.local, z))
+            own = self._average_of_iterates.local
+            self.comm.read(self._average_of_iterates, self._first, lambda z: kernels.copy(own, z))
         self._first = first
         return first
 
     def gradient_ready(self, layer: int) -> bool:
-        """The method's."""
+        """Pass on to the method."""
         return self._worker.gradient_ready(layer)
 
     def begin_ready(self) -> None:
-        """The method's."""
+        """Pass on to the method."""
         self._worker.begin_ready()
 
     def gradient_complete(self) -> None:
-        """The method's."""
+        """Pass on to the method."""
         self._worker.gradient_complete()
 
     def consensus(self, out: Any) -> None:
-        """The average: the mean of all workers', or that of the first that lives. Local."""
+        """Write the average: the mean of all workers', or that of the first alive worker. Local."""
         if self._evaluated is not None:
-            self.comm.read(self._z, alive_ranks(self.comm)[0], lambda z: kernels.copy(out, z))
+            self.comm.read(self._average_of_iterates, alive_ranks(self.comm)[0], lambda z: kernels.copy(out, z))
             return
-        mean_of_workers(self.comm, self._z, out)
+        mean_of_workers(self.comm, self._average_of_iterates, out)
 
     def wait(self) -> None:
-        """The method's."""
+        """Wait for the method's background operations. Local."""
         self._worker.wait()
 
     def finalize(self) -> None:
-        """The method's."""
+        """Pass on to the method. Local."""
         self._worker.finalize()
 
     def metrics(self) -> dict[str, float]:
-        """The method's."""
+        """Return the method's metrics. Local."""
         return self._worker.metrics()
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The method's, and z."""
-        yield from self._worker.state()
-        yield "average_of_iterates", self._z.local
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        self._worker.load(state)
-        self.t = self._worker.t
-        kernels.assign(self._z.local, state["average_of_iterates"])
-        self.comm.barrier()

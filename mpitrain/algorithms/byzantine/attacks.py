@@ -1,13 +1,12 @@
-"""Attacks on training: what Byzantine workers send instead of their gradients. For tests and studies.
+"""Attacks: what Byzantine workers send in place of their gradients, for tests and studies.
 
     gradient = Attacked(gradient, size=10, attackers=[6, 7, 8, 9], attack=variance(0.3))
     Simulation(SafeguardSGD(), SimulatedWorld(10), gradient, start, learning_rate)
 
-An attack is a function: from the gradients that the attackers would have sent if they were honest, (k, n), and those of
-the honest workers in the same step, (h, n), it makes what the attackers send, (k, n). It knows everything (an
-omniscient adversary), whether it uses it or not.
+An attack is a function of the gradients that the attackers would send if they were honest, (k, n), and those of the
+honest workers in the same step, (h, n). It returns what the attackers send, (k, n). The adversary is omniscient.
 
-``flip_labels`` is an attack on the data: train the attackers' gradients on what it returns.
+``flip_labels`` is an attack on the data: compute the attackers' gradients with the labels that it returns.
 
 Sources: Allen-Zhu, Ebrahimianghazani, Li, Alistarh, Byzantine-Resilient Non-Convex Stochastic Gradient Descent, 2021,
 https://arxiv.org/abs/2012.14368, section 5 (which attacks, and their parameters); Baruch, Baruch, Goldberg, A Little Is
@@ -23,26 +22,26 @@ from typing import Any
 import numpy as np
 
 Attack = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""``attack(own, honest)``: (k, n) what the attackers send, from their own gradients (k, n) and the others' (h, n)."""
+"""``attack(own, honest)``: return what the attackers send (k, n), from their own and the honest gradients."""
 
 
 def sign_flip(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """-g_i"""
+    """Send -g_i."""
     return -own
 
 
 def zero(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """0"""
+    """Send 0."""
     return np.zeros_like(own)
 
 
 def scaled_negative(factor: float = 0.4) -> Attack:
-    """-factor*g_i: the sign flip made small enough to stay within a safeguard's thresholds (``safeguard attack``)."""
+    """Return the attack -factor*g_i, small enough to stay within a safeguard's thresholds (``safeguard attack``)."""
     return lambda own, honest: -factor * own
 
 
 def variance(z: float = 0.3) -> Attack:
-    """mean - z*std of the honest gradients, of each coordinate: hardly ever an outlier, always on the same side."""
+    """Return the attack mean - z*std of the honest gradients, by coordinate: rarely an outlier, always on one side."""
 
     def shifted(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
         return np.broadcast_to(honest.mean(axis=0) - z * honest.std(axis=0), own.shape)
@@ -51,7 +50,7 @@ def variance(z: float = 0.3) -> Attack:
 
 
 class Delayed:
-    """g_i of ``delay`` steps before; the present one until there is one so old.
+    """The attack g_i of ``delay`` steps before; until then the present g_i.
 
     Args:
         delay: D, steps; 1000 in the paper.
@@ -67,21 +66,21 @@ class Delayed:
 
 
 def flip_labels(labels: np.ndarray, n_classes: int = 10) -> np.ndarray:
-    """l -> n_classes - 1 - l"""
+    """Return n_classes - 1 - l for each label l."""
     return n_classes - 1 - labels
 
 
 class Attacked:
-    """``gradient(rank, x)`` of workers of whom some are Byzantine; for synchronous methods.
+    """A gradient function ``gradient(rank, x)`` with Byzantine workers, for synchronous methods.
 
-    In each step the first worker that asks has all gradients computed, at its own ``x``, which is everybody's in a
-    synchronous method.
+    In each step the first call computes the gradients of all workers, at its own ``x``: in a synchronous method all are
+    equal.
 
     Args:
-        gradient: ``gradient(rank, x)`` of each worker if it is honest.
+        gradient: The ``gradient(rank, x)`` of an honest worker.
         size: m, the number of workers.
-        attackers: Their ranks.
-        attack: What they send.
+        attackers: The ranks of the Byzantine workers.
+        attack: The attack.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Attacked:
         self._asked: set[int] = set(range(size))
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
-        """(n,) what this worker sends."""
+        """Return what this worker sends (n,)."""
         if rank in self._asked:  # a new step
             self._asked.clear()
             self._sent = np.stack([self._gradient(peer, x) for peer in range(self._size)])

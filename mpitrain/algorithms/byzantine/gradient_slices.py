@@ -1,18 +1,18 @@
-"""Every worker's gradient in view, a slice of it at each worker: robust aggregation without a master.
+"""Slices of all workers' gradients: robust aggregation without a master.
 
-    1. collect   worker k copies slice k of all gradients from the windows of their owners
-    2. total     what was found in the slices (distances, elements that are no numbers) is summed over them; the same
-                 bits on every worker, so that all come to the same decision
-    3. share     worker k has put slice k of the aggregate where its gradient was; all-reduce of vectors that are 0
-                 elsewhere carries it to all, without a rounding
+    1. collect   worker k copies slice k of all gradients from the memory of their owners
+    2. total     what was found in the slices (distances, non-finite elements) is summed over them; the same bits on
+                 every worker, so that all make the same decision
+    3. share     worker k has put slice k of the aggregate in the place of its gradient; an all-reduce of vectors that
+                 are 0 elsewhere distributes it without rounding
 
     g_0  |--- 0 ---|--- 1 ---|--- 2 ---|
     g_1  |--- 0 ---|--- 1 ---|--- 2 ---|      worker 1 works on column 1, and has memory for it only
     g_2  |--- 0 ---|--- 1 ---|--- 2 ---|
 
-The aggregate of a slice is computed once and copied, so it cannot differ between workers. Whoever owns a slice is
-trusted with it: this is protection from bad gradients (of bad data, bad hardware, a diverged or hostile computation),
-not from a rank that breaks the protocol.
+The aggregate of a slice is computed once and copied, so it cannot differ between workers. The owner of a slice is
+trusted with it: this protects from bad gradients (by bad data, bad hardware, a diverged or hostile computation), not
+from a rank that breaks the protocol.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ COMMUNICATION = "3(p-1)/p (slices of all gradients, then an all-reduce)"
 
 
 class GradientSlices:
-    """One worker's slice of everybody's gradients. Collective.
+    """One worker's slice of all workers' gradients. Collective to create.
 
     Args:
-        comm: The workers.
-        g: (n,) the gradient of each.
-        extra: Further rows, for vectors of the method's own that are compared with gradients.
+        comm: The communicator of the workers.
+        g: (n,) the gradient of each worker.
+        extra: Further rows, for the method's own vectors that are compared with gradients.
 
     Attributes:
-        part: Where the slice lies.
+        part: The position of the slice.
         mine: This worker's gradient there, which becomes the aggregate.
-        rows: (size + extra, length) a row for each worker; 0 where a gradient is not finite.
+        rows: (size + extra, length) one row per worker; 0 where a gradient is not finite.
     """
 
     def __init__(self, comm: Communicator, g: Vector, extra: int = 0) -> None:
@@ -52,24 +52,24 @@ class GradientSlices:
         kernels.receive(self.rows.values[0, :0], g.local[:0])  # compiled before the first step
 
     def collect(self, whose: Iterable[int]) -> np.ndarray:
-        """Copy the slices of these workers. Collective; their owners must wait for ``total`` before they write.
+        """Copy the slices of these workers. Collective; gradients must not change until ``total`` returns.
 
         Returns:
-            (size,) how many elements of each are not finite, in this slice.
+            (size,) the number of non-finite elements of each worker, in this slice.
         """
         n_bad = np.zeros(self._comm.size)
-        self._comm.barrier()  # all gradients are there
+        self._comm.barrier()  # all gradients are complete
         for peer in whose:
             self._comm.read(self._g, peer, lambda g, peer=peer: self._copy(peer, g, n_bad))  # type: ignore[misc]
         self._comm.statistics.n_nonfinite += int(n_bad.sum())
         return n_bad
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum of numbers found in each slice, the same bits on every worker. Collective."""
+        """Return the sum over all slices of numbers found in each, the same bits on every worker. Collective."""
         return np.add.reduce(self._comm.gather(values.tolist()), axis=0)
 
     def share(self) -> None:
-        """Everybody's gradient becomes the aggregate, of which each has put its slice in ``mine``. Collective."""
+        """Replace every worker's gradient by the aggregate, whose slices are in ``mine``. Collective."""
         self._g.local[: self.part.start] = 0
         self._g.local[self.part.stop :] = 0
         self._comm.allreduce(self._g)

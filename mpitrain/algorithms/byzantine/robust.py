@@ -1,4 +1,4 @@
-"""Robust rules without a memory: one gradient from those of all workers, some of which may be anything.
+"""Robust aggregation rules without memory: one gradient from those of all workers, some of which may be arbitrary.
 
     mean                (1/m) sum_i g_i
     median              of each coordinate
@@ -7,9 +7,9 @@
     geometric_median    argmin_y sum_i ||y - g_i||
     centered_clipping   v <- v + (1/m) sum_i (g_i - v) * min(1, r/||g_i - v||),  v = the aggregate of the step before
 
-for m workers, f of them Byzantine. The local update is any torch optimizer's, with the aggregate as gradient; all
-workers take the same one, so that their parameters stay equal to the last bit. A gradient that is not finite is left
-out, whatever the rule.
+for m workers, f of them Byzantine. The local update is any torch optimizer's, with the aggregate as its gradient; all
+workers use the same one, so that their parameters stay equal to the last bit. Every rule leaves out gradients that are
+not finite.
 
 Source: Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning, 2018, https://arxiv.org/abs/1803.01498
 (median, trimmed mean); Blanchard, El Mhamdi, Guerraoui, Stainer, Machine Learning with Adversaries, 2017,
@@ -17,48 +17,54 @@ https://arxiv.org/abs/1703.02757 (Krum); Pillutla, Kakade, Harchaoui, Robust Agg
 https://arxiv.org/abs/1912.13445 (geometric median by smoothed Weiszfeld steps); Karimireddy, He, Jaggi, Learning from
 History for Byzantine Robust Optimization, 2021, https://arxiv.org/abs/2012.10333 (centered clipping).
 
-Krum, the geometric median and centered clipping return a weighted mean of the gradients (and v), with weights that
-follow from all pairwise distances: they are chosen among m numbers, whatever the size of the model.
+Krum, the geometric median and centered clipping return a weighted mean of the gradients (and v). The weights follow
+from all pairwise distances, which are m^2 numbers, whatever the size of the model.
 
-Deviations: the workers of centered clipping send gradients and not momenta, so that all rules see the same; its radius
-r, where it is not given, is the median of the distances from v, which is ours.
+Deviations: in centered clipping workers send gradients and not momenta, so that all rules aggregate the same vectors;
+the default of its radius r, the median of the distances from v, is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.byzantine.gradient_slices import COMMUNICATION, GradientSlices
 from mpitrain.errors import UsageError
 
 RULES = ("mean", "median", "trimmed_mean", "krum", "geometric_median", "centered_clipping")
 WEISZFELD_STEPS = 50
-"""At most, and until no weight changes by more than this:"""
+"""The largest number of steps; they end earlier when no weight changes by more than the tolerance."""
 WEISZFELD_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class RobustSGD(Method):
-    """All-reduce SGD with a robust rule in place of the mean, for when some workers may send wrong gradients.
+    """All-reduce SGD with a robust rule in place of the mean, for workers that may send wrong gradients.
 
-    Each step is judged by itself, so an error that is small beside the noise of a step is not seen, however steady it
-    is; ``SafeguardSGD`` sees it.
+    Each step is judged by itself, so an error that is small compared with the noise of a step is not detected, even if
+    it is steady; ``SafeguardSGD`` detects it.
 
     Args:
-        rule: Which; see above.
-        n_byzantine: f, the number of bad workers to reckon with (trimmed mean, Krum); the most Krum allows,
-            2f + 2 < m, when it is not given.
-        clip_radius: r of centered clipping; the median of the distances from v when it is not given.
+        rule: The rule; see above.
+        n_byzantine: f, the number of bad workers to expect (trimmed mean, Krum); by default the largest that Krum
+            allows, 2f + 2 < m.
+        clip_radius: r of centered clipping; by default the median of the distances from v.
     """
 
-    rule: str = setting("median", "how one gradient is made of all", choices=RULES)
-    n_byzantine: int | None = setting(None, "f, bad workers to reckon with; the most Krum allows when not given", low=0)
-    clip_radius: float | None = setting(None, "r of centered clipping; the median distance when not given", above=0)
+    rule: str = choice("median", "how one gradient is made of all", RULES)
+    n_byzantine: int | None = integer(
+        None, "f, bad workers to reckon with; the most Krum allows when not given", low=0, optional=True
+    )
+    clip_radius: float | None = number(
+        None, "r of centered clipping; the median distance when not given", above=0, optional=True
+    )
 
     name: ClassVar[str] = "robust"
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
@@ -67,10 +73,10 @@ class RobustSGD(Method):
     on_host: ClassVar[bool] = True
 
     def tolerated(self, size: int) -> int:
-        """f among ``size`` workers.
+        """Return f for ``size`` workers.
 
         Raises:
-            UsageError: When the rule cannot work with as many as were given.
+            UsageError: The rule does not work with as many bad workers.
         """
         if self.n_byzantine is None:
             return max((size - 3) // 2, 0)
@@ -82,14 +88,14 @@ class RobustSGD(Method):
         return self.n_byzantine
 
     def worker(self, replica: Replica) -> RobustWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return (ClippingWorker if self.rule == "centered_clipping" else RobustWorker)(self, replica)
 
 
 class RobustWorker(Worker):
-    """No state but the parameters."""
+    """A worker with a slice of all gradients."""
 
-    n_extra = 0  # rows beside those of the gradients
+    n_extra = 0  # rows after those of the gradients
 
     def __init__(self, method: RobustSGD, replica: Replica) -> None:
         super().__init__(replica)
@@ -114,20 +120,20 @@ class RobustWorker(Worker):
         slices.share()
 
     def consensus(self, out: Any) -> None:
-        """Any worker's parameters: they are equal. Local."""
+        """Write this worker's parameters: all are equal. Local."""
         out[...] = self.x.local
 
     def _middle(self, who: np.ndarray) -> None:
-        """The rules that look at each coordinate by itself; 0 where nobody is left."""
+        """Apply a rule to each coordinate by itself; the aggregate is 0 if no worker is left."""
         if not len(who):
             self._slices.mine[...] = 0
             return
         most = (len(who) - 1) // 2
         n_cut = {"mean": 0, "median": most, "trimmed_mean": min(self._n_byzantine, most)}[self._method.rule]
-        self._slices.rows.middle_mean(who, n_cut, self._slices.mine)
+        self._slices.rows.trimmed_mean(who, n_cut, self._slices.mine)
 
     def _weights(self, squares: np.ndarray, who: np.ndarray) -> np.ndarray:
-        """The rules that are a weighted mean: (rows,) weights, from (rows, rows) squared distances."""
+        """Return the weights (rows,) of a rule that is a weighted mean, from squared distances (rows, rows)."""
         weights = np.zeros(len(squares))
         if len(who):
             among = squares[np.ix_(who, who)]
@@ -136,31 +142,22 @@ class RobustWorker(Worker):
 
 
 class ClippingWorker(RobustWorker):
-    """Centered clipping: the row after the gradients is v, of which each worker has its slice."""
+    """Centered clipping: the row after the gradients is this worker's slice of v."""
 
+    persistent: ClassVar[tuple[str, ...]] = ("_aggregate",)
     n_extra = 1
+
+    def __init__(self, method: RobustSGD, replica: Replica) -> None:
+        super().__init__(method, replica)
+        self._aggregate = self._slices.rows.values[-1]  # v
 
     def before_update(self) -> None:
         """v <- v + mean of the clipped differences from v"""
         super().before_update()
-        self._v[...] = self._slices.mine
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock and this worker's slice of v."""
-        yield from super().state()
-        yield "aggregate", self._v
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Local."""
-        super().load(state)
-        self._v[...] = state["aggregate"]
-
-    @property
-    def _v(self) -> Any:
-        return self._slices.rows.values[-1]
+        self._aggregate[...] = self._slices.mine
 
     def _weights(self, squares: np.ndarray, who: np.ndarray) -> np.ndarray:
-        """(1/m)*c_i for each gradient, 1 - mean(c) for v, with c_i = min(1, r/||g_i - v||)"""
+        """Return (1/m)*c_i for each gradient and 1 - mean(c) for v, with c_i = min(1, r/||g_i - v||)."""
         weights = np.zeros(len(squares))
         weights[-1] = 1.0
         if len(who):
@@ -170,7 +167,7 @@ class ClippingWorker(RobustWorker):
 
 
 def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
-    """(m,) weights: 1 for the vector that Krum selects, from (m, m) squared distances; the first of equals."""
+    """Return weights (m,): 1 for the vector that Krum selects, the first of equals, from squared distances (m, m)."""
     m = len(squares)
     n_nearest = max(m - n_byzantine - 2, 1)
     nearest = np.sort(squares, axis=1)[:, 1 : 1 + n_nearest]  # without itself
@@ -178,11 +175,11 @@ def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
 
 
 def geometric_median(squares: np.ndarray) -> np.ndarray:
-    """(m,) weights of the geometric median of m vectors, from their (m, m) squared distances.
+    """Return the weights (m,) of the geometric median of m vectors, from their squared distances (m, m).
 
-    Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i|| on the weights of y alone:
+    Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i|| needs the weights of y only:
     for y = sum_i w_i g_i with sum_i w_i = 1, ||y - g_j||^2 = sum_i w_i D_ij - (1/2) sum_ik w_i w_k D_ik.
-    A vector that is infinitely far has no weight.
+    A vector at an infinite distance has weight 0.
     """
     m = len(squares)
     near = np.isfinite(squares).sum(axis=1) * 2 > m
@@ -204,6 +201,6 @@ def geometric_median(squares: np.ndarray) -> np.ndarray:
 
 
 def clipping(distances: np.ndarray, radius: float | None) -> np.ndarray:
-    """(m,) c_i = min(1, r/distance_i); r is the median of the distances when it is None."""
+    """Return (m,) c_i = min(1, r/distance_i); r is the median of the distances if it is None."""
     r = float(np.median(distances)) if radius is None else radius
     return np.minimum(1.0, np.divide(r, distances, out=np.ones_like(distances), where=distances > 0))

@@ -1,25 +1,25 @@
-"""AEASGD: asynchronous elastic averaging as Hermans runs it, with an exchange that may come early.
+"""AEASGD: asynchronous elastic averaging as run by Hermans, optionally with early exchanges.
 
     tau times:  x_i <- x_i - eta*g_i(x_i)
     then:       E = eta*rho*(x_i - c);   x_i <- x_i - E;   c <- c + E
 
 The next gradient is taken after the exchange. A worker whose gradient is balanced by the spring gains nothing from
-further steps of its own, -eta*g(x) = eta*rho*(x - c); on a quadratic with its minimum at x* that is at (h x* + rho
-c)/(h + rho). So, with ``early_exchange``, it exchanges in the first step in which
+further local steps, -eta*g(x) = eta*rho*(x - c); on a quadratic with its minimum at x* the balance is at
+(h x* + rho c)/(h + rho). With ``early_exchange`` the worker therefore exchanges in the first step in which
 
     ||eta*g|| - ||eta*rho*(x - c)|| < eta
 
-and after tau steps at the latest. eta cancels: the gradient's norm is compared with 1 + rho*||x - c||, and once it is
-below 1, as it may always be in a model with many small gradients, every step exchanges.
+and after tau steps at the latest. eta cancels: the gradient's norm is compared with 1 + rho*||x - c||. Once it is below
+1, as it may always be in a model with many small gradients, every step exchanges.
 
 Source: Hermans, On scalable deep learning and parallelizing gradient descent, 2017, CERN-THESIS-2017-103
 (https://cds.cern.ch/record/2276711); the exchange is that of Zhang, Choromanska, LeCun 2015,
 https://arxiv.org/abs/1412.6651.
 
-Deviations: c in the rule is the center as this worker left it at its last exchange. The rule is evaluated in every
-step, and the shared center would have to be locked and read for it, which is what a period is to save; alone, a worker
-knows the center exactly. g and x are those of the step, before its local update, without weight decay or momentum; the
-exchange follows that update.
+Deviations: c in the rule is the center as this worker left it at its last exchange. The rule is evaluated at every
+step; reading the shared center each time would lock it as often as an exchange at every step. With one worker this c
+is exact. g and x are those of the step before its local update, without weight decay or momentum; the exchange follows
+the update.
 """
 
 from __future__ import annotations
@@ -29,32 +29,37 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.base.method import Method, Replica, setting, wide_copy
-from mpitrain.algorithms.elastic.method import AsynchronousCenter, ElasticWorker, rho_of
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.precision import wide_copy
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import boolean, integer, number
+from mpitrain.algorithms.elastic.center import AsynchronousCenter
+from mpitrain.algorithms.elastic.method import ElasticWorker, rho_of
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.kernels import norms
 
 
 @dataclass(frozen=True)
 class AEASGD(Method):
-    """Workers explore on their own for a number of steps, then are tied to the center; always asynchronous.
+    """Workers explore on their own for a number of steps, then exchange with the center; always asynchronous.
 
-    EASGD with the elastic coefficient as its setting and the gradient after the exchange, and the same with
-    ``early_exchange`` for workers that would otherwise wait at the balance of gradient and spring.
+    This is EASGD parametrised by the elastic coefficient, with the gradient after the exchange. ``early_exchange`` is
+    for workers that would otherwise stay where gradient and spring balance.
 
     Args:
         rho: The elastic coefficient; the moving rate eta*rho follows the learning rate.
         period: tau (lambda in the thesis), local steps between two exchanges, at most.
-        early_exchange: Exchange as soon as ||eta*g|| - ||eta*rho*(x - c)|| < eta. Costs a vector and two norms a step.
+        early_exchange: Exchange as soon as ||eta*g|| - ||eta*rho*(x - c)|| < eta. This takes one more vector of memory
+            and two norms per step.
 
     Example:
         >>> AEASGD().rates(4, 0.01)
         (0.05, 0.05)
     """
 
-    rho: float = setting(5.0, "elastic coefficient; the moving rate is eta*rho", low=0)
-    period: int = setting(10, "tau, local steps between exchanges, at most", low=1)
-    early_exchange: bool = setting(False, "exchange when gradient and spring are in balance")
+    rho: float = number(5.0, "elastic coefficient; the moving rate is eta*rho", low=0)
+    period: int = integer(10, "tau, local steps between exchanges, at most", low=1)
+    early_exchange: bool = boolean(False, "exchange when gradient and spring are in balance")
 
     name: ClassVar[str] = "aeasgd"
     summary: ClassVar[str] = "asynchronous elastic averaging after tau steps, or when gradient and spring balance"
@@ -65,66 +70,77 @@ class AEASGD(Method):
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]
-        """To know when gradient and spring balance."""
+        """Whether the gradient is compared with the spring."""
         return self.early_exchange
 
     @property
     def is_synchronous(self) -> bool:
-        """Nobody waits for anybody."""
+        """False: no worker waits for another."""
         return False
 
     def rates(self, size: int, learning_rate: float) -> tuple[float, float]:
-        """The moving rates of worker and center, both eta*rho."""
+        """Return the moving rates of worker and center, both eta*rho."""
         return (learning_rate * self.rho,) * 2
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """What is outside the region of stability on a quadratic."""
+        """Yield a line for a moving rate outside the region of stability on a quadratic."""
         found = theory.elastic_warning(size, learning_rate * self.rho, synchronous=False)
         if found:
             yield found + rho_of(size, learning_rate)
 
     def worker(self, replica: Replica) -> ElasticWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         if self.early_exchange:
             return EarlyWorker(self, replica, RememberedCenter(replica.comm, replica.x.local))
         return ElasticWorker(self, replica, AsynchronousCenter(replica.comm, replica.x.local))
 
 
 class RememberedCenter(AsynchronousCenter):
-    """A center of which each worker knows how it left it.
+    """A center that keeps the values with which this worker left it. Collective to create.
+
+    Args:
+        comm: The communicator of the workers.
+        start: (n,) the first values; worker 0's seed the center.
 
     Attributes:
-        seen: (n,) that; the seed before the first exchange.
+        seen: (n,) the center after this worker's last exchange.
     """
 
     def __init__(self, comm: Communicator, start: Any) -> None:
         super().__init__(comm, start)
         self.seen = wide_copy(start)
         comm.broadcast(self.seen)
-
-    def _compile(self, x: Any, c: Any) -> None:
-        kernels.elastic_exchange_seen(x, c, c.copy(), 0.0, 0.0)
+        c = self.empty_shard(start)
+        kernels.elastic_exchange_seen(start[:0].copy(), c, c.copy(), 0.0, 0.0)  # compiled before the first exchange
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
-        """One fused pass over x, c and what is remembered, shard by shard. Local."""
-        self._c.update(lambda part, c: kernels.elastic_exchange_seen(x[part], c, self.seen[part], a_w, a_c))
+        """Make both sides in one fused pass over x, c and ``seen``, shard by shard. Local."""
+        self.vector.update(lambda part, c: kernels.elastic_exchange_seen(x[part], c, self.seen[part], a_w, a_c))
 
 
 class EarlyWorker(ElasticWorker):
-    """Exchanges at the end of the first step whose gradient the spring balances."""
+    """A worker that exchanges at the end of the first step whose gradient the spring balances.
+
+    Args:
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        center: The center.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_n_local", "_seen")
 
     def __init__(self, method: AEASGD, replica: Replica, center: RememberedCenter) -> None:
         super().__init__(method, replica, center)
-        self._remembered = center
+        self._seen = center.seen
         self._n_local = 0  # steps since the last exchange
         self._is_due = False
 
     def before_update(self) -> None:
-        """Whether this step exchanges: ||eta*g|| - ||eta*rho*(x - c)|| < eta, or it is the tau-th."""
+        """Decide whether this step exchanges: ||eta*g|| - ||eta*rho*(x - c)|| < eta, or it is the tau-th."""
         eta, rho = self.learning_rate, self._method.rho
         self._n_local += 1
         self._is_due = self._n_local >= self._method.period or (
-            eta * norms.norm(self.g.local) - eta * rho * norms.distance(self.x.local, self._remembered.seen) < eta
+            eta * norms.norm(self.g.local) - eta * rho * norms.distance(self.x.local, self._seen) < eta
         )
 
     def after_update(self) -> None:
@@ -132,15 +148,3 @@ class EarlyWorker(ElasticWorker):
         if self._is_due:
             self.exchange()
             self._n_local = 0
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, the center, the steps since the last exchange and what is remembered of it."""
-        yield from super().state()
-        yield "n_local", self._n_local
-        yield "seen", self._remembered.seen
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        self._n_local = int(state["n_local"])
-        kernels.assign(self._remembered.seen, state["seen"])

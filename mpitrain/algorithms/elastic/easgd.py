@@ -3,24 +3,24 @@
     x_i <- x_i - eta*g_i(x_i) - alpha*(x_i - c)
     c   <- c + alpha*sum_i (x_i - c)
 
-Workers explore on their own and are drawn to a center, which is drawn to them; the center is the model to evaluate.
-In step t with tau | t the exchange is made with the parameters at which the gradient was taken (``grad_point="pre"``),
-then the local update follows. Unequal rates of worker and center, and Gauss-Seidel orders, are in ``elastic``.
+Workers explore on their own and are drawn to a center, which is drawn to them; the center is evaluated. In step t with
+tau | t the exchange uses the parameters at which the gradient was taken (``grad_point="pre"``), then the local update
+follows. Unequal rates of worker and center and Gauss-Seidel orders are described in ``elastic.method``.
 
-With ``overlap`` the exchange goes on in the background while the worker computes, from a copy of what it held when it
-began::
+With ``overlap`` the exchange runs in the background while the worker computes. It uses a copy of the worker's
+parameters::
 
     every tau-th step:    s_i <- x_i, and in the background   E_i = alpha*(s_i - c);   c <- c + E_i
-    when that has ended:  x_i <- x_i - E_i      before the local update of the first step that finds it so
+    when that has ended:  x_i <- x_i - E_i      before the local update of the next step
 
-The worker's move is at least one and at most tau steps late; the center's is not. What is under way belongs to neither:
-sum_i x_i + c - (the E_i under way) is what an exchange leaves unchanged.
+The worker's move is one to tau steps late; the center's is not. An exchange leaves sum_i x_i + c - (the E_i that the
+workers have not subtracted yet) unchanged.
 
 Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651,
 eq. 5-6 and algorithm 1.
 
-Deviations: the local update is any torch optimizer's. Its weight decay is computed when it runs, that is from the
-parameters after the exchange; the paper's would be from those before it, a difference of eta*decay*E.
+Deviations: the local update is any torch optimizer's. It computes weight decay from the parameters after the exchange;
+the paper would use those before it. The difference is eta*decay*E.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, setting
-from mpitrain.algorithms.elastic.method import AsynchronousCenter, ElasticMethod, ElasticWorker
-from mpitrain.collectives.communicator import Started
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import boolean
+from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.elastic.center import AsynchronousCenter
+from mpitrain.algorithms.elastic.method import ElasticMethod, ElasticWorker
+from mpitrain.collectives.communicator import Communicator, Started
 from mpitrain.errors import UsageError
 
 
@@ -43,7 +46,7 @@ class EASGD(ElasticMethod):
     """Elastic averaging SGD, asynchronous unless ``synchronous`` is set. The arguments are ``ElasticMethod``'s.
 
     Args:
-        overlap: Exchange in the background, for slow networks; one vector of memory more. Only for asynchronous
+        overlap: Exchange in the background, for slow networks; takes one more vector of memory. Only for asynchronous
             exchanges in jacobi order.
 
     Example:
@@ -51,7 +54,7 @@ class EASGD(ElasticMethod):
         10
     """
 
-    overlap: bool = setting(False, "exchange in the background; the worker's move comes 1 to tau steps late")
+    overlap: bool = boolean(False, "exchange in the background; the worker's move comes 1 to tau steps late")
 
     name: ClassVar[str] = "easgd"
     summary: ClassVar[str] = "elastic averaging: workers explore, tied to a center by springs"
@@ -65,75 +68,98 @@ class EASGD(ElasticMethod):
             raise UsageError(f"{self.name}: overlap is for asynchronous exchanges in jacobi order: leave it out")
 
     def worker(self, replica: Replica) -> ElasticWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         if self.overlap:
             return OverlappedWorker(self, replica, AsynchronousCenter(replica.comm, replica.x.local))
         return ElasticWorker(self, replica, self.center(replica))
 
 
 class OverlappedWorker(ElasticWorker):
-    """Computes while its exchanges go on in the background.
+    """A worker whose exchanges run in the background.
 
     Args:
-        method: As of any elastic worker.
-        replica: What it works on.
-        center: Of the workers.
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        center: The center.
     """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_background",)
 
     def __init__(self, method: EASGD, replica: Replica, center: AsynchronousCenter) -> None:
         super().__init__(method, replica, center)
-        self._shards = center
-        self._moved = np.zeros_like(self._position)  # s_i, then E_i
-        self._under_way: Started | None = None
-        empty = self._moved[:0]
-        c = np.zeros_like(empty, dtype=kernels.accumulator(empty.dtype))
-        kernels.elastic_displacement(empty, c, 0.0, 0.0)  # compiled
-        kernels.scaled_add(empty, empty.copy(), 0.0)
-        kernels.copy(empty, empty.copy())
+        self._background = BackgroundExchange(self.comm, center, self._position)
 
     def before_update(self) -> None:
-        """Take an exchange that has ended, and perhaps begin one."""
-        if self._under_way is not None and self._under_way.done:
-            self._apply()
+        """Subtract what an exchange that has ended displaced; start the next exchange if it is due."""
+        started = self._background.started
+        if started is not None and started.done:
+            self._background.apply()
         super().before_update()
 
     def exchange(self) -> None:
-        """Begin one; the one before has to have ended. Local."""
-        self._apply()
-        a_w, a_c = self._rates()
-        kernels.copy(self._moved, self._position)
-        self._under_way = self.comm.start(lambda: self._shards.displace(self._moved, a_w, a_c))
-
-    def _apply(self) -> None:
-        """x_i <- x_i - E_i"""
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
-            kernels.scaled_add(self._position, self._moved, -1.0)
+        """Start an exchange, after the end of the one before. Local."""
+        self._background.start(*self._rates())
 
     def wait(self) -> None:
-        """Nobody is at the center's shards for this worker. What has been exchanged is not taken yet. Local."""
-        if self._under_way is not None:
-            self._under_way.wait()
+        """Wait until this worker has left the center; its own move is made later. Local."""
+        self._background.wait()
 
     def consensus(self, out: Any) -> None:
-        """The center. Local."""
+        """Write the center. Local."""
         self.wait()
         super().consensus(out)
 
+
+class BackgroundExchange:
+    """One elastic exchange at a time, in the background.
+
+    Args:
+        comm: The communicator of the workers.
+        center: The center.
+        position: (n,) the worker's x_i.
+
+    Attributes:
+        started: The exchange that has not been applied yet; None if there is none.
+    """
+
+    def __init__(self, comm: Communicator, center: AsynchronousCenter, position: Any) -> None:
+        self._comm, self._center, self._position = comm, center, position
+        self._moved = np.zeros_like(position)  # s_i, then E_i
+        self.started: Started | None = None
+        empty = self._moved[:0]
+        kernels.elastic_displacement(empty, center.empty_shard(position), 0.0, 0.0)  # compiled
+        kernels.scaled_add(empty, empty.copy(), 0.0)
+        kernels.copy(empty, empty.copy())
+
+    def start(self, a_w: float, a_c: float) -> None:
+        """s_i <- x_i;  E_i = a_w*(s_i - c),  c <- c + a_c*(s_i - c) in the background. Local."""
+        self.apply()
+        kernels.copy(self._moved, self._position)
+        self.started = self._comm.start(lambda: self._center.displace(self._moved, a_w, a_c))
+
+    def apply(self) -> None:
+        """x_i <- x_i - E_i, if there is an exchange. Local; waits for its end."""
+        if self.started is not None:
+            self.started.wait()
+            self.started = None
+            kernels.scaled_add(self._position, self._moved, -1.0)
+
+    def wait(self) -> None:
+        """Wait for the end of the exchange. Local."""
+        if self.started is not None:
+            self.started.wait()
+
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, the center, and E_i if it is under way."""
+        """Yield E_i if it has not been applied yet. Local; waits for the end of the exchange."""
         self.wait()
-        yield from super().state()
-        if self._under_way is not None:
+        if self.started is not None:
             yield "under_way", self._moved
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
+    def load(self, state: State) -> None:
+        """Restore an exchange that the center has made and the worker has not. Local."""
         self.wait()
-        super().load(state)
-        self._under_way = None
+        self.started = None
         if "under_way" in state:
             kernels.assign(self._moved, state["under_way"])
-            self._under_way = self.comm.start(lambda: None)  # the center has it
+            self.started = self._comm.start(lambda: None)
             self.wait()

@@ -1,48 +1,47 @@
-"""EASGD Tree: elastic averaging over a tree, where one center for everybody would be a bottleneck.
+"""EASGD Tree: elastic averaging over a tree of centers, where a single center would be a bottleneck.
 
-             root                 the model to evaluate
+             root                 evaluated
             /    \\
         node      node            inner nodes only average
         / | \\     / | \\
        x  x  x   x  x  x          leaves: the workers, which do SGD
 
-Every connection carries messages up and down, each direction with a period of its own. A node that receives y moves
-towards it,
+Every edge carries messages up and down, each direction with its own period. A node that receives y moves towards it,
 
     x <- x + alpha*(y - x)
 
-and when both directions are due both messages are sent before either arrives. A connection between a leaf and its
-parent is then EASGD's exchange. The two published schemes:
+and when both directions are due, both messages are sent before either arrives. An edge between a leaf and its parent
+then makes EASGD's exchange. The two published schemes:
 
     multi-scale    period tau_1 between leaves and their parents, tau_2 > tau_1 between inner nodes
     up-down        period tau_1 upwards and tau_2 > tau_1 downwards, everywhere
 
 With up-down the root hears of everything soon, and the leaves hear of the root late: the more levels there are, the
-longer the branches take to find to each other.
+longer the branches take to agree.
 
-An inner node is no process: it is a vector in the memory of the workers below it, and these act for it, one-sided. What
-its tick is: inner nodes count in local steps, as leaves do, and the workers below take turns. Of the m workers below a
-node, the k-th carries a message between the node and its parent at its local step t if tau | t and t/tau = k (mod m).
-So a message is due once every tau local steps of the mean worker below; a slow worker delays its own turns and nobody
-else, and one that has made its last step leaves the others' turns as they are. There are no queues, and a message is no
-older than the visit that carries it. Meanwhile others may change the node that sent it: it is still a value that the
-node had.
+An inner node is not a process: it is a vector in the memory of the workers below it, which serve it by one-sided
+operations. Inner nodes count local steps, as leaves do, and the workers below a node take turns: of m workers, the k-th
+carries a message between the node and its parent at its local step t if tau | t and t/tau = k (mod m). So a message is
+due once every tau local steps of the mean worker below; a slow worker delays its own turns only, and the turns of the
+others stay as they are when a worker has made its last step. There are no queues, and a message is no older than the
+visit that carries it. Other workers may change the sending node meanwhile: the message is still a value that the node
+had.
 
-With alpha in [0, 1] and without gradients no node ever leaves the range in which all began, and they come together. The
-sum of all nodes is kept by an exchange between a leaf and its parent; a message in one direction alone, and an exchange
-between inner nodes that others change meanwhile, do not keep it.
+With alpha in [0, 1] and without gradients all nodes stay in the range of the initial values and converge to a common
+one. An exchange between a leaf and its parent keeps the sum of all nodes; a message in one direction alone, and an
+exchange between inner nodes that others change meanwhile, do not.
 
 Source: Zhang's thesis, Distributed stochastic optimization for deep learning, 2016, https://arxiv.org/abs/1605.02216,
 chapter 6 (from memory; the moving rate 0.9/(d+1) and the periods are by analogy).
 
 Deviations: the thesis' inner nodes are processes that send on clocks of their own and keep the last message of each
-neighbour. A worker without others (or a tree of one level with equal periods) is asynchronous EASGD.
+neighbour. One worker alone, or a tree of one level with equal periods, is asynchronous EASGD.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -51,36 +50,41 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
-from mpitrain.algorithms.elastic.method import BETA, AsynchronousCenter, compile_halves
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.worker import Worker
+from mpitrain.algorithms.elastic.center import AsynchronousCenter, compile_halves
+from mpitrain.algorithms.elastic.method import BETA
+from mpitrain.collectives.communicator import Communicator
 
 Members = tuple[int, ...]
-"""The ranks of the workers below a node; they name it."""
+"""The ranks of the workers below a node, which identify it."""
 
 
 @dataclass(frozen=True)
 class EASGDTree(Method):
-    """Elastic averaging for many workers: each is tied to a center nearby, and the centers to each other.
+    """Elastic averaging for many workers: each is tied to a nearby center, and the centers to each other.
 
-    No node has more than d+1 neighbours, and most of what is exchanged stays on a machine. Asynchronous.
+    No node has more than d+1 neighbours, and most of the traffic stays on a machine. Asynchronous.
 
     Args:
-        degree: d, the largest number of children of an inner node. When it is not given the tree is that of the
-            machines: an inner node for each machine with several workers, and the root above them.
-        scheme: Which connections are the slow ones: ``multi-scale``: those between inner nodes; ``up-down``: all, on
-            their way down.
-        period: tau_1, local steps between two messages where it is fast.
-        slow_period: tau_2, the same where it is slow.
-        moving_rate: alpha; 0.9/(d+1) when it is not given, where d is the largest number of children there is.
+        degree: d, the largest number of children of an inner node. By default the tree follows the machines: one inner
+            node for each machine with several workers, and the root above them.
+        scheme: The slow edges: ``multi-scale``: those between inner nodes; ``up-down``: all edges, downwards.
+        period: tau_1, local steps between two messages of a fast edge.
+        slow_period: tau_2, local steps between two messages of a slow edge.
+        moving_rate: alpha; by default 0.9/(d+1), where d is the largest number of children in the tree.
         grad_point: ``pre``: the gradient of a step with an exchange is taken before it; ``post``: after it.
     """
 
-    degree: int | None = setting(None, "d, children of an inner node; by machine when not given", low=2)
-    scheme: str = setting("multi-scale", "what has the slow period", choices=("multi-scale", "up-down"))
-    period: int = setting(10, "tau_1, local steps between messages of a leaf, or of all nodes upwards", low=1)
-    slow_period: int = setting(100, "tau_2, local steps between messages of inner nodes, or of all downwards", low=1)
-    moving_rate: float | None = setting(None, "alpha; 0.9/(d+1) when not given", low=0, high=1)
-    grad_point: str = setting("pre", "gradient before or after the exchange", choices=("pre", "post"))
+    degree: int | None = integer(None, "d, children of an inner node; by machine when not given", low=2, optional=True)
+    scheme: str = choice("multi-scale", "what has the slow period", ("multi-scale", "up-down"))
+    period: int = integer(10, "tau_1, local steps between messages of a leaf, or of all nodes upwards", low=1)
+    slow_period: int = integer(100, "tau_2, local steps between messages of inner nodes, or of all downwards", low=1)
+    moving_rate: float | None = number(None, "alpha; 0.9/(d+1) when not given", low=0, high=1, optional=True)
+    grad_point: str = choice("pre", "gradient before or after the exchange", ("pre", "post"))
 
     name: ClassVar[str] = "easgd-tree"
     summary: ClassVar[str] = "elastic averaging over a tree of centers, fast nearby and slow far away"
@@ -91,31 +95,31 @@ class EASGDTree(Method):
 
     @property
     def is_synchronous(self) -> bool:
-        """Nobody waits for anybody."""
+        """False: no worker waits for another."""
         return False
 
     def periods(self, *, of_leaf: bool) -> tuple[int, int]:
-        """Local steps between messages (up, down) on the connection of a node with its parent."""
+        """Return the local steps between messages (up, down) on the edge of a node and its parent."""
         if self.scheme == "up-down":
             return self.period, self.slow_period
         tau = self.period if of_leaf else self.slow_period
         return tau, tau
 
     def alpha(self, branches: Sequence[Sequence[Members]]) -> float:
-        """The moving rate in a tree."""
+        """Return the moving rate in a tree."""
         return BETA / (most_children(branches) + 1) if self.moving_rate is None else self.moving_rate
 
     def worker(self, replica: Replica) -> EASGDTreeWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return EASGDTreeWorker(self, replica)
 
 
 def levels(size: int, degree: int | None, nodes: Sequence[int]) -> list[list[int]]:
-    """Which group each worker is in, level by level, from the leaves to the root, where all are in one.
+    """Return the group of each worker, level by level, from above the leaves to the root, where all are in one group.
 
     Args:
         size: The number of workers.
-        degree: Groups of a level that make one of the next; None for machines, and all.
+        degree: The number of groups of a level that form one of the next; None: machines first, then all.
         nodes: (size,) the machine of each worker.
     """
     if degree is None:
@@ -127,11 +131,11 @@ def levels(size: int, degree: int | None, nodes: Sequence[int]) -> list[list[int
 
 
 def branch(rank: int, groups: Sequence[Sequence[int]]) -> list[Members]:
-    """The nodes from a leaf to the root, ends included; one with a single child is left out.
+    """Return the nodes from a leaf to the root, ends included, without nodes that have a single child.
 
     Args:
-        rank: Of the leaf.
-        groups: As from ``levels``.
+        rank: The rank of the leaf.
+        groups: The groups of each level, as from ``levels``.
     """
     above: list[Members] = [(rank,)]
     for group in groups:
@@ -142,35 +146,48 @@ def branch(rank: int, groups: Sequence[Sequence[int]]) -> list[Members]:
 
 
 def most_children(branches: Sequence[Sequence[Members]]) -> int:
-    """The largest number of children of an inner node, from the branches of all leaves."""
+    """Return the largest number of children of an inner node, from the branches of all leaves."""
     edges = {edge for one in branches for edge in pairwise(one)}
     return max(Counter(parent for _, parent in edges).values())
 
 
 class InnerNode(AsynchronousCenter):
-    """A vector in the memory of the workers below it, seeded by the first of them."""
+    """A vector in the memory of the workers below it, seeded by the first of them. Collective to create.
 
-    def _compile(self, x: Any, c: Any) -> None:
-        """Exchanges of leaves, and messages of other nodes."""
-        super()._compile(x, c)
+    Args:
+        comm: The communicator of these workers.
+        start: (n,) the first values.
+    """
+
+    def __init__(self, comm: Communicator, start: Any) -> None:
+        super().__init__(comm, start)
+        self._start = start
+        x, c = start[:0].copy(), self.empty_shard(start)
         compile_halves(x, c, x)
-        super()._compile(c, c.copy())
+        kernels.elastic_exchange(c, c.copy(), 0.0, 0.0)  # messages of other inner nodes
         compile_halves(c, c.copy(), c.copy())
 
     def answer(self, message: Any, alpha: float) -> None:
-        """Receive a message (n,) and put this node's own, sent before, in its place. Local."""
-        self._c.update(lambda part, x: kernels.elastic_exchange(message[part], x, 1.0, alpha), pulls=False)
+        """Receive a message (n,) and replace it by this node's own, sent before. Local."""
+        self.vector.update(lambda part, x: kernels.elastic_exchange(message[part], x, 1.0, alpha), pulls=False)
+
+    def load(self, state: State) -> None:
+        """Seed the node from the checkpoint, or from the first worker's parameters if no part holds it. Collective.
+
+        A worker that had died gets the part of another one, which may have had fewer nodes above it.
+        """
+        super().load({"center": self._start} if "center" not in state else state)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A connection between a node and its parent, as one of the workers below serves it.
+    """The connection between a node and its parent, as one of the workers below serves it.
 
     Attributes:
         lower: The node; None for the leaf itself.
         upper: Its parent.
-        turn: k, of this worker among those below the node.
-        n_turns: m, how many these are.
+        turn: k, the index of this worker among those below the node.
+        n_turns: m, the number of workers below the node.
         periods: tau upwards and downwards.
     """
 
@@ -181,13 +198,15 @@ class Edge:
     periods: tuple[int, int]
 
     def due(self, t: int) -> tuple[bool, bool]:
-        """Whether this worker carries a message (up, down) at its local step t."""
+        """Return whether this worker carries a message (up, down) at its local step t."""
         up, down = (t % tau == 0 and t // tau % self.n_turns == self.turn for tau in self.periods)
         return up, down
 
 
 class EASGDTreeWorker(Worker):
-    """x_i is what the model holds; the worker serves the connections from its leaf to the root."""
+    """A leaf, which also serves the edges from there to the root; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_nodes",)
 
     def __init__(self, method: EASGDTree, replica: Replica) -> None:
         super().__init__(replica)
@@ -201,12 +220,12 @@ class EASGDTreeWorker(Worker):
             Edge(lower, upper, members.index(self.comm.rank), len(members), method.periods(of_leaf=lower is None))
             for lower, upper, members in zip(below, self._nodes, branches[self.comm.rank], strict=False)
         ]
-        # What this worker carries for inner nodes.
+        # The message that this worker carries between inner nodes.
         n = self.x.local.size if len(self._nodes) > 1 else 0
         self._message = np.zeros_like(self.x.local[:n], dtype=kernels.accumulator(self.x.local.dtype))
 
     def _make_nodes(self, groups: Sequence[Sequence[int]], own: Sequence[Members]) -> list[InnerNode]:
-        """The inner nodes above this worker, each in the memory of the workers below it. Collective."""
+        """Make the inner nodes above this worker, each with the workers below it. Collective."""
         nodes: list[InnerNode] = []
         for group in groups:
             part = self.comm.split(group[self.comm.rank])
@@ -220,27 +239,13 @@ class EASGDTreeWorker(Worker):
             self._serve(self.t)
 
     def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after them."""
+        """grad_point = post: the next gradient is taken after this step's messages."""
         if self._method.grad_point == "post":
             self._serve(self.t + 1)
 
     def consensus(self, out: Any) -> None:
-        """The root. Local."""
+        """Write the root. Local."""
         self._nodes[-1].read(out)
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock and, with the first of the workers below it, each inner node; the root is the last one."""
-        yield from super().state()
-        for k, node in enumerate(self._nodes, 1):
-            for name, value in node.state():
-                yield f"{name}_{k}", value
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        for k, node in enumerate(self._nodes, 1):
-            # Who stands in for a dead worker may have had fewer nodes above it: a node that is in no part begins anew.
-            node.load({"center": state.get(f"center_{k}", self.x.local)})
 
     def _serve(self, t: int) -> None:
         """Carry the messages that are due at this worker's local step t, from the leaf to the root. Local."""
@@ -254,7 +259,7 @@ class EASGDTreeWorker(Worker):
                 self._pass_on(edge.lower, edge.upper, up=up, down=down)
 
     def _exchange(self, parent: InnerNode, *, up: bool, down: bool) -> None:
-        """Between the leaf and its parent, in place."""
+        """Carry messages between the leaf and its parent, in place."""
         if up and down:
             parent.exchange(self.x.local, self._alpha, self._alpha)
         elif up:
@@ -263,7 +268,7 @@ class EASGDTreeWorker(Worker):
             parent.pull(self.x.local, self._alpha)
 
     def _pass_on(self, node: InnerNode, parent: InnerNode, *, up: bool, down: bool) -> None:
-        """Between two inner nodes. A message is counted where it is delivered."""
+        """Carry messages between two inner nodes. A message is counted where it is delivered."""
         if up:
             node.read(self._message)
             (parent.answer if down else parent.push)(self._message, self._alpha)

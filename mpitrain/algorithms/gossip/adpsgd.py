@@ -1,29 +1,27 @@
 """AD-PSGD: asynchronous decentralized SGD. A worker averages with a random neighbour, and both get the mean.
 
     g = g_i(y_i)                       at a copy y_i of x_i
-    x_i, x_j <- (x_i + x_j)/2          atomic; j is drawn from i's neighbours, and may do the same with i meanwhile
+    x_i, x_j <- (x_i + x_j)/2          atomic; j is drawn from i's neighbours, which may do the same with i meanwhile
     x_i <- x_i - eta*g
 
 An averaging keeps the sum of all x, so that their mean moves by -eta*g/p with each gradient, and by nothing else.
 
 x_i lies in a mailbox of worker i, where its neighbours change it under its lock; the model holds the copy y_i. The
-local update moves the copy, the displacement is added to x_i, and the copy is made anew: one pass. So a gradient does
-not see the averagings that are made while it is computed (the metric ``staleness`` counts those by others), and it sees
-all before.
+local update moves the copy; then, in one pass, the displacement is added to x_i and the copy is renewed. So a gradient
+does not see the averagings that are made while it is computed (the metric ``staleness`` counts those by others), but it
+sees all earlier ones.
 
 Source: Lian, Zhang, Zhang, Liu, Asynchronous Decentralized Parallel Stochastic Gradient Descent, 2018,
 https://arxiv.org/abs/1710.06952, algorithm 1.
 
-Deviations: the paper needs a bipartite graph against deadlock: active workers ask, passive ones answer. Here nobody has
-to answer. An averaging holds two locks, that of the lower rank taken first, so that no circle of waiting workers can
-close, on any graph. The local update is any torch optimizer's, and its weight decay is taken at y_i, like the gradient.
-Elements that are not finite are left out.
+Deviations: the paper needs a bipartite graph against deadlock: active workers ask, passive ones answer. Here no worker
+has to answer. An averaging holds two locks and acquires that of the lower rank first, so that no cycle of waiting
+workers can form, on any graph. The local update is any torch optimizer's, and its weight decay is taken at y_i, like
+the gradient. Non-finite elements are left out.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,26 +29,30 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.mailbox_state import Inbox
+from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.topology.graphs import Topology, topology
 
 AVERAGED = 1
-"""The tag of a mailbox that counts how often others have averaged with it since its owner made its copy."""
+"""The tag that counts the averagings of others with a mailbox since its owner renewed its copy."""
 
 TOPOLOGIES = ("bipartite_exponential", "exponential", "ring", "torus", "star", "complete")
-"""Connected graphs that there are for any number of workers; the direction of an edge makes no difference."""
+"""Connected graphs that exist for any number of workers; the direction of an edge makes no difference."""
 
 
 @dataclass(frozen=True)
 class ADPSGD(Method):
-    """Asynchronous decentralized SGD: nobody waits, and no straggler slows the others down.
+    """Asynchronous decentralized SGD: no worker waits for another, and no straggler slows the others down.
 
     Args:
-        topology: Whose neighbours are drawn from.
+        topology: The graph of neighbours, from which peers are drawn.
     """
 
-    topology: str = setting("bipartite_exponential", "the graph of neighbours", choices=TOPOLOGIES)
+    topology: str = choice("bipartite_exponential", "the graph of neighbours", TOPOLOGIES)
 
     name: ClassVar[str] = "adpsgd"
     summary: ClassVar[str] = "average with one random neighbour, which gets the mean too; nobody waits"
@@ -61,20 +63,22 @@ class ADPSGD(Method):
 
     @property
     def is_synchronous(self) -> bool:
-        """Nobody waits for anybody."""
+        """False: no worker waits for another."""
         return False
 
     def graph(self, size: int) -> Topology:
-        """The graph between ``size`` workers."""
+        """Return the graph between ``size`` workers."""
         return topology(self.topology, size)
 
     def worker(self, replica: Replica) -> ADPSGDWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return ADPSGDWorker(self, replica)
 
 
 class ADPSGDWorker(Worker):
-    """x_i lies in a mailbox, y_i is what the model holds."""
+    """A worker whose x_i lies in a mailbox; the model holds the copy y_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_rng", "_box")
 
     def __init__(self, method: ADPSGD, replica: Replica) -> None:
         super().__init__(replica)
@@ -85,12 +89,14 @@ class ADPSGDWorker(Worker):
         self._y = y.copy()  # as it was when the gradient was taken
         self._staleness = 0.0
         self._boxes = self.comm.mailboxes(y.size, y.dtype)
+        self._box = Inbox(self.comm, self._boxes, y, AVERAGED, ("position", "averaged"))
         kernels.symmetric_average(y[:0], y[:0].copy())  # compiled before the first exchange
         kernels.commit_and_pull(y[:0], y[:0].copy(), y[:0].copy(), 1.0)
-        self._place(y, 0.0)
+        self._box.fill(y, 0.0)
+        self.comm.barrier()
 
     def before_update(self) -> None:
-        """Average with a neighbour drawn uniformly from those that live. Local."""
+        """Average with a neighbour drawn uniformly from those that are alive. Local."""
         dead = self.comm.dead
         neighbours = [peer for peer in self._neighbours if peer not in dead]
         if neighbours:
@@ -111,7 +117,7 @@ class ADPSGDWorker(Worker):
         self._boxes.update(first, with_one, pulls=True)
 
     def after_update(self) -> None:
-        """x_i <- x_i + what the local update did to y_i;  y_i <- x_i"""
+        """x_i <- x_i + the displacement of y_i by the local update;  y_i <- x_i"""
 
         def move(x: Any, tags: np.ndarray) -> int:
             self._staleness, tags[AVERAGED] = float(tags[AVERAGED]), 0.0
@@ -120,39 +126,13 @@ class ADPSGDWorker(Worker):
         self._boxes.update(self.comm.rank, move)
 
     def consensus(self, out: Any) -> None:
-        """The mean of all x of workers that live, each as it was at one moment. Local: exact while they rest."""
+        """Write the mean of the alive workers' x, each as it was at one moment. Local; exact while the workers rest."""
         mean_of(alive_ranks(self.comm), lambda peer, fn: self._boxes.read(peer, lambda x, _: fn(x)), out)
 
     def metrics(self) -> dict[str, float]:
-        """How many averagings by others the last gradient did not see."""
+        """Return the number of averagings by others that the last gradient did not see. Local."""
         return {"staleness": self._staleness}
 
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, the random state, x and how often others have averaged with it; y is what the model holds."""
-        yield from super().state()
-        yield "rng", json.dumps(self._rng.bit_generator.state)
-        position, averaged = np.empty_like(self._y), np.zeros(1)
-
-        def copy(x: Any, tags: np.ndarray) -> None:
-            position[...], averaged[0] = x, tags[AVERAGED]
-
-        self._boxes.read(self.comm.rank, copy)
-        yield "position", position
-        yield "averaged", float(averaged[0])
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        self._rng.bit_generator.state = json.loads(state["rng"])
+    def after_load(self) -> None:
+        """y_i <- what the model holds. Local."""
         self._y[...] = self.x.local
-        self._place(state["position"], float(state["averaged"]))
-
-    def _place(self, x: Any, averaged: float) -> None:
-        """Fill this worker's mailbox. Collective: afterwards those of all are filled."""
-
-        def fill(box: Any, tags: np.ndarray) -> None:
-            kernels.assign(box, x)
-            tags[AVERAGED] = averaged
-
-        self._boxes.update(self.comm.rank, fill)
-        self.comm.barrier()

@@ -2,46 +2,48 @@
 
     x_i <- sum_j W_ij x_j - eta*g_i(x_i)            j: i itself and its neighbours
 
-W is symmetric and doubly stochastic (Metropolis-Hastings weights, ``topology.mixing``), so that the mean of all
-workers moves by -eta times the mean gradient, whatever the graph; the second singular value of W is the factor by which
-one averaging shrinks their disagreement. Gradient and averages are both taken at the old x.
+W is symmetric and doubly stochastic (Metropolis-Hastings weights, ``topology.mixing``), so that the mean of all workers
+moves by -eta times the mean gradient, whatever the graph. One averaging shrinks the workers' disagreement by the second
+singular value of W. Gradient and averages are both taken at the old x.
 
 Source: Lian, Zhang, Zhang, Hsieh, Zhang, Liu, Can Decentralized Algorithms Outperform Centralized Algorithms?, 2017,
 https://arxiv.org/abs/1705.09056, algorithm 1. Xiao, Boyd, Fast linear iterations for distributed averaging, 2004.
 
-Deviations: the local update is any torch optimizer's, made after the averaging. Its weight decay is computed when it
-runs, from the averaged parameters; the paper's would be from those before. Of a neighbour's parameters, elements that
-are not finite are left out, and the weights of the others are scaled up.
+Deviations: the local update is any torch optimizer's, made after the averaging. It computes weight decay from the
+averaged parameters; the paper would use those before. Non-finite elements of a neighbour's parameters are left out, and
+the weights of the others are scaled up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.neighbours import Neighbours
 from mpitrain.collectives.topology.graphs import Topology, topology
 from mpitrain.collectives.topology.mixing import mixing_matrix
 
 TOPOLOGIES = ("ring", "torus", "grid", "star", "complete", "bipartite_exponential")
-"""Undirected graphs that there are for any number of workers."""
+"""Undirected graphs that exist for any number of workers."""
 
 
 @dataclass(frozen=True)
 class DPSGD(Method):
-    """Decentralized parallel SGD: all walk in step, but each waits for its neighbours only.
+    """Decentralized parallel SGD: workers proceed in step, but each waits for its neighbours only.
 
-    For clusters in which no network link should carry more than a few models a step, however many workers there are.
+    For clusters in which no network link should carry more than a few models per step, whatever the number of workers.
 
     Args:
-        topology: Who averages with whom. Fewer neighbours: less to send, and workers that differ more.
+        topology: The graph of neighbours. With fewer neighbours there is less to send, and workers differ more.
     """
 
-    topology: str = setting("ring", "the graph, with weights W", choices=TOPOLOGIES)
+    topology: str = choice("ring", "the graph, with weights W", TOPOLOGIES)
 
     name: ClassVar[str] = "dpsgd"
     summary: ClassVar[str] = "average with the neighbours in a graph, in step with them"
@@ -50,16 +52,18 @@ class DPSGD(Method):
     needs_gradient: ClassVar[bool] = False
 
     def graph(self, size: int) -> Topology:
-        """The graph between ``size`` workers: symmetric at every step."""
+        """Return the graph between ``size`` workers, which is symmetric at every step."""
         return topology(self.topology, size)
 
     def worker(self, replica: Replica) -> DPSGDWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return DPSGDWorker(self, replica)
 
 
 class DPSGDWorker(Worker):
-    """x_i is what the model holds; neighbours see copies of it."""
+    """A worker that sends copies of x_i to its neighbours; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_neighbours",)
 
     def __init__(self, method: DPSGD, replica: Replica) -> None:
         super().__init__(replica)
@@ -71,7 +75,7 @@ class DPSGDWorker(Worker):
         kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
-        """x_i <- sum_j W_ij x_j, one neighbour after the other, a weighted mean all the time. Waits for them."""
+        """x_i <- sum_j W_ij x_j, as a running weighted mean over the neighbours. Waits for them."""
         x, row = self.x.local, self._rows[self.t % len(self._rows)]
         met = row[self.comm.rank]
 
@@ -84,15 +88,5 @@ class DPSGDWorker(Worker):
         self._neighbours.receive(average)
 
     def consensus(self, out: Any) -> None:
-        """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
+        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
         mean_of_workers(self.comm, self.x, out)
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, and how far the neighbours are."""
-        yield from super().state()
-        yield from self._neighbours.state()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        self._neighbours.load(self.t, state)

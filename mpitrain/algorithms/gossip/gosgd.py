@@ -1,25 +1,23 @@
-"""GoSGD: gossip that loses nothing. A worker pushes its parameters, with half its weight, to a random other.
+"""GoSGD: weighted gossip. A worker pushes its parameters, with half its weight, to a random other worker.
 
     with probability p_ex:  w_i <- w_i/2,  send (x_i, w_i) to a random j
-    for what has come:      x_j <- (w_j x_j + w x)/(w_j + w),  w_j <- w_j + w
+    for each message:       x_j <- (w_j x_j + w x)/(w_j + w),  w_j <- w_j + w
 
-At first w_i = 1/p. The sum of all w_i, and of all w_i x_i, is kept by every exchange, if what is on its way is counted.
-Nobody waits for anybody.
+At the start w_i = 1/p. Every exchange keeps the sum of all w_i and of all w_i x_i, including those of unread messages.
+No worker waits for another.
 
 Source: Blot, Picard, Cord, Thome, Gossip training for deep learning, 2016, https://arxiv.org/abs/1611.09726,
-algorithms 3-4: messages are processed, then comes the gradient step, then perhaps a push (``grad_point="post"``: the
+algorithms 3-4: messages are processed, then the gradient step is made, then perhaps a push (``grad_point="post"``: the
 gradient after the exchange).
 
-A mailbox holds the weighted mean of what came, and its weight, so that memory does not grow with the messages that a
-worker has not yet looked at; the result is that of taking them one by one.
+A mailbox holds the weighted mean of the unread messages and its weight, so that memory does not grow with their number;
+the result is that of receiving them one by one.
 
-Deviations: a worker never draws itself. Elements that are not finite are left out of a mean.
+Deviations: a worker never draws itself. Non-finite elements are left out of a mean.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -28,26 +26,30 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.mailbox_state import Inbox
+from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import draw_peer
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice, number
+from mpitrain.algorithms.base.worker import Worker
 
 WEIGHT = 1
-"""The tag of a mailbox with the weight of what lies in it; 0: it is empty."""
+"""The tag that holds the weight of the vector in a mailbox; 0: the mailbox is empty."""
 
 
 @dataclass(frozen=True)
 class GoSGD(Method):
     """Gossip by weighted push, asynchronous.
 
-    For workers of uneven speed on a slow network: an exchange is rare, one-sided, and keeps the weighted mean.
+    For workers of uneven speed on a slow network: exchanges are rare and one-sided and keep the weighted mean.
 
     Args:
-        probability: p_ex, of a push in a step.
+        probability: p_ex, the probability of a push in a step.
         grad_point: ``pre``: the gradient of a step is taken before the exchange; ``post``: after it.
     """
 
-    probability: float = setting(0.01, "p_ex, of a push in a step", above=0, high=1)
-    grad_point: str = setting("post", "gradient before or after the exchange", choices=("pre", "post"))
+    probability: float = number(0.01, "p_ex, of a push in a step", above=0, high=1)
+    grad_point: str = choice("post", "gradient before or after the exchange", ("pre", "post"))
 
     name: ClassVar[str] = "gosgd"
     summary: ClassVar[str] = "push to a random peer with half the weight; weighted means lose nothing"
@@ -59,24 +61,27 @@ class GoSGD(Method):
 
     @property
     def is_synchronous(self) -> bool:
-        """Nobody waits for anybody."""
+        """False: no worker waits for another."""
         return False
 
     def worker(self, replica: Replica) -> GoSGDWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return GoSGDWorker(self, replica)
 
 
 class GoSGDWorker(Worker):
-    """x_i is what the model holds."""
+    """A worker with a push weight w_i; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_rng", "_push_weight", "_inbox")
 
     def __init__(self, method: GoSGD, replica: Replica) -> None:
         super().__init__(replica)
         x = self.x.local
         self._method = method
         self._rng = np.random.default_rng([replica.seed, self.comm.rank])
-        self._w = 1.0 / self.comm.size
+        self._push_weight = 1.0 / self.comm.size
         self._boxes = self.comm.mailboxes(x.size, x.dtype)
+        self._inbox = Inbox(self.comm, self._boxes, x, WEIGHT, ("inbox", "inbox_weight"))
         kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
@@ -90,7 +95,7 @@ class GoSGDWorker(Worker):
             self.exchange()
 
     def exchange(self) -> None:
-        """Perhaps push, and take what has come. Local."""
+        """Push with probability p_ex, then read the mailbox. Local."""
         if self.comm.size == 1:
             return
         if self._rng.random() < self._method.probability:
@@ -101,16 +106,16 @@ class GoSGDWorker(Worker):
 
     def push_to(self, peer: int) -> None:
         """Send (x_i, w_i/2), keep w_i/2. Local."""
-        self._w /= 2
+        self._push_weight /= 2
         self._boxes.update(peer, self._leave)
 
     def _leave(self, box: Any, tags: np.ndarray) -> int:
-        before, tags[WEIGHT] = float(tags[WEIGHT]), 0.0  # meanwhile: who dies in here leaves an empty mailbox
-        weight, n_nonfinite = before + self._w, 0
+        before, tags[WEIGHT] = float(tags[WEIGHT]), 0.0  # a worker that dies in here leaves an empty mailbox
+        weight, n_nonfinite = before + self._push_weight, 0
         if before == 0:
             box[...] = self.x.local
         else:
-            n_nonfinite = kernels.weighted_average(box, self.x.local, self._w / weight)
+            n_nonfinite = kernels.weighted_average(box, self.x.local, self._push_weight / weight)
         tags[WEIGHT] = weight
         return n_nonfinite
 
@@ -118,42 +123,13 @@ class GoSGDWorker(Worker):
         w, tags[WEIGHT] = float(tags[WEIGHT]), 0.0
         if w == 0:
             return 0
-        self._w += w
-        return kernels.weighted_average(self.x.local, box, w / self._w)
+        self._push_weight += w
+        return kernels.weighted_average(self.x.local, box, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
+        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
         mean_of_workers(self.comm, self.x, out)
 
     def metrics(self) -> dict[str, float]:
-        """The weight w."""
-        return {"push_weight": self._w}
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, the random state, the weight and what lies in this worker's mailbox."""
-        yield from super().state()
-        yield "rng", json.dumps(self._rng.bit_generator.state)
-        yield "push_weight", self._w
-        inbox, weight = np.zeros_like(self.x.local), np.zeros(1)
-
-        def copy(box: Any, tags: np.ndarray) -> None:
-            weight[0] = tags[WEIGHT]
-            if weight[0]:
-                inbox[...] = box
-
-        self._boxes.read(self.comm.rank, copy)
-        yield "inbox", inbox
-        yield "inbox_weight", float(weight[0])
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        self._rng.bit_generator.state = json.loads(state["rng"])
-        self._w = float(state["push_weight"])
-
-        def fill(box: Any, tags: np.ndarray) -> None:
-            kernels.assign(box, state["inbox"])
-            tags[WEIGHT] = state["inbox_weight"]
-
-        self._boxes.update(self.comm.rank, fill)
-        self.comm.barrier()
+        """Return the push weight w_i. Local."""
+        return {"push_weight": self._push_weight}

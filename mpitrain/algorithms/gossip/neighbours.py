@@ -1,20 +1,22 @@
-"""Messages between neighbours, step after step and without a barrier: what SGP and D-PSGD are made of.
+"""Messages between neighbours, at every step and without a barrier, for SGP and D-PSGD.
 
-At step t a worker posts one message, a vector and a weight, and takes those of its in-neighbours of that step. A
-message lies in the memory of its sender, in one of S mailboxes that are used in turn; all receivers take it from there:
+At step t a worker posts one message, a vector and a weight, and receives those of its in-neighbours of that step. A
+message lies in the memory of its sender, in one of S mailboxes that are used in turn; all receivers read it there:
 
-    post(t)   wait until all out-neighbours of step t - S have taken the message of that step; put the new one there
-    take(t)   wait for the messages of the steps up to t - overlap; take them, and later ones that are there already
+    post(t)      wait until all out-neighbours of step t - S have received that step's message; write the new one there
+    receive(t)   wait for the messages of the steps up to t - overlap; receive them, and later ones that have arrived
 
-A message also says for how many steps, from the first on, its sender has taken everything: ``post`` looks at that. With
-overlap = 0 exactly the messages of step t are taken at step t, in an order that does not depend on who is fast.
+A message also carries an acknowledgement: the number of steps, from the first on, of which its sender has received all
+messages. ``post`` waits for that. With overlap = 0 exactly the messages of step t are received at step t, in an order
+that does not depend on the workers' speeds.
 
-S = overlap + 2, and with it nobody waits for ever. Let t be the smallest step at which a worker is, and i be there.
+S = overlap + 2 excludes deadlock. Let t be the smallest step at which a worker is, and let i be such a worker.
 
-1. i does not wait in ``post``: it wants its message of step t - S taken by some j. j has left step t - 1, so it has
-   posted in that step, after leaving step t - 2, in which it took everything up to step t - 2 - overlap = t - S.
-2. i does not wait for ever in ``receive``: it wants those of steps up to t - overlap <= t from workers that are at t or
-   later. Those that are past t have posted them; those at t do so without waiting, by 1.
+1. i does not wait in ``post``: it would wait for some j to receive its message of step t - S. j has left step t - 1, so
+   it has posted in that step, after leaving step t - 2, in which it received everything up to step t - 2 - overlap =
+   t - S.
+2. i does not wait forever in ``receive``: it waits for messages of steps up to t - overlap <= t, from workers at t or
+   later. Those past t have posted them; those at t do so without waiting, by 1.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.state import State
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.collectives.rma.blocks import N_TAGS
 from mpitrain.collectives.rma.mailboxes import SEQUENCE_TAG
@@ -35,31 +38,31 @@ WEIGHT = 1
 """The tag that holds the weight of a message."""
 
 RECEIVED = 2
-"""The tag that counts the steps, from the first on, of which the sender had taken all messages."""
+"""The tag that counts the steps, from the first on, of which the sender had received all messages."""
 
 Receive = Callable[[int, Any, float], int | None]
-"""``receive(sender, vector, weight)``: what to do with a message; it returns the number of rejected elements."""
+"""``receive(sender, vector, weight)``: process a message; return the number of non-finite elements left out."""
 
 
 class Neighbours:
     """The messages of one worker. Collective to create.
 
     Args:
-        comm: The workers.
-        graph: Who sends to whom at which step.
+        comm: The communicator of the workers.
+        graph: The graph at each step.
         like: (n,) a vector of the size and type of the messages.
-        overlap: How many steps late a message may be taken.
+        overlap: The number of steps by which a message may be late.
     """
 
     def __init__(self, comm: Communicator, graph: Topology, like: Any, overlap: int = 0) -> None:
         self._comm, self._graph, self._overlap = comm, graph, overlap
         self._slots = overlap + 2
         self._boxes = comm.mailboxes(like.size, like.dtype, self._slots)
-        self._t = 0  # of the next post
-        self._due: list[tuple[int, int]] = []  # (step, sender) of what has not been taken, in this order
+        self._t = 0  # the step of the next post
+        self._due: list[tuple[int, int]] = []  # (step, sender) of the messages still to receive, in order
 
     def out_degree(self, t: int) -> int:
-        """How many workers take what this one posts at step t."""
+        """Return the number of workers that receive this one's message of step t."""
         return len(self._graph.out_neighbours(self._comm.rank, t))
 
     def post(self, vector: Any, weight: float = 1.0) -> None:
@@ -77,7 +80,7 @@ class Neighbours:
         self._t += 1
 
     def receive(self, fn: Receive) -> None:
-        """Call ``fn`` with each message that must be taken by now or is there. Local; waits for slow senders."""
+        """Call ``fn`` with each message that is due or has arrived. Local; waits for slow senders."""
         t, later = self._t - 1, []
         for step, sender in self._due:
             if step <= t - self._overlap:
@@ -93,7 +96,7 @@ class Neighbours:
         self._due = later
 
     def _senders(self, t: int) -> list[int]:
-        """The in-neighbours, each rank beginning after itself: receivers of one message come one after the other."""
+        """Return the in-neighbours, starting after this rank, so that receivers do not read one message at once."""
         rank, size = self._comm.rank, self._comm.size
         return sorted(self._graph.in_neighbours(rank, t), key=lambda sender: (sender - rank) % size)
 
@@ -101,7 +104,7 @@ class Neighbours:
         return float(self._boxes.peek(sender, step % self._slots)[SEQUENCE_TAG]) == step + 1
 
     def _n_received(self) -> int:
-        """The number of steps, from the first on, of which everything has been taken."""
+        """Return the number of steps, from the first on, of which all messages have been received."""
         return self._due[0][0] if self._due else self._t
 
     def _wait_until_received(self, step: int) -> None:
@@ -114,10 +117,11 @@ class Neighbours:
         return max(float(self._boxes.peek(receiver, slot)[RECEIVED]) for slot in range(self._slots))
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """What is on its way: messages that somebody may not have taken yet, and which have not been taken here. Local.
+        """Yield the messages that neighbours may still receive, and which ones this worker still has to receive. Local.
 
         All workers must have made the same number of steps.
         """
+        yield "posted", self._t
         tags = np.zeros((self._slots, N_TAGS))
         for slot in range(self._slots):
             tags[slot] = self._boxes.peek(self._comm.rank, slot)
@@ -126,9 +130,9 @@ class Neighbours:
         if self._overlap:
             yield "messages", np.stack([kernels.to_host(self._copy(step % self._slots)) for step in self._late_steps()])
 
-    def load(self, t: int, state: dict[str, Any]) -> None:
-        """Continue at step t. Collective."""
-        self._t = t
+    def load(self, state: State) -> None:
+        """Put the messages back. Local; peers see them after a barrier."""
+        self._t = int(state["posted"])
         self._due = [(step, sender) for step, sender in json.loads(state["due"])]
         rows = {step % self._slots: state["messages"][k] for k, step in enumerate(self._late_steps())}
         for slot in range(self._slots):
@@ -139,10 +143,9 @@ class Neighbours:
                     kernels.assign(box, rows[slot])
 
             self._boxes.update(self._comm.rank, fill, slot)
-        self._comm.barrier()
 
     def _late_steps(self) -> range:
-        """Steps whose messages may still be taken at the next one; those before the first are of empty mailboxes."""
+        """Return the steps whose messages may be received at the next one; those before 0 have empty mailboxes."""
         return range(self._t - self._overlap, self._t)
 
     def _copy(self, slot: int) -> Any:

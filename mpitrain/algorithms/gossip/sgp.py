@@ -1,49 +1,52 @@
-"""SGP: stochastic gradient push. Workers push shares of themselves over a directed graph; weights undo the unevenness.
+"""SGP: stochastic gradient push. Workers push shares of their parameters along a directed graph, with weights.
 
     x_i <- x_i - eta*g_i(z_i)                      the gradient is taken at z_i = x_i/w_i, which the model holds
     send (P_ji x_i, P_ji w_i) to each out-neighbour j, keep (P_ii x_i, P_ii w_i)
-    x_i <- sum of what was kept and came,  w_i likewise,  z_i = x_i/w_i;   at first w_i = 1
+    x_i <- sum of what was kept and received,  w_i likewise,  z_i = x_i/w_i;   at the start w_i = 1
 
-with P_ji = 1/(1 + number of out-neighbours): columns sum to 1, so that sum_i w_i = p and sum_i x_i (with what is on its
-way) moves by -eta*sum_i g_i only. On a directed graph the x_i alone agree on nothing; the z_i come to the mean of all.
+with P_ji = 1/(1 + number of out-neighbours): columns sum to 1, so that sum_i w_i = p and sum_i x_i (with the messages
+under way) moves by -eta*sum_i g_i only. On a directed graph the x_i alone do not agree; the z_i converge to the mean of
+all.
 
-``overlap`` > 0 is OSGP: a worker goes on without what came late, and takes it up to ``overlap`` steps later.
+``overlap`` > 0 is OSGP: a worker continues without late messages and receives them up to ``overlap`` steps later.
 
 Source: Assran, Loizou, Ballas, Rabbat, Stochastic Gradient Push for Distributed Deep Learning, 2019,
 https://arxiv.org/abs/1811.10792, algorithms 1 and 2. Kempe, Dobra, Gehrke, Gossip-based computation of aggregate
 information, 2003.
 
-Here a message is the pair (z_i, P_ji w_i), and z_j becomes the mean, weighted by these, of what it is made of. The
-numbers are those above (w_j z_j is the sum of the P_ji x_i); but nothing is divided afterwards, z stays between what is
-averaged, and an element that is not finite can be left out without pulling z towards 0. Where the graph is regular and
-overlap is 0 all w_i are 1 for ever.
+Here a message is the pair (z_i, P_ji w_i), and z_j becomes the weighted mean of its own value and those received. The
+numbers are those above (w_j z_j is the sum of the P_ji x_i); but nothing is divided afterwards, z stays in the range of
+the averaged values, and a non-finite element can be left out without pulling z towards 0. If the graph is regular and
+overlap is 0, all w_i stay 1.
 
-Deviations: the local update is any torch optimizer's. It acts on the numerator x_i (momentum acts on x_i, as the
-authors do it), and so does its weight decay: x_i shrinks, and z_i by the same factor. The paper fixes the lateness of
-OSGP; here it is bounded: a message is taken as soon as it is there.
+Deviations: the local update is any torch optimizer's. It acts on the numerator x_i (momentum acts on x_i, as in the
+authors' code), and so does its weight decay: x_i shrinks, and z_i by the same factor. The paper fixes the lateness of
+OSGP; here it is bounded: a message is received as soon as it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice, integer
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.neighbours import Neighbours
 from mpitrain.collectives.topology.graphs import Topology, topology
 
 TWO_PEERS = "two_peer_exponential"
 
 TOPOLOGIES = ("one_peer_exponential", TWO_PEERS, "exponential", "ring", "grid", "complete")
-"""Connected graphs that there are for any number of workers."""
+"""Connected graphs that exist for any number of workers."""
 
 
 def two_peer_exponential(size: int) -> Topology:
-    """Directed, two peers a step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
+    """Return the directed graph with two peers per step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
     hops = list(takewhile(lambda hop: hop < size, (3**k for k in count()))) or [1]
     steps = tuple(
         tuple(tuple(sorted({(i + hop) % size, (i + 2 * hop) % size} - {i})) for i in range(size)) for hop in hops
@@ -53,18 +56,18 @@ def two_peer_exponential(size: int) -> Topology:
 
 @dataclass(frozen=True)
 class StochasticGradientPush(Method):
-    """SGP: in step like all-reduce, but each worker sends to one other a step and waits for one.
+    """SGP: synchronous like all-reduce, but each worker sends to one other worker per step and waits for one.
 
-    For slow networks: what a step costs does not grow with the number of workers.
+    For slow networks: the cost of a step does not grow with the number of workers.
 
     Args:
-        topology: Who sends to whom. More peers a step: more to send, and workers that differ less.
-        overlap: How many steps late a message may be taken (OSGP); 0: each waits for those of this step. Every step of
-            overlap costs another vector of memory.
+        topology: The directed graph. With more peers per step there is more to send, and workers differ less.
+        overlap: The number of steps by which a message may be late (OSGP); 0: workers wait for the messages of this
+            step. Every step of overlap takes one more vector of memory.
     """
 
-    topology: str = setting("one_peer_exponential", "who sends to whom", choices=TOPOLOGIES)
-    overlap: int = setting(0, "tau, how many steps late a message may be taken", low=0)
+    topology: str = choice("one_peer_exponential", "who sends to whom", TOPOLOGIES)
+    overlap: int = integer(0, "tau, how many steps late a message may be taken", low=0)
 
     name: ClassVar[str] = "sgp"
     summary: ClassVar[str] = "push-sum: send a share to the next peer in turn, de-bias by weights"
@@ -74,55 +77,58 @@ class StochasticGradientPush(Method):
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
 
     def graph(self, size: int) -> Topology:
-        """Who sends to whom among ``size`` workers."""
+        """Return the directed graph between ``size`` workers."""
         return two_peer_exponential(size) if self.topology == TWO_PEERS else topology(self.topology, size)
 
     def worker(self, replica: Replica) -> SGPWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return SGPWorker(self, replica)
 
 
 class SGPWorker(Worker):
-    """The model holds z between the steps, and the numerator x = w*z during the local update."""
+    """A worker with a push weight; the model holds z, and the numerator x = w*z during the local update."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_push_weight", "_shown", "_neighbours")
 
     def __init__(self, method: StochasticGradientPush, replica: Replica) -> None:
         super().__init__(replica)
         z, graph = self.x.local, method.graph(self.comm.size)
-        self._w = 1.0
+        self._push_weight = 1.0
         self._shown = self.comm.numbers(1)  # w, for the consensus of peers
-        # All w_i stay 1; without this they would only to rounding.
+        # All w_i stay 1; without this they would stay so up to rounding only.
         self._stays_one = method.overlap == 0 and is_regular(graph)
         self._neighbours = Neighbours(self.comm, graph, z, method.overlap)
         kernels.weighted_average(z[:0], z[:0].copy(), 1.0)  # compiled before the first step
         kernels.scale(z[:0], 1.0)
         kernels.debias(z[:0], z[:0], 1.0)
-        self._show()
+        self._shown.local[0] = self._push_weight
+        self.comm.barrier()
 
     def before_update(self) -> None:
         """x_i = w_i z_i"""
-        if self._w != 1.0:
-            kernels.scale(self.x.local, self._w)
+        if self._push_weight != 1.0:
+            kernels.scale(self.x.local, self._push_weight)
 
     def after_update(self) -> None:
-        """z_i = x_i/w_i, pushed with the share of each; then the mean with what comes. Waits for the in-neighbours."""
+        """Push z_i = x_i/w_i with a share of w_i, then average with the messages. Waits for the in-neighbours."""
         z = self.x.local
-        if self._w != 1.0:
-            kernels.debias(z, z, self._w)
-        self._w /= 1 + self._neighbours.out_degree(self.t)
-        self._neighbours.post(z, self._w)
+        if self._push_weight != 1.0:
+            kernels.debias(z, z, self._push_weight)
+        self._push_weight /= 1 + self._neighbours.out_degree(self.t)
+        self._neighbours.post(z, self._push_weight)
         self._neighbours.receive(self._add)
         if self._stays_one:
-            self._w = 1.0
+            self._push_weight = 1.0
         else:
-            self._shown.local[0] = self._w
+            self._shown.local[0] = self._push_weight
 
     def _add(self, _: int, z: Any, w: float) -> int:
         """(z_i, w_i) <- ((w_i z_i + w z)/(w_i + w), w_i + w)"""
-        self._w += w
-        return kernels.weighted_average(self.x.local, z, w / self._w)
+        self._push_weight += w
+        return kernels.weighted_average(self.x.local, z, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """sum_i x_i/sum_i w_i, as they are now. Local: exact while all rest, between their steps otherwise."""
+        """Write the present sum_i x_i/sum_i w_i. Local; exact while the workers rest."""
         weights: list[float] = []
 
         def weight_of(peer: int) -> float:
@@ -132,30 +138,12 @@ class SGPWorker(Worker):
         mean_of(range(self.comm.size), lambda peer, fn: self.comm.read(self.x, peer, fn), out, weight_of)
 
     def metrics(self) -> dict[str, float]:
-        """The push weight w."""
-        return {"push_weight": self._w}
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, the weight and what is on its way."""
-        yield from super().state()
-        yield "push_weight", self._w
-        yield from self._neighbours.state()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        super().load(state)
-        self._w = float(state["push_weight"])
-        self._show()
-        self._neighbours.load(self.t, state)
-
-    def _show(self) -> None:
-        """Let peers read w. Collective."""
-        self._shown.local[0] = self._w
-        self.comm.barrier()
+        """Return the push weight w_i. Local."""
+        return {"push_weight": self._push_weight}
 
 
 def is_regular(graph: Topology) -> bool:
-    """Whether at each step everybody sends to, and hears from, the same number of others."""
+    """Return whether, at each step, every worker sends to and receives from the same number of others."""
     ranks = range(graph.size)
     return all(
         len({len(peers(rank, step)) for rank in ranks for peers in (graph.out_neighbours, graph.in_neighbours)}) == 1

@@ -1,47 +1,51 @@
-"""DOWNPOUR: workers commit what their local steps changed to a parameter server, and go on from what it holds.
+"""DOWNPOUR: workers push what their local steps changed to a parameter server and continue from what it holds.
 
     every n_push steps    c <- c + d,  d <- 0       d: what the local steps changed since the last push
     every n_fetch steps   x <- c                    after a push of the same step
     every step            x <- x - eta*g(x),  d <- d - eta*g(x)
 
-With one period tau for both this is the algorithm of Zhang's comparisons. Served in turn, p workers are stable on a
-quadratic of curvature h exactly if 1 - (1-eta*h)^tau < 2 sin(pi/(2(2p-1))): with more workers or a longer period the
-center, which takes every commit in full, overshoots. The learning rate should be about p times smaller than that of
-SGD alone.
+With one period tau for both this is the algorithm of Zhang's comparisons. p workers in turn are stable on a quadratic
+of curvature h if and only if 1 - (1-eta*h)^tau < 2 sin(pi/(2(2p-1))): with more workers or a longer period the center,
+which takes every push in full, overshoots. The learning rate should be about p times smaller than that of SGD alone.
 
 Source: Dean, Corrado, Monga et al., Large scale distributed deep networks, 2012, section 4.1 (n_push, n_fetch); as run
 by Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651.
 
 Deviations: the server adds displacements; the per-parameter rates (Adagrad) of Dean et al. are left out, as in Zhang's
-runs. A fetch without a push keeps the displacement that was not pushed yet for the next push; x shows it again only
-then. With one worker and n_push dividing n_fetch every number is that of SGD, to rounding.
+runs. A fetch without a push keeps the displacement that was not pushed yet for the next push; until then x does not
+contain it. With one worker and n_push dividing n_fetch every number is that of SGD, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mpitrain import kernels
-from mpitrain.algorithms.base.method import Replica, setting
-from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, CenterWorker
+from mpitrain.algorithms.parameter_server.commit import Displacement
 from mpitrain.theory import downpour_warning
 
 
 @dataclass(frozen=True)
 class Downpour(CenterMethod):
-    """Asynchronous SGD with a parameter server: the plainest one, and the first to become unstable with many workers.
+    """Asynchronous SGD with a parameter server: the plainest form, and the first to become unstable with many workers.
 
     Args:
         period: tau, local steps between two exchanges; 1 is best, 16 and more are unstable in the papers.
-        push_period: n_push, local steps between two pushes; the period when not given.
-        fetch_period: n_fetch, local steps between two pulls; the period when not given.
+        push_period: n_push, local steps between two pushes; the period by default.
+        fetch_period: n_fetch, local steps between two pulls; the period by default.
     """
 
-    period: int = setting(1, "tau, local steps between exchanges", low=1)
-    push_period: int | None = setting(None, "n_push, local steps between pushes; the period when not given", low=1)
-    fetch_period: int | None = setting(None, "n_fetch, local steps between pulls; the period when not given", low=1)
+    period: int = integer(1, "tau, local steps between exchanges", low=1)
+    push_period: int | None = integer(
+        None, "n_push, local steps between pushes; the period when not given", low=1, optional=True
+    )
+    fetch_period: int | None = integer(
+        None, "n_fetch, local steps between pulls; the period when not given", low=1, optional=True
+    )
 
     name: ClassVar[str] = "downpour"
     summary: ClassVar[str] = "a parameter server that adds up what the workers' local steps change"
@@ -61,39 +65,40 @@ class Downpour(CenterMethod):
         return self.period if self.fetch_period is None else self.fetch_period
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Settings outside the round-robin bound."""
+        """Yield a line for settings outside the round-robin bound."""
         text = downpour_warning(size, self.n_push)
         if text is not None:
             yield text
 
     def worker(self, replica: Replica) -> DownpourWorker:
-        """Collective."""
-        return DownpourWorker(self, replica)
+        """Make a worker. Collective."""
+        return DownpourWorker(self, replica, Displacement(replica.x.local))
 
 
-class DownpourWorker(DisplacementWorker):
-    """Pushes and pulls, each at its time."""
+class DownpourWorker(CenterWorker):
+    """A worker that pushes and pulls, each with its own period.
 
-    def __init__(self, method: Downpour, replica: Replica) -> None:
-        super().__init__(method, replica)
-        for compiled in (self._push, self._fetch):
-            compiled(slice(0, 0), self._origin[:0].astype(self._dtype))
+    Args:
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        displacement: What this worker commits.
+    """
+
+    def __init__(self, method: Downpour, replica: Replica, displacement: Displacement) -> None:
+        super().__init__(method, replica, displacement)
+        self._push, self._pull = displacement.push, displacement.pull
+        for compiled in (self._push, self._pull):
+            compiled(slice(0, 0), self._empty)
 
     def after_update(self) -> None:
-        """Both at once where both are due, so that the pull sees the push."""
+        """Push and pull as they are due; both at once if both are, so that the pull sees the push."""
         self._steps += 1
         pushes = (self.t + 1) % self._method.n_push == 0
-        fetches = (self.t + 1) % self._method.n_fetch == 0
-        if pushes and fetches:
+        pulls = (self.t + 1) % self._method.n_fetch == 0
+        if pushes and pulls:
             self.commit()
         elif pushes:
             self._center.update(self._push, pulls=False)
             self._steps = 0
-        elif fetches:
-            self._center.update(self._fetch, pushes=False)
-
-    def _push(self, part: slice, c: Any) -> int:
-        return kernels.commit_only(self.x.local[part], self._origin[part], c)
-
-    def _fetch(self, part: slice, c: Any) -> int:
-        return kernels.pull_only(self.x.local[part], self._origin[part], c)
+        elif pulls:
+            self._center.update(self._pull, pushes=False)

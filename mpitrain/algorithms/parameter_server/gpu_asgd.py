@@ -1,21 +1,21 @@
-"""GPU A-SGD: DOWNPOUR between clients that may be several GPUs each, from a model that one client has trained alone.
+"""GPU A-SGD: DOWNPOUR between clients of one or several GPUs each, after a warm start by one of them.
 
     warm start:   client 0 alone makes warm_start_steps steps and commits them;  the others wait
     then each     x_i <- c, and every n_sync steps:   c <- c + d,  x_i <- c       d: what its local steps have changed
 
-Many clients that begin at random parameters slow down or upset the first part of a training: their commits, each made
-far from the others', add up. One client's model is a better place to begin together. A client that is several ranks
-(``replica_size``) takes the mean of their gradients, exactly: it is one client with as many times the mini-batch.
+Many clients that start from random parameters slow down or destabilise the first part of a training: their commits,
+each made far from the others', add up. The model of one client is a better common start. A client of several ranks
+(``replica_size``) uses the mean of their gradients, exactly: it is one client with a proportionally larger mini-batch.
 
 Source: Paine, Jin, Yang, Lin, Huang, GPU asynchronous stochastic gradient descent to speed up neural network training,
 2013, https://arxiv.org/abs/1312.6186.
 
-Deviations: the paper warm-starts from a checkpoint; here it is one run. There is no barrier at its end: a waiting
-client looks, at each of its steps, whether client 0 is done, then takes the center and counts from there. Until then it
-stands still and its gradients are thrown away, although they count against the run's budget: stopping it inside a step
-would also keep from it what rank 0 orders, to save or to stop. Those that come at once begin with the same parameters
-to the last bit, one that comes late with what the others have committed meanwhile. The server adds displacements, so
-the local steps may be any optimizer's.
+Deviations: the paper warm-starts from a checkpoint; here it is one run. There is no barrier at the end of the warm
+start: at each of its steps a waiting client checks whether client 0 has finished, then pulls the center and starts.
+Until then its parameters do not move and its gradients are discarded, although they count against the run's budget: a
+client that waited inside a step would not receive rank 0's orders to save or to stop. Clients that start at once have
+the same parameters to the last bit; a late one also has what the others have committed meanwhile. The server adds
+displacements, so the local steps may be any optimizer's.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpitrain import kernels
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting
-from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, CenterWorker
+from mpitrain.algorithms.parameter_server.commit import Displacement
 from mpitrain.theory import downpour_warning
 
 
 @dataclass(frozen=True)
 class GPUASGD(CenterMethod):
-    """A parameter server whose clients join when one of them has found a good place to begin.
+    """A parameter server whose clients join after one of them has trained alone for some steps.
 
     Args:
-        period: n_sync, mini-batches between two exchanges of a client; the paper's n_fetch = n_push.
+        period: n_sync, mini-batches between two exchanges of a client (the paper's n_fetch = n_push).
         warm_start_steps: Steps that client 0 makes alone; 0 is the paper's cold start.
     """
 
-    period: int = setting(4, "n_sync, mini-batches between exchanges", low=1)
-    warm_start_steps: int = setting(0, "steps that client 0 makes before the others begin", low=0)
+    period: int = integer(4, "n_sync, mini-batches between exchanges", low=1)
+    warm_start_steps: int = integer(0, "steps that client 0 makes before the others begin", low=0)
 
     name: ClassVar[str] = "gpu-asgd"
     summary: ClassVar[str] = "DOWNPOUR between clients of several GPUs, after a warm start by one"
@@ -55,25 +56,34 @@ class GPUASGD(CenterMethod):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"warm_start_steps": 20})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """An n_sync outside DOWNPOUR's bound."""
+        """Yield a line for an n_sync outside DOWNPOUR's bound."""
         text = downpour_warning(size, self.period)
         if text is not None:
             yield text
 
     def worker(self, replica: Replica) -> GPUASGDWorker:
-        """Collective."""
-        return GPUASGDWorker(self, replica)
+        """Make a worker. Collective."""
+        return GPUASGDWorker(self, replica, Displacement(replica.x.local))
 
 
-class GPUASGDWorker(DisplacementWorker):
-    """Waits for the end of the warm start, unless it is client 0, then commits and pulls."""
+class GPUASGDWorker(CenterWorker):
+    """A client that waits for the end of the warm start, unless it is client 0, then commits and pulls.
 
-    def __init__(self, method: GPUASGD, replica: Replica) -> None:
-        super().__init__(method, replica)
+    Args:
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        displacement: What this client commits.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_waits",)
+
+    def __init__(self, method: GPUASGD, replica: Replica, displacement: Displacement) -> None:
+        super().__init__(method, replica, displacement)
+        self._pull = displacement.pull
         self._waits = method.warm_start_steps > 0 and self.comm.rank > 0
-        self._made = self.comm.numbers(1)  # client 0 shows its steps
+        self._made = self.comm.numbers(1)  # the steps of client 0
         self._seen = np.zeros(1)
-        self._join(slice(0, 0), np.zeros_like(self.x.local, dtype=self._dtype, shape=(0,)))  # compiled now
+        self._pull(slice(0, 0), self._empty)  # compiled now
         self.comm.barrier()
 
     def step(
@@ -82,12 +92,12 @@ class GPUASGDWorker(DisplacementWorker):
         local_update: Callable[[], object] | None,
         loss: float | None = None,
     ) -> bool:
-        """A step; while it waits, only a look at client 0, and the center when that is done, or has died."""
+        """Make a step; or, while waiting, check on client 0 and pull the center if it has finished or died."""
         if self._waits:
             self.comm.read(self._made, 0, partial(np.copyto, self._seen))
             if self._seen[0] >= self._method.warm_start_steps or 0 in self.comm.dead:
-                self._center.update(self._join, pushes=False)
-                self._waits = False  # the next gradient is one of the model that it has now
+                self._center.update(self._pull, pushes=False)
+                self._waits = False  # the next gradient is taken at the model that it has now
             self.t += 1
             return False
         found_nonfinite = super().step(group_slices, local_update, loss)
@@ -95,21 +105,11 @@ class GPUASGDWorker(DisplacementWorker):
         return found_nonfinite
 
     def is_due(self) -> bool:
-        """Every n_sync steps, and where the warm start ends: the others shall find all of it."""
+        """Return whether n_sync steps are made or the warm start ends, so that the others find all of it."""
         ends = self.comm.rank == 0 and self.t + 1 == self._method.warm_start_steps
         return ends or super().is_due()
 
-    def _join(self, part: slice, c: Any) -> int:
-        """x, o <- c"""
-        return kernels.pull_only(self.x.local[part], self._origin[part], c)
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """What all displacement workers have, and whether this one still waits."""
-        yield from super().state()
-        yield "waits", self._waits
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective."""
-        self._waits = bool(state["waits"])
-        self._made.local[0] = int(state["t"])
-        super().load(state)
+    def after_load(self) -> None:
+        """Show the steps of client 0 again. Client 0, if it had died and has another client's part, does not wait."""
+        self._made.local[0] = self.t
+        self._waits = self._waits and self.comm.rank > 0

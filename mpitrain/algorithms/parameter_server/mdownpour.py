@@ -1,20 +1,19 @@
 """MDOWNPOUR: DOWNPOUR with Nesterov momentum at the parameter server.
 
-    worker       pull y;  push g = g(y)                        at every step, with no local steps
+    worker       pull y;  push g = g(y)                        at every step, without local steps
     server       v <- delta*v - eta*g;   c <- c + v;   y = c + delta*v
 
-With one worker every number is that of Nesterov momentum SGD, with delta = 0 that of DOWNPOUR with period 1. The delay
-among p workers acts as momentum, too (about 1 - 1/p), and the two add up: with delta = 0.99 it needs tiny learning
-rates.
+With one worker every number is that of Nesterov momentum SGD; with delta = 0 that of DOWNPOUR with period 1. The delay
+among p workers acts as momentum, too (about 1 - 1/p), and the two add up: delta = 0.99 needs tiny learning rates.
 
 Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651,
 section 5.
 
-Deviations: the server's lines are in the look-ahead form above, which is exactly Nesterov momentum for p = 1; this is
-our reading. There is no server process: the worker brings its gradient to the shards of c and v, makes the server's
-step there under the lock, and takes y along. So c and v travel both ways between nodes, four vectors a step instead of
-two; on a node nothing travels. Weight decay is part of the gradient and taken at y. The default momentum is 0.5, not
-the paper's 0.99, with which a handful of workers is unstable at ordinary learning rates.
+Deviations: the server's equations are in the look-ahead form above, which is exactly Nesterov momentum for p = 1; this
+is our reading. There is no server process: the worker visits the shards of c and v, makes the server's step there with
+its gradient, under the lock, and pulls y. Between nodes c and v are therefore transferred both ways, four vectors per
+step instead of two; on a node nothing is transferred. Weight decay is part of the gradient and is taken at y. The
+default momentum is 0.5, not the paper's 0.99, with which a few workers are unstable at ordinary learning rates.
 """
 
 from __future__ import annotations
@@ -26,23 +25,26 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica, setting
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.settings import number
 from mpitrain.algorithms.parameter_server.center import CenterMethod, CenterWorker
+from mpitrain.algorithms.parameter_server.commit import CommitRule
+from mpitrain.collectives.rma.shared_vector import SharedVector
 from mpitrain.theory import mdownpour_warning
 
 
 @dataclass(frozen=True)
 class MDownpour(CenterMethod):
-    """A parameter server that makes momentum steps with the gradients of all workers, each as it comes.
+    """A parameter server that makes a momentum step with each worker's gradient as it arrives.
 
-    Workers push at every step: there is no period to set. The torch optimizer lends its learning rates and weight
-    decays and must be a plain ``torch.optim.SGD`` without momentum.
+    Workers push at every step: there is no period to set. The torch optimizer provides learning rates and weight decays
+    and must be a plain ``torch.optim.SGD`` without momentum.
 
     Args:
-        momentum: delta, Nesterov momentum of the center; 0.99 in the paper, with very small learning rates.
+        momentum: delta, Nesterov momentum of the center; the paper uses 0.99 with very small learning rates.
     """
 
-    momentum: float = setting(0.5, "delta, Nesterov momentum of the center", low=0, below=1)
+    momentum: float = number(0.5, "delta, Nesterov momentum of the center", low=0, below=1)
 
     name: ClassVar[str] = "mdownpour"
     summary: ClassVar[str] = "DOWNPOUR at every step, with Nesterov momentum at the center"
@@ -52,50 +54,73 @@ class MDownpour(CenterMethod):
     learning_rate_factor: ClassVar[float] = 0.5
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Momentum that the delay does not bear."""
+        """Yield a line for a momentum that is unstable with the delay among the workers."""
         text = mdownpour_warning(size, self.momentum)
         if text is not None:
             yield text
 
     def worker(self, replica: Replica) -> MDownpourWorker:
-        """Collective."""
-        return MDownpourWorker(self, replica)
+        """Make a worker. Collective."""
+        return MDownpourWorker(self, replica, MomentumStep(replica.x.local, replica.g.local, self.momentum))
 
 
-class MDownpourWorker(CenterWorker):
-    """y is what the model holds; the center and its velocity are shared."""
+class MomentumStep(CommitRule):
+    """Makes the server's momentum step with this worker's gradient; the velocity lies beside the center.
+
+    Args:
+        x: (n,) the model's parameters, y.
+        g: (n,) the gradient.
+        momentum: delta.
+
+    Attributes:
+        group_slices: The parameter groups of the present step.
+    """
 
     rows: ClassVar[tuple[str, ...]] = ("center", "velocity")
 
-    def __init__(self, method: MDownpour, replica: Replica) -> None:
-        self._group_slices: list[ParamGroupSlice] = [ParamGroupSlice(slice(0, 0), 0.0)]
-        super().__init__(method, replica)
+    def __init__(self, x: Any, g: Any, momentum: float) -> None:
+        self._x, self._g, self._momentum = x, g, momentum
+        self.group_slices: list[ParamGroupSlice] = [ParamGroupSlice(slice(0, 0), 0.0)]  # to compile with
 
-    def start(self, name: str) -> Any:
-        """The velocity begins at 0."""
-        return np.zeros_like(self.x.local) if name == "velocity" else super().start(name)
+    def start(self, name: str, x: Any) -> Any:
+        """Return the first values of a row: the velocity starts at 0."""
+        return np.zeros_like(x) if name == "velocity" else x
 
-    def update(self, group_slice: ParamGroupSlice) -> None:
-        """Note it: the server's step is made shard by shard, for all segments in one visit."""
-        self._group_slices.append(group_slice)
-
-    def before_update(self) -> None:
-        """A step begins."""
-        self._group_slices.clear()
-
-    def is_due(self) -> bool:
-        """At every step."""
-        return True
-
-    def visit(self, part: slice, c: Any) -> int:
+    def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
         """v <- delta*v - eta*g;  c <- c + v;  y <- c + delta*v"""
         n_nonfinite = 0
-        for group_slice in self._group_slices:
+        for group_slice in self.group_slices:
             start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)
-            whole = slice(start, max(start, stop))  # of the vector
-            here = slice(whole.start - part.start, whole.stop - part.start)  # of the shard
+            whole = slice(start, max(start, stop))  # in the vector
+            here = slice(whole.start - part.start, whole.stop - part.start)  # in the shard
             n_nonfinite += kernels.master_momentum(
-                self.x.local[whole], self.g.local[whole], c[0, here], c[1, here],
-                group_slice.learning_rate, self._method.momentum, group_slice.weight_decay,
+                self._x[whole], self._g[whole], c[0, here], c[1, here],
+                group_slice.learning_rate, self._momentum, group_slice.weight_decay,
             )  # fmt: skip
         return n_nonfinite
+
+
+class MDownpourWorker(CenterWorker):
+    """A worker that visits the center at every step; the model holds y.
+
+    Args:
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        rule: The server's step.
+    """
+
+    def __init__(self, method: MDownpour, replica: Replica, rule: MomentumStep) -> None:
+        super().__init__(method, replica, rule)
+        self._group_slices = rule.group_slices
+
+    def before_update(self) -> None:
+        """Forget the parameter groups of the step before."""
+        self._group_slices.clear()
+
+    def update(self, group_slice: ParamGroupSlice) -> None:
+        """Note the parameter group: one visit makes the server's step for all groups, shard by shard."""
+        self._group_slices.append(group_slice)
+
+    def is_due(self) -> bool:
+        """Return True: the center is visited at every step."""
+        return True

@@ -1,19 +1,18 @@
-"""Zealous DOWNPOUR: a worker exchanges as soon as nobody else is at the center, at the latest after tau steps.
+"""Zealous DOWNPOUR: a worker exchanges as soon as the center is free, and after tau steps at the latest.
 
     after a local step, the s-th since the last exchange:
-        the center is busy and s < tau      go on locally
+        the center is busy and s < tau      continue locally
         otherwise                           exchange as DOWNPOUR does
 
-The center is busy while another worker visits it, from its first shard to its last. With a center that is never busy
-this is DOWNPOUR with period 1, with one that always is, DOWNPOUR with period tau; in between the period adapts to the
-load.
+The center is busy while another worker visits it, from its first shard to its last. If the center is never busy this is
+DOWNPOUR with period 1, if it always is, DOWNPOUR with period tau; in between the period adapts to the load.
 
 Source: Hermans, On scalable deep learning and parallelizing gradient descent, 2017, CERN-THESIS-2017-103, zealous
 DOWNPOUR.
 
-Deviations: the thesis asks the server by a control message whether its queue is empty. There is no server here: each
-worker has a flag that it raises while it visits, and reads those of the others: p-1 reads of one number, no lock. Two
-workers that look at the same moment may both go.
+Deviations: in the thesis a control message asks the server whether its queue is empty. There is no server here: each
+worker raises a flag during its visits and reads those of the others, which takes p-1 reads of one number and no lock.
+Two workers that read at the same moment may both start a visit.
 """
 
 from __future__ import annotations
@@ -25,21 +24,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpitrain.algorithms.base.method import Replica, setting
 from mpitrain.algorithms.base.peers import alive_ranks
-from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, DisplacementWorker
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, CenterWorker
+from mpitrain.algorithms.parameter_server.commit import Displacement
 from mpitrain.theory import downpour_warning
 
 
 @dataclass(frozen=True)
 class ZealousDownpour(CenterMethod):
-    """DOWNPOUR whose period adapts: it exchanges at every step until the center is crowded.
+    """DOWNPOUR with an adaptive period: workers exchange at every step until the center is busy.
 
     Args:
-        period: tau, the most local steps between two exchanges.
+        period: tau, the largest number of local steps between two exchanges.
     """
 
-    period: int = setting(10, "tau, the most local steps between exchanges", low=1)
+    period: int = integer(10, "tau, the most local steps between exchanges", low=1)
 
     name: ClassVar[str] = "zealous"
     summary: ClassVar[str] = "DOWNPOUR that exchanges whenever nobody else is at the center"
@@ -50,35 +51,41 @@ class ZealousDownpour(CenterMethod):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 4})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """A longest period outside DOWNPOUR's bound."""
+        """Yield a line for a period outside DOWNPOUR's bound."""
         text = downpour_warning(size, self.period)
         if text is not None:
             yield text
 
     def worker(self, replica: Replica) -> ZealousWorker:
-        """Collective."""
-        return ZealousWorker(self, replica)
+        """Make a worker. Collective."""
+        return ZealousWorker(self, replica, Displacement(replica.x.local))
 
 
-class ZealousWorker(DisplacementWorker):
-    """Raises a flag while it is at the center."""
+class ZealousWorker(CenterWorker):
+    """A worker that raises a flag while it visits the center.
 
-    def __init__(self, method: ZealousDownpour, replica: Replica) -> None:
-        super().__init__(method, replica)
+    Args:
+        method: The hyper-parameters.
+        replica: The vectors and the communicator to work with.
+        displacement: What this worker commits.
+    """
+
+    def __init__(self, method: ZealousDownpour, replica: Replica, displacement: Displacement) -> None:
+        super().__init__(method, replica, displacement)
         self._visiting = self.comm.numbers(1)
         self._seen = np.zeros(1)
         self.comm.barrier()
 
     def is_due(self) -> bool:
-        """Whether nobody else is at the center, or tau steps have been made."""
+        """Return whether the center is free or tau steps have been made."""
         return super().is_due() or not self.is_busy()
 
     def is_busy(self) -> bool:
-        """Whether another worker is visiting the center now. Local."""
+        """Return whether another worker visits the center now. Local."""
         return any(self._visits(rank) for rank in alive_ranks(self.comm) if rank != self.comm.rank)
 
     def commit(self) -> None:
-        """Commit and pull, for all to see. Local."""
+        """Commit and pull with the flag raised. Local."""
         self._visiting.local[0] = 1
         try:
             super().commit()

@@ -1,41 +1,40 @@
-"""NeuroevolutionSGD: a population of networks; SGD as local search, evolution between them, and no two too similar.
+"""NeuroevolutionSGD: a population of networks; local search by SGD, evolution between them, similar ones suppressed.
 
-A generation of N individuals (x_k, fitness F_k = a loss, the lower the fitter), one each worker:
+A generation of N individuals (x_k, fitness F_k = a loss, the lower the fitter), one per worker:
 
     1. local search   ``period`` SGD steps each;  u_k = x_k(end) - x_k(start)
     2. fitness        F_k, sent to all
-    3. suppression    s_kl = mean over layers of cos(u_k, u_l);  clusters by average linkage, as long as two are more
+    3. suppression    s_kl = mean over layers of cos(u_k, u_l);  clusters by average linkage, merged while two are more
                       similar than theta;  the fittest of each cluster survives, the others are suppressed
-    4. reproduction   the least fit survivors, without the elite, go too;  in the place of each who goes:
-                      a child of one of the elite and a survivor, of different clusters,
+    4. reproduction   the least fit survivors, except the elite, are replaced too.  Each individual that is replaced
+                      becomes a child of one of the elite and a survivor, of different clusters,
                           convex     x <- (1 - w)*x_a + w*x_b,  w uniform in (0, 1)
                           uniform    each layer from one of the two
-                      and of each layer of it  x <- x + sigma*rms(u)*N(0, I),  u of its parents
+                      and then, layer by layer,  x <- x + sigma*rms(u)*N(0, I),  u of its parents
 
-The best individual is what is evaluated.
+The best individual is evaluated.
 
 Source: Zhang, Hao, Gao, Wei, Tang, Combining neuroevolution and stochastic gradient descent, 2020,
 https://arxiv.org/abs/2012.11184.
 
-**This is our reconstruction.** Only the abstract of the paper was available to us; it says: a population, SGD as local
-search, evolutionary operators, and a hierarchical clustering that suppresses individuals whose weight updates are too
-similar. The equations and all defaults above are ours.
+**This is our reconstruction.** Only the abstract of the paper was available to us. It describes a population, SGD as
+local search, evolutionary operators, and a hierarchical clustering that suppresses individuals whose weight updates are
+too similar. The equations and all defaults above are ours.
 
-Deviations from what such a method would ideally be:
+Deviations from an ideal method of this kind:
 
-- One individual a worker, so that the population depends on the number of workers.
-- Similarities are those of sketches: u_k in ``SKETCH`` numbers by random signs, about 1/sqrt(SKETCH) off when they are
-  orthogonal, exact when they are equal. They are clustered in one go, not first in blocks.
-- Fitness is the mean of the training loss over the generation, unless a loss on data held out is given (``fitness``
-  of ``DistributedOptimizer``).
-- Mutation is relative to the update of the layer and not to its weights: it fades as the search comes to rest.
-- Velocities belong to the torch optimizer: a child goes on with that of the individual whose place it takes. SGD
-  without momentum has none.
+- One individual per worker, so that the population depends on the number of workers.
+- Similarities are those of sketches: u_k in ``SKETCH`` numbers by random signs, with an error of about 1/sqrt(SKETCH)
+  for orthogonal updates and none for equal ones. They are clustered at once, not first in blocks.
+- The fitness is the mean training loss of the generation, unless a loss on held-out data is given (``fitness`` of
+  ``DistributedOptimizer``).
+- Mutation is relative to the update of a layer, not to its weights: it fades as the search converges.
+- Velocities belong to the torch optimizer: a child continues with that of the individual it replaces. SGD without
+  momentum has none.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,38 +44,41 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, Replica, Worker, setting
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.worker import Worker
 
 SKETCH = 256
-"""Numbers by which an individual's update is compared with others', all layers together."""
+"""The number of elements of the sketch of an update, over all layers."""
 LEAST = 8
-"""Numbers of each layer, at least."""
+"""The smallest number of elements of the sketch of one layer."""
 BLOCK = 4096
-"""Elements that are worked on at a time."""
+"""The number of parameters that are processed at a time."""
 
 
 @dataclass(frozen=True)
 class NeuroevolutionSGD(Method):
-    """A population of models, one a worker, that train alone and now and then make room for children of the best.
+    """A population of models, one per worker, that train alone; children of the best replace unfit and similar ones.
 
-    For searching with several models at once rather than for training one faster: between generations nobody
-    communicates. Our reconstruction of a paper of which we know the abstract only.
+    For a search with several models at once rather than for training one model faster: there is no communication
+    between the ends of generations. Our reconstruction of a paper of which we know the abstract only.
 
     Args:
-        period: Local steps of a generation; an epoch is a good length.
+        period: Local steps per generation; an epoch is a good length.
         similarity: theta, above which two individuals' updates (or clusters of them) are too similar.
-        elite_fraction: Of the population; always kept, at least one.
-        unfit_fraction: Of the population; the least fit survivors that are replaced although nobody is like them.
+        elite_fraction: The fraction of the population that is always kept, at least one individual.
+        unfit_fraction: The fraction of the population that is replaced for its fitness alone: the least fit survivors.
         crossover: ``convex``: a point between the parents; ``uniform``: each layer from one of them.
         mutation: sigma, relative to the root mean square of the parents' update of a layer.
     """
 
-    period: int = setting(100, "local steps of a generation", low=1)
-    similarity: float = setting(0.9, "theta, cosine above which two updates are too similar", low=-1, high=1)
-    elite_fraction: float = setting(0.25, "of the population, always kept", low=0, high=1)
-    unfit_fraction: float = setting(0.25, "of the population, replaced though nobody is like them", low=0, high=1)
-    crossover: str = setting("convex", "how two parents make a child", choices=("convex", "uniform"))
-    mutation: float = setting(0.1, "sigma, relative to the parents' update of a layer", low=0)
+    period: int = integer(100, "local steps of a generation", low=1)
+    similarity: float = number(0.9, "theta, cosine above which two updates are too similar", low=-1, high=1)
+    elite_fraction: float = number(0.25, "of the population, always kept", low=0, high=1)
+    unfit_fraction: float = number(0.25, "of the population, replaced though nobody is like them", low=0, high=1)
+    crossover: str = choice("convex", "how two parents make a child", ("convex", "uniform"))
+    mutation: float = number(0.1, "sigma, relative to the parents' update of a layer", low=0)
 
     name: ClassVar[str] = "neuroevolution"
     summary: ClassVar[str] = "a population of models: local SGD, crossover of the best, too similar ones suppressed"
@@ -89,17 +91,17 @@ class NeuroevolutionSGD(Method):
     metrics: ClassVar[tuple[str, ...]] = ("fitness", "suppressed")
 
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return NeuroevolutionWorker(self, replica)
 
 
 @dataclass(frozen=True)
 class Child:
-    """How a slot of the population is filled again.
+    """A new individual for a slot of the population.
 
     Attributes:
-        first, second: The parents.
-        seed: Of its crossover and mutation.
+        first, second: The ranks of its parents.
+        seed: The seed of its crossover and mutation.
     """
 
     first: int
@@ -109,12 +111,12 @@ class Child:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a generation; the same on all workers.
+    """The outcome of a generation, the same on all workers.
 
     Attributes:
         best: The fittest individual.
-        suppressed: Those who are too similar to a fitter one.
-        children: By the slot they fill.
+        suppressed: The individuals that are too similar to a fitter one.
+        children: The new individuals, by the slot they fill.
     """
 
     best: int
@@ -123,11 +125,13 @@ class Plan:
 
 
 class NeuroevolutionWorker(Worker):
-    """One individual.
+    """A worker with one individual, which the model holds.
 
     Attributes:
-        plan: Of the last generation; None before the end of the first.
+        plan: The outcome of the last generation; None before the end of the first.
     """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_start", "_losses", "_fitness", "_best", "_suppressed", "_rng")
 
     def __init__(self, method: NeuroevolutionSGD, replica: Replica) -> None:
         super().__init__(replica)
@@ -135,11 +139,11 @@ class NeuroevolutionWorker(Worker):
         x = self.x.local
         self._layers = replica.layers or (slice(0, x.size),)
         self._sketcher = Sketcher(self._layers)
-        self._rng = np.random.default_rng(replica.seed)  # the same on all workers, and drawn from in step
+        self._rng = np.random.default_rng(replica.seed)  # the same on all workers, which draw equally often
         self._start = x.copy()
         self._u = np.empty(BLOCK)
         self._losses = 0.0
-        self._fitness, self._best, self._n_suppressed = math.inf, 0, 0
+        self._fitness, self._best, self._suppressed = math.inf, 0, 0
         self.plan: Plan | None = None
         kernels.keep_finite(x[:0])
         kernels.receive(x[:0], self._start[:0])  # compiled before the first step
@@ -147,13 +151,13 @@ class NeuroevolutionWorker(Worker):
         kernels.scaled_add(x[:0], self._u[:0], 0.0)
 
     def after_update(self) -> None:
-        """Generations end every ``period`` steps. Collective then, else Local."""
+        """End a generation every ``period`` steps. Collective then, otherwise Local."""
         self._losses += math.nan if self.loss is None else self.loss
         if (self.t + 1) % self._method.period == 0:
             self._end_generation()
 
     def consensus(self, out: Any) -> None:
-        """The best individual of the last generation, as it is now. Local."""
+        """Write the present parameters of the best individual of the last generation. Local."""
 
         def copy_parent(x: Any) -> None:
             out[...] = x
@@ -161,29 +165,11 @@ class NeuroevolutionWorker(Worker):
         self.comm.read(self.x, self._best, copy_parent)
 
     def metrics(self) -> dict[str, float]:
-        """This individual's fitness in the last generation (at first inf), and how many were suppressed. Local."""
-        return {"fitness": self._fitness, "suppressed": float(self._n_suppressed)}
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, where the generation began, its losses so far, who was best, and the random state."""
-        yield from super().state()
-        yield "start", self._start
-        yield "losses", self._losses
-        yield "fitness", self._fitness
-        yield "best", self._best
-        yield "suppressed", self._n_suppressed
-        yield "rng", json.dumps(self._rng.bit_generator.state)
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Local."""
-        super().load(state)
-        self._start[...] = state["start"]
-        self._losses, self._fitness = float(state["losses"]), float(state["fitness"])
-        self._best, self._n_suppressed = int(state["best"]), int(state["suppressed"])
-        self._rng.bit_generator.state = json.loads(state["rng"])
+        """Return this individual's fitness in the last generation (at first inf), and the number suppressed. Local."""
+        return {"fitness": self._fitness, "suppressed": float(self._suppressed)}
 
     def _end_generation(self) -> None:
-        """Fitness, suppression, reproduction. Collective."""
+        """Make fitness, suppression and reproduction. Collective."""
         x, n_layers = self.x.local, len(self._layers)
         self._fitness = self._losses / self._method.period if self._fitness_of is None else float(self._fitness_of(x))
         sketch, rms = self._sketcher(x, self._start, self._rng)
@@ -191,18 +177,18 @@ class NeuroevolutionWorker(Worker):
         fitness, all_rms = table[:, 0], table[:, 1 : 1 + n_layers]
         similarities = mean_cosine(table[:, 1 + n_layers :].reshape(self.comm.size, *sketch.shape))
         self.plan = make_plan(fitness, similarities, self._method, self._rng)
-        self._best, self._n_suppressed = self.plan.best, len(self.plan.suppressed)
+        self._best, self._suppressed = self.plan.best, len(self.plan.suppressed)
         if self.plan.children:
             child = self.plan.children.get(self.comm.rank)
             if child is not None:
-                self.comm.statistics.n_nonfinite += kernels.keep_finite(x)  # what was here is lost
+                self.comm.statistics.n_nonfinite += kernels.keep_finite(x)  # this individual is replaced
                 self._become(child, (all_rms[child.first] + all_rms[child.second]) / 2)
-            self.comm.barrier()  # parents train on when their children have read them
+            self.comm.barrier()  # parents continue when their children have read them
         self._start[...] = x
         self._losses = 0.0
 
     def _become(self, child: Child, rms: np.ndarray) -> None:
-        """Crossover and mutation. The parents survive, so they stay as they are meanwhile. Local."""
+        """Make crossover and mutation. The parents survive, and do not change meanwhile. Local."""
         rng, x = np.random.default_rng(child.seed), self.x.local
         self._read(child.first, lambda a: kernels.receive(x, a))
         if child.second != child.first:
@@ -219,7 +205,7 @@ class NeuroevolutionWorker(Worker):
                     kernels.scaled_add(x[part], xi, self._method.mutation * float(scale))
 
     def _read(self, peer: int, fn: Any) -> None:
-        """Read a parent and count it."""
+        """Read a parent and count the exchange."""
         statistics = self.comm.statistics
         statistics.n_exchanges += 1
         statistics.bytes_sent += self.x.local.nbytes
@@ -231,12 +217,12 @@ class NeuroevolutionWorker(Worker):
 
 
 class Sketcher:
-    """Compresses x - start to a few numbers for each layer that keep inner products in expectation.
+    """A compression of x - start to a few numbers per layer that keeps inner products in expectation.
 
     Element e of a layer is added to number (e mod k) with a random sign.
 
     Args:
-        layers: Where each layer lies.
+        layers: The position of each layer.
     """
 
     def __init__(self, layers: Sequence[slice]) -> None:
@@ -246,9 +232,9 @@ class Sketcher:
         self._u, self._x = np.empty(self._length), np.empty(self._length)
 
     def __call__(self, x: Any, start: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(layers, k) the sketch, and (layers,) the root mean square of x - start in each layer."""
+        """Return the sketch (layers, k) and the root mean square (layers,) of x - start."""
         sketch, squares = np.zeros((len(self._layers), self.k)), np.zeros(len(self._layers))
-        with np.errstate(all="ignore"):  # an individual that has diverged is no error: it is unfit
+        with np.errstate(all="ignore"):  # an individual that has diverged is not an error: it is unfit
             for index, layer in enumerate(self._layers):
                 for part in blocks(layer, self._length):
                     n = part.stop - part.start
@@ -263,13 +249,13 @@ class Sketcher:
 
 
 def blocks(layer: slice, length: int = BLOCK) -> Iterator[slice]:
-    """A layer in pieces of at most ``length`` elements."""
+    """Yield a layer in pieces of at most ``length`` elements."""
     for start in range(layer.start, layer.stop, length):
         yield slice(start, min(start + length, layer.stop))
 
 
 def mean_cosine(sketches: np.ndarray) -> np.ndarray:
-    """(N, N) the mean over layers of the cosines of (N, layers, k) sketches; a layer that rests is like no other."""
+    """Return the mean over layers (N, N) of the cosines of sketches (N, layers, k); layers at rest have cosine 0."""
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(sketches, axis=2, keepdims=True)
         unit = np.where((lengths > 0) & np.isfinite(lengths), sketches / lengths, 0.0)
@@ -277,10 +263,10 @@ def mean_cosine(sketches: np.ndarray) -> np.ndarray:
 
 
 def clusters(similarities: np.ndarray, theta: float) -> list[list[int]]:
-    """Agglomerative clustering with average linkage, cut at theta: the two most similar are merged while above it.
+    """Return clusters by average linkage, cut at theta: the two most similar are merged while above theta.
 
     Args:
-        similarities: (N, N)
+        similarities: (N, N) between individuals.
         theta: Two clusters stay apart when the mean similarity between their members is theta or less.
     """
     found = [[k] for k in range(len(similarities))]
@@ -298,19 +284,19 @@ def clusters(similarities: np.ndarray, theta: float) -> list[list[int]]:
 def make_plan(
     fitness: np.ndarray, similarities: np.ndarray, method: NeuroevolutionSGD, rng: np.random.Generator
 ) -> Plan:
-    """Who survives a generation, and whose children fill the other slots.
+    """Choose the survivors of a generation and the parents of the children that fill the other slots.
 
     Args:
-        fitness: (N,) losses; who has none that is finite is the least fit, and goes.
-        similarities: (N, N)
-        method: theta and the fractions.
-        rng: In the same state on all workers.
+        fitness: (N,) losses; an individual without a finite loss is the least fit and is replaced.
+        similarities: (N, N) between individuals.
+        method: Has theta and the fractions.
+        rng: A generator in the same state on all workers.
     """
     n = len(fitness)
     loss = np.where(np.isfinite(fitness), fitness, np.inf)
     by_fitness = np.argsort(loss, kind="stable")
     if not np.isfinite(loss[by_fitness[0]]):
-        return Plan(0, (), {})  # nobody is fit to be a parent
+        return Plan(0, (), {})  # no individual is fit to be a parent
     rank = np.argsort(by_fitness)
     found = clusters(similarities, method.similarity)
     cluster_of = {k: index for index, members in enumerate(found) for k in members}

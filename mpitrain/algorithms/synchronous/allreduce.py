@@ -1,21 +1,21 @@
-"""All-reduce SGD: the synchronous baseline that every other method is measured against.
+"""All-reduce SGD: the synchronous baseline for all other methods.
 
     gbar = (1/p) sum_i g_i(x);   x <- x - eta*gbar
 
-With a mini-batch of b on each of p workers this is SGD with a mini-batch of p*b. Every worker takes the same step from
+With a mini-batch of b on each of p workers this is SGD with a mini-batch of p*b. Every worker makes the same step from
 the same point, so that all parameters stay equal to the last bit.
 
-Where the local update is that of torch.optim.SGD, the workers of a node therefore hold one copy of the parameters
-between them, and each is in charge of a slice of it: one kernel reads that slice of all gradients where they lie and
-takes mean, momentum, weight decay and step in one pass. Nobody holds the momentum of another's slice. (Rajbhandari et
-al., ZeRO, 2020, https://arxiv.org/abs/1910.02054, shard optimizer state in the same way, and then gather the
-parameters, which here lie where all can see them.) With any other optimizer every worker holds its own parameters, the
-mean gradient is written to all, and each makes the same step.
+If the local update is that of torch.optim.SGD, the workers of a node therefore share one copy of the parameters, and
+each updates a slice: one kernel reads that slice of all gradients in place and makes mean, momentum, weight decay and
+step in one pass. Each worker holds the momentum of its own slice only. (ZeRO shards optimizer state in the same way and
+then gathers the parameters, which here lie in memory that all can read: Rajbhandari et al., 2020,
+https://arxiv.org/abs/1910.02054.) With any other optimizer every worker holds its own parameters, all receive the mean
+gradient, and each makes the same step.
 
-With ``overlap`` the sums are made while the backward pass goes on: from its end, the vector is cut into blocks, and a
-block is summed in the background as soon as its gradients and those of all blocks behind it are there, so that all
-workers sum the same blocks in the same order. The gradient is then the mean when ``backward`` returns. (Li et al.,
-PyTorch Distributed, 2020, https://arxiv.org/abs/2006.15704, section 3.2.)
+With ``overlap`` the sums are made during the backward pass. The vector is cut into blocks, from its end. A block is
+summed in the background once its gradients and those of all blocks behind it are there, so that all workers sum the
+same blocks in the same order. The gradient is the mean when ``backward`` returns. (Li et al., PyTorch Distributed,
+2020, https://arxiv.org/abs/2006.15704, section 3.2.)
 
 Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677; the baseline of Jin et
 al., How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581.
@@ -30,11 +30,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method, ParamGroupSlice, Replica, Worker, setting
-from mpitrain.collectives.communicator import Started
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.settings import boolean
+from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.worker import Worker
+from mpitrain.collectives.communicator import Communicator, Started
 
 BLOCK = 1 << 18
-"""Elements that are summed at once, at least: a megabyte of float32 takes ten times its latency on a fast network."""
+"""The smallest number of elements in a block: a megabyte of float32 takes ten times the latency of a fast network."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,11 @@ class AllReduceSGD(Method):
     Gradient clipping done before ``step`` clips each worker's own gradient, before the mean; with ``overlap`` the mean.
 
     Args:
-        overlap: Sum gradients while the backward pass computes the others. For networks: on one node the sums are made
-            by the cores (or the GPU) that the backward pass needs, and the one copy of the parameters is lost.
+        overlap: Sum gradients while the backward pass computes the others. For networks: on one node the sums take the
+            cores (or the GPU) from the backward pass, and each worker then has its own copy of the parameters.
     """
 
-    overlap: bool = setting(False, "sum gradients while the backward pass computes the others")
+    overlap: bool = boolean(False, "sum gradients while the backward pass computes the others")
 
     name: ClassVar[str] = "allreduce"
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
@@ -57,35 +61,35 @@ class AllReduceSGD(Method):
 
     @property
     def node_shared(self) -> bool:
-        """Whether the workers of a node can hold one copy of the parameters."""
+        """Whether the workers of a node can share one copy of the parameters: without ``overlap``."""
         return not self.overlap
 
     @property
     def takes_gradients_early(self) -> bool:
-        """Whether the worker is told which gradients are there."""
+        """Whether the worker is told during the backward pass which gradients are in ``g``: with ``overlap``."""
         return self.overlap
 
     def worker(self, replica: Replica) -> AllReduceWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         if self.overlap:
             return EarlyWorker(replica)
         return (SlicedWorker if replica.node_shared else AllReduceWorker)(replica)
 
 
 class AllReduceWorker(Worker):
-    """No state but the parameters."""
+    """A worker without state of its own."""
 
     def before_update(self) -> None:
         """gbar = (1/p) sum_i g_i"""
         self.comm.allreduce(self.g, mean=True)
 
     def consensus(self, out: Any) -> None:
-        """Any worker's parameters: they are equal. Local."""
+        """Write this worker's parameters: all are equal. Local."""
         out[...] = self.x.local
 
 
 class EarlyWorker(AllReduceWorker):
-    """Sums blocks of the gradient while others are computed."""
+    """A worker that sums blocks of the gradient during the backward pass."""
 
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica)
@@ -101,21 +105,21 @@ class EarlyWorker(AllReduceWorker):
         self.comm.allreduce(self.g, mean=True, part=slice(0, 0))  # compiled before the first step
 
     def gradient_ready(self, layer: int) -> bool:
-        """Whether a block has become whole, and all that come before it."""
+        """Note a gradient; return whether the next block is now complete. Local."""
         self._n_missing[self._block_of[layer]] -= 1
-        return self._next_is_whole()
+        return self._next_is_complete()
 
     def begin_ready(self) -> None:
-        """Begin to sum it, and those that waited for it."""
-        while self._next_is_whole():
+        """Start to sum this block and those complete ones that waited for it. Local."""
+        while self._next_is_complete():
             self._begin()
 
-    def _next_is_whole(self) -> bool:
+    def _next_is_complete(self) -> bool:
         k = len(self._begun)
         return k < len(self._blocks) and self._n_missing[k] <= 0
 
     def gradient_complete(self) -> None:
-        """Sum what no gradient was announced of, and wait for all sums. Collective."""
+        """Sum the remaining blocks and wait for all sums. Collective."""
         while len(self._begun) < len(self._blocks):
             self._begin()
         for sum_ in self._begun:
@@ -125,7 +129,7 @@ class EarlyWorker(AllReduceWorker):
         self._is_mean = True
 
     def before_update(self) -> None:
-        """gbar = (1/p) sum_i g_i, unless there is one."""
+        """gbar = (1/p) sum_i g_i, unless ``g`` is the mean already."""
         if not self._is_mean:
             self.gradient_complete()
         self._is_mean = False
@@ -136,12 +140,12 @@ class EarlyWorker(AllReduceWorker):
 
 
 def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) -> list[slice]:
-    """The vector in blocks, the last first, each beginning with a layer; the first of the vector may be small.
+    """Cut a vector into blocks, the last first, each starting with a layer; the block at the start may be smaller.
 
     Args:
-        layers: Where each begins, in order; what lies between them belongs to the one before.
-        n: Elements of the vector.
-        at_least: Elements of a block.
+        layers: The position of each layer, in order; elements between two layers belong to the first.
+        n: The number of elements of the vector.
+        at_least: The smallest number of elements of a block.
     """
     blocks, stop = [], n
     for start in [layer.start for layer in reversed(layers[1:])]:
@@ -152,21 +156,24 @@ def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) 
 
 
 class SlicedWorker(AllReduceWorker):
-    """Makes the steps of torch.optim.SGD for its slice of parameters that the node shares."""
+    """A worker that makes the step of torch.optim.SGD for its slice of the parameters that the node shares."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_velocity",)
 
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica)
-        self._mine = self.comm.slice_of(self.x.local.size)
-        self._v = np.zeros(self._mine.stop - self._mine.start, self.x.local.dtype)
+        self._velocity = VelocitySlice(self.comm, self.x.local)
         neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
         for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
-            kernels.mean_step(kind, neighbours if neighbours <= kernels.MOST_OF_A_MEAN else 1).prepare(self._v)
+            kernels.mean_step(kind, neighbours if neighbours <= kernels.MOST_OF_A_MEAN else 1).prepare(
+                self._velocity.values
+            )
 
     def before_update(self) -> None:
-        """The mean is taken in ``update_all``."""
+        """Do nothing: ``update_all`` computes the mean."""
 
     def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
+        """Make gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
 
         def advance(part: slice, addends: Sequence[Any]) -> None:
             for group_slice in group_slices:
@@ -178,33 +185,46 @@ class SlicedWorker(AllReduceWorker):
         self.comm.reduce_slices(self.g, advance)
 
     def _advance(self, group_slice: ParamGroupSlice, part: slice, addends: Sequence[Any]) -> None:
-        """One step of torch.optim.SGD on a part of the slice."""
-        x, share, eta, decay = (
-            self.x.local[part],
-            1 / self.comm.size,
-            group_slice.learning_rate,
-            group_slice.weight_decay,
-        )
+        """Make one step of torch.optim.SGD on a part of the slice."""
+        x, share = self.x.local[part], 1 / self.comm.size
+        eta, decay = group_slice.learning_rate, group_slice.weight_decay
         if group_slice.momentum == 0:
             kernels.mean_step("sgd", len(addends))(x, *addends, share, eta, decay)
             return
-        v = self._v[part.start - self._mine.start : part.stop - self._mine.start]
+        start = self._velocity.mine.start
+        v = self._velocity.values[part.start - start : part.stop - start]
         kind = "nesterov" if group_slice.nesterov else "momentum"
         kernels.mean_step(kind, len(addends))(x, v, *addends, share, eta, group_slice.momentum, decay)
 
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, and the momentum of this worker's slice."""
-        yield from super().state()
-        yield "slice_start", self._mine.start
-        yield "velocity", self._v
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Collective: the slices may have been others."""
-        super().load(state)
+class VelocitySlice:
+    """The momentum of this worker's slice of the parameters.
+
+    Args:
+        comm: The communicator of the workers.
+        x: (n,) the parameters.
+
+    Attributes:
+        mine: The position of the slice.
+        values: (length of the slice,) the momentum.
+    """
+
+    def __init__(self, comm: Communicator, x: Any) -> None:
+        self._comm = comm
+        self.mine = comm.slice_of(x.size)
+        self.values = np.zeros(self.mine.stop - self.mine.start, x.dtype)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the slice. Local."""
+        yield "slice_start", self.mine.start
+        yield "velocity", self.values
+
+    def load(self, state: State) -> None:
+        """Collect this worker's slice from those of all workers, which may have been cut differently. Collective."""
         held = state["velocity"]
-        for root, (start, size) in enumerate(self.comm.gather([state["slice_start"], held.size]).astype(int)):
-            values = held.copy() if root == self.comm.rank else np.empty(size, held.dtype)
-            self.comm.broadcast(values, root)
-            first, last = max(start, self._mine.start), min(start + size, self._mine.stop)
+        for root, (start, size) in enumerate(self._comm.gather([state["slice_start"], held.size]).astype(int)):
+            values = held.copy() if root == self._comm.rank else np.empty(size, held.dtype)
+            self._comm.broadcast(values, root)
+            first, last = max(start, self.mine.start), min(start + size, self.mine.stop)
             if first < last:
-                self._v[first - self._mine.start : last - self._mine.start] = values[first - start : last - start]
+                self.values[first - self.mine.start : last - self.mine.start] = values[first - start : last - start]

@@ -1,17 +1,17 @@
-"""DaSGD: local SGD whose averages arrive late, so that nobody waits for them.
+"""DaSGD: local SGD with delayed averages, for which no worker waits.
 
-    after every tau-th step:   s_i <- x_i, and an all-reduce of the s_i begins in the background
+    after every tau-th step:   s_i <- x_i, and an all-reduce of the s_i starts in the background
     d steps later:             x_i <- x_i + (mean_j s_j - s_i)
 
-The corrections sum to zero over the workers, so that the mean of all x_i moves by the mean gradient step alone, late or
-not. d = 0 is local SGD. If d steps take longer than an all-reduce, communication costs no time.
+The corrections sum to zero over the workers, so that the mean of all x_i moves by the mean gradient step alone,
+whatever the delay. d = 0 is local SGD. If d steps take longer than an all-reduce, communication costs no time.
 
 Source: Zhou et al., DaSGD: Squeezing SGD parallelization performance in distributed training using delayed averaging,
 2020, https://arxiv.org/abs/2006.00441. The abstract gives the idea; the form of the correction is our reading.
 
-Deviations: the local update is any torch optimizer's, whose state stays each worker's own. A correction that is not
-finite, because some worker's snapshot was not, is left out. A checkpoint taken while an all-reduce is under way holds
-the snapshot, and the all-reduce begins again where the run is continued. The default periods are ours.
+Deviations: the local update is any torch optimizer's, whose state stays local. A correction that is not finite, because
+some worker's snapshot was not, is left out. A checkpoint taken during an all-reduce holds the snapshot, and the
+all-reduce is repeated when the run is continued. The default periods are ours.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import Method, PeriodicWorker, Replica, setting
-from mpitrain.collectives.communicator import Pending
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.worker import PeriodicWorker
+from mpitrain.collectives.communicator import Communicator, Pending
 
 
 @dataclass(frozen=True)
 class DaSGD(Method):
-    """Local SGD for slow networks: the average of all workers is made while they go on, and mixed in later.
+    """Local SGD for slow networks: the average of all workers is computed while they continue, and mixed in later.
 
     Args:
-        period: tau, local steps between the beginnings of two averages.
-        delay: d, local steps that an average may take. One all-reduce is under way at a time, so that d is at most
-            tau-1: a longer one means that.
+        period: tau, local steps between the starts of two averages.
+        delay: d, local steps that an average may take. There is one all-reduce at a time, so that d is at most tau-1; a
+            longer delay is cut to that.
     """
 
-    period: int = setting(8, "tau, local steps between two averages", low=1)
-    delay: int = setting(1, "d, local steps until an average arrives, at most tau-1", low=0)
+    period: int = integer(8, "tau, local steps between two averages", low=1)
+    delay: int = integer(1, "d, local steps until an average arrives, at most tau-1", low=0)
 
     name: ClassVar[str] = "dasgd"
     summary: ClassVar[str] = "local SGD whose averages are made in the background and arrive late"
@@ -50,68 +54,88 @@ class DaSGD(Method):
 
     @property
     def steps_late(self) -> int:
-        """d, so that an average arrives before the next one begins."""
+        """d, cut so that an average arrives before the next one starts."""
         return min(self.delay, self.period - 1)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """A delay that is cut."""
+        """Yield a line for a delay that is cut."""
         if self.delay > self.steps_late:
             yield f"delay={self.delay} is cut to {self.steps_late}: it must be below period={self.period}"
 
     def worker(self, replica: Replica) -> DaSGDWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return DaSGDWorker(self, replica)
 
 
 class DaSGDWorker(PeriodicWorker):
-    """s, the snapshot, and the vector that becomes the mean of all snapshots."""
+    """A worker whose averages are computed in the background; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_delayed",)
 
     def __init__(self, method: DaSGD, replica: Replica) -> None:
         super().__init__(method, replica)
-        x = self.x.local
-        self._mean = self.comm.vector(x.size, x.dtype)
-        self._snapshot = np.zeros_like(x)
-        self._under_way: Pending | None = None
-        kernels.delayed_correction(x[:0], x[:0].copy(), self._mean.local[:0])  # compiled before the first
+        self._delayed = DelayedAverage(self.comm, self.x.local)
 
     def after_update(self) -> None:
-        """The beginning of an average, and d steps later its end."""
+        """Start an average when it is due, and mix it in d steps later."""
         super().after_update()
-        if self._under_way is not None and (self.t + 1) % self._method.period == self._method.steps_late:
-            self._correct(self._under_way)
+        if self._delayed.started is not None and (self.t + 1) % self._method.period == self._method.steps_late:
+            self._delayed.correct(self.x.local)
 
     def exchange(self) -> None:
-        """s_i <- x_i, and off it goes. Collective."""
-        self._snapshot[...] = self.x.local
-        self._begin()
-
-    def _begin(self) -> None:
-        """Nobody touches the vector from here to ``wait``; the snapshot is a copy of it for oneself."""
-        self._mean.local[...] = self._snapshot
-        self._under_way = self.comm.start_allreduce(self._mean, mean=True)
-
-    def _correct(self, under_way: Pending) -> None:
-        """x_i <- x_i + (mean_j s_j - s_i). Collective."""
-        under_way.wait()
-        self._under_way = None
-        self.comm.statistics.n_nonfinite += kernels.delayed_correction(self.x.local, self._snapshot, self._mean.local)
+        """s_i <- x_i, and start the all-reduce. Collective."""
+        self._delayed.start(self.x.local)
 
     def consensus(self, out: Any) -> None:
-        """The mean of all workers as they are now. Local: exact while they rest, between their steps otherwise."""
+        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
         mean_of_workers(self.comm, self.x, out)
 
+
+class DelayedAverage:
+    """The snapshot s_i and the mean of all snapshots. Collective to create.
+
+    Args:
+        comm: The communicator of the workers.
+        x: (n,) a vector of the size and type of the snapshots.
+
+    Attributes:
+        started: The all-reduce under way; None if there is none.
+    """
+
+    def __init__(self, comm: Communicator, x: Any) -> None:
+        self._comm = comm
+        self._mean = comm.vector(x.size, x.dtype)
+        self._snapshot = np.zeros_like(x)
+        self.started: Pending | None = None
+        kernels.delayed_correction(x[:0], x[:0].copy(), self._mean.local[:0])  # compiled before the first
+
+    def start(self, x: Any) -> None:
+        """s_i <- x_i, and start the all-reduce. Collective."""
+        self._snapshot[...] = x
+        self._start()
+
+    def correct(self, x: Any) -> None:
+        """x_i <- x_i + (mean_j s_j - s_i), when the all-reduce has ended. Collective."""
+        assert self.started is not None
+        self.started.wait()
+        self.started = None
+        self._comm.statistics.n_nonfinite += kernels.delayed_correction(x, self._snapshot, self._mean.local)
+
+    def _start(self) -> None:
+        # The vector must be left alone until the end; the snapshot is this worker's own copy.
+        self._mean.local[...] = self._snapshot
+        self.started = self._comm.start_allreduce(self._mean, mean=True)
+
     def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, and the snapshot if its average is under way. Local: the all-reduce goes on undisturbed."""
-        yield from super().state()
-        if self._under_way is not None:
+        """Yield the snapshot if its average is under way. Local: the all-reduce is not disturbed."""
+        if self.started is not None:
             yield "snapshot", self._snapshot
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Begin again what was under way. Collective."""
-        super().load(state)
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
+    def load(self, state: State) -> None:
+        """Start the all-reduce again if one was under way. Collective."""
+        if self.started is not None:
+            self.started.wait()
+            self.started = None
         if "snapshot" in state:
             kernels.assign(self._snapshot, state["snapshot"])
-            self._begin()
+            self._start()

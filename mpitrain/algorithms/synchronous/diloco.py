@@ -1,20 +1,20 @@
-"""DiLoCo: islands that train for hundreds of steps on their own, and an outer optimizer that sees only the outcome.
+"""DiLoCo: islands train for hundreds of steps on their own, and an outer optimizer steps with the outcome.
 
     H steps of the inner optimizer, from theta, end at theta_i
     D     =  mean_i (theta - theta_i)
     b     <- m*b + D
     theta <- theta - eta_out*(D + m*b);   theta_i <- theta
 
-The outer optimizer is SGD with Nesterov momentum, as torch.optim.SGD has it; D takes the place of the gradient. The
-inner optimizer is the torch optimizer (AdamW in the paper); its state stays the island's own. eta_out = 1 and m = 0 is
-local SGD. On a quadratic, with q = (1 - eta*h)^H, (b, theta) obeys
-[[m, 1-q], [-eta_out*m^2, 1 - eta_out*(1-q)*(1+m)]], stable iff eta_out*(1-q) < 2*(1+m)/(1+2*m).
+The outer optimizer is SGD with Nesterov momentum, in the form of torch.optim.SGD; D takes the place of the gradient.
+The inner optimizer is the torch optimizer (AdamW in the paper); its state stays local. eta_out = 1 and m = 0 is local
+SGD. On a quadratic, with q = (1 - eta*h)^H, (b, theta) obeys [[m, 1-q], [-eta_out*m^2, 1 - eta_out*(1-q)*(1+m)]],
+stable iff eta_out*(1-q) < 2*(1+m)/(1+2*m).
 
 Source: Douillard et al., DiLoCo: Distributed low-communication training of language models, 2023,
 https://arxiv.org/abs/2311.08105, algorithm 1. The stability region was derived for this project.
 
-Deviations: a round is a collective and waits for every island. The paper's islands that drop out of a round are here
-those whose parameters are no longer finite: the mean is that of the others, and they begin the next round with them.
+Deviations: a round is a collective and waits for every island. The paper lets islands drop out of a round; here those
+whose parameters are not finite do: the mean is that of the others, and all islands start the next round from theta.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.base.method import Method, Replica, setting
-from mpitrain.algorithms.synchronous.outer_optimizer import OuterWorker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import integer, number
+from mpitrain.algorithms.base.worker import PeriodicWorker
+from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
 
 @dataclass(frozen=True)
 class DiLoCo(Method):
     """For slow networks: hundreds of steps between two exchanges, then one step of an outer optimizer.
 
-    What is evaluated is theta, which moves once a round: a run shorter than ``period`` evaluates its beginning.
+    theta is evaluated, which moves once per round: a run shorter than ``period`` evaluates its start.
 
     Args:
-        outer_learning_rate: eta_out.
-        outer_momentum: m, Nesterov.
-        period: H, inner steps a round.
+        outer_learning_rate: eta_out, of the outer step.
+        outer_momentum: m, Nesterov momentum of the outer step.
+        period: H, inner steps per round.
     """
 
-    outer_learning_rate: float = setting(0.7, "eta_out, of the outer step", above=0)
-    outer_momentum: float = setting(0.9, "m, Nesterov momentum of the outer step", low=0, below=1)
-    period: int = setting(500, "H, inner steps a round", low=1)
+    outer_learning_rate: float = number(0.7, "eta_out, of the outer step", above=0)
+    outer_momentum: float = number(0.9, "m, Nesterov momentum of the outer step", low=0, below=1)
+    period: int = integer(500, "H, inner steps a round", low=1)
 
     name: ClassVar[str] = "diloco"
     summary: ClassVar[str] = "hundreds of local steps, then a Nesterov step with what they have changed"
@@ -55,31 +58,34 @@ class DiLoCo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 20})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """eta_out >= 2*(1+m)/(1+2*m) is unstable wherever a round comes near the minimum (q -> 0)."""
+        """Yield a line if eta_out >= 2*(1+m)/(1+2*m): unstable where a round ends near the minimum (q -> 0)."""
         found = theory.diloco_warning(self.outer_learning_rate, self.outer_momentum)
         if found is not None:
             yield found
 
     def worker(self, replica: Replica) -> DiLoCoWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return DiLoCoWorker(self, replica)
 
 
-class DiLoCoWorker(OuterWorker):
-    """theta and b, the outer momentum buffer."""
+class DiLoCoWorker(PeriodicWorker):
+    """A worker with theta and b, the outer momentum buffer; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_outer",)
 
     def __init__(self, method: DiLoCo, replica: Replica) -> None:
         super().__init__(method, replica)
-        empty = self._theta[:0]
-        kernels.outer_nesterov(self.x.local[:0], empty, empty.copy(), self._d.local[:0], 0.0, 0.0)
+        self._outer = OuterParameters(self.comm, self.x.local)
+        kernels.outer_nesterov(*self._outer.empty, 0.0, 0.0)  # compiled before the first round
 
-    def outer_step(self, d: Any) -> None:
-        """b <- m*b + d;  theta <- theta - eta_out*(d + m*b)"""
+    def exchange(self) -> None:
+        """b <- m*b + D;  theta <- theta - eta_out*(D + m*b);  x_i <- theta. Collective."""
+        outer, method = self._outer, self._method
+        d = outer.pseudogradient()
         self.comm.statistics.n_nonfinite += kernels.outer_nesterov(
-            self.x.local,
-            self._theta,
-            self._momentum,
-            d,
-            self._method.outer_learning_rate,
-            self._method.outer_momentum,
+            self.x.local, outer.theta, outer.momentum, d, method.outer_learning_rate, method.outer_momentum
         )
+
+    def consensus(self, out: Any) -> None:
+        """Write theta, as of the last round. Local."""
+        kernels.copy(out, self._outer.theta)

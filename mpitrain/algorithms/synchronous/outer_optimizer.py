@@ -1,30 +1,28 @@
-"""What the methods that work in rounds of local steps share: the mean of those present, and the outer parameters.
+"""The outer optimizer of methods that work in rounds of local steps, and the mean over finite vectors.
 
-    a round:   every worker makes tau local steps from theta, which ends at x_i
-    D       =  mean_i (theta - x_i)        the outer gradient
+    a round:   every worker makes tau local steps from theta and ends at x_i
+    D       =  mean_i (theta - x_i)        the pseudogradient
     theta   <- the outer optimizer's step with D as its gradient;   x_i <- theta
 
 Local SGD has theta <- theta - D, SlowMo a slow momentum, DiLoCo a Nesterov step.
 
-A worker whose vector is not finite is absent from a mean: it is the mean of the others. When it takes on the outcome it
-is present again.
+A worker whose vector is not finite is left out of a mean, which is then that of the others. It is present again once it
+has the outcome.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import PeriodicWorker, Replica, wide_copy
+from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.collectives.communicator import Communicator, Vector
 
 
 def average(comm: Communicator, vector: Vector) -> None:
-    """Replace every worker's vector by the mean of those that are finite; by NaN if none is. Collective."""
+    """Replace every worker's vector by the mean of the finite ones, or by NaN if none is finite. Collective."""
     n_nonfinite = kernels.keep_finite(vector.local)
     if n_nonfinite:
         vector.local[...] = 0
@@ -32,60 +30,52 @@ def average(comm: Communicator, vector: Vector) -> None:
 
 
 def average_present(comm: Communicator, vector: Vector, n_nonfinite: int) -> None:
-    """The mean over the workers whose ``n_nonfinite`` is 0; the vectors of the others are zeros. Collective."""
+    """Replace every worker's vector by the mean over the workers whose ``n_nonfinite`` is 0. Collective.
+
+    The vectors of the other workers are zeros.
+    """
     comm.statistics.n_nonfinite += n_nonfinite
     n_present = int(comm.gather([n_nonfinite == 0]).sum())
     if not n_present:
         vector.local[...] = float("nan")
-        comm.barrier()  # nobody takes another one's zeros for something to go on from
+        comm.barrier()  # so that no worker continues from the zeros of another
         return
     comm.allreduce(vector, mean=n_present == comm.size)
     if n_present < comm.size:
         kernels.scale(vector.local, 1.0 / n_present)
 
 
-class OuterWorker(PeriodicWorker):
-    """x_i is what the model holds; theta, from which a round begins, is kept by every worker, equal to the last bit.
+class OuterParameters:
+    """theta, from which a round starts, with its momentum; every worker's copy is equal to the last bit.
+
+    Collective to create.
 
     Args:
-        method: With the setting ``period``.
-        replica: What it works on.
+        comm: The communicator of the workers.
+        x: (n,) the model's parameters; worker 0's are the first theta.
+
+    Attributes:
+        theta: (n,) the outer parameters.
+        momentum: (n,) the outer optimizer's buffer.
+        empty: The arguments of an outer step without elements, to compile its kernel with.
     """
 
-    def __init__(self, method: Any, replica: Replica) -> None:
-        super().__init__(method, replica)
-        x = self.x.local
-        self._theta = wide_copy(x)
-        self._d = self.comm.vector(x.size, self._theta.dtype)
-        self._momentum = np.zeros_like(self._theta)
-        self.comm.broadcast(self._theta)
-        kernels.outer_gradient(self._d.local[:0], self._theta[:0], x[:0])  # compiled before the first round
+    persistent: ClassVar[tuple[str, ...]] = ("theta", "momentum")
 
-    def exchange(self) -> None:
-        """D = mean over those present of theta - x_i, and the outer step with it. Collective."""
-        d = self._d.local
-        n_nonfinite = kernels.outer_gradient(d, self._theta, self.x.local)
+    def __init__(self, comm: Communicator, x: Any) -> None:
+        self._comm, self._x = comm, x
+        self.theta = wide_copy(x)
+        self._pseudogradient = comm.vector(x.size, self.theta.dtype)
+        self.momentum = np.zeros_like(self.theta)
+        comm.broadcast(self.theta)
+        self.empty = x[:0], self.theta[:0], self.momentum[:0], self._pseudogradient.local[:0]
+        kernels.outer_gradient(self._pseudogradient.local[:0], self.theta[:0], x[:0])  # compiled before the first round
+
+    def pseudogradient(self) -> Any:
+        """Return D (n,), the mean of theta - x_i over the workers that are finite. Collective."""
+        d = self._pseudogradient.local
+        n_nonfinite = kernels.outer_gradient(d, self.theta, self._x)
         if n_nonfinite:
             d[...] = 0
-        average_present(self.comm, self._d, n_nonfinite)
-        self.outer_step(d)
-
-    @abstractmethod
-    def outer_step(self, d: Any) -> None:
-        """Update theta with the mean outer gradient ``d`` (n,), and set x_i to it. Local."""
-
-    def consensus(self, out: Any) -> None:
-        """theta, as the last round has left it. Local."""
-        kernels.copy(out, self._theta)
-
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, theta and its momentum."""
-        yield from super().state()
-        yield "outer_parameters", self._theta
-        yield "outer_momentum", self._momentum
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Local."""
-        super().load(state)
-        kernels.assign(self._theta, state["outer_parameters"])
-        kernels.assign(self._momentum, state["outer_momentum"])
+        average_present(self._comm, self._pseudogradient, n_nonfinite)
+        return d

@@ -1,4 +1,4 @@
-"""SlowMo: local SGD whose rounds are the steps of a slow heavy ball.
+"""SlowMo: local SGD with a slow heavy-ball momentum over the rounds.
 
     tau steps of the base optimizer with learning rate gamma, from x0:   x_a = mean_i x_i
     u  <- beta*u + (x0 - x_a)/gamma
@@ -13,8 +13,7 @@ Source: Wang, Tantia, Ballas, Rabbat, SlowMo: Improving communication-efficient 
 
 Deviations: the paper's gamma is constant in a round. Here the learning rate may change at every step, and gamma is its
 mean over the round: a decay in the middle of a round does not enter u as a larger gradient. The base optimizer's state
-stays each worker's own. A worker whose parameters are no longer finite is left out of a round and begins the next with
-the others.
+stays local. A worker whose parameters are not finite is left out of a round and starts the next one from x0.
 """
 
 from __future__ import annotations
@@ -25,23 +24,26 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain import kernels, theory
-from mpitrain.algorithms.base.method import Method, Replica, setting
-from mpitrain.algorithms.synchronous.outer_optimizer import OuterWorker
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.settings import integer, number
+from mpitrain.algorithms.base.worker import PeriodicWorker
+from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
 
 @dataclass(frozen=True)
 class SlowMo(Method):
-    """Local SGD that remembers, from round to round, which way the average has been going.
+    """Local SGD with a momentum on the average of each round.
 
     Args:
-        slow_learning_rate: alpha; usually left at 1.
+        slow_learning_rate: alpha; usually 1.
         slow_momentum: beta; usually 0 to 0.7, larger with more workers.
-        period: tau, local steps a round.
+        period: tau, local steps per round.
     """
 
-    slow_learning_rate: float = setting(1.0, "alpha, of the slow step", above=0)
-    slow_momentum: float = setting(0.5, "beta, of the slow step", low=0, below=1)
-    period: int = setting(48, "tau, local steps a round", low=1)
+    slow_learning_rate: float = number(1.0, "alpha, of the slow step", above=0)
+    slow_momentum: float = number(0.5, "beta, of the slow step", low=0, below=1)
+    period: int = integer(48, "tau, local steps a round", low=1)
 
     name: ClassVar[str] = "slowmo"
     summary: ClassVar[str] = "local steps, averaged with a slow momentum over the rounds"
@@ -53,46 +55,43 @@ class SlowMo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 12})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """alpha >= 2*(1+beta) is unstable wherever a round comes near the minimum (q -> 0)."""
+        """Yield a line if alpha >= 2*(1+beta): unstable where a round ends near the minimum (q -> 0)."""
         found = theory.slowmo_warning(self.slow_learning_rate, self.slow_momentum)
         if found is not None:
             yield found
 
     def worker(self, replica: Replica) -> SlowMoWorker:
-        """Collective."""
+        """Make a worker. Collective."""
         return SlowMoWorker(self, replica)
 
 
-class SlowMoWorker(OuterWorker):
-    """u, an average of gradients, and theta, the paper's x0."""
+class SlowMoWorker(PeriodicWorker):
+    """A worker with u, an average of gradients, and theta, the paper's x0; the model holds x_i."""
+
+    persistent: ClassVar[tuple[str, ...]] = ("_outer", "_sum_of_rates")
 
     def __init__(self, method: SlowMo, replica: Replica) -> None:
         super().__init__(method, replica)
-        self._sum_of_rates = 0.0
-        empty = self._theta[:0]
-        kernels.slow_momentum(self.x.local[:0], empty, empty.copy(), self._d.local[:0], 0.0, 0.0, 0.0)
+        self._outer = OuterParameters(self.comm, self.x.local)
+        self._sum_of_rates = 0.0  # over the steps of this round
+        kernels.slow_momentum(*self._outer.empty, 0.0, 0.0, 0.0)  # compiled before the first round
 
     def after_update(self) -> None:
-        """The step has been made with this learning rate."""
+        """Add up the learning rates of the round; at its end make the outer step."""
         self._sum_of_rates += self.learning_rate
         super().after_update()
 
-    def outer_step(self, d: Any) -> None:
-        """u <- beta*u + d/gamma;  x0 <- x0 - alpha*gamma*u. With gamma = 0 nothing was learned, and nothing moves."""
-        alpha, beta = self._method.slow_learning_rate, self._method.slow_momentum
+    def exchange(self) -> None:
+        """u <- beta*u + D/gamma;  x0 <- x0 - alpha*gamma*u;  x_i <- x0. Nothing moves if gamma = 0. Collective."""
+        outer, alpha, beta = self._outer, self._method.slow_learning_rate, self._method.slow_momentum
+        d = outer.pseudogradient()
         gamma = self._sum_of_rates / self._method.period
         self._sum_of_rates = 0.0
         inverse = 1 / gamma if gamma > 0 else 0.0
         self.comm.statistics.n_nonfinite += kernels.slow_momentum(
-            self.x.local, self._theta, self._momentum, d, beta, inverse, alpha * gamma
+            self.x.local, outer.theta, outer.momentum, d, beta, inverse, alpha * gamma
         )
 
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """The clock, x0, u and the learning rates of the round so far."""
-        yield from super().state()
-        yield "sum_of_rates", self._sum_of_rates
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Local."""
-        super().load(state)
-        self._sum_of_rates = float(state["sum_of_rates"])
+    def consensus(self, out: Any) -> None:
+        """Write x0, as of the last round. Local."""
+        kernels.copy(out, self._outer.theta)

@@ -1,12 +1,12 @@
-"""What this MPI does with which memory: tried once for each host, MPI and setting, and kept.
+"""Results of probing MPI with each kind of memory, stored per host, MPI, GPUs and settings.
 
-No MPI says what it can do with GPU memory, and what its documentation says does not hold everywhere: between a wrong
-answer and a crash everything has been seen. So it is tried (``probe.runner``): ten operations, with host memory,
-page-locked host memory and device memory, two ranks on one host. Managed memory is left out.
+No MPI reports reliably what it can do with GPU memory: failures range from wrong bytes to crashes. So ten operations
+are tried (``probe.runner``) with host memory, page-locked host memory and device memory, by two ranks on one host.
+Managed memory is left out.
 
-``mpirun -n 2 mpitrain info --probe`` measures; ``known`` is what the transports ask. The result is a JSON file in the
-folder of the compiled kernels. It holds for the host, the MPI, the GPUs and the settings that it was measured with, and
-no others: whoever asks with other ones finds nothing.
+``mpirun -n 2 mpitrain info --probe`` measures; the transports ask ``known``. The result is a JSON file in the folder of
+the compiled kernels. It is valid for the host, the MPI, the GPUs and the settings it was measured with, and found under
+no others.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import json
 import os
 import re
 import socket
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpitrain.collectives.probe.runner import MEMORIES, Matrix, Outcome, child_environment, measure
-from mpitrain.collectives.world.device import gpu_names
+from mpitrain.collectives.probe.launcher import child_environment
+from mpitrain.collectives.probe.outcome import MEMORIES, Matrix, Outcome
+from mpitrain.collectives.probe.runner import measure
 from mpitrain.kernels import cache_root
-
-if TYPE_CHECKING:
-    from mpitrain.collectives.world.world import World
+from mpitrain.log import logger
 
 FORMAT = 1
 POLL_SECONDS = 0.05
@@ -41,14 +39,14 @@ LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 @dataclass(frozen=True)
 class Probe:
-    """A result.
+    """The result of probing one host.
 
     Attributes:
-        host: Where it was measured.
-        mpi: What MPI_Get_library_version says.
-        gpus: The names of those that the two ranks had, () where there is none or no CuPy.
-        settings: Of the environment, as far as they choose how MPI works.
-        measured: When; local time, with its offset.
+        host: Its name.
+        mpi: The text of MPI_Get_library_version.
+        gpus: The names of the two ranks' GPUs; () without GPUs or without CuPy.
+        settings: Variables of the environment that choose how MPI works.
+        measured: Local time of the measurement, with its offset.
         outcomes: By operation and memory.
     """
 
@@ -60,93 +58,102 @@ class Probe:
     outcomes: Matrix
 
     def proved(self, operation: str, memory: str) -> bool:
-        """Whether an operation worked, and moved the right bytes.
+        """Return whether an operation worked and moved the right bytes.
 
         Args:
-            operation: One of ``probing.OPERATIONS``.
-            memory: One of ``probing.MEMORIES``.
+            operation: One of ``outcome.OPERATIONS``.
+            memory: One of ``outcome.MEMORIES``.
         """
         return self.outcomes[operation][memory].verdict == "ok"
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the result as JSON types."""
         return {"format": FORMAT, **asdict(self), "gpus": list(self.gpus)}
 
 
-def known() -> Probe | None:
-    """What was measured on this host with this MPI, these GPUs and these settings, if anything was. Local.
+def known(gpus: Sequence[str]) -> Probe | None:
+    """Return the result for this host, MPI, GPUs and settings, if there is one. Local.
 
-    It reads a file, and asks MPI for its version and torch for the names of the GPUs.
+    Args:
+        gpus: The names of the visible GPUs.
     """
-    path = _path(**_circumstances())
+    path = _path(**_circumstances(gpus))
     return None if path is None else _read(path)
 
 
-def newest() -> Probe | None:
-    """What was measured last on this host with this MPI, whatever the settings were. Local."""
+def newest(gpus: Sequence[str]) -> Probe | None:
+    """Return the newest result for this host and MPI, with any GPUs and settings. Local.
+
+    Args:
+        gpus: The names of the visible GPUs.
+    """
     root = cache_root()
-    here = _circumstances()
+    here = _circumstances(gpus)
     paths = [] if root is None else list((root / "probe").glob(f"{_file_name(here['host'])}-*.json"))
     latest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     return next((probe for probe in map(_read, latest_first) if probe is not None and probe.mpi == here["mpi"]), None)
 
 
-def of_hosts(world: World, *, again: bool = False) -> list[Probe]:
-    """The results of all hosts of a world. Collective.
+def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: bool = False) -> list[Probe]:
+    """Return the results of all hosts. Collective.
 
-    A rank of each host measures what is not known there if there are several ranks; the others sleep meanwhile.
+    With several ranks, one rank of each host without a result measures; the others sleep in the meantime.
 
     Args:
-        world: The ranks.
+        comm: The ranks.
+        hosts: The host of each rank.
+        gpus: The names of the GPUs that this rank sees.
         again: Measure in any case.
 
     Returns:
-        One for each host, on rank 0; an empty list on the others, and where one rank alone finds nothing.
+        One result per host on rank 0; an empty list on the others, and for a single rank without a result.
     """
-    speaks = world.hosts.index(world.hosts[world.rank]) == world.rank
-    found = (known() if world.size > 1 else known() or newest()) if speaks and not again else None
-    measures = speaks and found is None and (again or world.size > 1)
-    if any(world.comm.allgather(measures)) and world.rank == 0:
-        text = "trying what this MPI does with which memory: seconds, with GPUs up to minutes; the result is kept"
-        print(f"mpitrain: {text}", file=sys.stderr, flush=True)
+    rank, is_alone = comm.Get_rank(), comm.Get_size() == 1
+    is_first_of_host = hosts.index(hosts[rank]) == rank
+    found = None
+    if is_first_of_host and not again:
+        found = known(gpus) or (newest(gpus) if is_alone else None)
+    measures = is_first_of_host and found is None and (again or not is_alone)
+    if any(comm.allgather(measures)) and rank == 0:
+        logger.info("trying what this MPI does with which memory: seconds, with GPUs up to minutes; the result is kept")
     if measures:
-        found = _measured()
-    request = world.comm.Ibarrier()
+        found = _measure(gpus)
+    request = comm.Ibarrier()
     while not request.Test():
-        time.sleep(POLL_SECONDS)  # the cores are for the ranks that try
-    results: list[Probe | None] | None = world.comm.gather(found)
+        time.sleep(POLL_SECONDS)  # the cores are for the ranks that measure
+    results: list[Probe | None] | None = comm.gather(found)
     return [probe for probe in results or [] if probe is not None]
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those settings of an environment that choose how MPI works, whichever launcher was before."""
+    """Return the variables of an environment that choose how MPI works, without those of launchers. Local."""
     relevant = {
         name: value
         for name, value in sorted(child_environment(environ).items())
         if name.startswith(SETTINGS) and name not in WITHOUT_BEARING
     }
-    # Launchers add folders of their own to the path. Of the libraries that it can put in front, UCX is the one that
-    # MPI's version does not tell.
+    # Launchers add folders of their own to the path. Of the libraries that it can replace, UCX is the one that MPI's
+    # version does not mention.
     folders = filter(None, environ.get(LIBRARY_PATH, "").split(os.pathsep))
     ucx = next((folder for folder in folders if any(Path(folder).glob("libucp.so*"))), None)
     return relevant if ucx is None else {**relevant, LIBRARY_PATH: os.path.realpath(ucx)}
 
 
-def _measured() -> Probe:
-    """A new result, kept if anything could be tried."""
-    circumstances = _circumstances()
+def _measure(gpus: Sequence[str]) -> Probe:
+    """Measure a new result, and store it if any operation could be tried."""
+    circumstances = _circumstances(gpus)
     reason = None
     if not circumstances["gpus"]:
-        reason = "no CuPy: pip install 'mpitrain[gpu]'" if gpu_names() else "no GPU"
+        reason = "no CuPy: pip install 'mpitrain[gpu]'" if gpus else "no GPU"
     outcomes = measure({memory: None if memory == "host" else reason for memory in MEMORIES})
     probe = Probe(**circumstances, measured=time.strftime("%Y-%m-%dT%H:%M:%S%z"), outcomes=outcomes)
     if any(outcome.verdict != "not tried" for row in outcomes.values() for outcome in row.values()):
-        _keep(probe)
+        _store(probe)
     return probe
 
 
-def _keep(probe: Probe) -> None:
-    """Store it for the next time, unless there is no room."""
+def _store(probe: Probe) -> None:
+    """Store a result, unless there is no room."""
     path = _path(**{name: getattr(probe, name) for name in ("host", "mpi", "gpus", "settings")})
     if path is None:
         return
@@ -159,14 +166,14 @@ def _keep(probe: Probe) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _circumstances() -> dict[str, Any]:
-    """What a result depends on."""
+def _circumstances(gpus: Sequence[str]) -> dict[str, Any]:
+    """Return everything a result depends on."""
     from mpi4py import MPI
 
     return {
         "host": socket.gethostname(),
         "mpi": MPI.Get_library_version().rstrip("\0\n"),
-        "gpus": () if importlib.util.find_spec("cupy") is None else tuple(gpu_names()[:2]),
+        "gpus": () if importlib.util.find_spec("cupy") is None else tuple(gpus[:2]),
         "settings": settings_of(os.environ),
     }
 
@@ -184,7 +191,7 @@ def _file_name(host: str) -> str:
 
 
 def _read(path: Path) -> Probe | None:
-    """A file that is not there, is not whole or is of another format counts for nothing."""
+    """Return the result in a file; None if the file is absent, incomplete or of another format."""
     try:
         document = json.loads(path.read_text())
         if document.pop("format") != FORMAT:

@@ -1,18 +1,18 @@
-"""Owner-aware, versioned locks on one word each, for whoever can reach it.
+"""Versioned locks that know their owner, each in one word that all ranks can swap.
 
 A lock word holds a version and an owner::
 
     word = version << 24 | owner + 1        owner bits 0: free
 
-so that one compare-and-swap takes the lock and tells how many updates it has seen, one more releases it and counts the
-update, and one takes it over from a rank that is known to be dead. (An exclusive ``MPI_Win_lock`` held by a dead rank
-is lost for ever, and nobody can tell by whom it was held.) The version read here was read in the critical section
-itself: it is the true staleness of Hermans (CERN-THESIS-2017-103, chapter 4), not one read beside a race.
+One compare-and-swap acquires the lock and returns its version. A second one releases the lock and counts the update.
+One compare-and-swap also takes the lock over from a rank that is known to be dead, whereas an exclusive
+``MPI_Win_lock`` of a dead rank is lost for ever and does not tell its owner. The version is read in the critical
+section itself: it is the true staleness of Hermans (CERN-THESIS-2017-103, chapter 4), not one read beside a race.
 
-Where all ranks share one node the words lie in its memory and are swapped by the CPU, which costs a part of a call
-into MPI and orders what is read and written under the lock. Between nodes either the CPU of the word's node swaps it
-for everybody (``served``), or all ranks, those of its own node too, do it by MPI: its atomic operations and the CPU's
-must not be mixed on one word (MPI 4.1, section 12.7).
+If all ranks share one node, the words lie in its memory and the CPU swaps them. That costs a fraction of an MPI call,
+and it orders the reads and writes under the lock. Between nodes, either the CPU of the word's node swaps it for all
+ranks (``remote_locks``), or all ranks, including those of its own node, swap it through MPI: atomic operations of MPI
+and of the CPU must not be mixed on one word (MPI 4.1, section 12.7).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mpi4py import MPI
 
 from mpitrain.collectives.rma.node_barrier import SPIN_LIMIT, SPIN_LIMIT_WITHOUT_A_CORE
 from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
 
@@ -43,11 +44,11 @@ class LockTable:
 
     Args:
         world: The ranks.
-        counts: How many words each rank is the home of.
+        counts: (ranks,) the number of words of each home.
 
     Attributes:
-        orders_memory: Whether what one rank writes under a lock to memory that it shares with the next owner is seen by
-            that one without more ado (a ``Window.sync``).
+        orders_memory: Whether the lock alone makes writes to shared memory visible to the next owner. Otherwise a
+            ``Window.sync`` is needed.
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
@@ -57,15 +58,15 @@ class LockTable:
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
     def acquire(self, home: int, index: int, before_wait: Callable[[], object] | None = None) -> tuple[int, float]:
-        """Take the lock, however long its owner holds it; that of a dead rank is taken over. Local.
+        """Acquire the lock, however long its owner holds it; take it over from a dead rank. Local.
 
         Args:
-            home: The rank where the word lives.
-            index: Which of its words.
-            before_wait: Called when somebody has the lock, before this rank waits for it.
+            home: The home rank of the word.
+            index: The number of the word there.
+            before_wait: Called if the lock is taken, before this rank waits for it.
 
         Returns:
-            The number of updates counted so far, and the seconds spent waiting for another owner (0 when it was free).
+            The number of updates counted so far, and the seconds spent waiting for another owner (0 if it was free).
         """
         found = self._words.acquire(home, index)
         if not found & OWNER_MASK:
@@ -75,16 +76,16 @@ class LockTable:
         began, n_waits = time.perf_counter(), 0
         while found & OWNER_MASK:
             if (found & OWNER_MASK) - 1 not in self._world.dead:
-                if n_waits:  # most owners have it for no longer than it takes to look again
+                if n_waits:  # most owners release the lock before the next poll
                     self._back_off(n_waits)
                 n_waits += 1
             elif self._words.swap(home, index, found, found & ~OWNER_MASK | self._me) == found:
                 break
-            found = self._words.acquire(home, index, patient=True)
+            found = self._words.acquire(home, index, spin=True)
         return found >> OWNER_BITS, time.perf_counter() - began if n_waits else 0.0
 
     def _back_off(self, n_waits: int) -> None:
-        """Let the owner work: it may need the very core that spins here, or this rank's attention to its messages."""
+        """Let the owner work: it may need this core, or this rank's attention to its messages."""
         self._world.progress()
         if n_waits < YIELDS_BEFORE_SLEEP:
             os.sched_yield()
@@ -92,10 +93,10 @@ class LockTable:
             time.sleep(min(SLEEP_SECONDS * 2 ** min(n_waits - YIELDS_BEFORE_SLEEP, 5), LONGEST_SLEEP_SECONDS))
 
     def release(self, home: int, index: int, version: int, *, updated: bool) -> None:
-        """Give the lock back, counting an update when there was one. Local.
+        """Release the lock and count an update if there was one. Local.
 
         Raises:
-            RuntimeError: When another rank has taken the lock over in the meantime (it took this one for dead).
+            RuntimeError: If another rank has taken the lock over, because it took this rank for dead.
         """
         held = version << OWNER_BITS | self._me
         found = self._words.swap(home, index, held, (version + updated) << OWNER_BITS)
@@ -105,38 +106,44 @@ class LockTable:
             )
 
     def owner(self, home: int, index: int) -> int | None:
-        """The rank that holds the lock now, None when it is free. Local."""
+        """Return the rank that holds the lock, None if it is free. Local."""
         found = self._words.swap(home, index, 0, 0)
         return (found & OWNER_MASK) - 1 if found & OWNER_MASK else None
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
         self._words.free()
 
 
-class Words(Protocol):
-    """Words at the ranks, by the rank where they live and their number there, that all ranks can swap."""
+def count_wait(statistics: Statistics, seconds: float) -> None:
+    """Count time spent waiting for a lock."""
+    statistics.wait_seconds += seconds
+    statistics.lock_wait_seconds += seconds
 
-    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
-        """Write this rank's owner bits into a word that has none. Local.
+
+class Words(Protocol):
+    """Lock words, identified by their home rank and their number there."""
+
+    def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
+        """Set the owner bits of a free word to this rank's. Local.
 
         Args:
-            home, index: Which word.
-            patient: Look for a moment, where looking costs nothing, instead of once.
+            home, index: The word.
+            spin: Poll for a moment where polling is cheap, instead of once.
 
         Returns:
-            The word as it was: with owner bits when somebody has it, who keeps it.
+            The former word. If it has owner bits, the lock was taken and still is.
         """
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
-        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        """Set a word to ``new`` if it is ``expected``, and return the former word. Local."""
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
 
 
 class NodeWords:
-    """Words in the memory of the one node where all ranks are, swapped by the CPU. Collective to create and to free."""
+    """Lock words in the memory of the only node, swapped by the CPU. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._mine = world.rank + 1
@@ -145,22 +152,22 @@ class NodeWords:
         self._words = [self._window.of(rank) for rank in range(world.size)]
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
-    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
-        """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
-        return self._acquire(self._words[home], STRIDE * index, self._mine, self._spin_limit if patient else 0)
+    def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
+        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
+        return self._acquire(self._words[home], STRIDE * index, self._mine, self._spin_limit if spin else 0)
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
-        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        """Set a word to ``new`` if it is ``expected``, and return the former word. Local."""
         return self._swap(self._words[home], STRIDE * index, expected, new)
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
         self._words.clear()
         self._window.free()
 
 
 class MPIWords:
-    """Words that ranks of several nodes swap by MPI. Collective to create and to free."""
+    """Lock words that ranks of several nodes swap through MPI. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._mine = world.rank + 1
@@ -170,12 +177,12 @@ class MPIWords:
         words[:] = 0
         self._window.Lock_all()
         self._window.Sync()
-        self._last_seen = [[0] * n for n in counts]  # without their owners: to look first would be a message more
+        self._last_seen = [[0] * n for n in counts]  # without owner bits; reading a word first would cost a message
         self._compare, self._origin, self._result = (np.zeros(1, np.int64) for _ in range(3))
         world.comm.Barrier()
 
-    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
-        """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
+    def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
+        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
         while True:
             free = self._last_seen[home][index]
             found = self.swap(home, index, free, free | self._mine)
@@ -183,7 +190,7 @@ class MPIWords:
                 return found
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
-        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        """Set a word to ``new`` if it is ``expected``, and return the former word. Local."""
         self._compare[0], self._origin[0] = expected, new
         self._window.Compare_and_swap(self._origin, self._compare, self._result, home, index)
         self._window.Flush(home)
@@ -192,6 +199,6 @@ class MPIWords:
         return found
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
         self._window.Unlock_all()
         self._window.Free()

@@ -1,7 +1,7 @@
-"""Mailboxes: vectors at every worker that others read from, or leave something in.
+"""Mailboxes: vectors at every worker, which others read or leave messages in.
 
-A mailbox is whole: it is read and changed under one lock, together with its tags. Two slots make a double buffer:
-``publish`` writes the older one while others still read the newer one, so that neither waits for the other.
+A mailbox is read and changed as a whole, under one lock, together with its tags. Two slots make a double buffer:
+``publish`` writes the older one while others read the newer one, so that neither waits for the other.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.kernels.gpu import assign
 
 SEQUENCE_TAG = 0
-"""The tag that counts what was published; the newer slot has the larger one."""
+"""The tag that numbers the published vectors; the newer slot has the larger number."""
 
 
 class Mailboxes:
     """``slots`` vectors of ``n`` elements at each worker. Made by ``Communicator.mailboxes``.
 
     Args:
-        blocks: Block ``rank * slots + slot`` is that slot of that worker.
+        blocks: Block ``rank * slots + slot`` is this slot of this worker.
         rank: This worker.
-        slots: Vectors a worker.
-        statistics: Where exchanges and rejected elements are counted.
+        slots: Vectors per worker.
+        statistics: Where exchanges and non-finite elements are counted.
     """
 
     def __init__(self, blocks: Blocks, rank: int, slots: int, statistics: Statistics) -> None:
@@ -41,45 +41,40 @@ class Mailboxes:
         """Change a worker's mailbox in place. Local.
 
         Args:
-            rank: Whose.
-            fn: Called with the mailbox's array (n,) and its tags (N_TAGS,), float64, both to be changed in place.
-                What it returns is counted as rejected elements. It may visit another mailbox: whoever holds two locks
-                takes those of lower ranks first, so that nobody waits in a circle.
-            slot: Which of its vectors.
-            pulls: Whether ``fn`` takes the mailbox's values along too: two vectors are then exchanged.
+            rank: The worker.
+            fn: Called with the mailbox's array (n,) and its tags (N_TAGS,), float64, both to be changed in place. Its
+                result is counted as non-finite elements. It may visit another mailbox. A worker that holds two locks
+                acquires that of the lower rank first, so that workers do not wait for each other in a circle.
+            slot: Which of the worker's vectors.
+            pulls: Whether ``fn`` also copies the mailbox's values: the visit then exchanges two vectors.
         """
         n_bytes = self._visit(rank * self._slots + slot, fn, updated=True)
         self._count(rank, 2 * n_bytes if pulls else n_bytes)
 
     def receive(self, rank: int, fn: Callable[[Any, np.ndarray], int | None], slot: int = 0) -> None:
-        """Call ``fn`` with a worker's mailbox and its tags, both to be left as they are. Local."""
+        """Call ``fn`` with a worker's mailbox and its tags, which it must not change. Local."""
         self._count(rank, self._visit(rank * self._slots + slot, fn, updated=False))
 
     def read(self, rank: int, fn: Callable[[Any, np.ndarray], object], slot: int = 0) -> None:
-        """The same for evaluation and checkpoints: not counted as an exchange. Local."""
-
-        def peek(box: Any, tags: np.ndarray) -> None:
-            fn(box, tags)
-
-        self._visit(rank * self._slots + slot, peek, updated=False)
+        """Call ``fn`` as ``receive`` does, for evaluation and checkpoints. Local; not counted as an exchange."""
+        with self._blocks.locked(rank * self._slots + slot, updated=False) as block:
+            fn(block.data, block.tags)
 
     def peek(self, rank: int, slot: int = 0) -> np.ndarray:
-        """The tags (N_TAGS,) of a mailbox, without its lock; overwritten by the next call. Local."""
+        """Return the tags (N_TAGS,) of a mailbox, read without its lock. Local; overwritten by the next call."""
         self._blocks.peek_tags(rank * self._slots + slot, self._peeked)
         return self._peeked
 
     def publish(self, values: Any) -> None:
-        """Let others read ``values`` (n,) from now on: into the slot that is not the newest. Local."""
+        """Let others read ``values`` (n,) from now on: write them to the older slot. Local."""
         self._n_published += 1
-
-        def write(box: Any, tags: np.ndarray) -> None:
-            assign(box, values)
-            tags[SEQUENCE_TAG] = self._n_published
-
-        self._visit(self._rank * self._slots + self._n_published % self._slots, write, updated=True)
+        slot = self._n_published % self._slots
+        with self._blocks.locked(self._rank * self._slots + slot, updated=True) as block:
+            assign(block.data, values)
+            block.tags[SEQUENCE_TAG] = self._n_published
 
     def latest(self, rank: int, fn: Callable[[Any], int | None]) -> None:
-        """Call ``fn`` with what ``rank`` published last, whole (never half of one and half of another). Local."""
+        """Call ``fn`` with the vector that ``rank`` published last, never with a mix of two. Local."""
         newest, most = 0, -1.0
         for slot in range(self._slots):
             number = float(self.peek(rank, slot)[SEQUENCE_TAG])
@@ -88,21 +83,19 @@ class Mailboxes:
         self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:
-        block, n_nonfinite = self._blocks.acquire(index), None
-        try:
+        """Call ``fn`` under a mailbox's lock and return the size of the mailbox."""
+        with self._blocks.locked(index, updated=updated) as block:
             n_nonfinite = fn(block.data, block.tags)
-        finally:
-            self._blocks.release(block, updated=updated)
         if n_nonfinite is not None:
             self._statistics.n_nonfinite += n_nonfinite
         return int(block.data.nbytes)
 
     def _count(self, rank: int, n_bytes: int) -> None:
-        """A visit to another worker's mailbox is an exchange; one to its own is none."""
+        """Count an exchange if the mailbox is another worker's."""
         if rank != self._rank:
             self._statistics.n_exchanges += 1
             self._statistics.bytes_sent += n_bytes
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self._blocks.free()

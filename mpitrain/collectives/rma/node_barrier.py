@@ -1,8 +1,8 @@
-"""Where the ranks of a node wait for each other, in memory that they share.
+"""A barrier between the ranks of a node, in memory that they share.
 
-An MPI barrier spins, and takes a core from a rank that could work; it also costs two calls into MPI. Here a rank looks
-at the words of the others for a moment, then lets others have its core, then sleeps for longer and longer; asleep, it
-still gives MPI its turn.
+An MPI barrier spins and takes a core from a rank that could work; it also costs two calls into MPI. Here a rank polls
+the words of the others for a moment, then yields its core, then sleeps for longer and longer. Between two sleeps it
+lets MPI make progress.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 SPIN_LIMIT = 4000
-"""Looks, of some nanoseconds each, before a core is offered to others: longer than it takes ranks that are on time."""
+"""Polls, of some nanoseconds each, before a rank yields its core: longer than punctual ranks take."""
 
 SPIN_LIMIT_WITHOUT_A_CORE = 20
-"""The same where ranks outnumber cores: who is late may be waiting for this core."""
+"""The same where ranks outnumber cores: a late rank may be waiting for this core."""
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 20e-6, 500e-6
-"""Of a rank that has waited for long."""
+"""The first and the longest sleep of a rank that has waited for long."""
 
 
 class NodeBarrier:
-    """Meetings of the ranks of a node. Collective over all ranks of the world to create and to free.
+    """A barrier between the ranks of a node. Collective over all ranks of the world to create and to free.
 
     Args:
         world: The ranks.
-        statistics: Where waiting is counted, if it was for long.
+        statistics: Where long waits are counted.
 
     Attributes:
-        words: (STRIDE*local_size,) int64: the number of the meeting that each rank has come to.
-        number: Of the last meeting.
-        patience: How often to look before the core is offered to others.
+        words: (STRIDE*local_size,) int64, the number of the barrier that each rank has reached.
+        number: The number of the last barrier.
+        spin_limit: Polls before the core is yielded.
     """
 
     def __init__(self, world: World, statistics: Statistics) -> None:
@@ -54,32 +54,33 @@ class NodeBarrier:
         self.spin_limit = SPIN_LIMIT if world.cores >= 1 else SPIN_LIMIT_WITHOUT_A_CORE
         self._wait_for_all = node_barrier.wait_for_all()
 
-    def __call__(self) -> None:
-        """Wait for every rank of the node; what each wrote before is then seen by all. Collective over the node."""
+    def wait(self) -> None:
+        """Wait for all ranks of the node; all then see each other's earlier writes. Collective over the node."""
         self.number += 1
         words, me, n, number = self.words, self._me, self._n, self.number
         progress = self._wait_for_all(words, me, n, number, 0, self.spin_limit)
         if progress != n:
-            self.wait(
-                lambda first: self._wait_for_all(words, me, n, number, first, node_barrier.POLL_ONCE), n, progress
+            self.poll_until(
+                n, lambda first: self._wait_for_all(words, me, n, number, first, node_barrier.POLL_ONCE), progress
             )
 
-    def wait(self, call: Callable[[int], int], end: int, progress: int) -> None:
-        """Call with the progress made so far, and again with what that returns, until it is ``end``.
+    def poll_until(self, end: int, poll: Callable[[int], int], progress: int) -> None:
+        """Call ``progress = poll(progress)`` with a backoff until ``progress`` is ``end``. Collective over the node.
 
-        Who is late may itself wait, in a one-sided operation of MPI, for this rank to call MPI.
+        MPI makes progress between two polls, because a late rank may be waiting in a one-sided operation for this rank
+        to call MPI.
 
         Raises:
-            RankFailed: Somebody will not come any more.
+            RankFailed: If a rank has died.
         """
         began, backoff = time.perf_counter(), Backoff(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
         while progress != end:
             self._world.require_all()
             self._world.progress()
             backoff.rest()
-            progress = call(progress)
+            progress = poll(progress)
         self._statistics.wait_seconds += time.perf_counter() - began
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
         self._window.free()

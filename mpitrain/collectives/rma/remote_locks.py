@@ -1,4 +1,4 @@
-"""Locks of ranks on several nodes: swapped by the CPU on the node where they live, by that rank's service elsewhere."""
+"""Locks between nodes: the CPU swaps the words of its own node, the progress thread of their home all others."""
 
 from __future__ import annotations
 
@@ -9,61 +9,47 @@ import numpy as np
 
 from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.progress import Arrays, ProgressThread, Transfer
+from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
-from mpitrain.kernels.native.wire import PLAIN, Encoded
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 
 class RemoteLocks(LockTable):
-    """A table of locks between nodes that have a service. Collective to create and to free.
+    """A lock table between nodes whose ranks have progress threads. Collective to create and to free.
 
     Args:
         world: The ranks.
-        counts: How many words each rank is the home of.
-        progress: The service of the ranks of ``world``.
+        counts: (ranks,) the number of words of each home.
+        progress: The progress thread of this rank.
     """
 
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
         self._world = world
         self._me = world.rank + 1
-        self.orders_memory = True  # every swap is one of the CPU that owns the memory
-        self._progress = progress
+        self.orders_memory = True  # every word is swapped by a CPU of its own node
         self._words: RemoteWords = RemoteWords(world, counts, progress)
 
-    def fetch(
-        self, home: int, index: int, addresses: tuple[int, int], arrays: Arrays, encoded: Encoded = PLAIN
-    ) -> Transfer:
-        """Begin to take a lock of another node and then to copy what lies at addresses there. Local.
+    def acquire_swap(self, home: int, index: int) -> tuple[int, int]:
+        """Return the address of a lock word at its home, and the owner bits with which this rank acquires it. Local."""
+        return self._words.address(home, index), self._me
 
-        ``wait`` of what is returned gives the lock word as it was, with the version.
-        """
-        return self._progress.fetch(home, addresses, arrays, (self._words.address(home, index), self._me), encoded)
-
-    def store(
-        self,
-        home: int,
-        index: int,
-        addresses: tuple[int, int],
-        arrays: Arrays,
-        version: int,
-        updated: bool,
-        encoded: Encoded = PLAIN,
-    ) -> Transfer:
-        """Begin to copy arrays to addresses of another node and then to give its lock back, as ``release`` does. Local.
-
-        ``wait`` of what is returned raises what ``release`` does.
-        """
+    def release_swap(self, home: int, index: int, version: int, *, updated: bool) -> tuple[int, int, int]:
+        """Return the address of a lock word at its home, its value now, and its value after a release. Local."""
         held = version << OWNER_BITS | self._me
-        swap = self._words.address(home, index), held, (version + updated) << OWNER_BITS
-        return self._progress.store(home, addresses, arrays, swap, encoded)
+        return self._words.address(home, index), held, (version + updated) << OWNER_BITS
 
 
 class RemoteWords:
-    """Words that ranks of one node swap themselves and others let swap. Collective to create and to free."""
+    """Lock words that ranks of their node swap directly, and other ranks by request. Collective to create and to free.
+
+    Args:
+        world: The ranks.
+        counts: (ranks,) the number of words of each home.
+        progress: The progress thread of this rank.
+    """
 
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
         self._mine, self._progress = world.rank + 1, progress
@@ -72,11 +58,11 @@ class RemoteWords:
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
     def address(self, home: int, index: int) -> int:
-        """Of a word, in the process that is its home."""
+        """Return the address of a word in the process of its home. Local."""
         return self._bases[home] + 8 * STRIDE * index
 
-    def acquire(self, home: int, index: int, *, patient: bool = False) -> int:
-        """Write this rank's owner bits into a word that has none; what it was is returned. Local."""
+    def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
+        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
         words = self._window.of(home)
         if words is not None:
             return self._acquire(words, STRIDE * index, self._mine, 0)
@@ -88,12 +74,12 @@ class RemoteWords:
         return found
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
-        """Make a word ``new`` if it is what was expected. Returns what it was. Local."""
+        """Set a word to ``new`` if it is ``expected``, and return the former word. Local."""
         words = self._window.of(home)
         if words is not None:
             return self._swap(words, STRIDE * index, expected, new)
         return self._progress.swap(home, self.address(home, index), expected, new)
 
     def free(self) -> None:
-        """Give the words back. Collective."""
+        """Free the words. Collective."""
         self._window.free()

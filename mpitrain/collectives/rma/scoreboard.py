@@ -1,6 +1,6 @@
-"""A board on which every rank writes a few numbers and everybody reads all of them, one-sided.
+"""A scoreboard: every rank writes a few numbers, and every rank reads those of all ranks, one-sided.
 
-This is how rank 0 shows the progress of all ranks without asking any of them for anything.
+Rank 0 uses it to show the progress of all ranks without their participation.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 Field = str | tuple[str, int]
-"""A name, or a name and how many numbers go by it."""
+"""A name, or a name and the number of values under it."""
 
 
 class Scoreboard:
-    """Numbers of all ranks, by name. Collective to create and to free.
+    """Values of all ranks, by name. Collective to create and to free.
 
     Args:
         world: The ranks.
-        fields: What each rank writes.
+        fields: The values that each rank writes.
     """
 
     def __init__(self, world: World, fields: Iterable[Field]) -> None:
@@ -40,27 +40,27 @@ class Scoreboard:
         self._rows = np.zeros((world.size, width))
 
     def write(self, **values: Any) -> None:
-        """Set some of this rank's numbers. Local."""
+        """Set some of this rank's values. Local."""
         for name, value in values.items():
             self._window.local[self._places[name]] = value
 
     def read(self) -> dict[str, np.ndarray]:
-        """(p,) of each number, (p, n) of those that are several, as they stand now at every rank. Local."""
+        """Return the present values of all ranks by name: (p,) of a single value, (p, n) of several. Local."""
         self._window.sync()
-        for rank in [rank for rank in range(self._world.size) if not self._has_come(rank)]:
+        for rank in [rank for rank in range(self._world.size) if not self._fetch(rank)]:
             self._window.flush(rank)
         return {name: self._rows[:, place].copy() for name, place in self._places.items()}
 
     def read_rank(self, rank: int) -> dict[str, Any]:
-        """The numbers of one rank as they stand now. Local."""
+        """Return the present values of one rank by name. Local."""
         self._window.sync()
-        if not self._has_come(rank):
+        if not self._fetch(rank):
             self._window.flush(rank)
         row = self._rows[rank]
         return {name: row[place].tolist() for name, place in self._places.items()}
 
-    def _has_come(self, rank: int) -> bool:
-        """Copy the numbers of a rank of this node, begin to fetch those of another one."""
+    def _fetch(self, rank: int) -> bool:
+        """Start to copy the values of a rank; return whether they have arrived, as they have from this node."""
         row = self._window.of(rank)
         if row is None:
             self._window.get(rank, self._rows[rank])
@@ -69,5 +69,5 @@ class Scoreboard:
         return row is not None
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self._window.free()

@@ -1,16 +1,15 @@
 """Vectors in memory that other ranks can reach: node-shared segments, exposed to other nodes over the same bytes.
 
-Between the ranks of a node a vector is plain memory: ``window.of(peer)`` is an array, and a kernel reads and writes it
-in place. Between nodes ``get`` and ``put`` move it with MPI's one-sided operations, on an MPI window that is created
-over the very same bytes, so that no second copy exists.
+Between the ranks of a node, a vector is plain memory: ``window.of(peer)`` is an array that kernels read and write in
+place. Between nodes, ``get`` and ``put`` copy it by MPI's one-sided operations on an MPI window over the same bytes, so
+that there is no second copy.
 
-MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-target epoch for their whole life
-(``Lock_all`` at creation): synchronisation is the business of ``collectives.rma.locks``.
+See MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-target epoch for their whole life
+(``Lock_all`` at creation); ``rma.locks`` synchronises the ranks.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,60 +17,21 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain.collectives.topology.partition import split
-from mpitrain.errors import UsageError
+from mpitrain.collectives.world.shared_memory import check_free_memory_on_all
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
-SHARED_MEMORY = "/dev/shm"
-
 LARGEST_MESSAGE_BYTES = 1 << 30
-"""Of one Get or Put: counts were 32-bit before MPI 4, and Open MPI 5 refuses the type that mpi4py then makes."""
-
-
-def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
-    """Raise before an allocation that would end in a bus error.
-
-    Shared memory is a file system: a page of it that does not fit kills the process that touches it. Containers often
-    have 64 MB of it.
-
-    Raises:
-        UsageError: When ``n_bytes`` are more than ``folder`` has free.
-    """
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return  # no such file system here: nothing to check
-    free_bytes = status.f_bavail * status.f_frsize
-    if n_bytes > free_bytes:
-        raise UsageError(
-            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on this node, {folder} has "
-            f"{free_bytes / 2**20:.0f} MiB free: give it more (docker run --shm-size=8g, or mount -o remount,size=8g "
-            f"{folder}), or use a smaller model or fewer ranks"
-        )
-
-
-def check_free_memory_on_all(n_bytes: int, comm: Any) -> None:
-    """Check before any rank of ``comm`` allocates; one that has no room is everybody's error. Collective.
-
-    Otherwise the others would wait for it in the allocation for ever.
-    """
-    text = ""
-    try:
-        check_free_memory(n_bytes)
-    except UsageError as error:
-        text = str(error)
-    texts = [theirs for theirs in comm.allgather(text) if theirs]
-    if texts:
-        raise UsageError(texts[0])
+"""Of one Get or Put: counts are 32-bit before MPI 4, and Open MPI 5 rejects the datatype that mpi4py then creates."""
 
 
 def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """An array's bytes in pieces that one message can carry, and where each lies in a window.
+    """Yield an array's bytes in pieces that fit one message, each with its offset in a window.
 
     Args:
         array: In host or device memory.
-        first: Bytes of the window before it.
+        first: The offset of the array in the window, in bytes.
     """
     raw = array.view(np.uint8)
     for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
@@ -85,11 +45,11 @@ class Window:
         world: The ranks.
         n: Elements on this rank; ranks may differ.
         dtype: The same on all ranks.
-        node_shared: The ranks of a node have one array between them; ``n`` is then the same on all of them.
+        node_shared: Whether the ranks of a node share one array; ``n`` is then the same on all of them.
 
     Attributes:
-        local: (n,) zeros at first; this rank's array.
-        plan: Sums it over all ranks in one call; None where that has not been prepared.
+        local: (n,) this rank's array, initially zeros.
+        plan: A prepared all-reduce of the array; None without one.
     """
 
     def __init__(self, world: World, n: int, dtype: Any, *, node_shared: bool = False) -> None:
@@ -99,7 +59,7 @@ class Window:
         own = n if world.local_rank == 0 or not node_shared else 0
         n_bytes = max(own * self.dtype.itemsize, 1)
         check_free_memory_on_all(world.node_comm.allreduce(n_bytes), world.comm)
-        # Separate segments: each begins on a page of its own, on the NUMA domain of the rank that touches it first.
+        # Separate segments: each begins on its own page, in the NUMA domain of the rank that touches it first.
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
         self._shared = MPI.Win.Allocate_shared(n_bytes, 1, info=info, comm=world.node_comm)
         info.Free()
@@ -121,44 +81,45 @@ class Window:
         world.comm.Barrier()
 
     def _touch(self, part: slice) -> None:
-        """Zero a part, even where the memory is new and zero already.
+        """Zero a part of the array, even if its memory is new and zero already.
 
-        A rank that is alone on its node gets memory of the heap, used before. A new segment has no pages yet: touched
-        here they lie on this rank's NUMA domain, whoever writes first, and the next ``check_free_memory`` counts them.
+        A rank that is alone on its node gets heap memory, which may have been used before. A new segment has no pages
+        yet. Touching them here places them in this rank's NUMA domain, and the next ``check_free_memory`` counts them.
         """
         self.local[part] = 0
 
     def of(self, rank: int) -> np.ndarray | None:
-        """The array of ``rank`` itself when it is on this node, else None. Local."""
+        """Return the array of ``rank`` itself if it is on this node, else None. Local."""
         return self._direct.get(rank)
 
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
-        """Begin to copy ``out.size`` elements from ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
+        """Start to copy ``out.size`` elements at ``start`` of a remote ``rank``; ``flush`` completes it. Local."""
         assert self._remote is not None
         for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: np.ndarray, start: int = 0) -> None:
-        """Begin to copy ``values`` to ``start`` of another node's ``rank``; ``flush`` ends it. Local."""
+        """Start to copy ``values`` to ``start`` of a remote ``rank``; ``flush`` completes it. Local."""
         assert self._remote is not None
         for at, piece in pieces_of(values, start * self.dtype.itemsize):
             self._remote.Put([piece, MPI.BYTE], rank, at)
 
     def flush(self, rank: int) -> None:
-        """Wait until what was begun towards ``rank`` is done on both sides. Local."""
+        """Complete all copies from and to ``rank``. Local."""
         assert self._remote is not None
         self._remote.Flush(rank)
 
     def sync(self) -> None:
-        """Order this rank's loads and stores of the node's memory with those of the others. Local."""
+        """Order this rank's loads and stores of shared memory with those of the others. Local."""
         self._shared.Sync()
         if self._remote is not None:
             self._remote.Sync()
 
     def free(self) -> None:
-        """Give the memory back. Collective; arrays taken from it must not be used any more.
+        """Free the memory. Collective; its arrays must not be used any more.
 
-        MPI frees a window only where all its ranks do. When one has died it stays until the process ends.
+        Freeing an MPI window is collective over all its ranks. Once one of them has died, the window stays until the
+        process ends.
         """
         if self.world.survives_failures:
             self.world.barrier()

@@ -1,18 +1,18 @@
-"""Who sends to whom: communication graphs as pure functions of integers.
+"""Communication graphs as pure functions of integers.
 
 Sources: the exponential graphs are those of Assran, Loizou, Ballas, Rabbat, "Stochastic Gradient Push for Distributed
 Deep Learning", 2019, https://arxiv.org/abs/1811.10792; a bipartite graph is what keeps AD-PSGD free of deadlock in
 Lian, Zhang, Zhang, Liu, "Asynchronous Decentralized Parallel SGD", 2018, https://arxiv.org/abs/1710.06952.
 
 A topology is a tuple of steps and a step is a tuple of out-neighbours per rank; it repeats after its last step. An edge
-i -> j means that what i holds reaches j: i pushes to j, or j pulls from i. Nobody is its own neighbour here; the share
+i -> j means that the vector of i reaches j: i pushes to j, or j pulls from i. No rank is its own neighbour; the share
 that a rank keeps is a matter of the weights (`mixing.py`). Different here: the bipartite exponential graph is defined
 for odd sizes too, where one rank pauses per step.
 
     ring         i <-> i+1                                exponential            i -> i+1, i+2, i+4, ...
     grid, torus  rows x columns, without and with wrap    one_peer_exponential   i -> i+2^k at step k
     hypercube    i <-> i xor 2^k                          bipartite_exponential  odd i <-> one even rank per step
-    star         everybody <-> center                     complete, erdos_renyi  all pairs, random pairs
+    star         all ranks <-> center                     complete, erdos_renyi  all pairs, random pairs
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Topology:
     """A communication graph that repeats after `period` steps.
 
     Attributes:
-        name: what to ask `topology` for to get it again, as in `torus:4x2`.
-        size: the number of ranks.
-        steps: for each step of one period the sorted out-neighbours of each rank, without the rank itself.
+        name: The name for which `topology` returns this graph, such as `torus:4x2`.
+        size: The number of ranks.
+        steps: For each step of one period the sorted out-neighbours of each rank, without the rank itself.
     """
 
     name: str
@@ -61,15 +61,15 @@ class Topology:
 
     @property
     def period(self) -> int:
-        """Number of steps after which the graph repeats."""
+        """The number of steps after which the graph repeats."""
         return len(self.steps)
 
     def out_neighbours(self, rank: int, step: int = 0) -> tuple[int, ...]:
-        """The ranks that get something from `rank` at `step`."""
+        """Return the ranks that receive from `rank` at `step`."""
         return self.steps[step % self.period][rank]
 
     def in_neighbours(self, rank: int, step: int = 0) -> tuple[int, ...]:
-        """The ranks that `rank` gets something from at `step`."""
+        """Return the ranks from which `rank` receives at `step`."""
         return self._reversed_steps[step % self.period][rank]
 
     @cached_property
@@ -78,7 +78,7 @@ class Topology:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether at every step i sends to j exactly if j sends to i."""
+        """Whether at every step i sends to j if and only if j sends to i."""
         return self.steps == self._reversed_steps
 
     @cached_property
@@ -89,17 +89,17 @@ class Topology:
 
     @property
     def is_connected(self) -> bool:
-        """Whether what any rank holds reaches every rank over the periods: the union is strongly connected."""
+        """Whether the vector of every rank reaches all ranks over the periods: the union is strongly connected."""
         forward = self.union.steps[0]
         return all(len(_reach(step)) == self.size for step in (forward, _reverse(forward)))
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits of the edges alone, equal on all ranks exactly if they hold the same graph."""
+        """Sixteen hexadecimal digits that depend on the edges only; equal on all ranks that have the same graph."""
         return hashlib.sha256(repr((self.size, self.steps)).encode()).hexdigest()[:16]
 
     def two_colouring(self) -> tuple[int, ...] | None:
-        """Colour 0 or 1 for each rank such that no edge of the period joins equal colours; None where there is none."""
+        """Return a colour, 0 or 1, for each rank such that no edge of the period joins equal ones; None without any."""
         union = self.union
         colours: list[int | None] = [None] * self.size
         for start in range(self.size):
@@ -144,22 +144,22 @@ def _static(name: str, size: int, peers: Callable[[int], Iterable[int]]) -> Topo
 
 
 def _doublings(size: int) -> list[int]:
-    """1, 2, 4, ... below `size`: K = floor(log2(size - 1)) + 1 hops, none for a single rank."""
+    """Return 1, 2, 4, ... below `size`: K = floor(log2(size - 1)) + 1 hops, none for a single rank."""
     return [2**k for k in range((size - 1).bit_length())]
 
 
 def ring(size: int) -> Topology:
-    """Each rank and its two neighbours on a circle."""
+    """Return the ring: edges between each rank and its two neighbours on a circle."""
     return _static("ring", size, lambda i: ((i - 1) % size, (i + 1) % size))
 
 
 def complete(size: int) -> Topology:
-    """Everybody and everybody."""
+    """Return the complete graph: edges between all pairs of ranks."""
     return _static("complete", size, lambda i: range(size))
 
 
 def star(size: int, center: int = 0) -> Topology:
-    """Everybody and one center."""
+    """Return the star: edges between one center and all other ranks."""
     if not 0 <= center < size:
         raise ValueError(f"the center of a star of {size} ranks is one of 0..{size - 1}, not {center}")
     return _static(f"star:{center}", size, lambda i: range(size) if i == center else (center,))
@@ -185,39 +185,39 @@ def _rectangle(kind: str, size: int, rows: int | None, columns: int | None) -> T
 
 
 def grid(size: int, rows: int | None = None, columns: int | None = None) -> Topology:
-    """A rectangle without wrap-around, the one nearest to a square unless a shape is given."""
+    """Return a rectangle without wrap-around, the one nearest to a square unless a shape is given."""
     return _rectangle("grid", size, rows, columns)
 
 
 def torus(size: int, rows: int | None = None, columns: int | None = None) -> Topology:
-    """A rectangle with wrap-around, the one nearest to a square unless a shape is given."""
+    """Return a rectangle with wrap-around, the one nearest to a square unless a shape is given."""
     return _rectangle("torus", size, rows, columns)
 
 
 def hypercube(size: int) -> Topology:
-    """Ranks whose numbers differ in one bit; a power of two."""
+    """Return the hypercube: edges between ranks whose numbers differ in one bit; `size` is a power of two."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"a hypercube needs a power of two, not {size} ranks; `torus` and `exponential` take any size")
     return _static("hypercube", size, lambda i: [i ^ h for h in _doublings(size)])
 
 
 def exponential(size: int) -> Topology:
-    """Directed: i sends to i + 1, i + 2, i + 4, ..., all at every step."""
+    """Return the exponential graph, directed: i sends to i + 1, i + 2, i + 4, ..., all at every step."""
     return _static("exponential", size, lambda i: [(i + h) % size for h in _doublings(size)])
 
 
 def one_peer_exponential(size: int) -> Topology:
-    """Directed, one peer a step: i sends to i + 2^(k mod K), K = floor(log2(size - 1)) + 1."""
+    """Return the one-peer exponential graph: i sends to i + 2^(k mod K) at step k, K = floor(log2(size - 1)) + 1."""
     steps = [_sorted([(i + h) % size] for i in range(size)) for h in _doublings(size) or [0]]
     return Topology("one_peer_exponential", size, tuple(steps))
 
 
 def bipartite_exponential(size: int) -> Topology:
-    """One peer a step and both directions: odd ranks, which initiate, are matched with even ones, which answer.
+    """Return the bipartite exponential graph: at each step every odd rank exchanges with one even rank.
 
-    The a-th odd rank (2a + 1) meets even rank number a + s (of those) at the steps s = 0, 1, 2, 4, ...: with an even
-    size the distances are -1, 1, 3, 7, ... With an odd size there is one more even than odd rank, and one of them
-    pauses in each step.
+    Odd ranks initiate, even ranks answer. The a-th odd rank (2a + 1) is matched with the (a + s)-th even rank at the
+    steps s = 0, 1, 2, 4, ...: with an even size the distances are -1, 1, 3, 7, ... With an odd size there is one more
+    even than odd rank, and one even rank pauses at each step.
     """
     n_even, n_odd = size - size // 2, size // 2
     steps = []
@@ -231,8 +231,8 @@ def bipartite_exponential(size: int) -> Topology:
 
 
 def erdos_renyi(size: int, probability: float = 0.5, seed: int = 0) -> Topology:
-    """Each pair joined with `probability`, drawn again from the same stream until the graph is connected."""
-    draw = random.Random(seed)  # its stream is the same for every version of Python, unlike NumPy's
+    """Return a random graph that joins each pair with `probability`, redrawn until it is connected."""
+    draw = random.Random(seed)  # the same stream in every version of Python, unlike NumPy's
     for _ in range(100):
         edges = [(i, j) for i in range(size) for j in range(i) if draw.random() < probability]
         peers: list[list[int]] = [[] for _ in range(size)]
@@ -253,10 +253,10 @@ TOPOLOGIES = MappingProxyType({constructor.__name__: constructor for constructor
 
 
 def topology(spec: str, size: int) -> Topology:
-    """The topology called `spec`, a name with options behind a colon: `ring`, `torus:4x2`, `erdos_renyi:0.3,7`."""
+    """Return the topology named `spec`, with options after a colon: `ring`, `torus:4x2`, `erdos_renyi:0.3,7`."""
     name, _, options = spec.strip().partition(":")
     if name not in TOPOLOGIES:
-        raise ValueError(f"no topology is called {name!r}; there are {', '.join(TOPOLOGIES)}")
+        raise ValueError(f"unknown topology {name!r}: it must be one of {', '.join(TOPOLOGIES)}")
     try:
         values = [float(word) if "." in word else int(word) for word in options.replace("x", ",").split(",") if word]
     except ValueError:
@@ -271,7 +271,7 @@ def topology(spec: str, size: int) -> Topology:
 
 
 def uniform_peer(rng: Generator, rank: int, size: int) -> int:
-    """A rank drawn uniformly from the OTHERS (drawing itself would waste the exchange)."""
+    """Draw a rank uniformly from all but `rank`, which would waste the exchange."""
     if size < 2:
         raise ValueError("a world of one rank has no peer to draw; skip the exchange when size is 1")
     peer = int(rng.integers(size - 1))

@@ -1,4 +1,4 @@
-"""Mixing matrices of a topology, and how fast they bring ranks to agreement.
+"""Mixing matrices of a topology, and their rates of convergence to consensus.
 
 Sources: Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms?", 2017,
 https://arxiv.org/abs/1705.09056 (doubly stochastic W, the rate is its second singular value); Assran et al., 2019,
@@ -8,13 +8,13 @@ averaging", 2004 (Metropolis-Hastings weights).
 One convention everywhere: W[i, j] is the weight with which i uses j's vector, so that x <- W x, and W[i, j] > 0 for i
 != j only where there is an edge j -> i.
 
-    weights      W[i, j], j -> i          W[i, i]               sums that are 1    what x <- W x keeps
-    uniform      1 / (1 + in(i))          1 / (1 + in(i))       rows               agreement and the hull
-    metropolis   1 / (1 + max(d_i, d_j))  what the row lacks    rows and columns   agreement, hull and mean
-    push         1 / (1 + out(j))         1 / (1 + out(i))      columns            the sum; agreement is in x / w
+    weights      W[i, j], j -> i          W[i, i]               sums equal to 1    invariants of x <- W x
+    uniform      1 / (1 + in(i))          1 / (1 + in(i))       rows               consensus and the convex hull
+    metropolis   1 / (1 + max(d_i, d_j))  1 - sum of the row    rows and columns   consensus, hull and mean
+    push         1 / (1 + out(j))         1 / (1 + out(i))      columns            the sum; consensus of x / w
 
-Taking one for another biases the result silently on graphs where the degrees differ. These are matrices for analysis
-and for tests; D-PSGD takes its rows from one when it is set up, the other methods read neighbours and weights.
+Confusing them biases the result silently on graphs with unequal degrees. The matrices serve analysis and tests; D-PSGD
+reads its rows from one when it is set up, the other methods use neighbours and weights.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Matrix = NDArray[np.float64]
 
 
 def mixing_matrix(topology: Topology, step: int = 0, weights: Weights = "uniform") -> Matrix:
-    """The matrix W of one step, shape (size, size): W[i, j] is the weight with which i uses j's vector.
+    """Return the matrix W of one step, shape (size, size): W[i, j] is the weight with which i uses j's vector.
 
     Args:
-        topology: the graph.
-        step: which step; taken modulo the period.
-        weights: "uniform" (row-stochastic: i averages itself and what it pulls), "metropolis" (doubly stochastic,
-            symmetric graphs only) or "push" (column-stochastic: j splits its vector evenly between itself and those it
-            sends to).
+        topology: The graph.
+        step: The step, modulo the period.
+        weights: "uniform" (row-stochastic: i averages its vector and those it pulls), "metropolis" (doubly stochastic,
+            symmetric graphs only) or "push" (column-stochastic: j splits its vector evenly between itself and its
+            out-neighbours).
 
     Raises:
-        ValueError: for unknown weights, and for "metropolis" on a graph that is not symmetric at that step.
+        ValueError: The weights are unknown, or "metropolis" on a graph that is not symmetric at that step.
     """
     n = topology.size
     w = np.zeros((n, n))
@@ -58,17 +58,17 @@ def mixing_matrix(topology: Topology, step: int = 0, weights: Weights = "uniform
             if senders != topology.out_neighbours(i, step):
                 raise ValueError(
                     f"Metropolis-Hastings weights need a symmetric graph, and rank {i} of {topology.name} sends to "
-                    "other ranks than it hears from: use push weights"
+                    "other ranks than it receives from: use push weights"
                 )
             w[i, senders] = [1 / (1 + max(out_degree[i], out_degree[j])) for j in senders]
             w[i, i] = 1 - w[i].sum()
         else:
-            raise ValueError(f"no weights are called {weights!r}; there are uniform, metropolis and push")
+            raise ValueError(f"unknown weights {weights!r}: they must be uniform, metropolis or push")
     return w
 
 
 def period_matrix(topology: Topology, weights: Weights = "uniform") -> Matrix:
-    """The product of the matrices of one period, the last step leftmost."""
+    """Return the product of the matrices of one period, the last step leftmost."""
     w = np.eye(topology.size)
     for step in range(topology.period):
         w = mixing_matrix(topology, step, weights) @ w
@@ -76,31 +76,31 @@ def period_matrix(topology: Topology, weights: Weights = "uniform") -> Matrix:
 
 
 def spectral_gap(w: Matrix) -> float:
-    """1 minus the second largest SINGULAR value of a doubly stochastic W: 1 mixes at once, 0 may never mix.
+    """Return 1 minus the second largest singular value of a doubly stochastic W: 1 mixes at once, 0 may never mix.
 
     The singular value, not the eigenvalue, is what bounds one round for W that are not symmetric: |W x - mean| <= (1 -
     gap) |x - mean|.
 
     Raises:
-        ValueError: if W is not doubly stochastic; take `consensus_rate` there.
+        ValueError: W is not doubly stochastic; use `consensus_rate`.
     """
     if not is_doubly_stochastic(w):
         raise ValueError(
-            "the spectral gap is defined here for doubly stochastic matrices; take consensus_rate for others"
+            "the spectral gap is defined here for doubly stochastic matrices; use consensus_rate for others"
         )
     return 1 - float(np.linalg.norm(w - 1 / len(w), ord=2))
 
 
 def consensus_rate(topology: Topology, weights: Weights | None = None) -> float:
-    """By which factor one whole period shrinks the disagreement: 0 averages exactly, 1 does not average.
+    """Return the factor by which one period shrinks the disagreement: 0 averages exactly, 1 does not average.
 
     With a doubly stochastic product this is its second largest singular value, which bounds every period from the
     first. With any other it is the second largest eigenvalue modulus, which holds in the limit (of the debiased x / w
     under push weights).
 
     Args:
-        topology: the graph.
-        weights: as in `mixing_matrix`; by default "metropolis" for symmetric graphs and "push" for directed ones.
+        topology: The graph.
+        weights: As in `mixing_matrix`; by default "metropolis" for symmetric graphs and "push" for directed ones.
     """
     w = period_matrix(topology, weights or ("metropolis" if topology.is_symmetric else "push"))
     if is_doubly_stochastic(w):
@@ -109,11 +109,11 @@ def consensus_rate(topology: Topology, weights: Weights | None = None) -> float:
 
 
 def is_doubly_stochastic(w: Matrix) -> bool:
-    """Whether W is non-negative and all its rows and columns sum to 1."""
+    """Return whether W is non-negative and all its rows and columns sum to 1."""
     return bool((w >= -1e-12).all() and np.allclose(w.sum(axis=0), 1) and np.allclose(w.sum(axis=1), 1))
 
 
 def _second(moduli: Iterable[float]) -> float:
-    """The second largest of some numbers; 0 for a single one."""
+    """Return the second largest of some numbers; 0 for a single one."""
     largest = sorted((float(modulus) for modulus in moduli), reverse=True)
     return largest[1] if len(largest) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Who owns which slice, in which order shards are visited, who is whose child, whose the cores are: no MPI.
+"""Slices and their owners, visiting orders, trees, emulated nodes, shares of cores: integers only, no MPI.
 
     n = 100 elements, 3 ranks, shards of at most 32 (aligned to 16)
 
@@ -6,8 +6,8 @@
     |   shard 0   |sh. 1 |   shard 2   |sh. 3 | sh. 4 | sh. 5|     contiguous, each owner the same share
      0            16     32            48     64      80   100
 
-Rank r starts at the first shard of its own (between nodes: of a rank further on) and goes round once, so that the
-workers of an exchange follow each other through the vector instead of queueing at the lock of shard 0.
+Rank r starts at the first shard of its own (between nodes: of a later rank) and goes round once, so that the workers of
+an exchange follow each other through the vector instead of queueing at the lock of shard 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line
 
 
 def split(n: int, parts: int, align: int = ALIGNMENT) -> list[slice]:
-    """`parts` contiguous slices that cover 0..n, each starting at a multiple of `align`.
+    """Split 0..n in `parts` contiguous slices, each starting at a multiple of `align`.
 
     No two lengths differ by more than `align`; with fewer than `parts` blocks of `align` elements some slices are
     empty.
@@ -32,14 +32,14 @@ def split(n: int, parts: int, align: int = ALIGNMENT) -> list[slice]:
             f"cannot split {n} elements in {parts} parts aligned to {align}: use n >= 0, parts >= 1, align >= 1"
         )
     n_blocks = -(-n // align)
-    # Rounding down puts the larger shares last, where the block that is not full is.
+    # Rounding down puts the larger shares last, next to the incomplete block.
     edges = [min(n, align * (n_blocks * part // parts)) for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of a shared vector: elements `start` to `stop`, in the memory of rank `owner`, under one lock."""
+    """A slice of a shared vector: elements `start` to `stop`, in the memory of rank `owner`, under one lock."""
 
     owner: int
     start: int
@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return self.stop - self.start
 
     @property
@@ -57,10 +57,10 @@ class Shard:
 
 
 def shards(n: int, size: int, largest: int, align: int = ALIGNMENT) -> list[Shard]:
-    """Shards of at most `largest` elements over all ranks, in the order of the vector.
+    """Return shards of at most `largest` elements over all ranks, in the order of the vector.
 
-    Each owner holds one contiguous share (`split`), cut in the same number of shards as everybody else's wherever there
-    are enough elements, so that `visiting_order` lets each rank start with its own. Empty shards are left out.
+    Each owner holds one contiguous share (`split`). All shares are cut in the same number of shards where there are
+    enough elements, so that `visiting_order` lets each rank start with its own. Empty shards are left out.
     """
     if largest < 1:
         raise ValueError(f"the largest shard must have at least 1 element, not {largest}")
@@ -78,13 +78,13 @@ def shards(n: int, size: int, largest: int, align: int = ALIGNMENT) -> list[Shar
 
 
 def visiting_order(n_shards: int, rank: int, size: int) -> list[int]:
-    """The indices of all shards once each, going round from one where no other rank starts (if there are enough)."""
+    """Return the indices of all shards, going round from one where no other rank starts (if there are enough)."""
     start = rank * n_shards // size
     return [(start + k) % n_shards for k in range(n_shards)]
 
 
 def binomial_tree(rank: int, size: int, root: int = 0) -> tuple[int | None, tuple[int, ...]]:
-    """The parent of `rank` (None at the root) and its children, the one with the largest subtree first.
+    """Return the parent of `rank` (None at the root) and its children, the one with the largest subtree first.
 
     With relative ranks r = (rank - root) mod size, the parent of r is r without its lowest set bit. Sending to the
     children in the order given, a broadcast takes ceil(log2(size)) rounds; a reduction receives in the reverse order.
@@ -96,16 +96,16 @@ def binomial_tree(rank: int, size: int, root: int = 0) -> tuple[int | None, tupl
     r = (rank - root) % size
     lowest_bit = r & -r if r else 1 << (size - 1).bit_length()
     below = [(r + (1 << k), 1 << k) for k in reversed(range(lowest_bit.bit_length() - 1)) if r + (1 << k) < size]
-    # The subtree of a child at distance 2^k has 2^k ranks, or what is left of the world; the sort keeps ties in order.
+    # The subtree of a child at distance 2^k has 2^k ranks, or the rest of the ranks; the sort keeps ties in order.
     below.sort(key=lambda child: -min(child[1], size - child[0]))
     parent = ((r & (r - 1)) + root) % size if r else None
     return parent, tuple((child + root) % size for child, _ in below)
 
 
 def emulated_nodes(local_size: int, n: int) -> list[int]:
-    """The node index of each local rank when one machine plays `n`: contiguous groups, their sizes at most one apart.
+    """Return the node of each local rank when one machine emulates `n` nodes: contiguous groups of near-equal size.
 
-    With fewer ranks than nodes each rank is a node of its own.
+    Sizes differ by at most one. With fewer ranks than nodes each rank is a node of its own.
     """
     if local_size < 1 or n < 1:
         raise ValueError(f"cannot emulate {n} nodes with {local_size} ranks: both must be at least 1")
@@ -114,7 +114,7 @@ def emulated_nodes(local_size: int, n: int) -> list[int]:
 
 
 def share_of_cores(affinities: Sequence[Collection[int]], rank: int) -> float:
-    """How many of a machine's cores are left to ``rank`` where each is shared by those that may run on it.
+    """Return the share of a machine's cores that ``rank`` has when ranks share the cores they may run on.
 
     Args:
         affinities: The cores on which each rank of the machine may run.

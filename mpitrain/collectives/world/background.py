@@ -1,7 +1,7 @@
-"""An exchange in the background, while its worker computes.
+"""Background exchanges, and waiting that leaves the core to the thread that computes.
 
-One thread of a rank makes it, so that several follow each other. MPI has to let several threads of a process call it;
-where it does not (``mpitrain info``), an exchange is made at once, and nothing is gained.
+One thread of a rank runs the exchanges, so that they follow each other in order. MPI has to let several threads of a
+process call it; where it does not (``mpitrain info``), an exchange runs at once, and nothing overlaps.
 """
 
 from __future__ import annotations
@@ -10,33 +10,34 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 SHORTEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 200e-6, 4e-3
-"""Between two looks at something that is waited for in the background."""
+"""Pause between two polls of a background thread."""
 
 SPIN_SECONDS, FOREGROUND_BACKOFF_SECONDS = 100e-6, 50e-6
-"""The same for a thread that has nothing else to do. It naps too, but for the first moments."""
+"""A foreground thread polls without a pause at first, then with this one."""
 
 _of_thread = threading.local()
 
 
 def threads_may_call_mpi() -> bool:
-    """Whether several threads of a rank may call this MPI at once. Local; MPI must have been started."""
+    """Return whether several threads of a rank may call this MPI at once. Local; MPI must have been started."""
     from mpi4py import MPI
 
     return MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 def in_background() -> bool:
-    """Whether this thread's work is of the kind that must not take a core from the one that computes. Local."""
+    """Return whether this is a background thread, which must leave the core to the one that computes. Local."""
     return getattr(_of_thread, "is_background", False)
 
 
 class Backoff:
-    """Between the looks of a thread at what it waits for: the longer it has waited, the more seldom it looks.
+    """Pauses between the polls of a waiting thread: the longer it has waited, the longer they are.
 
     Args:
-        shortest, longest: Seconds of a nap; between them it is as long as the time since the first one began.
+        shortest, longest: Seconds of a pause; between them it is as long as the time since the first pause began.
     """
 
     def __init__(self, shortest: float, longest: float) -> None:
@@ -44,7 +45,7 @@ class Backoff:
         self._began: float | None = None
 
     def rest(self) -> None:
-        """Take the next one. Local."""
+        """Pause once. Local."""
         now = time.perf_counter()
         if self._began is None:
             self._began = now
@@ -52,11 +53,11 @@ class Backoff:
 
 
 def wait_with_backoff(is_done: Callable[[], bool]) -> None:
-    """Wait for something by looking at it now and then. Local.
+    """Poll with pauses until ``is_done()``. Local.
 
-    An MPI that waits spins. In the background that takes the core from the thread that computes. A look takes tens of
-    microseconds from it too: there are the fewer of them the longer it takes. In the foreground it would keep the lock
-    that MPICH has around all of MPI, and this rank would not serve the others meanwhile, for tens of milliseconds.
+    A blocking MPI call spins. In the background that takes the core from the thread that computes. A poll takes tens of
+    microseconds from it too, so the pauses grow with the wait. In the foreground a blocking call would hold the lock
+    that MPICH has around all of MPI, and this rank would not serve the others for tens of milliseconds.
     """
     began = time.perf_counter()
     if in_background():
@@ -68,43 +69,49 @@ def wait_with_backoff(is_done: Callable[[], bool]) -> None:
             backoff.rest()
 
 
-def _begin() -> None:
+def wait_all(requests: list[Any]) -> None:
+    """Wait for all these MPI requests, with pauses between polls. Local."""
+    if requests:
+        wait_with_backoff(lambda: bool(requests[0].Testall(requests)))
+
+
+def _mark_thread() -> None:
     _of_thread.is_background = True
 
 
 class Started:
-    """Something that goes on in the background, or has been done already.
+    """A background operation, running or done.
 
     Args:
-        future: Of the thread; None if it is done.
+        future: That of the thread; None if the operation is done.
     """
 
     def __init__(self, future: Future[object] | None = None) -> None:
         self._future = future
-        self._is_told = future is None
+        self._was_awaited = future is None
 
     @property
     def done(self) -> bool:
-        """Whether it has ended. Local."""
+        """Whether the operation has ended. Local."""
         return self._future is None or self._future.done()
 
     def wait(self) -> None:
-        """Wait for its end; raises what it raised. Local."""
-        self._is_told = True
+        """Wait until the operation ends, and raise its exception if there is one. Local."""
+        self._was_awaited = True
         if self._future is not None:
             self._future.result()
 
     def wait_unless_waited(self) -> None:
-        """The same, unless somebody has finished it before. Local."""
-        if not self._is_told:
+        """Wait as ``wait`` does, unless it was called before. Local."""
+        if not self._was_awaited:
             self.wait()
 
 
 class Background:
-    """Runs functions one after the other in a thread of its own.
+    """A thread that runs functions one after the other.
 
     Args:
-        threads: Whether there may be one; without it a function runs when it is handed over.
+        threads: Whether there may be a thread; without one, ``start`` runs the function itself.
     """
 
     def __init__(self, *, threads: bool) -> None:
@@ -113,17 +120,17 @@ class Background:
         self._last = Started()
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Begin ``fn``. Local."""
+        """Start ``fn`` after the functions started before. Local."""
         if not self._threads:
             fn()
             return Started()
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "exchange", _begin)
+            self._pool = ThreadPoolExecutor(1, "exchange", _mark_thread)
         self._last = Started(self._pool.submit(fn))
         return self._last
 
     def stop(self) -> None:
-        """Wait until all is done; raises what the last one raised, if nobody has finished that. Local."""
+        """Wait for all functions, and raise the exception of the last one unless its ``wait`` did. Local."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None

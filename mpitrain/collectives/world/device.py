@@ -1,29 +1,34 @@
-"""Which device a rank computes on.
+"""The device on which a rank computes, and its share of the cores.
 
-Local rank r takes GPU r modulo the number of those that it sees. A launcher that shows every rank one of its own (SLURM
-with --gpus-per-task, CUDA_VISIBLE_DEVICES in a wrapper) is thereby obeyed; whether ranks can map memory of GPUs that
-they do not see is tried (``collectives.world.transport``).
+Local rank r uses GPU r modulo the number of visible GPUs. This respects a launcher that shows every rank a GPU of its
+own (SLURM with --gpus-per-task, CUDA_VISIBLE_DEVICES in a wrapper). ``collectives.world.transport`` tries whether ranks
+can map memory of GPUs that they do not see.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mpitrain.errors import UsageError
+from mpitrain.kernels import gpu
+from mpitrain.kernels.gpu import Gpu
+from mpitrain.log import logger
 
 CPU_INSTEAD = "run with --device cpu, in a script mpitrain.init(device='cpu')"
 
 
 def bind(device: str, local_rank: int) -> str:
-    """The device of a rank: local rank r takes GPU r modulo the number of visible ones.
+    """Return the device of a rank, ``cpu`` or ``cuda:K``. Local.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:K``.
         local_rank: Of this rank on its node.
 
     Raises:
-        UsageError: A device that is unknown or not there.
+        UsageError: The device is unknown or absent.
     """
     if device == "cpu":
         return device
@@ -41,8 +46,36 @@ def bind(device: str, local_rank: int) -> str:
     return device if index else f"cuda:{local_rank % n_gpus}"
 
 
+def bind_all(device: str, comm: Any, local_rank: int) -> tuple[str, Gpu | None]:
+    """Return the device of this rank and its GPU, which becomes the current one. Collective.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:K``.
+        comm: The ranks.
+        local_rank: Of this rank on its node.
+
+    Raises:
+        UsageError: Some rank cannot use its device; raised on all of them, since they would wait for that rank.
+    """
+    bound, own_gpu, problem = "", None, ""
+    try:
+        bound = bind(device, local_rank)
+        if bound != "cpu":
+            own_gpu = gpu.use(select_gpu(bound))
+    except UsageError as error:
+        problem = str(error)
+    except ImportError as error:
+        problem = f"vectors on GPUs need CuPy ({error}): pip install 'mpitrain[gpu]', or {CPU_INSTEAD}"
+    except Exception as error:
+        problem = f"the GPU {bound} of {socket.gethostname()} cannot be used: {type(error).__name__}: {error}"
+    problems = [text for text in comm.allgather(problem) if text]
+    if problems:
+        raise UsageError(problems[0])
+    return bound, own_gpu
+
+
 def select_gpu(device: str) -> int:
-    """Make a GPU the one on which torch, too, works when nobody says where; its index."""
+    """Make a GPU torch's default, and return its index. Local."""
     import torch
 
     torch.cuda.set_device(device)
@@ -50,19 +83,19 @@ def select_gpu(device: str) -> int:
 
 
 def share_cores(cores: float) -> None:
-    """Share the cores of the node between its ranks: without this torch would start a thread on every core. Local.
+    """Let torch use only this rank's share of the node's cores, instead of starting a thread on each. Local.
 
     Args:
-        cores: This rank's share of them.
+        cores: The share.
     """
     limit_threads(max(int(cores), 1))
 
 
 def limit_threads(most: int) -> None:
-    """Let torch compute with this many threads at most, unless the user has said otherwise. Local.
+    """Let torch compute with at most this many threads, unless the user chose a number. Local.
 
-    That is by OMP_NUM_THREADS, or by ``torch.set_num_threads`` with any number but torch's own default: that of the
-    cores, or of their halves (of two hyperthreads it takes one).
+    Users choose it by OMP_NUM_THREADS, or by ``torch.set_num_threads`` with any number but torch's defaults: the number
+    of cores, or half of it (torch uses one of two hyperthreads).
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -74,17 +107,17 @@ def limit_threads(most: int) -> None:
 
 
 def gpu_names() -> list[str]:
-    """The GPUs that this process sees."""
+    """Return the names of the GPUs that this process sees. Local."""
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
 
 
 def shared_gpus(places: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """What there is to say of GPUs that several ranks share, one line each.
+    """Yield a message for each GPU that several ranks share.
 
     Args:
-        places: The host of each rank, and which of its GPUs the rank has.
+        places: The host of each rank, and the identity of its GPU.
     """
     for host, identity in dict.fromkeys(places):
         ranks = [rank for rank, place in enumerate(places) if place == (host, identity)]
@@ -93,3 +126,17 @@ def shared_gpus(places: Sequence[tuple[str, str]]) -> Iterator[str]:
                 f"ranks {', '.join(map(str, ranks))} share one GPU ({identity} of {host}): they take turns on it; "
                 "for one each, start as many ranks on a node as it has GPUs"
             )
+
+
+def report_shared_gpus(host: str, identity: str, comm: Any) -> None:
+    """Log each GPU that several ranks share, on rank 0. Collective.
+
+    Args:
+        host: This rank's.
+        identity: Of this rank's GPU.
+        comm: The ranks.
+    """
+    places = comm.allgather((host, identity))
+    if comm.Get_rank() == 0:
+        for text in shared_gpus(places):
+            logger.info(text)

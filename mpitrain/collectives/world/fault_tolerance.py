@@ -1,223 +1,269 @@
-"""Ranks that die while the others live.
+"""The communicator of a world, and the ranks that survive when one dies.
 
-By MPI's own rule the death of one rank ends all. Open MPI under ``mpirun --with-ft ulfm`` tells the others instead
+By MPI's own rule the death of one rank ends all. Open MPI under ``mpirun --with-ft ulfm`` notifies the others instead
 (User-Level Failure Mitigation: ``MPIX_Comm_get_failed``, ``_revoke``, ``_agree``, ``_shrink``;
-https://fault-tolerance.org), and this is what they make of it:
+https://fault-tolerance.org). This module builds on that:
 
-- A thread of each rank asks who has died. MPI learns of it only when it is called, and a rank in a loop of one-sided
-  exchanges through the memory of its node, or in a long computation, does not call it.
-- The memory that a dead rank shared with its node stays, with its part of the center and all that it had exchanged. Its
-  locks are taken over (``collectives.rma.locks``). So a method in which nobody waits for anybody goes on.
-- Whoever waits for a dead rank stops waiting and raises ``RankFailed``.
-- What all ranks do together at the edges of a run (a barrier, a checkpoint, the result) is done by those that live
+- A thread of each rank polls for failures. MPI detects a failure only inside MPI calls, and a rank makes none during
+  one-sided exchanges through the memory of its node or during a long computation.
+- The memory that a dead rank shared with its node stays, with its part of the center and its past exchanges. Its locks
+  are taken over (``collectives.rma.locks``). A method in which no rank waits for another one therefore continues.
+- A rank that waits for a dead rank stops waiting and raises ``RankFailed``.
+- Collective work at the edges of a run (a barrier, a checkpoint, the result) is done by the survivors
   (``run_on_survivors``).
-- Memory of another node, or of a GPU, goes with the rank that had it, and others may wait for it in calls that do not
-  return. Where vectors lie there, the thread ends all ranks, with a line that says why.
+- Memory of another node, or of a GPU, disappears with its rank, and others may wait for it in calls that never return.
+  Where vectors lie there, the thread ends all ranks, with a line that gives the reason.
 """
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from mpitrain.collectives.world.background import threads_may_call_mpi
-from mpitrain.errors import OUTPUT_SECONDS, RankFailed, UsageError
-
-if TYPE_CHECKING:
-    from mpitrain.collectives.world.world import World
+from mpitrain.collectives.world.failure_detector import (
+    FAILURE_POLL_SECONDS,
+    NOBODY,
+    FailureDetector,
+    names_of,
+    ulfm_available,
+    ulfm_requested,
+)
+from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed
 
 T = TypeVar("T")
 
-FAILURE_POLL_SECONDS = 0.02
-
 DETECTION_SECONDS = 1.0
-"""How long an error of MPI may be there before the death that it comes of is known."""
-
-SWITCH = "OMPI_MCA_mpi_ft_enable"
-"""Environment: what ``mpirun --with-ft ulfm`` sets for its ranks."""
-
-FINALIZE_WITHOUT_BARRIER = "ompi_async_mpi_finalize"
-"""Of Open MPI's library: the flag behind its parameter of that name."""
-
-NOBODY: frozenset[int] = frozenset()
-
-
-def ulfm_requested() -> bool:
-    """Whether the launcher lets ranks outlive one that dies. Local; MPI need not have been started."""
-    return os.environ.get(SWITCH, "").lower() in ("1", "true", "yes")
-
-
-def ulfm_available() -> bool:
-    """Whether ranks outlive one that dies, and hear of it: the launcher and this MPI see to it. Local.
-
-    If so, they do not wait for it at the end either: the launcher's barrier in MPI_Finalize, which the dead may never
-    come to, is left out.
-
-    Raises:
-        UsageError: They would outlive it, but this MPI lets one thread only call it, and nobody would hear; or it has
-            no way to leave that barrier out.
-    """
-    from mpi4py import MPI
-
-    if not ulfm_requested() or MPI.get_vendor()[0] != "Open MPI":
-        return False
-    if not threads_may_call_mpi():
-        raise UsageError(
-            "this MPI lets one thread of a rank call it (mpitrain info), and to outlive a rank that dies takes two: "
-            "leave --with-ft ulfm out"
-        )
-    try:  # the parameter itself is read when MPI starts, which a script may have done before
-        ctypes.c_bool.in_dll(ctypes.CDLL(MPI.__file__), FINALIZE_WITHOUT_BARRIER).value = True
-    except ValueError as error:
-        raise UsageError(
-            f"this Open MPI's MPI_Finalize would wait for a rank that died ({error}): leave --with-ft ulfm out"
-        ) from error
-    return True
+"""Longest time from an MPI error to the detection of the death that caused it."""
 
 
 def wait_to_be_ended() -> None:
-    """After an error of MPI: if it comes of a death, whoever hears of that ends all ranks, and says why. Local."""
+    """After an MPI error, give the rank that detects a death time to end all ranks and give the reason. Local."""
     if ulfm_requested():
         time.sleep(DETECTION_SECONDS + OUTPUT_SECONDS)
 
 
-def names_of(ranks: Collection[int]) -> str:
-    """``rank 2``, or ``ranks 1, 3``."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"
-
-
 def of_part(dead: frozenset[int], members: Sequence[int]) -> frozenset[int]:
-    """The dead by their ranks in a part, whose ``members`` are given by their ranks in the whole. Local."""
+    """Translate dead ranks to their numbers in a part of the ranks. Local.
+
+    Args:
+        dead: Ranks of the whole.
+        members: The rank in the whole of each rank of the part.
+    """
     return frozenset(rank for rank, member in enumerate(members) if member in dead) if dead else dead
 
 
 def require_all(dead: Collection[int]) -> None:
-    """Raise if somebody is missing. Local.
+    """Raise if a rank is dead. Local.
 
     Raises:
-        RankFailed: It says who, and what to do.
+        RankFailed: With the dead ranks and what to do.
     """
     if dead:
         raise RankFailed(
-            f"{names_of(dead)} died, and who waits for it cannot go on: start again from the newest checkpoint"
+            f"{names_of(dead)} died, and ranks that wait for it cannot go on: start again from the newest checkpoint"
         )
 
 
-class Failures:
-    """Who has died. Local to create.
+class FaultTolerance:
+    """A communicator whose ranks all end when one of them dies.
 
     Args:
         comm: The ranks.
 
     Attributes:
-        dead: Those known to have died. It grows, by being replaced.
-        leaves_no_survivors: Whether nobody can go on without all the others: whoever dies takes them along.
+        comm: The communicator of the ranks; of the survivors after a death.
+        rank, size: Of this process, among all ranks, dead ones included.
+        dead: The ranks known to have died.
+        survives_failures: Whether the other ranks continue after a death and are notified.
+        after_death: What happens to the other ranks after a death, for people.
     """
+
+    survives_failures = False
+    after_death = "ends all ranks"
 
     def __init__(self, comm: Any) -> None:
-        self.dead = NOBODY
-        self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
-        self.leaves_no_survivors = False
-        self._stopped, self._polling = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="mpi-failures", daemon=True)
-        self._thread.start()
-        atexit.register(self.stop)  # runs before MPI is finalized
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
 
-    def _run(self) -> None:
-        while not self._stopped.wait(FAILURE_POLL_SECONDS):
-            self.poll()
+    @property
+    def dead(self) -> frozenset[int]:
+        """The ranks known to have died. Local."""
+        return NOBODY
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no rank had died at the last ``run_on_survivors``; the same on all ranks. Local."""
+        return bool(self.comm.Get_size() == self.size)
+
+    @property
+    def probed_comm(self) -> Any:
+        """The communicator on which a call to ``Iprobe`` lets MPI make progress. Local."""
+        return self.comm
 
     def poll(self) -> None:
-        """Ask MPI who has died, and tell the user, on one rank, who has died since the last look. Local."""
-        from mpi4py import MPI
+        """Update ``dead`` now instead of a moment later. Local."""
 
-        MPI.COMM_SELF.Iprobe()  # MPI hears of it when it is called; on this communicator nobody dies
-        with self._polling:
-            failed, ours = self._comm.Get_failed(), self._comm.Get_group()
-            dead = frozenset(MPI.Group.Translate_ranks(failed, range(failed.Get_size()), ours))
-            failed.Free()
-            ours.Free()
-            news, self.dead = dead - self.dead, dead
-        if news and self._rank == min(set(range(self._size)) - dead):
-            self._tell(news)
+    def require_all(self) -> None:
+        """Raise if a rank is dead. Local.
 
-    def _tell(self, news: frozenset[int]) -> None:
-        text = f"{names_of(news)} of {self._size} died"
-        if self.leaves_no_survivors:
-            text += ", with memory that the others need: start again from the newest checkpoint"
-        print(f"mpitrain: {text}", file=sys.stderr, flush=True)
-        if self.leaves_no_survivors:
-            self._stopped.wait(OUTPUT_SECONDS)
-            self._comm.Abort(1)
+        Raises:
+            RankFailed: With its number among all ranks of the run.
+        """
 
-    def stop(self) -> None:
-        """End the thread. Local; safe to call again."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
+        """Return ``collective(comm)``, run by all survivors. Collective over them.
+
+        Args:
+            collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
+                again, on all of them, when a rank dies in the meantime.
+        """
+        return collective(self.comm)
+
+    @contextmanager
+    def translated_errors(self) -> Iterator[None]:
+        """Raise MPI errors that come from the death of a rank as ``RankFailed``. Local."""
+        yield
+
+    def part(self, comm: Any) -> FaultTolerance:
+        """Return that of some of these ranks. Collective over them.
+
+        Args:
+            comm: Their communicator.
+        """
+        return FaultTolerance(comm)
+
+    def abort(self, code: int) -> None:
+        """End all ranks now, with this exit code. Local."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(OUTPUT_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))
+        self.comm.Abort(code)
 
 
-def run_on_survivors(world: World, collective: Callable[[Any], T]) -> T:
-    """What all ranks of a world that live do together. Collective over them; those that die meanwhile are left out.
-
-    Whether a collective has succeeded looks different from different ranks. They agree on it, and where it has not for
-    one, all make it again.
+class ULFMFaultTolerance(FaultTolerance):
+    """A communicator that shrinks to the survivors when a rank dies.
 
     Args:
-        world: Its ``comm`` becomes that of the living.
-        collective: Called with it, and called again.
+        comm: The ranks.
+        detector: Of the whole run.
+        members: The rank in the whole run of each of these ranks, if they are a part of it.
     """
-    from mpi4py import MPI
 
-    while True:
-        result: Any = None
+    survives_failures = True
+
+    def __init__(self, comm: Any, detector: FailureDetector, members: Sequence[int] | None = None) -> None:
+        super().__init__(comm)
+        self._detector, self._members = detector, members
+        if not detector.leaves_no_survivors:
+            self.after_death = "is left behind by methods in which nobody waits; it ends the others"
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """The ranks known to have died. Local."""
+        dead = self._detector.dead
+        return dead if self._members is None else of_part(dead, self._members)
+
+    @property
+    def probed_comm(self) -> Any:
+        """The communicator on which a call to ``Iprobe`` lets MPI make progress: no rank in it dies. Local."""
+        from mpi4py import MPI
+
+        return MPI.COMM_SELF
+
+    def poll(self) -> None:
+        """Update ``dead`` now instead of a moment later. Local."""
+        self._detector.poll()
+
+    def require_all(self) -> None:
+        """Raise if a rank is dead. Local.
+
+        Raises:
+            RankFailed: With its number among all ranks of the run.
+        """
+        require_all([self._rank_in_run(rank) for rank in self.dead])
+
+    def _rank_in_run(self, rank: int) -> int:
+        return rank if self._members is None else self._members[rank]
+
+    def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
+        """Return ``collective(comm)``, run by all survivors. Collective over them.
+
+        A collective may succeed on some ranks and fail on others. The ranks agree on the outcome; where it failed on
+        one, all revoke the communicator, shrink it to the survivors and repeat the collective.
+
+        Args:
+            collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
+                again, on all of them, when a rank dies in the meantime.
+        """
+        from mpi4py import MPI
+
+        while True:
+            result: Any = None
+            try:
+                result, succeeded = collective(self.comm), True
+            except MPI.Exception as error:
+                if not self._comes_from_death(error):
+                    raise
+                self.comm.Revoke()  # others may wait in it
+                succeeded = False
+            try:
+                all_succeeded = bool(self.comm.Agree(succeeded))
+            except MPI.Exception:  # on all ranks: one has died
+                all_succeeded = False
+            if all_succeeded:
+                return cast(T, result)
+            self.comm = self.comm.Shrink()
+            self.poll()  # now all ranks know of the death
+
+    @contextmanager
+    def translated_errors(self) -> Iterator[None]:
+        """Raise MPI errors that come from the death of a rank as ``RankFailed``. Local."""
+        from mpi4py import MPI
+
         try:
-            result, well = collective(world.comm), True
+            yield
         except MPI.Exception as error:
-            if not _means_a_death(error, world):
-                raise
-            world.comm.Revoke()  # others may wait in it
-            well = False
-        try:
-            agreed = bool(world.comm.Agree(well))
-        except MPI.Exception:  # on all ranks: somebody has died
-            agreed = False
-        if agreed:
-            return cast(T, result)
-        world.comm = world.comm.Shrink()
-        world.poll_failures()  # all know now
+            if self._comes_from_death(error):
+                self.poll()
+                self.require_all()
+            raise
+
+    def _comes_from_death(self, error: Any) -> bool:
+        """Return whether an MPI error comes from a death: not every collective says so in the error's class."""
+        from mpi4py import MPI
+
+        if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
+            return True
+        n_known = self.size - self.comm.Get_size()  # when the communicator was made
+        deadline = time.monotonic() + DETECTION_SECONDS
+        while len(self.dead) == n_known and time.monotonic() < deadline:
+            time.sleep(FAILURE_POLL_SECONDS)
+            self.poll()
+        return len(self.dead) > n_known
+
+    def part(self, comm: Any) -> FaultTolerance:
+        """Return that of some of these ranks. Collective over them.
+
+        Args:
+            comm: Their communicator.
+        """
+        return ULFMFaultTolerance(comm, self._detector, comm.allgather(self._rank_in_run(self.rank)))
 
 
-@contextmanager
-def explained(world: World) -> Iterator[None]:
-    """What MPI raises in here because a rank has died comes out as ``RankFailed``. Local."""
-    from mpi4py import MPI
+def fault_tolerance_of(comm: Any, *, leaves_no_survivors: bool) -> FaultTolerance:
+    """Return the fault tolerance that launcher and MPI offer to the ranks of a run. Local.
 
-    try:
-        yield
-    except MPI.Exception as error:
-        if world.survives_failures and _means_a_death(error, world):
-            world.poll_failures()
-            require_all(world.dead)
-        raise
+    Args:
+        comm: The ranks.
+        leaves_no_survivors: Whether no rank can go on without all the others.
 
-
-def _means_a_death(error: Any, world: World) -> bool:
-    """Whether an error of MPI comes of a rank that died: not every collective says so in its class."""
-    from mpi4py import MPI
-
-    if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
-        return True
-    known = world.size - world.comm.Get_size()  # when the communicator was made
-    deadline = time.monotonic() + DETECTION_SECONDS
-    while len(world.dead) == known and time.monotonic() < deadline:
-        time.sleep(FAILURE_POLL_SECONDS)
-        world.poll_failures()
-    return len(world.dead) > known
+    Raises:
+        UsageError: See ``ulfm_available``.
+    """
+    if comm.Get_size() > 1 and ulfm_available():
+        return ULFMFaultTolerance(comm, FailureDetector(comm, leaves_no_survivors=leaves_no_survivors))
+    return FaultTolerance(comm)

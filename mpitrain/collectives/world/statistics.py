@@ -1,4 +1,4 @@
-"""What one worker has exchanged so far, and how long it waited for it."""
+"""Counters of one worker: bytes, exchanges, waiting times, staleness."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 SHARES = ("compute", "exchange", "waiting")
-"""Where a worker's time goes; what is left is evaluation, checkpoints, loading."""
+"""Shares of a worker's time; the rest is evaluation, checkpoints and loading."""
 
 STALENESS_BINS = 33
-"""Bins 0..31 count exactly, the last one everything above."""
+"""Bins 0..31 count exactly, the last one everything above 31."""
 
 DISTANCE_BINS = 33
 SMALLEST_DISTANCE_EXPONENT = -23
@@ -26,15 +26,15 @@ class Statistics:
 
     Attributes:
         bytes_sent: The communication volume of the method: bytes of vectors pulled from and pushed to others,
-            whether they crossed a wire or were read in place in the memory of the node. Evaluation is not in it.
-        wire_bytes: Bytes that this worker moved between nodes, for whatever purpose.
-        n_exchanges: Exchanges begun (an all-reduce, a visit to the center, a gossip message).
-        n_nonfinite: Non-finite elements that were kept out of a shared vector; on a GPU a
-            ``cuda.NonfiniteCount``, which ``int`` makes a number.
+            whether they crossed a wire or were read in place in the memory of the node, without evaluation.
+        wire_bytes: Bytes that this worker moved between nodes for any purpose.
+        n_exchanges: Exchanges started (an all-reduce, a visit to the center, a gossip message).
+        n_nonfinite: Non-finite elements kept out of shared vectors; on a GPU a ``cuda.NonfiniteCount``, which ``int``
+            converts.
         wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
-        lock_wait_seconds: The part of it that was for locks.
-        staleness: (33,) counts, by how many updates of others lay between two visits to the center.
-        staleness_distance: (33,) counts, by how far the center has moved between the two (Hermans,
+        lock_wait_seconds: The part of ``wait_seconds`` spent waiting for locks.
+        staleness: (33,) counts of visits to the center, by the number of updates by others since the last visit.
+        staleness_distance: (33,) counts of visits, by the distance the center has moved since the last visit (Hermans,
             CERN-THESIS-2017-103, section 4.2), in powers of two.
     """
 
@@ -48,17 +48,17 @@ class Statistics:
     staleness_distance: np.ndarray = field(default_factory=lambda: np.zeros(DISTANCE_BINS, np.int64))
 
     def numbers(self) -> dict[str, Any]:
-        """All counters by name, as they are now."""
+        """Return a copy of all counters by name."""
         return copy.deepcopy({**vars(self), "n_nonfinite": int(self.n_nonfinite)})
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
-        """Count one visit that found ``n_updates`` updates of others, which moved the center by ``distance``."""
+        """Count one visit that found ``n_updates`` updates by others, which moved the center by ``distance``."""
         self.staleness[min(n_updates, STALENESS_BINS - 1)] += 1
         self.staleness_distance[distance_bin(distance)] += 1
 
 
 def distance_bin(distance: float) -> int:
-    """Where a distance is counted."""
+    """Return the bin of a distance."""
     if not distance > 0:
         return 0
     exponent = math.frexp(distance)[1]  # 2^(exponent - 1) <= distance < 2^exponent

@@ -8,42 +8,42 @@
                   node, copied in chunks                        exchanged
 
 ``auto`` takes the first that works on every rank. IPC is tried at once: every rank maps its neighbours' memory and
-looks at what they have written there. That an MPI moves device memory is believed only after ``mpirun -n 2 mpitrain
-info --probe`` has seen it, on every host of the run; what that found is kept (``collectives.probe.cache``).
+compares the pattern they have written there. MPI is trusted with device memory only after ``mpirun -n 2 mpitrain info
+--probe`` has seen it work, on every host of the run; the results are kept (``collectives.probe.cache``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mpitrain.collectives.probe import cache
+from mpitrain.collectives.world.device import gpu_names
+from mpitrain.collectives.world.ranks import RankInfo
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.gpu import Gpu
 
-if TYPE_CHECKING:
-    from mpitrain.collectives.world.world import World
-
 TRANSPORTS = ("auto", "ipc", "cuda-aware", "staged")
 
 OF_WINDOWS = ("window creation", "put", "get", "lock")
-"""What visits to device memory by one-sided operations are made of."""
+"""The operations of a one-sided visit to device memory."""
 
 PATTERN_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)
 class Transport:
-    """What was chosen, alike on all ranks.
+    """The chosen transport, the same on all ranks.
 
     Attributes:
         maps: The ranks of a node read and write each other's device memory in place.
         sums: MPI sums vectors in device memory, where they are not mapped.
         windows: MPI's one-sided operations reach device memory.
         n_nodes: Of the world.
-        why: What decided.
+        why: The reason for the choice, for people.
     """
 
     maps: bool
@@ -53,16 +53,16 @@ class Transport:
     why: str
 
     def of_part(self, n_nodes: int) -> Transport:
-        """That of ranks on ``n_nodes`` nodes: it has windows only where not all of them map the memory."""
+        """Return that of ranks on ``n_nodes`` nodes, with windows only if not all of them map the memory."""
         return replace(self, n_nodes=n_nodes, windows=self.windows and (not self.maps or n_nodes > 1))
 
     @property
     def in_place(self) -> bool:
-        """Whether what all ranks change (the center) lies in device memory; else in host memory, page-locked."""
+        """Whether shared vectors, such as the center, lie in device memory; else in page-locked host memory."""
         return self.windows or (self.maps and self.n_nodes == 1)
 
     def describe(self) -> dict[str, str]:
-        """For people."""
+        """Return the paths of vectors on GPUs, for people."""
         shared = "device memory" if self.in_place else "page-locked host memory, copied in chunks"
         visited = ", in place" if self.in_place and self.maps else ", by one-sided operations" if self.in_place else ""
         summed = "in place, by CUDA IPC" if self.maps else "by MPI" if self.sums else "in page-locked host memory"
@@ -77,28 +77,28 @@ class Transport:
         }
 
 
-def choose(world: World, wanted: str, device: Gpu) -> Transport:
-    """The transport of a world. Collective.
+def choose(ranks: RankInfo, wanted: str, device: Gpu) -> Transport:
+    """Choose the transport. Collective.
 
     Args:
-        world: The ranks.
+        ranks: The ranks.
         wanted: One of ``TRANSPORTS``.
         device: This rank's GPU.
 
     Raises:
-        UsageError: What was asked for does not work here, on all ranks alike.
+        UsageError: The wanted transport does not work here; raised on all ranks.
     """
-    n_nodes = world.n_nodes
+    n_nodes = ranks.n_nodes
     if wanted == "staged":
         return Transport(False, False, False, n_nodes, "asked for")
-    problem = None if wanted == "cuda-aware" else mapping_problem(world, device)
+    problem = None if wanted == "cuda-aware" else mapping_problem(ranks, device)
     maps = wanted != "cuda-aware" and problem is None
     if wanted == "ipc" and problem is not None:
         raise UsageError(f"--transport ipc does not work here: {problem}; try --transport staged")
-    sums, windows = _proved(world)
+    sums, windows = _proved(ranks.comm)
     if wanted == "cuda-aware" and not sums:
         raise UsageError(
-            "--transport cuda-aware: nothing has shown that this MPI sums device memory rightly; run "
+            "--transport cuda-aware: no probe has shown that this MPI sums device memory correctly; run "
             "mpirun -n 2 mpitrain info --probe on every host, and see docs/cuda-aware-mpi.md"
         )
     if wanted == "ipc":
@@ -111,29 +111,29 @@ def choose(world: World, wanted: str, device: Gpu) -> Transport:
     return Transport(maps, sums, windows, n_nodes, why).of_part(n_nodes)
 
 
-def mapping_problem(world: World, device: Gpu) -> str | None:
-    """Why the ranks of some node cannot map each other's device memory; None if all can. Collective."""
+def mapping_problem(ranks: RankInfo, device: Gpu) -> str | None:
+    """Return why the ranks of some node cannot map each other's device memory; None if all can. Collective."""
     problem, opened = "", []
     try:
         mine: Any = device.zeros(PATTERN_ELEMENTS, np.float32)
-        gpu.assign(mine, _pattern(world.rank))
+        gpu.assign(mine, _pattern(ranks.rank))
         handle = device.handle(mine)
         device.synchronize()
     except Exception as error:
-        mine, handle, problem = None, b"", f"rank {world.rank}: {_first_line(error)}"
-    handles: list[bytes] = world.node_comm.allgather(handle)
+        mine, handle, problem = None, b"", f"rank {ranks.rank}: {_first_line(error)}"
+    handles: list[bytes] = ranks.node_comm.allgather(handle)
     try:
-        for rank, theirs in zip(world.node_ranks, handles, strict=True):
-            if rank != world.rank and theirs and not problem:
+        for rank, theirs in zip(ranks.node_ranks, handles, strict=True):
+            if rank != ranks.rank and theirs and not problem:
                 opened.append(device.mapped(theirs, PATTERN_ELEMENTS, np.float32))
                 if not np.array_equal(gpu.to_host(opened[-1]), _pattern(rank)):
-                    problem = f"rank {world.rank} reads wrong bytes in the memory of rank {rank}"
+                    problem = f"rank {ranks.rank} reads wrong bytes in the memory of rank {rank}"
     except Exception as error:
-        problem = f"rank {world.rank}: {_first_line(error)}"
-    world.comm.Barrier()
+        problem = f"rank {ranks.rank}: {_first_line(error)}"
+    ranks.comm.Barrier()
     for array in opened:
         device.unmap(array)
-    problems = [text for text in world.comm.allgather(problem) if text]  # and nobody frees what others have mapped
+    problems = [text for text in ranks.comm.allgather(problem) if text]  # no rank frees memory that others map
     return problems[0] if problems else None
 
 
@@ -141,16 +141,14 @@ def _pattern(rank: int) -> np.ndarray:
     return np.arange(PATTERN_ELEMENTS, dtype=np.float32) + 7919 * rank
 
 
-def _proved(world: World) -> tuple[bool, bool]:
-    """Whether every host has seen MPI sum device memory, and reach it by one-sided operations. Collective."""
-    from mpitrain.collectives.probe import cache
-
-    known = cache.known()
+def _proved(comm: Any) -> tuple[bool, bool]:
+    """Return whether MPI sums device memory, and reaches it one-sided, as probed on every host. Collective."""
+    known = cache.known(gpu_names())
     here = (
         known is not None and known.proved("all-reduce", "device"),
         known is not None and all(known.proved(operation, "device") for operation in OF_WINDOWS),
     )
-    everywhere = world.comm.allgather(here)
+    everywhere = comm.allgather(here)
     return all(sums for sums, _ in everywhere), all(windows for _, windows in everywhere)
 
 

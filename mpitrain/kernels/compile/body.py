@@ -1,6 +1,6 @@
-"""The one generator of a kernel's loop body: load, compute, store, as assignments that Python and C spell alike.
+"""The loop body shared by all back-ends: load, compute and store, as assignments valid in both Python and C.
 
-`host` and `cuda` only add their own loop, types and semicolons. The expressions are the same characters in both.
+`host` and `cuda_source` only add their loops, types and semicolons. The expressions are the same text in both.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from mpitrain.kernels.compile.storage import Compute, Storage
 
 @dataclass(frozen=True)
 class Line:
-    """``target = text``; `declares` where `target` is new (C wants its type), `guarded` where the guard follows."""
+    """An assignment ``target = text``; `declares` where C needs the type of a new `target`."""
 
     target: str
     text: str
     declares: bool = False
-    guarded: bool = False
+    guarded: bool = False  # the guard follows
 
 
 def body(equations: Equations, storages: Sequence[Storage], compute: Compute, casts: dict[str, str]) -> list[Line]:
-    """The lines of the loop body for element ``i`` of arrays called ``<name>_at``.
+    """Return the loop body for element ``i`` of arrays called ``<name>_at``.
 
     Args:
-        equations: what to compute.
-        storages: how each array is stored, in declared order.
-        compute: the type of every local.
-        casts: what the language calls float32 and float64.
+        equations: The equations to compute.
+        storages: How each array is stored, in declared order.
+        compute: The type of every local variable.
+        casts: The names of float32 and float64 in the language.
     """
     stored_as = dict(zip(equations.arrays, storages, strict=True))
     lines = [Line(name, f"{casts[compute]}({value!r})", declares=True) for name, value in equations.literals]

@@ -1,16 +1,16 @@
-"""Compiled host kernels on disk, so that only the first process on a kind of CPU compiles.
+"""The on-disk cache of compiled host kernels: only the first process on a kind of CPU compiles.
 
-Numba's own cache does the storing. What it needs around it, when many ranks start at once, perhaps in one home
-directory on nodes of different CPUs:
+Numba's own cache stores the machine code. This module makes it safe for many ranks that start at once, possibly in one
+home directory shared by nodes with different CPUs:
 
 - Generated source is a file at ``<root>/<hash>/<kernel>_<dtypes>.py``. The hash covers the source, the modules of
-  this package that it imports from, the versions of Numba and llvmlite, the CPU's name and features and the compiler's
-  options, so unlike processes never meet in one folder.
-- Numba recognises a source by its modification time and size. The file gets a fixed time before it is renamed to its
-  place, so it is the same source whichever rank wrote it last.
-- One signature to a file: with two, ranks that compile different ones could both claim the same data file in Numba's
-  index. With one, whoever writes last writes what the others wrote.
-- A folder that lets itself be written to may turn out to be full (a quota): then the next place is tried.
+  this package that it imports, the versions of Numba and llvmlite, the CPU's name and features, and the compiler
+  options, so processes that differ in any of these use different folders.
+- Numba identifies a source file by its modification time and size. The file gets a fixed time before it is renamed into
+  place, so it counts as the same source whichever rank wrote it last.
+- Each file has one signature. With two, ranks that compile different ones could claim the same data file in Numba's
+  index. With one, concurrent writers write the same content.
+- A writable folder may turn out to be full (a quota). Then the next candidate is tried.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ _lock = threading.Lock()
 
 
 def compiled(name: str, label: str, source: str) -> Callable[..., int]:
-    """Compiles or loads the function `name` of `source`, whose module constant SIGNATURE says for which types.
+    """Compile or load the function `name` of `source` for the types in the module constant ``SIGNATURE``.
 
     Args:
-        name: of the function in `source`.
-        label: distinguishes the file from that of other signatures.
-        source: Python source of a module.
+        name: The function in `source`.
+        label: Distinguishes the file from those of other signatures.
+        source: The Python source of a module.
 
     Returns:
-        The function's compiled entry. It checks nothing: arrays must be of the declared kind.
+        The compiled entry point. It checks nothing: arrays must have the declared types.
     """
     with _lock:
         dispatcher = _dispatcher(name, f"{name}_{label}", source)
         statistics["loaded" if sum(dispatcher.stats.cache_hits.values()) else "compiled"] += 1
-        # The entry point and not the dispatcher: it takes read-only arrays for what is not assigned, and it does not
-        # look at the types again, which the kernels have checked already.
+        # Return the entry point, not the dispatcher: it accepts read-only arrays as inputs, and it does not check the
+        # types again, which the kernels have already checked.
         (overload,) = dispatcher.overloads.values()
         entry: Callable[..., int] = overload.entry_point
         return entry
 
 
 def _dispatcher(name: str, stem: str, source: str) -> Any:
-    """From the cache of the first place that takes it; from none where none does."""
+    """Return the compiled function from the cache of the first usable root, or compile it in memory without one."""
     import numba
 
     digest = _digest(source)
     folders = [root / digest for root in _roots()]
-    have_it = [folder for folder in folders if list(folder.rglob("*.nbc"))]
-    # Who has the source and not what was compiled of it is full, or will have it soon: others may have it now.
-    for folder in [folder for folder in folders if not (have_it and folder.exists()) or folder in have_it]:
+    compiled_in = [folder for folder in folders if list(folder.rglob("*.nbc"))]
+    # A folder with the source but without machine code is full or still being filled: prefer one that has both.
+    for folder in [folder for folder in folders if not (compiled_in and folder.exists()) or folder in compiled_in]:
         try:
             module = _module_on_disk(folder / f"{stem}.py", source)
             return numba.njit(module.SIGNATURE, cache=True, **OPTIONS)(getattr(module, name))
-        except (OSError, RuntimeError):  # RuntimeError: of Numba, where it can make no folder
+        except (OSError, RuntimeError):  # Numba raises a RuntimeError where it cannot make its folder
             continue
     module = ModuleType(_module_name(digest))
     exec(compile(source, f"<{stem}>", "exec"), module.__dict__)
@@ -79,13 +79,13 @@ def _dispatcher(name: str, stem: str, source: str) -> Any:
 
 
 def cache_root() -> Path | None:
-    """The folder of compiled kernels: the first of the candidates that can be written to, None where none can."""
+    """Return the folder of compiled kernels: the first writable candidate, or None."""
     return next(iter(_roots()), None)
 
 
 @functools.cache
 def _roots() -> tuple[Path, ...]:
-    """Those candidates that can be written to: with an empty file, for one that is full may hold what is looked for."""
+    """Return the candidates in which an empty file can be made. A full one may still hold compiled kernels."""
     found = []
     for candidate in _candidates():
         try:
@@ -98,7 +98,7 @@ def _roots() -> tuple[Path, ...]:
 
 
 def _candidates() -> Iterator[Path]:
-    """$MPITRAIN_CACHE_DIR, $XDG_CACHE_HOME/mpitrain, ~/.cache/mpitrain, this user's folder among the temporary ones."""
+    """Yield $MPITRAIN_CACHE_DIR, $XDG_CACHE_HOME/mpitrain, ~/.cache/mpitrain and a temporary folder of this user."""
     if named := os.environ.get("MPITRAIN_CACHE_DIR"):
         yield Path(named)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -106,7 +106,7 @@ def _candidates() -> Iterator[Path]:
     home = os.path.expanduser("~")  # Path.home() raises where a container's user has none
     if os.path.isabs(home):
         yield Path(home) / ".cache" / "mpitrain"
-    # Cached code is executed: a folder that somebody else has made under our name is not taken.
+    # Cached code is executed, so a folder of this name that belongs to another user is not used.
     temporary = Path(tempfile.gettempdir()) / f"mpitrain-{os.getuid()}"
     try:
         temporary.mkdir(mode=0o700, exist_ok=True)
@@ -118,6 +118,7 @@ def _candidates() -> Iterator[Path]:
 
 @functools.cache
 def _platform_key() -> str:
+    """Return what compiled code depends on besides its source: versions, CPU and options."""
     import llvmlite  # type: ignore[import-untyped]
     import llvmlite.binding as llvm  # type: ignore[import-untyped]
     import numba
@@ -139,20 +140,20 @@ def _module_name(digest: str) -> str:
 
 
 def _module_on_disk(path: Path, source: str) -> ModuleType:
-    """Imports `source` from a file, which it is written to unless it is there."""
+    """Import `source` from a file, and write the file first unless it exists."""
     _write(path, source)
     module_name = _module_name(path.parent.name)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # Numba looks a cached function's globals up by its module's name
+    sys.modules[module_name] = module  # Numba finds a cached function's globals by its module's name
     spec.loader.exec_module(module)
     return module
 
 
 def _write(path: Path, source: str) -> None:
-    """Writes `source` to `path` unless it is there; a reader sees all of it or nothing, whoever else writes."""
+    """Write `source` to `path` atomically unless it is there: readers see all of it or nothing."""
     try:
         stamp = path.stat()
         if stamp.st_mtime == _SOURCE_TIME and stamp.st_size == len(source.encode()):

@@ -1,7 +1,7 @@
-"""`Kernel`: arithmetic declared once, as its paper writes it, and run where the arrays live.
+"""`Kernel`: arithmetic declared once, as its paper writes it, and run where its arrays are.
 
 See docs/architecture.md, "Kernels". The equations become a NumPy evaluation (`reference`), a Numba loop (`host`) and a
-CUDA kernel (`cuda`); none contracts or reassociates, so all three give the same bits, NaN payloads excepted.
+CUDA kernel (`cuda`). None of them contracts or reassociates, so all three give the same bits, except in NaN payloads.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, Final, NoReturn, cast
 
 import numpy as np
 
-from mpitrain.kernels.compile import cuda, host, reference
+from mpitrain.kernels.compile import cuda, cuda_source, host, reference
 from mpitrain.kernels.compile.equations import parse
 from mpitrain.kernels.compile.storage import STORAGES, Storage, storage_of, storages_of
 from mpitrain.kernels.gpu import is_device
 
-# numpy.ndarray.flags.num: C contiguous, aligned; and writeable for what is assigned. One look instead of three.
+# Bits of numpy.ndarray.flags.num: C contiguous, aligned and, for assigned arrays, writeable. One test instead of three.
 READABLE: Final = 0x0001 | 0x0100
 WRITEABLE: Final = READABLE | 0x0400
 _UINT16: Final = np.dtype(np.uint16)
@@ -26,17 +26,17 @@ class Kernel:
     """One fused pass over a few vectors of the same length.
 
     Args:
-        name: a Python name; the compiled functions bear it.
-        equations: assignments, one a line, of ``+ - * /``, numbers, arrays, scalars and temporaries. Arrays that are
-            assigned are changed in place; other assigned names live in registers.
-        arrays: names of the arrays, separated by spaces, in the order in which a call takes them.
-        scalars: names of the scalars, likewise.
-        guard: an assigned name that is replaced by zero where it is infinite or NaN; a call counts how often.
-        source: where the equations come from.
-        doc: one line that says what the kernel is for.
+        name: The kernel's name, a Python identifier; the compiled functions have it too.
+        equations: Assignments, one per line, of ``+ - * /``, numbers, arrays, scalars and temporaries. Assigned arrays
+            are changed in place; other assigned names are temporaries and stay in registers.
+        arrays: The names of the arrays, separated by spaces, in the order of a call's arguments.
+        scalars: The names of the scalars, likewise.
+        guard: An assigned name that is replaced by zero where it is infinite or NaN. A call returns how often.
+        source: The paper, equation or algorithm of the equations.
+        doc: What the kernel does, in one line that opens with a verb.
 
     Raises:
-        ValueError: what is wrong with the declaration.
+        ValueError: The declaration is wrong; the message says how.
 
     Example:
         >>> scale = Kernel("scale", "x = a * x", arrays="x", scalars="a", source="BLAS scal")
@@ -56,7 +56,7 @@ class Kernel:
         doc: str = "",
     ) -> None:
         if not name.isidentifier():
-            raise ValueError(f"{name!r} is not a name that a function can have")
+            raise ValueError(f"{name!r} is not a Python identifier")
         try:
             self.equations = parse(equations, arrays, scalars, guard)
         except ValueError as error:
@@ -69,40 +69,43 @@ class Kernel:
         self._flags = tuple(WRITEABLE if a in self.equations.stored else READABLE for a in self.equations.arrays)
         self._entries: dict[tuple[np.dtype, ...], tuple[Callable[..., int], bool]] = {}
         text = "\n    ".join(line.strip() for line in equations.strip().splitlines())
+        guarded = f"Guard: {guard} is replaced by 0 where it is not finite, and counted.\n" if guard else ""
         self.__doc__ = (
-            f"{doc or name}\n\n    {text}\n\nSource: {source}.\n"
+            f"{doc or name}\n\n    {text}\n\n"
+            f"Arrays: {', '.join(self.equations.arrays)}; each (n,) float16, bfloat16, float32 or float64.\n"
+            f"Scalars: {', '.join(self.equations.scalars) or 'none'}.\n{guarded}Source: {source}.\n"
             f"Moves {self.bytes_per_element('float32')} bytes per float32 element: "
             f"{len(self.equations.loaded)} read, {len(self.equations.stored)} written."
         )
 
     def prepare(self, like: Any) -> None:
-        """Compile for arrays of the dtype of ``like`` (n,), so that the first call is no slower than the others."""
+        """Compile for arrays of the dtype of ``like`` (n,), so that the first call is as fast as later ones."""
         if is_device(like):
             cuda.prepare(self.name, self.equations, like)
             return
         self(*[like[:0].copy() for _ in self.equations.arrays], *[0.0 for _ in self.equations.scalars])
 
     def __call__(self, *operands: Any, **scalars: float) -> int:
-        """Runs the kernel in place on NumPy arrays, or on CuPy arrays of one GPU, on CuPy's current stream.
+        """Run the kernel in place on NumPy arrays, or on CuPy arrays of one GPU, on CuPy's current stream.
 
         Args:
-            *operands: the arrays in declared order: 1-D, contiguous, of one length; float16, bfloat16, float32 or
-                float64, also mixed. Then the scalars, or some of them, in declared order.
-            **scalars: the other scalars by name.
+            *operands: The arrays in declared order, each (n,) and contiguous, of float16, bfloat16, float32 or
+                float64, which may be mixed. Then the scalars, or the first of them, in declared order.
+            **scalars: The remaining scalars by name.
 
         Returns:
-            How many elements the guard has replaced; 0 without a guard. On a GPU the kernel has begun, no more, and
-            what a guarded one returns is a `cuda.Rejected`, which stands for that int: it adds up without waiting, and
-            ``int()`` of it, its truth, or a comparison waits for the GPU.
+            The number of elements that the guard replaced, 0 without a guard. On a GPU the kernel has only been
+            started, and a guarded one returns a `NonfiniteCount`: it adds up like an int without waiting, and waits
+            for the GPU when its value is needed (``int()``, truth value, comparison).
 
         Raises:
-            ValueError: the operands do not fit the declaration.
+            ValueError: The operands do not fit the declaration.
         """
         if scalars:
             operands = self._bind(operands, scalars)
         elif len(operands) != self._n_operands:
             self._bind(operands, scalars)
-        # What follows runs at every exchange: it costs about a microsecond, and the explanations are elsewhere.
+        # This runs at every exchange and takes about a microsecond; `_refuse` explains what is wrong.
         arrays = operands[: self._n_arrays]
         shape = getattr(arrays[0], "shape", None)
         for array, flags in zip(arrays, self._flags, strict=True):
@@ -117,33 +120,33 @@ class Kernel:
         return function(*operands)
 
     def reference(self, *operands: Any, **scalars: float) -> int:
-        """The same as a call, evaluated by NumPy, an operator at a time: the oracle of the compiled back-ends."""
+        """Run the kernel by NumPy, one operator at a time: the oracle of the compiled back-ends."""
         operands = self._bind(operands, scalars)
         return reference.evaluate(self.equations, operands[: self._n_arrays], operands[self._n_arrays :])
 
     def bytes_per_element(self, dtype: Any) -> int:
-        """Bytes that one element moves: each array once if its old value is read and once if it is written.
+        """Return the bytes moved per element: each array counts once if it is read and once if it is written.
 
         Args:
-            dtype: of all arrays, or a tuple with one for each.
+            dtype: One dtype for all arrays, or a tuple with one for each.
         """
         equations = self.equations
         itemsize = dict(zip(equations.arrays, storages_of(dtype, self._n_arrays), strict=True))
         return sum(itemsize[name].itemsize for name in equations.loaded + equations.stored)
 
     def host_source(self, dtypes: Any) -> str:
-        """The Python source that Numba compiles, for one dtype or a tuple with one for each array."""
+        """Return the Python source that Numba compiles, for one dtype or a tuple with one for each array."""
         return host.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
 
     def cuda_source(self, dtypes: Any) -> str:
-        """The CUDA C that CuPy compiles, self-contained, for one dtype or a tuple with one for each array."""
-        return cuda.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
+        """Return the self-contained CUDA C that CuPy compiles, for one dtype or a tuple with one for each array."""
+        return cuda_source.source(self.name, self.equations, storages_of(dtypes, self._n_arrays))
 
     def __repr__(self) -> str:
         return f"Kernel {self.name}({', '.join(self.equations.arrays)}; {', '.join(self.equations.scalars)})"
 
     def _bind(self, operands: Sequence[Any], scalars: dict[str, float]) -> tuple[Any, ...]:
-        """The operands with the scalars given by name put in their places."""
+        """Return the operands with the scalars given by name inserted in declared order."""
         n_given = len(operands)
         if n_given >= self._n_arrays and n_given + len(scalars) == self._n_operands:
             try:
@@ -154,6 +157,7 @@ class Kernel:
         raise ValueError(f"{self!r} takes {self._n_arrays} arrays, then these scalars; it was given {given}")
 
     def _compile(self, arrays: Sequence[np.ndarray]) -> tuple[Callable[..., int], bool]:
+        """Return the compiled function for the arrays' dtypes, and whether it takes 16-bit arrays as uint16."""
         storages: list[Storage] = []
         for name, array in zip(self.equations.arrays, arrays, strict=True):
             try:
@@ -168,15 +172,16 @@ class Kernel:
         return entry
 
     def _elsewhere(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
-        """Arrays that are not plain, valid NumPy arrays: subclasses such as memmap, CuPy's, and mistakes."""
+        """Run on CuPy arrays and NumPy subclasses such as memmap, and refuse everything else."""
         if is_device(arrays[0]):
-            # A Rejected is not an int, but does what is done with one.
+            # A NonfiniteCount is no int, but supports what callers do with one.
             return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
         if not all(isinstance(array, np.ndarray) for array in arrays) or all(type(a) is np.ndarray for a in arrays):
             self._refuse(arrays)
         return self(*[np.asarray(array) for array in arrays], *scalars)
 
     def _refuse(self, arrays: Sequence[Any]) -> NoReturn:
+        """Raise a ValueError that names the first array at fault."""
         shape = getattr(arrays[0], "shape", None)
         for name, array, flags in zip(self.equations.arrays, arrays, self._flags, strict=True):
             start = f"{self.name}: {name}"
@@ -196,4 +201,5 @@ class Kernel:
 
 
 def as_bits(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the arrays with 16-bit ones viewed as uint16, which is what compiled host kernels take."""
     return [array.view(_UINT16) if array.itemsize == 2 else array for array in arrays]

@@ -1,7 +1,7 @@
-"""The equations of a kernel: a few lines of Python assignments, parsed once and checked when a kernel is declared.
+"""The equations of a kernel: Python assignments, parsed and checked when the kernel is declared.
 
 The language is what Python, NumPy and CUDA C evaluate alike: names, numbers, ``+ - * /``, unary minus, parentheses.
-Whatever is not in it is refused here, at import, and not on the machine with the GPU.
+Anything else is refused here, at import, rather than on the machine with the GPU.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RESERVED: Final = frozenset(
 
 @dataclass(frozen=True)
 class Equations:
-    """Checked equations.
+    """Parsed and checked equations.
 
-    `statements` are (target, right-hand side) in order. Numbers in the right-hand sides have become the names
-    ``_k0, _k1, ...`` of `literals`, so that a back-end can give them the compute type and the text of an expression is
-    the same in Python and in C.
+    `statements` holds (target, right-hand side) pairs in order. Numbers in the right-hand sides are replaced by names
+    ``_k0, _k1, ...``, whose values are in `literals`. A back-end can thus give them the compute type, and the text of
+    an expression is the same in Python and in C.
     """
 
     arrays: tuple[str, ...]
@@ -45,48 +45,39 @@ class Equations:
 
 
 def parse(text: str, arrays: str, scalars: str, guard: str | None) -> Equations:
-    """Parses and checks `text`.
+    """Parse and check the equations of a kernel.
 
     Args:
-        text: assignments, one a line.
-        arrays: names of the arrays, separated by spaces.
-        scalars: names of the scalars, likewise.
-        guard: the assigned name that is replaced by zero where it is not finite.
+        text: Assignments, one per line.
+        arrays: Names of the arrays, separated by spaces.
+        scalars: Names of the scalars, likewise.
+        guard: The assigned name that is replaced by zero where it is not finite.
 
     Raises:
-        ValueError: with the line and what is wrong with it.
+        ValueError: Names the line and what is wrong with it.
     """
     array_names, scalar_names = tuple(arrays.split()), tuple(scalars.split())
-    _check_declared_names(array_names + scalar_names)
-    try:
-        tree = ast.parse(textwrap.dedent(text).strip())
-    except SyntaxError as error:
-        raise ValueError(f"line {error.lineno} is not an assignment: {error.text!r} ({error.msg})") from None
+    declared = array_names + scalar_names
+    _check_declared_names(declared)
     collector = _Expressions()
     statements: list[tuple[str, ast.expr]] = []
     assigned: list[str] = []
-    loaded: set[str] = set()
+    loaded: set[str] = set()  # names whose value at the start of the call is used
     used: set[str] = set()
-    for node in tree.body:
-        target = _target(node, scalar_names)
-        assert isinstance(node, ast.Assign)
-        value = collector.visit(node.value)
+    for node in _syntax_tree(text).body:
+        target, expression = _assignment(node, scalar_names)
+        value = collector.visit(expression)
         for name in names_in(value):
-            if name in array_names and name not in assigned:
-                loaded.add(name)
-            elif name not in array_names + scalar_names and name not in assigned:
-                raise ValueError(
-                    f"{name!r} in {ast.unparse(node)!r} is not an array, a scalar or a name assigned above"
-                )
             used.add(name)
+            if name not in assigned:
+                loaded.add(name)
+                if name not in declared:
+                    raise ValueError(
+                        f"{name!r} in {ast.unparse(node)!r} is not an array, a scalar or a name assigned above"
+                    )
         statements.append((target, value))
         assigned.append(target)
-    if not set(assigned) & set(array_names):
-        raise ValueError("no array is assigned, so the kernel would compute nothing")
-    if unused := [name for name in array_names + scalar_names if name not in used | set(assigned)]:
-        raise ValueError(f"declared but not used in the equations: {', '.join(unused)}")
-    if guard is not None and assigned.count(guard) != 1:
-        raise ValueError(f"guard {guard!r} must be assigned exactly once, it is assigned {assigned.count(guard)} times")
+    _check_use(array_names, declared, used, assigned, guard)
     return Equations(
         arrays=array_names,
         scalars=scalar_names,
@@ -99,12 +90,12 @@ def parse(text: str, arrays: str, scalars: str, guard: str | None) -> Equations:
 
 
 def names_in(expression: ast.expr) -> Iterator[str]:
-    """The declared or assigned names in an expression, literals not among them."""
+    """Return the declared or assigned names in an expression, without those of literals."""
     return (n.id for n in ast.walk(expression) if isinstance(n, ast.Name) and not n.id.startswith("_"))
 
 
 class _Expressions(ast.NodeTransformer):
-    """Refuses what is not in the language and names the numbers."""
+    """A visitor that refuses what is outside the language and gives numbers names."""
 
     def __init__(self) -> None:
         self.literals: list[tuple[str, float]] = []
@@ -135,14 +126,34 @@ class _Expressions(ast.NodeTransformer):
         raise ValueError(f"{ast.unparse(node)!r} is neither a name, a number, a sum nor a product")
 
 
-def _target(node: ast.stmt, scalars: tuple[str, ...]) -> str:
+def _syntax_tree(text: str) -> ast.Module:
+    try:
+        return ast.parse(textwrap.dedent(text).strip())
+    except SyntaxError as error:
+        raise ValueError(f"line {error.lineno} is not an assignment: {error.text!r} ({error.msg})") from None
+
+
+def _assignment(node: ast.stmt, scalars: tuple[str, ...]) -> tuple[str, ast.expr]:
+    """Return the target and the right-hand side of a statement, which must be ``name = expression``."""
     if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
         raise ValueError(f"{ast.unparse(node)!r} is not of the form: name = expression")
     name = node.targets[0].id
     _check_name(name)
     if name in scalars:
         raise ValueError(f"{ast.unparse(node)!r} assigns to the scalar {name!r}")
-    return name
+    return name, node.value
+
+
+def _check_use(
+    arrays: tuple[str, ...], declared: tuple[str, ...], used: set[str], assigned: list[str], guard: str | None
+) -> None:
+    """Check that the equations use all that is declared, compute something, and assign the guard once."""
+    if not set(assigned) & set(arrays):
+        raise ValueError("no array is assigned, so the kernel would compute nothing")
+    if unused := [name for name in declared if name not in used | set(assigned)]:
+        raise ValueError(f"declared but not used in the equations: {', '.join(unused)}")
+    if guard is not None and assigned.count(guard) != 1:
+        raise ValueError(f"guard {guard!r} must be assigned exactly once, it is assigned {assigned.count(guard)} times")
 
 
 def _check_declared_names(names: tuple[str, ...]) -> None:

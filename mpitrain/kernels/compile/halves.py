@@ -1,14 +1,14 @@
 """float16, bfloat16 and int8 on the host: conversions in LLVM IR, so that loops over them vectorise.
 
-IEEE 754-2008, binary16 (1 sign, 5 exponent, 10 fraction bits) and bfloat16 (1, 8, 7). Rounding is to nearest, ties to
-even; subnormals and infinities come out as NumPy's and ml_dtypes' own casts have them. IR and not Python because Numba
-knows no 16-bit float on the host and computes every integer in 64 bits, which would halve the number of elements that a
-vector register holds. A process that flushes subnormals to zero (torch.set_flush_denormal) keeps those of float16:
-neither the processors' conversions nor the arithmetic here take them for float32 ones.
+The formats are IEEE 754-2008 binary16 (1 sign, 5 exponent, 10 fraction bits) and bfloat16 (1, 8, 7). Rounding is to
+nearest, ties to even; subnormals and infinities are converted as by NumPy's and ml_dtypes' own casts. The conversions
+are written in IR because Numba has no 16-bit float on the host and computes all integers in 64 bits, which would halve
+the number of elements per vector register. A process that flushes float32 subnormals to zero
+(torch.set_flush_denormal) keeps the subnormals of float16, in the CPU's conversions as in the arithmetic here.
 
-bfloat16 is converted by bit operations everywhere: x86's instruction for it (AVX512_BF16) drops float32 subnormals.
+bfloat16 is always converted by bit operations: x86's instruction for it (AVX512_BF16) drops float32 subnormals.
 
-Importing this module imports numba; only generated code does.
+Importing this module imports Numba; only generated code imports it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 
 def _has_float16_conversions(context: Any) -> bool:
-    """Whether the target converts float16 itself: x86 with F16C (since 2012), 64-bit ARM; three times as fast."""
+    """Return whether the CPU converts float16: x86 with F16C (since 2012) and 64-bit ARM do, three times as fast."""
     triple, _, features = context.codegen().magic_tuple()
     return "+f16c" in features or triple.startswith("aarch64")
 
@@ -35,7 +35,7 @@ def _u32(value: int) -> ir.Constant:
 
 @intrinsic
 def half_to_float(typingctx: Any, half: Any) -> Any:
-    """float16 bits -> float32."""
+    """Convert float16 bits to float32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if _has_float16_conversions(context):
@@ -45,8 +45,8 @@ def half_to_float(typingctx: Any, half: Any) -> Any:
         magnitude = b.and_(bits, _u32(0x7FFF))
         shifted = b.shl(magnitude, _u32(13))
         normal = b.add(shifted, _u32((127 - 15) << 23))
-        special = b.add(shifted, _u32((255 - 31) << 23))  # infinity, NaN: the largest exponent stays the largest
-        # A subnormal is m * 2**-24: let the FPU normalise (2**-14 + m * 2**-24) - 2**-14, which is exact.
+        special = b.add(shifted, _u32((255 - 31) << 23))  # infinity, NaN: the largest exponent maps to the largest
+        # A subnormal is m * 2**-24; (2**-14 + m * 2**-24) - 2**-14 is exact, and the FPU normalises it.
         smallest = b.bitcast(_u32((127 - 14) << 23), _F32)
         lifted = b.bitcast(b.add(shifted, _u32((127 - 14) << 23)), _F32)
         subnormal = b.bitcast(b.fsub(lifted, smallest), _I32)
@@ -59,7 +59,7 @@ def half_to_float(typingctx: Any, half: Any) -> Any:
 
 @intrinsic
 def float_to_half(typingctx: Any, value: Any) -> Any:
-    """float32 -> float16 bits."""
+    """Convert float32 to float16 bits, rounding to nearest, ties to even."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if _has_float16_conversions(context):
@@ -67,15 +67,15 @@ def float_to_half(typingctx: Any, value: Any) -> Any:
         bits = b.bitcast(args[0], _I32)
         sign = b.and_(b.lshr(bits, _u32(16)), _u32(0x8000))
         magnitude = b.and_(bits, _u32(0x7FFFFFFF))
-        # Normal: rebias, add half a unit (less one where the last kept bit is even), drop 13 bits; a carry is right.
+        # Normal: rebias, add half a unit (minus one where the last kept bit is even), drop 13 bits. A carry is correct.
         odd = b.and_(b.lshr(magnitude, _u32(13)), _u32(1))
         rounded = b.add(b.sub(magnitude, _u32((127 - 15) << 23)), b.add(odd, _u32(0x0FFF)))
         normal = b.lshr(rounded, _u32(13))
-        # Below 2**-14: the unit of 0.5 in float32 is 2**-24, that of a subnormal half, so one addition rounds.
+        # Below 2**-14: the float32 spacing at 0.5 is 2**-24, like that of subnormal halves, so one addition rounds.
         half = b.bitcast(_u32(126 << 23), _F32)
         lifted = b.bitcast(b.fadd(b.bitcast(magnitude, _F32), half), _I32)
         subnormal = b.sub(lifted, _u32(126 << 23))
-        # NaN: keep the upper payload bits, but at least one, or it would become an infinity.
+        # NaN: keep the upper payload bits and at least one bit, or it would become an infinity.
         payload = b.and_(b.lshr(magnitude, _u32(13)), _u32(0x03FF))
         payload = b.select(b.icmp_unsigned("==", payload, _u32(0)), _u32(1), payload)
         nan = b.or_(payload, _u32(0x7C00))
@@ -89,7 +89,7 @@ def float_to_half(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def bfloat_to_float(typingctx: Any, bfloat: Any) -> Any:
-    """bfloat16 bits -> float32: the upper half of it."""
+    """Convert bfloat16 bits to float32, of which they are the upper half."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.bitcast(b.shl(b.zext(args[0], _I32), _u32(16)), _F32)
@@ -99,7 +99,7 @@ def bfloat_to_float(typingctx: Any, bfloat: Any) -> Any:
 
 @intrinsic
 def float_to_bfloat(typingctx: Any, value: Any) -> Any:
-    """float32 -> bfloat16 bits."""
+    """Convert float32 to bfloat16 bits, rounding to nearest, ties to even."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         bits = b.bitcast(args[0], _I32)
@@ -114,7 +114,7 @@ def float_to_bfloat(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def float_to_int8(typingctx: Any, value: Any) -> Any:
-    """float32, a whole number from -128 to 127 -> int8."""
+    """Convert float32, a whole number from -128 to 127, to int8."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.fptosi(args[0], _I8)
@@ -124,7 +124,7 @@ def float_to_int8(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def int8_to_float(typingctx: Any, level: Any) -> Any:
-    """int8 -> float32."""
+    """Convert int8 to float32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.sitofp(args[0], _F32)
@@ -134,7 +134,7 @@ def int8_to_float(typingctx: Any, level: Any) -> Any:
 
 @intrinsic
 def magnitude_bits(typingctx: Any, value: Any) -> Any:
-    """The bits of the absolute value as int32, ordered as magnitudes are: LLVM vectorises a maximum of integers."""
+    """Return the bits of the absolute value as int32; they order like magnitudes, and LLVM vectorises their maximum."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.and_(b.bitcast(args[0], _I32), _u32(0x7FFFFFFF))
@@ -144,7 +144,7 @@ def magnitude_bits(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def float_of_bits(typingctx: Any, bits: Any) -> Any:
-    """int32 -> the float32 of these bits."""
+    """Reinterpret the bits of an int32 as float32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.bitcast(args[0], _F32)

@@ -1,11 +1,12 @@
 """The host back-end: one Numba loop for each kernel and combination of dtypes, single-threaded and vectorised by LLVM.
 
-No fastmath: LLVM may neither contract nor reassociate, so the result has NumPy's bits. One thread, because there is a
-rank for every core, and one core of a node seldom leaves bandwidth over. Arrays may overlap exactly (the same array
-twice); LLVM versions the loop by run-time checks of the addresses and takes the packed one where they are apart.
+Without fastmath LLVM may neither contract nor reassociate, so the result has NumPy's bits. There is one thread, because
+there is a rank for every core, and together the ranks use up the memory bandwidth of a node. Arrays may coincide (the
+same array twice); LLVM compiles the loop in versions, checks the addresses at run time and uses the vectorised version
+where arrays are apart.
 
-A kernel that writes arrays which it has not read has a second loop, for vectors that no cache holds: it computes a
-block of those arrays at a time, which stays in the first-level cache, and streams it to its place (`streaming`).
+A kernel with write-only arrays has a second loop, for vectors larger than the caches. It computes these arrays in
+blocks that stay in the first-level cache, and stores the blocks with non-temporal instructions (`streaming`).
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from mpitrain.kernels.compile.storage import Compute, Storage, compute_type, dty
 _CASTS: Final = {"float32": "float32", "float64": "float64"}
 
 STREAMED_FROM: Final = 60_000_000
-"""Bytes of all arrays of a call from which what is only written goes past the caches.
+"""Total bytes of a call's arrays from which write-only arrays are stored past the caches.
 
-About twice the largest third-level cache that one core has to itself. Of less the cache still has a part when the
-vector is read next, and reading it from memory costs more than was saved: 1.6 times as much for a commit and a pass
-over what it wrote, of vectors of 4 MB. Vectors that are visited shard by shard are never streamed.
+About twice the largest third-level cache available to one core. Part of a smaller vector is still cached when it is
+read next, and reading it from memory would cost more than was saved: 1.6 times the time for a commit and a pass over
+its result, with vectors of 4 MB. Vectors that are visited shard by shard are never streamed.
 """
-_BLOCK: Final = 512  # elements; with 2,048 the gain is half of what it is
+_BLOCK: Final = 512  # elements; 2,048 halve the gain
 _LINE_BYTES: Final = 64
 
 
 def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
-    """Python source of the kernel's function, with its signature as ``SIGNATURE``."""
+    """Return the Python source of the kernel's function, with its types as ``SIGNATURE``."""
     compute = compute_type(storages)
     arrays = [f"{array}_at" for array in equations.arrays]
     parameters = arrays + list(equations.scalars)
@@ -57,7 +58,7 @@ def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
         lines += _indented(1, [f"for i in range(len({arrays[0]})):", *_indented(1, loop)])
     else:
         n_bytes = sum(s.itemsize for s in storages)
-        # One array twice, both written: which of two values stays is the plain loop's affair.
+        # The same array given twice and written twice: the plain loop determines which value remains.
         apart = [f"{w}_at.ctypes.data != {s}_at.ctypes.data" for w in written for s in equations.stored if s != w]
         lines += _indented(
             1,
@@ -73,12 +74,12 @@ def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
 
 
 def _loop(equations: Equations, storages: Sequence[Storage], compute: Compute) -> list[str]:
-    """What is done with element ``i``."""
+    """Return the lines that compute element ``i``."""
     lines = []
     for line in body(equations, storages, compute, _CASTS):
         lines.append(f"{line.target} = {line.text}")
         if line.guarded:
-            # d - d is 0 for a finite d, else NaN; a select and an integer sum vectorise where a branch would not.
+            # d - d is 0 for a finite d, else NaN. A select and an integer sum vectorise; a branch would not.
             lines.append(f"_bad = {line.target} - {line.target} != _zero")
             lines.append("_n_nonfinite += _bad")
             lines.append(f"{line.target} = _zero if _bad else {line.target}")
@@ -88,14 +89,14 @@ def _loop(equations: Equations, storages: Sequence[Storage], compute: Compute) -
 def _streaming(
     equations: Equations, storages: Sequence[Storage], written: Sequence[str], loop: Sequence[str]
 ) -> list[str]:
-    """All elements, block by block: ``NAME_in`` is the array of which ``NAME_at`` is now a block, or stands for one."""
+    """Return the loop over blocks: ``NAME_in`` is a whole array, ``NAME_at`` its current block or a buffer for it."""
     block = "_start:_stop"
     stored_as = dict(zip(equations.arrays, storages, strict=True))
     first = written[0]
     lines = [f"{name}_in = {name}_at" for name in equations.arrays]
     lines += [f"_{name} = np.empty({_BLOCK}, np.{stored_as[name].numba})" for name in written]
     lines += [
-        # Blocks end where lines of the array end; others most often begin at the same offset.
+        # Blocks end at the cache lines of the first array; the others usually have the same offset.
         f"_before = -np.int64({first}_in.ctypes.data) % {_LINE_BYTES} // {stored_as[first].itemsize}",
         f"for _at in range(_before - {_BLOCK}, _n, {_BLOCK}):",
         f"    _start, _stop = max(_at, 0), min(_at + {_BLOCK}, _n)",
@@ -113,11 +114,11 @@ def _indented(depth: int, lines: Sequence[str]) -> list[str]:
 
 
 def conversion_imports(storages: Sequence[Storage]) -> list[str]:
-    """The import line of the 16-bit conversions that generated source needs, if it needs any."""
+    """Return the line that imports the 16-bit conversions, if generated source needs any."""
     names = sorted({name for s in storages for name in (s.widen, s.narrow) if name})
     return [f"from mpitrain.kernels.compile.halves import {', '.join(names)}"] if names else []
 
 
 def compiled(name: str, equations: Equations, storages: Sequence[Storage]) -> Callable[..., int]:
-    """The compiled kernel: takes 1-D contiguous arrays (16-bit ones viewed as uint16), then the scalars."""
+    """Return the compiled kernel. It takes (n,) contiguous arrays, 16-bit ones viewed as uint16, then the scalars."""
     return cache.compiled(name, dtypes_label(storages), source(name, equations, storages))

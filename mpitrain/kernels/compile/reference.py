@@ -1,4 +1,4 @@
-"""The kernels evaluated in NumPy, one whole-array operation for each operator: the oracle of the compiled back-ends."""
+"""Evaluation of kernels in NumPy, one array operation per operator: the oracle of the compiled back-ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPERATIONS: Final[dict[type[ast.operator], Callable[[Any, Any], Any]]] = {
 
 
 def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequence[float]) -> int:
-    """Evaluates the equations in place and returns how many elements the guard replaced."""
+    """Evaluate the equations in place and return how many elements the guard replaced."""
     compute = np.dtype(compute_type([storage_of(a.dtype) for a in arrays])).type
     given = dict(zip(equations.arrays, arrays, strict=True))
     n_nonfinite = 0
@@ -40,7 +40,7 @@ def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequen
             array = given[name]
             value = np.asarray(values[name])
             if array.dtype.itemsize == 2:
-                value = value.astype(np.float32)  # every back-end narrows float64 to 16 bits by way of float32
+                value = value.astype(np.float32)  # all back-ends narrow float64 to 16 bits via float32
             array[...] = value.astype(array.dtype)
     return n_nonfinite
 

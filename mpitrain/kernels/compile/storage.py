@@ -1,8 +1,8 @@
-"""How array elements are stored and in which type they are computed with.
+"""The types in which array elements are stored and computed.
 
-Arithmetic is done in the widest stored type of a call, and never in less than float32. 16-bit elements travel as
-``unsigned short`` on every back-end and are converted by bit operations of our own, so that no back-end needs a half
-type (Numba has none on the host) and none can round in its own way.
+Arithmetic uses the widest stored type of a call, and at least float32. All back-ends pass 16-bit elements as
+``unsigned short`` and convert them with the package's own operations. So no back-end needs a half type (Numba has none
+on the host), and all round alike.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Compute = Literal["float32", "float64"]
 
 @dataclass(frozen=True)
 class Storage:
-    """One element type: its names in NumPy, Numba and C, and the two conversions where it is a 16-bit one."""
+    """One element type: its names in NumPy, Numba and C, and its conversions if it has 16 bits."""
 
     name: str
     short: str  # in file names
     itemsize: int  # bytes
     numba: str
     c: str
-    widen: str = ""  # name of the function to float32; empty where none is needed
-    narrow: str = ""  # name of the function from float32
+    widen: str = ""  # function that converts to float32; empty if none is needed
+    narrow: str = ""  # function that converts from float32
 
 
 STORAGES: Final = {
@@ -41,12 +41,12 @@ STORAGES: Final = {
 
 
 def storage_of(dtype: Any) -> Storage:
-    """The storage of a dtype: a NumPy (or ml_dtypes) dtype, anything that makes one, or its name.
+    """Return the storage of a dtype: a NumPy (or ml_dtypes) dtype, anything that NumPy converts to one, or its name.
 
     Raises:
-        ValueError: the kernels do not compute with this dtype.
+        ValueError: The kernels do not support this dtype.
     """
-    # ml_dtypes registers "bfloat16" with NumPy only once somebody has imported it, so the name is looked up first.
+    # NumPy knows "bfloat16" only after ml_dtypes has been imported, so names are looked up first.
     name = dtype if isinstance(dtype, str) and dtype in STORAGES else np.dtype(dtype).name
     if name not in STORAGES or not (isinstance(dtype, str) or np.dtype(dtype).isnative):
         raise ValueError(f"kernels take {', '.join(STORAGES)} in native byte order, not {dtype!r}; convert with astype")
@@ -54,12 +54,12 @@ def storage_of(dtype: Any) -> Storage:
 
 
 def accumulator(dtype: Any) -> np.dtype:
-    """What small changes to elements of a dtype are added up in: float32 for 16 bits, which would lose them."""
+    """Return the dtype in which to accumulate small changes: float32 for 16-bit dtypes, which would round them away."""
     return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
 
 
 def storages_of(dtypes: Any, n_arrays: int) -> tuple[Storage, ...]:
-    """One storage for each of `n_arrays` arrays, from one dtype for all of them or a sequence of one each."""
+    """Return the storage of each of `n_arrays` arrays, given one dtype for all or a sequence with one for each."""
     if not isinstance(dtypes, (tuple, list)):
         return (storage_of(dtypes),) * n_arrays
     if len(dtypes) != n_arrays:
@@ -68,11 +68,11 @@ def storages_of(dtypes: Any, n_arrays: int) -> tuple[Storage, ...]:
 
 
 def compute_type(storages: Sequence[Storage]) -> Compute:
-    """float64 where any array is float64, else float32."""
+    """Return float64 if any array is float64, else float32."""
     return "float64" if any(s.name == "float64" for s in storages) else "float32"
 
 
 def dtypes_label(storages: Sequence[Storage]) -> str:
-    """``f32`` where all arrays are stored alike, else one short name for each: ``f32_bf16``."""
+    """Return ``f32`` if all arrays have this dtype, else one short name for each: ``f32_bf16``."""
     shorts = [s.short for s in storages]
     return shorts[0] if len(set(shorts)) == 1 else "_".join(shorts)

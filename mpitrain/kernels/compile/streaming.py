@@ -1,11 +1,11 @@
-"""Stores past the caches, for long vectors that are written without having been read.
+"""Non-temporal stores, which bypass the caches, for long write-only vectors.
 
-A processor fetches the line that a store touches before it changes it, and an array that is only written is fetched for
-nothing. Non-temporal stores of whole lines leave that out (memcpy does so too, for long copies), but what they write is
-in no cache afterwards. They are also ordered with nothing: whoever has made some calls ``streams_end`` before he tells
-another rank, or gives a lock back.
+A CPU fetches a cache line before an ordinary store changes it, which is wasted for an array that is only written.
+Non-temporal stores of whole lines avoid the fetch (as memcpy does for long copies), but leave the data in no cache.
+They are also not ordered with other stores: ``streams_end`` must be called after them, before another rank is notified
+or a lock is released.
 
-Importing this module imports numba; only generated code does.
+Importing this module imports Numba; only generated code imports it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LINE = ir.VectorType(ir.IntType(32), _LINE_BYTES // 4)  # LLVM splits it where 
 
 @intrinsic
 def stream(typingctx: Any, target: Any, source: Any) -> Any:
-    """target[:] = source, whole lines of target past the caches; both C contiguous, of one dtype and length."""
+    """Assign target[:] = source with non-temporal stores of whole lines; both contiguous, of one dtype and length."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         to, of = (context.make_array(t)(context, b, array) for t, array in zip(signature.args, args, strict=True))
@@ -31,7 +31,7 @@ def stream(typingctx: Any, target: Any, source: Any) -> Any:
         byte = cgutils.voidptr_t
         start, found = b.bitcast(to.data, byte), b.bitcast(of.data, byte)
         n_bytes = b.mul(to.nitems, to.itemsize)
-        # Up to the first line that begins in target, whole lines, and what is left.
+        # The bytes before the first whole line of target, the whole lines, and the rest.
         before = b.and_(b.neg(b.ptrtoint(start, size)), size(_LINE_BYTES - 1))
         head = b.select(b.icmp_unsigned("<", before, n_bytes), before, n_bytes)
         n_lines = b.udiv(b.sub(n_bytes, head), size(_LINE_BYTES))
@@ -51,7 +51,7 @@ def stream(typingctx: Any, target: Any, source: Any) -> Any:
 
 @intrinsic
 def streams_end(typingctx: Any) -> Any:
-    """Everything streamed so far comes before what is stored from now on."""
+    """Order all streamed stores before all later stores."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         b.fence("seq_cst")

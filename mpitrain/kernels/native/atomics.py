@@ -1,8 +1,9 @@
-"""Words that ranks of a node share, and ways to wait for each other that Numba does not have.
+"""Atomic operations on words that the ranks of a node share, which Numba does not provide.
 
-A plain load in a loop may be hoisted out of it, and plain stores may become visible in any order: words that one rank
-writes and another waits for are loaded with acquire and stored with release semantics (C11, section 7.17.3), so that
-what a rank wrote before its store is seen by whoever has loaded the stored value. A compare-and-swap is both at once.
+A compiler may hoist a plain load out of a loop, and plain stores may become visible in any order. Words that one rank
+writes and another waits for are therefore loaded with acquire and stored with release semantics (C11, section
+7.17.3): a rank that has loaded the stored value sees all earlier writes of the rank that stored it. A compare-and-swap
+has both semantics.
 
 Importing this module imports numba; only generated code does.
 """
@@ -21,14 +22,14 @@ _WORD_BYTES = 8
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """Of element ``index`` of an int64 array."""
+    """Return the address of element ``index`` of an int64 array."""
     struct = context.make_array(array_type)(context, builder, array)
     return builder.gep(struct.data, [index])
 
 
 @intrinsic
 def load_acquire(typingctx: Any, words: Any, index: Any) -> Any:
-    """words[index]; everything its writer wrote before is seen from now on."""
+    """Return words[index] with acquire semantics: all earlier writes of its writer are visible from now on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args)
@@ -39,7 +40,7 @@ def load_acquire(typingctx: Any, words: Any, index: Any) -> Any:
 
 @intrinsic
 def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
-    """words[index] = value; whoever loads it sees everything written before."""
+    """Set words[index] to value with release semantics: a thread that loads it sees all earlier writes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args[:2])
@@ -51,7 +52,7 @@ def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def compare_and_swap(typingctx: Any, words: Any, index: Any, expected: Any, new: Any) -> Any:
-    """words[index], which becomes new if it was expected: a load with acquire and a store with release semantics."""
+    """Set words[index] to new if it is expected and return its former value (acquire and release semantics)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args[:2])
@@ -63,7 +64,7 @@ def compare_and_swap(typingctx: Any, words: Any, index: Any, expected: Any, new:
 
 @intrinsic
 def give_way(typingctx: Any) -> Any:
-    """Let another process have this core, if one wants it (sched_yield)."""
+    """Offer the core to other processes (sched_yield)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield")

@@ -1,8 +1,8 @@
-"""Locks in words that the ranks of a node share, taken and given back by compare-and-swap in one compiled call.
+"""Locks in words that the ranks of a node share, acquired and released by compare-and-swap in compiled code.
 
-A word holds a version above the bits of its owner, which are 0 when nobody has it (``rma.locks``). A swap is a
-load with acquire and a store with release semantics: who has taken a lock sees all that was written under it before.
-Every word has a cache line of its own, so that ranks which want different locks do not disturb each other.
+A word holds a version above its owner bits, which are 0 while the lock is free (``rma.locks``). A swap has acquire and
+release semantics: the new owner of a lock sees all writes made under it before. Each word occupies a cache line of its
+own, so that ranks waiting for different locks do not disturb each other.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ def swap(words, at, expected, new):
 
 @functools.cache
 def acquire() -> Callable[..., int]:
-    """``acquire(words, at, mine, spin_limit)``: write the owner bits ``mine`` into ``words[at]`` once nobody has it.
+    """Return the compiled function that sets the owner bits of a free lock word.
 
-    ``words`` are int64, shared by the ranks, ``spin_limit`` is how many times more to look when somebody has it.
-    Returns the word as it was: without owner bits when the lock has been taken, else with those of its owner.
+    ``acquire(words, at, mine, spin_limit)`` sets the owner bits of ``words[at]`` to ``mine`` once the lock is free.
+    ``words`` are int64, shared by the ranks; ``spin_limit`` is the number of further polls while the lock is taken. The
+    result is the former word: without owner bits if the lock has been acquired, else with those of its owner.
     """
     return cache.compiled("acquire", "word", _ACQUIRE)
 
 
 @functools.cache
 def swap() -> Callable[..., int]:
-    """``swap(words, at, expected, new)``: make ``words[at]`` new if it is what was expected. Returns what it was."""
+    """Return the compiled compare-and-swap.
+
+    ``swap(words, at, expected, new)`` sets ``words[at]`` to ``new`` if it is ``expected``. The result is the former
+    word.
+    """
     return cache.compiled("swap", "word", _SWAP)

@@ -1,8 +1,8 @@
-"""Ranks of a node that wait for each other, and sum their vectors when all are there, in one compiled call.
+"""A barrier between the ranks of a node, and a barrier fused with an all-reduce, each in one compiled call.
 
-Every rank has a word, on a cache line of its own, with the number of the meeting it has come to; to come is to store
-that number, to wait is to look at the words of the others. A call that has waited for long returns how far it is, so
-that its caller can sleep and see to signals and to MPI, and is made again with what it returned.
+Each rank has a word, on a cache line of its own, with the number of the barrier that it has reached. To arrive, a rank
+stores the number in its word; to wait, it polls the words of the others. A call that has waited for long returns its
+progress, so that the caller can sleep and handle signals and MPI. The caller then calls again with that progress.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mpitrain.kernels.compile import cache, host
 from mpitrain.kernels.compile.storage import Storage, compute_type, storage_of
 
 STRIDE: Final = 8  # words: a cache line
-YIELDS: Final = 200  # offers of the core, before a call returns without all having come
-POLL_ONCE: Final = -YIELDS  # as patience
+YIELDS: Final = 200  # offers of the core before a call returns although ranks are missing
+POLL_ONCE: Final = -YIELDS  # a spin limit: poll without spinning or yielding
 
 _WAIT: Final = f"""\
 def wait(words, first, n, number, spin_limit):
@@ -49,28 +49,31 @@ def wait_for_all(words, me, n, number, first, spin_limit):
 
 @functools.cache
 def wait_for_all() -> Callable[..., int]:
-    """``wait_for_all(words, me, n, number, first, spin_limit)``: arrive, and wait for the ranks from ``first``.
+    """Return the compiled barrier.
 
-    ``words`` are (STRIDE*n,) int64, shared by the ranks. Returns who is still awaited, n if all have come; then call
-    again with that as ``first``. ``spin_limit`` is how often to look before the core is offered to others.
+    ``wait_for_all(words, me, n, number, first, spin_limit)`` arrives at barrier ``number`` and waits for the ranks from
+    ``first``. ``words`` are (STRIDE*n,) int64, shared by the ranks; ``spin_limit`` is the number of polls before the
+    core is offered to others. The result is the first rank that is still missing, n when all have arrived. Until it is
+    n, call again with the result as ``first``.
     """
     return cache.compiled("wait_for_all", "words", _WAIT_FOR_ALL)
 
 
 @functools.cache
 def sum_on_node(k: int, dtype: Any) -> Callable[..., int]:
-    """``sum_on_node(words, me, number, progress, spin_limit, z0, ..., start, stop, scale)``: an all-reduce of k ranks.
+    """Return the compiled all-reduce of k ranks.
 
-    When all have come, this rank makes the elements start..stop of every vector z0, ... the scaled sum of all of them;
-    it returns when all ranks have done so. It is two meetings, ``number`` and ``number + 1``. Returns the progress, 2k
-    at the end; call again with what was returned until then. 16-bit vectors are passed as uint16.
+    ``sum_on_node(words, me, number, progress, spin_limit, z0, ..., start, stop, scale)`` waits for all ranks, replaces
+    the elements start..stop of each vector z0, ... by the scaled sum of all vectors, and waits until all ranks have
+    done so. It passes two barriers, ``number`` and ``number + 1``. The result is the progress, 2k at the end. Until
+    then, call again with the result as ``progress``. 16-bit vectors are passed as uint16.
     """
     storage = storage_of(dtype)
     return cache.compiled("sum_on_node", f"{k}_{storage.short}", source(k, storage))
 
 
 def source(k: int, storage: Storage) -> str:
-    """Python source of ``sum_on_node`` for k vectors, with its signature as ``SIGNATURE``."""
+    """Return the Python source of ``sum_on_node`` for k vectors, with its signature as ``SIGNATURE``."""
     compute = compute_type([storage])
     vectors = [f"z{j}" for j in range(k)]
     arrays = ", ".join([f"{storage.numba}[::1]"] * k)

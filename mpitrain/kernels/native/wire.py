@@ -1,29 +1,29 @@
-"""Short forms of float32 vectors for what crosses nodes: bfloat16, float16, and int8 with a scale for 256 elements.
+"""Wire formats of float32 vectors between nodes: bfloat16, float16, and int8 with one scale per 256 elements.
 
     format      fetched as              sent back as
     bfloat16    bfloat16, 2 bytes       bfloat16, 2 bytes an element
     float16     float16, 2 bytes        float16, 2 bytes
     int8        bfloat16, 2 bytes       int8, 1 + 4/256 bytes
 
-What is sent back is not a block but by how much it has changed, e, and what the short form loses of that stays with
-the sender and is added to what it sends next (error feedback):
+A visitor sends back the change e of a block, not the block. The rounding error of a change stays with the sender as a
+residual and is added to its next change (error feedback):
 
     e = changed - fetched + residual        sent = encode(e)        residual = e - decode(sent)
 
-So everything arrives in the end. Fetched values have no such second chance, and 8 bits of a parameter would be too few:
-int8 is for changes only.
+The whole change therefore arrives in the end. Fetched values have no error feedback, and 8 bits are too few for a
+parameter: int8 is for changes only.
 
-float16 is IEEE 754 binary16, bfloat16 the upper half of a float32; both round to nearest, ties to even, and what is
-finite stays finite: beyond the largest number of the format is that number. int8 has levels from -127 to 127, again
-rounded to nearest even, of scale = max |e| / 127 over 256 elements; it loses at most scale/2.
+float16 is IEEE 754 binary16 and bfloat16 the upper half of a float32. Both round to nearest, ties to even. Finite
+numbers stay finite: a number beyond the range of the format becomes its largest number. int8 has levels from -127 to
+127, rounded to nearest even, in units of scale = max |e| / 127 over 256 elements; the error is at most scale/2.
 
 Sources: Seide, Fu, Droppo, Li, Yu, 1-bit stochastic gradient descent and its application to data-parallel distributed
 training of speech DNNs, Interspeech 2014 (error feedback); Karimireddy, Rebjock, Stich, Jaggi, Error feedback fixes
 SignSGD and other gradient compression schemes, 2019, https://arxiv.org/abs/1901.09847 (why it converges); Kalamkar et
 al., A study of BFLOAT16 for deep learning training, 2019, https://arxiv.org/abs/1905.12322.
 
-Encoded vectors are bytes (uint8). Bytes moved per element: ``encode`` 4 read, 2 written; ``decode`` the other way
-round; ``add`` 1 or 2 and 4 read, 4 written; ``push`` 10 read, 5 or 6 written.
+Encoded vectors are bytes (uint8). Bytes moved per element: ``encode`` 4 read, 2 written; ``decode`` 2 read, 4 written;
+``add`` 5 or 6 read, 4 written; ``push`` 10 read, 5 or 6 written.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from mpitrain.kernels.compile import cache
 from mpitrain.kernels.compile.storage import STORAGES
 
 FLOAT32: Final = "float32"
-"""As vectors are: nothing is encoded."""
+"""The wire format of vectors that travel unencoded."""
 
 Encoded = tuple[int, int, int]
-"""The code of a format, the address of a block and the number of its elements: what travels is made of them."""
+"""The code of a format, and the address and number of elements of the block to encode."""
 
 PLAIN: Final = (0, 0, 0)
-"""What travels is the block itself."""
+"""No encoding: the block itself travels."""
 
-GROUP: Final = 256  # elements with one scale
+GROUP: Final = 256  # elements that share a scale
 LARGEST_LEVEL: Final = 127
 LARGEST: Final = {"bfloat16": float.fromhex("0x1.fep127"), "float16": 65504.0}
-TO_WHOLE: Final = 12582912.0  # 1.5 * 2**23: added to a small float32 and taken off again it rounds to nearest even
+TO_WHOLE: Final = 12582912.0  # 1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest even
 
 
 @dataclass(frozen=True)
 class Format:
-    """How vectors travel.
+    """A wire format.
 
     Attributes:
         name: ``bfloat16``, ``float16`` or ``int8``.
-        code: Stands for it in a request to the thread that serves other nodes.
-        fetched: The 16-bit format in which blocks are fetched and sums travel.
+        code: Its number in a request (``native.service``).
+        fetched: The 16-bit format of fetched blocks and of sums.
     """
 
     name: str
@@ -69,45 +69,45 @@ class Format:
     fetched: str
 
     def fetched_bytes(self, n: int) -> int:
-        """Of ``n`` elements on their way from their home."""
+        """Return the size of ``n`` fetched elements."""
         return 2 * n
 
     def sent_bytes(self, n: int) -> int:
-        """Of the changes of ``n`` elements on their way back."""
+        """Return the size of the changes of ``n`` elements."""
         return n + 4 * -(-n // GROUP) if self.name == "int8" else 2 * n
 
     def encode(self, values: np.ndarray, out: np.ndarray) -> None:
-        """``values`` (n,) float32 to ``out`` (fetched_bytes(n),); infinities and NaNs stay what they are."""
+        """Encode ``values`` (n,) float32 to ``out`` (fetched_bytes(n),); infinities and NaNs are preserved."""
         _compiled("encode", self.fetched)(values, out.view(np.uint16))
 
     def decode(self, encoded: np.ndarray, out: np.ndarray) -> None:
-        """``encoded`` (fetched_bytes(n),) to ``out`` (n,) float32."""
+        """Decode ``encoded`` (fetched_bytes(n),) to ``out`` (n,) float32."""
         _compiled("decode", self.fetched)(encoded.view(np.uint16), out)
 
     def add_fetched(self, encoded: np.ndarray, to: np.ndarray) -> None:
-        """The same, added to ``to`` (n,) float32."""
+        """Decode ``encoded`` (fetched_bytes(n),) and add it to ``to`` (n,) float32."""
         _compiled("add", self.fetched)(encoded.view(np.uint16), to)
 
     def push(self, changed: np.ndarray, fetched: np.ndarray, residual: np.ndarray, out: np.ndarray) -> int:
-        """Encode by how much a block has changed, and what has been left over before.
+        """Encode the change of a block plus its residual.
 
         Args:
-            changed: (n,) float32.
-            fetched: (fetched_bytes(n),) what it was.
-            residual: (n,) float32; becomes what is left over now.
+            changed: (n,) float32, the block now.
+            fetched: (fetched_bytes(n),) the block as it was fetched.
+            residual: (n,) float32 of the previous change; replaced by that of this change.
             out: (sent_bytes(n),).
 
         Returns:
-            How many elements were infinite or NaN: they are sent as 0, and nothing is left over of them.
+            The number of infinite or NaN elements. They are sent as 0 and leave no residual.
         """
         return _compiled("push", self.name, self.fetched)(changed, fetched.view(np.uint16), residual, *self._parts(out))
 
     def add(self, encoded: np.ndarray, to: np.ndarray) -> None:
-        """Add what was sent, ``encoded`` (sent_bytes(n),), to ``to`` (n,) float32."""
+        """Decode the change ``encoded`` (sent_bytes(n),) and add it to ``to`` (n,) float32."""
         _compiled("add", self.name)(*self._parts(encoded), to)
 
     def _parts(self, encoded: np.ndarray) -> list[np.ndarray]:
-        """Of changes on their way: the elements, or the scales and then the levels."""
+        """Return the parts of an encoded change: its elements, or for int8 its scales and its levels."""
         if self.name != "int8":
             return [encoded.view(np.uint16)]
         n_scales = -(-encoded.size // (GROUP + 4))
@@ -122,18 +122,18 @@ NAMES: Final = (FLOAT32, *FORMATS)
 
 
 def format_of(name: str) -> Format | None:
-    """The format of a name, None for ``float32``.
+    """Return the wire format of this name, None for ``float32``.
 
     Raises:
-        UsageError: There is no such format.
+        UsageError: If there is no format of this name.
     """
     if name not in NAMES:
-        raise UsageError(f"vectors cross nodes as {', '.join(NAMES)}, not as {name!r}: choose one of them for wire")
+        raise UsageError(f"unknown wire format {name!r}: choose one of {', '.join(NAMES)}")
     return FORMATS.get(name)
 
 
 def conversions(*names: str) -> str:
-    """Source of ``encode_NAME(values, out)`` and ``add_NAME(encoded, to)`` for code that is compiled elsewhere."""
+    """Return the source of ``encode_NAME(values, out)`` and ``add_NAME(encoded, to)`` for other generated code."""
     functions = [_encode(f"encode_{name}", name) for name in names if name != "int8"]
     functions += [_add(f"add_{name}", name) for name in names]
     return _IMPORTS + "\n".join(f"@njit(nogil=True)\n{function}" for function in functions)
@@ -147,7 +147,7 @@ from mpitrain.kernels.compile.halves import float_to_int8, half_to_float, int8_t
 
 
 def _encode(function: str, name: str) -> str:
-    # Beyond the largest number is that number; v - v is 0 for a finite v, else NaN.
+    # Clamp finite numbers to the largest one. v - v is 0 for a finite v, else NaN.
     return f"""\
 def {function}(values, out):
     largest = float32({LARGEST[name]!r})
@@ -207,7 +207,7 @@ def {function}(changed, fetched, residual, out):
         residual[i] = e - {STORAGES[name].widen}(sent)
     return n_nonfinite
 """
-    # A scale so small that it is rounded much can make quotients larger than the largest level.
+    # A subnormal scale has a large rounding error, so quotients can exceed the largest level.
     return f"""\
 def {function}(changed, fetched, residual, scales, levels):
     n_nonfinite = 0
@@ -243,7 +243,7 @@ _LEVELS: Final = "float32[::1], int8[::1]"
 
 @functools.cache
 def _compiled(what: str, *names: str) -> Callable[..., int]:
-    """``what`` of a format, or of what is sent and what is fetched."""
+    """Return the compiled function ``what`` for these formats: that of changes, then that of fetched blocks."""
     encoded = _LEVELS if names[0] == "int8" else _SHORT
     types: dict[str, str] = {
         "encode": f"float32[::1], {encoded}",
@@ -256,7 +256,7 @@ def _compiled(what: str, *names: str) -> Callable[..., int]:
 
 
 def prepare(wire: Format) -> None:
-    """Compile what visits and sums need, so that the first is no slower than the others."""
+    """Compile the functions of a format ahead of its first use. Local."""
     empty, encoded = np.zeros(0, np.float32), np.zeros(0, np.uint8)
     wire.encode(empty, encoded)
     wire.decode(encoded, empty)

@@ -11,9 +11,9 @@ from support.quadratic import assert_states_equal, load, same_bits, slope, state
 from mpitrain import UsageError
 from mpitrain.algorithms import EASGD, METHODS, AllReduceSGD, Downpour
 from mpitrain.algorithms.base.iterate_average import Average
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 STARTS = np.random.default_rng(0).normal(size=(4, 30))
 AVERAGES = [Average(*chosen) for chosen in itertools.product(("polyak", "moving"), (0.2,), ("workers", "consensus"))]

@@ -92,7 +92,7 @@ def test_equal_gradients_are_all_reduce_sgd(guards, threshold, p):
     for worker in ours.workers:
         assert worker.good.all()
         for window in worker._windows.values():
-            assert not window.sums.squared_distances(np.arange(p)).any()
+            assert not window.squared_distances(np.arange(p)).any()
 
 
 @settings(max_examples=8)
@@ -271,7 +271,7 @@ def test_honest_noise_grows_like_sqrt_t():
             window = Window(m, np.zeros(d), length, threshold=k * np.sqrt(length), tolerance=1.0)
             for _ in range(length):
                 window.add(np.arange(m), rng.standard_normal((m, d)))
-            close = window.close(np.sqrt(window.sums.squared_distances(np.arange(m))), np.ones(m, bool))
+            close = window.close(np.sqrt(window.squared_distances(np.arange(m))), np.ones(m, bool))
             count += close is None or not close.all()
         return count / trials
 
@@ -337,7 +337,7 @@ def test_resuming_across_windows_and_removals(before, after, guards):
 
 def test_each_worker_keeps_its_slice_only():
     simulation = simulate(SafeguardSGD(), 4, start=np.zeros(1000), eta=0.1)
-    lengths = [worker._windows["short"].sums.values.shape for worker in simulation.workers]
+    lengths = [worker._windows["short"].sums.shape for worker in simulation.workers]
     assert [k for k, _ in lengths] == [4] * 4
     assert sum(n for _, n in lengths) == 1000
 
@@ -367,5 +367,5 @@ def test_ranks_do_what_simulated_workers_do(world):
         mine = model.x.detach().numpy().copy()
         np.testing.assert_allclose(mine, simulated.x()[world.rank], rtol=1e-12, atol=1e-13)
         assert len({x.tobytes() for x in world.comm.allgather(mine)}) == 1
-        assert optimizer._worker.removed_at.tolist() == simulated.workers[0].removed_at.tolist()
-        assert (optimizer._worker.good.sum() < p) == (p >= 3)
+        assert optimizer._parts.replica.worker.removed_at.tolist() == simulated.workers[0].removed_at.tolist()
+        assert (optimizer._parts.replica.worker.good.sum() < p) == (p >= 3)

@@ -12,7 +12,7 @@ from support.quadratic import assert_states_equal, change, radius, same_bits, si
 
 from mpitrain import UsageError
 from mpitrain.algorithms import ADMM, EASGD
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
 
 H, B = [0.5, 1.0, 2.0, 4.0, 0.3], [1.0, -2.0, 0.5, 3.0, -1.0]

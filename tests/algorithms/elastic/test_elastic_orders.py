@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.quadratic import change, radius, same_bits, simulate, slope, standard_error, statistics, sweep_matrix
 
 from mpitrain.algorithms import EAMSGD, EASGD, AllReduceSGD
-from mpitrain.algorithms.elastic.method import jacobi_rates
+from mpitrain.algorithms.elastic.center import jacobi_rates
 
 ORDERS = ["jacobi", "center_first", "worker_first"]
 GAUSS_SEIDEL = ORDERS[1:]

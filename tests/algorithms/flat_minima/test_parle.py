@@ -10,7 +10,7 @@ from support.quadratic import same_bits, simulate, slope, states, statistics
 
 from mpitrain import theory
 from mpitrain.algorithms import EntropySGD, Parle
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 
 H, B = np.array([0.5, 1.0, 2.0]), np.array([1.0, -2.0, 0.5])
 STARTS = np.random.default_rng(0).normal(size=(3, 6))

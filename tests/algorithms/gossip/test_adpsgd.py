@@ -10,7 +10,7 @@ from support.on_ranks import RankRun, ranks
 from support.quadratic import load, same_bits, simulate, slope, states, statistics
 
 from mpitrain.algorithms import ADPSGD
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.algorithms.gossip.adpsgd import TOPOLOGIES
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted
 
@@ -145,7 +145,7 @@ def test_two_locks_are_taken_lower_rank_first():
         worker, taken = simulation.workers[i], []
         blocks = worker._boxes._blocks
         acquire = blocks.acquire
-        blocks.acquire = lambda index, acquire=acquire, taken=taken: [taken.append(index), acquire(index)][1]
+        blocks.acquire = lambda index, *_, acquire=acquire, taken=taken, **__: [taken.append(index), acquire(index)][1]
         worker.average_with(j)
         blocks.acquire = acquire
         assert taken == sorted((i, j))

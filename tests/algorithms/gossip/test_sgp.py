@@ -12,7 +12,7 @@ from support.quadratic import load, same_bits, simulate, slope, states, statisti
 
 from mpitrain import UsageError, kernels
 from mpitrain.algorithms import StochasticGradientPush as SGP
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.algorithms.gossip.sgp import TOPOLOGIES, is_regular
 from mpitrain.collectives.topology.graphs import Topology
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin

@@ -15,7 +15,7 @@ from support.quadratic import change, same_bits, simulate, slope, states, statis
 from torch import nn
 
 from mpitrain import EASGD, LSGD, DistributedOptimizer, UsageError
-from mpitrain.algorithms.leader.lsgd import LOSS, STAMP
+from mpitrain.algorithms.leader.asynchronous import LOSS, STAMP
 from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
 

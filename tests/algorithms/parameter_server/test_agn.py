@@ -10,7 +10,7 @@ from support.parameter_server import bound, delayed, not_committed, whole_number
 from support.quadratic import radius, same_bits, simulate, slope, states, statistics, sweep_matrix
 
 from mpitrain.algorithms import AGN, Downpour
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, Scripted
 
 BOTH = [AGN(period=4), AGN(period=4, normalise="gradient")]

@@ -19,9 +19,9 @@ from support.quadratic import (
 from torch import nn
 
 from mpitrain import GPUASGD, DistributedOptimizer, Downpour
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, Scripted
+from mpitrain.simulation.world import SimulatedWorld
 from mpitrain.theory import downpour_bound
 
 H, B = np.array([0.5, 1.0, 2.0, 0.8]), np.array([1.0, -2.0, 0.5, 3.0])

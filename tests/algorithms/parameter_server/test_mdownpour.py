@@ -9,7 +9,7 @@ from support.quadratic import radius, same_bits, simulate, slope, statistics
 
 from mpitrain import UsageError
 from mpitrain.algorithms import Downpour, MDownpour, create
-from mpitrain.algorithms.base.method import ParamGroupSlice
+from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.simulation.schedules import RandomOrder, Scripted
 from mpitrain.theory import mdownpour_largest_eh, mdownpour_matrix
 

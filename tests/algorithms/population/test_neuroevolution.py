@@ -10,9 +10,9 @@ from torch import nn
 
 from mpitrain import DistributedOptimizer, NeuroevolutionSGD
 from mpitrain.algorithms.population.neuroevolution import Sketcher, clusters, make_plan, mean_cosine
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 ALONE = NeuroevolutionSGD(period=2, similarity=1.0, unfit_fraction=0.0)  # nobody is replaced
 
@@ -346,5 +346,5 @@ def test_the_optimizer_asks_for_the_fitness_of_the_model(world):
             loss.backward()
             optimizer.step(loss)
         assert [float(x[0]) for x in asked] == [pytest.approx(2.8), pytest.approx(2.6)]
-        assert optimizer._worker.metrics()["fitness"] == pytest.approx(20 * 2.6**2)
+        assert optimizer._parts.replica.worker.metrics()["fitness"] == pytest.approx(20 * 2.6**2)
         world.barrier()

@@ -6,9 +6,9 @@ import torch
 from support.quadratic import simulate, slope, standard_error
 
 from mpitrain.algorithms import AllReduceSGD
-from mpitrain.algorithms.base.method import ParamGroupSlice, Replica
-from mpitrain.simulation.communicator import SimulatedWorld
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.simulation.schedules import RandomOrder
+from mpitrain.simulation.world import SimulatedWorld
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 5])

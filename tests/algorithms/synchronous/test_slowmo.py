@@ -19,8 +19,8 @@ def round_matrix(method, eh):
     """The matrix on (gamma*u, x0) of one round, from a run of unit vectors; alike workers."""
     unit = np.eye(2)
     simulation = simulate(method, P, start=np.zeros(2), eta=eh)
-    change(simulation, parameters=unit[1], outer_parameters=unit[1], outer_momentum=unit[0] / eh).run(method.period)
-    return np.stack([eh * states(simulation)[0]["outer_momentum"], simulation.consensus()])
+    change(simulation, parameters=unit[1], theta=unit[1], momentum=unit[0] / eh).run(method.period)
+    return np.stack([eh * states(simulation)[0]["momentum"], simulation.consensus()])
 
 
 @settings(max_examples=60)
@@ -76,18 +76,18 @@ def test_slow_momentum_is_one_of_gradients_however_the_learning_rate_falls(inter
         if t % 4 == 3:
             u = 0.5 * u + 4
             x0 -= 0.9 * np.mean(RATES[t - 3 : t + 1]) * u
-            np.testing.assert_allclose(states(ours)[1]["outer_momentum"], u, rtol=1e-12)
+            np.testing.assert_allclose(states(ours)[1]["momentum"], u, rtol=1e-12)
             np.testing.assert_allclose(ours.consensus(), x0, rtol=1e-12)
 
 
 def test_nothing_moves_while_the_learning_rate_is_zero():
     method = SlowMo(period=2)
     simulation = simulate(method, P, start=START, eta=0.1, gradient=slope(H, B)).run(4)
-    x, u = simulation.consensus(), states(simulation)[0]["outer_momentum"]
+    x, u = simulation.consensus(), states(simulation)[0]["momentum"]
     simulation.learning_rate = 0.0
     simulation.run(2)
     np.testing.assert_array_equal(simulation.consensus(), x)
-    np.testing.assert_array_equal(states(simulation)[0]["outer_momentum"], 0.5 * u)
+    np.testing.assert_array_equal(states(simulation)[0]["momentum"], 0.5 * u)
 
 
 def test_all_begin_a_round_at_the_same_bits():
@@ -112,7 +112,7 @@ def test_a_worker_that_is_not_finite_is_left_out_of_a_round():
     method = SlowMo(slow_momentum=0.5, period=2)
     simulation = simulate(method, 3, start=START, eta=0.1, gradient=gradient).run(2)
     d = START - np.mean([START * 0.81 + rank * 0.19 for rank in (0, 2)], 0)
-    np.testing.assert_allclose(states(simulation)[2]["outer_momentum"], d / 0.1, rtol=1e-10)
+    np.testing.assert_allclose(states(simulation)[2]["momentum"], d / 0.1, rtol=1e-10)
     np.testing.assert_allclose(simulation.x(), np.tile(START - d, (3, 1)), rtol=1e-12)
     assert statistics(simulation, "n_nonfinite") == [0, 6, 0]
     # the next round has all three again: theta_1 = mean of the three ends, less the momentum
@@ -123,7 +123,7 @@ def test_a_worker_that_is_not_finite_is_left_out_of_a_round():
 def test_a_round_that_nobody_ends_finite_changes_nothing_but_by_momentum():
     method = SlowMo(slow_momentum=0.5, period=1)
     simulation = simulate(method, 2, start=START, eta=0.1, gradient=lambda rank, x: x).run(1)
-    theta, u = simulation.consensus(), states(simulation)[0]["outer_momentum"]
+    theta, u = simulation.consensus(), states(simulation)[0]["momentum"]
     simulation.gradient = lambda rank, x: x * np.inf
     np.testing.assert_allclose(simulation.run(1).x(), np.tile(theta - 0.1 * 0.5 * u, (2, 1)), rtol=1e-12)
 

@@ -13,21 +13,25 @@ import pytest
 from support.launching import environment, installed, launch, python
 
 from mpitrain.cli.info import show, table
-from mpitrain.collectives.probe import cache, child, runner
+from mpitrain.collectives.probe import cache, runner
 from mpitrain.collectives.probe.cache import Probe, settings_of
-from mpitrain.collectives.probe.runner import MEMORIES, OPERATIONS, Outcome, child_environment, measure
+from mpitrain.collectives.probe.launcher import child_environment
+from mpitrain.collectives.probe.outcome import MEMORIES, OPERATIONS, Outcome
+from mpitrain.collectives.probe.runner import measure
+from mpitrain.collectives.probe.trials import TRIALS
 
 IN_TIME_SECONDS = 60.0
+GPUS = ("H200",)
 
 BROKEN = """
 import json, os, signal, time
 from contextlib import contextmanager
-from mpitrain.collectives import probe_child
+from mpitrain.collectives.probe import child, trials
 
-def operation(turn, is_right=lambda pair: True):
+def operation(run, is_right=lambda pair: True):
     @contextmanager
     def made(pair, n_bytes):
-        yield child.Trial(lambda: turn(pair), lambda: is_right(pair))
+        yield trials.Trial(lambda: run(pair), lambda: is_right(pair))
     return made, (8,)
 
 def die(pair):
@@ -54,7 +58,7 @@ def fail_both(pair):
 def nothing(pair):
     pass
 
-child.OPERATIONS.update({
+trials.TRIALS.update({
     "dies": operation(die),
     "lies": operation(nothing, lambda pair: pair.rank == 0),
     "hangs": operation(hang),
@@ -68,13 +72,13 @@ child.main()
 
 STAND_IN = """
 from support.standin_gpu import StandInGpu
-from mpitrain.collectives import probe_child
+from mpitrain.collectives.probe import child
 from mpitrain.kernels import gpu
 
-def take(rank):
+def use(rank):
     gpu._current = StandInGpu()
 
-child._take_gpu = take
+child._use_gpu = use
 child.main()
 """
 
@@ -99,7 +103,7 @@ def measured_by(mpi: str, script: Path, *names: str) -> dict[str, Any]:
 
 
 def test_what_is_asked_for_can_be_tried() -> None:
-    assert tuple(child.OPERATIONS) == OPERATIONS
+    assert tuple(TRIALS) == OPERATIONS
 
 
 @pytest.mark.launches
@@ -168,10 +172,10 @@ def test_without_a_launcher_nothing_is_tried_and_nothing_is_kept(
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    outcomes = cache._measured().outcomes
+    outcomes = cache._measure(()).outcomes
     assert outcomes["send"]["host"] == Outcome("not tried", "there is no mpirun beside the interpreter or on PATH")
-    assert not cache._measured().proved("send", "host")
-    assert cache.known() is None
+    assert not cache._measure(()).proved("send", "host")
+    assert cache.known(GPUS) is None
 
 
 def test_a_child_is_no_part_of_the_world_that_starts_it() -> None:
@@ -234,7 +238,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An empty cache, and circumstances that a test may change; MPI is not started to ask for its version."""
     circumstances = {"host": "a.b/c", "mpi": "An MPI 1.0", "gpus": ("H200",), "settings": {"UCX_TLS": "all"}}
     monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_circumstances", lambda: dict(circumstances))
+    monkeypatch.setattr(cache, "_circumstances", lambda gpus: dict(circumstances))
     return circumstances
 
 
@@ -255,29 +259,29 @@ def result(circumstances: dict[str, Any], **differences: Outcome) -> Probe:
 
 
 def test_a_result_is_found_again_in_its_circumstances_only(here: dict[str, Any]) -> None:
-    assert cache.known() is None
-    assert cache.newest() is None
+    assert cache.known(GPUS) is None
+    assert cache.newest(GPUS) is None
     found = result(here, device_send=Outcome("crashed", "signal 11"))
-    cache._keep(found)
-    assert cache.known() == cache.newest() == found
+    cache._store(found)
+    assert cache.known(GPUS) == cache.newest(GPUS) == found
     for name, other in {"mpi": "An MPI 1.1", "gpus": (), "settings": {}, "host": "a"}.items():
         before, here[name] = here[name], other
-        assert cache.known() is None, name
-        assert (cache.newest() == found) == (name in ("gpus", "settings")), name
+        assert cache.known(GPUS) is None, name
+        assert (cache.newest(GPUS) == found) == (name in ("gpus", "settings")), name
         here[name] = before
     again = result(here)
-    cache._keep(again)
-    assert cache.known() == again
+    cache._store(again)
+    assert cache.known(GPUS) == again
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "outcomes": {"send": 3}}'])
 def test_a_file_that_is_not_whole_counts_for_nothing(text: str, here: dict[str, Any]) -> None:
-    cache._keep(result(here))
+    cache._store(result(here))
     path = cache._path(**here)
     assert path is not None
     path.write_text(text)
-    assert cache.known() is None
-    assert cache.newest() is None
+    assert cache.known(GPUS) is None
+    assert cache.newest(GPUS) is None
 
 
 def test_only_right_bytes_are_proof(here: dict[str, Any]) -> None:

@@ -105,10 +105,10 @@ def test_numbers_are_in_host_memory(comm):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_no_update_of_a_shared_vector_is_lost(comm, rows, monkeypatch):
-    from mpitrain.collectives import mpi
+    from mpitrain.collectives.rma import peer_memory
 
     for name in ("LARGEST_DEVICE_SHARD", "LARGEST_STAGED_SHARD"):
-        monkeypatch.setattr(mpi, name, 64)
+        monkeypatch.setattr(peer_memory, name, 64)
     vector = comm.shared_vector(N, np.float32, rows)
     one = np.zeros_like(comm.vector(N, np.float32).local)
     gpu.assign(one, np.ones(N, np.float32))

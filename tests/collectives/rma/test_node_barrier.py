@@ -25,10 +25,10 @@ def test_what_was_written_before_is_seen_after(comm, node_barrier, window):
     peers = [mine.of(rank) for rank in comm.world.node_ranks]
     for number in range(50):
         mine.local[:] = number * 10 + comm.rank
-        node_barrier()
+        node_barrier.wait()
         for rank, peer in zip(comm.world.node_ranks, peers, strict=True):
             assert np.all(peer == number * 10 + rank)
-        node_barrier()
+        node_barrier.wait()
 
 
 @ALL
@@ -36,13 +36,13 @@ def test_waiting_for_long_is_counted(comm, node_barrier):
     from mpitrain.kernels.native.node_barrier import STRIDE
 
     late = comm.world.node_ranks[-1]
-    node_barrier()
+    node_barrier.wait()
     before = comm.statistics.wait_seconds
     if comm.rank == late:
         while np.any(node_barrier.words[:-STRIDE:STRIDE] == node_barrier.number):  # the others have not come yet
             time.sleep(0.001)
         time.sleep(0.2)
-    node_barrier()
+    node_barrier.wait()
     if comm.rank != late:
         assert comm.statistics.wait_seconds - before > 0.1
 
@@ -76,5 +76,5 @@ def test_who_waits_still_answers_one_sided_operations(comm, node_barrier):
             mpi.Get(seen, comm.size - 1)
             mpi.Unlock(comm.size - 1)
         assert np.all(seen == comm.size - 1)
-    node_barrier()
+    node_barrier.wait()
     mpi.Free()

@@ -100,7 +100,7 @@ def test_no_room_on_one_node_is_the_error_of_all(world, window):
 
 @pytest.mark.ranks(1)
 def test_too_little_room_is_said_with_its_numbers(monkeypatch):
-    from mpitrain.collectives.rma.window import check_free_memory
+    from mpitrain.collectives.world.shared_memory import check_free_memory
 
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=64 * 2**8, f_frsize=4096))
     check_free_memory(64 * 2**20)
@@ -110,7 +110,7 @@ def test_too_little_room_is_said_with_its_numbers(monkeypatch):
 
 @pytest.mark.ranks(1)
 def test_without_a_file_system_for_shared_memory_nothing_is_checked(tmp_path):
-    from mpitrain.collectives.rma.window import check_free_memory
+    from mpitrain.collectives.world.shared_memory import check_free_memory
 
     check_free_memory(2**60, str(tmp_path / "none"))
 
@@ -144,7 +144,7 @@ def test_elements_beyond_2_gib_are_reached(world, window, fetch, store, monkeypa
 
 @pytest.mark.ranks(2)
 def test_blocks_beyond_2_gib_are_exchanged(world, monkeypatch):
-    from mpitrain.collectives.rma.blocks import MPIBlocks
+    from mpitrain.collectives.rma.mpi_blocks import MPIBlocks
     from mpitrain.collectives.rma.window import Window
     from mpitrain.collectives.world.statistics import Statistics
 

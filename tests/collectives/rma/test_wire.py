@@ -41,7 +41,7 @@ def connect(two_nodes):
 def residual(comm, center):
     """(n,) what all ranks have not sent yet. Collective."""
     mine = np.zeros(center.n)
-    for index, left in center._blocks._residuals.items():
+    for index, left in center._blocks.residuals.items():
         mine[center.parts[index]] += left
     return comm.world.comm.allreduce(mine)
 
@@ -192,7 +192,7 @@ def test_several_rows_travel_together(connect, name):
 
 def _left_of_row(center, row):
     mine = np.zeros(center.n)
-    for index, left in center._blocks._residuals.items():
+    for index, left in center._blocks.residuals.items():
         mine[center.parts[index]] += left.reshape(2, -1)[row]
     return mine
 
@@ -357,7 +357,7 @@ def center_of_easgd(comm, *, feedback=True):
     target[::16] = OUTLIER * (2 * on_second - 1)
     method = EASGD(period=1, moving_rate=ALPHA)
     run = RankRun(method, comm, np.zeros(QUADRATIC_N, np.float32))
-    blocks = run.worker._center._c._blocks
+    blocks = run.worker._center.vector._blocks
     for _ in range(STEPS):
         for turn in range(comm.size):
             if comm.rank == turn:
@@ -388,13 +388,15 @@ def test_easgd_goes_where_it_goes_in_float32_and_without_error_feedback_it_does_
 @formats
 @pytest.mark.parametrize("transport", ["ipc", "staged"])
 def test_gpus_exchange_in_a_format_by_way_of_the_host(name, transport, monkeypatch):
-    from mpitrain.collectives import allreduce, mpi
+    from mpitrain.collectives import allreduce
+    from mpitrain.collectives.mpi import MPICommunicator
+    from mpitrain.collectives.rma import peer_memory
 
-    monkeypatch.setattr(mpi, "LARGEST_STAGED_SHARD", 300)
+    monkeypatch.setattr(peer_memory, "LARGEST_STAGED_SHARD", 300)
     monkeypatch.setattr(allreduce, "RING_BYTES", 0)
     n, n_rounds = 2000, 5
     with gpus(2, transport) as host_comm:
-        comm = mpi.MPICommunicator(host_comm.world, wire=name)
+        comm = MPICommunicator(host_comm.world, wire=name)
         center, x = comm.shared_vector(n, np.float32), comm.vector(n, np.float32)
         mine = np.random.default_rng(comm.rank).normal(size=n).astype(np.float32)
         gpu.assign(x.local, mine)
@@ -404,7 +406,7 @@ def test_gpus_exchange_in_a_format_by_way_of_the_host(name, transport, monkeypat
         comm.barrier()
         out, left, mine64 = np.zeros(n, np.float32), np.zeros(n), mine.astype(np.float64)
         center.read(out)
-        for index, of_block in center._blocks._blocks._residuals.items():
+        for index, of_block in center._blocks.residuals.items():
             left[center.parts[index]] += of_block
         total = comm.world.comm.allreduce(mine64)
         np.testing.assert_allclose(out + comm.world.comm.allreduce(left), n_rounds * total, rtol=0, atol=1e-4)

@@ -237,7 +237,7 @@ def test_matrices_refuse_what_they_are_not_made_for() -> None:
         mixing_matrix(exponential(4), weights="metropolis")
     with pytest.raises(ValueError, match="consensus_rate"):
         spectral_gap(mixing_matrix(IRREGULAR, weights="push"))
-    with pytest.raises(ValueError, match="uniform, metropolis and push"):
+    with pytest.raises(ValueError, match="uniform, metropolis or push"):
         mixing_matrix(ring(3), weights="even")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no peer"):
         uniform_peer(np.random.default_rng(0), 0, 1)

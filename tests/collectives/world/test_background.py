@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpitrain.collectives.world import background
-from mpitrain.collectives.world.progress import ask_for_short_slices
+from mpitrain.collectives.world.wakeup import request_short_slices
 
 WAIT_SECONDS = 0.2
 
@@ -84,5 +84,5 @@ def test_short_slices_are_asked_for_where_it_is_known_how(monkeypatch, machine):
 
     monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
     monkeypatch.setattr("platform.machine", lambda: machine)
-    ask_for_short_slices()
+    request_short_slices()
     assert len(calls) == (machine == "x86_64" and sys.platform == "linux")

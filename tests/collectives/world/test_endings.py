@@ -135,7 +135,7 @@ if world.rank:
 def test_one_that_serves_no_longer_keeps_nobody_from_ending(mpi):
     script = """
 if world.rank == 1:
-    world._progress.stop()
+    world.progress_thread.stop()
     time.sleep(0.5)
 """
     finished = run(mpi, 3, SHARES + script, MPITRAIN_EMULATED_NODES="2")
@@ -161,7 +161,7 @@ if world.rank == 1:
 def test_a_rank_that_can_serve_no_longer_ends_all(mpi):
     script = """
 if world.rank == 0:  # a request longer than there is room for
-    world._progress._comm.Send(np.zeros(100), 1, 1)
+    world.progress_thread._comm.Send(np.zeros(100), 1, 1)
 time.sleep(1000)
 """
     finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
@@ -202,7 +202,7 @@ def test_the_launcher_of_another_mpi_is_a_usage_error(mpi):
 def test_a_rank_may_start_a_process_that_is_alone(mpi):
     script = """
 import subprocess
-from launching import environment
+from support.launching import environment
 child = "import mpitrain; print('alone', mpitrain.init().size)"
 print(world.size, subprocess.check_output([sys.executable, "-c", child], env=environment("active"), text=True))
 """

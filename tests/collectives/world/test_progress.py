@@ -61,8 +61,8 @@ def test_an_exchange_with_a_busy_rank_ends_before_its_work(comm, work):
 def test_a_progress_thread_runs_between_nodes_only_and_stops(one_node, two_nodes):
     from mpitrain.collectives.world.progress import ProgressThread
 
-    assert one_node._progress is None
-    assert (two_nodes._progress is not None) == (two_nodes.n_nodes > 1)
+    assert one_node.progress_thread is None
+    assert (two_nodes.progress_thread is not None) == (two_nodes.n_nodes > 1)
     thread = ProgressThread(one_node.comm)
     assert thread._thread.is_alive()
     thread.stop()
@@ -84,7 +84,7 @@ def test_a_worker_begins_with_the_shards_of_another_node(comm, two_nodes):
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("thread", ["foreground", "background"])
 def test_many_blocks_of_another_node_under_way_meet_and_none_is_lost(comm, thread):
-    from mpitrain.collectives.mpi import LARGEST_REMOTE_SHARD
+    from mpitrain.collectives.rma.peer_memory import LARGEST_REMOTE_SHARD
     from mpitrain.collectives.world.background import Background
 
     vector = comm.shared_vector(5 * LARGEST_REMOTE_SHARD // 2 * comm.size, np.float32)  # three blocks at each
@@ -168,7 +168,7 @@ def test_who_lets_a_service_wait_hears_of_its_error(failing):
     there, here, none, locked = np.ones(8), np.zeros(8), np.zeros(0), np.ones(1, np.int64)
     waits = thread.fetch(0, (there.ctypes.data, 0), (here, none), (locked.ctypes.data, 2))
     time.sleep(0.2)  # it has come, and nothing else does
-    shared, background = thread._calls.shared, Background(threads=True)
+    shared, background = thread._mpi.shared, Background(threads=True)
     shared[service.TRUSTED] = 1
     started = background.start(waits.wait)
     while shared[service.OUTCOME] != service.WATCHING:

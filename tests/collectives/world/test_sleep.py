@@ -16,17 +16,17 @@ import time
 from pathlib import Path
 import numpy as np
 import mpitrain
-from mpitrain.collectives.world import progress
+from mpitrain.collectives.world import transfers
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.kernels.native import service
 
-watched, outcomes = progress._Calls.watched, []
+watched, outcomes = transfers.NativeMPI.watched, []
 
 def noted(*arguments):
     outcomes.append(watched(*arguments))
     return outcomes[-1]
 
-progress._Calls.watched = noted
+transfers.NativeMPI.watched = noted
 world = mpitrain.init()
 comm = MPICommunicator(world)
 vector = comm.shared_vector(2000, np.float32)
@@ -51,7 +51,7 @@ for rank in range(2):  # one asks the other, which is not in MPI meanwhile, unti
         if world.rank == rank:
             visit()
             time.sleep(0.05)  # longer than the naps of the other one
-        elif world.service._calls.shared[service.TRUSTED]:
+        elif world.service._mpi.shared[service.TRUSTED]:
             trusts.touch()
         else:
             time.sleep(0.01)
@@ -62,7 +62,7 @@ time.sleep(1)
 n_wakes = wakes() - before
 world.barrier()
 for k in range(30 - world.rank):
-    comm.start(visit).finish() if k < 10 else visit()
+    comm.start(visit).wait() if k < 10 else visit()
 world.barrier()
 out = np.empty(vector.n, np.float32)
 vector.read(out)
@@ -87,33 +87,33 @@ def test_one_that_is_asked_for_nothing_sleeps_hears_every_request_and_waits_for_
 
 
 def test_a_bell_is_heard_once_however_often_it_was_rung():
-    from mpitrain.collectives.world.progress import WakeupPipe
+    from mpitrain.collectives.world.wakeup import WakeupPipe
 
     wakeup, poll = WakeupPipe(), select.poll()
     poll.register(wakeup.reads, select.POLLIN)
     assert not poll.poll(0)
     for _ in range(100_000):  # more than a pipe has room for
-        wakeup.ring()
+        wakeup.wake()
     assert poll.poll(0) == [(wakeup.reads, select.POLLIN)]
     while poll.poll(0):
         assert os.read(wakeup.reads, 1 << 20)
-    wakeup.ring()
+    wakeup.wake()
     assert poll.poll(0)
 
 
 def test_files_of_events_are_found_and_told_when_something_has_happened():
-    from mpitrain.collectives.world.progress import WakeupPipe, files_of_events, polled
+    from mpitrain.collectives.world.wakeup import WakeupPipe, event_files, poll_structs
 
-    before, wakeup = set(files_of_events()), WakeupPipe()
+    before, wakeup = set(event_files()), WakeupPipe()
     with select.epoll() as epoll:
         epoll.register(wakeup.reads, select.EPOLLIN)
-        (file,) = set(files_of_events()) - before
+        (file,) = set(event_files()) - before
         assert file == epoll.fileno()
-        (row,) = polled([file])
+        (row,) = poll_structs([file])
         assert row.nbytes == 8
         assert (row["fd"], row["events"]) == (file, select.POLLIN)
         poll = select.poll()
         poll.register(file, int(row["events"]))
         assert not poll.poll(0)
-        wakeup.ring()
+        wakeup.wake()
         assert poll.poll(0)

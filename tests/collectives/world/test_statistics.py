@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from mpitrain import kernels
 from mpitrain.collectives.world.statistics import DISTANCE_BINS, SMALLEST_DISTANCE_EXPONENT, Statistics, distance_bin
-from mpitrain.simulation.communicator import SimulatedWorld
 from mpitrain.simulation.schedules import RoundRobin
+from mpitrain.simulation.world import SimulatedWorld
 
 
 @given(st.floats(0, 1e12))

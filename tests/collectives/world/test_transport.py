@@ -55,10 +55,10 @@ def test_what_does_not_work_here_is_refused_on_all_ranks(world):
 @ranks
 def test_wrong_bytes_are_no_mapping(world, monkeypatch):
     with gpus(1, "staged") as comm:
-        assert mapping_problem(comm.world, comm.world.gpu) is None
+        assert mapping_problem(comm.world.ranks, comm.world.gpu) is None
         right = StandInGpu.mapped
         monkeypatch.setattr(StandInGpu, "mapped", lambda self, handle, n, dtype: right(self, handle, n, dtype)[::-1])
-        problem = mapping_problem(comm.world, comm.world.gpu)
+        problem = mapping_problem(comm.world.ranks, comm.world.gpu)
         assert problem is None if comm.size == 1 else "reads wrong bytes in the memory of rank" in problem
 
 

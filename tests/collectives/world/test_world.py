@@ -11,6 +11,7 @@ from support.standin_gpu import StandInGpu
 
 import mpitrain
 from mpitrain import UsageError
+from mpitrain.collectives.world.fault_tolerance import ULFMFaultTolerance
 from mpitrain.errors import RankFailed
 from mpitrain.kernels import gpu
 
@@ -30,12 +31,12 @@ def test_init_gives_the_same_world_every_time():
 
 @ALL
 def test_an_unknown_transport_or_another_one_is_a_usage_error(monkeypatch):
-    from mpitrain.collectives.world import world
+    from mpitrain.collectives.world import launch
 
     mpitrain.init()
     with pytest.raises(UsageError, match=r"already uses transport auto.*transport='ipc'"):
         mpitrain.init(transport="ipc")
-    monkeypatch.setattr(world, "_world", None)
+    monkeypatch.setattr(launch, "_world", None)
     with pytest.raises(UsageError, match="unknown transport 'nccl': it must be one of auto, ipc, cuda-aware, staged"):
         mpitrain.init(transport="nccl")
 
@@ -44,14 +45,15 @@ def test_an_unknown_transport_or_another_one_is_a_usage_error(monkeypatch):
 def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monkeypatch, capfd):
     from mpi4py import MPI
 
-    from mpitrain.collectives.world import world
+    from mpitrain.collectives.world import device
+    from mpitrain.collectives.world.launch import create_world
 
-    taken = []
-    monkeypatch.setattr(world, "bind", lambda device, local_rank: f"{device}:{local_rank}")
-    monkeypatch.setattr(world, "take", lambda device: taken.append(device) or 0)
+    selected = []
+    monkeypatch.setattr(device, "bind", lambda name, local_rank: f"{name}:{local_rank}")
+    monkeypatch.setattr(device, "select_gpu", lambda name: selected.append(name) or 0)
     monkeypatch.setattr(gpu, "_current", StandInGpu())
-    made = world.World(MPI.COMM_WORLD.Dup(), "cuda", "staged")
-    assert taken == [made.device] == [f"cuda:{made.local_rank}"]
+    made = create_world(MPI.COMM_WORLD.Dup(), "cuda", "staged")
+    assert selected == [made.device] == [f"cuda:{made.local_rank}"]
     assert made.gpu is gpu.current()
     assert made.transport == made.split(0).transport
     assert "page-locked" in made.describe()["transport"]["vectors on GPUs, shared"]
@@ -64,15 +66,16 @@ def test_a_rank_with_a_gpu_has_a_transport_and_is_told_of_neighbours_on_it(monke
 def test_one_rank_without_cupy_is_everybodys_usage_error(monkeypatch):
     from mpi4py import MPI
 
-    from mpitrain.collectives.world import world
+    from mpitrain.collectives.world import device
+    from mpitrain.collectives.world.launch import create_world
 
-    monkeypatch.setattr(world, "bind", lambda device, local_rank: "cuda:0")
-    monkeypatch.setattr(world, "take", lambda device: 0)
+    monkeypatch.setattr(device, "bind", lambda name, local_rank: "cuda:0")
+    monkeypatch.setattr(device, "select_gpu", lambda name: 0)
     alone = MPI.COMM_WORLD.Get_rank() == 0
     monkeypatch.setattr(gpu, "_current", None if alone else StandInGpu())
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UsageError, match=r"need CuPy .*pip install 'mpitrain\[gpu\]'"):
-        world.World(MPI.COMM_WORLD.Dup(), "cuda")
+        create_world(MPI.COMM_WORLD.Dup(), "cuda")
 
 
 @ALL
@@ -120,19 +123,20 @@ def test_emulated_nodes_differ_by_at_most_one_rank(two_nodes):
 def test_cores_are_shared_by_the_ranks_of_the_machine_that_may_run_on_them(monkeypatch, n_nodes):
     from mpi4py import MPI
 
-    from mpitrain.collectives.world.world import EMULATED_NODES, World
+    from mpitrain.collectives.world.launch import create_world
+    from mpitrain.collectives.world.ranks import EMULATED_NODES
 
     monkeypatch.setenv(EMULATED_NODES, str(n_nodes))
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     bound, first = range(8 * rank, 8 * rank + 8), range(2)
     for cores, share in ((bound, 8.0), (first, 2 / size), ({rank}, 1.0)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(cores))
-        made = World(MPI.COMM_WORLD.Dup(), "cpu")
+        made = create_world(MPI.COMM_WORLD.Dup(), "cpu")
         part = made.split(made.rank % 2)
         assert made.cores == part.cores == share
         part.free()
-        if made._progress is not None:
-            made._progress.stop()
+        if made.progress_thread is not None:
+            made.progress_thread.stop()
 
 
 @ALL
@@ -166,21 +170,22 @@ def test_no_room_for_a_shared_array_is_a_usage_error(world):
 def test_a_number_of_nodes_must_be_one(monkeypatch, text):
     from mpi4py import MPI
 
-    from mpitrain.collectives.world.world import EMULATED_NODES, World
+    from mpitrain.collectives.world.launch import create_world
+    from mpitrain.collectives.world.ranks import EMULATED_NODES
 
     monkeypatch.setenv(EMULATED_NODES, text)
     with pytest.raises(UsageError, match=rf"{EMULATED_NODES} must be .* not '{text}'"):
-        World(MPI.COMM_WORLD, "cpu")
+        create_world(MPI.COMM_WORLD, "cpu")
 
 
 @ALL
 def test_an_unknown_device_is_a_usage_error():
     from mpi4py import MPI
 
-    from mpitrain.collectives.world.world import World
+    from mpitrain.collectives.world.launch import create_world
 
     with pytest.raises(UsageError, match="unknown device 'tpu'"):
-        World(MPI.COMM_WORLD, "tpu")
+        create_world(MPI.COMM_WORLD, "tpu")
 
 
 @ALL
@@ -199,11 +204,11 @@ def test_an_unknown_way_between_nodes_is_refused(monkeypatch):
     from mpi4py import MPI
 
     from mpitrain import UsageError
-    from mpitrain.collectives.world.world import BETWEEN_NODES, World
+    from mpitrain.collectives.world.launch import BETWEEN_NODES, create_world
 
     monkeypatch.setenv(BETWEEN_NODES, "pigeons")
     with pytest.raises(UsageError, match=f"{BETWEEN_NODES} must be one of messages, windows, not 'pigeons'"):
-        World(MPI.COMM_WORLD.Dup(), "cpu")
+        create_world(MPI.COMM_WORLD.Dup(), "cpu")
 
 
 @pytest.mark.ranks(2, 3)
@@ -215,21 +220,17 @@ def test_the_way_between_nodes_is_told(two_nodes, windows, one_node):
 
 
 @pytest.mark.ranks(4, 5)
-def test_parts_of_parts_count_the_dead_by_their_own_ranks(world):
+def test_parts_of_parts_count_the_dead_by_their_own_ranks(world, monkeypatch):
+    detector = SimpleNamespace(dead=frozenset({2, 3}), leaves_no_survivors=False)
+    monkeypatch.setattr(world, "_fault_tolerance", ULFMFaultTolerance(world.comm, detector))
     odd = world.split(world.rank % 2)
     last = odd.split(odd.rank == odd.size - 1)
     others = world.split(world.rank in (1, 3))
-    for part in (world, odd, last, others):
-        part._failures = SimpleNamespace(dead=frozenset({2, 3}))
-    try:
-        members = {part: part.comm.allgather(world.rank) for part in (odd, last, others)}
-        for part, ranks in members.items():
-            assert part.dead == {k for k, rank in enumerate(ranks) if rank in (2, 3)}
-            if part.dead:
-                with pytest.raises(RankFailed, match=", ".join(str(rank) for rank in ranks if rank in (2, 3))):
-                    part.require_all()
-    finally:
-        for part in (world, odd, last, others):
-            part._failures = None
+    members = {part: part.comm.allgather(world.rank) for part in (odd, last, others)}
+    for part, ranks in members.items():
+        assert part.dead == {k for k, rank in enumerate(ranks) if rank in (2, 3)}
+        if part.dead:
+            with pytest.raises(RankFailed, match=", ".join(str(rank) for rank in ranks if rank in (2, 3))):
+                part.require_all()
     for part in (last, odd, others):
         part.free()

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: many processes at once, a later one that compiles nothing, and no place to write."""
+"""Compiled kernels on disk: concurrent processes, a later one that compiles nothing, and no folder to write to."""
 
 import json
 import os
@@ -63,21 +63,21 @@ def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_
     assert files(tmp_path) == before
 
 
-def test_a_damaged_source_is_written_again(tmp_path):
+def test_a_damaged_source_is_rewritten(tmp_path):
     wait(start(MPITRAIN_CACHE_DIR=tmp_path))
     for path in tmp_path.rglob("*.py"):
         path.write_text("raise SystemExit('half a file')")
     wait(start(MPITRAIN_CACHE_DIR=tmp_path))
 
 
-def test_the_first_place_that_can_be_written_to_is_used(tmp_path):
+def test_the_first_writable_folder_is_used(tmp_path):
     blocked = tmp_path / "a file, not a folder"
     blocked.touch()
     wait(start(MPITRAIN_CACHE_DIR=blocked, XDG_CACHE_HOME=tmp_path / "xdg"))
     assert list((tmp_path / "xdg" / "mpitrain").rglob("*.nbc"))
 
 
-# As a quota does it: an empty file can be made, and nothing can be written into it.
+# Like a quota: an empty file can be made, but nothing can be written to it.
 FULL = """
 import builtins, errno, os, tempfile
 real_fdopen, real_open = os.fdopen, builtins.open
@@ -98,7 +98,7 @@ os.fdopen, builtins.open = fdopen, open
 
 
 @pytest.mark.parametrize("which", ["", ".nbc", ".nbi"])
-def test_where_the_first_place_is_full_the_next_one_is_used(tmp_path, which):
+def test_the_next_folder_is_used_if_the_first_is_full(tmp_path, which):
     full, other = tmp_path / "full", tmp_path / "xdg"
     head = FULL.format(full=str(full), which=which)
     for expected in ({"compiled": 3, "loaded": 0}, {"compiled": 0, "loaded": 3}):
@@ -107,13 +107,13 @@ def test_where_the_first_place_is_full_the_next_one_is_used(tmp_path, which):
     assert not [path for path in full.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
 
 
-def test_what_a_full_place_has_is_used(tmp_path):
+def test_kernels_in_a_full_folder_are_used(tmp_path):
     wait(start(MPITRAIN_CACHE_DIR=tmp_path))
     head = FULL.format(full=str(tmp_path), which="")
     assert wait(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
 
 
-def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
+def test_kernels_compile_in_memory_without_a_writable_folder(tmp_path):
     blocked = tmp_path / "a file, not a folder"
     blocked.touch()
     nowhere = {"MPITRAIN_CACHE_DIR": blocked, "XDG_CACHE_HOME": blocked, "HOME": blocked}
@@ -130,8 +130,8 @@ def test_without_a_place_to_write_kernels_compile_all_the_same(tmp_path):
     assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
 
 
-@pytest.mark.parametrize("imported", ["native.atomics", "native.lock_words", "compile.halves"])
-def test_a_kernel_is_compiled_again_when_what_it_imports_from_has_changed(imported, tmp_path, monkeypatch):
+@pytest.mark.parametrize("imported", ["native.atomics", "native.service.foreign", "compile.halves"])
+def test_a_kernel_is_recompiled_when_a_module_it_imports_has_changed(imported, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(cache._KERNELS, tmp_path / "kernels"))
     monkeypatch.setattr(cache, "_KERNELS", folder)
     source = f"import math\nfrom mpitrain.kernels.{imported} import __name__ as name\n"
@@ -141,3 +141,44 @@ def test_a_kernel_is_compiled_again_when_what_it_imports_from_has_changed(import
     assert cache._digest(source) == first
     (folder / imported.replace(".", "/")).with_suffix(".py").write_text("something else")
     assert cache._digest(source) != first
+
+
+def test_a_kernel_is_recompiled_for_another_cpu_another_version_and_other_options(monkeypatch):
+    """Code for another CPU would end the process with an illegal instruction on nodes that share a home directory."""
+    import numba
+    from numba.core import config
+
+    def digest():
+        cache._platform_key.cache_clear()
+        return cache._digest("source")
+
+    digests = [digest()]
+    for module, name, value in (
+        (config, "CPU_NAME", "generic"),
+        (config, "CPU_FEATURES", "+sse2"),
+        (numba, "__version__", "0.0"),
+        (cache, "OPTIONS", cache.OPTIONS | {"fastmath": True}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, value)
+            digests.append(digest())
+    cache._platform_key.cache_clear()
+    assert len(set(digests)) == 5
+    assert digest() == digests[0]
+
+
+def test_a_temporary_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ours = tmp_path / f"mpitrain-{os.getuid()}"
+    assert list(cache._candidates())[-1] == ours
+    ours.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    ours.symlink_to(tmp_path / "elsewhere")
+    assert ours not in list(cache._candidates())
+    ours.unlink()
+    ours.mkdir()
+    other_user = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other_user)
+    theirs = tmp_path / f"mpitrain-{os.getuid()}"
+    ours.rename(theirs)
+    assert theirs not in list(cache._candidates())

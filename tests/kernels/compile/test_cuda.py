@@ -1,6 +1,6 @@
-"""The CUDA back-end, as far as it goes without a GPU: NVRTC compiles all kernels, and CuPy is called rightly.
+"""The CUDA back-end without a GPU: NVRTC compiles all kernels, CuPy is called correctly, and counts are exact.
 
-What the kernels compute is in test_cuda_on_host.py.
+test_cuda_on_host.py tests the results of the kernels.
 """
 
 import re
@@ -14,7 +14,9 @@ import pytest
 from support.standin_gpu import DeviceArray, StandInGpu, current_stream, install
 
 from mpitrain.kernels import Kernel, elastic_exchange, gpu, library, pair_average, scale, weighted_mix
-from mpitrain.kernels.compile import cuda
+from mpitrain.kernels.compile import cuda, cuda_source
+from mpitrain.kernels.compile.body import body
+from mpitrain.kernels.compile.nonfinite_count import N_COUNTERS
 from mpitrain.kernels.compile.storage import STORAGES, storages_of
 
 NAMES = [kernel.name for kernel in library()]
@@ -22,11 +24,14 @@ LOAD, STORE = (rf"\b{access}\.global\.(?:v4\.[bfu]32|v2\.[bfu]64)" for access in
 
 
 def compiled(source, capability):
-    """The PTX of a CUDA source for a compute capability; NVRTC's log as an assertion where it has one."""
-    from cuda.bindings import nvrtc  # only one of the environments has it, and all of them collect this file
+    """Return the PTX of a CUDA source for a compute capability, or fail with NVRTC's log."""
+    from cuda.bindings import nvrtc  # not in every environment that collects this file
 
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
-    options = [f"--gpu-architecture=compute_{capability}".encode(), *(option.encode() for option in cuda.OPTIONS)]
+    options = [
+        f"--gpu-architecture=compute_{capability}".encode(),
+        *(option.encode() for option in cuda_source.OPTIONS),
+    ]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size
@@ -42,9 +47,9 @@ def compiled(source, capability):
 @pytest.mark.parametrize("capability", [70, 80, 90])
 @pytest.mark.parametrize("dtype", STORAGES)
 def test_every_kernel_compiles(dtype, capability):
-    # One translation unit for all: NVRTC's start costs more than the kernels.
-    sources = [kernel.cuda_source(dtype).removeprefix(cuda.PREAMBLE) for kernel in library()]
-    ptx = compiled(cuda.PREAMBLE + "".join(sources), capability)
+    # One translation unit for all, because starting NVRTC takes longer than compiling the kernels.
+    sources = [kernel.cuda_source(dtype).removeprefix(cuda_source.PREAMBLE) for kernel in library()]
+    ptx = compiled(cuda_source.PREAMBLE + "".join(sources), capability)
     assert all(f".entry {name}(" in ptx for name in NAMES)
     assert "fma." not in ptx
     assert ".local" not in ptx  # packs live in registers
@@ -71,7 +76,7 @@ def test_a_pack_is_loaded_and_stored_16_bytes_at_a_time(dtypes, accesses):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_who_loads_one_array_loads_two_packs_before_it_stores(dtype):
+def test_a_kernel_that_loads_one_array_loads_two_packs_before_it_stores(dtype):
     accesses = re.findall(f"{LOAD}|{STORE}", compiled(scale.cuda_source(dtype), 90))
     assert [access[:2] for access in accesses] == ["ld", "ld", "st", "st", "ld", "st"]
 
@@ -83,15 +88,15 @@ def test_the_largest_mix_compiles():
 @pytest.mark.parametrize("kernel", library(), ids=NAMES)
 def test_host_and_cuda_compute_with_the_same_text(kernel):
     host, device = kernel.host_source("float32"), kernel.cuda_source("float32")
-    for line in cuda.body(
-        kernel.equations, storages_of("float32", len(kernel.equations.arrays)), "float32", cuda.CASTS
+    for line in body(
+        kernel.equations, storages_of("float32", len(kernel.equations.arrays)), "float32", cuda_source.CASTS
     ):
         assert f"{line.target} = {line.text};" in device
         if not line.target.startswith("_k"):
             assert f"{line.target} = {line.text}\n" in host
 
 
-def test_names_of_the_equations_do_not_meet_those_of_the_generated_code():
+def test_names_in_equations_do_not_clash_with_generated_ones():
     names = ["size", "head", "packs", "pack", "n", "thread", "threads", "element", "stride", "words", "x", "N"]
     arrays, scalars = names[:6], names[6:]
     kernel = Kernel(
@@ -106,7 +111,7 @@ def test_names_of_the_equations_do_not_meet_those_of_the_generated_code():
 
 
 class Array:
-    """What the back-end looks at of a cupy.ndarray, around a NumPy array."""
+    """The attributes of a cupy.ndarray that the back-end reads, around a NumPy array."""
 
     __cuda_array_interface__ = None
 
@@ -123,7 +128,7 @@ class Array:
 
 
 class Cupy:
-    """A stand-in for cupy that notes how kernels are made and called; of two GPUs, 0 is in use."""
+    """A fake cupy that records how kernels are made and launched. Of its two GPUs, 0 is in use."""
 
     def __init__(self):
         self.launches = []
@@ -158,7 +163,7 @@ class Device:
 
 
 class Memory:
-    """A GPU that is only asked for memory."""
+    """A fake GPU that has memory only."""
 
     def zeros(self, n, dtype):
         return Array(np.zeros(n, dtype))
@@ -187,7 +192,7 @@ def cupy(monkeypatch):
     cuda.launcher.cache_clear()
 
 
-def test_a_kernel_is_given_arrays_then_scalars_then_the_size(cupy):
+def test_a_launch_passes_arrays_then_scalars_then_the_size(cupy):
     from mpitrain.kernels import heavy_ball_step
 
     x, v, g = (Array(np.ones(7, np.float32)) for _ in range(3))
@@ -200,7 +205,7 @@ def test_a_kernel_is_given_arrays_then_scalars_then_the_size(cupy):
     assert (launch.grid, launch.block) == ((1,), (cuda.THREADS,))
 
 
-def test_scalars_have_the_type_of_the_arithmetic_and_a_guard_its_counter(cupy):
+def test_scalars_have_the_compute_type_and_a_guard_has_a_counter(cupy):
     x, c = Array(np.ones(7, ml_dtypes.bfloat16)), Array(np.ones(7))
     elastic_exchange(x, c, 1, 0.5)
     elastic_exchange(x, c, 1, 0.5)
@@ -217,7 +222,7 @@ def test_scalars_have_the_type_of_the_arithmetic_and_a_guard_its_counter(cupy):
 @pytest.mark.parametrize(
     ("n", "blocks"), [(1, 1), (1024, 1), (1025, 2), (2 * 64 * 1024, 128), (2 * 64 * 1024 + 1, 128), (2**33, 128)]
 )
-def test_the_grid_has_a_thread_for_each_pack_up_to_what_keeps_the_gpu_full(cupy, n, blocks):
+def test_the_grid_has_a_thread_for_each_pack_up_to_a_full_gpu(cupy, n, blocks):
     launch = cuda.launcher("scale", scale.equations, storages_of("float32", 1))
     launch([Array(np.ones(1, np.float32))], [2.0], n, None)  # two packs of 4 for each of 128 threads: 1024 elements
     assert cupy.launches[0].grid == (blocks,)
@@ -235,11 +240,11 @@ def test_a_call_with_empty_vectors_compiles_as_prepare_does(cupy):
     assert plain.code == scale.cuda_source("bfloat16")
 
 
-def test_a_kernel_runs_where_its_arrays_are(cupy, monkeypatch):
+def test_a_kernel_runs_on_the_gpu_of_its_arrays(cupy, monkeypatch):
     x = Array(np.ones(7, np.float32), device=1)
     scale(x, 2.0)
     assert (cupy.launches[0].device, cupy.in_use, cupy.synchronized) == (1, 0, [])
-    with pytest.raises(ValueError, match="the arrays are on GPU 1, and this process counts on another"):
+    with pytest.raises(ValueError, match="the arrays are on GPU 1, but this process uses another"):
         pair_average(x, x)
     monkeypatch.setattr(Memory, "zeros", lambda _, n, dtype: Array(np.zeros(n, dtype), device=1))
     monkeypatch.setattr(gpu, "_current", Memory())
@@ -248,7 +253,7 @@ def test_a_kernel_runs_where_its_arrays_are(cupy, monkeypatch):
 
 
 class Tensor:
-    """Torch's speak the interface wherever they are, and are not looked at in CuPy's way."""
+    """A torch tensor, which has the interface on any device but not CuPy's attributes."""
 
     __cuda_array_interface__ = None
     dtype, shape, ndim = np.dtype(np.float64), (3,), 1
@@ -270,7 +275,7 @@ class Tensor:
         (Array(np.ones(3)), Tensor(), "c is a Tensor; .*from_dlpack"),
     ],
 )
-def test_device_arrays_that_do_not_fit_are_refused(cupy, x, c, problem):
+def test_unsuitable_device_arrays_are_refused(cupy, x, c, problem):
     with pytest.raises(ValueError, match=f"elastic_exchange: {problem}"):
         elastic_exchange(x, c, 0.5, 0.5)
     assert not cupy.launches
@@ -278,48 +283,48 @@ def test_device_arrays_that_do_not_fit_are_refused(cupy, x, c, problem):
 
 @pytest.fixture
 def device(monkeypatch):
-    """A GPU in host memory that does what it was given when somebody waits, and not before."""
+    """A GPU in host memory that defers work until something waits for it."""
     return install(monkeypatch, StandInGpu())
 
 
-def rejecting(n_bad, n=1000):
-    """pair_average with as many NaN, begun on this thread's stream."""
+def count_of(n_bad, n=1000):
+    """Start pair_average with ``n_bad`` NaN on this thread's stream."""
     x, z = DeviceArray(np.ones(n, np.float32)), DeviceArray(np.ones(n, np.float32))
     z.host[:n_bad] = np.nan
     return pair_average(x, z)
 
 
-def n_waiting():
+def n_pending():
     stream = current_stream()
     return stream.n_begun - stream.n_done
 
 
 @pytest.mark.usefixtures("device")
-def test_what_a_guard_rejects_is_waited_for_when_it_is_read():
-    n_nonfinite = rejecting(3)
-    assert n_waiting() == 2  # the kernel, and the way of its count to the host
+def test_a_count_waits_when_it_is_read():
+    n_nonfinite = count_of(3)
+    assert n_pending() == 2  # the kernel, and the copy of its counter to the host
     total = 0
     total += n_nonfinite
-    total += rejecting(0)
-    total = total + 4 + np.int64(2) + rejecting(5)
-    assert n_waiting() == 6
+    total += count_of(0)
+    total = total + 4 + np.int64(2) + count_of(5)
+    assert n_pending() == 6
     assert total == 14
-    assert n_waiting() == 0
+    assert n_pending() == 0
     assert n_nonfinite == 3
     assert n_nonfinite
-    assert not rejecting(0)
+    assert not count_of(0)
     assert [10, 20, 30, 40][n_nonfinite] == 40
     assert f"{total}" == "14"
-    assert int(sum([rejecting(1), rejecting(2)])) == 3
+    assert int(sum([count_of(1), count_of(2)])) == 3
     with pytest.raises(TypeError):
         n_nonfinite + 0.5
 
 
 @pytest.mark.usefixtures("device")
-def test_counts_are_exact_in_any_order_and_however_many_nobody_has_read():
-    n_bad = np.random.default_rng(0).integers(0, 50, 5 * cuda.N_COUNTERS).tolist()
-    n_nonfinite = [rejecting(n) for n in n_bad]
-    assert n_waiting() > cuda.N_COUNTERS // 4  # of the newest nobody has waited for any
+def test_counts_are_exact_in_any_order_and_with_many_unread():
+    n_bad = np.random.default_rng(0).integers(0, 50, 5 * N_COUNTERS).tolist()
+    n_nonfinite = [count_of(n) for n in n_bad]
+    assert n_pending() > N_COUNTERS // 4  # the newest launches have not been waited for
     for k in np.random.default_rng(1).permutation(len(n_bad)):
         assert int(n_nonfinite[k]) == n_bad[k]
     assert [int(r) for r in n_nonfinite] == n_bad
@@ -328,28 +333,28 @@ def test_counts_are_exact_in_any_order_and_however_many_nobody_has_read():
 @pytest.mark.usefixtures("device")
 def test_a_long_sum_is_exact_and_does_not_grow():
     total = 0
-    for n in range(10 * cuda.N_COUNTERS):
-        total = total + rejecting(n % 7)
-        assert len(total._launches) <= cuda.N_COUNTERS + 1
-    assert total == sum(n % 7 for n in range(10 * cuda.N_COUNTERS))
+    for n in range(10 * N_COUNTERS):
+        total = total + count_of(n % 7)
+        assert len(total._launches) <= N_COUNTERS + 1
+    assert total == sum(n % 7 for n in range(10 * N_COUNTERS))
 
 
 def test_streams_may_change_between_launches(device):
-    first = rejecting(3)
+    first = count_of(3)
     with device.in_background():
-        second = rejecting(4)
-        third = rejecting(5)
-    fourth = rejecting(6)
+        second = count_of(4)
+        third = count_of(5)
+    fourth = count_of(6)
     assert [int(r) for r in (third, first, fourth, second)] == [5, 3, 6, 4]
 
 
-def test_a_thread_may_read_what_another_has_begun(device):
+def test_a_thread_may_read_the_counts_of_another(device):
     n_nonfinite, failed = [], []
     lock = threading.Lock()
 
     def launch(seed):
-        for n in np.random.default_rng(seed).integers(0, 50, 3 * cuda.N_COUNTERS).tolist():
-            one = rejecting(n)
+        for n in np.random.default_rng(seed).integers(0, 50, 3 * N_COUNTERS).tolist():
+            one = count_of(n)
             with lock:
                 n_nonfinite.append((one, n))
 
@@ -379,7 +384,7 @@ def test_a_launch_that_fails_takes_no_counter(device, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(cuda, "launcher", broken)
-        for _ in range(2 * cuda.N_COUNTERS):
+        for _ in range(2 * N_COUNTERS):
             with pytest.raises(RuntimeError, match="does not compile"):
-                rejecting(1)
-    assert rejecting(2) == 2
+                count_of(1)
+    assert count_of(2) == 2

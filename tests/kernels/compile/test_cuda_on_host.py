@@ -1,8 +1,8 @@
-"""The generated CUDA C runs on the host, thread by thread, and has the bits of the reference.
+"""The generated CUDA C, run on the host thread by thread, has the bits of the reference.
 
-A C++ compiler takes the very source that CuPy compiles, behind a few lines that stand for what CUDA provides. So the
-packs, heads, tails and strides of the kernels are tested where there is no GPU; what NVRTC makes of them is in
-test_cuda.py. A kernel is called as by CuPy: through pointers to its arguments, whose bytes must be right.
+A C++ compiler compiles the source that CuPy compiles, after a few lines that replace what CUDA provides. So the packs,
+heads, tails and strides of the kernels are tested without a GPU; test_cuda.py tests their compilation by NVRTC. A
+kernel is called as by CuPy, through pointers to its arguments, so the bytes of the arguments are tested too.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mpitrain.kernels import copy, elastic_exchange, keep_finite, library, scale, symmetric_average, weighted_mix
-from mpitrain.kernels.compile import cuda
+from mpitrain.kernels.compile import cuda, cuda_source
 from mpitrain.kernels.compile.storage import STORAGES, dtypes_label, storages_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -25,7 +25,7 @@ BY_NAME = {kernel.name: kernel for kernel in library()}
 MIXES = list(itertools.permutations(STORAGES, 2))
 MIXED = (elastic_exchange, symmetric_average, copy)
 
-# CUDA's side. uint4 counts how often 16 bytes are moved, and how often where 16 bytes cannot be.
+# What CUDA provides. uint4 counts the 16-byte accesses, and the misaligned ones among them.
 SHIM = r"""
 #include <cstdint>
 #include <cstring>
@@ -82,7 +82,7 @@ def numpy_type(name):
 
 
 class Array:
-    """What a launch looks at of a cupy.ndarray, around a NumPy array."""
+    """The attributes of a cupy.ndarray that a launch reads, around a NumPy array."""
 
     __cuda_array_interface__ = None
 
@@ -92,13 +92,13 @@ class Array:
 
 
 class Compiled:
-    """A kernel in the library, called as a cupy.RawKernel."""
+    """A kernel in the library, called like a cupy.RawKernel."""
 
     def __init__(self, functions, name, source):
         self.functions, self.name, self.source = functions, name, source
 
     def __call__(self, grid, block, arguments, threads=None):
-        """``threads``: the first and the last one (exclusive) that are run; all by default."""
+        """Run the threads from the first to the last (exclusive) of ``threads``; all by default."""
         held = [np.array(a.data.ptr, np.uint64) if isinstance(a, Array) else np.array(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(a.ctypes.data for a in held))
         first, last = threads or (0, grid[0] * block[0])
@@ -107,7 +107,7 @@ class Compiled:
 
 
 class Library:
-    """The kernels as one shared library, by kernel and dtypes."""
+    """All kernels in one shared library, by kernel and dtypes."""
 
     def __init__(self, path, sources):
         functions = ctypes.CDLL(str(path))
@@ -115,7 +115,7 @@ class Library:
         self._counters = [ctypes.c_ulonglong.in_dll(functions, name) for name in ("n_words", "n_misaligned")]
 
     def moved(self):
-        """How often 16 bytes were moved since the last call, and whether they always lay where they can."""
+        """Return the number of 16-byte accesses since the last call, and whether all were aligned."""
         n_words, n_misaligned = (counter.value for counter in self._counters)
         for counter in self._counters:
             counter.value = 0
@@ -133,16 +133,16 @@ def label(kernel, dtypes):
 def on_host(tmp_path_factory):
     compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if compiler is None:
-        pytest.fail("to run CUDA C on the host takes a C++ compiler: install g++ (Debian, Ubuntu: apt install g++)")
+        pytest.fail("running CUDA C on the host needs a C++ compiler: install g++ (Debian, Ubuntu: apt install g++)")
     cases = [(kernel, dtype) for kernel in (*library(), weighted_mix(20)) for dtype in STORAGES]
     cases += [(kernel, dtypes) for kernel in MIXED for dtypes in MIXES]
     sources = {}
     for kernel, dtypes in cases:
         storages = storages_of(dtypes, len(kernel.equations.arrays))
-        sources[label(kernel, dtypes)] = cuda.source(label(kernel, dtypes), kernel.equations, storages)
+        sources[label(kernel, dtypes)] = cuda_source.source(label(kernel, dtypes), kernel.equations, storages)
     folder = tmp_path_factory.mktemp("cuda")
-    text = [SHIM, cuda.PREAMBLE.removeprefix(cuda.HALVES)]
-    text += [source.removeprefix(cuda.PREAMBLE) + f"LAUNCHER({name})" for name, source in sources.items()]
+    text = [SHIM, cuda_source.PREAMBLE.removeprefix(cuda_source.HALVES)]
+    text += [source.removeprefix(cuda_source.PREAMBLE) + f"LAUNCHER({name})" for name, source in sources.items()]
     (folder / "kernels.cpp").write_text("\n".join(text))
     options = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
     command = [compiler, *options, "kernels.cpp", "-o", "kernels.so"]
@@ -152,14 +152,14 @@ def on_host(tmp_path_factory):
 
 
 def bits(array):
-    """The array's bits, with one pattern for all NaN."""
+    """Return the array's bits, with one pattern for all NaN."""
     unsigned = array.view(f"u{array.itemsize}").copy()
     unsigned[np.isnan(array.astype(np.float64))] = 1
     return unsigned
 
 
 def vectors(dtypes, n, offsets, seed):
-    """Arrays that begin so many elements behind a multiple of 16 bytes, wild values among theirs; and around them."""
+    """Return aligned buffers with some extreme values, and views of length n at offsets into them."""
     rng = np.random.default_rng(seed)
     arrays, buffers = [], []
     for dtype, offset in zip(dtypes, offsets, strict=True):
@@ -177,7 +177,7 @@ def vectors(dtypes, n, offsets, seed):
 
 
 def words_of(kernel, arrays):
-    """How many 16 bytes are to be moved: those of whole packs, if all arrays reach 16 bytes at one element."""
+    """Return the expected 16-byte accesses: those of whole packs, if all arrays reach alignment at the same element."""
     length = 16 // min(array.itemsize for array in arrays)
     n = arrays[0].size
     heads = [h for h in range(length) if all((a.ctypes.data + h * a.itemsize) % 16 == 0 for a in arrays)]
@@ -188,7 +188,7 @@ def words_of(kernel, arrays):
 
 
 def check(on_host, kernel, dtypes, n, offsets, grid=2, block=32, seed=0):
-    """One launch against the reference: the bits of the arrays and around them, the count, the 16-byte accesses."""
+    """Compare one launch with the reference: bits of the arrays and around them, the count, the 16-byte accesses."""
     n_arrays = len(kernel.equations.arrays)
     compute = np.float64 if "float64" in (dtypes if isinstance(dtypes, tuple) else (dtypes,)) else np.float32
     types_ = [numpy_type(storage.name) for storage in storages_of(dtypes, n_arrays)]
@@ -231,7 +231,7 @@ def test_any_size_and_alignment_on_any_grid(on_host, dtype, kernel):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_arrays_that_are_not_aligned_alike(on_host, dtype):
+def test_arrays_with_different_alignment(on_host, dtype):
     for n, offsets in itertools.product(SIZES, [(0, 1), (1, 0), (3, 2), (1, 9)]):
         check(on_host, elastic_exchange, dtype, n, offsets)
 
@@ -245,7 +245,7 @@ def test_arrays_of_different_types(on_host, dtypes):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_a_vector_of_nothing_but_rejected_elements_is_counted(on_host, dtype, value):
+def test_a_vector_without_finite_elements_is_counted(on_host, dtype, value):
     _, (x, z) = vectors([numpy_type(dtype)] * 2, 4097, [1, 1], seed=0)
     x[...], z[...] = 1, value
     counter = np.zeros(1, np.uint64)
@@ -267,7 +267,7 @@ def test_the_same_array_may_be_given_twice(on_host, dtype):
     assert counter[0] == n_nonfinite > 0
 
 
-def test_every_float16_and_many_float32_are_converted_as_by_numpy(on_host):
+def test_16_bit_conversions_match_numpy(on_host):
     patterns = np.arange(2**16, dtype=np.uint16)
     anything = np.random.default_rng(3).integers(0, 2**32, 300_000, dtype=np.uint32).view(np.float32)
     for half in ("float16", "bfloat16"):
@@ -282,7 +282,7 @@ def test_every_float16_and_many_float32_are_converted_as_by_numpy(on_host):
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_more_than_2_to_the_31_elements(on_host, offset, tmp_path):
-    """In a file with holes; only the threads run that have to do with its ends."""
+    """Use a sparse file, and run only the threads that work on its ends."""
     n = 2**31 + 13
     x = np.memmap(tmp_path / "x", np.float16, "w+", shape=n + 16)[offset : offset + n]
     ends = (slice(0, 64), slice(n - 64, n))
@@ -301,7 +301,7 @@ def test_more_than_2_to_the_31_elements(on_host, offset, tmp_path):
 
 @pytest.fixture
 def cupy(on_host, monkeypatch):
-    """A stand-in whose RawKernel runs on the host."""
+    """Replace cupy by a fake whose RawKernel runs on the host."""
 
     def raw_kernel(code, name, options, backend):
         found = on_host.compiled[name]
@@ -323,8 +323,8 @@ def cupy(on_host, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 1000, 100_000])
 @pytest.mark.parametrize("dtypes", ["float32", "float64", "bfloat16", ("float32", "bfloat16")], ids=str)
 @pytest.mark.usefixtures("cupy")
-def test_a_launch_gives_the_kernel_what_it_takes(on_host, dtypes, n):
-    """The arguments' order and bytes, and a grid that may be smaller than the vector."""
+def test_a_launch_passes_correct_arguments(on_host, dtypes, n):
+    """Test the order and bytes of the arguments, also with a grid smaller than the vector."""
     storages = storages_of(dtypes, 2)
     launch = cuda.launcher(label(elastic_exchange, dtypes), elastic_exchange.equations, storages)
     types_ = [numpy_type(storage.name) for storage in storages]

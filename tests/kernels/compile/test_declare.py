@@ -1,4 +1,4 @@
-"""What a declaration accepts, and what it says about what it does not."""
+"""Declarations and calls of kernels: what is accepted, and the messages about what is not."""
 
 import numpy as np
 import pytest
@@ -63,20 +63,23 @@ def test_reads_and_writes_are_counted_once_each():
     assert elastic_exchange.bytes_per_element(np.float64) == 32
     assert elastic_exchange.bytes_per_element(("bfloat16", "float32")) == 12
     assert declare("d = x\nx = a * c\nc = x + x - d").bytes_per_element("float16") == 8
+    assert declare("x = a\nc = x + 1").bytes_per_element("float32") == 8  # x is used after it is assigned: not read
 
 
-def test_every_kernel_documents_equations_source_and_bytes():
+def test_every_kernel_documents_equations_arrays_guard_source_and_bytes():
     names = [kernel.name for kernel in library()]
     assert len(set(names)) == len(names)
     for kernel in library():
         for target, _ in kernel.equations.statements:
             assert f"{target} = " in kernel.__doc__
         assert kernel.source in kernel.__doc__
+        assert f"Arrays: {', '.join(kernel.equations.arrays)}; each (n,)" in kernel.__doc__
+        assert (f"Guard: {kernel.equations.guard} is replaced by 0" in kernel.__doc__) == bool(kernel.equations.guard)
         assert f"{kernel.bytes_per_element('float32')} bytes per float32 element" in kernel.__doc__
         assert kernel.doc
 
 
-def test_scalars_by_position_by_name_or_both_are_the_same():
+def test_scalars_may_be_given_by_position_or_by_name():
     results = []
     for args, kwargs in [((0.25, 0.5), {}), ((0.25,), {"a_c": 0.5}), ((), {"a_c": 0.5, "a_w": 0.25})]:
         x, c = np.arange(5.0), np.ones(5)
@@ -96,7 +99,7 @@ def test_scalars_by_position_by_name_or_both_are_the_same():
         ((0.1,), {"b": 1}),
     ],
 )
-def test_operands_that_do_not_fit_are_refused(args, kwargs):
+def test_a_wrong_number_of_operands_is_refused(args, kwargs):
     with pytest.raises(ValueError, match=r"elastic_exchange\(x, c; a_w, a_c\) takes 2 arrays"):
         elastic_exchange(np.ones(3), np.ones(3), *args, **kwargs)
 
@@ -129,7 +132,7 @@ def read_only(array):
         (None, None, "NoneType"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(x, c, problem):
+def test_unsuitable_arrays_are_refused(x, c, problem):
     with pytest.raises(ValueError, match=problem):
         elastic_exchange(x, c, 0.5, 0.5)
 
@@ -144,7 +147,7 @@ def test_inputs_may_be_read_only_and_subclasses_are_changed_in_place(tmp_path):
     assert np.fromfile(tmp_path / "x", np.float32).tolist() == [0.5] * 4
 
 
-def test_an_empty_vector_is_a_vector():
+def test_empty_vectors_are_accepted():
     x = np.ones(0, np.float32)
     assert elastic_exchange(x, x.copy(), 0.5, 0.5) == 0
     assert scale(x, 2.0) == 0

@@ -1,4 +1,4 @@
-"""Ranks that meet in shared words: nobody leaves before all have come, whoever is late, and sums are NumPy's."""
+"""The barrier in shared words: no rank leaves before all have arrived, and fused sums have NumPy's bits."""
 
 import threading
 
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from mpitrain.kernels.compile.declare import as_bits
-from mpitrain.kernels.native.node_barrier import STRIDE, meet, sum_on_node
+from mpitrain.kernels.native.node_barrier import STRIDE, sum_on_node, wait_for_all
 from mpitrain.kernels.reductions import DIRECT
 
-IMPATIENT = 1
+SPIN_LIMIT = 1
 
 
 def in_threads(n, body):
-    """Run ``body(rank)`` on n threads; what compiled code waits for, it waits for without the interpreter's lock."""
+    """Run ``body(rank)`` on n threads; compiled code waits without the interpreter lock."""
     failed = []
 
     def guarded(rank):
@@ -32,9 +32,9 @@ def in_threads(n, body):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_nobody_leaves_a_meeting_before_all_have_come(n):
+def test_no_rank_leaves_the_barrier_before_all_have_arrived(n):
     words, arrived = np.zeros(STRIDE * n, np.int64), np.zeros(n, np.int64)
-    function, rng = meet(), np.random.default_rng(n)
+    function, rng = wait_for_all(), np.random.default_rng(n)
     late = rng.integers(0, n, 60)
 
     def body(rank):
@@ -44,31 +44,31 @@ def test_nobody_leaves_a_meeting_before_all_have_come(n):
             arrived[rank] = number
             first = 0
             while first != n:
-                first = function(words, rank, n, number, first, IMPATIENT)
+                first = function(words, rank, n, number, first, SPIN_LIMIT)
             assert np.all(arrived >= number)
 
     in_threads(n, body)
     assert np.all(words[::STRIDE] == 60)
 
 
-def test_a_long_wait_returns_to_the_interpreter_who_is_awaited():
+def test_a_long_wait_returns_the_first_missing_rank():
     words = np.zeros(STRIDE * 3, np.int64)
     words[STRIDE * 1] = 1
-    assert meet()(words, 0, 3, 1, 0, IMPATIENT) == 2
+    assert wait_for_all()(words, 0, 3, 1, 0, SPIN_LIMIT) == 2
     words[STRIDE * 2] = 1
-    assert meet()(words, 0, 3, 1, 2, IMPATIENT) == 3
+    assert wait_for_all()(words, 0, 3, 1, 2, SPIN_LIMIT) == 3
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, DIRECT])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-def test_the_sum_of_all_has_numpys_bits(k, dtype):
+def test_the_sum_has_numpys_bits(k, dtype):
     n, rounds = 1003, 5
     vectors = [np.random.default_rng([k, rank]).normal(size=n).astype(dtype) for rank in range(k)]
     wide = np.float64 if dtype == np.float64 else np.float32
     expected = vectors[0].astype(wide)
-    for _ in range(rounds):
+    for round in range(rounds):
         total = expected.copy()
-        others = [v.astype(wide) for v in vectors[1:]] if _ == 0 else [expected] * (k - 1)
+        others = [v.astype(wide) for v in vectors[1:]] if round == 0 else [expected] * (k - 1)
         for other in others:
             total = total + other
         expected = (wide(1 / k) * total).astype(dtype).astype(wide)
@@ -80,7 +80,7 @@ def test_the_sum_of_all_has_numpys_bits(k, dtype):
         for round in range(rounds):
             progress = 0
             while progress != 2 * k:
-                progress = function(words, rank, 2 * round + 1, progress, IMPATIENT, *arguments, start, stop, 1 / k)
+                progress = function(words, rank, 2 * round + 1, progress, SPIN_LIMIT, *arguments, start, stop, 1 / k)
 
     in_threads(k, body)
     for vector in vectors:

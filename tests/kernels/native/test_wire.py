@@ -1,4 +1,4 @@
-"""Short forms of float32 vectors: what the definitions of the formats say of every number."""
+"""Wire formats of float32 vectors, against the definitions of the formats."""
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +29,7 @@ def decoded(form, raw, n):
 
 
 def pushed(form, changed, fetched=None, residual=None):
-    """What arrives of a change, what is left over, and how many elements were refused."""
+    """Return the decoded change, the residual, and the number of non-finite elements."""
     n = changed.size
     raw = encoded(form, np.zeros(n, np.float32) if fetched is None else fetched)
     left = np.zeros(n, np.float32) if residual is None else residual.copy()
@@ -40,7 +40,7 @@ def pushed(form, changed, fetched=None, residual=None):
 
 
 def rounded(name, values):
-    """float32 in 16 bits, by the casts of NumPy and ml_dtypes; what is finite stays finite."""
+    """Return float32 values rounded to 16 bits by NumPy and ml_dtypes, with finite numbers kept finite."""
     with np.errstate(over="ignore"):
         short = values.astype(SHORT[name]).astype(np.float32)
     largest = float(ml_dtypes.finfo(SHORT[name]).max)
@@ -48,7 +48,7 @@ def rounded(name, values):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_every_16_bit_pattern_is_the_number_it_stands_for(name):
+def test_every_16_bit_pattern_decodes_to_its_number(name):
     form, patterns = wire.FORMATS[name], np.arange(2**16).astype(np.uint16)
     numbers = decoded(form, patterns.view(np.uint8), patterns.size)
     np.testing.assert_array_equal(numbers, patterns.view(SHORT[name]).astype(np.float32))
@@ -59,8 +59,8 @@ def test_every_16_bit_pattern_is_the_number_it_stands_for(name):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_between_two_patterns_it_is_rounded_to_the_nearest_or_the_even_one(name):
-    """Half-way between all neighbours, one float32 beside that, and random bits: the largest numbers are among them."""
+def test_numbers_between_two_patterns_round_to_nearest_ties_to_even(name):
+    """Midpoints of all neighbours, the float32 numbers beside them, and random bits, the largest numbers among them."""
     finite = np.arange(2**15).astype(np.uint16).view(SHORT[name])
     finite = finite[np.isfinite(finite.astype(np.float32))].astype(np.float64)
     middles = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
@@ -75,7 +75,7 @@ def test_between_two_patterns_it_is_rounded_to_the_nearest_or_the_even_one(name)
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_infinities_stay_and_the_largest_numbers_do_not_become_them(name):
+def test_infinities_stay_and_large_numbers_stay_finite(name):
     largest = float(ml_dtypes.finfo(SHORT[name]).max)
     huge = float(np.finfo(np.float32).max)
     values = np.array([np.inf, -np.inf, huge, -huge, largest, np.nextafter(np.float32(largest), np.float32(huge))])
@@ -85,9 +85,9 @@ def test_infinities_stay_and_the_largest_numbers_do_not_become_them(name):
 
 @pytest.mark.parametrize("n", N)
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e30])
-def test_int8_errs_by_half_a_step_at_most(n, magnitude):
+def test_the_error_of_int8_is_at_most_half_a_step(n, magnitude):
     values = (np.random.default_rng(n).normal(size=n) * magnitude).astype(np.float32)
-    values[n // 3 : n // 2] *= 1e-3  # a group has scales of its own
+    values[n // 3 : n // 2] *= 1e-3  # in the middle of a group or across several
     arrived, left, n_nonfinite = pushed(wire.FORMATS["int8"], values)
     assert n_nonfinite == 0
     for start in range(0, n, 256):
@@ -99,15 +99,15 @@ def test_int8_errs_by_half_a_step_at_most(n, magnitude):
 
 
 def test_int8_rounds_to_even_levels():
-    """A group whose largest number is 127 has steps of 1."""
+    """The scale of a group whose largest number is 127 is 1."""
     values = np.array([127, 0.5, 1.5, 2.5, -0.5, -1.5, 3.49, -126.5], np.float32)
     arrived, left, _ = pushed(wire.FORMATS["int8"], values)
     np.testing.assert_array_equal(arrived, [127, 0, 2, 2, 0, -2, 3, -126])
     np.testing.assert_array_equal(left, values - arrived)
 
 
-def test_int8_of_next_to_nothing_loses_nothing():
-    """Where the step itself is rounded to a multiple of the smallest number."""
+def test_int8_of_subnormal_numbers_loses_nothing():
+    """The scale itself is rounded to a multiple of the smallest subnormal."""
     smallest = np.float32(2.0**-149)
     values = smallest * np.arange(-1000, 1000, dtype=np.float32)
     arrived, left, _ = pushed(wire.FORMATS["int8"], values)
@@ -118,8 +118,8 @@ def test_int8_of_next_to_nothing_loses_nothing():
 
 @pytest.mark.parametrize("name", wire.FORMATS)
 @pytest.mark.parametrize("n", N)
-def test_what_a_change_loses_is_left_over(name, n):
-    """sent + residual = changed - fetched + residual before; exact where one float32 subtraction is."""
+def test_the_residual_is_the_rounding_error_of_a_change(name, n):
+    """sent + residual = changed - fetched + previous residual, to the rounding of one float32 subtraction."""
     form, rng = wire.FORMATS[name], np.random.default_rng(n)
     start = rng.normal(size=n).astype(np.float32)
     fetched = decoded(form, encoded(form, start), n)
@@ -129,11 +129,11 @@ def test_what_a_change_loses_is_left_over(name, n):
     wanted = (changed - fetched) + before
     np.testing.assert_allclose(arrived.astype(np.float64) + left, wanted, rtol=2e-7, atol=1e-9)
     assert n_nonfinite == 0
-    assert n < 2 or not np.array_equal(arrived, wanted)  # or there would have been nothing to leave over
+    assert n < 2 or not np.array_equal(arrived, wanted)  # the encoding does round
 
 
 @pytest.mark.parametrize("name", wire.FORMATS)
-def test_what_is_no_number_is_not_sent_and_nothing_of_it_is_left_over(name):
+def test_nonfinite_elements_are_not_sent_and_leave_no_residual(name):
     changed = np.linspace(-1, 1, 600, dtype=np.float32)
     changed[[5, 300, 599]] = np.nan, np.inf, -np.inf
     arrived, left, n_nonfinite = pushed(wire.FORMATS[name], changed, residual=np.full(600, 0.25, np.float32))
@@ -144,7 +144,7 @@ def test_what_is_no_number_is_not_sent_and_nothing_of_it_is_left_over(name):
     np.testing.assert_allclose((arrived + left)[sound], (changed + np.float32(0.25))[sound], rtol=1e-6)
 
 
-def test_what_float16_cannot_hold_comes_in_several_parts():
+def test_a_change_beyond_the_range_of_float16_arrives_in_several_visits():
     arrived, left, _ = pushed(wire.FORMATS["float16"], np.array([1e5, -2e5], np.float32))
     np.testing.assert_array_equal(arrived, [65504, -65504])
     second, left, _ = pushed(wire.FORMATS["float16"], np.zeros(2, np.float32), residual=left)
@@ -152,20 +152,20 @@ def test_what_float16_cannot_hold_comes_in_several_parts():
     assert left[0] == 0
 
 
-def test_bytes_of_what_travels():
+def test_encoded_sizes():
     sizes = {name: (form.fetched_bytes(1000), form.sent_bytes(1000)) for name, form in wire.FORMATS.items()}
     assert sizes == {"bfloat16": (2000, 2000), "float16": (2000, 2000), "int8": (2000, 1016)}
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_decoding_is_that_of_the_kernels(name):
+def test_encoding_agrees_with_the_kernels(name):
     values = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     short = np.zeros(1000, SHORT[name])
     kernels.copy(short, values)
     np.testing.assert_array_equal(encoded(wire.FORMATS[name], values).view(np.uint16), short.view(np.uint16))
 
 
-def test_a_format_that_does_not_exist_is_refused():
+def test_an_unknown_format_is_an_error():
     assert wire.format_of("float32") is None
     with pytest.raises(UsageError, match="float32, bfloat16, float16, int8"):
         wire.format_of("fp8")

@@ -1,0 +1,79 @@
+"""What a checkpoint holds of a worker's own mailboxes: what peers may still read there, or have left there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.state import State
+from mpitrain.collectives.communicator import Communicator
+from mpitrain.collectives.rma.mailboxes import Mailboxes
+
+
+class Inbox:
+    """This worker's mailbox in which others leave vectors, with the number that belongs to them.
+
+    Args:
+        comm: The communicator of the workers.
+        boxes: Their mailboxes, with one slot.
+        like: (n,) a vector of the same type.
+        tag: The index of the number among the tags.
+        names: The entries of a checkpoint for the vector and the number.
+    """
+
+    def __init__(self, comm: Communicator, boxes: Mailboxes, like: Any, tag: int, names: tuple[str, str]) -> None:
+        self._boxes, self._rank, self._like, self._tag, self._names = boxes, comm.rank, like, tag, names
+
+    def fill(self, values: Any, number: float) -> None:
+        """Replace the contents. Local; peers see them after a barrier."""
+
+        def fill(box: Any, tags: np.ndarray) -> None:
+            kernels.assign(box, values)
+            tags[self._tag] = number
+
+        self._boxes.update(self._rank, fill)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the vector and the number. Local."""
+        values, number = np.zeros_like(self._like), np.zeros(1)
+
+        def copy(box: Any, tags: np.ndarray) -> None:
+            values[...], number[0] = box, tags[self._tag]
+
+        self._boxes.read(self._rank, copy)
+        yield self._names[0], values
+        yield self._names[1], float(number[0])
+
+    def load(self, state: State) -> None:
+        """Put both back. Local; peers see them after a barrier."""
+        self.fill(state[self._names[0]], float(state[self._names[1]]))
+
+
+class Published:
+    """What this worker published last, in its mailboxes with two slots.
+
+    Args:
+        comm: The communicator of the workers.
+        boxes: Their mailboxes.
+        like: (n,) a vector of the same type.
+    """
+
+    def __init__(self, comm: Communicator, boxes: Mailboxes, like: Any) -> None:
+        self._boxes, self._rank, self._like = boxes, comm.rank, like
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the vector that peers can read. Local."""
+        published = np.empty_like(self._like)
+
+        def copy(box: Any) -> None:
+            published[...] = box
+
+        self._boxes.latest(self._rank, copy)
+        yield "published", published
+
+    def load(self, state: State) -> None:
+        """Publish it again. Local; peers see it after a barrier."""
+        self._boxes.publish(state["published"])

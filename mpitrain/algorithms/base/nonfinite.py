@@ -1,0 +1,38 @@
+"""Repair of a worker's own vectors after a gradient that was not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+
+
+def is_finite(vector: Any) -> bool:
+    """Whether all elements of a vector (n,) are finite."""
+    return bool(np.isfinite(kernels.to_host(vector)).all())
+
+
+def replace_nonfinite(vector: Any, other: Any) -> None:
+    """Replace the non-finite elements of ``vector`` (n,) by those of ``other`` (n,)."""
+    own = kernels.to_host(vector)
+    kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
+
+
+def reset(positions: Sequence[Any], velocities: Sequence[Any], consensus: Callable[[Any], object]) -> None:
+    """Replace the non-finite elements of a worker's own vectors. Local.
+
+    Args:
+        positions: Vectors (n,) in the place of the model; they take what the method evaluates.
+        velocities: Vectors that are zero at rest; they take zeros.
+        consensus: Writes what the method evaluates to a vector (n,).
+    """
+    if not all(is_finite(vector) for vector in positions):
+        evaluated = np.zeros_like(positions[0])
+        consensus(evaluated)
+        for vector in positions:
+            replace_nonfinite(vector, evaluated)
+    for vector in velocities:
+        kernels.keep_finite(vector)

@@ -1,0 +1,216 @@
+"""The hyper-parameters of a method: dataclass fields that know how to parse, check and describe their values.
+
+period: int = integer(10, "tau, local steps between exchanges", low=1)
+rho: float | None = number(None, "elastic coefficient", low=0, optional=True)
+order: str = choice("jacobi", "whose new value the other side sees", ORDERS)
+synchronous: bool = boolean(False, "all workers exchange at once")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(ABC):
+    """One hyper-parameter.
+
+    Attributes:
+        default: The paper's value.
+        help: One line, with the paper's symbol.
+        optional: Whether None is a value.
+    """
+
+    default: Any
+    help: str
+    optional: bool = False
+
+    def parse(self, text: str) -> Any:
+        """Return the value that ``text`` stands for, as the command line gives it; ``none`` is None.
+
+        Raises:
+            ValueError: The text is not a value of this type. The message reads "must be ...".
+        """
+        if self.optional and text.lower() == "none":
+            return None
+        try:
+            return self._parsed(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"must be {self._kind}, not {text!r}") from None
+
+    def check(self, value: Any) -> None:
+        """Accept a value.
+
+        Raises:
+            ValueError: The value has the wrong type or is out of range. The message reads "must be ...".
+        """
+        if not (self._accepts(value) or (value is None and self.optional)):
+            raise ValueError(f"must be {self._wanted()}, not {value!r}")
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the values it may have, in words."""
+
+    _kind: ClassVar[str]
+
+    @abstractmethod
+    def _parsed(self, text: str) -> Any:
+        """Return the value of a text, or raise ValueError or KeyError."""
+
+    @abstractmethod
+    def _accepts(self, value: Any) -> bool:
+        """Whether a value other than None has the right type and range."""
+
+    def _wanted(self) -> str:
+        return self.describe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Setting):
+    """A number with a range.
+
+    Attributes:
+        low, high: Bounds that are values themselves.
+        above, below: Bounds that are not.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    _types: ClassVar[tuple[type, ...]]
+
+    def describe(self) -> str:
+        """Return the type and the bounds."""
+        bounds = [
+            f" {relation} {bound:g}"
+            for bound, relation in ((self.low, ">="), (self.above, ">"), (self.high, "<="), (self.below, "<"))
+            if bound is not None
+        ]
+        return self._kind + " and".join(bounds)
+
+    def _accepts(self, value: Any) -> bool:
+        return (
+            isinstance(value, self._types)
+            and not isinstance(value, bool)
+            and math.isfinite(value)  # type: ignore[arg-type]
+            and (self.low is None or value >= self.low)  # type: ignore[operator]
+            and (self.high is None or value <= self.high)  # type: ignore[operator]
+            and (self.above is None or value > self.above)  # type: ignore[operator]
+            and (self.below is None or value < self.below)  # type: ignore[operator]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer(Bounded):
+    """A whole number."""
+
+    _kind: ClassVar[str] = "a whole number"
+    _types: ClassVar[tuple[type, ...]] = (int,)
+
+    def _parsed(self, text: str) -> int:
+        return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number(Bounded):
+    """A finite real number."""
+
+    _kind: ClassVar[str] = "a number"
+    _types: ClassVar[tuple[type, ...]] = (int, float)
+
+    def _parsed(self, text: str) -> float:
+        return float(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boolean(Setting):
+    """A switch."""
+
+    _kind: ClassVar[str] = "true or false"
+
+    def describe(self) -> str:
+        """Return both values."""
+        return self._kind
+
+    def _parsed(self, text: str) -> bool:
+        return BOOLEANS[text.lower()]
+
+    def _accepts(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Setting):
+    """One of a few words.
+
+    Attributes:
+        choices: The words.
+    """
+
+    choices: tuple[str, ...]
+
+    _kind: ClassVar[str] = "a word"
+
+    def describe(self) -> str:
+        """Return the words."""
+        return " | ".join(self.choices)
+
+    def _parsed(self, text: str) -> str:
+        return text
+
+    def _accepts(self, value: Any) -> bool:
+        return value in self.choices
+
+    def _wanted(self) -> str:
+        return f"one of {', '.join(self.choices)}"
+
+
+def integer(
+    default: int | None, help: str, *, low: int | None = None, high: int | None = None, optional: bool = False
+) -> Any:
+    """Declare a whole number; see ``Setting`` and ``Bounded`` for the arguments."""
+    return _field(Integer(default=default, help=help, optional=optional, low=low, high=high))
+
+
+def number(
+    default: float | None,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+) -> Any:
+    """Declare a real number; see ``Setting`` and ``Bounded`` for the arguments."""
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return _field(Number(default=default, help=help, optional=optional, **bounds))
+
+
+def boolean(default: bool, help: str) -> Any:
+    """Declare a switch; see ``Setting`` for the arguments."""
+    return _field(Boolean(default=default, help=help))
+
+
+def choice(default: str, help: str, choices: Sequence[str]) -> Any:
+    """Declare a choice between words; see ``Setting`` and ``Choice`` for the arguments."""
+    return _field(Choice(default=default, help=help, choices=tuple(choices)))
+
+
+def settings_of(declaring: Any) -> dict[str, Setting]:
+    """Return the settings that a dataclass (or an instance of one) declares, by name."""
+    fields = dataclasses.fields(declaring)
+    return {field.name: field.metadata["setting"] for field in fields if "setting" in field.metadata}
+
+
+def _field(setting: Setting) -> Any:
+    return dataclasses.field(default=setting.default, metadata={"setting": setting})

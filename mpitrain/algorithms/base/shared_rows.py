@@ -1,0 +1,78 @@
+"""Vectors that all workers share, such as a center, and how one worker seeds, saves and loads them for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.peers import saves_shared_state
+from mpitrain.algorithms.base.state import State
+from mpitrain.collectives.communicator import Communicator
+
+
+class SharedRows:
+    """The named rows of a shared vector. Collective to create.
+
+    Worker 0 seeds them. A checkpoint holds them once: in the part of the first worker that is alive.
+
+    Args:
+        comm: The communicator of the workers.
+        start: The first values (n,) of each row, by the name of its checkpoint entry. The rows are in float32 at least.
+        tags: The name of the entry for the numbers that belong to each shard; None if the method uses none.
+        counts_pulls: Whether the ages of this worker's pulls are part of its state. All rows then count as just pulled.
+
+    Attributes:
+        vector: The shared vector.
+    """
+
+    def __init__(
+        self, comm: Communicator, start: Mapping[str, Any], *, tags: str | None = None, counts_pulls: bool = False
+    ) -> None:
+        self._comm, self._names, self._tags, self._counts_pulls = comm, tuple(start), tags, counts_pulls
+        like = start[self._names[0]]
+        self._dtype = kernels.accumulator(like.dtype)
+        self.vector = comm.shared_vector(like.size, self._dtype, rows=len(start))
+        self._seed(start, 0)
+
+    def empty_shard(self, like: Any) -> Any:
+        """Return a shard without elements, in the memory of ``like``, to compile kernels with. Local."""
+        rows = len(self._names)
+        return np.zeros_like(like, dtype=self._dtype, shape=(rows, 0) if rows > 1 else (0,))
+
+    def read(self, out: Any, row: int = 0) -> None:
+        """Copy a row to ``out`` (n,). Local."""
+        self.vector.read(out, row)
+
+    def write(self, values: Any, row: int = 0) -> None:
+        """Replace a row by ``values`` (n,). Local; peers see it after a barrier."""
+        self.vector.write(values, row)
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the ages of this worker's pulls and, on one worker, the rows and their tags. Local."""
+        if self._counts_pulls:
+            yield "lags", self.vector.lags()
+        if saves_shared_state(self._comm):
+            for row, name in enumerate(self._names):
+                values = np.empty(self.vector.n, self._dtype)
+                self.vector.read(values, row)
+                yield name, values
+            if self._tags is not None:
+                yield self._tags, self.vector.read_tags()
+
+    def load(self, state: State) -> None:
+        """Seed the rows from worker 0's part of a checkpoint. Collective."""
+        self._seed(state, state["lags"] if self._counts_pulls else None, None if self._tags is None else self._tags)
+
+    def _seed(self, values: State, lags: Any, tags: str | None = None) -> None:
+        if self._comm.rank == 0:
+            if tags is not None:
+                self.vector.write_tags(values[tags])
+            for row, name in enumerate(self._names):
+                self.vector.write(values[name], row)
+        self._comm.barrier()
+        if self._counts_pulls:
+            self.vector.set_lags(lags)
+            self._comm.barrier()  # before the first push, which would count as one that came after the pull

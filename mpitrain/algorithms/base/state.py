@@ -1,0 +1,118 @@
+"""What a checkpoint holds of an object: declared as a list of attributes, saved and loaded here.
+
+    class Worker:
+        persistent = ("t",)
+
+    class NesterovWorker(Worker):
+        persistent = ("_velocity", "_center")      # the class's own; those of its base classes come first
+
+An entry is named as its attribute, without the underscore. By the kind of the value:
+
+    array, Vector           the array (``.local`` of a Vector), and copied into the same array on loading
+    number, string          as it is
+    random generator        its state, as JSON
+    collaborator            the entries of an object that has ``state()`` and ``load()``, or its own ``persistent``
+    sequence, mapping       of collaborators: their entries, ``NAME_1``, ``NAME_2``, ... or ``KEY_NAME``
+
+A collaborator with hand-written ``state`` and ``load`` is needed only where several workers share what is saved, or
+where loading means to communicate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpitrain import kernels
+
+State = Mapping[str, Any]
+"""The entries of a checkpoint, by name."""
+
+
+def entries(owner: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the value of everything that the object declares as persistent."""
+    for attribute in _declared(type(owner)):
+        value, name = getattr(owner, attribute), attribute.lstrip("_")
+        if isinstance(value, np.random.Generator):
+            yield name, json.dumps(value.bit_generator.state)
+        elif isinstance(value, int | float | str) or _is_array(value):
+            yield name, value
+        elif hasattr(value, "local"):
+            yield name, value.local
+        else:
+            for collaborator, rename in _collaborators(value):
+                found = collaborator.state() if hasattr(collaborator, "state") else entries(collaborator)
+                yield from ((rename.format(inner), entry) for inner, entry in found)
+
+
+def restore(owner: Any, state: State) -> None:
+    """Load everything that the object declares as persistent. Collective if one of its collaborators is.
+
+    Raises:
+        KeyError: An entry is missing.
+    """
+    for attribute in _declared(type(owner)):
+        value, name = getattr(owner, attribute), attribute.lstrip("_")
+        if isinstance(value, np.random.Generator):
+            value.bit_generator.state = json.loads(state[name])
+        elif isinstance(value, str):
+            setattr(owner, attribute, str(state[name]))
+        elif isinstance(value, int | float):
+            setattr(owner, attribute, np.asarray(state[name]).item())
+        elif _is_array(value):
+            kernels.assign(value, state[name])
+        elif hasattr(value, "local"):
+            kernels.assign(value.local, state[name])
+        else:
+            for collaborator, rename in _collaborators(value):
+                own = state if rename == "{}" else _Renamed(state, rename)
+                if hasattr(collaborator, "load"):
+                    collaborator.load(own)
+                else:
+                    restore(collaborator, own)
+
+
+def _declared(kind: type) -> Iterator[str]:
+    for base in reversed(kind.__mro__):
+        yield from base.__dict__.get("persistent", ())
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape") and not hasattr(value, "local")
+
+
+def _collaborators(value: Any) -> Iterator[tuple[Any, str]]:
+    """Yield one or several collaborators, each with the pattern of its entries' names."""
+    if isinstance(value, Mapping):
+        yield from ((inner, f"{key}_{{}}") for key, inner in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((inner, f"{{}}_{number}") for number, inner in enumerate(value, 1))
+    else:
+        yield value, "{}"
+
+
+class _Renamed(Mapping[str, Any]):
+    """The entries of one of several collaborators, by their own names.
+
+    Args:
+        state: The entries of all.
+        rename: The pattern of the names there.
+    """
+
+    def __init__(self, state: State, rename: str) -> None:
+        self._state, self._rename = state, rename
+
+    def __getitem__(self, name: str) -> Any:
+        return self._state[self._rename.format(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        prefix, _, suffix = self._rename.partition("{}")
+        for name in self._state:
+            if name.startswith(prefix) and name.endswith(suffix):
+                yield name[len(prefix) : len(name) - len(suffix)]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

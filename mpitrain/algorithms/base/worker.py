@@ -1,0 +1,183 @@
+"""The running state of a method on one worker.
+
+One step, with the gradient already in ``g``::
+
+    before_update      exchanges whose gradient was taken before them (the default of the papers)
+    the local update   x <- x - eta*g, by the torch optimizer; or by the method's own ``update`` (``owns_update``)
+    after_update       exchanges after which the next gradient is computed
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpitrain.algorithms.base import nonfinite
+from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.state import State, entries, restore
+
+STEPS_BETWEEN_CHECKS = 50
+"""Steps between two looks at the number of non-finite elements on a GPU: reading it waits for the GPU."""
+
+
+class Worker(ABC):
+    """One worker of a method.
+
+    Args:
+        replica: The vectors and the communicator to work with.
+
+    Attributes:
+        persistent: The attributes that a checkpoint holds besides ``x``; each class declares its own (``base.state``).
+        comm, x, g: Those of the replica.
+        t: The worker's clock: the local steps it has made.
+        learning_rate: eta of the present step.
+        loss: The loss of the present mini-batch, for methods that need it.
+        positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
+        velocities: The worker's own vectors (n,) that are zero at rest.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ("t",)
+
+    def __init__(self, replica: Replica) -> None:
+        self.comm, self.x, self.g = replica.comm, replica.x, replica.g
+        self.t = 0
+        self.learning_rate = 0.0
+        self.loss: float | None = None
+        self.positions: tuple[Any, ...] = (self.x.local,)
+        self.velocities: tuple[Any, ...] = ()
+        self._n_nonfinite = 0  # at the last check
+
+    def step(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        local_update: Callable[[], object] | None,
+        loss: float | None = None,
+    ) -> bool:
+        """Make one step with the gradient in ``g``.
+
+        Args:
+            group_slices: Learning rate and weight decay of each part of the vector. Methods with one eta for the whole
+                vector use the largest: parts without a learning rate are at rest.
+            local_update: Updates ``x`` in place; None when the method owns the update.
+            loss: The loss of the mini-batch, for methods that rank workers by it.
+
+        Returns:
+            Whether non-finite elements were found, and replaced in the worker's own vectors. The local update should
+            then reset the non-finite elements of its own state.
+        """
+        self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
+        self.loss = loss
+        self.before_update()
+        if local_update is not None:
+            local_update()
+        else:
+            self.update_all(group_slices)
+        self.after_update()
+        self.t += 1
+        return self._resets_nonfinite()
+
+    def _resets_nonfinite(self) -> bool:
+        n_nonfinite: Any = self.comm.statistics.n_nonfinite
+        if not isinstance(n_nonfinite, int | np.integer) and self.t % STEPS_BETWEEN_CHECKS:
+            return False
+        before, self._n_nonfinite = self._n_nonfinite, int(n_nonfinite)
+        if self._n_nonfinite == before:
+            return False
+        self.reset_nonfinite()
+        return True
+
+    def reset_nonfinite(self) -> None:
+        """Replace this worker's non-finite values by what the method evaluates. Local."""
+        nonfinite.reset(self.positions, self.velocities, self.consensus)
+
+    def gradient_ready(self, layer: int) -> bool:
+        """Note, during the backward pass, that the gradient of ``replica.layers[layer]`` is in ``g``. Local.
+
+        Returns:
+            Whether ``begin_ready`` should be called.
+        """
+        return False
+
+    def begin_ready(self) -> None:  # noqa: B027 - optional
+        """Start what can be started with the gradients in ``g`` so far. Local."""
+
+    def gradient_complete(self) -> None:  # noqa: B027 - optional
+        """Note that the backward pass has ended: all of the gradient is in ``g``."""
+
+    def before_update(self) -> None:  # noqa: B027 - optional
+        """Run between the gradient and the local update."""
+
+    def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
+        """Make the local update, in methods that own it."""
+        for group_slice in group_slices:
+            self.update(group_slice)
+
+    def update(self, group_slice: ParamGroupSlice) -> None:
+        """Make the local update of one part of the vector, in methods that own it."""
+        raise NotImplementedError(f"{type(self).__name__} declares owns_update and has no update")
+
+    def after_update(self) -> None:  # noqa: B027 - optional
+        """Run after the local update."""
+
+    @abstractmethod
+    def consensus(self, out: Any) -> None:
+        """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
+
+    def wait(self) -> None:  # noqa: B027 - optional
+        """Wait for this worker's background operations on shared memory. Local."""
+
+    def finalize(self) -> None:  # noqa: B027 - optional
+        """Push what no exchange has pushed yet, at the end of a run. Local."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the present value of each of the method's ``metrics``. Local and cheap."""
+        return {}
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and the value of everything that a checkpoint holds besides ``x``. Local."""
+        self.wait()
+        yield from entries(self)
+
+    def load(self, state: State) -> None:
+        """Continue from a checkpoint; ``x`` has been loaded already. Collective.
+
+        Raises:
+            KeyError: An entry is missing.
+        """
+        self.wait()
+        restore(self, state)
+        self.after_load()
+        self.comm.barrier()  # before peers read what was loaded
+
+    def after_load(self) -> None:  # noqa: B027 - optional
+        """Rebuild what follows from the loaded state. Collective."""
+
+
+class PeriodicWorker(Worker):
+    """A worker that exchanges every tau steps, before or after the gradient (``grad_point``).
+
+    Args:
+        method: Has the settings ``period`` (tau) and ``grad_point``.
+        replica: The vectors and the communicator to work with.
+    """
+
+    def __init__(self, method: Any, replica: Replica) -> None:
+        super().__init__(replica)
+        self._method = method
+
+    def before_update(self) -> None:
+        """grad_point = pre: the gradient was taken before this exchange."""
+        if self._method.grad_point == "pre" and self.t % self._method.period == 0:
+            self.exchange()
+
+    def after_update(self) -> None:
+        """grad_point = post: the next gradient is taken after this exchange."""
+        if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
+            self.exchange()
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Exchange once. Local, or Collective where the method is synchronous."""

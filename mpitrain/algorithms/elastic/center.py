@@ -1,0 +1,145 @@
+"""The center of elastic averaging: one shared vector, or a copy at each worker.
+
+In one exchange of one worker the difference x - c only changes its length, so that a Gauss-Seidel exchange is a Jacobi
+exchange with other rates (``jacobi_rates``). With those, a_c*x_i + a_w*c does not change in an exchange; with equal
+rates that is the sum of all x_i and c: what the center gains is what the worker gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.nonfinite import replace_nonfinite
+from mpitrain.algorithms.base.precision import wide_copy
+from mpitrain.algorithms.base.shared_rows import SharedRows
+from mpitrain.collectives.communicator import Communicator
+
+
+class Center(Protocol):
+    """The center variable, as one worker sees it."""
+
+    def exchange(self, x: Any, a_w: float, a_c: float) -> None:
+        """Make both sides of an exchange, in the center's order."""
+
+    def pull(self, x: Any, a_w: float) -> None:
+        """Make the worker's side: x <- x - a_w*(x - c)."""
+
+    def push(self, x: Any, a_c: float) -> None:
+        """Make the center's side: c <- c + a_c*(x - c), or the sum of that over all workers."""
+
+    def read(self, out: Any) -> None:
+        """Copy the center to ``out`` (n,). Local."""
+
+
+class AsynchronousCenter(SharedRows):
+    """A shared vector with moving rates, which each worker visits alone. Collective to create.
+
+    Args:
+        comm: The communicator of the workers.
+        start: (n,) the first values; worker 0's seed the center.
+        order: The order of an exchange.
+    """
+
+    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
+        super().__init__(comm, {"center": start})
+        self._order = order
+        # Compiled before the first exchange, so that it takes no longer than the others.
+        x, c = start[:0].copy(), self.empty_shard(start)
+        kernels.elastic_exchange(x, c, 0.0, 0.0)
+        if order == "worker_first":
+            compile_halves(x, c, x)
+
+    def exchange(self, x: Any, a_w: float, a_c: float) -> None:
+        """Make both sides in one fused pass over x and c, shard by shard. Local."""
+        a_w, a_c = jacobi_rates(self._order, a_w, a_c)
+        self.vector.update(lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c))
+
+    def displace(self, x: Any, a_w: float, a_c: float) -> None:
+        """Make the center's side; ``x``, a copy of the worker's, becomes what the worker has to subtract. Local."""
+        self.vector.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
+
+    def pull(self, x: Any, a_w: float) -> None:
+        """x <- x - a_w*(x - c). Local."""
+        self.vector.update(lambda part, c: kernels.elastic_pull(x[part], c, a_w), pushes=False)
+
+    def push(self, x: Any, a_c: float) -> None:
+        """c <- c + a_c*(x - c). Local."""
+        self.vector.update(lambda part, c: kernels.elastic_center(c, x[part], a_c, 1.0), pulls=False)
+
+
+class SynchronousCenter:
+    """A copy of the center at every worker, moved by s = sum_i x_i. Collective to create.
+
+    One all-reduce makes s, so that all copies stay equal to the last bit.
+
+    Args:
+        comm: The communicator of the workers.
+        start: (n,) the first values; worker 0's seed the center.
+        order: The order of an exchange.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_center",)
+
+    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
+        self._comm, self._order = comm, order
+        self._kernel = kernels.elastic_sync_center_first if order == "center_first" else kernels.elastic_sync
+        self._center = wide_copy(start)
+        self._s = comm.vector(start.size, self._center.dtype)
+        comm.broadcast(self._center)
+        x, c, s = start[:0].copy(), self._center[:0], self._s.local[:0]
+        self._kernel(x, c, s, 0.0, 0.0, 1.0)  # compiled before the first exchange
+        kernels.receive(s, x)
+        if order == "worker_first":
+            compile_halves(x, c, s)
+
+    def exchange(self, x: Any, a_w: float, a_c: float) -> None:
+        """Make both sides in one fused pass. Collective."""
+        if self._order == "worker_first":  # s after the workers' moves is (1 - a_w)*s + a_w*p*c
+            a_w, a_c = jacobi_rates(self._order, a_w, a_c)
+        self._sum(x)
+        self._count(self._kernel(x, self._center, self._s.local, a_w, a_c, float(self._comm.size)))
+
+    def pull(self, x: Any, a_w: float) -> None:
+        """x <- x - a_w*(x - c). Local."""
+        self._count(kernels.elastic_pull(x, self._center, a_w))
+
+    def push(self, x: Any, a_c: float) -> None:
+        """c <- c + a_c*(s - p*c). Collective."""
+        self._sum(x)
+        self._count(kernels.elastic_center(self._center, self._s.local, a_c, float(self._comm.size)))
+
+    def read(self, out: Any) -> None:
+        """Copy the center to ``out`` (n,). Local."""
+        kernels.copy(out, self._center)
+
+    def _sum(self, x: Any) -> None:
+        """s <- sum_i x_i, with c in place of the non-finite elements of x_i: these then pull nobody. Collective."""
+        n_nonfinite = kernels.receive(self._s.local, x)
+        if n_nonfinite:
+            kernels.copy(self._s.local, x)
+            replace_nonfinite(self._s.local, self._center)
+            self._count(n_nonfinite)
+        self._comm.allreduce(self._s)
+
+    def _count(self, n_nonfinite: int) -> None:
+        self._comm.statistics.n_nonfinite += n_nonfinite
+
+
+def jacobi_rates(order: str, a_w: float, a_c: float) -> tuple[float, float]:
+    """Return the rates with which a Jacobi exchange of one worker equals one in ``order`` with a_w and a_c.
+
+    center_first:  x - c_new = (1 - a_c)*(x - c)   so the worker's rate is a_w*(1 - a_c)
+    worker_first:  x_new - c = (1 - a_w)*(x - c)   so the center's rate is a_c*(1 - a_w)
+    """
+    if order == "center_first":
+        return a_w * (1 - a_c), a_c
+    if order == "worker_first":
+        return a_w, a_c * (1 - a_w)
+    return a_w, a_c
+
+
+def compile_halves(x: Any, c: Any, s: Any) -> None:
+    """Compile the two halves of an exchange, the worker's and the center's with ``s``. All arrays are empty."""
+    kernels.elastic_pull(x, c, 0.0)
+    kernels.elastic_center(c, s, 0.0, 1.0)

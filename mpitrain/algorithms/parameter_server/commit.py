@@ -1,0 +1,83 @@
+"""Commit rules: what a worker of a parameter server does when it visits a shard of the center.
+
+    c <- c + a*d     the commit
+    x <- c           the pull, which sees that commit
+
+A rule makes both in one pass, with a kernel, under the shard's lock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from mpitrain import kernels
+from mpitrain.collectives.rma.shared_vector import SharedVector
+
+
+class CommitRule(ABC):
+    """The rule of one worker.
+
+    Attributes:
+        persistent: The attributes that a checkpoint holds, as in ``Worker``.
+        rows: The vectors in the shared memory, by the names of their checkpoint entries; the first is the center.
+        evaluated_row: The index of the row that is evaluated.
+        tags: The name of the entry for the numbers that belong to each shard; None if the rule uses none.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[tuple[str, ...]] = ("center",)
+    evaluated_row: ClassVar[int] = 0
+    tags: ClassVar[str | None] = None
+
+    def start(self, name: str, x: Any) -> Any:
+        """Return the first values (n,) of a row, given the model's parameters ``x`` (n,)."""
+        return x
+
+    @abstractmethod
+    def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
+        """Commit to a shard and pull it. Local.
+
+        Args:
+            part: The position of the shard in the vector.
+            c: (length,) the shard of the center, or (rows, length) with the other rows.
+            shared: The shared vector, for the staleness and the tags of the shard.
+            steps: Local steps since the last commit.
+
+        Returns:
+            The number of non-finite elements that were left out.
+        """
+
+
+Rate = Callable[[SharedVector, int], float]
+"""``rate(shared, steps)``: a, from the staleness of the shard and the local steps since the last commit."""
+
+
+class Displacement(CommitRule):
+    """Commits d = x - o, what the local steps have changed since the last pull: c <- c + a*d;  x, o <- c.
+
+    Args:
+        x: (n,) the model's parameters.
+        rate: Returns a for the shard that is visited; 1 by default.
+
+    Attributes:
+        origin: (n,) o, the values of the last pull.
+    """
+
+    persistent: ClassVar[tuple[str, ...]] = ("origin",)
+
+    def __init__(self, x: Any, rate: Rate = lambda shared, steps: 1.0) -> None:
+        self.x, self.origin, self._rate = x, x.copy(), rate
+
+    def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
+        """c <- c + a*(x - o);  x, o <- c"""
+        return kernels.commit_and_pull(self.x[part], self.origin[part], c, self._rate(shared, steps))
+
+    def push(self, part: slice, c: Any) -> int:
+        """c <- c + (x - o);  o <- x"""
+        return kernels.commit_only(self.x[part], self.origin[part], c)
+
+    def pull(self, part: slice, c: Any) -> int:
+        """x, o <- c, keeping what has not been committed"""
+        return kernels.pull_only(self.x[part], self.origin[part], c)

@@ -1,0 +1,103 @@
+"""``mpitrain data import KIND SOURCE FILE.h5``: convert standard formats into data files.
+
+To add a format, write a function that returns an ``Imported``, and enter it into ``IMPORTERS``.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpitrain.data.image_import import Imported, import_images
+from mpitrain.data.option_parsing import between, sizes
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One format.
+
+    Attributes:
+        summary: What the format is, for the help.
+        add_options: Adds its options, beyond source and target.
+        run: Imports.
+    """
+
+    summary: str
+    add_options: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], Imported]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the actions of the command and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser("import", help="turn a standard format into an HDF5 data file")
+    kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, importer in IMPORTERS.items():
+        sub = kinds.add_parser(kind, help=importer.summary, description=importer.summary)
+        sub.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive to import")
+        sub.add_argument("target", type=Path, metavar="FILE.h5", help="data file to write")
+        sub.add_argument("--quiet", action="store_true", help="show no progress bar")
+        importer.add_options(sub)
+
+
+def run(args: Namespace) -> int:
+    """Import, and print one line about the data file; return the exit code."""
+    done = IMPORTERS[args.kind].run(args)
+    skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
+    print(
+        f"{done.target}: {done.n_train} training and {done.n_test} test images of {'x'.join(map(str, done.shape))}, "
+        f"{len(done.classes)} classes{skipped}"
+    )
+    return 0
+
+
+def _images_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="size to which images are resized (default: the most common)"
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0.1,
+        help="fraction of the images for the test set, if there is no test folder (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of test images (default: %(default)s)")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out and count images that cannot be decoded"
+    )
+
+
+def _run_images(args: Namespace) -> Imported:
+    return import_images(
+        args.source,
+        args.target,
+        size=args.size,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        skip_unreadable=args.skip_unreadable,
+        progress=not args.quiet,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, *rest = sizes(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+    if len(rest) > 1:
+        raise ArgumentTypeError("one or two numbers are needed, such as 32 or 28x32")
+    return height, rest[0] if rest else height
+
+
+def _fraction(text: str) -> float:
+    try:
+        return between(0, 1)(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+IMPORTERS: dict[str, Importer] = {
+    "images": Importer("class folders of image files, or an archive of them", _images_options, _run_images),
+}

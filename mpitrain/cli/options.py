@@ -1,0 +1,92 @@
+"""Command-line options made of the options that dataclasses declare (``trainer.options``)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpitrain.cli.failure import fail
+from mpitrain.errors import UsageError
+from mpitrain.trainer.options import Option, default_of, flag_of, options_of
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that fails as everything else does: with one line, on one rank."""
+
+    def error(self, message: str) -> Any:
+        """Exit with code 2."""
+        raise SystemExit(fail(f"{message} (see {self.prog} --help)", on_all_ranks=True))
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    config: type[Any],
+    names: Sequence[str] | None = None,
+    *,
+    help: Mapping[str, str] | None = None,
+    keep_defaults: bool = False,
+) -> None:
+    """Add the options that a dataclass declares.
+
+    Args:
+        parser: The parser. Options of a group that exclude each other may come of several dataclasses.
+        config: The dataclass.
+        names: The fields to add, in this order; all by default.
+        help: Texts in place of the declared ones, by field name.
+        keep_defaults: Whether an option that is not given has the field's default; otherwise it is None, which lets a
+            resumed run see what was given.
+    """
+    declared = options_of(config)
+    for name in declared if names is None else names:
+        option = declared[name]
+        if option.on_command_line:
+            default = default_of(config, name)
+            place = parser if option.group is None else _group(parser, option.group)
+            text = f"{(help or {}).get(name, option.help)}{_default_text(option, default)}"
+            place.add_argument(
+                flag_of(name, option), help=text, **_keywords(option, default if keep_defaults else None)
+            )
+
+
+def _group(parser: argparse.ArgumentParser, name: str) -> Any:
+    """Return the group of options of this name that exclude each other, which the parser keeps."""
+    groups = parser.__dict__.setdefault("exclusive_groups", {})
+    if name not in groups:
+        groups[name] = parser.add_mutually_exclusive_group()
+    return groups[name]
+
+
+def _keywords(option: Option, default: Any) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for an option."""
+    if option.parse is None:
+        return {"action": "store_true", "default": default}
+    keywords: dict[str, Any] = {"type": _reporting(option.parse), "metavar": option.metavar}
+    if option.choices is not None:
+        keywords["choices"] = option.choices
+    if option.repeated:
+        return {**keywords, "action": "append", "default": None if default is None else list(default)}
+    return {**keywords, "default": default}
+
+
+def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser whose UsageError argparse reports with its text; ``int`` and ``float`` stay as they are."""
+    if isinstance(parse, type):
+        return parse
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_argument
+
+
+def _default_text(option: Option, default: Any) -> str:
+    """Return the end of a help text."""
+    if option.default_text is not None:
+        return f" (default: {option.default_text})"
+    if default is None or option.parse is None or option.repeated:
+        return ""
+    return f" (default: {default:g})" if isinstance(default, (int, float)) else f" (default: {default})"

@@ -1,0 +1,117 @@
+"""``mpitrain train``: train a model under mpirun or srun."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mpitrain.cli.failure import EXIT_STOPPED, fail
+from mpitrain.cli.options import add_options
+from mpitrain.errors import UsageError
+from mpitrain.log import logger
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.options import values_of
+from mpitrain.trainer.plan import RunPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command: those of ``TrainConfig``, and how to begin and report the run."""
+    add_options(parser, TrainConfig)
+    parser.add_argument(
+        "--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print the result; return the exit code."""
+    # What can be refused without starting MPI is refused first: without messages of a launcher around the line.
+    from mpitrain.collectives.world.launch import init
+    from mpitrain.optimizer.replica_group import check_replica_size
+
+    try:
+        plan = RunPlan.of(configuration(args))
+    except UsageError as error:
+        if args.resume is None:
+            return fail(str(error), on_all_ranks=True)
+        init()  # a folder may be missing on one node only: MPI must be there for this rank to end all
+        raise
+    config = plan.config
+    world = init(config.device, config.transport)
+    check_replica_size(config.replica_size, world)
+    for text in plan.warnings(plan.n_workers(world.size)):
+        logger.warning(text)
+    from mpitrain.trainer.loop import train
+
+    result = train(plan, world, resume=args.resume)
+    if world.rank == 0:
+        print_result(result, as_json=args.json)
+    return 0 if result["complete"] else EXIT_STOPPED
+
+
+def configuration(args: argparse.Namespace) -> TrainConfig:
+    """Return the configuration that a command line gives, perhaps on top of that of the run it resumes.
+
+    Raises:
+        UsageError: An option is wrong, or would make the run that is resumed another one.
+    """
+    given = values_of(vars(args), TrainConfig)
+    if args.resume is None:
+        return TrainConfig(**given)
+    if Path(given.pop("out", args.resume)) != args.resume:
+        raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
+    return TrainConfig.of_run(args.resume, **given)
+
+
+def print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    """Print a result, and write the report of the run. Local; rank 0 only."""
+    folder = Path(result["out"]) if result["out"] else None
+    if result["complete"]:
+        print(_sentence(result))
+        if result["n_nonfinite"]:
+            print(f"{result['n_nonfinite']} non-finite elements were kept out of the exchanges: try a smaller --lr")
+        if folder is not None:
+            _write_report(folder)
+    else:
+        how = (
+            f"on {_ranks(result)} with: mpitrain train --resume {folder}"
+            if folder
+            else "is not possible: there was no --out"
+        )
+        logger.info("stopped at step %d; to continue %s", result["steps"], how)
+    if as_json:
+        from mpitrain.trainer.runfolder import to_json
+
+        print(to_json(result))
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    ranks = _ranks(result)
+    if result["died"]:
+        from mpitrain.collectives.world.failure_detector import names_of
+
+        ranks += f" ({names_of(result['died'])} died)"
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
+    return (
+        f"{result['algorithm']} on {ranks}: test accuracy {result['test_accuracy']:.2%}, "
+        f"test loss {result['test_loss']:.4f} after {result['gradients']} gradients in {result['seconds']:.1f} s "
+        f"({result['samples_per_second']:,.0f} samples/s; {shares})"
+    )
+
+
+def _ranks(result: dict[str, Any]) -> str:
+    ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    if result["replica_size"] > 1:
+        ranks += f" ({result['workers']} worker{'s' * (result['workers'] > 1)})"
+    return ranks
+
+
+def _write_report(folder: Path) -> None:
+    from mpitrain.report import load_run, write_report
+
+    try:
+        write_report([load_run(folder)], folder)
+        print(f"report and plots: {folder / 'report.md'}")
+    except (UsageError, OSError) as error:
+        logger.warning("there is no report (%s)", error)

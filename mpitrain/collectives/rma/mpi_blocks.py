@@ -1,0 +1,127 @@
+"""Blocks between MPI ranks: in place on a node, by messages or one-sided operations between nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpitrain.collectives.rma.block_memory import BlockMemory
+from mpitrain.collectives.rma.blocks import Block, Blocks
+from mpitrain.collectives.rma.locks import LockTable, count_wait
+from mpitrain.collectives.rma.one_sided_blocks import OneSidedBlocks
+from mpitrain.collectives.rma.remote_blocks import N_STAGING_BUFFERS, RemoteBlocks
+from mpitrain.collectives.rma.remote_locks import RemoteLocks
+from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.world.statistics import Statistics
+from mpitrain.kernels.native.wire import Format
+
+if TYPE_CHECKING:
+    from mpitrain.collectives.world.world import World
+
+
+class MPIBlocks(Blocks):
+    """Blocks between the ranks of a world. Collective to create and to free.
+
+    Args:
+        world: The ranks.
+        homes: The home rank of each block.
+        lengths: The number of elements of each block.
+        dtype: Of the elements.
+        statistics: Where bytes and waiting are counted.
+        make_window: Allocates the elements. Blocks in a ``DeviceWindow`` are visited by one-sided operations.
+        n_staging_buffers: Blocks of other nodes that this worker has at a time.
+        encoding: The wire format of encoded visits to float32 blocks of other nodes; None without one.
+        before_wait: Called before this worker waits for a lock. A caller that releases blocks late must release them
+            here, or two workers might wait for each other.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        homes: Sequence[int],
+        lengths: Sequence[int],
+        dtype: Any,
+        statistics: Statistics,
+        *,
+        make_window: Callable[..., Any] = Window,
+        n_staging_buffers: int = N_STAGING_BUFFERS,
+        encoding: Format | None = None,
+        before_wait: Callable[[], object] | None = None,
+    ) -> None:
+        self.homes, self.lengths = tuple(homes), tuple(lengths)
+        self._statistics, self._before_wait = statistics, before_wait
+        self._memory = BlockMemory(world, homes, lengths, dtype, make_window)
+        self._in_place, self._slots = self._memory.in_place, self._memory.slots
+        self._locks: LockTable
+        self._remote: RemoteBlocks | OneSidedBlocks
+        options: Any = {"n_staging_buffers": n_staging_buffers, "before_wait": before_wait}
+        if world.service is not None and isinstance(self._memory.data.local, np.ndarray):
+            self._locks = locks = RemoteLocks(world, self._memory.n_slots, world.service)
+            options["encoding"] = encoding if np.dtype(dtype) == np.float32 else None
+            self._remote = RemoteBlocks(self._memory, locks, world.service, statistics, **options)
+        else:
+            self._locks = LockTable(world, self._memory.n_slots)
+            self._remote = OneSidedBlocks(self._memory, self._locks, statistics, **options)
+        self._has_next = False
+
+    def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
+        """Lock a block and return it as an array. Local; waits for the present owner."""
+        block = self._in_place[index]
+        self._has_next = prefetch is not None
+        if prefetch is not None and self._in_place[prefetch] is not None:
+            prefetch = None
+        if block is None:
+            return self._remote.acquire(index, prefetch, encoded)
+        locks = self._locks
+        block.version, waited = locks.acquire(self.homes[index], self._slots[index], self._before_wait)
+        if waited:
+            count_wait(self._statistics, waited)
+        if not locks.orders_memory:
+            self._memory.data.sync()
+        if prefetch is not None:
+            self._remote.prefetch(prefetch, encoded)
+        return block
+
+    def release(self, block: Block, *, updated: bool) -> None:
+        """Store a block if it was updated, and unlock it. Local.
+
+        The last block of a visit, acquired without ``prefetch``, waits until all blocks are stored and unlocked.
+        """
+        index = block.index
+        if self._in_place[index] is None:
+            self._remote.release(block, updated=updated)
+        else:
+            locks = self._locks
+            if not locks.orders_memory:
+                self._memory.data.sync()
+            locks.release(self.homes[index], self._slots[index], block.version, updated=updated)
+        if not self._has_next:
+            self._remote.wait()
+
+    @property
+    def residuals(self) -> dict[int, np.ndarray]:
+        """By block, (length,) the change that this worker has not sent yet because of the wire format."""
+        return self._remote.residuals
+
+    def drop_residuals(self) -> None:
+        """Forget the residuals of encoded changes, because the blocks get other values. Local."""
+        self.residuals.clear()
+
+    def peek_tags(self, index: int, out: np.ndarray) -> None:
+        """Copy a block's tags to ``out`` without locking. Local; each number is whole, but they may differ in age."""
+        self._memory.peek_tags(index, out)
+
+    def arrays(self) -> list[Any]:
+        """Return all arrays that ``acquire`` may return parts of. Local."""
+        return [*self._memory.arrays(), *self._remote.staging]
+
+    def lock_owner(self, index: int) -> int | None:
+        """Return the rank that holds a block's lock, None when it is free. Local."""
+        return self._locks.owner(self.homes[index], self._slots[index])
+
+    def free(self) -> None:
+        """Free the memory. Collective."""
+        self._locks.free()
+        self._memory.free()

@@ -1,0 +1,119 @@
+"""The place of this rank among the others: nodes, hosts, cores, and the communicators that follow from them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from mpitrain.collectives.topology.partition import emulated_nodes, share_of_cores
+from mpitrain.errors import UsageError
+
+EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
+"""Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This rank, its node and all ranks, as they were when the communicator was created.
+
+    Attributes:
+        comm: mpi4py's communicator of all ranks.
+        node_comm: That of the ranks of this node.
+        rail_comm: That of the ranks with this local rank, one of each node: it carries one slice of what crosses nodes.
+            ``MPI.COMM_NULL`` where some node has no such rank.
+        rank, size: Of this process, among all.
+        local_rank, local_size: Among the ranks of its node.
+        node, n_nodes: The index of this node, and the number of nodes.
+        node_ranks: The ranks of this node, by local rank.
+        nodes, hosts: The node and the host name of each rank.
+        n_rails: The size of the smallest node.
+        cores: This rank's share of its machine's cores; below 1 where ranks outnumber the cores they may run on.
+    """
+
+    comm: Any
+    node_comm: Any
+    rail_comm: Any
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: int
+    n_nodes: int
+    node_ranks: list[int]
+    nodes: list[int]
+    hosts: list[str]
+    n_rails: int
+    cores: float
+
+    def part(self, comm: Any) -> RankInfo:
+        """Return the place of this rank among those of ``comm``, which keep their nodes. Collective over them.
+
+        The share of cores stays: the other ranks compute too.
+        """
+        return _gather(comm, comm.Split(self.node, key=comm.Get_rank()), self.cores)
+
+
+def find_ranks(comm: Any) -> RankInfo:
+    """Find the nodes of all ranks by ``Split_type``. Collective.
+
+    Args:
+        comm: The ranks.
+
+    Raises:
+        UsageError: ``MPITRAIN_EMULATED_NODES`` is not a number of nodes.
+    """
+    n_emulated = _n_emulated_nodes()
+    node_comm, cores = _split_nodes(comm, n_emulated)
+    return _gather(comm, node_comm, cores)
+
+
+def _n_emulated_nodes() -> int:
+    text = os.environ.get(EMULATED_NODES, "1")
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"{EMULATED_NODES} must be a whole number of nodes, 1 or more, not {text!r}")
+    return int(text)
+
+
+def _split_nodes(comm: Any, n_emulated: int) -> tuple[Any, float]:
+    """Return the communicator of the ranks that share this one's memory, and the share of cores. Collective."""
+    from mpi4py import MPI
+
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.Get_rank())
+    cores = share_of_cores(machine.allgather(os.sched_getaffinity(0)), machine.Get_rank())
+    n_emulated = min(n_emulated, machine.Get_size())
+    if n_emulated == 1:
+        return machine, cores
+    colors = emulated_nodes(machine.Get_size(), n_emulated)
+    node = machine.Split(colors[machine.Get_rank()], key=comm.Get_rank())
+    machine.Free()
+    return node, cores
+
+
+def _gather(comm: Any, node_comm: Any, cores: float) -> RankInfo:
+    """Exchange the places of all ranks. Collective."""
+    from mpi4py import MPI
+
+    local_rank, local_size = node_comm.Get_rank(), node_comm.Get_size()
+    node_ranks = node_comm.allgather(comm.Get_rank())
+    first_ranks = sorted(set(comm.allgather(node_ranks[0])))
+    node = first_ranks.index(node_ranks[0])
+    n_rails = comm.allreduce(local_size, op=MPI.MIN)
+    rail = local_rank if local_rank < n_rails else MPI.UNDEFINED
+    return RankInfo(
+        comm=comm,
+        node_comm=node_comm,
+        rail_comm=comm.Split(rail, key=node),
+        rank=comm.Get_rank(),
+        size=comm.Get_size(),
+        local_rank=local_rank,
+        local_size=local_size,
+        node=node,
+        n_nodes=len(first_ranks),
+        node_ranks=node_ranks,
+        nodes=comm.allgather(node),
+        hosts=comm.allgather(socket.gethostname()),
+        n_rails=n_rails,
+        cores=cores,
+    )

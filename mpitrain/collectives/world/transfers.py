@@ -1,0 +1,186 @@
+"""Requests to the progress thread of another rank, made and awaited in compiled code (``kernels.native.service``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from mpitrain.collectives.world.background import (
+    LONGEST_BACKOFF_SECONDS,
+    SHORTEST_BACKOFF_SECONDS,
+    in_background,
+)
+from mpitrain.collectives.world.wakeup import WakeupPipe
+from mpitrain.kernels.native import lock_words, service
+from mpitrain.kernels.native.lock_words import OWNER_MASK
+
+Arrays = tuple[np.ndarray, np.ndarray]
+"""A block and its tags, which travel together."""
+
+# Polls without a pause, then the shortest and the longest pause between two polls, in microseconds.
+FOREGROUND = 200, 1, 20
+BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKOFF_SECONDS)
+
+
+class NativeMPI:
+    """MPI for compiled code: addresses of its functions, handles, sizes, and the words shared with the serving thread.
+
+    Args:
+        comm: The ranks.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        library = ctypes.CDLL(MPI.__file__)  # and the libraries it is linked with: MPI and the C library
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in service.FUNCTIONS]
+        self.functions = np.array(addresses, np.int64)
+        self.comm = ctypes.c_int64(MPI._handleof(comm)).value
+        self.byte = ctypes.c_int64(MPI._handleof(MPI.BYTE)).value
+        sizes: Any = {kind: MPI._sizeof(kind) for kind in (MPI.Request, MPI.Status)}
+        self.request_bytes, self.status_bytes = sizes[MPI.Request], sizes[MPI.Status]
+        self.error = MPI.Exception
+        self.pending: set[Transfer] = set()  # keeps memory that MPI reads and writes, even if the waiting thread fails
+        self.shared = np.zeros(service.SHARED_WORDS, np.int64)
+        self.wakeup, self._lock = WakeupPipe(), threading.Lock()
+        self._completed, self._may_watch = WakeupPipe(blocking=True), threading.Lock()
+        self._swap = lock_words.swap()
+
+    def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
+        """Let the serving thread wait for n requests, if it sleeps until the network wakes it. Local.
+
+        This thread sleeps in the meantime: two polling threads take twice as much from the one that computes.
+
+        Returns:
+            1 when the requests are complete, a negative error code of MPI, and 0 if this thread has to wait itself.
+        """
+        shared = self.shared
+        if not shared[service.TRUSTED] or not self._may_watch.acquire(blocking=False):
+            return 0
+        try:
+            if shared[service.OUTCOME] != service.NONE:
+                return 0
+            shared[service.N_WATCHED], shared[service.WAKEUP_OF_WATCHED] = n, self._completed.writes
+            shared[service.WATCHED], shared[service.WATCHED_STATUSES] = requests.ctypes.data, statuses.ctypes.data
+            if self._swap(shared, service.OUTCOME, service.NONE, service.WATCHING) != service.NONE:
+                return 0
+            self.wakeup.wake()
+            self._completed.wait()  # the serving thread writes the outcome first, and then to the pipe
+            outcome = int(shared[service.OUTCOME])
+            shared[service.OUTCOME] = service.NONE
+            return 1 if outcome == service.COMPLETE else outcome
+        finally:
+            self._may_watch.release()
+
+    def close(self, code: int) -> None:
+        """Refuse further watched requests, and return the current ones, when the serving thread has failed. Local.
+
+        Args:
+            code: The negative error code of MPI.
+        """
+        self.shared[service.TRUSTED] = 0
+        if self._swap(self.shared, service.OUTCOME, service.NONE, service.CLOSED) == service.WATCHING:
+            self.shared[service.OUTCOME] = code
+            self._completed.wake()
+
+    @contextmanager
+    def polling(self) -> Iterator[None]:
+        """Tell the serving thread that another thread polls MPI: it then polls too, with pauses. Local."""
+        with self._lock:
+            self.shared[service.POLLING] += 1
+        if self.shared[service.ASLEEP]:
+            self.wakeup.wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shared[service.POLLING] -= 1
+
+
+class Transfer:
+    """A pending request to another rank.
+
+    Args:
+        mpi: MPI for compiled code.
+        rank: The other rank.
+        words: The request.
+        here: (4,) Addresses and bytes of the blocks that are sent or received.
+        arrays: The owners of this memory.
+    """
+
+    def __init__(
+        self, mpi: NativeMPI, rank: int, words: np.ndarray, here: np.ndarray, arrays: Sequence[np.ndarray]
+    ) -> None:
+        n = service.n_messages(int(here[1]), int(here[3]))
+        self._mpi, self._words, self._arrays = mpi, words, arrays
+        self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
+        self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (mpi.request_bytes, mpi.status_bytes))
+        mpi.pending.add(self)
+        known = mpi.functions, mpi.comm, mpi.byte, mpi.request_bytes
+        self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
+
+    def wait(self) -> int:
+        """Wait until the request is complete, and return the lock word as it was before. Local.
+
+        Raises:
+            RuntimeError: The lock word was not what it must have been.
+        """
+        self._wait_for(self._n)
+        self._mpi.pending.discard(self)
+        found = int(self._header[0])
+        if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
+            owner = (found & OWNER_MASK) - 1
+            raise RuntimeError(f"the lock was taken over by rank {owner}: this rank was taken for dead")
+        return found
+
+    def wait_for_lock(self) -> float:
+        """Wait until this rank has the lock. Local.
+
+        Returns:
+            The seconds waited if another rank had the lock, else 0.
+        """
+        began = time.perf_counter()
+        self._wait_for(1)
+        return time.perf_counter() - began if self._header[1] else 0.0
+
+    def _wait_for(self, n: int) -> None:
+        """Wait until the first n MPI requests are complete."""
+        backoff = BACKGROUND if in_background() else FOREGROUND
+        if backoff is BACKGROUND and self._checked(self._mpi.watched(n, self._requests, self._statuses)):
+            return
+        waited = np.zeros(2, np.int64)
+        known = self._mpi.functions, n, self._requests, self._statuses, self._flag, polls_per_wakeup(), waited
+        with self._mpi.polling():
+            while not self._checked(service.wait_for_requests()(*known, *backoff)):
+                pass
+
+    def _checked(self, result: int) -> int:
+        if result < 0:
+            raise self._mpi.error(-result)
+        return result
+
+
+@functools.cache
+def polls_per_wakeup() -> int:
+    """Return how often a thread polls MPI between two pauses. Local.
+
+    Open MPI reads its sockets at the end of one call out of eight: the next call sees what arrived.
+    """
+    from mpi4py import MPI
+
+    return 9 if MPI.get_vendor()[0] == "Open MPI" else 1
+
+
+def pieces(*arrays: np.ndarray) -> list[Any]:
+    """Return the bytes of arrays in the pieces that the service sends, as MPI buffers. Local."""
+    from mpi4py import MPI
+
+    raws, size = [array.view(np.uint8) for array in arrays], service.PIECE_BYTES
+    return [[raw[at : at + size], MPI.BYTE] for raw in raws for at in range(0, raw.size, size)]

@@ -1,0 +1,76 @@
+"""Waking a thread that sleeps in ``poll(2)``: pipes, the files in which MPI waits for sockets, short time slices."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import select
+import struct
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from mpitrain.kernels.native import service
+
+SLICE_NANOSECONDS = 100_000
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
+
+
+class WakeupPipe:
+    """A pipe that one thread writes to wake another one.
+
+    Args:
+        blocking: Whether the other thread sleeps in ``wait``, and not in ``poll(2)`` with other files.
+    """
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.reads, self.writes = os.pipe()
+        os.set_blocking(self.reads, blocking)
+        os.set_blocking(self.writes, False)
+
+    def wake(self) -> None:
+        """Wake the other thread, now or when it sleeps next. Local."""
+        with suppress(BlockingIOError):  # the pipe is full: the thread will wake
+            os.write(self.writes, b"!")
+
+    def wait(self) -> None:
+        """Sleep until another thread calls ``wake``. Local."""
+        os.read(self.reads, service.DRAIN_BYTES)
+
+    def __del__(self) -> None:
+        for end in (self.reads, self.writes):
+            os.close(end)
+
+
+def event_files() -> list[int]:
+    """Return the epoll files of this process: an MPI waits for its sockets with one. Local; Linux only."""
+    found = []
+    for path in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError):  # the file of the folder itself is closed by now
+            if path.readlink().name == "anon_inode:[eventpoll]":
+                found.append(int(path.name))
+    return found
+
+
+def poll_structs(files: Sequence[int]) -> np.ndarray:
+    """Return a ``struct pollfd`` for each file, which waits until there is something to read. Local."""
+    kind = np.dtype([("fd", np.int32), ("events", np.int16), ("revents", np.int16)])
+    return np.array([(file, select.POLLIN, 0) for file in files], kind)
+
+
+def request_short_slices() -> None:
+    """Let this thread run soon after it wakes, and then only for a short time. Local.
+
+    Other threads compute on its core. A thread that wakes may otherwise wait for the end of their time slice, some
+    milliseconds. Linux 6.12 and later have a slice for each thread; before, and elsewhere, nothing happens.
+    """
+    number = SCHED_SETATTR.get(platform.machine())
+    if sys.platform == "linux" and number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        # struct sched_attr: its size, the normal policy, no flags; nice, no priority; the slice in nanoseconds.
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, SLICE_NANOSECONDS, 0, 0)
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)

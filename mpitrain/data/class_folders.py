@@ -1,0 +1,103 @@
+"""Class folders of files, in a folder or an archive, which is read without unpacking.
+
+    CLASS/.../FILE                    no split
+    train/CLASS/.../FILE, and test/   a split; val/ or validation/ is the test set if there is no test/
+
+Folders that contain everything else (`cifar10/train/...`) are ignored.
+"""
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from mpitrain.errors import UsageError
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
+TEST_NAMES = ("test", "val", "validation")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The class and the set of a file, according to its path."""
+
+    is_test: bool | None  # None: the source is not split
+    label: str
+
+
+def files(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the paths and streams of the files in a folder or archive, in a fixed order, without hidden files.
+
+    An archive is read from end to end and each of its files as a whole, so that damage is found here. A stream is valid
+    until the next one is requested.
+    """
+    if not source.exists():
+        raise UsageError(f"no {source}: give a folder of class folders, or an archive of one ({' '.join(ARCHIVES)})")
+    try:
+        if source.is_dir():
+            found = _in_folder(source)
+        elif source.name.lower().endswith(".zip"):
+            found = _in_zip(source)
+        elif source.name.lower().endswith(ARCHIVES):
+            found = _in_tar(source)
+        else:
+            raise UsageError(f"{source} is neither a folder nor an archive: give one of these ({' '.join(ARCHIVES)})")
+        for name, stream in found:
+            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                yield name, stream
+    except DAMAGE as error:
+        raise UsageError(
+            f"{source} cannot be read to its end ({error}): it is damaged or incomplete; download it again"
+        ) from error
+
+
+def places(names: Sequence[str]) -> list[Place]:
+    """Return the class and the set that each path names, given all paths."""
+    paths = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
+    while paths and len({path[0] for path in paths}) == 1 and min(map(len, paths)) > 2:
+        paths = [path[1:] for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        if len(path) < 2:
+            raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
+    tops = {path[0] for path in paths}
+    tests = tops & set(TEST_NAMES)
+    if "train" not in tops or not tests or tops - tests - {"train"}:
+        return [Place(None, path[0]) for path in paths]
+    if len(tests) > 1:
+        raise UsageError(f"both {' and '.join(sorted(tests))} beside train: keep one as the test set")
+    for name, path in zip(names, paths, strict=True):
+        if len(path) < 3:
+            raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
+    found = [Place(path[0] != "train", path[1]) for path in paths]
+    unknown = {place.label for place in found if place.is_test} - {place.label for place in found if not place.is_test}
+    if unknown:
+        raise UsageError(f"class {min(unknown)} is in {min(tests)} but not in train: a class needs training images")
+    return found
+
+
+def _in_folder(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                yield path.relative_to(source).as_posix(), stream
+
+
+def _in_zip(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield member.filename, BytesIO(archive.read(member))
+
+
+def _in_tar(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+    with tarfile.open(source) as archive:
+        for member in archive:
+            stream = archive.extractfile(member) if member.isfile() else None
+            if stream is not None:
+                yield member.name, BytesIO(stream.read())

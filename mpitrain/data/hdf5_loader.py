@@ -1,0 +1,87 @@
+"""Loading of data files: the ranks of a node read a part each, unless the file is too large for memory."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.data.dataset import Dataset, Normalisation
+from mpitrain.data.hdf5_format import SPLITS, Header, check_labels, open_data, read_header, reading
+from mpitrain.data.node_agreement import World, agree, all_ok
+from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
+
+
+def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
+    """Return the data set of a data file. Collective over the node.
+
+    `storage.py` says where its images are kept.
+    """
+    file, header = all_ok(world, lambda: _open(path))
+    preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
+    storage = STORAGES[agree(world, STORAGES.index(preferred))]
+
+    images: dict[str, Images] = {}
+    labels: dict[str, NDArray[np.int64]] = {}
+    for split in SPLITS:
+        if storage == "shared":
+            images[split] = MemoryImages(_read_shared(file[f"{split}/images"], world))
+            labels[split] = _read_shared(file[f"{split}/labels"], world, np.dtype(np.int64))
+        else:
+            images[split] = FileImages(file[f"{split}/images"], staging=storage == "private" and split == "train")
+            labels[split] = all_ok(world, partial(_read_labels, file, split))
+        check_labels(str(path), split, labels[split], len(header.classes))
+    if storage == "shared":
+        file.close()
+
+    scale = 255.0 if header.dtype == np.uint8 else 1.0
+    return Dataset(
+        name=path.stem,
+        classes=header.classes,
+        shape=header.shape,
+        normalisation=Normalisation(scale, tuple(header.mean.tolist()), tuple(header.std.tolist())),
+        storage=storage,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
+        photographs=header.dtype == np.uint8,
+        file=None if storage == "shared" else file,
+    )
+
+
+def _open(path: Path) -> tuple[h5py.File, Header]:
+    file = open_data(path)
+    try:
+        with reading(file):
+            return file, read_header(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read_labels(file: h5py.File, split: str) -> NDArray[np.int64]:
+    with reading(file):
+        labels: NDArray[np.int64] = file[f"{split}/labels"][:].astype(np.int64)
+        return labels
+
+
+def _read_shared(source: h5py.Dataset, world: World, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """Return the whole array in shared memory, of which each rank reads its part. Collective over the node."""
+    array = world.shared_array(source.shape, dtype or source.dtype)
+    row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
+    chunk = source.chunks[0] if source.chunks else 1
+    slab = max(1, MAX_READ_BYTES // (row_bytes * chunk)) * chunk
+    start, stop = share_of(len(source), world.local_rank, world.local_size, chunk)
+
+    def read() -> None:
+        for low in range(start, stop, slab):
+            rows = slice(low, min(low + slab, stop))
+            with reading(source.file):
+                source.read_direct(array, rows, rows)
+
+    all_ok(world, read)
+    return array

@@ -1,0 +1,232 @@
+"""Import of class folders of image files into a data file.
+
+The source is read twice, because an archive can only be read from end to end. The first pass reads names and image
+headers, from which classes, split, size and colours follow; the second pass decodes the images and writes each one
+once, a chunk at a time.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from mpitrain.data.class_folders import files, places
+from mpitrain.data.hdf5_format import SPLITS, SUFFIXES, create
+from mpitrain.data.stratified_split import stratified_split
+from mpitrain.errors import UsageError
+
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a channel, which Pillow would clip
+
+Decoded = Iterator[tuple[str, NDArray[np.uint8] | None]]  # name; (C, H, W), or None if it cannot be decoded
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The outcome of an import."""
+
+    target: Path
+    n_train: int
+    n_test: int
+    shape: tuple[int, int, int]  # (C, H, W)
+    classes: tuple[str, ...]
+    unreadable: tuple[str, ...]  # files that were left out
+
+
+@dataclass
+class Survey:
+    """The findings of the first pass."""
+
+    names: list[str] = field(default_factory=list)  # image files with a readable header, in the order of the source
+    unreadable: list[str] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (W, H)
+    coloured: bool = False
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The class and the set of each image file, in the order of the source."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    is_test: NDArray[np.bool_]
+
+
+def import_images(
+    source: Path,
+    target: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    progress: bool = True,
+) -> Imported:
+    """Write a data file from class folders of images.
+
+    The file appears when it is complete, and then replaces an older one.
+
+    Args:
+        source: A folder or archive of class folders; see `class_folders.py`.
+        target: The file to write.
+        size: (H, W) of the stored images; by default the most common size.
+        test_fraction: The share of each class to put into the test set, for a source that is not split.
+        seed: Decides which images those are.
+        skip_unreadable: Leave out images that cannot be decoded, instead of raising.
+        progress: Show a progress bar on standard error, if that is a terminal.
+    """
+    if target.suffix not in SUFFIXES or not target.parent.is_dir() or target.is_dir():
+        raise UsageError(f"cannot write {target}: give the path of an {SUFFIXES[0]} file in a folder that exists")
+    survey = _survey(source, progress)
+    _report_unreadable(survey.unreadable, skip_unreadable)
+    if not survey.names:
+        raise UsageError(f"{source} holds no images that Pillow can read: give class folders of image files")
+    assigned = _assign(source, survey.names, test_fraction, seed)
+    height, width = size or survey.sizes.most_common(1)[0][0][::-1]
+    shape = (3 if survey.coloured else 1, height, width)
+    by_name = {
+        name: (int(label), int(test)) for name, label, test in zip(survey.names, assigned.labels, assigned.is_test)
+    }
+    n_test = int(assigned.is_test.sum())
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with h5py.File(temporary, "w") as file:
+            create(file, classes=assigned.classes, shape=shape, n=(len(by_name) - n_test, n_test))
+            writer = _Writer(file)
+            unreadable = survey.unreadable + writer.fill(_decoded(source, by_name, shape, progress), by_name)
+            _report_unreadable(unreadable, skip_unreadable)
+            writer.close()
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Imported(target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable))
+
+
+def _assign(source: Path, names: list[str], test_fraction: float, seed: int) -> Assignment:
+    """Return the class and the set of each file: the source's own split, or a stratified one."""
+    found = places(names)
+    classes = tuple(sorted({place.label for place in found}))
+    labels = np.searchsorted(np.array(classes), [place.label for place in found]).astype(np.int64)
+    if found[0].is_test is None:
+        by_name = np.argsort(np.array(names))  # so that the split does not depend on the order of the source
+        is_test = np.empty(len(found), np.bool_)
+        is_test[by_name] = stratified_split(labels[by_name], test_fraction, seed)
+    else:
+        is_test = np.array([place.is_test for place in found])
+    if not is_test.any():
+        raise UsageError(f"{source} has one image a class, so none is left for testing: add images, or a test folder")
+    return Assignment(classes, labels, is_test)
+
+
+class _Writer:
+    """Fills a data file from front to back, a chunk at a time, and measures the training images meanwhile."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.file = file
+        self.n = [0, 0]  # images written to each split
+        chunks = [file[split]["images"].chunks for split in SPLITS]
+        self._images = [np.empty(chunk, np.uint8) for chunk in chunks]
+        self._labels = [np.empty(chunk[0], np.int64) for chunk in chunks]
+        self._waiting = [0, 0]
+        self._histogram = np.zeros((chunks[0][1], 256), np.int64)  # (C, 256) of the training images
+
+    def fill(self, images: Decoded, places: dict[str, tuple[int, int]]) -> list[str]:
+        """Write all images with their (label, split), and return the names of those that are None."""
+        unreadable = []
+        for name, image in images:
+            if image is None:
+                unreadable.append(name)
+                continue
+            label, split = places[name]
+            place = self._waiting[split]
+            self._images[split][place], self._labels[split][place] = image, label
+            self._waiting[split] += 1
+            if self._waiting[split] == len(self._labels[split]):
+                self._flush(split)
+        return unreadable
+
+    def close(self) -> None:
+        """Write the last chunk, drop the rows of skipped images, and store the mean and standard deviation."""
+        for split, name in enumerate(SPLITS):
+            self._flush(split)
+            if not self.n[split]:
+                raise UsageError(f"no {name} image could be decoded: repair the images")
+            for array in self.file[name].values():
+                array.resize(self.n[split], axis=0)
+        pixel = np.arange(256) / 255
+        share = self._histogram / self._histogram.sum(axis=1, keepdims=True)
+        mean = share @ pixel
+        std = np.sqrt(np.maximum(share @ pixel**2 - mean**2, 0))
+        self.file.attrs["mean"] = mean
+        self.file.attrs["std"] = np.where(std > 0, std, 1.0)  # a constant channel is not scaled
+
+    def _flush(self, split: int) -> None:
+        n, waiting = self.n[split], self._waiting[split]
+        images = self._images[split][:waiting]
+        group = self.file[SPLITS[split]]
+        group["images"][n : n + waiting] = images
+        group["labels"][n : n + waiting] = self._labels[split][:waiting]
+        if split == 0:
+            for channel, counts in enumerate(self._histogram):
+                counts += np.bincount(images[:, channel].ravel(), minlength=256)
+        self.n[split], self._waiting[split] = n + waiting, 0
+
+
+def _survey(source: Path, progress: bool) -> Survey:
+    """Read the headers of all images."""
+    survey = Survey()
+    Image.preinit()  # so that common formats are tried first
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = (item for item in files(source) if Path(item[0]).suffix.lower() in suffixes)
+    for name, stream in _bar(found, "reading headers", progress):
+        try:
+            with Image.open(stream) as image:
+                size, mode = image.size, image.mode
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            survey.unreadable.append(name)
+            continue
+        if mode in DEEP_MODES:
+            raise UsageError(f"{name} has more than 8 bits a channel ({mode}): convert it to 8 bits")
+        survey.names.append(name)
+        survey.sizes[size] += 1
+        survey.coloured |= mode not in ("1", "L", "LA")
+    return survey
+
+
+def _decoded(source: Path, wanted: Collection[str], shape: tuple[int, int, int], progress: bool) -> Decoded:
+    """Yield the wanted images in the order of the source."""
+    found = (item for item in files(source) if item[0] in wanted)
+    for name, stream in _bar(found, "decoding", progress, len(wanted)):
+        yield name, _decode(stream, shape)
+
+
+def _decode(stream: BinaryIO, shape: tuple[int, int, int]) -> NDArray[np.uint8] | None:
+    """Return an image in the given shape (C, H, W), or None if it cannot be decoded."""
+    channels, height, width = shape
+    try:
+        with Image.open(stream) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.moveaxis(np.asarray(image).reshape(height, width, channels), -1, 0)
+
+
+def _bar(
+    items: Iterator[tuple[str, BinaryIO]], what: str, progress: bool, total: int | None = None
+) -> Iterator[tuple[str, BinaryIO]]:
+    return iter(tqdm(items, desc=what, total=total, unit=" images", disable=None if progress else True))
+
+
+def _report_unreadable(names: list[str], skip: bool) -> None:
+    if names and not skip:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UsageError(f"{names[0]}{more} cannot be decoded: repair it, or leave it out with --skip-unreadable")

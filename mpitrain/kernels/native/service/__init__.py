@@ -1,0 +1,72 @@
+"""The service between nodes: each rank serves its memory to other nodes from a thread, in compiled code.
+
+``collectives.world.progress`` runs it. The compiled code calls MPI by the addresses of its functions and holds no
+interpreter lock. The serving thread also watches MPI requests for the background threads of its own rank.
+"""
+
+from mpitrain.kernels.native.service.client import ask, wait_for_requests
+from mpitrain.kernels.native.service.protocol import (
+    ACQUIRE,
+    ASLEEP,
+    BEFORE,
+    CLOSED,
+    COMPLETE,
+    DRAIN_BYTES,
+    FETCH,
+    FUNCTIONS,
+    HEADER_WORDS,
+    KIND,
+    N_PIECES,
+    N_WATCHED,
+    NONE,
+    OUTCOME,
+    PIECE_BYTES,
+    POLLING,
+    REQUEST_WORDS,
+    SHARED_WORDS,
+    STATE_WORDS,
+    STOP,
+    STORE,
+    SWAP,
+    TRUSTED,
+    WAKEUP_OF_WATCHED,
+    WATCHED,
+    WATCHED_STATUSES,
+    WATCHING,
+    n_messages,
+)
+from mpitrain.kernels.native.service.server import serve
+
+__all__ = [
+    "ask",
+    "serve",
+    "wait_for_requests",
+    "n_messages",
+    "SWAP",
+    "FETCH",
+    "ACQUIRE",
+    "STORE",
+    "KIND",
+    "BEFORE",
+    "REQUEST_WORDS",
+    "HEADER_WORDS",
+    "STATE_WORDS",
+    "PIECE_BYTES",
+    "N_PIECES",
+    "FUNCTIONS",
+    "DRAIN_BYTES",
+    "STOP",
+    "ASLEEP",
+    "POLLING",
+    "TRUSTED",
+    "OUTCOME",
+    "N_WATCHED",
+    "WATCHED",
+    "WATCHED_STATUSES",
+    "WAKEUP_OF_WATCHED",
+    "SHARED_WORDS",
+    "NONE",
+    "WATCHING",
+    "COMPLETE",
+    "CLOSED",
+]

@@ -1,0 +1,105 @@
+"""The client: sends a request to the server of another rank and waits for MPI requests, in compiled code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Final
+
+from mpitrain.kernels.compile import cache
+from mpitrain.kernels.native.service.protocol import (
+    HEADER_WORDS,
+    IRECV,
+    ISEND,
+    KIND,
+    PIECE_BYTES,
+    REQUEST_WORDS,
+    STORE,
+    STORED,
+    TAG,
+    TAG_REQUEST,
+    TESTALL,
+    USLEEP,
+)
+
+POLLS_PER_CALL: Final = 100  # of wait_for_requests
+
+_ASK: Final = f"""\
+from mpitrain.kernels.native.service.foreign import call
+
+SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], uint8[::1])"
+def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests):
+    at, tag = requests.ctypes.data, words[{TAG}]
+    stores = words[{KIND}] == {STORE}
+    code = call(functions[{IRECV}], (header.ctypes.data, 8 * {HEADER_WORDS}, byte, rank, tag, comm, at))
+    n = 1
+    for turn in range(2):
+        if (turn == 0) == stores:  # receives are posted before the request, sends follow it
+            code = code or call(
+                functions[{ISEND}],
+                (words.ctypes.data, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at + n * request_bytes),
+            )
+            n += 1
+            continue
+        for k in (0, 2):
+            here, left = stretches[k], stretches[k + 1]
+            while left > 0:
+                size = min(left, {PIECE_BYTES})
+                if stores:
+                    code = code or call(
+                        functions[{ISEND}], (here, size, byte, rank, {STORED} + tag, comm, at + n * request_bytes)
+                    )
+                else:
+                    code = code or call(functions[{IRECV}], (here, size, byte, rank, tag, comm, at + n * request_bytes))
+                n += 1
+                here += size
+                left -= size
+    return n if code == 0 else -code
+"""
+
+_WAIT_FOR_REQUESTS: Final = f"""\
+from mpitrain.kernels.native.service.foreign import call
+
+SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64, int64[::1], int64, int64, int64)"
+def wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n_spins, shortest, longest):
+    for _ in range({POLLS_PER_CALL}):
+        code = call(functions[{TESTALL}], (n, requests.ctypes.data, flag.ctypes.data, statuses.ctypes.data))
+        if code != 0:
+            return -code
+        if flag[0] != 0:
+            return 1
+        waited[0] += 1
+        if waited[0] < n_spins or waited[0] % n_polls != 0:
+            continue
+        nap = min(max(waited[1], shortest), longest)
+        call(functions[{USLEEP}], (nap,))
+        waited[1] += nap
+    return 0
+"""
+
+
+@functools.cache
+def ask() -> Callable[..., int]:
+    """Return the compiled function that sends a request to the server of a rank.
+
+    ``ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests)``
+
+    ``words`` is the request, ``stretches`` (4,) the addresses and sizes of the local memory to send or to receive into,
+    ``header`` receives the answer, and ``requests`` has room for ``n_messages`` MPI_Requests, the first of which is the
+    header's. All of this memory belongs to MPI until the requests complete. The result is the number of requests, or a
+    negative MPI error code.
+    """
+    return cache.compiled("ask", "words", _ASK)
+
+
+@functools.cache
+def wait_for_requests() -> Callable[..., int]:
+    """Return the compiled function that waits for n MPI requests.
+
+    ``wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n_spins, shortest, longest)``
+
+    It polls ``n_spins`` times without sleeping, then ``n_polls`` times between two sleeps of ``shortest`` to
+    ``longest`` microseconds. The result is 1 when all requests are complete, 0 after some time, so that Python can
+    handle signals, or a negative MPI error code. ``waited`` (2,), initially zeros, carries the state from call to call.
+    """
+    return cache.compiled("wait_for_requests", "words", _WAIT_FOR_REQUESTS)

@@ -1,0 +1,84 @@
+"""Messages to people: the logger ``mpitrain`` and the handler that writes its records to standard error.
+
+    level       line of rank 0             line of rank R
+    INFO        mpitrain: TEXT             mpitrain (rank R): TEXT
+    WARNING     mpitrain: warning: TEXT    mpitrain: warning (rank R): TEXT
+    ERROR       mpitrain: error: TEXT      mpitrain: error (rank R): TEXT
+    CRITICAL    mpitrain: TEXT             mpitrain (rank R): TEXT
+
+CRITICAL is for what happens to the run, such as the death of a rank. Below ERROR rank 0 speaks for all, except for
+records that concern one rank, ``logger.warning(text, extra=ANY_RANK)``, and after
+``logging.getLogger("mpitrain").setLevel("DEBUG")``. Records propagate, and carry the attribute ``rank``, for formats
+such as ``%(rank)d``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+ANY_RANK = {"any_rank": True}
+"""For ``extra``: the record is written whichever rank logs it."""
+
+_LABELS = {logging.WARNING: ": warning", logging.ERROR: ": error"}
+
+
+class LineFormatter(logging.Formatter):
+    """One line with the program's name, the kind of message and, unless it is 0, the rank."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        rank = getattr(record, "rank", 0)
+        where = f" (rank {rank})" if rank else ""
+        return f"mpitrain{_LABELS.get(record.levelno, '')}{where}: {record.getMessage()}"
+
+
+class StderrHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``, unless a handler of the application shows the record on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record and flush it."""
+        if _is_shown_by_application():
+            return
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def _is_shown_by_application() -> bool:
+    handlers = (*logger.handlers, *logging.getLogger().handlers)
+    streams = [handler.stream for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    return any(stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) for stream in streams)
+
+
+def set_rank(rank: int) -> None:
+    """Set the rank of this process, which is 0 at first. Local."""
+    _RankFilter.rank = rank
+
+
+class _RankFilter(logging.Filter):
+    """Gives every record its rank, and drops those for which rank 0 speaks."""
+
+    rank = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self.rank
+        is_of_rank = record.levelno >= logging.ERROR or getattr(record, "any_rank", False)
+        return self.rank == 0 or is_of_rank or logger.isEnabledFor(logging.DEBUG)
+
+
+logger = logging.getLogger("mpitrain")
+"""The logger of all modules."""
+
+
+def _install() -> None:
+    handler = StderrHandler()
+    handler.setFormatter(LineFormatter())
+    logger.addHandler(handler)
+    logger.addFilter(_RankFilter())
+    logger.setLevel(logging.INFO)
+
+
+_install()

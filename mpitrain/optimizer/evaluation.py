@@ -1,0 +1,111 @@
+"""What the method evaluates, in the model or as a vector, and the distance of the workers from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.errors import UsageError
+from mpitrain.kernels import gpu
+from mpitrain.optimizer.local_replica import LocalReplica
+
+MOST_MEASURED = 32
+"""Workers whose distance from the consensus is measured: reading all of a thousand would take minutes."""
+
+
+class Evaluation:
+    """Evaluates the method as this rank sees it.
+
+    Args:
+        base: The base optimizer, for the learning rate.
+        model: Holds the consensus inside ``consensus``.
+        method: What is evaluated.
+        replica: This rank's vectors and its worker.
+
+    Attributes:
+        is_shown: Whether the model holds the consensus now.
+    """
+
+    def __init__(
+        self, base: torch.optim.Optimizer, model: torch.nn.Module, method: Method, replica: LocalReplica
+    ) -> None:
+        self._base, self._model, self._method, self._replica = base, model, method, replica
+        self._scratch: Any = None  # (n,) where the worker's vectors are, from the first evaluation on
+        self.is_shown = False
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """Let the model hold what the method evaluates inside the block. Local."""
+        if self.is_shown:
+            raise UsageError("consensus() inside consensus(): the model already holds what the method evaluates")
+        with restored_buffers(self._model), self._replica.flat.swapped_parameters(self._evaluate()):
+            self.is_shown = True
+            try:
+                yield
+            finally:
+                self.is_shown = False
+
+    def consensus_vector(self) -> np.ndarray:
+        """Return what the method evaluates (n,), in host memory. Local."""
+        with self._replica.boundary.exchanging():
+            return gpu.to_host(self._evaluate())
+
+    def _evaluate(self) -> Any:
+        if self._scratch is None:
+            self._scratch = np.zeros_like(self._replica.group.x.local)
+        with self._replica.boundary.exchanging():
+            self._replica.worker.consensus(self._scratch)
+        return self._scratch
+
+    def spread(self, vector: np.ndarray) -> tuple[float, float]:
+        """Return the root mean square distance of the workers from ``vector`` (n,), and the elastic energy. Local.
+
+        Raises:
+            UsageError: On a rank that is not the first of its group.
+        """
+        group = self._replica.group
+        comm = group.workers
+        if comm is None:
+            raise UsageError("ask the first rank of a replica group for the spread of the workers")
+        alive = alive_ranks(comm)
+        squares: list[float] = []
+        with self._replica.boundary.exchanging():
+            for peer in alive[:: -(-len(alive) // MOST_MEASURED)]:
+                comm.read(group.x, peer, lambda x: squares.append(_square_distance(gpu.to_host(x), vector)))
+        mean = float(np.mean(squares))
+        learning_rate = max(float(param_group["lr"]) for param_group in self._base.param_groups)
+        rho = self._method.elastic_coefficient(comm.size, learning_rate)
+        return math.sqrt(mean), rho / 2 * len(alive_ranks(comm)) * mean
+
+
+@contextmanager
+def restored_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Restore a model's buffers at the end of the block, whether they were changed or replaced."""
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in saved:
+                module._buffers[name] = buffer.copy_(values)
+
+
+def _square_distance(a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> float:
+    """Return ||a - b||^2 in float64, computed block by block."""
+    total = 0.0
+    for start in range(0, a.size, block):
+        difference = a[start : start + block].astype(np.float64) - b[start : start + block]
+        total += float(difference @ difference)
+    return total

@@ -1,0 +1,111 @@
+"""What a rank has of the model: its parameters and gradients in vectors, and the worker that exchanges them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpitrain.algorithms.base.iterate_average import Average
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.worker import Worker
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.world.world import World
+from mpitrain.optimizer.exchange import EarlyGradients, ExchangeBoundary
+from mpitrain.optimizer.flat import FlatParameters, for_each_state_tensor
+from mpitrain.optimizer.fused_sgd import is_plain_sgd
+from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.optimizer.replica_group import ReplicaGroup
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """What the user chooses about a replica; see ``DistributedOptimizer``."""
+
+    seed: int
+    average: Average | None
+    replica_size: int
+    wire: str
+    fitness: Callable[[], float] | None
+
+
+@dataclass(frozen=True)
+class LocalReplica:
+    """This rank's copy of the model and its worker.
+
+    Attributes:
+        comm: All ranks.
+        group: The ranks that are one worker with this one, and the vectors.
+        flat: The model's parameters and gradients, which live in the group's vectors.
+        boundary: Around everything that the worker does.
+        worker: Exchanges the vectors by the method.
+        size: Ranks of the group.
+        fuses_update: Kernels make the local update instead of the base optimizer, which is a plain SGD on the host.
+        node_shared: The workers of a node share one vector of parameters, and make the local update on it.
+    """
+
+    comm: MPICommunicator
+    group: ReplicaGroup
+    flat: FlatParameters
+    boundary: ExchangeBoundary
+    worker: Worker
+    size: int
+    fuses_update: bool
+    node_shared: bool
+
+    @classmethod
+    def make(
+        cls,
+        base: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        method: Method,
+        *,
+        layout: FlatLayout,
+        world: World,
+        options: ReplicaOptions,
+    ) -> LocalReplica:
+        """Move the model into vectors, with the values it has on rank 0, and make its worker. Collective."""
+        size = options.replica_size
+        device = world.gpu if size == 1 and not method.on_host else None
+        comm = MPICommunicator(world, on_host=device is None, wire=options.wire)
+        for_each_state_tensor(model, comm.broadcast)
+        fuses = device is None and not method.owns_update and is_plain_sgd(base) and layout.may_be_fused
+        node_shared = fuses and method.node_shared and size == 1
+        group = ReplicaGroup(comm, size, layout.n, layout.dtype, node_shared=node_shared)
+        flat = FlatParameters(layout, group.x.local, group.g.local)
+        boundary = ExchangeBoundary(flat, device)
+        fitness = None if options.fitness is None else _fitness_of_vectors(options.fitness, flat)
+
+        def make_worker(workers: MPICommunicator) -> Worker:
+            replica = Replica(workers, group.x, group.g, options.seed, layout.layers, fitness, node_shared=node_shared)
+            worker = method.worker(replica)
+            return worker if options.average is None else options.average.wrap(worker, replica)
+
+        with boundary.exchanging():
+            comm.barrier()
+            worker = group.worker(make_worker, method.metrics)
+        if method.takes_gradients_early and size == 1 and not flat.staged:
+            early = EarlyGradients(worker, boundary)
+            flat.watch_gradients(early.ready, early.complete)
+        return cls(comm, group, flat, boundary, worker, size, fuses and not node_shared, node_shared)
+
+    def close(self) -> None:
+        """Give the parameters memory of their own, and the shared memory back. Collective."""
+        with self.boundary.exchanging():
+            self.flat.detach()
+            self.comm.barrier_of_survivors()
+            self.group.close()
+            self.comm.free()
+
+
+def _fitness_of_vectors(fitness: Callable[[], float], flat: FlatParameters) -> Callable[[np.ndarray], float]:
+    """Return the fitness of parameters (n,), from a function of what the model holds."""
+
+    def fitness_of(vector: np.ndarray) -> float:
+        with flat.swapped_parameters(vector):
+            return float(fitness())
+
+    return fitness_of

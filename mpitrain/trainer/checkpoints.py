@@ -1,0 +1,102 @@
+"""The hook that saves a run, and continues one from its newest checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpitrain.collectives.world.world import World
+from mpitrain.records import checkpoint
+from mpitrain.trainer.control import require_leader
+from mpitrain.trainer.evaluation import Evaluations
+from mpitrain.trainer.run import Hook, Run
+
+
+class Checkpoints(Hook):
+    """The checkpoints of a run.
+
+    Each rank writes its part: the state of the optimizer and of the random generators, counters and evaluations.
+
+    Args:
+        evaluations: The hook that evaluates the run.
+        saved_at: This rank's step in the checkpoint from which the run continues, if it does.
+    """
+
+    def __init__(self, evaluations: Evaluations, saved_at: int | None = None) -> None:
+        self._evaluations, self._saved_at = evaluations, saved_at
+        self._last: dict[str, Any] | None = None  # the state before the last exchange, to be written at the end
+
+    def is_due(self, run: Run) -> bool:
+        """Return whether a checkpoint follows this rank's step. Local."""
+        return run.folder is not None and run.calendar.checkpoint_is_due(run.step)
+
+    def save(self, run: Run) -> None:
+        """Stop all ranks and write a checkpoint, while the clock stands still. Collective."""
+        with run.clock.paused():
+            run.optimizer.wait()
+            run.world.barrier()
+            require_leader(run.world)
+            self._write(run, _state_of(run))
+
+    def on_last_step(self, run: Run) -> None:
+        """Copy the state before the last exchange: with a longer budget the run continues from there. Collective."""
+        has_moved = run.step != self._saved_at
+        has_any_moved = any(run.world.run_on_survivors(lambda comm: comm.allgather(has_moved)))
+        if run.folder is not None and run.is_complete and run.calendar.saves and has_any_moved:
+            self._last = _state_of(run)
+
+    def on_end(self, run: Run) -> None:
+        """Write the state before the last exchange, with the evaluation of the end. Collective."""
+        if self._last is not None:
+            self._write(run, self._last)
+            self._last = None
+
+    def _write(self, run: Run, state: dict[str, Any]) -> None:
+        """Write this rank's part and what has been evaluated so far. Collective."""
+        assert run.folder is not None
+        step = run.step
+        number = run.world.run_on_survivors(lambda comm: int(comm.bcast(step)))
+        state = {**state, **self._evaluations.state(run)}
+        path = checkpoint.save(run.folder / "checkpoints", number, state, run.world)
+        self._saved_at = run.step
+        run.hooks.on_checkpoint(run, path)
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Continue from this rank's part of a checkpoint. Collective."""
+        # A rank that had died continues from a copy of another rank's part.
+        run.optimizer.load_state_dict({**state["optimizer"], "rank": run.world.rank})
+        with torch.no_grad():
+            for name, buffer in run.model.named_buffers():
+                buffer.copy_(state["buffers"][name])
+        run.step, run.compute_seconds = state["step"], state["compute_seconds"]
+        run.optimizer.exchange_seconds = state["exchange_seconds"]
+        vars(run.optimizer.statistics).update(state["statistics"])
+        torch.set_rng_state(state["torch_rng"])
+        if run.world.device != "cpu" and state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], run.world.device)
+        run.batches.rng.set_state(state["augment_rng"])
+        self._evaluations.load_state(run, state)
+
+
+def load_newest(folder: Path, world: World) -> dict[str, Any]:
+    """Return this rank's part of the newest checkpoint of a run folder. Collective."""
+    return checkpoint.load_newest(folder / "checkpoints", world)
+
+
+def _state_of(run: Run) -> dict[str, Any]:
+    """Return this rank's part of a checkpoint, without evaluations. Local; between two barriers."""
+    return {
+        "optimizer": run.optimizer.state_dict(),
+        "buffers": dict(run.model.named_buffers()),
+        "step": run.step,
+        "loss": run.counters.loss,
+        "seconds": run.clock.seconds,
+        "compute_seconds": run.compute_seconds,
+        "exchange_seconds": run.optimizer.exchange_seconds,
+        "statistics": run.optimizer.statistics.numbers(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.world.device) if run.world.device != "cpu" else None,
+        "augment_rng": run.batches.rng.get_state(),
+    }

@@ -1,0 +1,43 @@
+"""The clock of a run, which stands still during evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds of training. Stands still until ``start``, in ``paused`` and after ``stop``.
+
+    Args:
+        seconds: Seconds of the run that is continued.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._since: float | None = None  # None: it stands still
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of training so far."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def start(self) -> None:
+        """Start the clock, or let it go on."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._seconds, self._since = self.seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for the duration of the context."""
+        was_running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if was_running:
+                self.start()

@@ -1,0 +1,147 @@
+"""The hook that stores totals and evaluations in ``RUN/metrics.h5``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpitrain.collectives.world.statistics import DISTANCE_BINS, SHARES, STALENESS_BINS
+from mpitrain.errors import UsageError, reason
+from mpitrain.log import logger
+from mpitrain.records.metrics import FAILURES, MetricsWriter
+from mpitrain.trainer.counters import HISTOGRAMS, METHOD_PREFIX, Totals
+from mpitrain.trainer.run import Hook, Point, Run
+
+
+def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the tables of a run.
+
+    Args:
+        n_workers: The number of ranks.
+        metrics: Names of the method's own metrics of each worker.
+    """
+    return {
+        "progress": [
+            *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
+            *(f"{name}_share" for name in SHARES),
+            *("n_nonfinite", "exchanges", "lock_wait_seconds"),
+            *("consensus_distance", "elastic_energy"),
+        ],
+        "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
+        # Sums over all workers; the table below has each worker's own.
+        "staleness": ["seconds", ("histogram", (STALENESS_BINS,)), ("distance", (DISTANCE_BINS,))],
+        "workers": [
+            "seconds",
+            *((name, (n_workers,)) for name in ("steps", "bytes", "exchanges", "lock_wait_seconds", "waiting_seconds")),
+            *((name, (n_workers, bins)) for name, bins in HISTOGRAMS.items()),
+        ],
+        **({"method": ["seconds", *((name, (n_workers,)) for name in metrics)]} if metrics else {}),
+    }
+
+
+class MetricsFile(Hook):
+    """The metrics of a run; nothing on ranks other than 0 and without a folder.
+
+    Args:
+        run_folder: The folder of the run.
+        rank: This rank.
+        wanted: The tables, from ``tables``.
+        metrics: Names of the method's own metrics.
+        continue_from: Seconds of the run that is resumed: later rows are dropped.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path | None,
+        rank: int,
+        wanted: dict[str, list[Any]],
+        metrics: Sequence[str] = (),
+        continue_from: float | None = None,
+    ) -> None:
+        self._names = tuple(metrics)
+        self._writer: MetricsWriter | None = None
+        if rank == 0 and run_folder is not None:
+            self._writer = _open(run_folder / "metrics.h5", wanted, continue_from)
+
+    def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
+        """Append rows to all tables; to that of the workers, whose rows grow with their number, only in full."""
+        if self._writer is None:
+            return
+        seconds, batch_size = run.clock.seconds, run.plan.config.batch_size
+        samples, scoreboard = totals.gradients * batch_size, totals.scoreboard
+        self._writer.append(
+            "progress",
+            seconds=seconds,
+            step=run.step,
+            gradients=totals.gradients,
+            samples=samples,
+            bytes=totals.bytes,
+            loss=totals.loss,
+            learning_rate=run.learning_rate,
+            samples_per_second=samples / max(seconds, 1e-9),
+            n_nonfinite=totals.n_nonfinite,
+            exchanges=totals.exchanges,
+            lock_wait_seconds=totals.lock_wait_seconds,
+            **{f"{name}_share": share for name, share in totals.shares.items()},
+        )
+        histograms = {"histogram": scoreboard["staleness"].sum(0), "distance": scoreboard["staleness_distance"].sum(0)}
+        self._writer.append("staleness", seconds=seconds, **histograms)
+        if self._names:
+            own = {name: scoreboard[METHOD_PREFIX + name] for name in self._names}
+            self._writer.append("method", seconds=seconds, **own)
+        if in_full:
+            self._writer.append(
+                "workers",
+                seconds=seconds,
+                **{name: scoreboard[name] for name in ("steps", "bytes", "exchanges", *HISTOGRAMS)},
+                lock_wait_seconds=scoreboard["lock_wait"],
+                waiting_seconds=scoreboard["waiting"],
+            )
+
+    def on_evaluation(self, run: Run, point: Point) -> None:
+        """Append the evaluation, and the spread of the workers to the progress."""
+        if self._writer is None:
+            return
+        spread = {name: getattr(point, name) for name in ("consensus_distance", "elastic_energy")}
+        row = {name: value for name, value in vars(point).items() if name not in spread}
+        self._writer.append("evaluation", **row)
+        at = {name: row[name] for name in ("seconds", "step", "gradients", "bytes")}
+        self._writer.append("progress", **at, **spread)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _open(path: Path, wanted: dict[str, list[Any]], continue_from: float | None) -> MetricsWriter | None:
+    """Open the file of a run, or replace one that cannot be read; return None where no file can be written.
+
+    Metrics are for plots: a run goes on without them.
+    """
+    try:
+        metrics = MetricsWriter(path, wanted)
+        if continue_from is not None:
+            for table in wanted:
+                metrics.truncate_after(table, "seconds", continue_from)
+        return metrics
+    except UsageError as error:
+        others = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+        aside = next(other for other in others if not other.exists())
+        logger.warning("%s: it is renamed to %s, and a new file begins", error, aside.name)
+    except FAILURES as error:
+        _warn_without(path, error)
+        return None
+    try:
+        path.rename(aside)
+        return MetricsWriter(path, wanted)
+    except (UsageError, *FAILURES) as error:
+        _warn_without(path, error)
+        return None
+
+
+def _warn_without(path: Path, error: Exception) -> None:
+    logger.warning("%s cannot be written (%s): this run has no metrics", path, reason(error))

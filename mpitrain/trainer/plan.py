@@ -1,0 +1,77 @@
+"""What a run is made of, built once from its options and passed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpitrain import algorithms
+from mpitrain.algorithms import Method
+from mpitrain.algorithms.base.iterate_average import Average
+from mpitrain.errors import UsageError
+from mpitrain.trainer.budget import Budget, Calendar
+from mpitrain.trainer.config import TrainConfig
+
+DEFAULT_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The options of a run and the objects that follow from them, without MPI and torch.
+
+    Attributes:
+        config: The options.
+        method: The method with its settings.
+        average: The average of the iterates that is evaluated instead of the method's own vector; None for none.
+        base_momentum: The momentum of the local SGD: 0 where the method makes the update itself.
+    """
+
+    config: TrainConfig
+    method: Method
+    average: Average | None
+    base_momentum: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunPlan:
+        """Return the plan of a configuration.
+
+        Raises:
+            UsageError: The method does not exist or refuses its settings, or the average does.
+        """
+        method = _method(config)
+        momentum = DEFAULT_MOMENTUM if config.momentum is None else config.momentum
+        return cls(
+            config=config,
+            method=method,
+            average=None if config.average is None else Average.parse(config.average),
+            base_momentum=0.0 if method.owns_update else momentum,
+        )
+
+    def n_workers(self, n_ranks: int) -> int:
+        """Return the number of workers that ranks form."""
+        return n_ranks // self.config.replica_size
+
+    def warnings(self, n_workers: int) -> list[str]:
+        """Return a line for each setting outside the region in which the method is proved to work."""
+        return list(self.method.warnings(n_workers, self.config.lr))
+
+    def budget(self, *, steps_per_epoch: int, n_ranks: int) -> Budget:
+        """Return when the run ends."""
+        return Budget(
+            self.config, steps_per_epoch=steps_per_epoch, n_ranks=n_ranks, synchronous=self.method.is_synchronous
+        )
+
+    def calendar(self, budget: Budget, *, steps_per_epoch: int) -> Calendar:
+        """Return when the run is evaluated and saved on the way."""
+        return Calendar(self.config, budget, steps_per_epoch=steps_per_epoch)
+
+
+def _method(config: TrainConfig) -> Method:
+    """Return the method; ``--momentum`` is its own setting where it makes the update itself."""
+    method = algorithms.create(config.algorithm, config.settings)
+    if not method.owns_update or config.momentum is None:
+        return method
+    if "momentum" not in method.settings():
+        raise UsageError(f"{method.name} makes the update itself, without momentum: leave --momentum out")
+    if "momentum" in config.settings:
+        raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
+    return algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})

@@ -1,0 +1,45 @@
+"""The result document of a run: the content of ``RUN/result.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpitrain.trainer import runfolder
+from mpitrain.trainer.run import Run
+
+
+def document(run: Run) -> dict[str, Any]:
+    """Return the result as rank 0 knows it. Local; rank 0 only, after the last exchange."""
+    plan, config, world, totals = run.plan, run.plan.config, run.world, run.counters.totals()
+    n_workers, seconds = plan.n_workers(world.size), run.clock.seconds
+    found: dict[str, Any] = {
+        "algorithm": plan.method.name,
+        "settings": plan.method.settings(),
+        "warnings": plan.warnings(n_workers),
+        "data": config.data,
+        "model": config.model,
+        "ranks": world.size,
+        "died": sorted(world.dead),
+        "workers": n_workers,
+        "replica_size": config.replica_size,
+        "wire": config.wire,
+        "complete": run.is_complete,
+    }
+    if run.is_complete:
+        found |= {"test_accuracy": run.points[-1].test_accuracy, "test_loss": run.points[-1].test_loss}
+    return found | {
+        "train_loss": totals.loss,
+        "seconds": seconds,
+        "steps": run.step,
+        "steps_of_ranks": totals.steps_of_ranks,
+        "gradients": totals.gradients,
+        "bytes_sent": totals.bytes,
+        "n_nonfinite": totals.n_nonfinite,
+        "samples_per_second": totals.gradients * config.batch_size / max(seconds, 1e-9),
+        "shares": totals.shares,
+        "parameters": run.optimizer.n_parameters,
+        "evaluation": [vars(point) for point in run.points],
+        "out": None if run.folder is None else str(run.folder),
+        "world": world.describe(),
+        "versions": runfolder.versions(),
+    }

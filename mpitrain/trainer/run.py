@@ -1,0 +1,233 @@
+"""A training run on one rank, and the interface of the hooks that accompany it.
+
+A hook overrides the events it wants, reads the run and, on rank 0, may end it:
+
+    class StopEarly(Hook):
+        def on_evaluation(self, run, point):
+            if point.test_accuracy > 0.99:
+                run.request_stop()
+
+    train(config, world, hooks=[StopEarly()])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mpitrain.collectives.world.world import World
+from mpitrain.optimizer.distributed import DistributedOptimizer
+from mpitrain.trainer.batches import Batches
+from mpitrain.trainer.budget import Budget, Calendar
+from mpitrain.trainer.clock import Clock
+from mpitrain.trainer.counters import Counters, Totals
+from mpitrain.trainer.plan import RunPlan
+
+SECONDS_BETWEEN_TOTALS = 0.25
+
+
+@dataclass
+class Point:
+    """An evaluation, and the state of the run at its moment.
+
+    Attributes:
+        seconds: Seconds of training.
+        step: Steps of rank 0.
+        gradients, bytes: Totals over all ranks.
+        epoch: Epochs of rank 0.
+        consensus_distance: Distance of the workers' parameters from the evaluated vector: the root of the mean square
+            over the workers (over some of them, where there are many).
+        elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
+        test_loss: Mean cross entropy over the test set.
+        test_accuracy: 0 to 1.
+    """
+
+    seconds: float
+    step: int
+    gradients: int
+    bytes: int
+    epoch: float
+    consensus_distance: float
+    elastic_energy: float = 0.0
+    test_loss: float = float("nan")
+    test_accuracy: float = float("nan")
+
+
+class Hook:
+    """Something that accompanies a run. All ranks have the same hooks in the same order."""
+
+    def on_start(self, run: Run) -> None:
+        """Act before the first step. On all ranks, at the same time."""
+
+    def on_step(self, run: Run) -> None:
+        """Act after a step. On all ranks, each after its own."""
+
+    def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
+        """Act on the totals of all ranks. On rank 0, a few times a second, at evaluations and at the end.
+
+        Args:
+            run: The run.
+            totals: The totals.
+            in_full: Whether this is an evaluation or the end, when details per worker are worth their space.
+        """
+
+    def on_evaluation(self, run: Run, point: Point) -> None:
+        """Act on an evaluation. On rank 0."""
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """Act on a checkpoint that all ranks have written. On all ranks, at the same time."""
+
+    def on_last_step(self, run: Run) -> None:
+        """Act after this rank's last step and before the last exchange. On all ranks."""
+
+    def on_end(self, run: Run) -> None:
+        """Act after the last exchange and before the result is written. On all ranks, at the same time."""
+
+    def close(self) -> None:
+        """Release resources, after errors as well. On all ranks; local."""
+
+
+class Hooks(Hook):
+    """Several hooks as one: each event reaches them in order."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = tuple(hooks)
+
+    def on_start(self, run: Run) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_start(run)
+
+    def on_step(self, run: Run) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_step(run)
+
+    def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_totals(run, totals, in_full=in_full)
+
+    def on_evaluation(self, run: Run, point: Point) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_evaluation(run, point)
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_checkpoint(run, path)
+
+    def on_last_step(self, run: Run) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_last_step(run)
+
+    def on_end(self, run: Run) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_end(run)
+
+    def close(self) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.close()
+
+
+@dataclass
+class Run:
+    """One run on one rank.
+
+    Attributes:
+        plan: The options and what follows from them.
+        world: The ranks.
+        folder: The run's folder, if it has one.
+        batches: The mini-batches of this rank.
+        model: The model that is trained.
+        optimizer: The distributed optimizer of its parameters.
+        budget, calendar: When the run ends, is evaluated and saved.
+        counters: The counters of all ranks.
+        clock: The time of training.
+        hooks: All hooks.
+        step: Steps made by this rank.
+        compute_seconds: Seconds of this rank outside exchanges.
+        points: The evaluations so far; on rank 0.
+        is_stopped: Whether this rank has followed an order to stop.
+        stop_requested: Whether a hook has asked for the end of the run; on rank 0.
+        is_complete: Whether the run has come to its end and was not interrupted; known after the last step.
+    """
+
+    plan: RunPlan
+    world: World
+    folder: Path | None
+    batches: Batches
+    model: torch.nn.Module
+    optimizer: DistributedOptimizer
+    budget: Budget
+    calendar: Calendar
+    counters: Counters
+    clock: Clock
+    hooks: Hook
+    step: int = 0
+    compute_seconds: float = 0.0
+    points: list[Point] = field(default_factory=list)
+    is_stopped: bool = False
+    stop_requested: bool = False
+    is_complete: bool = False
+    _reported: float = field(default=-1.0, repr=False)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, which evaluates, records and gives orders."""
+        return self.world.rank == 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank makes no more steps."""
+        return self.is_stopped or self.budget.is_over(self.step)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def request_stop(self) -> None:
+        """End the run as if its budget were used up. Local; rank 0 only."""
+        self.stop_requested = True
+
+    def end_step(self, loss: float, began: float, exchange_before: float) -> None:
+        """Count a step that has been made. Local.
+
+        Args:
+            loss: The loss of the mini-batch.
+            began: ``time.perf_counter()`` at the beginning of the step.
+            exchange_before: The optimizer's seconds of exchanges then.
+        """
+        self.step += 1
+        exchange = self.optimizer.exchange_seconds - exchange_before
+        self.compute_seconds += time.perf_counter() - began - exchange
+        self.counters.add_loss(loss)
+        self.publish()
+        if self.is_leader:
+            self.report_totals()
+
+    def publish(self) -> None:
+        """Publish this rank's counters. Local."""
+        self.counters.publish(
+            step=self.step,
+            compute=self.compute_seconds,
+            exchange=self.optimizer.exchange_seconds,
+            statistics=self.optimizer.statistics,
+            metrics=self.optimizer.metrics(),
+        )
+
+    def report_totals(self, *, in_full: bool = False) -> None:
+        """Show the hooks the totals of all ranks, if it is time or ``in_full``. Local; rank 0 only."""
+        seconds = self.clock.seconds
+        if in_full or seconds - self._reported >= SECONDS_BETWEEN_TOTALS:
+            self._reported = seconds
+            self.hooks.on_totals(self, self.counters.totals(), in_full=in_full)

@@ -1,0 +1,96 @@
+"""The options that ``mpitrain simulate`` has beside those of a real run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mpitrain.errors import UsageError
+from mpitrain.trainer.options import (
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_INFINITE,
+    check_ranges,
+    number_for_rank,
+    option,
+    straggler,
+)
+
+SHARED = (
+    *("algorithm", "settings", "data", "model", "batch_size", "lr", "momentum", "weight_decay", "average", "sampling"),
+    *("seed", "out", "epochs", "gradients"),
+)
+"""The fields of ``TrainConfig`` that are options of ``mpitrain simulate`` too."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The workers of a simulation, their time and the network. Each field declares its option."""
+
+    seconds: float | None = option(None, "seconds of virtual time", parse=float, within=POSITIVE, group="budget")
+    workers: int = option(16, "number of workers", parse=int, within=POSITIVE)
+    workers_per_node: int | None = option(
+        None,
+        "consecutive workers that share a node",
+        parse=int,
+        within=POSITIVE,
+        metavar="N",
+        default_text="all on one node",
+    )
+    step_seconds: float = option(0.01, "virtual time of a gradient, in seconds", parse=float, within=POSITIVE)
+    jitter: float = option(
+        0.0, "spread of that time: the standard deviation of its logarithm", parse=float, within=NON_NEGATIVE
+    )
+    latency: float = option(
+        0.0, "virtual time of an exchange without its bytes", parse=float, within=NON_NEGATIVE, metavar="SECONDS"
+    )
+    bandwidth: float = option(
+        math.inf,
+        "bandwidth of a worker's link",
+        parse=float,
+        within=POSITIVE_OR_INFINITE,
+        metavar="BYTES/S",
+        default_text="unlimited",
+    )
+    straggler: tuple[tuple[int, float], ...] = option(
+        (),
+        "a worker that is slower by a factor; may be given several times",
+        parse=straggler,
+        metavar="RANK:FACTOR",
+        repeated=True,
+        collect=tuple,
+    )
+    death: tuple[tuple[int, float], ...] = option(
+        (),
+        "the virtual time at which a worker dies; may be given several times",
+        parse=number_for_rank("RANK:SECONDS, such as 3:1.5"),
+        metavar="RANK:SECONDS",
+        repeated=True,
+        collect=tuple,
+    )
+    evaluations: int = option(10, "evaluations, evenly spread over the run", parse=int, within=POSITIVE)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        workers = f"a worker from 0 to {self.workers - 1}"
+        for rank, factor in self.straggler:
+            if not (0 <= rank < self.workers and 1 <= factor < math.inf):
+                raise UsageError(f"--straggler {rank}:{factor:g} must be {workers} and a factor of 1 or more")
+        for rank, seconds in self.death:
+            if not (0 <= rank < self.workers and 0 <= seconds < math.inf):
+                raise UsageError(f"--death {rank}:{seconds:g} must be {workers} and a time of 0 or more")
+        if len({rank for rank, _ in self.death}) == self.workers:
+            raise UsageError("--death must leave a worker alive")
+
+    def step_seconds_of_workers(self) -> list[float]:
+        """Return the virtual time of each worker's gradient."""
+        seconds = [self.step_seconds] * self.workers
+        for rank, factor in self.straggler:
+            seconds[rank] *= factor
+        return seconds
+
+    def nodes_of_workers(self) -> list[int] | None:
+        """Return the node of each worker; None where all share one."""
+        if self.workers_per_node is None:
+            return None
+        return [rank // self.workers_per_node for rank in range(self.workers)]

@@ -1,0 +1,32 @@
+"""The part of a world that checkpoints need, without MPI."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class LoneWorld:
+    """A rank whose collectives involve no other, whatever the size of its world.
+
+    Args:
+        rank: This rank.
+        size: The number of ranks.
+        dead: Those that have died.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, dead: Iterable[int] = ()) -> None:
+        self.rank, self.size, self.dead = rank, size, frozenset(dead)
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def run_on_survivors(self, collective: Callable[[Any], Any]) -> Any:
+        """Return the result of ``collective``, with this object as the communicator."""
+        return collective(self)
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Return a list of the one value."""
+        return [value]
+
+    def bcast(self, value: Any) -> Any:
+        """Return the value."""
+        return value
