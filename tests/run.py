@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,18 +24,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from support.launching import MPIS, Finished, launch, python
+from support.launching import MPIS, Finished, end_all, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
 
-# Only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the tier "test" the
-# tests on ranks run under the first MPI, and those of these files and folders under the others too.
+# Of the package only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the
+# tier "test" all tests on ranks run under the first MPI, and under the others those of these files and folders.
 UNDER_EVERY_MPI = (
     "tests/collectives",
-    "tests/algorithms/test_simulated_and_real.py",  # every method
+    "tests/algorithms/test_simulated_and_real.py",  # every synchronous method
+    "tests/algorithms/elastic/test_elastic_ranks.py",  # an asynchronous one
+    "tests/optimizer/test_ranks.py",  # parameters of torch in windows
     "tests/records/test_checkpoint.py",
     "tests/trainer/test_control.py",
+    "tests/benchmarks/test_collectives.py",  # these call MPI themselves
+    "tests/benchmarks/test_windows.py",
     "tests/test_ranks_launched.py",
 )
 
@@ -131,12 +136,17 @@ def run(
     verdicts: dict[Launch, Verdict] = {}
     for at_once in groups(launches, CORES):
         with ThreadPoolExecutor(len(at_once)) as pool:
-            for this, finished in zip(at_once, pool.map(finished_of, at_once), strict=True):
-                verdict = judge(finished, may_be_empty=selective)
-                verdicts[this] = verdict
-                if verbose or not verdict.good:
-                    print(finished.output.rstrip())
-                print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
+            try:
+                outcomes = list(pool.map(finished_of, at_once))
+            except KeyboardInterrupt:
+                end_all()  # each leads a session of its own and does not see the signal
+                raise
+        for this, finished in zip(at_once, outcomes, strict=True):
+            verdict = judge(finished, may_be_empty=selective)
+            verdicts[this] = verdict
+            if verbose or not verdict.good:
+                print(finished.output.rstrip())
+            print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
     return summarize(verdicts, time.monotonic() - began)
 
 
@@ -184,6 +194,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     mpis = args.mpi.split(",") if args.mpi else list(MPIS[:1] if args.tier == "check" else MPIS)
     for mpi in mpis:
         if mpi not in (*MPIS, "active"):
@@ -200,4 +211,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -20,6 +20,8 @@ LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_
 LAUNCHER_NAMES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
 unmarked_test: str | None = None
 """The test that is running, if it is not marked `launches`. It may start no ranks, so that `make check` stays fast."""
 
@@ -88,16 +90,24 @@ def launch(
             start_new_session=True,
         )
         timed_out = False
+        _running.add(process)
         try:
             process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
             _end_session(process)
+            _running.discard(process)
         seconds = time.monotonic() - start
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Finished(process.returncode, text, seconds, timed_out)
+
+
+def end_all() -> None:
+    """End all commands that `launch` has started and other threads wait for."""
+    for process in list(_running):
+        _end_session(process)
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
