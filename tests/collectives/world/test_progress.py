@@ -109,7 +109,7 @@ SERVED = {
     "MPI_Isend": 7,
     "MPI_Irecv": 7,
     "MPI_Testall": 4,
-}  # functions of MPI and their numbers of arguments
+}  # numbers of arguments
 
 
 @pytest.fixture
