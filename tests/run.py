@@ -139,7 +139,8 @@ def run(
             try:
                 outcomes = list(pool.map(finished_of, at_once))
             except KeyboardInterrupt:
-                end_all()  # each leads a session of its own and does not see the signal
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
+                end_all()  # each launch leads a session of its own, which the signal does not reach
                 raise
         for this, finished in zip(at_once, outcomes, strict=True):
             verdict = judge(finished, may_be_empty=selective)

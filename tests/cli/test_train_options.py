@@ -19,7 +19,7 @@ from support.plain_sgd import DATA, MODEL, STEPS
 
 from mpitrain.cli import train as command
 from mpitrain.cli.main import main
-from mpitrain.data import hdf5
+from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
 from mpitrain.records import checkpoint
 from mpitrain.trainer import batches, loop
@@ -156,7 +156,7 @@ def augment(bench: Bench) -> None:
     file = bench.folder / "images.h5"
     draw = np.random.default_rng(0)
     with h5py.File(file, "w") as content:
-        hdf5.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(32, 8))
+        hdf5_format.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(32, 8))
         for split in ("train", "test"):
             content[split]["images"][...] = draw.integers(0, 255, content[split]["images"].shape)
         content.attrs["mean"], content.attrs["std"] = np.full(1, 0.5), np.full(1, 0.2)
