@@ -91,6 +91,11 @@ def is_property(function: Function) -> bool:
     return any("property" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+def is_setter(node: ast.AST) -> bool:
+    """Whether a function sets a property, whose getter has the docstring."""
+    return isinstance(node, Function) and any(ast.unparse(one).endswith(".setter") for one in node.decorator_list)
+
+
 def opening_objection(function: Function) -> str | None:
     """Return what is wrong with the first word of a function's docstring, None if nothing is."""
     text = ast.get_docstring(function)
@@ -131,7 +136,7 @@ def documentation_problems(sources: Mapping[str, str]) -> list[str]:
             objection = opening_objection(node) if isinstance(node, Function) else None
             if objection is not None:
                 yield node.lineno, f"{name} {objection}"
-            if node.name.startswith("_"):
+            if node.name.startswith("_") or is_setter(node):
                 continue
             if ast.get_docstring(node) is None and not (owner and is_inherited(owner, node.name)):
                 yield node.lineno, f"{name} has no docstring"

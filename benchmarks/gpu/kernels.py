@@ -62,28 +62,33 @@ TORCH_BAR = ("of_torch", 2.5, "at least 2.5 x faster than torch eager")
 
 
 def eager_elastic_exchange(x: Any, c: Any, a_w: float, a_c: float) -> None:
+    """Exchange elastically, x and c from their old values."""
     d = x - c
     x -= a_w * d
     c += a_c * d
 
 
 def eager_elastic_sync(x: Any, c: Any, s: Any, a_w: float, a_c: float, p: float) -> None:
+    """Exchange elastically with the sum s of p workers."""
     d = s - p * c
     x -= a_w * (x - c)
     c += a_c * d
 
 
 def eager_sgd_step(x: Any, g: Any, eta: float, decay: float) -> None:
+    """Make a step of SGD with weight decay."""
     x -= eta * (g + decay * x)
 
 
 def eager_momentum_step(x: Any, v: Any, g: Any, eta: float, delta: float, decay: float) -> None:
+    """Make a step of SGD with momentum, as torch defines it."""
     v *= delta
     v += g + decay * x
     x -= eta * v
 
 
 def eager_eamsgd_step(x: Any, v: Any, g: Any, y: Any, eta: float, delta: float, decay: float) -> None:
+    """Make the Nesterov step of EAMSGD."""
     v *= delta
     v -= eta * (g + decay * y)
     x += v
@@ -91,12 +96,14 @@ def eager_eamsgd_step(x: Any, v: Any, g: Any, y: Any, eta: float, delta: float, 
 
 
 def eager_symmetric_average(x: Any, z: Any) -> None:
+    """Move x and z to their mean."""
     d = z - x
     x += 0.5 * d
     z -= 0.5 * d
 
 
 def eager_sum_everywhere(z1: Any, z2: Any, a: float) -> None:
+    """Replace both vectors by their scaled sum."""
     z1 += z2
     z1 *= a
     z2[:] = z1
@@ -105,29 +112,34 @@ def eager_sum_everywhere(z1: Any, z2: Any, a: float) -> None:
 def eager_mean_momentum_step(
     x: Any, v: Any, z1: Any, z2: Any, a: float, eta: float, delta: float, decay: float
 ) -> None:
+    """Make a momentum step with the scaled sum of two gradients."""
     v *= delta
     v += a * (z1 + z2) + decay * x
     x -= eta * v
 
 
 def torch_elastic_sync(x: Any, c: Any, s: Any, a_w: float, a_c: float, p: float) -> None:
+    """Exchange with the sum of p workers by torch's in-place operations."""
     d = torch.sub(s, c, alpha=p)
     x.lerp_(c, a_w)
     c.add_(d, alpha=a_c)
 
 
 def torch_eamsgd_step(x: Any, v: Any, g: Any, y: Any, eta: float, delta: float, decay: float) -> None:
+    """Make the Nesterov step of EAMSGD by torch's in-place operations."""
     v.mul_(delta).sub_(g, alpha=eta).sub_(y, alpha=eta * decay)
     x.add_(v)
     torch.add(x, v, alpha=delta, out=y)
 
 
 def torch_symmetric_average(x: Any, z: Any) -> None:
+    """Move x and z to their mean by torch's in-place operations."""
     x.lerp_(z, 0.5)
     z.copy_(x)
 
 
 def torch_sum_everywhere(z1: Any, z2: Any, a: float) -> None:
+    """Replace both vectors by their scaled sum, by torch's in-place operations."""
     z1.add_(z2).mul_(a)
     z2.copy_(z1)
 
@@ -135,6 +147,7 @@ def torch_sum_everywhere(z1: Any, z2: Any, a: float) -> None:
 def torch_mean_momentum_step(
     x: Any, v: Any, z1: Any, z2: Any, a: float, eta: float, delta: float, decay: float
 ) -> None:
+    """Make a momentum step with the scaled sum of two gradients by torch's in-place operations."""
     g = torch.add(z1, z2)
     v.mul_(delta).add_(g, alpha=a).add_(x, alpha=decay)
     x.sub_(v, alpha=eta)

@@ -56,16 +56,19 @@ FEWEST_UPDATED = 2  # arrays of a fused kernel
 
 
 def torch_elastic_exchange(x: Any, c: Any, a_w: float, a_c: float) -> None:
+    """Exchange elastically by torch's in-place operations."""
     d = x - c
     x.sub_(d, alpha=a_w)
     c.add_(d, alpha=a_c)
 
 
 def torch_sgd_step(x: Any, g: Any, eta: float, decay: float) -> None:
+    """Make a step of SGD by torch's in-place operations."""
     x.mul_(1 - eta * decay).sub_(g, alpha=eta)
 
 
 def torch_momentum_step(x: Any, v: Any, g: Any, eta: float, delta: float, decay: float) -> None:
+    """Make a momentum step by torch's in-place operations."""
     v.mul_(delta).add_(g).add_(x, alpha=decay)
     x.sub_(v, alpha=eta)
 
@@ -246,6 +249,7 @@ def hardware() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=8_000_000, help="elements of a vector (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=21, help="runs of each (default: %(default)s)")

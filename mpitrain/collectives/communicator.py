@@ -24,7 +24,8 @@ class Vector(Protocol):
     """
 
     @property
-    def local(self) -> Any: ...
+    def local(self) -> Any:
+        """This worker's own array, (n,)."""
 
 
 class Pending(Protocol):

@@ -21,15 +21,29 @@ class World(Protocol):
     """The part of a world that loading data needs."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The rank of this process."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of ranks."""
+        ...
+
     @property
-    def local_rank(self) -> int: ...
+    def local_rank(self) -> int:
+        """The rank within the node."""
+        ...
+
     @property
-    def local_size(self) -> int: ...
+    def local_size(self) -> int:
+        """The number of ranks of the node."""
+        ...
+
     @property
-    def node(self) -> int: ...
+    def node(self) -> int:
+        """The index of the node."""
+        ...
 
     def shared_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray[Any, Any]:
         """Allocate one array of zeros that all ranks of the node see. Collective over the node."""
