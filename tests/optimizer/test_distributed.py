@@ -400,6 +400,30 @@ def test_a_direct_step_of_the_base_warns_once(world, base, method):
         train(model, made, 1)
 
 
+def test_after_close_the_base_steps_without_a_warning(world):
+    model = mlp()
+    base = sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with DistributedOptimizer(base, model, EASGD(period=1)) as optimizer:
+            train(model, optimizer, 1)
+        train(model, base, 1)
+
+
+@pytest.mark.parametrize("base", ["momentum", "adamw"])
+def test_the_base_forgets_a_gradient_that_was_not_finite(world, base):
+    model = mlp()
+    made = BASES[base](model)
+    with DistributedOptimizer(made, model, EASGD(period=1)) as optimizer:
+        for t in range(4):
+            optimizer.zero_grad()
+            (loss_of(model) * (float("nan") if t == 1 else 1.0)).backward()
+            optimizer.step()
+            world.barrier()
+        for tensor in (*model.parameters(), *(v for state in made.state.values() for v in state.values())):
+            assert torch.isfinite(tensor).all()
+
+
 def refused(match, make):
     with pytest.raises(UsageError, match=match) as error:
         make()

@@ -170,6 +170,23 @@ def test_detached_parameters_keep_their_values_in_memory_of_their_own():
     assert all(p.grad is None for p in parameters)
 
 
+def test_gradients_are_reported_until_the_parameters_are_detached():
+    model = nn.Linear(3, 2)
+    flat, _, g = attached(list(model.parameters()))
+    parts = (slice(0, 6), slice(16, 18))
+    reports = []
+    flat.watch_gradients(lambda layer: reports.append((layer, g[parts[layer]].tolist())), lambda: reports.append("end"))
+    for factor in (1.0, 3.0):
+        flat.release_gradients()
+        (factor * model(torch.ones(1, 3))).sum().backward()
+        assert sorted(reports[:2]) == [(0, [factor] * 6), (1, [factor] * 2)]
+        assert reports[2:] == ["end"]
+        reports.clear()
+    flat.detach()
+    model(torch.ones(1, 3)).sum().backward()
+    assert reports == []
+
+
 @pytest.mark.parametrize(
     "move", [lambda m: m.double(), lambda m: m.half(), lambda m: setattr(m.weight, "data", m.weight.data.clone())]
 )
