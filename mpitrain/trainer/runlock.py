@@ -2,8 +2,8 @@
 
     RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
 
-Rank 0 creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. A rank 0 that
-is killed leaves the file behind. Another job takes it over
+Rank 0 creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. If it is
+killed the file remains. Another job takes it over
 
 - at once, if the owner was a process of this machine that is gone, or this SLURM job before it was requeued;
 - otherwise, once the file has not been touched for two minutes by the clock of the file system.
@@ -145,7 +145,7 @@ def is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """Return an identity of this boot of this machine and of its process namespace: containers may share a host name."""
+    """Return what identifies this boot of this machine and its process namespace: containers may share a host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
