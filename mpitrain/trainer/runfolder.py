@@ -1,7 +1,7 @@
-"""A run on disk: ``config.json`` when it begins, ``result.json`` when it has finished.
+"""The folder of a run: ``config.json`` from its beginning, ``result.json`` once it has finished.
 
-The presence of ``result.json``, not the launcher's exit code, says that a run has finished: Open MPI's mpirun can
-return 0 when it has lost a node.
+``result.json``, not the exit code of the launcher, shows that a run has finished: Open MPI's mpirun can return 0 after
+it has lost a node.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")
 
 
 def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path | None:
-    """Make the folder of a new run, if it is to have one, and describe the run in it. Collective.
+    """Create the folder of a new run, if it has one, and write ``config.json``. Collective.
 
     Raises:
-        UsageError: When it holds a run already or cannot be made, on all ranks.
+        UsageError: The folder holds a run already or cannot be created; on all ranks.
     """
     if config.out is None:
         return None
@@ -47,10 +47,10 @@ def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path 
 
 
 def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
-    """Make a folder on rank 0, where ``first`` then looks at what it holds and puts something in. Collective.
+    """Create a folder and call ``first``, which checks or fills it, on rank 0. Collective.
 
     Raises:
-        UsageError: What ``first`` raised, or that the folder cannot be used; on all ranks.
+        UsageError: ``first`` raised it, or the folder cannot be used; on all ranks.
     """
     problem = None
     if world.rank == 0:
@@ -67,7 +67,7 @@ def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
 
 
 def reopen(folder: Path, config: TrainConfig, world: World) -> None:
-    """Make a run that is resumed an unfinished one, and note its new budget. Local; only rank 0 does something."""
+    """Mark a resumed run as unfinished, and store its new budget. Local; no effect on ranks other than 0."""
     if world.rank != 0:
         return
     path = folder / "config.json"
@@ -76,14 +76,14 @@ def reopen(folder: Path, config: TrainConfig, world: World) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document whole or not at all."""
+    """Write a document atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(to_json(document, indent=2) + "\n")
     partial.replace(path)
 
 
 def to_json(document: Any, indent: int | None = None) -> str:
-    """As text that every JSON reader takes: there is no NaN and no infinity in JSON, null stands for them."""
+    """Return a document as standard JSON, with null in place of NaN and infinity."""
     return json.dumps(_finite(document), indent=indent, allow_nan=False)
 
 
@@ -96,7 +96,7 @@ def _finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides how a run behaves."""
+    """Return the versions of the packages that affect a run."""
     found = {"mpitrain": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         found[package] = importlib.metadata.version(package)

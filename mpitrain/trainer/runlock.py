@@ -1,12 +1,12 @@
-"""Who trains in a run folder: two at once would destroy each other's checkpoints.
+"""The lock of a run folder: two jobs in one folder would destroy each other's checkpoints.
 
     RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
 
-Rank 0 makes the file (O_EXCL), touches it every few seconds, and removes it at the end, after errors too. One that was
-killed leaves it. It is taken over
+Rank 0 creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. If it is
+killed the file remains. Another job takes it over
 
-- at once, if its process was one of this machine and is gone, or if it is of this SLURM job before it was requeued;
-- in all other cases when it has not been touched for two minutes, by the clock of the file system.
+- at once, if the owner was a process of this machine that is gone, or this SLURM job before it was requeued;
+- otherwise, once the file has not been touched for two minutes by the clock of the file system.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ NAME = "lock"
 FRESH_SECONDS = 120.0
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_SETTLE = 0.2
-"""After a takeover: another one, begun at the same moment, has come to its end."""
+"""The wait after a takeover, in which one that began at the same moment ends."""
 
 
 @contextlib.contextmanager
 def held(folder: Path | None, world: World) -> Iterator[None]:
-    """Hold a run folder, which is made if need be; None is none. Collective.
+    """Hold the lock of a run folder, which is created if necessary; without a folder do nothing. Collective.
 
     Raises:
-        UsageError: Another job trains in it, or it cannot be used; on all ranks.
+        UsageError: Another job holds the lock, or the folder cannot be used; on all ranks.
     """
     if folder is None:
         yield
@@ -50,7 +50,7 @@ def held(folder: Path | None, world: World) -> Iterator[None]:
 
 
 class RunLock:
-    """The file. Local; rank 0 only."""
+    """The lock file. Local; rank 0 only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -59,10 +59,10 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take it, or take it over.
+        """Acquire the lock, or take it over.
 
         Raises:
-            UsageError: It is another's.
+            UsageError: Another job holds it.
         """
         try:
             with self._path.open("x") as file:
@@ -79,20 +79,20 @@ class RunLock:
             owner = read(self._path)
             try:
                 age = ours.stat().st_mtime - self._path.stat().st_mtime
-            except FileNotFoundError:  # its owner has just come to its end
+            except FileNotFoundError:  # its owner has just released it
                 age = FRESH_SECONDS
             if age < FRESH_SECONDS and not is_gone(owner):
                 job = f" (job {owner['job']})" if owner.get("job") else ""
                 raise UsageError(
                     f"{self._path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}{job}, "
-                    f"there {max(age, 0):.0f} s ago: wait for its end, or {FRESH_SECONDS:.0f} s if it was killed"
+                    f"last active {max(age, 0):.0f} s ago: wait for its end, or {FRESH_SECONDS:.0f} s if it was killed"
                 )
             ours.replace(self._path)
         finally:
             ours.unlink(missing_ok=True)
         self._released.wait(SECONDS_TO_SETTLE)
         if not self._is_ours():
-            raise UsageError(f"{self._path.parent} has just been taken by another job: wait for its end")
+            raise UsageError(f"{self._path.parent} has just been acquired by another job: wait for its end")
 
     def _is_ours(self) -> bool:
         try:
@@ -106,7 +106,7 @@ class RunLock:
                 os.utime(self._path)
 
     def release(self) -> None:
-        """Remove it, if it was taken and still is ours."""
+        """Remove the file if this process still owns it."""
         self._released.set()
         if self._thread is not None and self._is_ours():
             with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ class RunLock:
 
 
 def describe() -> dict[str, Any]:
-    """This process, as the file tells of it."""
+    """Return the description of this process for the file."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -127,7 +127,7 @@ def describe() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file tells of its owner; nothing where it was written by half or is gone."""
+    """Return the owner of a lock file; empty if the file is incomplete or gone."""
     try:
         owner = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -136,7 +136,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_gone(owner: dict[str, Any]) -> bool:
-    """Whether an owner is known not to live any more, however fresh its file is."""
+    """Return whether an owner is known to have ended, however fresh its file is."""
     here = describe()
     if owner.get("machine") == here["machine"]:
         return _started(owner.get("pid", 0)) != owner.get("started")
@@ -145,13 +145,13 @@ def is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This start of this machine, and whose processes can be seen from here: hosts of containers may share a name."""
+    """Return what identifies this boot of this machine and its process namespace: containers may share a host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None if there is none, or a dead one."""
+    """Return the start time of a process in ticks since boot; None if it does not exist or is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -83,9 +83,10 @@ def test_values_are_checked_wherever_they_come_from() -> None:
 
 
 def help_of(command: Any) -> str:
-    parser = argparse.ArgumentParser(
-        prog="mpitrain", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=999)
-    )
+    def on_one_line(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=99, width=999)
+
+    parser = argparse.ArgumentParser(prog="mpitrain", formatter_class=on_one_line)
     command.add_arguments(parser)
     return parser.format_help()
 

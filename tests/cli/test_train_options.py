@@ -26,6 +26,8 @@ from mpitrain.trainer import batches, loop
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import options_of
 
+pytestmark = pytest.mark.ranks(1)
+
 BASE = ["--algorithm", "allreduce", "--data", DATA, "--model", MODEL, "--batch-size", "16"]
 MEASURED = ("step", "test_loss", "test_accuracy")
 Run = Callable[..., dict[str, Any]]

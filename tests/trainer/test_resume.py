@@ -8,17 +8,21 @@ import os
 import signal
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from support import small_models
 
+from mpitrain.algorithms import METHODS
+from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
 from mpitrain.records import checkpoint
 from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.loop import train
+from mpitrain.trainer.plan import RunPlan
 
 SYNCHRONOUS = {
     "allreduce": TrainConfig(algorithm="allreduce", model="support.small_models:watched"),
@@ -90,6 +94,60 @@ def test_a_resumed_synchronous_run_equals_an_uninterrupted_one(world, go, config
     assert (parts["test_loss"], parts["test_accuracy"]) == (whole["test_loss"], whole["test_accuracy"])
     assert same(saved(world, go.folder / "parts"), saved(world, go.folder / "whole"))
     assert parts["bytes_sent"] == whole["bytes_sent"]
+
+
+TINY = {"data": "synthetic:n=96,shape=64,classes=10", "model": "support.small_models:watched", "batch_size": 8}
+RANDOM = {
+    **{name: TrainConfig(name, **TINY, lr=0.01 * METHODS[name].learning_rate_factor) for name in METHODS},
+    "another seed": TrainConfig("allreduce", **TINY, seed=7),
+    "sharded": TrainConfig("allreduce", **TINY, sampling="sharded"),
+    "polyak": TrainConfig("easgd", {"synchronous": "true"}, **TINY, average="polyak"),
+    "moving": TrainConfig("allreduce", **TINY, average="moving:0.2"),
+    "gossip push": TrainConfig("gossip", {"direction": "push"}, **TINY),
+}
+"""Dropout draws in all of these, and whatever else the method or the option draws."""
+
+
+def check_resumed_as_if_uninterrupted(world, go, config):
+    whole = go(config, "whole", steps=29, evaluate_every=5)
+    go(config, "parts", steps=13)  # in the middle of an epoch
+    parts = go(config, "parts", resume=True, steps=29, evaluate_every=5)
+    assert (parts["test_loss"], parts["bytes_sent"]) == (whole["test_loss"], whole["bytes_sent"])
+    assert same(saved(world, go.folder / "parts"), saved(world, go.folder / "whole"))
+    late = [point["test_loss"] for point in whole["evaluation"] if point["step"] > 13]
+    assert [point["test_loss"] for point in parts["evaluation"] if point["step"] > 13] == late
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("config", RANDOM.values(), ids=RANDOM)
+def test_one_rank_draws_the_same_after_a_resume(world, go, config):
+    check_resumed_as_if_uninterrupted(world, go, config)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("name", [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous])
+def test_ranks_in_lockstep_draw_the_same_after_a_resume(world, go, name):
+    check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
+
+
+@pytest.mark.ranks(1, 2)
+def test_augmentation_draws_the_same_after_a_resume(world, go):
+    file = go.folder / "images.h5"
+    if world.rank == 0:
+        draw = np.random.default_rng(0)
+        with h5py.File(file, "w") as content:
+            hdf5_format.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(64, 8))
+            for split in ("train", "test"):
+                content[split]["images"][...] = draw.integers(0, 255, content[split]["images"].shape)
+            content.attrs["mean"], content.attrs["std"] = np.full(1, 0.5), np.full(1, 0.2)
+    world.barrier()
+    config = TrainConfig("allreduce", data=str(file), batch_size=8, augment=True)
+    whole = go(config, "whole", steps=9)
+    go(config, "parts", steps=5)
+    assert go(config, "parts", resume=True, steps=9)["test_loss"] == whole["test_loss"]
+    assert same(saved(world, go.folder / "parts"), saved(world, go.folder / "whole"))
+    plain = go(dataclasses.replace(config, augment=False), "plain", steps=9)
+    assert plain["test_loss"] != whole["test_loss"]
 
 
 @pytest.mark.ranks(1, 2, 3)

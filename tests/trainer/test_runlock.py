@@ -21,7 +21,7 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from mpitrain.trainer.runlock import RunLock
-RunLock(Path(sys.argv[1])).take()
+RunLock(Path(sys.argv[1])).acquire()
 print("taken", flush=True)
 time.sleep(600)
 """
@@ -44,7 +44,7 @@ def leave(path: Path, seconds_ago: float = 0.0, **changes: object) -> None:
 def is_taken(path: Path) -> bool:
     lock = RunLock(path)
     try:
-        lock.take()
+        lock.acquire()
     except UsageError:
         return False
     assert runlock.read(path) == runlock.describe()
@@ -63,7 +63,7 @@ def test_who_lives_on_this_machine_keeps_others_out_and_who_was_killed_does_not(
         try:
             assert other.stdout.readline() == "taken\n"
             with pytest.raises(UsageError, match=rf"is in use by process {other.pid} on .*: wait for its end"):
-                RunLock(path).take()
+                RunLock(path).acquire()
             assert [file.name for file in path.parent.iterdir()] == ["lock"]
         finally:
             other.kill()
@@ -101,7 +101,7 @@ def test_a_file_that_tells_of_nobody_counts_while_it_is_fresh(path, text):
 def test_it_is_touched_while_it_is_held(path, monkeypatch):
     monkeypatch.setattr(runlock, "SECONDS_BETWEEN_TOUCHES", 0.01)
     lock = RunLock(path)
-    lock.take()
+    lock.acquire()
     os.utime(path, (1, 1))
     while path.stat().st_mtime == 1:  # a test that hangs is ended
         lock._released.wait(0.01)
@@ -110,7 +110,7 @@ def test_it_is_touched_while_it_is_held(path, monkeypatch):
 
 def test_what_another_one_has_taken_over_stays(path):
     lock = RunLock(path)
-    lock.take()
+    lock.acquire()
     leave(path)
     lock.release()
     assert path.exists()
