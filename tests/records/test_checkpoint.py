@@ -181,7 +181,9 @@ def one_bit_changed(content):
 
 
 @pytest.mark.parametrize("damage", [zeroed, one_bit_changed])
-def test_a_file_with_a_wrong_checksum_is_refused(tmp_path, damage):
+@pytest.mark.parametrize("block_bytes", [1000, 2**22])  # the file has many blocks, or is a part of one
+def test_a_file_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch, damage, block_bytes):
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", block_bytes)
     path = checkpoint.save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
     file = path / "rank-00000.h5"
     file.write_bytes(damage(file.read_bytes()))

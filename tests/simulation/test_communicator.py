@@ -269,6 +269,17 @@ def test_waiting_for_a_worker_that_dies_raises(wait):
     assert world.dead == {1}
 
 
+def test_a_collective_of_a_part_takes_the_time_of_its_workers_only():
+    def program(comm):
+        part = comm.split(comm.rank % 2)
+        comm.end_step()
+        part.barrier()
+
+    world = SimulatedWorld(4, VirtualTime([1.0, 10.0, 4.0, 30.0]))
+    world.run(program)
+    assert world.schedule.clocks.tolist() == [4, 30, 4, 30]
+
+
 def test_split_communicators_number_the_dead_by_their_own_ranks():
     parts = []
 
@@ -279,3 +290,23 @@ def test_split_communicators_number_the_dead_by_their_own_ranks():
     world.run(program)
     world.kill(3)
     assert sorted((part.size, sorted(part.dead)) for part in parts) == [(2, [1])] * 2 + [(3, [])] * 3
+
+
+def test_the_rows_of_a_shared_vector_are_vectors_of_their_own():
+    def program(comm):
+        center = comm.shared_vector(5, np.float64, rows=2)
+
+        def add(part, rows):
+            assert rows.shape == (2, part.stop - part.start)
+            rows[0] += comm.rank + 1
+            rows[1] -= np.arange(part.start, part.stop)
+
+        center.update(add)
+        comm.barrier()
+        out = np.zeros((2, 5))
+        for row in range(2):
+            center.read(out[row], row)
+        return out.tolist()
+
+    world = SimulatedWorld(3, largest_shard=2)
+    assert world.run(program) == [[[6.0] * 5, [0.0, -3.0, -6.0, -9.0, -12.0]]] * 3

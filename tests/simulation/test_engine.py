@@ -5,6 +5,7 @@ import pytest
 from support.quadratic import same_bits, simulate, slope
 
 from mpitrain.algorithms import EASGD, AllReduceSGD, GossipSGD
+from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder, Scripted, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
@@ -133,3 +134,29 @@ def test_virtual_time_of_an_asynchronous_run_is_that_of_its_exchanges():
         assert sent.n_exchanges == 2
         assert sent.bytes_sent == 2 * 2 * 4 * 8
         assert schedule.clocks[rank] == 4 * [1.0, 3.0][rank] + 2 * 0.25 + sent.bytes_sent / 64
+
+
+def test_a_polyak_average_of_a_lone_worker_is_the_mean_of_its_iterates():
+    # x_t = 0.9^t x_0 with eta*h = 0.1
+    start = np.ones((1, 3))
+    average = Average.parse("polyak")
+    simulation = Simulation(LONELY, SimulatedWorld(1), slope(1.0), start, 0.1, average=average).run(4)
+    np.testing.assert_allclose(simulation.consensus(), np.full(3, np.mean(0.9 ** np.arange(1, 5))), rtol=1e-12)
+    np.testing.assert_allclose(simulation.x(), np.full((1, 3), 0.9**4), rtol=1e-12)
+
+
+def test_the_velocity_of_a_nonfinite_element_starts_again_at_zero():
+    # The gradient of element 0 is infinite once. The exchange of step 2 replaces the element, that of step 3 again, for
+    # the velocity was still infinite; from then on it moves as in a run of its own.
+    def end_after(steps, *, spoil):
+        n_calls = []
+
+        def gradient(rank, x):
+            n_calls.append(rank)
+            return np.full(1, np.inf if spoil and len(n_calls) == 1 else -1.0)
+
+        method = EASGD(moving_rate=0.5, period=1)
+        return Simulation(method, SimulatedWorld(1), gradient, np.zeros(1), 0.1, momentum=0.9).run(steps).x()
+
+    assert end_after(6, spoil=True) == end_after(4, spoil=False)
+    assert end_after(4, spoil=False) > 0.3
