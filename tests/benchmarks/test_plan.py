@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: all that is wrong is found before anything runs."""
+"""The plan of a comparison: every mistake is found before anything runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_method_has_its_own_learning_rate_and_settings(configurations: Call
         (["--gradients", "-1"], "--gradients"),
     ],
 )
-def test_what_is_wrong_is_told(configurations: Callable[..., dict[str, Any]], words: list[str], told: str) -> None:
+def test_wrong_options_are_reported(configurations: Callable[..., dict[str, Any]], words: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         configurations(*words)
 

@@ -1,4 +1,4 @@
-"""`mpitrain simulate`: real methods, models and data; only time is made up."""
+"""`mpitrain simulate`: real methods, models and data under a virtual clock."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_torch_computes_with_one_thread_unless_the_environment_says_more(monkeyp
     assert given == [1]
 
 
-def test_who_waits_for_a_straggler_takes_its_time() -> None:
+def test_a_method_that_waits_for_a_straggler_takes_its_time() -> None:
     words = ["--workers", "4", "--gradients", "200", "--straggler", "2:5", "--step-seconds", "0.1"]
     run_on_survivors, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
     assert run_on_survivors["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
@@ -77,7 +77,7 @@ def test_seconds_are_a_budget() -> None:
     assert done["seconds"] == pytest.approx(0.5)
 
 
-def test_who_dies_is_left_behind_and_who_waits_for_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_worker_is_left_behind_or_ends_the_simulation_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--workers", "4", "--seconds", "2", "--step-seconds", "0.1", "--death", "0:0.55", "--death", "2:0.95"]
     for algorithm in ("easgd", "gossip", "adpsgd"):
         done = result("--algorithm", algorithm, *words)
@@ -124,6 +124,6 @@ def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureF
         (["--workers", "9999", "--sampling", "sharded"], "fewer workers"),
     ],
 )
-def test_what_is_wrong_is_said(words: list[str], told: str) -> None:
+def test_wrong_options_are_reported(words: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         result(*words)

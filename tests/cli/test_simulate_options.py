@@ -39,7 +39,7 @@ def close(value: float) -> Any:
 
 
 def has_loss_of(*words: str, **expected: Any) -> Callable[..., None]:
-    """The run computes what SGD with these options computes, and not what it computes without them."""
+    """The result is that of SGD with these options, which differs from that of the defaults."""
 
     def check(run: Run, **_: Any) -> None:
         wanted = plain_sgd.loss_after(**expected)

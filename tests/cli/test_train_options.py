@@ -60,7 +60,7 @@ def close(loss: float) -> Any:
 
 
 def has_loss_of(*words: str, **expected: Any) -> Callable[[Bench], None]:
-    """The run computes what SGD with these options computes, and not what it computes without them."""
+    """The result is that of SGD with these options, which differs from that of the defaults."""
 
     def check(bench: Bench) -> None:
         wanted = plain_sgd.loss_after(**expected)
@@ -71,7 +71,7 @@ def has_loss_of(*words: str, **expected: Any) -> Callable[[Bench], None]:
 
 
 def is_handed_over(name: str, text: str, value: Any) -> Callable[[Bench], None]:
-    """The optimizer, whose tests have the effect on several ranks, is given the value."""
+    """The value reaches the optimizer, whose own tests check its effect on several ranks."""
 
     def check(bench: Bench) -> None:
         given: dict[str, Any] = {}
