@@ -110,7 +110,7 @@ def _probe_section(probes: Sequence[Probe]) -> list[str]:
 
 
 def table(probe: Probe) -> list[str]:
-    """Return a line for each operation with a column for each kind of memory, and the reasons for operations not tried."""
+    """Return a line for each operation with a column for each kind of memory, and why operations were not tried."""
     memories = list(next(iter(probe.outcomes.values())))
     rows = [["", *memories]]
     rows += [[operation, *(_cell(row[memory]) for memory in memories)] for operation, row in probe.outcomes.items()]

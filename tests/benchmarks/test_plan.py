@@ -68,6 +68,39 @@ def test_wrong_options_are_reported(configurations: Callable[..., dict[str, Any]
         configurations(*words)
 
 
+GIVEN = {
+    "data": "synthetic",
+    "model": "cnn7",
+    "batch_size": 7,
+    "lr": 0.3,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "straggler": "1:4",
+    "sampling": "sharded",
+    "augment": True,
+    "device": "cuda",
+    "epochs": 2.0,
+    "gradients": 77,
+}
+
+
+def test_every_shared_option_reaches_the_configuration(
+    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
+) -> None:
+    assert GIVEN.keys() == set(script("plan").SHARED)
+    for name, value in GIVEN.items():
+        flag = f"--{name.replace('_', '-')}"
+        config = configurations("--algorithms", "allreduce", flag, *([] if value is True else [str(value)]))
+        expected = (1, 4.0) if name == "straggler" else value
+        assert getattr(config["allreduce"], name) == expected != getattr(configurations()["allreduce"], name)
+
+
+def test_a_comparison_without_a_budget_has_its_own_number_of_epochs(
+    configurations: Callable[..., dict[str, Any]],
+) -> None:
+    assert {config.epochs for config in configurations().values()} == {30.0}
+
+
 @pytest.mark.parametrize(
     ("words", "gradients", "every"),
     [

@@ -54,10 +54,10 @@ def test_torch_computes_with_one_thread_unless_the_environment_says_more(monkeyp
 
 def test_a_method_that_waits_for_a_straggler_takes_its_time() -> None:
     words = ["--workers", "4", "--gradients", "200", "--straggler", "2:5", "--step-seconds", "0.1"]
-    run_on_survivors, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
-    assert run_on_survivors["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
+    in_lockstep, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
+    assert in_lockstep["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
     assert apart["seconds"] == pytest.approx(200 / 32 * 1.0, rel=0.1)  # 3 workers make 10 steps a second, one makes 2
-    assert max(run_on_survivors["steps_of_workers"]) - min(run_on_survivors["steps_of_workers"]) <= 1
+    assert max(in_lockstep["steps_of_workers"]) - min(in_lockstep["steps_of_workers"]) <= 1
     assert apart["steps_of_workers"][2] < min(apart["steps_of_workers"][k] for k in (0, 1, 3)) / 4
 
 
