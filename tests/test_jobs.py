@@ -1,4 +1,4 @@
-"""The job scripts under a stand-in for the launcher: what they pass on, and when they say that a run is done."""
+"""The job scripts under a stand-in for the launcher: the arguments they pass on, and their exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(command: list[str], tmp_path: Path, **variables: str) -> subprocess.Comp
 
 @pytest.fixture
 def launchers(tmp_path: Path) -> Path:
-    """A folder in front of PATH for stand-ins."""
+    """A folder for stand-ins at the front of PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     return folder
@@ -46,7 +46,7 @@ class TestLocal:
         assert done.stdout.startswith("<-n><3>")
         assert done.stdout.endswith('<echo><two words><><a"quote><*>')
 
-    def test_what_is_set_is_kept(self, tmp_path: Path, launchers: Path) -> None:
+    def test_variables_that_are_set_are_kept(self, tmp_path: Path, launchers: Path) -> None:
         body = 'if [ "$1" = --version ]; then echo "(Open MPI) 5"; else echo $OMP_NUM_THREADS $OMPI_MCA_osc; fi'
         program(launchers / "mpirun", body)
         assert self.local(tmp_path, "1", "true").stdout == "1 ^ucx\n"
@@ -58,7 +58,7 @@ class TestLocal:
 
 
 class TestSbatch:
-    """srun is a stand-in that runs its command once; mpitrain one that notes its arguments."""
+    """Stand-ins: srun runs its command once, mpitrain records its arguments."""
 
     def sbatch(self, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         variables = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "RUN": "runs/r", **variables}
@@ -77,7 +77,7 @@ class TestSbatch:
         assert (tmp_path / "called").read_text() == "<train><--out><runs/r><--algorithm><easgd>"
 
     @pytest.mark.parametrize(("status", "expected"), [("0", 1), ("9", 9)])
-    def test_a_run_without_a_result_has_failed_whatever_the_launcher_says(
+    def test_a_run_without_a_result_has_failed_with_any_exit_code(
         self, tmp_path: Path, status: str, expected: int
     ) -> None:
         done = self.sbatch(tmp_path, FAIL="1", STATUS=status)
@@ -89,7 +89,7 @@ class TestSbatch:
         assert self.sbatch(tmp_path).returncode == 0
         assert (tmp_path / "called").read_text() == "<train><--resume><runs/r>"
 
-    def test_a_run_whose_name_reads_as_a_pattern_is_resumed(self, tmp_path: Path) -> None:
+    def test_a_run_with_a_glob_pattern_as_its_name_is_resumed(self, tmp_path: Path) -> None:
         run_folder = tmp_path / "runs" / "easgd[lr=0.1]*"
         (run_folder / "checkpoints" / "step-00000010").mkdir(parents=True)
         (run_folder / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""``mpitrain info``: this MPI, this machine, these GPUs, and what a run will use of them."""
+"""``mpitrain info``: this MPI, this machine, these GPUs, and the parts that a run uses."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _probe_section(probes: Sequence[Probe]) -> list[str]:
 
 
 def table(probe: Probe) -> list[str]:
-    """Return a line for each operation with a column for each kind of memory, and reasons for what was not tried."""
+    """Return a line for each operation with a column for each kind of memory, and why operations were not tried."""
     memories = list(next(iter(probe.outcomes.values())))
     rows = [["", *memories]]
     rows += [[operation, *(_cell(row[memory]) for memory in memories)] for operation, row in probe.outcomes.items()]

@@ -54,7 +54,7 @@ class Checkpoints(Hook):
             self._last = None
 
     def _write(self, run: Run, state: dict[str, Any]) -> None:
-        """Write this rank's part and what has been evaluated so far. Collective."""
+        """Write this rank's part with the evaluations so far. Collective."""
         assert run.folder is not None
         step = run.step
         number = run.world.run_on_survivors(lambda comm: int(comm.bcast(step)))

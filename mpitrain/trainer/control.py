@@ -81,7 +81,7 @@ class Control:
         return self._followed()
 
     def _followed(self, *, over: bool = False) -> Orders:
-        """Return what has been heard as orders that this rank follows now."""
+        """Return the orders that this rank follows now."""
         orders = Orders(self._saves > self._saved, self._stop, over)
         self._saved = self._saves
         return orders

@@ -45,7 +45,7 @@ UP_TO_ONE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says about its option.
+    """The declaration of an option by a field.
 
     Attributes:
         help: A phrase without a full stop; the default is added to it.

@@ -1,4 +1,4 @@
-"""What a run is made of, built once from its options and passed on."""
+"""The plan of a run: the objects that follow from its options, built once and passed on."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """Return what identifies this boot of this machine and its process namespace: containers may share a host name."""
+    """Return the identity of this boot and process namespace, as containers may share a host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 

@@ -44,7 +44,7 @@ def test_two_ranks_compare_the_default_methods(tmp_path: Path) -> None:
     assert {"versions", "world", "machine", "load_average", "settings"} <= document.keys()
 
 
-def test_what_cannot_be_run_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_algorithm_is_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["python", "benchmarks/compare.py", "--algorithms", "easgd,nosuch", "--out", str(out)]
     finished = launch(2, command, timeout_seconds=120)

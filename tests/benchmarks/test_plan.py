@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: all that is wrong is found before anything runs."""
+"""The plan of a comparison: every mistake is found before anything runs."""
 
 from __future__ import annotations
 
@@ -63,9 +63,42 @@ def test_each_method_has_its_own_learning_rate_and_settings(configurations: Call
         (["--gradients", "-1"], "--gradients"),
     ],
 )
-def test_what_is_wrong_is_told(configurations: Callable[..., dict[str, Any]], words: list[str], told: str) -> None:
+def test_wrong_options_are_reported(configurations: Callable[..., dict[str, Any]], words: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         configurations(*words)
+
+
+GIVEN = {
+    "data": "synthetic",
+    "model": "cnn7",
+    "batch_size": 7,
+    "lr": 0.3,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "straggler": "1:4",
+    "sampling": "sharded",
+    "augment": True,
+    "device": "cuda",
+    "epochs": 2.0,
+    "gradients": 77,
+}
+
+
+def test_every_shared_option_reaches_the_configuration(
+    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
+) -> None:
+    assert GIVEN.keys() == set(script("plan").SHARED)
+    for name, value in GIVEN.items():
+        flag = f"--{name.replace('_', '-')}"
+        config = configurations("--algorithms", "allreduce", flag, *([] if value is True else [str(value)]))
+        expected = (1, 4.0) if name == "straggler" else value
+        assert getattr(config["allreduce"], name) == expected != getattr(configurations()["allreduce"], name)
+
+
+def test_a_comparison_without_a_budget_has_its_own_number_of_epochs(
+    configurations: Callable[..., dict[str, Any]],
+) -> None:
+    assert {config.epochs for config in configurations().values()} == {30.0}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends all ranks with one line and exit code 2, soon, and changes nothing on disk."""
+"""Mistakes of the user end all ranks soon, with one line and exit code 2, and change nothing on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the bad commands run: data files that are broken in different ways, and a run."""
+    """A folder with data files that are broken in different ways, and a run."""
     folder = tmp_path_factory.mktemp("bad")
     for name, label in (("good.h5", 1), ("label.h5", 2)):
         with h5py.File(folder / name, "w") as file:
@@ -95,7 +95,7 @@ def test_wrong_arguments_are_one_line(folder: Path, arguments: list[str], words:
 
 
 @pytest.mark.parametrize(("arguments", "words"), LOADED.values(), ids=LOADED)
-def test_what_is_found_when_loading_is_one_line_and_harms_nothing(
+def test_an_error_while_loading_is_one_line_and_changes_nothing_on_disk(
     folder: Path, arguments: list[str], words: str
 ) -> None:
     before = contents(folder)
@@ -130,7 +130,7 @@ def test_it_is_the_same_without_a_launcher(folder: Path, case: str) -> None:
     ],
     ids=["data", "model"],
 )
-def test_what_only_one_rank_finds_ends_all(folder: Path, mpi: str, arguments: list[str], words: str) -> None:
+def test_an_error_on_one_rank_ends_all(folder: Path, mpi: str, arguments: list[str], words: str) -> None:
     (folder / "here.py").write_text("from small_models import watched\n")
     script = '[ "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-}}" = 1 ] && cd elsewhere; exec mpitrain train --quiet "$@"'
     extra = {"PYTHONPATH": str(TESTS)}

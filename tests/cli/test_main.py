@@ -1,4 +1,4 @@
-"""The commands as a user types them: who prints what, where, and how soon."""
+"""The commands as a user types them: their output on each stream, and how soon it comes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IN_TIME_SECONDS = 60.0
 
 
 def split(n_ranks: int, folder: Path, *arguments: str) -> tuple[Finished, str, str]:
-    """What a command printed on stdout and on stderr."""
+    """Run a command; return its output on stdout and on stderr."""
     script = 'exec "$@" > stdout 2> stderr'
     root = Path(__file__).resolve().parents[2]
     launcher = [str(root / "jobs" / "local.sh"), str(n_ranks)] if n_ranks else []
@@ -33,7 +33,7 @@ def split(n_ranks: int, folder: Path, *arguments: str) -> tuple[Finished, str, s
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A run on 2 ranks, and what it printed on stdout and on stderr."""
+    """A run on 2 ranks, and its output on stdout and on stderr."""
     folder = tmp_path_factory.mktemp("trained")
     _, stdout, stderr = split(2, folder, "train", "--steps", "50", "--set", "period=5", "--out", "run", "--json")
     return folder, stdout, stderr
@@ -129,7 +129,7 @@ def test_help_is_given_at_every_level(arguments: list[str], capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["report"], ["data"], ["train", "--nope"], ["train", "extra"]])
-def test_what_is_no_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
@@ -166,7 +166,7 @@ HEAVY = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
 
 
 @pytest.mark.parametrize("statement", LOADED_BY.values(), ids=LOADED_BY)
-def test_what_need_not_wait_for_a_heavy_library_does_not(statement: str) -> None:
+def test_commands_do_not_import_heavy_libraries_before_they_need_them(statement: str) -> None:
     probe = f"import sys\n{statement}\nprint(*sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == ""

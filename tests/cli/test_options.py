@@ -62,7 +62,7 @@ def test_given_options_become_fields() -> None:
         (["--hidden", "3"], "unrecognized arguments"),
     ],
 )
-def test_what_the_parser_refuses_is_one_line_and_exit_code_2(
+def test_an_error_of_the_parser_is_one_line_and_exit_code_2(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""`mpitrain simulate`: real methods, models and data under virtual time."""
+"""`mpitrain simulate`: real methods, models and data under a virtual clock."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_torch_computes_with_one_thread_unless_the_environment_says_more(monkeyp
     assert given == [1]
 
 
-def test_only_synchronous_workers_are_slowed_by_a_straggler() -> None:
+def test_a_method_that_waits_for_a_straggler_takes_its_time() -> None:
     words = ["--workers", "4", "--gradients", "200", "--straggler", "2:5", "--step-seconds", "0.1"]
-    synchronous, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
-    assert synchronous["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
+    in_lockstep, apart = result("--algorithm", "allreduce", *words), result("--algorithm", "gossip", *words)
+    assert in_lockstep["seconds"] == pytest.approx(50 * 0.5, abs=0.51)
     assert apart["seconds"] == pytest.approx(200 / 32 * 1.0, rel=0.1)  # 3 workers make 10 steps a second, one makes 2
-    assert max(synchronous["steps_of_workers"]) - min(synchronous["steps_of_workers"]) <= 1
+    assert max(in_lockstep["steps_of_workers"]) - min(in_lockstep["steps_of_workers"]) <= 1
     assert apart["steps_of_workers"][2] < min(apart["steps_of_workers"][k] for k in (0, 1, 3)) / 4
 
 
@@ -78,7 +78,7 @@ def test_seconds_are_a_budget() -> None:
     assert done["seconds"] == pytest.approx(0.5)
 
 
-def test_dead_workers_are_left_behind_and_synchronous_ones_report_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_worker_is_left_behind_or_ends_the_simulation_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--workers", "4", "--seconds", "2", "--step-seconds", "0.1", "--death", "0:0.55", "--death", "2:0.95"]
     for algorithm in ("easgd", "gossip", "adpsgd"):
         done = result("--algorithm", algorithm, *words)
@@ -147,6 +147,6 @@ def test_distance_and_energy_of_the_workers_are_those_of_the_formulas(
         (["--workers", "9999", "--sampling", "sharded"], "fewer workers"),
     ],
 )
-def test_invalid_options_are_explained(words: list[str], told: str) -> None:
+def test_wrong_options_are_reported(words: list[str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         result(*words)

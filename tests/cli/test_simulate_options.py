@@ -39,7 +39,7 @@ def close(value: float) -> Any:
 
 
 def has_loss_of(*words: str, **expected: Any) -> Callable[..., None]:
-    """The run computes what SGD with these options computes, and not what it computes without them."""
+    """The result is that of SGD with these options, which differs from that of the defaults."""
 
     def check(run: Run, **_: Any) -> None:
         wanted = plain_sgd.loss_after(**expected)
@@ -179,3 +179,11 @@ def test_an_option_has_its_effect(run: Run, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_simulation_of_one_worker_is_sgd_with_the_defaults_of_a_run(run: Run) -> None:
     assert run()["test_loss"] == close(plain_sgd.loss_after())
+
+
+def test_the_end_of_a_simulation_includes_updates_that_are_not_exchanged_yet(run: Run) -> None:
+    """One Downpour worker that never pushes on the way: its last push makes the center its own parameters."""
+    words = ("--algorithm", "downpour", "--set", "period=100", "--momentum", "0", "--lr", "0.05")
+    start, *_, end = run(*words)["evaluation"]
+    assert start["test_loss"] == close(plain_sgd.loss_after(steps=0))
+    assert end["test_loss"] == close(plain_sgd.loss_after(momentum=0.0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from support import plain_sgd
+from support import plain_sgd, small_models
 from support.plain_sgd import DATA, MODEL, STEPS
 
 from mpitrain.cli import train as command
@@ -60,7 +62,7 @@ def close(loss: float) -> Any:
 
 
 def has_loss_of(*words: str, **expected: Any) -> Callable[[Bench], None]:
-    """The run computes what SGD with these options computes, and not what it computes without them."""
+    """The result is that of SGD with these options, which differs from that of the defaults."""
 
     def check(bench: Bench) -> None:
         wanted = plain_sgd.loss_after(**expected)
@@ -71,7 +73,7 @@ def has_loss_of(*words: str, **expected: Any) -> Callable[[Bench], None]:
 
 
 def is_handed_over(name: str, text: str, value: Any) -> Callable[[Bench], None]:
-    """The optimizer, whose tests have the effect on several ranks, is given the value."""
+    """The value reaches the optimizer, whose own tests check its effect on several ranks."""
 
     def check(bench: Bench) -> None:
         given: dict[str, Any] = {}
@@ -303,3 +305,23 @@ def test_the_last_batch_of_the_test_set_counts_by_its_size(bench: Bench) -> None
     assert plain_sgd.load().n_test % 5
     assert found["test_loss"] == close(whole["test_loss"])
     assert found["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_a_run_that_usr1_stops_is_saved_and_exits_with_3(bench: Bench) -> None:
+    """A run that is resumed to its end exits with 0."""
+    run, words = str(bench.folder / "run"), ["--model", "support.small_models:watched", "--quiet", "--json"]
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)
+    bench.monkeypatch.setattr(
+        small_models, "on_batch", lambda n: os.kill(os.getpid(), signal.SIGUSR1) if n == 5 else None
+    )
+    data = ["--data", "synthetic:n=64,shape=64,classes=10", "--batch-size", "8"]
+    assert main(["train", *words, *data, "--minutes", "10", "--out", run]) == 3
+    out, err = bench.capsys.readouterr()
+    stopped = json.loads(out.splitlines()[-1])
+    assert (stopped["complete"], stopped["steps"]) == (False, 5)
+    assert f"stopped at step 5; to continue on 1 rank with: mpitrain train --resume {run}" in err
+    assert not (bench.folder / "run" / "result.json").exists()
+    bench.monkeypatch.setattr(small_models, "on_batch", None)
+    assert main(["train", "--resume", run, "--steps", "9", "--quiet", "--json"]) == 0
+    resumed = json.loads(bench.capsys.readouterr().out.splitlines()[-1])
+    assert (resumed["complete"], resumed["steps"]) == (True, 9)

@@ -1,4 +1,4 @@
-"""When a run is over, evaluated and saved: numbers in, decisions out."""
+"""When a run ends, is evaluated and saved: numbers in, decisions out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_budget_is_steps_of_each_rank_where_each_can_count_them(options, s
         assert [made.is_over(step) for step in (steps - 1, steps, steps + 1)] == [False, True, True]
 
 
-def test_rank_0_ends_what_nobody_can_count_alone():
+def test_rank_0_ends_a_budget_that_no_rank_can_count_alone():
     minutes, gradients = budget(minutes=2.0), budget(gradients=30)
     assert [minutes.is_over_for_all(seconds, 0.0, lambda: 10**9) for seconds in (119.9, 120.0)] == [False, True]
     assert [gradients.is_over_for_all(1e9, 0.0, lambda n=n: n) for n in (29, 30, 31)] == [False, True, True]
@@ -46,7 +46,7 @@ def test_rank_0_ends_what_nobody_can_count_alone():
 
 
 def end_and_counts(goal, made_at, step_seconds):
-    """When rank 0, with steps of this length, could see that the goal is reached, when it does, how often it counts."""
+    """Return when rank 0 could see that the goal is reached, when it sees it, and how often it counts."""
     over, counts, k, reached = budget(gradients=goal), [], 0, None
 
     def count():

@@ -1,4 +1,4 @@
-"""A run that compiles nothing does not import torch's compiler; one that does is left alone."""
+"""A run without compilation does not import torch's compiler; a run with it is left alone."""
 
 import subprocess
 import sys
@@ -55,12 +55,12 @@ def said(program):
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_a_run_of_plain_sgd_does_without():
+def test_a_run_of_plain_sgd_does_not_import_the_compiler():
     for more in ("", '"--algorithm", "allreduce"', '"--algorithm", "eamsgd", "--average", "polyak"'):
         assert said(TRAIN.format(more=more)) == "False"
 
 
-def test_an_imported_compiler_is_left_to_mark_what_it_does_not_compile():
+def test_an_imported_compiler_marks_the_methods_itself():
     assert said(COMPILES) == "True"
 
 

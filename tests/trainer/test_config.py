@@ -1,4 +1,4 @@
-"""What a run can be asked to do, and what it refuses."""
+"""The options of a run and their ranges."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_there_is_one_budget(a, b):
 
 @pytest.mark.parametrize("name", [*BUDGETS, "batch_size", "evaluate_every"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-def test_what_must_be_above_zero(name, value):
+def test_values_that_must_be_above_zero(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be more than 0, not"):
         TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "checkpoint_every", "seed"])
-def test_what_may_be_zero(name):
+def test_values_that_may_be_zero(name):
     assert getattr(TrainConfig(**{name: 0}), name) == 0
     for value in (-1, float("nan")):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be 0 or more, not"):
@@ -80,7 +80,7 @@ def test_a_new_budget_replaces_the_old_one(budget, tmp_path):
     assert TrainConfig.of_run(tmp_path, **{budget: 7}) == expected
 
 
-def test_momentum_belongs_to_whoever_makes_the_update():
+def test_momentum_is_the_methods_where_the_method_makes_the_update():
     assert RunPlan.of(TrainConfig(algorithm="eamsgd", momentum=0.5)).method.momentum == 0.5
     assert RunPlan.of(TrainConfig(algorithm="eamsgd", momentum=0.5)).base_momentum == 0
     assert RunPlan.of(TrainConfig(algorithm="eamsgd", settings={"momentum": "0.7"})).method.momentum == 0.7

@@ -1,4 +1,4 @@
-"""Orders of rank 0 reach every rank once; ranks that walk in step follow them at the same step."""
+"""Orders of rank 0 reach every rank once; ranks in lockstep follow them at the same step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def control(world, request):
 
 
 def listen_until(control: Control, wanted: str) -> int:
-    """How many other steps were made before the order was heard."""
+    """Return the number of steps made until the order is received."""
     ends = time.perf_counter() + DETECTION_SECONDS
     step = 0
     while time.perf_counter() < ends:
@@ -35,7 +35,7 @@ def listen_until(control: Control, wanted: str) -> int:
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("control", ["asynchronous"], indirect=True)
-def test_an_asynchronous_rank_hears_of_an_order_once_and_waits_for_nobody(world, control):
+def test_an_asynchronous_rank_receives_an_order_once_without_waiting(world, control):
     assert not control.listen(1).save
     world.barrier()
     if world.rank == 0:
@@ -57,7 +57,7 @@ def test_an_asynchronous_rank_hears_of_an_order_once_and_waits_for_nobody(world,
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("control", ["synchronous"], indirect=True)
-def test_synchronous_ranks_hear_of_an_order_at_the_same_step(world, control):
+def test_synchronous_ranks_receive_an_order_at_the_same_step(world, control):
     if world.rank == 0:
         control.order(save=True, stop=True)
         control.order(save=True, stop=True)
@@ -69,7 +69,7 @@ def test_synchronous_ranks_hear_of_an_order_at_the_same_step(world, control):
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("control", ["asynchronous"], indirect=True)
-def test_a_rank_that_is_done_obeys_until_all_are(world, control):
+def test_a_rank_that_is_done_follows_orders_until_all_are_done(world, control):
     last = world.size - 1
     if world.rank == last > 0:  # the slow one
         listen_until(control, "stop")
@@ -85,7 +85,7 @@ def test_a_rank_that_is_done_obeys_until_all_are(world, control):
     assert saves == (world.rank != last or last == 0)
 
 
-def test_a_signal_is_noted_and_its_handler_put_back():
+def test_a_signal_is_recorded_and_its_handler_restored():
     before = signal.getsignal(signal.SIGUSR1)
     stop = StopSignal()
     try:

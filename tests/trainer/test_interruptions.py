@@ -1,4 +1,4 @@
-"""A run that ends before its time, however it ends: all ranks end with it, soon, and the newest checkpoint is good."""
+"""A run that ends early for any reason ends all ranks soon, and its newest checkpoint is usable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(*arguments: str, out: Path) -> list[str]:
 def run_until(
     there_is: Callable[[], object], act: Callable[[subprocess.Popen[bytes]], None], arguments: list[str], mpi: str
 ) -> Finished:
-    """Starts a run on 2 ranks, does something to it when it has got somewhere, and waits for its end."""
+    """Start a run on 2 ranks, act on it once a condition holds, and wait for its end."""
     out = Path(arguments[arguments.index("--out") + 1]).with_suffix(".log")
     with out.open("wb") as log:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A run that is saved or at its end: what is under way then, and what no exchange has taken."""
+"""Checkpoints and the end of a run include pending exchanges and updates that are not exchanged yet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ON_THE_WAY_SECONDS = 0.2
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What this rank has evaluated."""
+    """The vectors that this rank has evaluated."""
     evaluated, evaluate = [], Evaluator.evaluate
 
     def note(self, vector):
@@ -37,7 +37,7 @@ def evaluated(monkeypatch):
 
 @pytest.fixture
 def centers(world, monkeypatch):
-    """The center of each run when nobody can be at it any more, on rank 0; None on the others."""
+    """The center of each run after all exchanges, on rank 0; None on the others."""
     centers, close = [], DistributedOptimizer.close
 
     def look(self):
@@ -53,7 +53,7 @@ def centers(world, monkeypatch):
 
 @pytest.fixture
 def far_away(world, monkeypatch):
-    """The last rank's exchanges in the background come to the center late."""
+    """Background exchanges of the last rank reach the center late."""
     displace = AsynchronousCenter.displace
 
     def displace_late(self, *arguments):
@@ -73,7 +73,7 @@ OVERLAPPED = TrainConfig("easgd", {"overlap": "true", "period": "1"}, model="sup
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("average", [None, "moving:0.5"])
-def test_a_checkpoint_has_what_was_under_way(world, mpi_tmp_path, monkeypatch, far_away, centers, average):
+def test_a_checkpoint_includes_pending_exchanges(world, mpi_tmp_path, monkeypatch, far_away, centers, average):
     def interrupt(n: int) -> None:
         if n == 5 and world.rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -87,7 +87,7 @@ def test_a_checkpoint_has_what_was_under_way(world, mpi_tmp_path, monkeypatch, f
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_the_end_is_evaluated_with_what_was_under_way(world, mpi_tmp_path, far_away, centers, evaluated):
+def test_the_end_is_evaluated_with_pending_exchanges(world, mpi_tmp_path, far_away, centers, evaluated):
     run = Path(mpi_tmp_path) / "run"
     assert train(dataclasses.replace(OVERLAPPED, epochs=None, steps=3, out=str(run)), world)["complete"]
     if world.rank == 0:
@@ -96,7 +96,7 @@ def test_the_end_is_evaluated_with_what_was_under_way(world, mpi_tmp_path, far_a
 
 
 def not_committed(world, run: Path) -> np.ndarray:
-    """Collective. What the workers of the newest checkpoint had changed and not committed."""
+    """Return the sum of the uncommitted changes in the newest checkpoint. Collective."""
     state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)["optimizer"]
     return world.comm.allreduce(state["parameters"].astype(float) - state["method"]["origin"])
 

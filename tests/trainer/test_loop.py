@@ -1,4 +1,4 @@
-"""What a training run promises: that every method learns, that budgets are kept, and what its result says."""
+"""Training runs: every method learns, budgets are kept, and the result is complete."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 3000  # of a tiny model, in a second i
 def test_every_method_learns_the_digits(world, name):
     lr = 0.05 * METHODS[name].learning_rate_factor
     settings = {key: str(value) for key, value in METHODS[name].short_run.items()}
-    for _ in range(3):  # who gossips with a rank that is kept from its core is drawn back to where that one stands
+    for _ in range(3):  # gossip with a rank that gets no core pulls the others back to its parameters
         result = train(TrainConfig(name, settings, lr=lr, epochs=20, batch_size=16, quiet=True), world)
         if min(result["steps_of_ranks"]) > max(result["steps_of_ranks"]) / 2:
             break
@@ -74,7 +74,9 @@ def test_the_result_says_what_was_asked_for_and_what_came_out(world, finished):
     assert 0 < result["train_loss"] < math.inf
     assert result["seconds"] > 0
     assert result["samples_per_second"] == pytest.approx(20 * p * 32 / result["seconds"])
-    assert result["bytes_sent"] > 0 or p == 1 or METHODS[name].needs_loss  # who ranks workers may find nothing to send
+    assert (
+        result["bytes_sent"] > 0 or p == 1 or METHODS[name].needs_loss
+    )  # a method that ranks workers may have nothing to send
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["parameters"] > 1000
     assert {"mpitrain", "python", "torch", "numpy", "mpi4py"} <= result["versions"].keys()
@@ -118,7 +120,7 @@ def test_a_budget_of_gradients_counts_those_of_all_ranks(world, name):
 
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
-def test_a_straggler_holds_nobody_up(world, name):
+def test_a_straggler_does_not_delay_asynchronous_methods(world, name):
     config = TrainConfig(algorithm=name, lr=0.005, gradients=900, straggler=(1, 20.0), quiet=True)
     fast, slow, also_fast = train(config, world)["steps_of_ranks"]
     assert slow < min(fast, also_fast)
@@ -126,7 +128,7 @@ def test_a_straggler_holds_nobody_up(world, name):
 
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("settings", [("allreduce", {}), ("easgd", {"synchronous": "true"})])
-def test_a_straggler_holds_up_a_synchronous_method(world, settings):
+def test_a_straggler_delays_a_synchronous_method(world, settings):
     name, hyper_parameters = settings
     config = TrainConfig(algorithm=name, settings=hyper_parameters, gradients=90, straggler=(1, 4.0), quiet=True)
     assert train(config, world)["steps_of_ranks"] == [30, 30, 30]

@@ -1,4 +1,4 @@
-"""A whole run with vectors in device memory: metrics, checkpoints, result, and a run that goes on from there."""
+"""A run with vectors in device memory: metrics, checkpoints, result and resume."""
 
 import json
 

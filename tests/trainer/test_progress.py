@@ -1,4 +1,4 @@
-"""What rank 0 shows: a bar in a terminal, a line now and then in a log."""
+"""The progress of rank 0: a bar in a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARES = {"compute": 0.5, "exchange": 0.25, "waiting": 0.25}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands still unless it is moved on."""
+    """A clock that stands still until it is set."""
 
     class Clock:
         now = 1000.0
@@ -52,7 +52,7 @@ def test_a_budget_in_seconds_is_counted_in_seconds(clock, capsys):
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["33%", "100%"]
 
 
-def test_what_is_said_too_often_is_left_out_but_not_the_end(clock, capsys):
+def test_lines_too_soon_after_another_are_dropped_except_the_last(clock, capsys):
     bar = Progress("easgd", gradients=200, seconds=None, done=0, show=True)
     for epoch in range(100):
         clock.now += 0.01

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on: a synchronous one as if nothing had been, the others with every counter."""
+"""Resumed runs: a synchronous one equals an uninterrupted one, the others continue every counter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ASYNCHRONOUS = [
 
 @pytest.fixture
 def go(world, mpi_tmp_path):
-    """Collective. Trains in a folder of the test's own; or goes on there, with the given budget."""
+    """A function that trains in a folder of the test, or resumes there with a given budget. Collective."""
 
     def go(config: TrainConfig, name: str, *, resume: bool = False, **budget: float):
         folder = Path(mpi_tmp_path) / name
@@ -53,7 +53,7 @@ def go(world, mpi_tmp_path):
 
 @pytest.fixture
 def at_batch(world):
-    """Calls a function at a training batch, on one rank or on all, of the model `small_models:watched`."""
+    """A function that registers a callback for a training batch of the model `small_models:watched`."""
 
     def at_batch(number: int, function, rank: int | None = None) -> None:
         small_models.on_batch = lambda n: function() if n == number and rank in (None, world.rank) else None
@@ -67,7 +67,7 @@ def interrupt() -> None:
 
 
 def saved(world, run: Path) -> dict:
-    """Collective. This rank's part of a run's newest checkpoint, without what depends on the clock."""
+    """Return this rank's part of a run's newest checkpoint, without values that depend on the clock. Collective."""
     state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)
     for name in ("seconds", "compute_seconds", "exchange_seconds", "statistics", "points"):
         del state[name]
@@ -75,7 +75,7 @@ def saved(world, run: Path) -> dict:
 
 
 def same(a, b) -> bool:
-    """Equal to the last bit, all the way down."""
+    """Return whether two nested states are equal to the last bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -105,7 +105,7 @@ RANDOM = {
     "moving": TrainConfig("allreduce", **TINY, average="moving:0.2"),
     "gossip push": TrainConfig("gossip", {"direction": "push"}, **TINY),
 }
-"""Dropout draws in all of these, and whatever else the method or the option draws."""
+"""All of these draw for dropout, and the method or the option may draw as well."""
 
 
 def check_resumed_as_if_uninterrupted(world, go, config):
@@ -228,7 +228,7 @@ def test_a_signal_is_obeyed_while_a_slow_rank_makes_its_last_steps(world, go, at
 
 @pytest.fixture
 def heard():
-    """The signals that reach who was there before the run, and is to be again after it."""
+    """The signals that reach the handler from before the run, which must be restored after it."""
     heard: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -241,7 +241,7 @@ def heard():
 
 
 @pytest.mark.ranks(1, 2)
-def test_a_signal_after_the_last_step_does_not_end_what_is_left_to_do(world, go, monkeypatch, heard):
+def test_a_signal_after_the_last_step_does_not_interrupt_the_end_of_a_run(world, go, monkeypatch, heard):
     evaluate, save = Evaluator.evaluate, checkpoint.save
 
     def evaluate_interrupted(self, vector):
@@ -296,7 +296,7 @@ def test_a_finished_run_goes_on_with_a_longer_budget_and_is_unfinished_meanwhile
 
 
 @pytest.mark.ranks(1, 2)
-def test_what_a_crash_left_of_a_checkpoint_does_no_harm(world, go):
+def test_the_remains_of_a_checkpoint_after_a_crash_do_no_harm(world, go):
     config = TrainConfig(algorithm="allreduce")
     go(config, "run", steps=10)
     checkpoints = go.folder / "run" / "checkpoints"
@@ -340,7 +340,7 @@ def test_a_run_without_a_place_for_its_metrics_goes_on_without(world, go, capfd)
     assert capfd.readouterr().err.count("this run has no metrics") == (world.rank == 0)
 
 
-def test_only_the_budget_and_what_is_shown_can_be_changed(tmp_path):
+def test_only_options_that_do_not_change_the_result_can_be_changed(tmp_path):
     config = TrainConfig(settings={"period": "3"}, lr=0.1, straggler=(1, 2.0), out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
     assert TrainConfig.of_run(tmp_path) == config

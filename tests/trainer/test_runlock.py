@@ -1,4 +1,4 @@
-"""One job at a time trains in a run folder; who was killed keeps nobody out for long."""
+"""One job at a time trains in a run folder; a job that was killed blocks it only briefly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_free_folder_is_taken_and_given_back(path):
     assert is_taken(path)
 
 
-def test_who_lives_on_this_machine_keeps_others_out_and_who_was_killed_does_not(path):
+def test_a_living_owner_on_this_machine_keeps_others_out_and_a_killed_one_does_not(path):
     with subprocess.Popen([sys.executable, "-c", TAKE, path], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "taken\n"
@@ -77,7 +77,7 @@ def test_a_number_of_a_process_that_another_one_has_now_does_not_matter(path):
 
 
 @pytest.mark.parametrize(("seconds_ago", "taken"), [(0, False), (100, False), (130, True)])
-def test_who_is_elsewhere_keeps_others_out_as_long_as_it_touches_the_file(path, seconds_ago, taken):
+def test_an_owner_on_another_machine_keeps_others_out_while_it_touches_the_file(path, seconds_ago, taken):
     leave(path, seconds_ago)
     assert is_taken(path) is taken
 
@@ -91,7 +91,7 @@ def test_a_job_that_was_requeued_to_another_machine_goes_on_at_once(path, monkey
 
 
 @pytest.mark.parametrize("text", ["", "half of", "[]"])
-def test_a_file_that_tells_of_nobody_counts_while_it_is_fresh(path, text):
+def test_a_file_without_an_owner_counts_while_it_is_fresh(path, text):
     path.write_text(text)
     assert not is_taken(path)
     os.utime(path, (1, 1))
@@ -108,7 +108,7 @@ def test_it_is_touched_while_it_is_held(path, monkeypatch):
     lock.release()
 
 
-def test_what_another_one_has_taken_over_stays(path):
+def test_a_file_that_another_job_took_over_stays(path):
     lock = RunLock(path)
     lock.acquire()
     leave(path)

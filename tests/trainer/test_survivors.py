@@ -1,4 +1,4 @@
-"""A rank is killed where the launcher lets the others live (Open MPI's `--with-ft ulfm`): who goes on, who says why."""
+"""A rank is killed and the launcher lets the others live (Open MPI's `--with-ft ulfm`)."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ TRAIN = [
 
 
 def document_in(output: str) -> dict[str, Any]:
-    """The JSON document in what was printed; this launcher ends its output with a NUL."""
+    """Return the JSON document in the output, which this launcher ends with a NUL."""
     found: dict[str, Any] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
     return found
 
 
 def train(n_ranks: int, victim: int, *arguments: str, **environment: str) -> Finished:
-    """A run in which rank ``victim`` is killed in its 30th step."""
+    """Run a training in which rank ``victim`` is killed in its 30th step."""
     extra = {"PYTHONPATH": str(ROOT / "tests"), "VICTIM": str(victim), **environment}
     done = launch(n_ranks, [*TRAIN, *arguments], timeout_seconds=IN_TIME_SECONDS, extra_env=extra)
     assert not done.timed_out, done.output
     return done
 
 
-def test_survivors_take_over_the_lock_of_the_dead_and_what_it_had_exchanged_is_kept() -> None:
+def test_survivors_take_over_the_lock_of_a_dead_rank_and_keep_its_exchanges() -> None:
     script = str(ROOT / "tests" / "support" / "surviving.py")
     done = launch(4, [*ULFM, python("openmpi"), script, "1"], timeout_seconds=IN_TIME_SECONDS)
     assert done.returncode == 0, done.output
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_the_survivors_is_resumed_by_all_ranks(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", [["allreduce"], ["sgp"], ["easgd", "--replica-size", "3"]], ids=" ".join)
-def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: list[str]) -> None:
+def test_a_run_of_ranks_that_wait_for_each_other_ends_with_the_reason(method: list[str]) -> None:
     done = train(3, 1, "--algorithm", *method, "--minutes", "100")
     assert done.returncode == 1, done.output
     assert "mpitrain: rank 1 of 3 died" in done.output
@@ -102,14 +102,14 @@ def test_a_run_in_which_ranks_wait_for_each_other_ends_and_says_why(method: list
     assert "Traceback" not in done.output
 
 
-def test_a_run_without_the_rank_that_leads_it_ends_and_says_why() -> None:
+def test_a_run_without_rank_0_ends_with_the_reason() -> None:
     done = train(3, 0, "--minutes", "100")
     assert done.returncode == 1, done.output
     assert "rank 0, which leads the run, died: resume it from its newest checkpoint" in done.output
     assert "Traceback" not in done.output
 
 
-def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_says_why() -> None:
+def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_reports_the_reason() -> None:
     done = train(4, 3, "--minutes", "100", MPITRAIN_EMULATED_NODES="2")
     assert done.returncode == 1, done.output
     assert "rank 3 of 4 died, with memory that the others need: start again from the newest checkpoint" in done.output
@@ -139,7 +139,7 @@ if world.rank:
     assert "Traceback" not in done.output
 
 
-def test_without_ranks_that_die_a_run_is_what_it_always_is(tmp_path: Path) -> None:
+def test_without_deaths_fault_tolerance_changes_nothing(tmp_path: Path) -> None:
     arguments = ["--steps", "40", "--json", "--seed", "3"]
     with_it = train(2, -1, "--algorithm", "allreduce", *arguments)
     assert with_it.returncode == 0, with_it.output

@@ -1,4 +1,4 @@
-"""Training between two nodes with vectors in short forms on the wire."""
+"""Training between two nodes with compressed vectors on the wire."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_ranks_in_step_stay_equal(wire, monkeypatch):
 
 @pytest.mark.ranks(2, 3)
 def test_a_state_that_is_loaded_owes_nothing():
-    """What had not been sent belongs to the center that was there before."""
+    """Residuals that were not sent belong to the previous center."""
     with ranks(2) as comm:
         model = nn.Linear(8, 30)
         base = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -1,0 +1,31 @@
+"""The metrics of a run are stored, and continued where the checkpoint was."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpitrain.records.metrics import MetricsWriter, read_metrics
+from mpitrain.trainer.metrics import MetricsFile, tables
+
+COLUMNS = tables(2, ["distance"])
+
+
+def write(path):
+    writer = MetricsWriter(path, COLUMNS)
+    for seconds in (1.0, 2.0, 3.0):
+        for table in COLUMNS:
+            writer.append(table, seconds=seconds)
+    writer.close()
+
+
+def test_a_resumed_run_drops_rows_from_after_its_checkpoint_in_every_table(tmp_path):
+    write(tmp_path / "metrics.h5")
+    MetricsFile(tmp_path, 0, COLUMNS, ["distance"], continue_from=2.0).close()
+    found = read_metrics(tmp_path / "metrics.h5")
+    assert {name: table["seconds"].tolist() for name, table in found.items()} == {name: [1.0, 2.0] for name in COLUMNS}
+
+
+@pytest.mark.parametrize(("rank", "has_folder"), [(1, True), (0, False)])
+def test_other_ranks_and_runs_without_a_folder_write_nothing(tmp_path, rank, has_folder):
+    MetricsFile(tmp_path if has_folder else None, rank, COLUMNS).close()
+    assert not list(tmp_path.iterdir())
