@@ -179,6 +179,14 @@ def test_the_end_commits_the_remaining_steps():
     assert statistics(simulation, "n_exchanges") == [2, 2, 2]
 
 
+def test_a_push_leaves_nothing_for_the_end():
+    simulation = simulate(Downpour(push_period=2, fetch_period=3), 2, start=np.ones(4), eta=0.1).run(4)
+    before = statistics(simulation, "n_exchanges")  # the last step pushed and did not fetch
+    for worker in simulation.workers:
+        worker.finalize()
+    assert statistics(simulation, "n_exchanges") == before
+
+
 def test_warnings_name_settings_outside_the_bound():
     assert not list(Downpour(period=1).warnings(4, 0.05))
     for method in (Downpour(period=16), Downpour(push_period=16), ADownpour(period=16), ZealousDownpour(period=16)):

@@ -25,9 +25,9 @@ def round_matrix(method, eh):
 
 
 def test_radius_on_an_easy_quadratic_is_that_of_the_formula():
-    found = radius(round_matrix(DiLoCo(outer_learning_rate=0.7, momentum=0.9, period=20), eh=0.05))
+    found = radius(round_matrix(DiLoCo(outer_learning_rate=0.7, outer_momentum=0.9, period=20), eh=0.05))
     assert found == pytest.approx(0.7041634264, abs=5e-11)
-    averaging = radius(round_matrix(DiLoCo(outer_learning_rate=1.0, momentum=0.0, period=20), eh=0.05))
+    averaging = radius(round_matrix(DiLoCo(outer_learning_rate=1.0, outer_momentum=0.0, period=20), eh=0.05))
     assert averaging == pytest.approx(0.95**20, abs=1e-12)
     assert averaging == pytest.approx(0.3584859, abs=5e-8)
 
@@ -37,7 +37,7 @@ def test_radius_on_an_easy_quadratic_is_that_of_the_formula():
 def test_a_round_is_the_two_by_two_matrix_and_its_region(eh, tau, a, m):
     # b' = m b + (1-q) theta;  theta' = theta - a ((1-q) theta + m b')
     moved = 1 - (1 - eh) ** tau
-    found = round_matrix(DiLoCo(outer_learning_rate=a, momentum=m, period=tau), eh)
+    found = round_matrix(DiLoCo(outer_learning_rate=a, outer_momentum=m, period=tau), eh)
     np.testing.assert_allclose(found, [[m, moved], [-a * m**2, 1 - a * moved * (1 + m)]], rtol=0, atol=1e-12)
     np.testing.assert_allclose(found, theory.diloco_matrix(eh, tau, a, m), rtol=0, atol=1e-12)
     assume(abs(a * moved - 2 * (1 + m) / (1 + 2 * m)) > 1e-6)
@@ -48,7 +48,7 @@ def test_a_round_is_the_two_by_two_matrix_and_its_region(eh, tau, a, m):
 def test_outer_rate_1_without_momentum_is_local_sgd(tau):
     ends = [
         simulate(method, P, start=START, eta=0.1, gradient=slope(H, B)).run(5 * tau).x()
-        for method in (DiLoCo(outer_learning_rate=1.0, momentum=0.0, period=tau), LocalSGD(period=tau))
+        for method in (DiLoCo(outer_learning_rate=1.0, outer_momentum=0.0, period=tau), LocalSGD(period=tau))
     ]
     np.testing.assert_allclose(*ends, rtol=0, atol=1e-12)
 
