@@ -102,7 +102,7 @@ class Speaker:
 
 
 def load(options: argparse.Namespace, world: Any) -> Any:
-    """Return the data set, perhaps with a smaller test set. Collective."""
+    """Return the data set, with a smaller test set if requested. Collective."""
     from mpitrain import data
     from mpitrain.data.storage import MemoryImages
 

@@ -123,7 +123,7 @@ def finished(command: Sequence[str], environment: Mapping[str, str], run: Run) -
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its session: mpirun puts each rank in a group of its own."""
+    """Kill a process and its whole session, since mpirun puts each rank in its own process group."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + GRACE_SECONDS
         left = _members(process.pid)

@@ -51,7 +51,7 @@ SERVER = 0  # the rank that has the whole center
 REFERENCES = {"exchange": "local pass", **dict.fromkeys(GET_AND_PUT, "exchange")}
 REFERENCES |= {"MPI_Allreduce": "all-reduce", "gloo": "all-reduce"}
 REFERENCES |= {"MPI_Reduce + Bcast": "tree reduce + broadcast", "MPI_Sendrecv + NumPy": "gossip"}
-"""What each operation is compared with."""
+"""The reference of each operation."""
 
 
 class Candidates:

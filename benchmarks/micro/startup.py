@@ -1,4 +1,4 @@
-"""Measure what a user waits for before training starts: the import, and the way of a run to its first step.
+"""Measure the time before training starts: the import, and the start of a run up to its first step.
 
     VIRTUAL_ENV=.venv/openmpi python -m benchmarks.micro.startup [--ranks 2] [--repeats 5] [--imports 9] [--json]
 
@@ -134,7 +134,7 @@ def first_step(folder: Path, began: float, n_ranks: int) -> tuple[float, float]:
 
 
 def measure_imports(env: Mapping[str, str], venv: Path, n_repeats: int) -> dict[str, list[float]]:
-    """Time an interpreter that does nothing and one that imports."""
+    """Time an empty interpreter, and one that imports mpitrain."""
 
     def of(code: str) -> Callable[[], float]:
         return lambda: run([str(venv / "bin" / "python"), "-c", code], env, ROOT)[0]

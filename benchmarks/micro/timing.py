@@ -111,7 +111,7 @@ def _calls(n_calls: Calls, name: str) -> int:
 
 
 def beside(row: Mapping[str, Any]) -> str:
-    """Format what a row is compared with."""
+    """Format the reference of a row."""
     return f"{row['ratio']:.2f} x {row['reference']}" if row["ratio"] else ""
 
 

@@ -64,7 +64,7 @@ def rounds(one: Callable[[], list[float]], most: int, agree: Callable[[bool], bo
 
 
 def of_origin(world: World, measured: Operations, n_bytes: int, most: int) -> list[dict[str, Any]]:
-    """Measure what rank 0 does alone; the other ranks return no rows. Collective.
+    """Measure the operations of rank 0 alone; the other ranks return no rows. Collective.
 
     Args:
         world: The ranks.
@@ -91,7 +91,7 @@ def attend(world: World) -> None:
 
 
 def of_all(world: World, measured: Operations, n_bytes: int, most: int) -> list[dict[str, Any]]:
-    """Measure what all ranks do at once; otherwise as ``of_origin``. Collective."""
+    """Measure simultaneous operations of all ranks; otherwise as ``of_origin``. Collective."""
     n_calls = calls_of(n_bytes)
     mine = rounds(lambda: one_round(measured.operations, n_calls, world.barrier), most, world.comm.bcast)
     seconds = slowest(world, mine)

@@ -1,4 +1,4 @@
-"""Measure the exchange and the all-reduce between two hosts, beside what plain sockets carry over the same link.
+"""Measure the exchange and the all-reduce between two hosts, compared with plain sockets over the same link.
 
     VIRTUAL_ENV=.venv/openmpi python -m benchmarks.network.hosts [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8]
 
@@ -130,7 +130,7 @@ def document_in(output: str) -> dict[str, Any]:
     """Return the JSON document that rank 0 printed: mpirun's exit code can be 0 without one."""
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
-        raise HostsError(f"the ranks have not come to their end:\n{output.strip()}")
+        raise HostsError(f"the ranks failed:\n{output.strip()}")
     document: dict[str, Any] = json.loads(lines[-1])
     return document
 

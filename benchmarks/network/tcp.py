@@ -73,7 +73,7 @@ class Exchanges:
         while missing:
             n_now = self._connection.recv_into(self._buffer, min(missing, PIECE_BYTES))
             if not n_now:
-                raise ConnectionError("the other end has gone")
+                raise ConnectionError("the peer closed the connection")
             missing -= n_now
 
     def start(self) -> None:

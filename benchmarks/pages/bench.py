@@ -66,7 +66,7 @@ def table_of_bars(results: Sequence[Result]) -> list[str]:
 
 
 def circumstances(results: Sequence[Result]) -> list[str]:
-    """Return hardware, versions and days, each once."""
+    """Return the hardware, versions and dates of the results, without duplicates."""
 
     def distinct(words: Sequence[str | None]) -> list[str]:
         return list(dict.fromkeys(word for word in words if word))

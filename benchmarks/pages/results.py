@@ -11,7 +11,7 @@ ORDER = ("kernels", "collectives", "windows", "steps", "stragglers", "startup", 
 MPIS = ("openmpi", "mpich")
 MPI_NAMES = {"openmpi": "Open MPI", "mpich": "MPICH"}
 ON_GPU = "gpu-"
-"""What the names of results on a GPU begin with: those of another machine, which have a page of their own."""
+"""The prefix of results on a GPU. They come from another machine and have their own page."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def train(
 ) -> tuple[Array, float]:
     """Train; return the center's loss (n_rounds + 1,) after each round and its final accuracy.
 
-    A round is as many local steps as there are workers, whoever makes them.
+    A round is as many local steps as there are workers, by any of the workers.
     """
     world = SimulatedWorld(n, schedule)
     simulation = Simulation(method, world, digits.gradients(seed), np.zeros(digits.n_weights), lr)

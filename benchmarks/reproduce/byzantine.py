@@ -4,8 +4,8 @@ Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, https://arxiv.org/abs/2012.1436
 Byzantine (three for Krum, which allows no more), six attacks. The paper trains ResNet-20 on CIFAR-10 for 200 epochs;
 here it is an MLP (64-32-10) on scikit-learn's digits with noise added to each sample, a mini-batch of 8 a worker, plain
 SGD, all in one process. As in the paper the short window is a sixth of the long one and the single guard's is half of
-it. The thresholds are the automatic ones. Accuracies are the mean of the last three of 20 evaluations: the paper gives
-the best of the run, which under the variance attack is that of its first minutes.
+it. The thresholds are the automatic ones. Accuracies are the mean of the last three of 20 evaluations; the paper
+gives the best accuracy of the run, which the variance attack allows only in its first minutes.
 
 What the attackers do before they are caught is not undone: the double safeguard finds the variance attack after about
 280 steps, here a sixth of the run, and of the seeds 0 to 4 one (2) stays 4 points below the ideal baseline, the others

@@ -10,8 +10,9 @@ bottom of its own whatever the pull.
 
 Matrix completion: half of the entries of a symmetric matrix of rank r are known; min over X (d, r) of a quarter of the
 squared error of X X' there. If X is a solution then X Q is one for every rotation Q, and a mean of solutions is none.
-As in the paper the best worker of eight counts. The table has the losing cells too: under a strong pull all follow the
-first leader at once, and where that comes to a plateau (rank 5, pull 0.1) nobody is left to find a way around it.
+As in the paper, the best of eight workers counts. The table includes the cells in which LGD loses: under a strong pull
+all workers follow the first leader immediately, and if it reaches a plateau (rank 5, pull 0.1), no worker is left to
+find a way around the plateau.
 
     python -m benchmarks.reproduce.leader_escape [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
 """
@@ -114,7 +115,7 @@ class Completion:
 
 
 def complete(problem: Completion, method: Method, n_steps: int) -> Array:
-    """Return F of the best worker and of what the method evaluates over time, (points + 1, 2)."""
+    """Return F of the best worker and of the consensus over time, (points + 1, 2)."""
     simulation = Simulation(
         method, SimulatedWorld(WORKERS), problem.gradient, problem.starts, LEARNING_RATE, loss=problem.loss
     )

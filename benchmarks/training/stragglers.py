@@ -67,7 +67,7 @@ def run(options: Any) -> int:
         raise UsageError(f"--factor must be 1 or more, not {options.factor:g}")
     world = init()
     if world.size < 2:
-        raise UsageError("one slow rank among others takes 2 ranks or more: run under mpirun")
+        raise UsageError("one slow rank among others needs 2 or more ranks: run under mpirun")
     load_before = os.getloadavg()
     dataset = data.load("digits", world=world, sampling="independent")
     kinds = [(name, slow) for name in names for slow in (False, True)]

@@ -1,6 +1,6 @@
 """``mpitrain data import KIND SOURCE FILE.h5``: convert standard formats into data files.
 
-To add a format, write a function that returns an ``Imported``, and enter it into ``IMPORTERS``.
+To add a format, write a function that returns an ``Imported``, and add it to ``IMPORTERS``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     action = actions.add_parser("import", help="turn a standard format into an HDF5 data file")
     kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, importer in IMPORTERS.items():
-        sub = kinds.add_parser(kind, help=importer.summary, description=importer.summary)
+        sub = kinds.add_parser(kind, help=importer.summary, description=f"Import {importer.summary}.")
         sub.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive to import")
         sub.add_argument("target", type=Path, metavar="FILE.h5", help="data file to write")
         sub.add_argument("--quiet", action="store_true", help="show no progress bar")
@@ -63,9 +63,9 @@ def _images_options(parser: ArgumentParser) -> None:
         default=0.1,
         help="fraction of the images for the test set, if there is no test folder (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of test images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing the test images (default: %(default)s)")
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out and count images that cannot be decoded"
+        "--skip-unreadable", action="store_true", help="skip images that cannot be decoded, and count them"
     )
 
 
@@ -99,5 +99,5 @@ def _fraction(text: str) -> float:
 
 
 IMPORTERS: dict[str, Importer] = {
-    "images": Importer("class folders of image files, or an archive of them", _images_options, _run_images),
+    "images": Importer("class folders of image files, or an archive of class folders", _images_options, _run_images),
 }

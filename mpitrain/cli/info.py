@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="probe again which operations of this MPI work with which memory; several ranks probe once in any case",
+        help="repeat the probe of MPI operations on each kind of memory; several ranks still run it once",
     )
 
 

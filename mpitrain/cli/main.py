@@ -1,8 +1,8 @@
 """``mpitrain info | algorithms | train | data | report | simulate``
 
-Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. A mistake
-of the user is one line on standard error and exit code 2. A command's module, and what it imports, is loaded only when
-the command runs.
+Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. A user
+error produces one line on standard error and exit code 2. A command's module and its imports are loaded only when the
+command runs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mpitrain.errors import RankFailed, UsageError
 from mpitrain.version import __version__
 
 COMMANDS = {
-    "info": "show what this MPI, these GPUs and this machine can do, and what a run will use",
+    "info": "show the capabilities of this MPI, the GPUs and the machine, and what a run will use",
     "algorithms": "list every method with its paper and its settings",
-    "train": "train a model; run it under mpirun or srun",
+    "train": "train a model (start it with mpirun or srun)",
     "data": "import data sets into HDF5 files",
     "report": "plot and tabulate runs",
     "simulate": "run a method with many workers in one process, under a virtual clock",
@@ -58,7 +58,7 @@ def _parser() -> Parser:
 def _run(command: str, rest: Sequence[str]) -> int:
     """Run a command with the rest of the command line; return the exit code."""
     module = importlib.import_module(f"mpitrain.cli.{command}")
-    parser = Parser(prog=f"mpitrain {command}", description=f"{COMMANDS[command].capitalize()}.")
+    parser = Parser(prog=f"mpitrain {command}", description=f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.")
     module.add_arguments(parser)
     code: int = module.run(parser.parse_args(rest))
     return code

@@ -1,4 +1,4 @@
-"""Command-line options made of the options that dataclasses declare (``trainer.options``)."""
+"""Command-line options built from the options that dataclasses declare (``trainer.options``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpitrain.trainer.options import Option, default_of, flag_of, options_of
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that fails as everything else does: with one line, on one rank."""
+    """A parser that reports errors in one line, on one rank, as all of mpitrain does."""
 
     def error(self, message: str) -> Any:
         """Exit with code 2."""
@@ -30,12 +30,12 @@ def add_options(
     """Add the options that a dataclass declares.
 
     Args:
-        parser: The parser. Options of a group that exclude each other may come of several dataclasses.
+        parser: The parser. The options of a mutually exclusive group may come from several dataclasses.
         config: The dataclass.
         names: The fields to add, in this order; all by default.
         help: Texts in place of the declared ones, by field name.
-        keep_defaults: Whether an option that is not given has the field's default; otherwise it is None, which lets a
-            resumed run see what was given.
+        keep_defaults: Whether an option that is not given has the field's default. Otherwise it is None, so that a
+            resumed run can tell which options were given.
     """
     declared = options_of(config)
     for name in declared if names is None else names:
@@ -50,7 +50,7 @@ def add_options(
 
 
 def _group(parser: argparse.ArgumentParser, name: str) -> Any:
-    """Return the group of options of this name that exclude each other, which the parser keeps."""
+    """Return the parser's mutually exclusive group of this name, and create it on first use."""
     groups = parser.__dict__.setdefault("exclusive_groups", {})
     if name not in groups:
         groups[name] = parser.add_mutually_exclusive_group()
@@ -70,7 +70,7 @@ def _keywords(option: Option, default: Any) -> dict[str, Any]:
 
 
 def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser whose UsageError argparse reports with its text; ``int`` and ``float`` stay as they are."""
+    """Wrap ``parse`` so that argparse reports the text of a UsageError; return types such as ``int`` unchanged."""
     if isinstance(parse, type):
         return parse
 
@@ -84,7 +84,7 @@ def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _default_text(option: Option, default: Any) -> str:
-    """Return the end of a help text."""
+    """Return the part of a help text that states the default."""
     if option.default_text is not None:
         return f" (default: {option.default_text})"
     if default is None or option.parse is None or option.repeated:

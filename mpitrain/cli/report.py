@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
     parser.add_argument(
-        "--out", type=Path, help="folder for the plots (default: the run's for one run, ./report for several)"
+        "--out", type=Path, help="folder for the plots (default: the run folder, or ./report for several runs)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on the last line")
 

@@ -16,7 +16,7 @@ from mpitrain.trainer.plan import RunPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command: those of ``TrainConfig``, and how to begin and report the run."""
+    """Add the options of the command: those of ``TrainConfig``, ``--resume`` and ``--json``."""
     add_options(parser, TrainConfig)
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings"
@@ -51,16 +51,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configuration(args: argparse.Namespace) -> TrainConfig:
-    """Return the configuration that a command line gives, perhaps on top of that of the run it resumes.
+    """Return the configuration from a command line, with defaults from the resumed run if there is one.
 
     Raises:
-        UsageError: An option is wrong, or would make the run that is resumed another one.
+        UsageError: An option is invalid, or would change what the resumed run computes.
     """
     given = values_of(vars(args), TrainConfig)
     if args.resume is None:
         return TrainConfig(**given)
     if Path(given.pop("out", args.resume)) != args.resume:
-        raise UsageError(f"--resume {args.resume} continues in the same folder: leave --out out")
+        raise UsageError(f"--resume {args.resume} continues in the same folder: remove --out")
     return TrainConfig.of_run(args.resume, **given)
 
 
@@ -75,11 +75,11 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
             _write_report(folder)
     else:
         how = (
-            f"on {_ranks(result)} with: mpitrain train --resume {folder}"
+            f"continue on {_ranks(result)} with: mpitrain train --resume {folder}"
             if folder
-            else "is not possible: there was no --out"
+            else "the run cannot be continued: there was no --out"
         )
-        logger.info("stopped at step %d; to continue %s", result["steps"], how)
+        logger.info("stopped at step %d; %s", result["steps"], how)
     if as_json:
         from mpitrain.trainer.runfolder import to_json
 
@@ -114,4 +114,4 @@ def _write_report(folder: Path) -> None:
         write_report([load_run(folder)], folder)
         print(f"report and plots: {folder / 'report.md'}")
     except (UsageError, OSError) as error:
-        logger.warning("there is no report (%s)", error)
+        logger.warning("the report could not be written (%s)", error)

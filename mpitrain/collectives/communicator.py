@@ -1,6 +1,6 @@
 """The interface of a method to the other workers, whether they are MPI ranks or simulated in one process.
 
-A method uses nothing else: vectors (any array with NumPy's slicing) and the calls below. ``MPICommunicator``
+A method uses only vectors (any array with NumPy's slicing) and the calls below. ``MPICommunicator``
 (``collectives.mpi``) and ``SimulatedCommunicator`` (``simulation.communicator``) implement it.
 """
 
@@ -60,7 +60,7 @@ class Communicator(Protocol):
 
     @property
     def dead(self) -> frozenset[int]:
-        """The workers that have died, as far as this one knows. Local.
+        """The workers known to have died. Local.
 
         No worker waits for them: collectives raise ``errors.RankFailed``. The memory of a dead worker of the same node
         stays as it is.

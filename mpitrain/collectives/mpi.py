@@ -77,17 +77,17 @@ class MPICommunicator(PeerMemory):
             raise UsageError(
                 f"wire {self._wire} needs progress threads between the nodes. They exist among all ranks (not in "
                 "replica groups or the tree of easgd_tree), with MPI_THREAD_MULTIPLE, and without "
-                "MPITRAIN_BETWEEN_NODES=windows. Otherwise leave wire out"
+                "MPITRAIN_BETWEEN_NODES=windows. Otherwise remove wire"
             )
         if transport is not None and (transport.in_place or transport.sums):
             raise UsageError(
                 f"wire {self._wire} needs vectors that cross nodes through the host, but here MPI moves them from "
-                "device memory: use transport staged or ipc, or leave wire out"
+                "device memory: use transport staged or ipc, or remove wire"
             )
 
     @property
     def dead(self) -> frozenset[int]:
-        """The ranks that have died, as far as this one knows. Local."""
+        """The ranks known to have died. Local."""
         return self.world.dead
 
     def split(self, color: int) -> MPICommunicator:

@@ -42,7 +42,7 @@ def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
 
 
 def reduce(world: World, array: np.ndarray, root: int = 0) -> None:
-    """Replace the root's array (n,) by the sum of all; the other arrays are left with partial sums. Collective.
+    """Replace the root's array (n,) with the sum of all; the other arrays contain partial sums. Collective.
 
     Each rank adds its children in a fixed order, so that the result has the same bits in every run.
     """

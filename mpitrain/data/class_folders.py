@@ -70,7 +70,7 @@ def places(names: Sequence[str]) -> list[Place]:
     if "train" not in tops or not tests or tops - tests - {"train"}:
         return [Place(None, path[0]) for path in paths]
     if len(tests) > 1:
-        raise UsageError(f"both {' and '.join(sorted(tests))} beside train: keep one as the test set")
+        raise UsageError(f"both {' and '.join(sorted(tests))} exist next to train: keep one as the test set")
     for name, path in zip(names, paths, strict=True):
         if len(path) < 3:
             raise UsageError(f"{name} is in no class folder: move it into one, or remove it")

@@ -121,7 +121,7 @@ def _assign(source: Path, names: list[str], test_fraction: float, seed: int) -> 
     else:
         is_test = np.array([place.is_test for place in found])
     if not is_test.any():
-        raise UsageError(f"{source} has one image a class, so none is left for testing: add images, or a test folder")
+        raise UsageError(f"{source} has one image per class, so none is left for testing: add images, or a test folder")
     return Assignment(classes, labels, is_test)
 
 
@@ -193,7 +193,7 @@ def _survey(source: Path, progress: bool) -> Survey:
             survey.unreadable.append(name)
             continue
         if mode in DEEP_MODES:
-            raise UsageError(f"{name} has more than 8 bits a channel ({mode}): convert it to 8 bits")
+            raise UsageError(f"{name} has more than 8 bits per channel ({mode}): convert it to 8 bits")
         survey.names.append(name)
         survey.sizes[size] += 1
         survey.coloured |= mode not in ("1", "L", "LA")

@@ -55,7 +55,8 @@ class Sampler:
         if mode == "sharded" and size * batch_size > n:
             smaller = f"--batch-size {n // size} or less, " if n >= size else ""
             raise UsageError(
-                f"{size} workers with batches of {batch_size} take {size * batch_size} samples a step, out of {n}: "
+                f"{size} workers with batches of {batch_size} need {size * batch_size} samples per step, "
+                f"but there are only {n}: "
                 f"use {smaller}fewer workers, or independent sampling"
             )
         assert 0 <= rank < size
@@ -96,11 +97,11 @@ class Sampler:
         return {**self._identity(), "epoch": self.epoch, "step": self.step}
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Continue from a saved state; refuse one of a sampler with other parameters, which draws other samples."""
+        """Continue from a saved state. The saved sampler must have the same parameters."""
         for name, value in self._identity().items():
             if int(state[name]) != value:
                 raise UsageError(
-                    f"the checkpoint has {name} {int(state[name])}, this run {value}: resume with the same"
+                    f"the checkpoint has {name} {int(state[name])}, this run {value}: resume with the same value"
                 )
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 

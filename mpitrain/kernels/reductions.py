@@ -1,4 +1,4 @@
-"""Sums of many vectors at once, for an all-reduce among ranks that see each other's memory.
+"""Sums of many vectors in one pass, for an all-reduce among ranks that share memory.
 
 Up to `DIRECT` vectors the declared kernel is best: one fused loop, as fast as scaling the vectors in place. With more,
 the prefetchers lose track of the streams, and vectors that start at the same offset within a page, as those of
@@ -121,7 +121,7 @@ def _compiled(name: str, k: int, dtype: Any) -> tuple[Callable[..., int], bool]:
 def _check(vectors: Sequence[Any], flags: int, like: np.ndarray) -> None:
     dtype, shape = like.dtype, like.shape
     if len(shape) != 1:
-        raise ValueError(f"the vectors have shape {shape}; pass 1-D ones, array.reshape(-1) makes one")
+        raise ValueError(f"the vectors have shape {shape}; pass 1-D vectors (array.reshape(-1))")
     for j, vector in enumerate(vectors):
         if (
             type(vector) is not np.ndarray

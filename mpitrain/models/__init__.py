@@ -52,7 +52,7 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
         function = _import(head, rest)
         arguments = _accepted(name, function, {"shape": shape, "n_classes": n_classes, "seed": seed})
     else:
-        raise UsageError(f"no model '{name}': use one of {', '.join(MODELS)}, or module:function for one of your own")
+        raise UsageError(f"no model '{name}': use one of {', '.join(MODELS)}, or module:function for your own model")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(
             seed
@@ -85,7 +85,7 @@ def _accepted(name: str, function: Callable[..., Any], offered: dict[str, Any]) 
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:  # implemented in C
-        raise UsageError(f"{name} has no signature that tells its arguments: wrap it in a Python function") from error
+        raise UsageError(f"{name} has no inspectable signature: wrap it in a Python function") from error
     by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)

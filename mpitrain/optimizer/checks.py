@@ -1,4 +1,4 @@
-"""Checks of what a ``DistributedOptimizer`` is given, before anything is made from it and while it is used."""
+"""Checks of the arguments of a ``DistributedOptimizer``, when it is created and while it is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOO_LATE_FOR_GROUPS = "add the parameter group to the base optimizer, before the
 
 
 def check_kinds(base: object, model: object, method: object) -> None:
-    """Refuse arguments of another kind than their places are for. Local.
+    """Check the types of the arguments. Local.
 
     Raises:
         UsageError: With what would be right.
@@ -51,7 +51,7 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UsageError(
-            f"{type(base).__name__} computes several gradients in a step, and a step here exchanges one: "
+            f"{type(base).__name__} computes several gradients per step, but DistributedOptimizer exchanges one: "
             "use an optimizer that works without a closure, e.g. torch.optim.SGD"
         )
     if not method.owns_update:
@@ -74,12 +74,12 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
     if any(id(p) in own for p in in_use):
         raise UsageError(
             "another DistributedOptimizer already has these parameters: close() it first, "
-            "and make the new one from the torch optimizer"
+            "and create the new one from the torch optimizer"
         )
 
 
 def check_alike(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method, world: World) -> None:
-    """Refuse models that differ between ranks in more than their values. Collective.
+    """Check that the models of all ranks differ in the values of parameters only. Collective.
 
     Raises:
         UsageError: On all ranks, with the first difference between rank 0 and the first rank that differs from it.
@@ -124,7 +124,7 @@ class FrozenParameters:
             parameter.grad = None
 
     def check(self) -> None:
-        """Refuse a parameter that was made trainable later: no rank would exchange it.
+        """Check that no frozen parameter has been made trainable since: no rank would exchange it.
 
         Raises:
             UsageError: With what to do instead.
@@ -133,14 +133,14 @@ class FrozenParameters:
             if parameter.requires_grad:
                 names = (name for name, known in self._model.named_parameters() if known is parameter)
                 raise UsageError(
-                    f"the parameter {next(names, '')} requires a gradient and did not when the DistributedOptimizer "
-                    "was made, so it is not exchanged: make it trainable before, in a parameter group of its own "
-                    "with learning rate 0 for as long as it must not change"
+                    f"the parameter {next(names, '')} requires a gradient but did not when the DistributedOptimizer "
+                    "was created, so it is not exchanged: set requires_grad=True before, and keep the parameter fixed "
+                    "by a parameter group of its own with learning rate 0"
                 )
 
 
 class DirectStepGuard:
-    """Warns once when a base optimizer makes a step that its DistributedOptimizer did not ask for.
+    """A hook that warns once when the base optimizer is stepped directly.
 
     Args:
         base: The optimizer, which has this object as a hook until ``stop``.
@@ -162,7 +162,7 @@ class DirectStepGuard:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Allow steps inside the block: they are the DistributedOptimizer's."""
+        """Suspend the warning inside the block, in which the DistributedOptimizer steps the base optimizer."""
         before, self._is_silent = self._is_silent, True
         try:
             yield
@@ -179,7 +179,7 @@ def _parameters(base: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
 
 
 def _described(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> Iterator[str]:
-    """Yield everything that must be equal on all ranks, in order: what is broadcast, and what is exchanged."""
+    """Yield descriptions of everything that must be equal on all ranks because it is broadcast or exchanged."""
     yield f"the method is {method.name}"
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):

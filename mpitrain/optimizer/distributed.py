@@ -46,7 +46,7 @@ _open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class _Parts:
-    """What an open optimizer consists of."""
+    """The components of an open optimizer."""
 
     base: torch.optim.Optimizer
     layout: FlatLayout
@@ -221,16 +221,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return parts.stepper.step(loss if closure is None else closure)
 
     def consensus(self) -> AbstractContextManager[None]:
-        """Let the model hold what the method evaluates (center, average, leader) inside a ``with`` block. Local.
+        """Load the consensus (center, average, leader) into the model inside a ``with`` block. Local.
 
         At the end of the block the model has its own parameters again, and the buffers that it had before
-        (``reestimate_batchnorm`` changes them). One rank alone may enter, at any time, while the others train on. What
-        it sees is exact between two barriers.
+        (``reestimate_batchnorm`` changes them). A single rank may enter at any time, while the others keep training.
+        The consensus is exact between two barriers.
         """
         return self._open_parts.evaluation.consensus()
 
     def consensus_vector(self) -> np.ndarray:
-        """Return what the method evaluates as a vector (n,), which the next call overwrites. Local."""
+        """Return the consensus as a vector (n,), which the next call overwrites. Local."""
         return self._open_parts.evaluation.consensus_vector()
 
     def metrics(self) -> dict[str, float]:
@@ -243,7 +243,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def spread(self, vector: np.ndarray) -> tuple[float, float]:
         """Return the root mean square distance of the workers from a vector (n,), and the elastic energy. Local.
 
-        The parameters of the workers that are alive are read as they are now: of at most 32, evenly over the ranks.
+        The current parameters of up to 32 surviving workers, evenly spread over the ranks, are read.
 
         Raises:
             UsageError: On a rank that is not the first of its group: it cannot reach the other workers.
@@ -251,14 +251,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self._open_parts.evaluation.spread(vector)
 
     def wait(self) -> None:
-        """Wait for this rank's exchanges in the background. Local."""
+        """Wait for this rank's background exchanges. Local."""
         if self._parts is not None:
             self._parts.stepper.wait()
 
     def finalize(self) -> None:
-        """Push what no exchange has taken yet: the last steps to a parameter server. Local, or Collective over a group.
+        """Push the local steps not exchanged yet, to a parameter server for example. Local, or Collective over a group.
 
-        Call it once, at the end, between two barriers: what is evaluated then has the steps of all ranks.
+        Call it once, at the end, between two barriers: the consensus then includes the steps of all ranks.
         """
         self._open_parts.stepper.finalize()
 
@@ -266,7 +266,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Return this rank's part of the state: its parameters, the base optimizer's state, the method's. Local.
 
         Each rank saves its own part and loads it again. For asynchronous methods call ``wait`` and then a barrier
-        before it on all ranks, or the parts are of different moments.
+        on all ranks first; otherwise the parts belong to different moments.
         """
         return self._open_parts.state.save()
 
@@ -274,8 +274,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Continue from this rank's part of a state. Collective.
 
         Raises:
-            UsageError: The state is of another rank or number of ranks, of another model, of another method, or of
-                settings with which the method stores other things.
+            UsageError: The state belongs to another rank, number of ranks, model or method, or was saved with settings
+                under which the method stores other entries.
         """
         parts = self._open_parts
         try:

@@ -1,4 +1,4 @@
-"""What the method evaluates, in the model or as a vector, and the distance of the workers from it."""
+"""The consensus of a method, in the model or as a vector, and the workers' distance from the consensus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpitrain.kernels import gpu
 from mpitrain.optimizer.local_replica import LocalReplica
 
 MOST_MEASURED = 32
-"""Workers whose distance from the consensus is measured: reading all of a thousand would take minutes."""
+"""The most workers whose distance from the consensus is measured: reading a thousand would take minutes."""
 
 
 class Evaluation:
@@ -42,7 +42,7 @@ class Evaluation:
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        """Let the model hold what the method evaluates inside the block. Local."""
+        """Load the consensus into the model inside the block. Local."""
         if self.is_shown:
             raise UsageError("consensus() inside consensus(): the model already holds what the method evaluates")
         with restored_buffers(self._model), self._replica.flat.swapped_parameters(self._evaluate()):
@@ -53,7 +53,7 @@ class Evaluation:
                 self.is_shown = False
 
     def consensus_vector(self) -> np.ndarray:
-        """Return what the method evaluates (n,), in host memory. Local."""
+        """Return the consensus (n,), in host memory. Local."""
         with self._replica.boundary.exchanging():
             return gpu.to_host(self._evaluate())
 

@@ -1,4 +1,4 @@
-"""The boundary between what torch does in a step and what the method's worker does.
+"""The boundary between the work of torch and that of the method's worker in a step.
 
     torch      forward, backward | ........................................... | forward, backward
                                  v exchanging                                  ^
@@ -28,7 +28,7 @@ class Stopwatch:
 
 
 class ExchangeBoundary:
-    """Surrounds all that a worker does, and the local update inside it.
+    """The boundary around the work of a worker, and around the local update inside that work.
 
     Args:
         flat: The parameters and gradients.
@@ -43,7 +43,7 @@ class ExchangeBoundary:
         self.clock = Stopwatch()
 
     def exchanging(self, *, copies: bool = False, counts: bool = False) -> Exchanging:
-        """Return a context manager whose block is the worker's.
+        """Return a context manager for the work of the worker.
 
         Args:
             copies: The block reads gradients or changes parameters. Where the model is on a GPU and the worker's
@@ -53,14 +53,14 @@ class ExchangeBoundary:
         return Exchanging(self._flat, self._device, self.clock, copies, counts)
 
     def computing(self) -> Computing:
-        """Return a context manager, inside ``exchanging``, whose block is torch's; the clock stands still."""
+        """Return a context manager for the work of torch inside ``exchanging``; the clock is stopped."""
         return Computing(self._flat, self._device, self.clock)
 
 
 class Exchanging:
     """The context manager of ``ExchangeBoundary.exchanging``.
 
-    This and ``Computing`` are classes because generators would cost a step of a small model some percent.
+    This and ``Computing`` are classes because generators would slow the steps of small models by some percent.
     """
 
     __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_stream")

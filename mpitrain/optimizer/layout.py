@@ -79,7 +79,7 @@ class FlatLayout:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether our kernels can make the local update: on the host, above 16 bits, where torch rounds more often."""
+        """Whether fused kernels can make the local update: on the host, not in 16 bits (torch rounds more often)."""
         return self.device.type == "cpu" and self.torch_dtype.itemsize >= 4
 
 

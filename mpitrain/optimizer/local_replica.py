@@ -1,4 +1,4 @@
-"""What a rank has of the model: its parameters and gradients in vectors, and the worker that exchanges them."""
+"""A rank's replica of the model: parameters and gradients as vectors, and the worker that exchanges them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpitrain.optimizer.replica_group import ReplicaGroup
 
 @dataclass(frozen=True)
 class ReplicaOptions:
-    """What the user chooses about a replica; see ``DistributedOptimizer``."""
+    """The options of a replica; see ``DistributedOptimizer``."""
 
     seed: int
     average: Average | None
@@ -102,7 +102,7 @@ class LocalReplica:
 
 
 def _fitness_of_vectors(fitness: Callable[[], float], flat: FlatParameters) -> Callable[[np.ndarray], float]:
-    """Return the fitness of parameters (n,), from a function of what the model holds."""
+    """Return the fitness of parameters (n,), computed by a function of the model."""
 
     def fitness_of(vector: np.ndarray) -> float:
         with flat.swapped_parameters(vector):

@@ -60,14 +60,14 @@ def check_replica_size(replica_size: int, world: World) -> None:
     """
     if replica_size < 1 or world.size % replica_size:
         raise UsageError(
-            "replica_size, the number of ranks that are one worker, must divide the number of ranks, "
+            "replica_size, the number of ranks per worker, must divide the number of ranks, "
             f"which is {world.size}, not be {replica_size}"
         )
 
 
 @dataclass(frozen=True)
 class GroupVectors:
-    """What the members of a group exchange among themselves.
+    """The vectors that the members of a group exchange among themselves.
 
     Attributes:
         comm: The members.
@@ -191,7 +191,7 @@ class GroupHead(Worker):
         self._shared.comm.barrier()
 
     def consensus(self, out: Any) -> None:
-        """Write what the method evaluates to ``out`` (n,). Local."""
+        """Write the consensus to ``out`` (n,). Local."""
         with self._busy:
             self._worker.consensus(out)
 
@@ -251,7 +251,7 @@ class GroupMember(Worker):
         comm.statistics.bytes_sent += own.nbytes
 
     def consensus(self, out: Any) -> None:
-        """Ask the head for what the method evaluates, and write it to ``out`` (n,). Local.
+        """Request the consensus from the head, and write it to ``out`` (n,). Local.
 
         Raises:
             UsageError: This MPI lets only one thread of a rank call it.

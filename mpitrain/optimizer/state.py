@@ -17,13 +17,13 @@ from mpitrain.optimizer.step import LocalUpdate
 
 @dataclass(frozen=True)
 class Owner:
-    """What a state belongs to; it is saved with the state.
+    """The owner of a state, which is saved with the state.
 
     Attributes:
         algorithm: Name of the method.
-        rank: Of this process.
-        ranks: Their number.
-        replica_size: Ranks of a worker.
+        rank: The rank of this process.
+        ranks: The number of ranks.
+        replica_size: The number of ranks per worker.
         node_shared: The method keeps the base optimizer's momentum, and the ranks of a node share parameters.
     """
 
@@ -34,7 +34,7 @@ class Owner:
     node_shared: bool
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse a state of another owner.
+        """Check that a state has this owner.
 
         Raises:
             UsageError: With what would be right.
@@ -46,11 +46,11 @@ class Owner:
             )
         ranks, rank = state.get("ranks", self.ranks), state.get("rank", self.rank)
         if ranks != self.ranks:
-            raise UsageError(f"the state is of {ranks} ranks, and here are {self.ranks}: continue with as many")
+            raise UsageError(f"the state is of {ranks} ranks, but this run has {self.ranks}: use as many ranks")
         if rank != self.rank:
             raise UsageError(
-                f"the state is that of rank {rank}, and this is rank {self.rank}: each rank saves a file of its "
-                "own and loads it (to begin as a copy of another rank, set state['rank'] to this rank's number)"
+                f"the state is that of rank {rank}, but this is rank {self.rank}: each rank must save and load its own "
+                "file (to start as a copy of another rank, set state['rank'] to this rank's number)"
             )
         if state["algorithm"] != self.algorithm:
             raise UsageError(f"the state is of {state['algorithm']}, and this optimizer runs {self.algorithm}")

@@ -1,4 +1,4 @@
-"""One step of a rank: gradients, exchange and local update, and what follows values that are not finite."""
+"""One step of a rank: gradients, exchange, local update, and the repair of non-finite values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LocalUpdate:
     """The step of the base optimizer, which changes this rank's parameters alone.
 
     Args:
-        base: The base optimizer. Until ``stop``, steps that are not made here are warned of.
+        base: The base optimizer. Until ``stop``, a direct step of this optimizer causes a warning.
         replica: This rank's vectors.
     """
 
@@ -48,7 +48,7 @@ class LocalUpdate:
             self._fused.adopt_state()
 
     def reset_nonfinite(self) -> None:
-        """Zero what is not finite in the base optimizer's state: in a momentum it would spoil all steps to come."""
+        """Zero non-finite elements of the base optimizer's state; in a momentum they would spoil all later steps."""
         with self._boundary.computing():
             for state in self._base.state.values():
                 for value in state.values():
@@ -56,7 +56,7 @@ class LocalUpdate:
                         value.nan_to_num_(0.0, 0.0, 0.0)
 
     def stop(self) -> None:
-        """Stop warning of steps of the base optimizer: it is its user's again."""
+        """Stop warning about direct steps of the base optimizer."""
         self._guard.stop()
 
 
@@ -73,17 +73,17 @@ class ParamGroups:
         self._must_be_plain = replica.node_shared  # the worker makes the step of ``base``
 
     def slices(self) -> list[ParamGroupSlice]:
-        """Return the groups with their present settings.
+        """Return the groups with their current settings.
 
         Raises:
-            UsageError: The base optimizer was changed in a way that comes too late.
+            UsageError: The base optimizer was changed in a way that must precede the DistributedOptimizer.
         """
         if len(self._base.param_groups) != len(self._parts):
             raise UsageError(TOO_LATE_FOR_GROUPS)
         if self._must_be_plain and not is_plain_sgd(self._base):
             raise UsageError(
-                "the base optimizer has got hooks, a scheduler, dampening or maximize after the DistributedOptimizer "
-                "was made: give it those before, and give the scheduler the DistributedOptimizer"
+                "hooks, a scheduler, dampening or maximize were added to the base optimizer after the "
+                "DistributedOptimizer was created: add them before, and pass the DistributedOptimizer to the scheduler"
             )
         return [
             ParamGroupSlice(
@@ -152,12 +152,12 @@ class Stepper:
         return loss
 
     def _report_nonfinite(self) -> None:
-        """Log once; from then on ``statistics.n_nonfinite`` tells."""
+        """Log the first time only; ``statistics.n_nonfinite`` counts all elements."""
         if not self._has_reported:
             self._has_reported = True
             logger.warning(
                 "%d values were not finite and were kept out of the exchange; "
-                "this rank goes on from what the method evaluates where its own values are not finite",
+                "this rank's own non-finite values were replaced with those of the consensus",
                 int(self._statistics.n_nonfinite),
                 extra=ANY_RANK,
             )

@@ -138,7 +138,7 @@ def _supply_missing(partial: Path, checksums: dict[str, int], world: World) -> N
 
 
 def _remove_partial(folder: Path) -> None:
-    """Remove unfinished checkpoints, which may take the room that the next one needs. Local; rank 0 only."""
+    """Remove unfinished checkpoints, to free disk space for the next one. Local; rank 0 only."""
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -250,7 +250,7 @@ def _n_parts(path: Path) -> int:
 
 def _require_ranks(path: Path, n_parts: int, world: World) -> None:
     if n_parts != world.size:
-        raise UsageError(f"{path} was written by {n_parts} ranks: resume with as many, not with {world.size}")
+        raise UsageError(f"{path} was written by {n_parts} ranks: resume with {n_parts} ranks, not {world.size}")
 
 
 def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:

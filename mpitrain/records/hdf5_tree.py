@@ -92,7 +92,7 @@ def _key(child: h5py.Group) -> int | str:
 
 
 def _read_stored(group: h5py.Group) -> tuple[np.ndarray, str]:
-    """Return an array as it is stored, and the dtype that it stands for."""
+    """Return an array as stored, and the dtype of the original array."""
     stored = group[_VALUE]
     array = np.empty(stored.shape, stored.dtype)
     if array.size:

@@ -32,7 +32,7 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out} cannot be made ({error.strerror}): give --out a folder that can be written") from error
+        raise UsageError(f"{out} cannot be created ({error.strerror}): choose a writable folder as --out") from error
     drawn = [name for name, draw in plots.DRAWINGS.items() if draw(runs, out / name)]
     document: dict[str, Any] = {"runs": [summarise(one) for one in runs]}
     if len(runs) == 2:

@@ -77,7 +77,7 @@ def downpour_largest_eh(p: int, tau: int) -> float:
 
 
 def downpour_largest_period(p: int, eh: float) -> float:
-    """Return the largest tau such that DOWNPOUR is stable for it and all smaller ones: 0 if none is, or inf."""
+    """Return the largest tau such that DOWNPOUR is stable for all periods up to tau: 0 if there is none, or inf."""
     _check(p)
     if not 0 < eh < 2:
         return 0

@@ -170,7 +170,7 @@ def elastic_order_matrix(
 
 
 def gauss_seidel_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
-    """Return whether EASGD converges if one side of the exchange sees the other's new value, in either order.
+    """Return whether EASGD with a Gauss-Seidel exchange converges, in either order.
 
     The gradient point is ``pre`` and tau = 1.
 

@@ -24,7 +24,7 @@ class Clock:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def start(self) -> None:
-        """Start the clock, or let it go on."""
+        """Start or resume the clock."""
         self._since = time.perf_counter()
 
     def stop(self) -> None:

@@ -45,13 +45,13 @@ class Commands(Hook):
             self._control.order(save=True)
 
     def _interrupt(self, run: Run) -> None:
-        """Let all ranks save and stop. Local; rank 0 only."""
+        """Order all ranks to save and stop. Local; rank 0 only."""
         if not self._control.is_stopping:
             self._is_interrupted = True
             self._control.order(save=run.folder is not None, stop=True)
 
     def on_last_step(self, run: Run) -> None:
-        """Wait until every rank has made its last step; meanwhile rank 0 leads on. Collective."""
+        """Wait until every rank has made its last step; rank 0 keeps giving orders. Collective."""
         self._control.report_done()
         orders = Orders()
         while not orders.over:

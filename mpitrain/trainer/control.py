@@ -1,4 +1,4 @@
-"""Orders of rank 0 to save or to stop, which reach the other ranks without anyone waiting.
+"""Orders of rank 0 to save or to stop, sent to the other ranks without blocking.
 
 Ranks of a synchronous method step in lockstep: a broadcast tells them at every tenth step. Ranks of an asynchronous
 method poll a scoreboard instead, one-sided, a few times a second. Where a worker is a group of ranks, its first rank
@@ -50,7 +50,7 @@ class Control:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether an order to stop has been given, as far as this rank knows."""
+        """Whether this rank has received an order to stop."""
         return self._stop
 
     def order(self, *, save: bool = False, stop: bool = False) -> None:
@@ -109,7 +109,7 @@ class Control:
         self._scoreboard.write(finished=1)
 
     def rest(self) -> Orders:
-        """Return, a moment later, the orders for a rank that has made its last step. Local.
+        """Sleep briefly, and return the orders for a rank that has made its last step. Local.
 
         The ranks of a synchronous method make their last step at the same time; others may be slower.
         """
@@ -143,7 +143,7 @@ def require_leader(world: World) -> None:
 
 
 class StopSignal:
-    """SIGUSR1 as a request for a checkpoint and an end: batch systems send it ahead of the time limit.
+    """SIGUSR1 as a request to save a checkpoint and stop: batch systems send it ahead of the time limit.
 
     A context manager that restores the previous handler on leaving.
 

@@ -86,7 +86,7 @@ class Evaluations(Hook):
             self._evaluate(run)
 
     def on_step(self, run: Run) -> None:
-        """Evaluate if it is time."""
+        """Evaluate if an evaluation is due."""
         self._has_evaluated_end = False
         if run.is_leader and run.calendar.evaluation_is_due(run.step, run.clock.seconds - self._last_seconds):
             self._evaluate(run)
@@ -142,7 +142,7 @@ class Evaluations(Hook):
                 run.hooks.on_evaluation(run, point)
 
     def _evaluate_end(self, run: Run) -> None:
-        """Evaluate the end, when all ranks are at rest and the result is exact. Local; rank 0 only."""
+        """Evaluate the end of the run, when no rank is in a step and the result is exact. Local; rank 0 only."""
         if run.points and run.points[-1].gradients == run.counters.totals().gradients:
             if self._has_evaluated_end:
                 return

@@ -44,7 +44,7 @@ def train(
     dataset: data.Dataset | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train a model as a configuration says. Collective.
+    """Train a model according to a configuration. Collective.
 
     Args:
         config: The options, or the plan that was built from them; the same on all ranks.
@@ -59,7 +59,7 @@ def train(
 
     Raises:
         UsageError: The configuration or the data is wrong; on the ranks that see it.
-        RankFailed: A rank has died without which the others cannot go on.
+        RankFailed: A rank has died, and the others cannot continue without it.
     """
     plan = config if isinstance(config, RunPlan) else RunPlan.of(config)
     out = plan.config.out
@@ -107,7 +107,7 @@ def _train(run: Run) -> dict[str, Any]:
 
 
 def _straggle(run: Run, seconds: float) -> None:
-    """Slow this rank down if it is the straggler, whose computation took ``seconds``. Local."""
+    """Slow this rank down if it is the straggler. Its computation took ``seconds``. Local."""
     straggler = run.plan.config.straggler
     if straggler is not None and straggler[0] == run.world.rank:
         time.sleep((straggler[1] - 1) * seconds)

@@ -3,7 +3,7 @@
     lr: float = option(0.05, "learning rate", parse=float, within=NON_NEGATIVE)
 
 ``mpitrain train``, ``mpitrain simulate`` and ``benchmarks/compare.py`` build their parsers from the fields
-(``cli.options``); ``check_ranges`` refuses values that no command line was asked for.
+(``cli.options``); ``check_ranges`` also checks values that do not come from a command line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Range:
     """The numbers that an option takes.
 
     Attributes:
-        text: The range as a message has it: "must be TEXT".
+        text: The range as it appears in a message: "must be TEXT".
         holds: Whether a number lies in it.
         finite: Whether infinity is refused. NaN always is.
     """

@@ -71,7 +71,7 @@ def _method(config: TrainConfig) -> Method:
     if not method.owns_update or config.momentum is None:
         return method
     if "momentum" not in method.settings():
-        raise UsageError(f"{method.name} makes the update itself, without momentum: leave --momentum out")
+        raise UsageError(f"{method.name} makes the update itself, without momentum: remove --momentum")
     if "momentum" in config.settings:
         raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
     return algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})

@@ -18,7 +18,7 @@ from mpitrain.trainer.run import Hook, Point, Run
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "mpiexec.hydra", "srun")
 SECONDS_BETWEEN_LOG_LINES = 15.0
 SECONDS_BETWEEN_NOTES = 0.25
-"""A tiny model makes hundreds of epochs in a second: not each gets a line."""
+"""A tiny model trains for hundreds of epochs per second, so not every epoch is printed."""
 
 COLUMNS_UNDER_LAUNCHER = 110
 """Under a launcher the width of the terminal is unknown."""

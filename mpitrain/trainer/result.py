@@ -9,7 +9,7 @@ from mpitrain.trainer.run import Run
 
 
 def document(run: Run) -> dict[str, Any]:
-    """Return the result as rank 0 knows it. Local; rank 0 only, after the last exchange."""
+    """Return the result document. Local; rank 0 only, after the last exchange."""
     plan, config, world, totals = run.plan, run.plan.config, run.world, run.counters.totals()
     n_workers, seconds = plan.n_workers(world.size), run.clock.seconds
     found: dict[str, Any] = {

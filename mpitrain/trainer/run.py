@@ -58,7 +58,7 @@ class Point:
 
 
 class Hook:
-    """Something that accompanies a run. All ranks have the same hooks in the same order."""
+    """Callbacks for the events of a run. All ranks have the same hooks in the same order."""
 
     def on_start(self, run: Run) -> None:
         """Act before the first step. On all ranks, at the same time."""
@@ -92,7 +92,7 @@ class Hook:
 
 
 class Hooks(Hook):
-    """Several hooks as one: each event reaches them in order."""
+    """A list of hooks that acts as one hook: each event is forwarded to them in order."""
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = tuple(hooks)

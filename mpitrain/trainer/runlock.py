@@ -92,7 +92,7 @@ class RunLock:
             ours.unlink(missing_ok=True)
         self._released.wait(SECONDS_TO_SETTLE)
         if not self._is_ours():
-            raise UsageError(f"{self._path.parent} has just been acquired by another job: wait for its end")
+            raise UsageError(f"{self._path.parent} has just been locked by another job: wait until that job ends")
 
     def _is_ours(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""The options that ``mpitrain simulate`` has beside those of a real run."""
+"""The options of ``mpitrain simulate`` in addition to those of a real run."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class StudyConfig:
     )
     step_seconds: float = option(0.01, "virtual time of a gradient, in seconds", parse=float, within=POSITIVE)
     jitter: float = option(
-        0.0, "spread of that time: the standard deviation of its logarithm", parse=float, within=NON_NEGATIVE
+        0.0, "spread of the gradient times: standard deviation of their logarithm", parse=float, within=NON_NEGATIVE
     )
     latency: float = option(
-        0.0, "virtual time of an exchange without its bytes", parse=float, within=NON_NEGATIVE, metavar="SECONDS"
+        0.0, "virtual latency of an exchange, in seconds", parse=float, within=NON_NEGATIVE, metavar="SECONDS"
     )
     bandwidth: float = option(
         math.inf,
@@ -54,7 +54,7 @@ class StudyConfig:
     )
     straggler: tuple[tuple[int, float], ...] = option(
         (),
-        "a worker that is slower by a factor; may be given several times",
+        "slow one worker down by a factor; may be given several times",
         parse=straggler,
         metavar="RANK:FACTOR",
         repeated=True,

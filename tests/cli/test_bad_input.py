@@ -70,10 +70,10 @@ ARGUMENTS = {
     "straggler without factor": (["--straggler", "1"], "must be RANK:FACTOR"),
 }
 LOADED = {
-    "no GPU": (["--device", "cuda"], "there is no GPU to be used"),
+    "no GPU": (["--device", "cuda"], "no GPU can be used"),
     "no run": (["--resume", "elsewhere"], "elsewhere is not the folder of a run"),
     "other settings than the run's": (["--resume", "run", "--lr", "0.3"], "--lr is 0.05 in the run that is resumed"),
-    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with as many"),
+    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with 1 ranks"),
     "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
     "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
     "unknown data": (["--data", "nope"], "no data 'nope': use digits"),

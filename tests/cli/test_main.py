@@ -72,7 +72,7 @@ def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
     _, stdout, stderr = split(3, tmp_path, "info", "--json")
     document = json.loads(stdout)
     assert document["world"]["ranks"] == 3
-    assert stderr.startswith("mpitrain: trying what this MPI does")
+    assert stderr.startswith("mpitrain: probing MPI operations")
     assert stderr.count("\n") == 1
     [probe] = document["probes"]
     assert {row["host"]["verdict"] for row in probe["outcomes"].values()} == {"ok"}

@@ -87,7 +87,7 @@ def test_a_dead_worker_is_left_behind_or_ends_the_simulation_with_a_reason(capsy
         assert done["seconds"] == pytest.approx(2)
         assert done["test_loss"] < done["evaluation"][0]["test_loss"]
     assert main(["simulate", "--algorithm", "allreduce", *words]) == 1
-    assert capsys.readouterr().err.count("rank 0 died, and ranks that wait for it cannot go on") == 1
+    assert capsys.readouterr().err.count("rank 0 died, and the ranks that wait for it cannot continue") == 1
 
 
 def test_a_simulated_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ def deep(folder):
 SOURCES = {
     "empty": (lambda folder: folder.mkdir(), "holds no images"),
     "no class": (lambda folder: write(folder / "0.png"), "0.png is in no class folder"),
-    "one image": (lambda folder: write(folder / "a" / "0.png"), "one image a class"),
+    "one image": (lambda folder: write(folder / "a" / "0.png"), "one image per class"),
     "class of the test set only": (
         lambda folder: [write(folder / "train" / "a" / "0.png"), write(folder / "test" / "b" / "0.png")],
         "class b is in test but not in train",

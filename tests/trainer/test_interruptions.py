@@ -135,4 +135,4 @@ def test_a_run_that_is_stopped_without_a_folder_says_so(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 3
     assert output.startswith("mpitrain: stopped at step ")
-    assert output.endswith("; to continue is not possible: there was no --out\n")
+    assert output.endswith("; the run cannot be continued: there was no --out\n")

@@ -98,7 +98,9 @@ def test_a_run_of_ranks_that_wait_for_each_other_ends_with_the_reason(method: li
     done = train(3, 1, "--algorithm", *method, "--minutes", "100")
     assert done.returncode == 1, done.output
     assert "mpitrain: rank 1 of 3 died" in done.output
-    assert "rank 1 died, and ranks that wait for it cannot go on: start again from the newest checkpoint" in done.output
+    assert (
+        "rank 1 died, and the ranks that wait for it cannot continue: resume from the newest checkpoint" in done.output
+    )
     assert "Traceback" not in done.output
 
 
@@ -112,7 +114,7 @@ def test_a_run_without_rank_0_ends_with_the_reason() -> None:
 def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_reports_the_reason() -> None:
     done = train(4, 3, "--minutes", "100", MPITRAIN_EMULATED_NODES="2")
     assert done.returncode == 1, done.output
-    assert "rank 3 of 4 died, with memory that the others need: start again from the newest checkpoint" in done.output
+    assert "rank 3 of 4 died, with memory that the others need: resume from the newest checkpoint" in done.output
 
 
 def test_a_rank_that_has_ended_hears_of_a_death_among_the_others() -> None:

@@ -63,7 +63,7 @@ class Average:
 
     @classmethod
     def parse(cls, text: str) -> Average:
-        """Return the average that the command line asks for: ``KIND[:RATE][:consensus]``.
+        """Parse the value of ``--average``: ``KIND[:RATE][:consensus]``.
 
         Raises:
             UsageError: The text is something else.
@@ -77,7 +77,9 @@ class Average:
         except ValueError:
             rest = [text]
         if rest:
-            raise UsageError(f"--average must be polyak, moving or moving:RATE, perhaps with :consensus, not {text!r}")
+            raise UsageError(
+                f"--average must be polyak, moving or moving:RATE, optionally followed by :consensus, not {text!r}"
+            )
         return cls(kind, rate, source)
 
     def rate_at(self, t: int) -> float:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a worker's own mailboxes: what peers may still read there, or have left there."""
+"""The contents of a worker's own mailboxes in a checkpoint: vectors that peers may still read or have left there."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Inbox:
         yield self._names[1], float(number[0])
 
     def load(self, state: State) -> None:
-        """Put both back. Local; peers see them after a barrier."""
+        """Restore the vector and the number. Local; peers see them after a barrier."""
         self.fill(state[self._names[0]], float(state[self._names[1]]))
 
 
 class Published:
-    """What this worker published last, in its mailboxes with two slots.
+    """The vector that this worker published last, in its mailboxes with two slots.
 
     Args:
         comm: The communicator of the workers.

@@ -1,8 +1,8 @@
 """The contract of a method.
 
 A method is a frozen dataclass of hyper-parameters. ``worker`` makes the running state of one worker from a ``Replica``:
-flat vectors and a communicator. The optimizer, the trainer, the checkpoint and the simulator know no more of a method
-than this file and ``base.worker`` say, and none of them asks for its name.
+flat vectors and a communicator. The optimizer, the trainer, the checkpoint and the simulator rely only on the
+interface in this file and ``base.worker``, and never on the name of a method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Method(ABC):
         owns_update: Whether the method makes the local update itself. Then ``update`` is called, and the torch
             optimizer only provides learning rates and weight decays.
         needs_loss: Whether ``step`` must be given the loss.
-        needs_gradient: Whether ``step`` must find the gradient in ``g``, for more than the local update.
+        needs_gradient: Whether ``step`` needs the gradient in ``g``, for more than the local update.
         on_host: Whether the method computes with its vectors by other means than kernels, and so needs them in host
             memory. Parameters on a GPU are then copied there and back at every step.
         evaluates_history: Whether it evaluates an average over the past, which moves on while the workers rest.
@@ -108,7 +108,7 @@ class Method(ABC):
         yield from ()
 
     def elastic_coefficient(self, size: int, learning_rate: float) -> float:
-        """Return rho, the strength of the springs between the workers and what is evaluated; 0 without springs.
+        """Return rho, the strength of the springs between the workers and the consensus; 0 without springs.
 
         Args:
             size: The number of workers.
@@ -118,4 +118,4 @@ class Method(ABC):
 
     @abstractmethod
     def worker(self, replica: Replica) -> Worker:
-        """Make a worker and allocate all that it needs. Collective."""
+        """Create a worker and allocate its memory. Collective."""

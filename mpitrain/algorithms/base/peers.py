@@ -9,7 +9,7 @@ from mpitrain.collectives.topology.graphs import uniform_peer
 
 
 def alive_ranks(comm: Communicator) -> list[int]:
-    """Return the workers that have not died, as far as this one knows, ascending. Local."""
+    """Return the workers not known to have died, in ascending order. Local."""
     dead = comm.dead
     return [rank for rank in range(comm.size) if rank not in dead]
 

@@ -33,7 +33,7 @@ class Setting(ABC):
     optional: bool = False
 
     def parse(self, text: str) -> Any:
-        """Return the value that ``text`` stands for, as the command line gives it; ``none`` is None.
+        """Return the value of ``text`` from the command line; ``none`` is None.
 
         Raises:
             ValueError: The text is not a value of this type. The message reads "must be ...".

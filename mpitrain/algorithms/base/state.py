@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an object: declared as a list of attributes, saved and loaded here.
+"""The state of an object in a checkpoint: declared as a list of attributes, saved and loaded here.
 
     class Worker:
         persistent = ("t",)

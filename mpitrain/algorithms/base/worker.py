@@ -20,7 +20,7 @@ from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.state import State, entries, restore
 
 STEPS_BETWEEN_CHECKS = 50
-"""Steps between two looks at the number of non-finite elements on a GPU: reading it waits for the GPU."""
+"""Steps between two reads of the number of non-finite elements on a GPU, because a read waits for the GPU."""
 
 
 class Worker(ABC):
@@ -60,7 +60,7 @@ class Worker(ABC):
 
         Args:
             group_slices: Learning rate and weight decay of each part of the vector. Methods with one eta for the whole
-                vector use the largest: parts without a learning rate are at rest.
+                vector use the largest rate, since parts with learning rate 0 do not move.
             local_update: Updates ``x`` in place; None when the method owns the update.
             loss: The loss of the mini-batch, for methods that rank workers by it.
 
@@ -90,7 +90,7 @@ class Worker(ABC):
         return True
 
     def reset_nonfinite(self) -> None:
-        """Replace this worker's non-finite values by what the method evaluates. Local."""
+        """Replace this worker's non-finite values with those of the consensus. Local."""
         nonfinite.reset(self.positions, self.velocities, self.consensus)
 
     def gradient_ready(self, layer: int) -> bool:
@@ -102,7 +102,7 @@ class Worker(ABC):
         return False
 
     def begin_ready(self) -> None:  # noqa: B027 - optional
-        """Start what can be started with the gradients in ``g`` so far. Local."""
+        """Start the communication of the gradients that are in ``g`` so far. Local."""
 
     def gradient_complete(self) -> None:  # noqa: B027 - optional
         """Note that the backward pass has ended: all of the gradient is in ``g``."""
@@ -124,13 +124,13 @@ class Worker(ABC):
 
     @abstractmethod
     def consensus(self, out: Any) -> None:
-        """Write what the method evaluates (center, average, leader) to ``out`` (n,). Local, at any time."""
+        """Write the consensus (center, average, leader) to ``out`` (n,). Local, at any time."""
 
     def wait(self) -> None:  # noqa: B027 - optional
         """Wait for this worker's background operations on shared memory. Local."""
 
     def finalize(self) -> None:  # noqa: B027 - optional
-        """Push what no exchange has pushed yet, at the end of a run. Local."""
+        """Push the local steps not exchanged yet, at the end of a run. Local."""
 
     def metrics(self) -> dict[str, float]:
         """Return the present value of each of the method's ``metrics``. Local and cheap."""
@@ -153,7 +153,7 @@ class Worker(ABC):
         self.comm.barrier()  # before peers read what was loaded
 
     def after_load(self) -> None:  # noqa: B027 - optional
-        """Rebuild what follows from the loaded state. Collective."""
+        """Recompute the values that are derived from the loaded state. Collective."""
 
 
 class PeriodicWorker(Worker):

@@ -1,4 +1,4 @@
-"""Attacks: what Byzantine workers send in place of their gradients, for tests and studies.
+"""Attacks: vectors that Byzantine workers send in place of their gradients, for tests and studies.
 
     gradient = Attacked(gradient, size=10, attackers=[6, 7, 8, 9], attack=variance(0.3))
     Simulation(SafeguardSGD(), SimulatedWorld(10), gradient, start, learning_rate)
@@ -93,7 +93,7 @@ class Attacked:
         self._asked: set[int] = set(range(size))
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
-        """Return what this worker sends (n,)."""
+        """Return the vector (n,) that this worker sends."""
         if rank in self._asked:  # a new step
             self._asked.clear()
             self._sent = np.stack([self._gradient(peer, x) for peer in range(self._size)])

@@ -56,7 +56,7 @@ class AsynchronousCenter(SharedRows):
         self.vector.update(lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c))
 
     def displace(self, x: Any, a_w: float, a_c: float) -> None:
-        """Make the center's side; ``x``, a copy of the worker's, becomes what the worker has to subtract. Local."""
+        """Update the center, and replace ``x``, a copy of the worker's, with the displacement to subtract. Local."""
         self.vector.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
 
     def pull(self, x: Any, a_w: float) -> None:

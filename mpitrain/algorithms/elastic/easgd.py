@@ -90,7 +90,7 @@ class OverlappedWorker(ElasticWorker):
         self._background = BackgroundExchange(self.comm, center, self._position)
 
     def before_update(self) -> None:
-        """Subtract what an exchange that has ended displaced; start the next exchange if it is due."""
+        """Subtract the displacement of a completed exchange; start the next exchange if it is due."""
         started = self._background.started
         if started is not None and started.done:
             self._background.apply()

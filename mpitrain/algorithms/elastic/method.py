@@ -175,7 +175,7 @@ class ElasticWorker(Worker):
             self.exchange()
 
     def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this exchange. Or the center's half of a split one."""
+        """Exchange if grad_point = post, or make the center's half of a split exchange."""
         if not self._is_pre:
             if (self.t + 1) % self._method.period == 0:
                 self.exchange()

@@ -214,7 +214,7 @@ class EntropyWorker(InnerLoopWorker):
 
 
 class ParleWorker(InnerLoopWorker):
-    """A worker with a replica of its own and a copy of r, equal on all workers to the last bit."""
+    """A worker with its own replica and a copy of r, which is bit-identical on all workers."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_reference",)
 

@@ -96,7 +96,7 @@ class GossipWorker(PeriodicWorker):
 
 
 class Pull:
-    """Publishes this worker's vector and reads a peer's. Collective to create.
+    """A pull exchange: publish this worker's vector, and read that of a peer. Collective to create.
 
     Args:
         comm: The communicator of the workers.
@@ -121,7 +121,7 @@ class Pull:
 
 
 class Push:
-    """Leaves this worker's vector with a peer and averages with what others have left. Collective to create.
+    """A push exchange: send this worker's vector to a peer, and average with received ones. Collective to create.
 
     Args:
         comm: The communicator of the workers.

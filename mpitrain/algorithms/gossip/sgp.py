@@ -128,7 +128,7 @@ class SGPWorker(Worker):
         return kernels.weighted_average(self.x.local, z, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """Write the present sum_i x_i/sum_i w_i. Local; exact while the workers rest."""
+        """Write the current sum_i x_i/sum_i w_i. Local; exact while no worker is in a step."""
         weights: list[float] = []
 
         def weight_of(peer: int) -> float:

@@ -18,12 +18,12 @@ CLOCK, STAMP, LOSS = range(3)
 
 
 def copy_loss(to: np.ndarray, shown: np.ndarray) -> None:
-    """Copy only the loss of the numbers that a worker shows."""
+    """Copy only the loss from the numbers that a worker publishes."""
     to[LOSS] = shown[LOSS]
 
 
 class AsynchronousLSGDWorker(LSGDWorker):
-    """A worker that publishes its parameters with its loss and reads what the leader has published."""
+    """A worker that publishes its parameters and loss, and reads the parameters that the leader has published."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_published_parameters", "_shown")
 
@@ -54,7 +54,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
         self._pull([f for f in (self._group, self._all) if f.pending and self._published(f)[f.members].all()])
 
     def _poll(self) -> None:
-        """Read what all workers show now. Dead workers are not waited for and cannot lead."""
+        """Read the numbers published by all workers. Dead workers are not waited for and cannot lead."""
         for peer in range(self.comm.size):
             seen, stamp = self._scoreboard[peer], self._scoreboard[peer, STAMP]
             self.comm.read(self._shown, peer, partial(np.copyto, seen))

@@ -75,7 +75,7 @@ class LSGDWorker(Worker):
             self.exchange(self.t)
 
     def after_update(self) -> None:
-        """Make the small pulls of every step. grad_point = post: the next gradient is taken after this exchange."""
+        """Make the small pulls of every step, and the exchange if grad_point = post."""
         if self._method.continuous_pull:
             for following in (self._group, self._all):
                 if following.leader not in (NO_LEADER, self.comm.rank):

@@ -1,4 +1,4 @@
-"""A parameter server, as its workers see it: they commit what their local steps changed, and pull the center.
+"""A parameter server as seen by its workers, which commit the changes of their local steps and pull the center.
 
     o                the origin: what a worker pulled last; at the start x = o
     tau times        x <- x - eta*g(x)
@@ -94,7 +94,7 @@ class CenterWorker(Worker):
             self.commit()
 
     def consensus(self, out: Any) -> None:
-        """Write the center, or what the rule evaluates beside it. Local."""
+        """Write the center, or the row that the commit rule evaluates instead. Local."""
         self._rows.read(out, self._rule.evaluated_row)
 
     def metrics(self) -> dict[str, float]:

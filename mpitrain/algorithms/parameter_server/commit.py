@@ -1,4 +1,4 @@
-"""Commit rules: what a worker of a parameter server does when it visits a shard of the center.
+"""Commit rules: the exchange of a worker with a shard of the parameter server's center.
 
     c <- c + a*d     the commit
     x <- c           the pull, which sees that commit

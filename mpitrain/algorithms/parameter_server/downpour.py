@@ -91,7 +91,7 @@ class DownpourWorker(CenterWorker):
             compiled(slice(0, 0), self._empty)
 
     def after_update(self) -> None:
-        """Push and pull as they are due; both at once if both are, so that the pull sees the push."""
+        """Push and pull when due; if both are due, in one visit, so that the pull sees the push."""
         self._steps += 1
         pushes = (self.t + 1) % self._method.n_push == 0
         pulls = (self.t + 1) % self._method.n_fetch == 0

@@ -105,7 +105,7 @@ class GPUASGDWorker(CenterWorker):
         return found_nonfinite
 
     def is_due(self) -> bool:
-        """Return whether n_sync steps are made or the warm start ends, so that the others find all of it."""
+        """Return whether a commit is due: after n_sync steps, or at the end of the warm start."""
         ends = self.comm.rank == 0 and self.t + 1 == self._method.warm_start_steps
         return ends or super().is_due()
 

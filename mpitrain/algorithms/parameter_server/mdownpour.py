@@ -65,7 +65,7 @@ class MDownpour(CenterMethod):
 
 
 class MomentumStep(CommitRule):
-    """Makes the server's momentum step with this worker's gradient; the velocity lies beside the center.
+    """The server's momentum step with this worker's gradient; the velocity is stored with the center.
 
     Args:
         x: (n,) the model's parameters, y.

@@ -81,7 +81,7 @@ class ZealousWorker(CenterWorker):
         return super().is_due() or not self.is_busy()
 
     def is_busy(self) -> bool:
-        """Return whether another worker visits the center now. Local."""
+        """Return whether another worker is visiting the center. Local."""
         return any(self._visits(rank) for rank in alive_ranks(self.comm) if rank != self.comm.rank)
 
     def commit(self) -> None:

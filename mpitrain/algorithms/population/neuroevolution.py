@@ -188,7 +188,7 @@ class NeuroevolutionWorker(Worker):
         self._losses = 0.0
 
     def _become(self, child: Child, rms: np.ndarray) -> None:
-        """Make crossover and mutation. The parents survive, and do not change meanwhile. Local."""
+        """Create children by crossover and mutation. The parents survive and do not change during the call. Local."""
         rng, x = np.random.default_rng(child.seed), self.x.local
         self._read(child.first, lambda a: kernels.receive(x, a))
         if child.second != child.first:

@@ -115,7 +115,7 @@ def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: 
         found = known(gpus) or (newest(gpus) if is_alone else None)
     measures = is_first_of_host and found is None and (again or not is_alone)
     if any(comm.allgather(measures)) and rank == 0:
-        logger.info("trying what this MPI does with which memory: seconds, with GPUs up to minutes; the result is kept")
+        logger.info("probing MPI operations on each kind of memory (seconds; minutes with GPUs); the result is stored")
     if measures:
         found = _measure(gpus)
     request = comm.Ibarrier()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pack(homes: Sequence[int], sizes: Sequence[int], n_ranks: int) -> tuple[list[int], list[int]]:
-    """Return the offset of each item when each rank stores its items one after the other, and the total of each rank.
+    """Return the offset of each item if each rank stores its items contiguously, and the total size per rank.
 
     Args:
         homes: (items,) the rank that stores each item.

@@ -102,7 +102,7 @@ class DeviceBlocks(Blocks):
         return Block(index, buffer, block.tags, block.version)
 
     def release(self, block: Block, *, updated: bool) -> None:
-        """Store a block if it was updated, and unlock it: at once, or while the next one is worked on. Local."""
+        """Store an updated block and unlock it, immediately or while the next block is processed. Local."""
         self._n_held -= 1
         if self._in_place:
             self._unreleased.append((self._gpu.mark(), block, updated))

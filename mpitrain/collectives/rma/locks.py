@@ -58,7 +58,7 @@ class LockTable:
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
     def acquire(self, home: int, index: int, before_wait: Callable[[], object] | None = None) -> tuple[int, float]:
-        """Acquire the lock, however long its owner holds it; take it over from a dead rank. Local.
+        """Wait for the lock and acquire it; take it over if its owner is dead. Local.
 
         Args:
             home: The home rank of the word.
@@ -85,7 +85,7 @@ class LockTable:
         return found >> OWNER_BITS, time.perf_counter() - began if n_waits else 0.0
 
     def _back_off(self, n_waits: int) -> None:
-        """Let the owner work: it may need this core, or this rank's attention to its messages."""
+        """Let the owner continue, which may need this core, or this rank to make progress on its messages."""
         self._world.progress()
         if n_waits < YIELDS_BEFORE_SLEEP:
             os.sched_yield()
@@ -102,7 +102,7 @@ class LockTable:
         found = self._words.swap(home, index, held, (version + updated) << OWNER_BITS)
         if found != held:
             raise RuntimeError(
-                f"the lock was taken over by rank {(found & OWNER_MASK) - 1}: this rank was taken for dead"
+                f"the lock was taken over by rank {(found & OWNER_MASK) - 1}: this rank was considered dead"
             )
 
     def owner(self, home: int, index: int) -> int | None:

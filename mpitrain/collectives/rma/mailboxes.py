@@ -74,7 +74,7 @@ class Mailboxes:
             block.tags[SEQUENCE_TAG] = self._n_published
 
     def latest(self, rank: int, fn: Callable[[Any], int | None]) -> None:
-        """Call ``fn`` with the vector that ``rank`` published last, never with a mix of two. Local."""
+        """Call ``fn`` with the newest vector that ``rank`` has published, never a mix of two vectors. Local."""
         newest, most = 0, -1.0
         for slot in range(self._slots):
             number = float(self.peek(rank, slot)[SEQUENCE_TAG])

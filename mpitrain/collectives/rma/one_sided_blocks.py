@@ -1,4 +1,4 @@
-"""Blocks that are not in reach of this rank's CPU, copied by MPI's one-sided operations under their locks.
+"""Blocks that this rank's CPU cannot access, copied by MPI's one-sided operations under their locks.
 
 This is the way between nodes without progress threads (MPI without MPI_THREAD_MULTIPLE, or
 ``MPITRAIN_BETWEEN_NODES=windows``), and between GPUs that do not map each other's memory.

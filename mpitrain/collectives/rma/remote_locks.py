@@ -1,4 +1,4 @@
-"""Locks between nodes: the CPU swaps the words of its own node, the progress thread of their home all others."""
+"""Locks between nodes: a CPU swaps the words of its own node, and progress threads swap them for other nodes."""
 
 from __future__ import annotations
 

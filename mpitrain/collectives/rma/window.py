@@ -1,4 +1,4 @@
-"""Vectors in memory that other ranks can reach: node-shared segments, exposed to other nodes over the same bytes.
+"""Vectors in memory that other ranks can access: node-shared segments that MPI exposes to other nodes without a copy.
 
 Between the ranks of a node, a vector is plain memory: ``window.of(peer)`` is an array that kernels read and write in
 place. Between nodes, ``get`` and ``put`` copy it by MPI's one-sided operations on an MPI window over the same bytes, so
@@ -81,7 +81,7 @@ class Window:
         world.comm.Barrier()
 
     def _touch(self, part: slice) -> None:
-        """Zero a part of the array, even if its memory is new and zero already.
+        """Set a part of the array to zero, even if its memory is new and therefore zero.
 
         A rank that is alone on its node gets heap memory, which may have been used before. A new segment has no pages
         yet. Touching them here places them in this rank's NUMA domain, and the next ``check_free_memory`` counts them.

@@ -243,7 +243,7 @@ def erdos_renyi(size: int, probability: float = 0.5, seed: int = 0) -> Topology:
         if topology.is_connected:
             return topology
     raise ValueError(
-        f"100 random graphs of {size} ranks with probability {probability} were all disconnected: raise it"
+        f"100 random graphs of {size} ranks with probability {probability} were all disconnected: increase it"
     )
 
 

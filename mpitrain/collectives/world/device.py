@@ -40,7 +40,7 @@ def bind(device: str, local_rank: int) -> str:
     n_gpus = len(gpu_names())
     if n_gpus == 0:
         why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees none"
-        raise UsageError(f"there is no GPU to be used ({why}): {CPU_INSTEAD}")
+        raise UsageError(f"no GPU can be used ({why}): {CPU_INSTEAD}")
     if index and int(index) >= n_gpus:
         raise UsageError(f"there is no {device}: this machine has {n_gpus} GPU(s), cuda:0 to cuda:{n_gpus - 1}")
     return device if index else f"cuda:{local_rank % n_gpus}"

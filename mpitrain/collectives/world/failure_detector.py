@@ -30,13 +30,13 @@ def ulfm_requested() -> bool:
 
 
 def ulfm_available() -> bool:
-    """Return whether ranks survive the death of another one and are notified, by launcher and MPI. Local.
+    """Return whether this launcher and MPI let ranks survive, and notice, the death of another rank. Local.
 
     If so, also disable the launcher's barrier in MPI_Finalize, which a dead rank never reaches.
 
     Raises:
         UsageError: The launcher lets ranks survive, but this MPI lets only one thread call it, so that no thread could
-            poll for failures; or it cannot leave out that barrier.
+            poll for failures; or the barrier cannot be disabled.
     """
     from mpi4py import MPI
 
@@ -44,14 +44,14 @@ def ulfm_available() -> bool:
         return False
     if not threads_may_call_mpi():
         raise UsageError(
-            "this MPI lets only one thread of a rank call it (mpitrain info), and surviving the death of a rank takes "
-            "two: leave --with-ft ulfm out"
+            "this MPI lets only one thread of a rank call it (mpitrain info), but surviving the death of a rank needs "
+            "two threads: remove --with-ft ulfm"
         )
     try:  # the parameter itself is read when MPI starts, which a script may have done before
         ctypes.c_bool.in_dll(ctypes.CDLL(MPI.__file__), FINALIZE_WITHOUT_BARRIER).value = True
     except ValueError as error:
         raise UsageError(
-            f"this Open MPI's MPI_Finalize would wait for a rank that died ({error}): leave --with-ft ulfm out"
+            f"this Open MPI's MPI_Finalize would wait for a rank that died ({error}): remove --with-ft ulfm"
         ) from error
     return True
 
@@ -102,7 +102,7 @@ class FailureDetector:
     def _report(self, new: frozenset[int]) -> None:
         text = f"{names_of(new)} of {self._size} died"
         if self.leaves_no_survivors:
-            text += ", with memory that the others need: start again from the newest checkpoint"
+            text += ", with memory that the others need: resume from the newest checkpoint"
         logger.critical(text)
         if self.leaves_no_survivors:
             self._stopped.wait(OUTPUT_SECONDS)

@@ -63,7 +63,7 @@ def require_all(dead: Collection[int]) -> None:
     """
     if dead:
         raise RankFailed(
-            f"{names_of(dead)} died, and ranks that wait for it cannot go on: start again from the newest checkpoint"
+            f"{names_of(dead)} died, and the ranks that wait for it cannot continue: resume from the newest checkpoint"
         )
 
 
@@ -118,8 +118,8 @@ class FaultTolerance:
         """Return ``collective(comm)``, run by all survivors. Collective over them.
 
         Args:
-            collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
-                again, on all of them, when a rank dies in the meantime.
+            collective: Called with the communicator of the survivors, in which their ranks change after a death. It is
+                called again on all survivors if a rank dies during the call.
         """
         return collective(self.comm)
 
@@ -129,10 +129,10 @@ class FaultTolerance:
         yield
 
     def part(self, comm: Any) -> FaultTolerance:
-        """Return that of some of these ranks. Collective over them.
+        """Return the fault tolerance of a subset of these ranks. Collective over the subset.
 
         Args:
-            comm: Their communicator.
+            comm: The communicator of the subset.
         """
         return FaultTolerance(comm)
 
@@ -246,10 +246,10 @@ class ULFMFaultTolerance(FaultTolerance):
         return len(self.dead) > n_known
 
     def part(self, comm: Any) -> FaultTolerance:
-        """Return that of some of these ranks. Collective over them.
+        """Return the fault tolerance of a subset of these ranks. Collective over the subset.
 
         Args:
-            comm: Their communicator.
+            comm: The communicator of the subset.
         """
         return ULFMFaultTolerance(comm, self._detector, comm.allgather(self._rank_in_run(self.rank)))
 

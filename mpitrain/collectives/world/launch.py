@@ -147,15 +147,15 @@ def _require_single_launch(vendor: str) -> None:
     own_launcher = {"OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"} & os.environ.keys()  # srun sets PMI's variables itself
     if launched > 1 and not own_launcher:
         raise UsageError(
-            f"srun started {launched} tasks, but MPI sees a world of 1: this MPI does not speak srun's --mpi type; "
-            "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows what there is"
+            f"srun started {launched} tasks, but MPI sees a world of 1: this MPI does not support srun's --mpi type; "
+            "try srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH); srun --mpi=list shows the types"
         )
     # Nested launchers leave several sizes, and one of them is this MPI's.
     sizes = [int(text) for name in WORLD_SIZES if (text := os.environ.get(name, "")).isdigit()]
     if sizes and 1 not in sizes:
         raise UsageError(
             f"the launcher started {max(sizes)} ranks, but MPI ({vendor}) sees a world of 1: the launcher "
-            "is another MPI's; take the mpirun of this Python's environment, or of the MPI module that is loaded"
+            "belongs to another MPI; use the mpirun of this Python environment, or that of the loaded MPI module"
         )
 
 

@@ -90,7 +90,7 @@ class ProgressThread:
         if result < 0:
             mpi.close(result)
             wait_to_be_ended()
-            raise RuntimeError(f"this rank can serve other nodes no longer: {mpi.error(-result)}")
+            raise RuntimeError(f"this rank can no longer serve other nodes: {mpi.error(-result)}")
 
     def swap(self, rank: int, word: int, before: int, after: int) -> int:
         """Compare and swap a lock word of another rank. Local.

@@ -28,8 +28,8 @@ def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
     free_bytes = status.f_bavail * status.f_frsize
     if n_bytes > free_bytes:
         raise UsageError(
-            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on this node, {folder} has "
-            f"{free_bytes / 2**20:.0f} MiB free: give it more (docker run --shm-size=8g, or mount -o remount,size=8g "
+            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on this node, but {folder} has only "
+            f"{free_bytes / 2**20:.0f} MiB free: enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g "
             f"{folder}), or use a smaller model or fewer ranks"
         )
 

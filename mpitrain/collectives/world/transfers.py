@@ -137,7 +137,7 @@ class Transfer:
         found = int(self._header[0])
         if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
             owner = (found & OWNER_MASK) - 1
-            raise RuntimeError(f"the lock was taken over by rank {owner}: this rank was taken for dead")
+            raise RuntimeError(f"the lock was taken over by rank {owner}: this rank was considered dead")
         return found
 
     def wait_for_lock(self) -> float:

@@ -1,15 +1,15 @@
-"""How vectors in GPU memory reach other ranks: chosen from what was probed, never assumed.
+"""The transport of vectors in GPU memory to other ranks, chosen from the results of the probe.
 
     transport     on a node                                     between nodes
-    ipc           CUDA IPC: a kernel works on the peer's        as staged, or by MPI where it was proved to move device
-                  memory in place                               memory rightly
+    ipc           CUDA IPC: a kernel works on the peer's        as staged; under ``auto``, by MPI if the probe has shown
+                  memory in place                               that it transfers device memory correctly
     cuda-aware    MPI moves device memory                       the same
     staged        page-locked host memory, shared by the        page-locked host memory, as vectors of hosts are
                   node, copied in chunks                        exchanged
 
-``auto`` takes the first that works on every rank. IPC is tried at once: every rank maps its neighbours' memory and
-compares the pattern they have written there. MPI is trusted with device memory only after ``mpirun -n 2 mpitrain info
---probe`` has seen it work, on every host of the run; the results are kept (``collectives.probe.cache``).
+``auto`` selects the first that works on every rank. IPC is tried at start-up: every rank maps its neighbours' memory
+and compares the pattern they have written there. MPI is used on device memory only after ``mpirun -n 2 mpitrain info
+--probe`` has shown on every host of the run that it works; the results are stored (``collectives.probe.cache``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Transport:
     why: str
 
     def of_part(self, n_nodes: int) -> Transport:
-        """Return that of ranks on ``n_nodes`` nodes, with windows only if not all of them map the memory."""
+        """Return the transport of a subset of ranks on ``n_nodes`` nodes, with windows unless all map the memory."""
         return replace(self, n_nodes=n_nodes, windows=self.windows and (not self.maps or n_nodes > 1))
 
     @property

@@ -75,7 +75,7 @@ class World:
 
     @property
     def comm(self) -> Any:
-        """mpi4py's communicator of all ranks; of the survivors after a death."""
+        """The mpi4py communicator of all ranks, or of the survivors after a death."""
         return self._fault_tolerance.comm
 
     def split(self, color: int) -> World:

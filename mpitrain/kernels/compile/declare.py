@@ -172,7 +172,7 @@ class Kernel:
         return entry
 
     def _elsewhere(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
-        """Run on CuPy arrays and NumPy subclasses such as memmap, and refuse everything else."""
+        """Run on CuPy arrays and NumPy subclasses such as memmap; raise for any other operands."""
         if is_device(arrays[0]):
             # A NonfiniteCount is no int, but supports what callers do with one.
             return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
@@ -188,7 +188,7 @@ class Kernel:
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{start} is a {type(array).__name__}; pass NumPy arrays only or CuPy arrays only")
             if array.ndim != 1:
-                raise ValueError(f"{start} has shape {array.shape}; pass a vector, array.reshape(-1) makes one")
+                raise ValueError(f"{start} has shape {array.shape}; pass a vector (array.reshape(-1))")
             if array.shape != shape:
                 raise ValueError(f"{start} has {array.size} elements, the first array {shape}; lengths must agree")
             if array.dtype.name not in STORAGES:

@@ -19,7 +19,7 @@ N_COUNTERS: Final = 64  # guarded launches per thread that may be uncounted at a
 
 
 class NonfiniteCount:
-    """The number of elements that guards replaced, as an int that becomes known when the GPU has got that far.
+    """The number of elements that guards replaced, as an int whose value is available once the GPU has computed it.
 
     Adding it to ints and to other counts does not wait. ``int(n_nonfinite)``, its truth value, a comparison and
     printing wait on the host until all guarded launches made so far by the launching thread are done. Afterwards the

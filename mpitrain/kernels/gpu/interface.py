@@ -1,6 +1,6 @@
-"""What the rest of mpitrain may ask of a GPU. `CudaGpu` implements it; the tests have an implementation without a GPU.
+"""The interface of mpitrain to a GPU. `CudaGpu` implements it; the tests implement it without a GPU.
 
-Everything that "starts" returns at once, on CuPy's current stream of the calling thread.
+Calls documented as "Start ..." are asynchronous, on CuPy's current stream of the calling thread.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_a_dead_rank_s_lock_is_taken_over_by_one_swap(world, locks, monkeypatch)
         locks.release(home, index, 0, updated=True)
     world.barrier()
     if world.rank == 0:
-        with pytest.raises(RuntimeError, match="taken for dead"):
+        with pytest.raises(RuntimeError, match="considered dead"):
             locks.release(home, index, version, updated=True)
 
 

@@ -190,7 +190,7 @@ time.sleep(1000)
     finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
     assert finished.returncode != 0
     assert "rank 1 of 2 failed:" in finished.output
-    assert "this rank can serve other nodes no longer: " in finished.output
+    assert "this rank can no longer serve other nodes: " in finished.output
 
 
 @pytest.mark.parametrize("mpi", installed())

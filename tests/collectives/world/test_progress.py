@@ -161,7 +161,7 @@ def test_an_mpi_error_ends_the_service_and_is_raised(failing, name, n_good):
     thread.fetch(0, (there.ctypes.data, 0), (here, none))
     thread._thread.join(20.0)
     assert not thread._thread.is_alive()
-    assert raised == [f"this rank can serve other nodes no longer: {MPI.Exception(MPI.ERR_OTHER)}"]
+    assert raised == [f"this rank can no longer serve other nodes: {MPI.Exception(MPI.ERR_OTHER)}"]
 
 
 @pytest.mark.ranks(1, 2)
