@@ -14,7 +14,7 @@ OWNER = Owner("easgd", rank=1, ranks=4, replica_size=2, node_shared=False)
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"rank": 2}, "that of rank 2, and this is rank 1"),
+        ({"rank": 2}, "that of rank 2, but this is rank 1"),
         ({"ranks": 3}, "of 3 ranks, but this run has 4"),
         ({"algorithm": "gossip"}, "of gossip, and this optimizer runs easgd"),
         ({"replica_size": 1}, "replica_size 1, and this is 2"),
