@@ -38,7 +38,7 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record and flush it."""
-        if _is_shown_by_application():
+        if _is_shown_by_application(record):
             return
         try:
             sys.stderr.write(self.format(record) + "\n")
@@ -47,9 +47,13 @@ class StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def _is_shown_by_application() -> bool:
+def _is_shown_by_application(record: logging.LogRecord) -> bool:
     handlers = (*logger.handlers, *logging.getLogger().handlers)
-    streams = [handler.stream for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    streams = [
+        handler.stream
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and record.levelno >= handler.level
+    ]
     return any(stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) for stream in streams)
 
 

@@ -67,3 +67,16 @@ def test_a_line_appears_once_where_the_application_logs_to_the_terminal(capsys: 
     finally:
         logging.getLogger().removeHandler(handler)
     assert capsys.readouterr().err == "0 WARNING a text\n"
+
+
+def test_a_handler_of_an_application_that_drops_a_record_does_not_silence_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quiet = logging.StreamHandler(sys.stderr)
+    quiet.setLevel(logging.ERROR)
+    logging.getLogger().addHandler(quiet)
+    try:
+        logger.warning("a text")
+    finally:
+        logging.getLogger().removeHandler(quiet)
+    assert capsys.readouterr().err == "mpitrain: warning: a text\n"

@@ -73,4 +73,6 @@ class Commands(Hook):
 
     def on_end(self, run: Run) -> None:
         """Free the control: no more orders are given. Collective."""
+        # While ranks wait in a barrier, they answer requests at once: rank 0 may still evaluate the end.
+        run.world.barrier()
         self._control.free()

@@ -91,7 +91,7 @@ class TrainConfig:
     seed: int = option(
         0, "seed of the weights, sampling, augmentation and choice of peers", parse=int, within=NON_NEGATIVE
     )
-    device: str = option("cpu", "device of the model", choices=("cpu", "cuda"), replaceable=True)
+    device: str = option("cpu", "device of the model", choices=("cpu", "cuda"), checks_choices=False, replaceable=True)
     transport: str = option(
         "auto",
         "how vectors on GPUs reach other ranks; auto selects the best that works",

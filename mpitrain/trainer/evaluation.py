@@ -114,6 +114,8 @@ class Evaluations(Hook):
 
     def load_state(self, run: Run, state: dict[str, Any]) -> None:
         """Continue from this rank's part of a checkpoint."""
+        if not run.is_leader:  # the part of a rank that had died may be a copy of rank 0's
+            return
         run.points = [Point(**point) for point in state["points"]]
         self._snapshots = state.get("snapshots", [])
         self._has_evaluated_end = state.get("has_evaluated_end", False)

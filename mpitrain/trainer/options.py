@@ -52,6 +52,7 @@ class Option:
         parse: Converts the text of the command line; None for a switch, which takes no text.
         within: The numbers allowed.
         choices: The values allowed.
+        checks_choices: Whether callers from Python are limited to the choices too.
         metavar: What the usage line shows in place of the value.
         default_text: The default in words, where the value does not say it.
         flag: The option's name, where it is not the field's.
@@ -66,6 +67,7 @@ class Option:
     parse: Callable[[str], Any] | None = str
     within: Range | None = None
     choices: Sequence[str] | None = None
+    checks_choices: bool = True
     metavar: str | None = None
     default_text: str | None = None
     flag: str | None = None
@@ -123,7 +125,7 @@ def check_ranges(config: Any) -> None:
             continue
         if declared.within is not None and value not in declared.within:
             raise UsageError(f"{flag} must be {declared.within.text}, not {value:g}")
-        if declared.choices is not None and value not in declared.choices:
+        if declared.choices is not None and declared.checks_choices and value not in declared.choices:
             raise UsageError(f"{flag} must be one of {', '.join(declared.choices)}, not {value!r}")
 
 

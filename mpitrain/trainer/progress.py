@@ -125,7 +125,7 @@ class ProgressHook(Hook):
             self._progress.note(
                 f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "
                 f"test accuracy {point.test_accuracy:.2%}",
-                last=run.is_complete,
+                last=run.is_complete and point is run.points[-1],
             )
 
     def close(self) -> None:

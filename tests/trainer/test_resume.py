@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from support import small_models
 from mpitrain.algorithms import METHODS
 from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
+from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.records import checkpoint
 from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
@@ -312,6 +314,26 @@ def test_the_remains_of_a_checkpoint_after_a_crash_do_no_harm(world, go):
     assert newest.name == "step-00000020"
     assert len(list(newest.glob("rank-*.h5"))) == world.size
     assert not stale.exists()
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_refused_resume_leaves_the_metrics_as_they_are(world, go, monkeypatch):
+    config = TrainConfig(algorithm="allreduce", checkpoint_every=5)
+    go(config, "run", steps=8)
+    if world.rank == 0:  # the run continues from step 5, and the metrics have later rows
+        shutil.rmtree(checkpoint.latest(go.folder / "run" / "checkpoints"))
+    world.barrier()
+    metrics = go.folder / "run" / "metrics.h5"
+    before = world.comm.bcast(metrics.read_bytes() if world.rank == 0 else None)
+
+    def refuse(self, state):
+        raise UsageError("a state of another method")
+
+    monkeypatch.setattr(DistributedOptimizer, "load_state_dict", refuse)
+    with pytest.raises(UsageError, match="another method"):
+        go(config, "run", resume=True, steps=20)
+    world.barrier()
+    assert metrics.read_bytes() == before
 
 
 @pytest.mark.ranks(1, 2)

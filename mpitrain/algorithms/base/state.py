@@ -44,6 +44,7 @@ def entries(owner: Any) -> Iterator[tuple[str, Any]]:
             yield name, value.local
         else:
             for collaborator, rename in _collaborators(value):
+                _require_state(owner, attribute, collaborator)
                 found = collaborator.state() if hasattr(collaborator, "state") else entries(collaborator)
                 yield from ((rename.format(inner), entry) for inner, entry in found)
 
@@ -68,6 +69,7 @@ def restore(owner: Any, state: State) -> None:
             kernels.assign(value.local, state[name])
         else:
             for collaborator, rename in _collaborators(value):
+                _require_state(owner, attribute, collaborator)
                 own = state if rename == "{}" else _Renamed(state, rename)
                 if hasattr(collaborator, "load"):
                     collaborator.load(own)
@@ -81,7 +83,13 @@ def _declared(kind: type) -> Iterator[str]:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "dtype") and hasattr(value, "shape") and not hasattr(value, "local")
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape") and not hasattr(value, "local")
+    return is_array and not isinstance(value, np.generic)
+
+
+def _require_state(owner: Any, attribute: str, value: Any) -> None:
+    if not (hasattr(value, "state") or hasattr(type(value), "persistent")):
+        raise TypeError(f"{type(owner).__name__}.{attribute}: a checkpoint cannot store a {type(value).__name__}")
 
 
 def _collaborators(value: Any) -> Iterator[tuple[Any, str]]:

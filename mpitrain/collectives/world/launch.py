@@ -93,12 +93,13 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
     """
     serves = _path_between_nodes() == "messages"
     ranks = find_ranks(comm)
-    fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=ranks.n_nodes > 1 or device != "cpu")
     bound, gpu = bind_all(device, comm, ranks.local_rank)
     chosen = None
     if gpu is not None:
         chosen = choose(ranks, transport, gpu)
         report_shared_gpus(ranks.hosts[ranks.rank], gpu.identity, comm)
+    # Last of the steps that may raise: its thread must not outlive a world that was not created.
+    fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=ranks.n_nodes > 1 or gpu is not None)
     needs_progress = ranks.n_nodes > 1 and threads_may_call_mpi()
     return World(
         ranks,

@@ -94,3 +94,12 @@ def test_a_missing_entry_is_a_key_error(missing):
 def test_an_entry_of_another_size_is_refused():
     with pytest.raises(ValueError, match="broadcast"):
         restore(Second(0), dict(entries(Second(3))) | {"velocity": np.zeros(4)})
+
+
+@pytest.mark.parametrize("value", [None, [1, 2], np.float32(1)], ids=["none", "numbers", "numpy scalar"])
+def test_a_value_that_a_checkpoint_cannot_store_is_refused(value):
+    owner = First(value)
+    with pytest.raises(TypeError, match=r"First.t: a checkpoint cannot store a"):
+        list(entries(owner))
+    with pytest.raises(TypeError, match=r"First.t: a checkpoint cannot store a"):
+        restore(owner, {"t": 1})
