@@ -116,8 +116,9 @@ def check_resumed_as_if_uninterrupted(world, go, config):
     parts = go(config, "parts", resume=True, steps=29, evaluate_every=5)
     assert (parts["test_loss"], parts["bytes_sent"]) == (whole["test_loss"], whole["bytes_sent"])
     assert same(saved(world, go.folder / "parts"), saved(world, go.folder / "whole"))
-    late = [point["test_loss"] for point in whole["evaluation"] if point["step"] > 13]
-    assert [point["test_loss"] for point in parts["evaluation"] if point["step"] > 13] == late
+    if world.size == 1:  # with more, an evaluation on the way reads the other workers at whatever step they are
+        late = [point["test_loss"] for point in whole["evaluation"] if point["step"] > 13]
+        assert [point["test_loss"] for point in parts["evaluation"] if point["step"] > 13] == late
 
 
 @pytest.mark.ranks(1)
