@@ -101,7 +101,7 @@ def workers_per_node(run: Run, monkeypatch: pytest.MonkeyPatch, **_: Any) -> Non
     monkeypatch.setattr(study, "SimulatedWorld", Noted)
     run("--workers", "5", "--workers-per-node", "2")
     run("--workers", "5")
-    assert [list(world.nodes) for world in worlds] == [[0, 0, 1, 1, 2], [0] * 5]
+    assert [list(world.communicators[0].nodes) for world in worlds] == [[0, 0, 1, 1, 2], [0] * 5]
 
 
 def step_seconds(run: Run, **_: Any) -> None:

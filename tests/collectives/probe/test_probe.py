@@ -337,7 +337,7 @@ def test_hosts_that_agree_share_a_table(here: dict[str, Any]) -> None:
     assert "probe of a.b/c, b: two ranks of one host, sharing one H200; measured 2026-11-21T16:45:58+0000" in text
     assert "probe of c: " in text
     assert "  UCX_TLS=all\n" in text
-    assert show({"world": {"ranks": 1}}).endswith("nothing is known yet: mpirun -n 2 mpitrain info --probe")
+    assert show({"world": {"ranks": 1}}).endswith("not probed yet: mpirun -n 2 mpitrain info --probe")
 
 
 def test_importing_the_probe_loads_neither_mpi_nor_cupy_nor_torch() -> None:
