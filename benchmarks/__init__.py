@@ -1,0 +1,1 @@
+"""Benchmarks, each beside its peers and its limit; ``make bench`` runs them."""

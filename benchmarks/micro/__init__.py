@@ -1,0 +1,1 @@
+"""Benchmarks of kernels, collectives, one-sided operations and start-up."""

@@ -1,0 +1,1 @@
+"""Benchmarks between two hosts, emulated by network namespaces."""

@@ -1,0 +1,1 @@
+"""The command ``mpitrain``: one module per sub-command."""

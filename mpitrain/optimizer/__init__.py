@@ -1,0 +1,1 @@
+"""``DistributedOptimizer`` and its parts."""

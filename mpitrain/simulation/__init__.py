@@ -1,0 +1,1 @@
+"""Many workers in one process, under a schedule or a virtual clock."""

@@ -1,0 +1,1 @@
+"""Methods that tolerate faulty or hostile workers."""

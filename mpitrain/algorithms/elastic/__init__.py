@@ -1,0 +1,1 @@
+"""Elastic averaging: workers tied to a center by springs, and consensus ADMM."""

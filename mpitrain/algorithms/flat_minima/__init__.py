@@ -1,0 +1,1 @@
+"""Methods that search for wide valleys of the loss."""

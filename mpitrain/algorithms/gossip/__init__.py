@@ -1,0 +1,1 @@
+"""Workers that average with neighbours or random peers."""

@@ -1,0 +1,1 @@
+"""Workers that are pulled to the best of them."""

@@ -1,0 +1,1 @@
+"""Asynchronous SGD with a center that workers push to and pull from."""

@@ -1,0 +1,1 @@
+"""Populations of models that train and reproduce."""

@@ -1,0 +1,1 @@
+"""Probes of MPI: each operation with each kind of memory, tried in child processes."""

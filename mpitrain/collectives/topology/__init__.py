@@ -1,0 +1,1 @@
+"""Graphs of ranks, mixing matrices and partitions: pure functions of integers."""

@@ -1,0 +1,1 @@
+"""The ranks of a run: start-up, nodes, devices, fault tolerance and progress."""

@@ -1,0 +1,1 @@
+"""Compiled synchronisation between ranks, and the compiled thread that serves other nodes."""

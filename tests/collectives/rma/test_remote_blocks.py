@@ -272,7 +272,8 @@ def test_the_server_releases_a_lock_only_once_the_block_is_stored():
     """Also if the pieces of the block and its tags arrive one by one, each some time after the request."""
     from mpi4py import MPI
 
-    from mpitrain.collectives.world.progress import ProgressThread, pieces
+    from mpitrain.collectives.world.progress import ProgressThread
+    from mpitrain.collectives.world.transfers import pieces
 
     thread, tag = ProgressThread(MPI.COMM_SELF), 7
     comm, n = thread._comm, protocol.PIECE_BYTES // 4 + 100
