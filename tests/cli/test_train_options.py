@@ -319,7 +319,7 @@ def test_a_run_that_usr1_stops_is_saved_and_exits_with_3(bench: Bench) -> None:
     out, err = bench.capsys.readouterr()
     stopped = json.loads(out.splitlines()[-1])
     assert (stopped["complete"], stopped["steps"]) == (False, 5)
-    assert f"stopped at step 5; to continue on 1 rank with: mpitrain train --resume {run}" in err
+    assert f"stopped at step 5; continue on 1 rank with: mpitrain train --resume {run}" in err
     assert not (bench.folder / "run" / "result.json").exists()
     bench.monkeypatch.setattr(small_models, "on_batch", None)
     assert main(["train", "--resume", run, "--steps", "9", "--quiet", "--json"]) == 0

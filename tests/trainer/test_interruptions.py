@@ -65,7 +65,7 @@ def test_the_launcher_passes_the_signal_on_that_saves_and_stops(mpi: str, tmp_pa
     arguments = command("--minutes", "100", "--checkpoint-every", "0", out=run)
     done = run_until(run.joinpath("metrics.h5").exists, lambda p: p.send_signal(signal.SIGUSR1), arguments, mpi)
     assert done.returncode == 3, done.output
-    assert done.output.count(f"to continue on 2 ranks with: mpitrain train --resume {run}") == 1
+    assert done.output.count(f"continue on 2 ranks with: mpitrain train --resume {run}") == 1
     assert "Traceback" not in done.output
     assert len(checkpoints(run)) == 1
     assert not (run / "result.json").exists()
