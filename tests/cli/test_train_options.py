@@ -101,7 +101,7 @@ def is_given_to_mpi(*words: str, expected: tuple[str, str]) -> Callable[[Bench],
             assert arguments == expected
             raise UsageError("seen")
 
-        bench.monkeypatch.setattr("mpitrain.collectives.world.world.init", init)
+        bench.monkeypatch.setattr("mpitrain.collectives.world.launch.init", init)
         assert main(["train", *words]) == 2
         assert "seen" in bench.capsys.readouterr().err
 

@@ -247,7 +247,7 @@ def test_state_of_another_rank_or_number_of_ranks_is_refused(world):
     with DistributedOptimizer(sgd(model), model, EASGD()) as optimizer:
         state = optimizer.state_dict()
         for changed, words in (
-            ({"rank": world.rank + 1}, f"that of rank {world.rank + 1}, and this is rank {world.rank}"),
+            ({"rank": world.rank + 1}, f"that of rank {world.rank + 1}, but this is rank {world.rank}"),
             ({"ranks": world.size + 1}, f"of {world.size + 1} ranks, but this run has {world.size}"),
         ):
             refused(words, lambda changed=changed: optimizer.load_state_dict(state | changed))

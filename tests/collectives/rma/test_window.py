@@ -104,7 +104,7 @@ def test_too_little_room_is_said_with_its_numbers(monkeypatch):
 
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=64 * 2**8, f_frsize=4096))
     check_free_memory(64 * 2**20)
-    with pytest.raises(UsageError, match=r"100 MiB .* /dev/shm has 64 MiB free: .*--shm-size"):
+    with pytest.raises(UsageError, match=r"100 MiB .* /dev/shm has only 64 MiB free: .*--shm-size"):
         check_free_memory(100 * 2**20)
 
 
