@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,55 +120,39 @@ def run(
     selective: bool,
     verbose: bool = False,
 ) -> int:
-    """Run the launches in lanes, print the table, and return the exit code."""
-    verdicts: dict[Launch, Verdict] = {}
-    printing, interrupted = threading.Lock(), threading.Event()
+    """Run the launches, as many at a time as the cores allow, print the table, and return the exit code."""
 
-    def run_one(this: Launch) -> None:
-        if interrupted.is_set():
-            return
+    def finished_of(this: Launch) -> Finished:
         kind = ["-m", "ranks"] if this.n_ranks else PROCESSES
-        finished = launch(
+        return launch(
             this.n_ranks,
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
             mpi=this.mpi,
             timeout_seconds=timeout_seconds,
             extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
         )
-        verdict = judge(finished, may_be_empty=selective)
-        with printing:
+
+    began = time.monotonic()
+    verdicts: dict[Launch, Verdict] = {}
+    for at_once in groups(launches, CORES):
+        with ThreadPoolExecutor(len(at_once)) as pool:
+            try:
+                outcomes = list(pool.map(finished_of, at_once))
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
+                end_all()  # each launch leads a session of its own, which the signal does not reach
+                raise
+        for this, finished in zip(at_once, outcomes, strict=True):
+            verdict = judge(finished, may_be_empty=selective)
             verdicts[this] = verdict
             if verbose or not verdict.good:
                 print(finished.output.rstrip())
             print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
-
-    def run_lane(lane: list[list[Launch]]) -> None:
-        for at_once in lane:
-            with ThreadPoolExecutor(len(at_once)) as pool:
-                list(pool.map(run_one, at_once))
-
-    began = time.monotonic()
-    in_lanes = lanes(launches, CORES)
-    with ThreadPoolExecutor(max(len(in_lanes), 1)) as pool:
-        try:
-            list(pool.map(run_lane, in_lanes))
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
-            interrupted.set()
-            end_all()  # each launch leads a session of its own, which the signal does not reach
-            raise
-    return summarize({this: verdicts[this] for this in launches}, time.monotonic() - began)
-
-
-def lanes(launches: Sequence[Launch], cores: int) -> list[list[list[Launch]]]:
-    """Return the lanes that run beside each other: the single process, which often waits, and groups on ranks."""
-    single = [[this] for this in launches if not this.n_ranks]
-    on_ranks = groups([this for this in launches if this.n_ranks], cores)
-    return [lane for lane in (single, on_ranks) if lane]
+    return summarize(verdicts, time.monotonic() - began)
 
 
 def groups(launches: Sequence[Launch], cores: int) -> list[list[Launch]]:
-    """Group launches of equally many ranks that fit on the cores together."""
+    """Group launches of equally many ranks that fit on the cores together. The single process fills the cores."""
     made: list[list[Launch]] = []
     for this in launches:
         at_once = made[-1] if made else []

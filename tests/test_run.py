@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from run import LAUNCHED_RANKS, UNDER_EVERY_MPI, Launch, Verdict, groups, judge, lanes, planned, summarize
+from run import LAUNCHED_RANKS, UNDER_EVERY_MPI, Launch, Verdict, groups, judge, planned, summarize
 from support.launching import Finished, environment, is_launched, launch
 
 
@@ -111,10 +111,3 @@ def test_launches_run_together_where_the_cores_are_enough(cores: int, at_once: l
     made = groups(launches, cores)
     assert [len(group) for group in made] == at_once
     assert [launch for group in made for launch in group] == launches
-
-
-def test_the_single_process_runs_beside_the_launches_on_ranks() -> None:
-    single, two, other_two, three = (Launch(mpi, n) for mpi, n in (("a", 0), ("a", 2), ("b", 2), ("a", 3)))
-    assert lanes([single, two, other_two, three], 4) == [[[single]], [[two, other_two], [three]]]
-    assert lanes([two], 4) == [[[two]]]
-    assert lanes([], 4) == []
