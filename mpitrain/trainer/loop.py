@@ -146,6 +146,8 @@ def _prepare(
     state = None if resume is None else checkpoints.load_newest(resume, world)
     step, seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
+    columns, continue_from = tables(world.size, method.metrics), None if state is None else seconds
+    metrics_file = MetricsFile(folder, world.rank, columns, method.metrics, continue_from)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
     progress = _progress(plan, budget, world, step=step, seconds=seconds)
@@ -162,15 +164,11 @@ def _prepare(
         calendar=plan.calendar(budget, steps_per_epoch=per_epoch),
         counters=counters,
         clock=Clock(seconds),
-        hooks=Hooks([]),
+        hooks=Hooks([metrics_file, ProgressHook(progress), evaluations, *hooks, commands, saving]),
     )
     if state is not None and resume is not None:
         saving.restore(run, state)
         runfolder.reopen(resume, config, world)
-    # Opened once the checkpoint is accepted, because opening removes the rows after the checkpoint.
-    columns, continue_from = tables(world.size, method.metrics), None if state is None else seconds
-    metrics_file = MetricsFile(folder, world.rank, columns, method.metrics, continue_from)
-    run.hooks = Hooks([metrics_file, ProgressHook(progress), evaluations, *hooks, commands, saving])
     run.publish()
     return run
 

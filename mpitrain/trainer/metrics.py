@@ -60,10 +60,14 @@ class MetricsFile(Hook):
         metrics: Sequence[str] = (),
         continue_from: float | None = None,
     ) -> None:
-        self._names = tuple(metrics)
+        self._path = run_folder / "metrics.h5" if rank == 0 and run_folder is not None else None
+        self._wanted, self._names, self._continue_from = wanted, tuple(metrics), continue_from
         self._writer: MetricsWriter | None = None
-        if rank == 0 and run_folder is not None:
-            self._writer = _open(run_folder / "metrics.h5", wanted, continue_from)
+
+    def on_start(self, run: Run) -> None:
+        """Open the file. A resume that is refused before leaves its rows as they are."""
+        if self._path is not None:
+            self._writer = _open(self._path, self._wanted, self._continue_from)
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
         """Append rows to all tables; to that of the workers, whose rows grow with their number, only in full."""

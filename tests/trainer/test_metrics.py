@@ -20,7 +20,9 @@ def write(path):
 
 def test_a_resumed_run_drops_rows_from_after_its_checkpoint_in_every_table(tmp_path):
     write(tmp_path / "metrics.h5")
-    MetricsFile(tmp_path, 0, COLUMNS, ["distance"], continue_from=2.0).close()
+    file = MetricsFile(tmp_path, 0, COLUMNS, ["distance"], continue_from=2.0)
+    file.on_start(None)
+    file.close()
     found = read_metrics(tmp_path / "metrics.h5")
     assert found.keys() == COLUMNS.keys()
     assert all(table["seconds"].tolist() == [1.0, 2.0] for table in found.values())
@@ -28,5 +30,7 @@ def test_a_resumed_run_drops_rows_from_after_its_checkpoint_in_every_table(tmp_p
 
 @pytest.mark.parametrize(("rank", "has_folder"), [(1, True), (0, False)])
 def test_other_ranks_and_runs_without_a_folder_write_nothing(tmp_path, rank, has_folder):
-    MetricsFile(tmp_path if has_folder else None, rank, COLUMNS).close()
+    file = MetricsFile(tmp_path if has_folder else None, rank, COLUMNS)
+    file.on_start(None)
+    file.close()
     assert not list(tmp_path.iterdir())
