@@ -34,7 +34,7 @@ from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
 @dataclass(frozen=True)
 class DiLoCo(Method):
-    """For slow networks: hundreds of steps between two exchanges, then one step of an outer optimizer.
+    """Local SGD for slow networks: hundreds of steps between two exchanges, then a step of an outer optimizer.
 
     theta is evaluated, which moves once per round: a run shorter than ``period`` evaluates its start.
 

@@ -17,7 +17,9 @@ from mpitrain.collectives.world.statistics import Statistics
 
 
 class OneSidedBlocks:
-    """The same methods as ``RemoteBlocks``; nothing is prefetched or encoded, and a release is complete on return.
+    """The blocks that this rank's CPU cannot access. Collective to create.
+
+    The methods are those of ``RemoteBlocks``; nothing is prefetched or encoded, and a release is complete on return.
 
     Args:
         memory: The memory of all blocks.

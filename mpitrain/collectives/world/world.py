@@ -128,10 +128,6 @@ class World:
         """Raise MPI errors that come from the death of a rank as ``RankFailed``, inside the context. Local."""
         return self._fault_tolerance.translated_errors()
 
-    def poll_failures(self) -> None:
-        """Update ``dead`` now instead of a moment later. Local."""
-        self._fault_tolerance.poll()
-
     def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
         """Return ``collective(comm)``, run by all survivors. Collective over them.
 
