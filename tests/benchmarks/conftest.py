@@ -8,6 +8,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def script() -> Callable[[str], ModuleType]:
+def load() -> Callable[[str], ModuleType]:
     """Import a benchmark by its module name."""
     return importlib.import_module

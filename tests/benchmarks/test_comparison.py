@@ -16,8 +16,8 @@ NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
-def comparison(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("benchmarks.comparison.tables")
+def comparison(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks.comparison.tables")
 
 
 def run(accuracies: list[float], **changes: Any) -> dict[str, Any]:
@@ -60,13 +60,11 @@ def test_the_first_crossing(comparison: ModuleType, ys: list[float], target: flo
 
 @settings(deadline=None)
 @given(ys=st.lists(st.integers(0, 100), min_size=1, max_size=8), target=st.integers(0, 100))
-def test_the_first_crossing_is_that_of_a_fine_grid(
-    script: Callable[..., ModuleType], ys: list[int], target: int
-) -> None:
+def test_the_first_crossing_is_that_of_a_fine_grid(load: Callable[..., ModuleType], ys: list[int], target: int) -> None:
     steps = 2000
     grid = np.linspace(0, len(ys) - 1, steps * max(len(ys) - 1, 1) + 1)
     above = np.flatnonzero(np.interp(grid, np.arange(len(ys)), ys) >= target - 1e-9)
-    found = script("benchmarks.comparison.tables").first_crossing(range(len(ys)), ys, target)
+    found = load("benchmarks.comparison.tables").first_crossing(range(len(ys)), ys, target)
     assert (found is None) == (len(above) == 0)
     if found is not None:
         assert abs(found - grid[above[0]]) <= 1 / steps

@@ -18,12 +18,6 @@ M = 2**20
 
 
 @pytest.fixture
-def load() -> Callable[[str], ModuleType]:
-    """Import a benchmark by its module name."""
-    return importlib.import_module
-
-
-@pytest.fixture
 def exchange(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("benchmarks.gpu.exchange")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,12 +13,6 @@ from support.standin_gpu import StandInGpu, install
 
 M = 2**20
 TORCH = ("torch", "torch in place", "torch.optim")
-
-
-@pytest.fixture
-def load() -> Callable[[str], ModuleType]:
-    """Import a benchmark by its module name."""
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ H200 |= {"cuda_of_driver": "13.0", "cuda_of_cupy": "13.0", "cuda_of_torch": "13.
 
 
 @pytest.fixture
-def machine(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("benchmarks.gpu.machine")
+def machine(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks.gpu.machine")
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, *, code: int = 0, n_gpus: int = 1) -> None:

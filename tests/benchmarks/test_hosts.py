@@ -12,13 +12,13 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def hosts(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("benchmarks.network.hosts")
+def hosts(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks.network.hosts")
 
 
 @pytest.fixture(scope="module")
-def tcp(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("benchmarks.network.tcp")
+def tcp(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks.network.tcp")
 
 
 def steps(of_alone: float) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def kernels(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("benchmarks.micro.kernels")
+def kernels(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks.micro.kernels")
 
 
 def timed(**seconds: float) -> dict[str, dict[str, float]]:

@@ -13,19 +13,19 @@ from mpitrain.errors import UsageError
 
 
 @pytest.fixture
-def configurations(script: Callable[[str], ModuleType]) -> Callable[..., dict[str, Any]]:
-    plan = script("benchmarks.comparison.plan")
+def configurations(load: Callable[[str], ModuleType]) -> Callable[..., dict[str, Any]]:
+    plan = load("benchmarks.comparison.plan")
     return lambda *words: {
         name: one.config for name, one in plan.configurations(plan.parser().parse_args(words)).items()
     }
 
 
 @pytest.fixture
-def scheduled(script: Callable[[str], ModuleType]) -> Callable[..., Any]:
+def scheduled(load: Callable[[str], ModuleType]) -> Callable[..., Any]:
     """The configuration of the only method after its calendar is known."""
 
     def scheduled(*words: str) -> Any:
-        plan = script("benchmarks.comparison.plan")
+        plan = load("benchmarks.comparison.plan")
         (one,) = plan.configurations(plan.parser().parse_args(words)).values()
         return plan.with_calendar(one, n_evaluations=18, n_train=960, n_ranks=2)
 
@@ -85,9 +85,9 @@ GIVEN = {
 
 
 def test_every_shared_option_reaches_the_configuration(
-    script: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
+    load: Callable[[str], ModuleType], configurations: Callable[..., dict[str, Any]]
 ) -> None:
-    assert GIVEN.keys() == set(script("benchmarks.comparison.plan").SHARED)
+    assert GIVEN.keys() == set(load("benchmarks.comparison.plan").SHARED)
     for name, value in GIVEN.items():
         flag = f"--{name.replace('_', '-')}"
         config = configurations("--algorithms", "allreduce", flag, *([] if value is True else [str(value)]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,6 @@ SMALL = {
     "input_spread": ("--samples", "2000", "--steps", "20000"),
     "downpour_phase": ("--rounds", "80", "--most", "20"),
 }
-
-
-@pytest.fixture
-def load() -> Callable[[str], ModuleType]:
-    """Import a benchmark by its module name."""
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,15 +1,9 @@
 """B8 and B9: short ones pass and draw, and they tell when they do not."""
 
-import importlib
 import json
 
 import numpy as np
 import pytest
-
-
-@pytest.fixture
-def load(monkeypatch):
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 
 @pytest.fixture
-def startup(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script("benchmarks.micro.startup")
+def startup(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("benchmarks.micro.startup")
 
 
 def test_what_a_launcher_set_is_not_passed_on(startup: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from types import ModuleType
@@ -17,12 +16,6 @@ from mpitrain.errors import UsageError
 ONE_RANK = pytest.mark.ranks(1)  # what imports these scripts starts MPI
 ON_RANKS = pytest.mark.ranks(2, 3)
 MOVES = ("put", "get", "accumulate")
-
-
-@pytest.fixture
-def load() -> Callable[[str], ModuleType]:
-    """Import a benchmark by its module name."""
-    return importlib.import_module
 
 
 @pytest.fixture

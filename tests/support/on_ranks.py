@@ -34,6 +34,15 @@ class RankRun:
         comm.barrier()
         self.worker: Worker = method.worker(Replica(comm, x, g, seed))
 
+    @classmethod
+    def resumed(cls, method: Method, comm: Any, state: dict[str, Any]) -> RankRun:
+        """Return a run that continues from this rank's entry of ``states``. Collective."""
+        run = cls(method, comm, np.zeros_like(state["parameters"]))
+        run.worker.x.local[...] = state["parameters"]
+        comm.barrier()
+        run.worker.load(state)
+        return run
+
     def run(self, steps: int, eta: float, gradient: Gradient) -> np.ndarray:
         """Make steps and return the sum (n,) of the gradients that this rank used."""
         worker, total = self.worker, np.zeros(self.worker.x.local.size)

@@ -137,10 +137,7 @@ def test_ranks_continue_with_the_exchange_under_way():
         saved = {name: np.copy(value) for name, value in first.worker.state()}
         x = first.worker.x.local.copy()
         assert "under_way" in saved
-        second = RankRun(method, comm, np.zeros(N))
-        second.worker.x.local[...] = x
-        comm.barrier()
-        second.worker.load(saved)
+        second = RankRun.resumed(method, comm, saved | {"parameters": x})
         comm.barrier()
         second.run(1, 0.0, slope())
         np.testing.assert_allclose(second.worker.x.local, x - saved["under_way"], rtol=0, atol=1e-14)

@@ -27,10 +27,6 @@ class OnGraph(SGP):
 
     edges: Topology = IRREGULAR
 
-    def _check(self, field, value):
-        if field.name != "edges":
-            super()._check(field, value)
-
     def graph(self, size):
         assert size == self.edges.size
         return self.edges
