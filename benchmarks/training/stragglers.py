@@ -27,6 +27,7 @@ from mpitrain.cli.options import Parser
 from mpitrain.errors import UsageError
 from mpitrain.report import text
 from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.runfolder import to_json
 
 ALGORITHMS = "allreduce,easgd,gossip"
@@ -82,8 +83,8 @@ def run(options: Any) -> int:
                 gradients=options.gradients,
                 straggler=(SLOW_RANK, options.factor) if slow else None,
             )
-            config = plan.with_calendar(config, n_evaluations=EVALUATIONS, n_train=dataset.n_train, n_ranks=world.size)
-            runs.append(train(config, world, dataset=dataset))
+            calendar = {"n_evaluations": EVALUATIONS, "n_train": dataset.n_train, "n_ranks": world.size}
+            runs.append(train(plan.with_calendar(RunPlan.of(config), **calendar), world, dataset=dataset))
     if world.rank == 0:
         rows = [row_of(name, results[name, False], results[name, True]) for name in names]
         bars = verdicts(rows, [name for name in names if not methods[name].is_synchronous])
