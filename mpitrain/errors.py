@@ -23,8 +23,10 @@ class UsageError(ValueError):
         super().__init__(" ".join(text.split()))
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return why a file cannot be used, in a few words, where HDF5 writes a hundred."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
     number = getattr(error, "errno", None)
     found = re.search(r"error message = '([^']*)'", str(error))
     return os.strerror(number) if number else found.group(1) if found else str(error)

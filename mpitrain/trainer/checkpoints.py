@@ -9,6 +9,7 @@ import torch
 
 from mpitrain.collectives.world.world import World
 from mpitrain.records import checkpoint
+from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer.control import require_leader
 from mpitrain.trainer.evaluation import Evaluations
 from mpitrain.trainer.run import Hook, Run
@@ -17,7 +18,8 @@ from mpitrain.trainer.run import Hook, Run
 class Checkpoints(Hook):
     """The checkpoints of a run.
 
-    Each rank writes its part: the state of the optimizer and of the random generators, counters and evaluations.
+    Each rank writes its part: the state of the optimizer and of the random generators, counters and evaluations. All
+    ranks stop for a snapshot; they train on while it is written.
 
     Args:
         evaluations: The hook that evaluates the run.
@@ -27,18 +29,24 @@ class Checkpoints(Hook):
     def __init__(self, evaluations: Evaluations, saved_at: int | None = None) -> None:
         self._evaluations, self._saved_at = evaluations, saved_at
         self._last: dict[str, Any] | None = None  # the state before the last exchange, to be written at the end
+        self._writer: CheckpointWriter | None = None
 
     def is_due(self, run: Run) -> bool:
         """Return whether a checkpoint follows this rank's step. Local."""
         return run.folder is not None and run.calendar.checkpoint_is_due(run.step)
 
     def save(self, run: Run) -> None:
-        """Stop all ranks and write a checkpoint, while the clock stands still. Collective."""
+        """Stop all ranks for a snapshot, while the clock stands still, and start to write it. Collective."""
         with run.clock.paused():
             run.optimizer.wait()
             run.world.barrier()
             require_leader(run.world)
             self._write(run, _state_of(run))
+
+    def on_step(self, run: Run) -> None:
+        """End the run if this rank's part of a checkpoint could not be written. Local."""
+        if self._writer is not None:
+            self._writer.check()
 
     def on_last_step(self, run: Run) -> None:
         """Copy the state before the last exchange: with a longer budget the run continues from there. Collective."""
@@ -48,20 +56,31 @@ class Checkpoints(Hook):
             self._last = _state_of(run)
 
     def on_end(self, run: Run) -> None:
-        """Write the state before the last exchange, with the evaluation of the end. Collective."""
+        """Write the state before the last exchange, with the evaluation of the end, and wait. Collective."""
         if self._last is not None:
             self._write(run, self._last)
             self._last = None
+        self._complete(run)
+
+    def close(self) -> None:
+        """Give up a checkpoint that is being written, after an error. Local."""
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, run: Run, state: dict[str, Any]) -> None:
-        """Write this rank's part with the evaluations so far. Collective."""
+        """Start to write this rank's part with the evaluations so far. Collective."""
         assert run.folder is not None
-        step = run.step
-        number = run.world.run_on_survivors(lambda comm: int(comm.bcast(step)))
-        state = {**state, **self._evaluations.state(run)}
-        path = checkpoint.save(run.folder / "checkpoints", number, state, run.world)
+        self._complete(run)
+        if self._writer is None:
+            self._writer = CheckpointWriter(run.folder / "checkpoints", run.world, run.plan.config.keep)
+        self._writer.start(run.step, {**state, **self._evaluations.state(run)})
         self._saved_at = run.step
-        run.hooks.on_checkpoint(run, path)
+
+    def _complete(self, run: Run) -> None:
+        """Wait until the checkpoint that is being written is complete, if there is one. Collective."""
+        path = None if self._writer is None else self._writer.wait()
+        if path is not None:
+            run.hooks.on_checkpoint(run, path)
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """Continue from this rank's part of a checkpoint. Collective."""

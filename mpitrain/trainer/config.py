@@ -14,6 +14,7 @@ from mpitrain.collectives.world.transport import TRANSPORTS
 from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
+from mpitrain.records import KEEP
 from mpitrain.trainer.options import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -134,6 +135,7 @@ class TrainConfig:
         default_text="an epoch",
         replaceable=True,
     )
+    keep: int = option(KEEP, "checkpoints that are kept", parse=int, within=AT_LEAST_ONE, metavar="N", replaceable=True)
     straggler: tuple[int, float] | None = option(
         None,
         "slow the computation of one rank down by a factor",

@@ -79,7 +79,10 @@ class Hook:
         """Act on an evaluation. On rank 0."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """Act on a checkpoint that all ranks have written. On all ranks, at the same time."""
+        """Act on a checkpoint that all ranks have written. On all ranks, at the same time.
+
+        It was written while the run went on: the event comes before the next checkpoint, or at the end.
+        """
 
     def on_last_step(self, run: Run) -> None:
         """Act after this rank's last step and before the last exchange. On all ranks."""

@@ -23,7 +23,7 @@ from mpitrain.cli import train as command
 from mpitrain.cli.main import main
 from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
-from mpitrain.records import checkpoint
+from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer import batches, loop
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import options_of
@@ -186,18 +186,26 @@ def evaluate_every(bench: Bench) -> None:
 
 def checkpoint_every(bench: Bench) -> None:
     written: list[tuple[int, int]] = []
-    save = checkpoint.save
+    start = CheckpointWriter.start
 
-    def note(folder: Path, number: int, state: dict[str, Any], world: Any) -> Path:
+    def note(writer: CheckpointWriter, number: int, state: dict[str, Any]) -> None:
         written.append((number, state["step"]))
-        return save(folder, number, state, world)
+        start(writer, number, state)
 
-    bench.monkeypatch.setattr(checkpoint, "save", note)
+    bench.monkeypatch.setattr(CheckpointWriter, "start", note)
     bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
     for words, expected in ((["--checkpoint-every", "3"], [3, 6, 7]), (["--checkpoint-every", "0"], []), ([], [4, 7])):
         written.clear()
         bench.run("--out", str(bench.folder / "-".join(["run", *words])), *words)
         assert written == [(step, step) for step in expected]
+
+
+def keep(bench: Bench) -> None:
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+    for words, expected in (([], 2), (["--keep", "1"], 1), (["--keep", "3"], 3)):
+        folder = bench.folder / "-".join(["kept", *words])
+        bench.run("--out", str(folder), "--checkpoint-every", "1", *words)
+        assert len(list((folder / "checkpoints").iterdir())) == expected
 
 
 def straggler(bench: Bench) -> None:
@@ -278,6 +286,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "evaluate_seconds": evaluate_seconds,
     "defer_evaluation": defer_evaluation,
     "checkpoint_every": checkpoint_every,
+    "keep": keep,
     "straggler": straggler,
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -21,7 +22,8 @@ from hypothesis.extra import numpy as hnp
 from support.lone_world import LoneWorld
 
 from mpitrain import UsageError
-from mpitrain.records import checkpoint
+from mpitrain.records import checkpoint, checkpoint_writer, part
+from mpitrain.records.checkpoint_writer import save
 
 ALONE = LoneWorld()
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # many examples are synced, which takes time on a disk
@@ -48,7 +50,7 @@ def same(a, b):
 
 def round_trip(state):
     with tempfile.TemporaryDirectory(dir=FAST) as folder:
-        return checkpoint.load(checkpoint.save(Path(folder), 1, state, ALONE), ALONE)
+        return checkpoint.load(save(Path(folder), 1, state, ALONE), ALONE)
 
 
 whole = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
@@ -111,7 +113,7 @@ def test_long_strings_can_be_saved():
 
 def test_the_newest_two_are_kept(tmp_path):
     for step in (5, 99_999_999, 100_000_000, 20, 100_000_001):
-        checkpoint.save(tmp_path, step, {"step": step}, ALONE)
+        save(tmp_path, step, {"step": step}, ALONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100000000", "step-100000001"]
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"step": 100_000_001}
 
@@ -122,43 +124,52 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
 
 
 def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, 3, {"x": 1}, ALONE)
-    path = checkpoint.save(tmp_path, 3, {"x": 2}, ALONE)
+    save(tmp_path, 3, {"x": 1}, ALONE)
+    path = save(tmp_path, 3, {"x": 2}, ALONE)
     assert checkpoint.load(path, ALONE) == {"x": 2}
 
 
-def test_a_dead_rank_resumes_from_the_part_of_the_next_rank_alive(tmp_path):
-    def gather(mine):
-        files = [tmp_path / ".step-00000004.partial" / f"rank-{rank:05d}.h5" for rank in (3, 4)]
-        for rank, file in zip((3, 4), files):
-            checkpoint._write_file(file, {"ranks": 6, "step": 4, "state": {"rank": rank}})
-        return [mine, *(checkpoint._Part(file.name, checkpoint._checksum(file), 0, "") for file in files)]
+def write_part(folder, rank, n_ranks, state, step=4):
+    part.write(folder / part.file_name(rank), part.encode(state), step=step, rank=rank, n_ranks=n_ranks)
 
-    world = LoneWorld(0, 6, dead={1, 2, 5})
-    world.allgather = gather
-    path = checkpoint.save(tmp_path, 4, {"rank": 0}, world)
+
+def test_a_dead_rank_resumes_from_the_part_of_the_next_rank_alive(tmp_path):
+    class WithOthers(LoneWorld):
+        def Allgather(self, mine, found):
+            super().Allgather(mine, found)
+            for rank in (3, 4) if mine.size == 3 else ():
+                write_part(tmp_path / ".step-00000004.partial", rank, 6, {"rank": rank})
+
+    path = save(tmp_path, 4, {"rank": 0}, WithOthers(0, 6, dead={1, 2, 5}))
     assert [checkpoint.load(path, LoneWorld(rank, 6))["rank"] for rank in range(6)] == [0, 3, 3, 3, 4, 0]
 
 
 def test_each_rank_has_its_own_part(tmp_path):
-    for rank in (2, 1, 0):  # the last one to come completes it
-        partial = tmp_path / ".step-00000007.partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        if rank:
-            checkpoint._write_file(partial / f"rank-{rank:05d}.h5", {"ranks": 3, "step": 7, "state": {"rank": rank}})
-    partial.rename(tmp_path / "step-00000007")
-    checkpoint._write_file(tmp_path / "step-00000007" / "rank-00000.h5", {"ranks": 3, "step": 7, "state": {"rank": 0}})
-    path = checkpoint.latest(tmp_path)
+    path = tmp_path / "step-00000007"
+    path.mkdir()
+    for rank in range(3):
+        write_part(path, rank, 3, {"rank": rank})
+    assert checkpoint.latest(tmp_path) == path
     assert [checkpoint.load(path, LoneWorld(rank, 3))["rank"] for rank in range(3)] == [0, 1, 2]
     for size in (1, 2, 4):
         with pytest.raises(UsageError, match=f"written by 3 ranks: .*not {size}"):
             checkpoint.load(path, LoneWorld(0, size))
 
 
+def test_the_part_of_another_rank_is_refused(tmp_path):
+    path = tmp_path / "step-00000007"
+    path.mkdir()
+    for rank in range(2):
+        write_part(path, rank, 2, {"rank": rank})
+    shutil.copy(path / part.file_name(1), path / part.file_name(0))
+    with pytest.raises(UsageError, match="it is the part of rank 1"):
+        checkpoint.load(path, LoneWorld(0, 2))
+
+
 @given(st.data())
 def test_a_truncated_file_is_named(data):
     with tempfile.TemporaryDirectory(dir=FAST) as folder:
-        path = checkpoint.save(Path(folder), 1, {"x": np.arange(1000), "y": ["text", 1, None]}, ALONE)
+        path = save(Path(folder), 1, {"x": np.arange(1000), "y": ["text", 1, None]}, ALONE)
         file = path / "rank-00000.h5"
         length = data.draw(st.integers(0, file.stat().st_size - 1))
         os.truncate(file, length)
@@ -183,18 +194,31 @@ def one_bit_changed(content):
 @pytest.mark.parametrize("damage", [zeroed, one_bit_changed])
 @pytest.mark.parametrize("block_bytes", [1000, 2**22])  # the file has many blocks, or is a part of one
 def test_a_file_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch, damage, block_bytes):
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", block_bytes)
-    path = checkpoint.save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
+    monkeypatch.setattr(part, "_BLOCK_BYTES", block_bytes)
+    path = save(tmp_path, 1, {"x": np.arange(1000), "y": np.zeros(5000)}, ALONE)
     file = path / "rank-00000.h5"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UsageError, match=r"rank-00000.h5 is no readable checkpoint \(.*checksum is wrong\)"):
         checkpoint.load(path, ALONE)
 
 
-def test_a_checkpoint_without_checksums_loads(tmp_path):
-    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
-    (path / "checksums.json").unlink()
-    assert checkpoint.load(path, ALONE) == checkpoint.load_newest(tmp_path, ALONE) == {"x": 1}
+def test_a_part_whose_checksum_was_removed_is_refused(tmp_path):
+    path = save(tmp_path, 1, {"x": 1}, ALONE)
+    file = path / "rank-00000.h5"
+    os.truncate(file, part.read_seal(file).n_bytes)  # a complete HDF5 file
+    with pytest.raises(UsageError, match="no checksum at its end"):
+        checkpoint.load(path, ALONE)
+
+
+@pytest.mark.parametrize("at", range(-part._SEAL.size, 0, 3))
+def test_a_changed_bit_of_the_seal_is_noticed(tmp_path, at):
+    path = save(tmp_path, 1, {"x": 1}, ALONE)
+    file = path / "rank-00000.h5"
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UsageError):
+        checkpoint.load(path, ALONE)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, OSError, KeyError])
@@ -202,19 +226,19 @@ def test_any_error_of_hdf5_becomes_a_usage_error(tmp_path, monkeypatch, error):
     def fail(group):
         raise error("Can't decrement id ref count")
 
-    path = checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
-    monkeypatch.setattr(checkpoint.hdf5_tree, "read_tree", fail)
+    path = save(tmp_path, 1, {"x": 1}, ALONE)
+    monkeypatch.setattr(part.hdf5_tree, "read_tree", fail)
     with pytest.raises(UsageError, match="is no readable checkpoint"):
         checkpoint.load(path, ALONE)
 
 
 @pytest.mark.parametrize("bad", [object(), {"x": {1, 2}}, np.array([object()])])
 def test_a_state_that_cannot_be_saved_leaves_the_previous_checkpoint(tmp_path, bad):
-    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    save(tmp_path, 1, {"x": 1}, ALONE)
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path, 2, {"good": np.zeros(10), "bad": bad}, ALONE)
+        save(tmp_path, 2, {"good": np.zeros(10), "bad": bad}, ALONE)
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
-    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    save(tmp_path, 2, {"x": 2}, ALONE)
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
 
 
@@ -226,7 +250,7 @@ def test_unfinished_checkpoints_are_removed(tmp_path):
         (tmp_path / ".step-00000007.partial" / "rank-00000.h5").write_bytes(b"half of a file")
 
     for act in (
-        lambda: checkpoint.save(tmp_path, 9, {"x": 1}, ALONE),
+        lambda: save(tmp_path, 9, {"x": 1}, ALONE),
         lambda: checkpoint.load_newest(tmp_path, ALONE),
     ):
         leave()
@@ -236,54 +260,50 @@ def test_unfinished_checkpoints_are_removed(tmp_path):
 
 def test_a_file_that_cannot_be_written_leaves_the_previous_checkpoints(tmp_path):
     """With the real HDF5, which raises several types of errors; a limit of the process replaces a full disk."""
-    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    save(tmp_path, 1, {"x": 1}, ALONE)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(UsageError) as error:
-            checkpoint.save(tmp_path, 2, {"x": np.zeros(2**18), "y": [np.ones(2**17), "text"]}, ALONE)
+            save(tmp_path, 2, {"x": np.zeros(2**18), "y": [np.ones(2**17), "text"]}, ALONE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     says = f"cannot write a checkpoint (3 MiB) in {tmp_path} (File too large): the newest is step-00000001; 3 of them"
     assert str(error.value).startswith(says)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)
+    save(tmp_path, 2, {"x": 2}, ALONE)
     assert checkpoint.load_newest(tmp_path, ALONE) == {"x": 2}
 
 
 WRITER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import numpy as np
-from mpitrain.records import checkpoint
+from mpitrain.records.checkpoint_writer import save
+from support.lone_world import LoneWorld
 
 def wait_to_be_killed(moment):
     if moment == sys.argv[2]:
         print("now", flush=True)
         time.sleep(600)
 
-class Watched(dict):
-    def items(self):
-        for key, value in super().items():
-            yield key, value
-            wait_to_be_killed("in the file")
+fsync = os.fsync
+def watched(descriptor):
+    fsync(descriptor)
+    wait_to_be_killed("in the folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "in the file")
 
-class World:
-    rank, size, dead = 0, 1, ()
-    def barrier(self):
-        wait_to_be_killed("before the file")
-    def run_on_survivors(self, collective):
-        wait_to_be_killed("before the renaming")
-
-checkpoint.save(Path(sys.argv[1]), 2, Watched(x=np.zeros(100_000), y=2), World())
+os.fsync = watched
+wait_to_be_killed("before the file")
+save(Path(sys.argv[1]), 2, {"x": np.zeros(100_000), "y": 2}, LoneWorld())
 """
 
 
-@pytest.mark.parametrize("moment", ["before the file", "in the file", "before the renaming"])
+@pytest.mark.parametrize("moment", ["before the file", "in the file", "in the folder"])
 def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path, moment):
-    checkpoint.save(tmp_path, 1, {"x": 1}, ALONE)
+    save(tmp_path, 1, {"x": 1}, ALONE)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, tmp_path, moment], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, tmp_path, moment], stdout=subprocess.PIPE, text=True, env=environment
     ) as writer:
         try:
             assert writer.stdout.readline() == "now\n"
@@ -291,14 +311,14 @@ def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path, moment):
             writer.send_signal(signal.SIGKILL)
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 1}
-    checkpoint.save(tmp_path, 2, {"x": 2}, ALONE)  # in place of the unfinished one
+    save(tmp_path, 2, {"x": 2}, ALONE)  # in place of the unfinished one
     assert checkpoint.load(checkpoint.latest(tmp_path), ALONE) == {"x": 2}
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 5)
 def test_each_rank_loads_what_it_saved(world, mpi_tmp_path):
     for step in (1, 2, 3):
-        path = checkpoint.save(mpi_tmp_path, step, {"rank": world.rank, "x": np.full(5, step)}, world)
+        path = save(mpi_tmp_path, step, {"rank": world.rank, "x": np.full(5, step)}, world)
     assert checkpoint.latest(mpi_tmp_path) == path
     assert len(list(mpi_tmp_path.iterdir())) == 2
     state = checkpoint.load(path, world)
@@ -311,7 +331,7 @@ def test_each_rank_loads_what_it_saved(world, mpi_tmp_path):
 def view(world, mpi_tmp_path):
     """Copy the checkpoints of steps 1 and 2 for each rank, as if ranks saw one folder differently. Collective."""
     for step in (1, 2):
-        checkpoint.save(mpi_tmp_path / "all", step, {"rank": world.rank, "step": step}, world)
+        save(mpi_tmp_path / "all", step, {"rank": world.rank, "step": step}, world)
     mine = Path(mpi_tmp_path / f"rank-{world.rank}" / "checkpoints")
     shutil.copytree(mpi_tmp_path / "all", mine)
     world.barrier()
@@ -343,7 +363,7 @@ def test_all_ranks_load_the_previous_checkpoint_if_one_cannot_read_its_part(worl
         elif last == "has half of it":
             os.truncate(newest / f"rank-{world.rank:05d}.h5", 1500)
         else:
-            (newest / "checksums.json").write_text("{}")
+            os.truncate(newest / part.file_name(world.rank), (newest / part.file_name(world.rank)).stat().st_size - 44)
     n_found = 1 if world.size == 1 and last == "does not see it" else 2
     assert checkpoint.load_newest(view, world) == {"rank": world.rank, "step": 1}
     warnings = [line for line in capfd.readouterr().err.splitlines() if "is no readable checkpoint" in line]
@@ -363,22 +383,95 @@ def test_a_missing_checkpoint_is_reported_on_all_ranks(world, mpi_tmp_path):
 
 
 @pytest.mark.ranks(1, 2, 3)
-@pytest.mark.parametrize("moment", ["_write_file", "_publish"])
+@pytest.mark.parametrize("moment", ["in a part", "at the renaming", "for a snapshot"])
 def test_a_full_disk_is_reported_on_all_ranks_and_leaves_the_checkpoints(world, mpi_tmp_path, monkeypatch, moment):
-    def fail(path, *rest):
-        if moment == "_publish" or path.name == f"rank-{world.size - 1:05d}.h5":
+    def fail(*arguments, **named):
+        if moment != "in a part" or world.rank == world.size - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        path.touch()
+        return write(*arguments, **named)
 
+    write = part.write
+    place = {
+        "in a part": (part, "write"),
+        "at the renaming": (checkpoint_writer, "_publish"),
+        "for a snapshot": (checkpoint_writer.CheckpointWriter, "_make_partial"),
+    }
     folder = Path(mpi_tmp_path)
-    checkpoint.save(folder, 1, {"rank": world.rank}, world)
+    save(folder, 1, {"rank": world.rank}, world)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, moment, fail)
+        patch.setattr(*place[moment], fail)
         with pytest.raises(UsageError, match=r"no room for a checkpoint \(\d+ MiB\).*: the newest is step-00000001"):
-            checkpoint.save(folder, 2, {"rank": world.rank, "x": np.zeros(2**17)}, world)
+            save(folder, 2, {"rank": world.rank, "x": np.zeros(2**17)}, world)
     world.barrier()
     left = [path.name for path in folder.iterdir()]
     assert world.comm.allgather(left) == [["step-00000001"]] * world.size
-    checkpoint.save(folder, 3, {"rank": world.rank}, world)
+    save(folder, 3, {"rank": world.rank}, world)
     assert checkpoint.load_newest(folder, world) == {"rank": world.rank}
     world.barrier()
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_a_snapshot_is_written_while_the_state_changes(world, mpi_tmp_path, monkeypatch):
+    """The disk is slower than the training: the call returns at once, and the file has the values of its moment."""
+    may_write, write = threading.Event(), part.write
+
+    def wait_to_write(*arguments, **named):
+        assert may_write.wait(60)
+        write(*arguments, **named)
+
+    monkeypatch.setattr(part, "write", wait_to_write)
+    folder, state = Path(mpi_tmp_path), {"rank": world.rank, "x": np.zeros(1000), "t": torch.zeros(1000)}
+    writer = checkpoint_writer.CheckpointWriter(folder, world, 2)
+    writer.start(1, state)
+    state["x"] += 1
+    state["t"] += 1
+    writer.check()
+    assert checkpoint.latest(folder) is None
+    world.barrier()
+    may_write.set()
+    path = writer.wait()
+    assert writer.wait() is None
+    loaded = checkpoint.load(path, world)
+    assert loaded["rank"] == world.rank
+    assert not loaded["x"].any()
+    assert not loaded["t"].any()
+    world.barrier()
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_rank_that_cannot_write_notices_at_its_next_step(world, mpi_tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    folder, last = Path(mpi_tmp_path), world.rank == world.size - 1
+    if last:
+        monkeypatch.setattr(part, "write", fail)
+    writer = checkpoint_writer.CheckpointWriter(folder, world, 2)
+    writer.start(1, {"rank": world.rank})
+    if last:
+        assert writer._has_written.wait(60)
+        with pytest.raises(UsageError, match=r"cannot write a checkpoint .* \(Input/output error\)"):
+            writer.check()
+    else:
+        writer.check()
+    with pytest.raises(UsageError, match=r"cannot write a checkpoint .* \(Input/output error\)"):
+        writer.wait()
+    world.barrier()
+    assert not list(folder.iterdir())
+    world.barrier()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, keep):
+    for step in range(1, 6):
+        save(tmp_path, step, {"step": step}, ALONE, keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{k:08d}" for k in range(6 - keep, 6)]
+
+
+def test_an_error_of_the_run_ends_the_writer_without_a_checkpoint(tmp_path):
+    """The part of another rank never comes."""
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, LoneWorld(0, 2), 2)
+    writer.start(1, {"x": 1})
+    writer.close()
+    assert not list(tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]

@@ -10,16 +10,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.lone_world import LoneWorld
 
-from mpitrain.records import checkpoint
+from mpitrain.records import KEEP, checkpoint
+from mpitrain.records.checkpoint_writer import save
 
 TESTS = Path(__file__).resolve().parent.parent
+PARTIAL = ".step-00000003.partial"
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 OPERATIONS = r"""
@@ -112,7 +112,7 @@ SAVES = """
 import ctypes, itertools, json, os, shutil, sys
 from pathlib import Path
 import numpy as np
-from mpitrain.records import checkpoint
+from mpitrain.records.checkpoint_writer import save
 from support.lone_world import LoneWorld
 
 library = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -125,7 +125,7 @@ for name, (step, size) in json.loads(sys.argv[2]).items():
         if child == 0:
             library.arm(k, os.fsencode(folder / "trace"))
             world = LoneWorld(0, size, dead=range(1, size))
-            checkpoint.save(folder / "checkpoints", step, {"saved": "new", "x": np.arange(3000.0)}, world)
+            save(folder / "checkpoints", step, {"saved": "new", "x": np.arange(3000.0)}, world)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9), code
@@ -138,7 +138,6 @@ def write_unfinished(folder):
     partial = folder / ".step-00000009.partial"
     partial.mkdir()
     (partial / "rank-00000.h5").write_bytes(b"half of a file")
-    (partial / "checksums.json").write_text("{}")
 
 
 def write_replaced(folder):
@@ -174,7 +173,7 @@ def crashes(tmp_path_factory):
             before = Path(folder) / name / "before"
             before.mkdir(parents=True)
             for old in steps:
-                checkpoint.save(before, old, {"saved": old}, alive(size))
+                save(before, old, {"saved": old}, alive(size))
             if "after a crash" in name:
                 write_unfinished(before)
                 if step in steps:
@@ -209,16 +208,16 @@ def test_a_crash_before_any_file_operation_leaves_a_complete_checkpoint(crashes,
             found.append(load_everywhere(run / "checkpoints", size))
             assert capfd.readouterr().err == "", f"a checkpoint that cannot be read, at operation {k}: {trace[-1]}"
         # The next save succeeds, and removes what the crash has left.
-        checkpoint.save(run / "checkpoints", 4, {"saved": 4}, alive(size))
+        save(run / "checkpoints", 4, {"saved": 4}, alive(size))
         assert load_everywhere(run / "checkpoints", size) == 4
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
         assert left[-1] == "step-00000004"
-        assert len(left) <= checkpoint.KEEP
+        assert len(left) <= KEEP
         assert all(path.startswith("step-") for path in left)
 
     old = steps[-1] if steps else "none"
     n_old = found.count(old)
-    assert n_old > 10  # folders, writes of HDF5, syncs, the checksums
+    assert n_old > 5  # the folder; of each part: open, write, sync, rename; syncs of the folder
     assert found == [old] * n_old + ["new"] * (len(found) - n_old)  # one rename makes the difference
     assert "new" in found
     check_order(trace, size)
@@ -227,20 +226,13 @@ def test_a_crash_before_any_file_operation_leaves_a_complete_checkpoint(crashes,
 def check_order(trace, size):
     """Whatever is written is synced before the rename that publishes it, and this before anything is removed."""
     operations = [line.split(" ", 1) for line in trace]
-    publish = max(k for k, (what, path) in enumerate(operations) if what == "rename" and path.endswith(".partial"))
+    publish = max(k for k, (what, path) in enumerate(operations) if what == "rename" and Path(path).name == PARTIAL)
     written = {path for what, path in operations[:publish] if what == "write"}
-    assert {Path(path).name for path in written} == {f"rank-{r:05d}.h5" for r in range(size)} | {"checksums.json"}
+    assert sorted(Path(path).name.split(".")[1] for path in written) == [f"rank-{r:05d}" for r in range(size)]
     for path in written:
         last = {what: k for k, (what, at) in enumerate(operations) if at == path}
-        assert last["write"] < last["sync"] < publish
+        assert last["write"] < last["sync"] < last["rename"] < publish
     partial = operations[publish][1]
-    assert ["sync", partial] in operations[:publish]
+    assert max(k for k, step in enumerate(operations) if step == ["sync", partial]) > publish - 3
     assert operations[publish + 1] == ["sync", str(Path(partial).parent)]
     assert not [path for what, path in operations[publish:] if what in ("write", "open")]
-
-
-def test_the_checksums_are_those_of_the_files(tmp_path):
-    path = checkpoint.save(tmp_path, 1, {"x": np.arange(5)}, LoneWorld())
-    assert json.loads((path / "checksums.json").read_text()) == {
-        "rank-00000.h5": zlib.crc32((path / "rank-00000.h5").read_bytes())
-    }

@@ -30,3 +30,11 @@ class LoneWorld:
     def bcast(self, value: Any) -> Any:
         """Return the value."""
         return value
+
+    def Get_size(self) -> int:
+        """Return 1: all others have died."""
+        return 1
+
+    def Allgather(self, mine: Any, found: Any) -> None:
+        """Store the one contribution."""
+        found[...] = mine

@@ -57,8 +57,8 @@ def test_the_events_of_a_run_come_in_order(world, mpi_tmp_path):
     result = train(config, world, hooks=[diary])
     expected = [
         *(("evaluation", 0), ("start", 0), ("step", 1), ("evaluation", 2), ("step", 2), ("step", 3)),
-        *(("checkpoint", 3), ("step", 4), ("last step", 4), ("evaluation", 4), ("end", 4)),
-        *(("checkpoint", 4), ("close", None)),
+        *(("step", 4), ("last step", 4), ("evaluation", 4), ("end", 4)),
+        *(("checkpoint", 4), ("checkpoint", 4), ("close", None)),  # each was written while the run went on
     ]
     evaluated = world.rank == 0
     assert diary.events == [event for event in expected if evaluated or event[0] != "evaluation"]

@@ -20,6 +20,7 @@ from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.records import checkpoint
+from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator
@@ -245,7 +246,7 @@ def heard():
 
 @pytest.mark.ranks(1, 2)
 def test_a_signal_after_the_last_step_does_not_interrupt_the_end_of_a_run(world, go, monkeypatch, heard):
-    evaluate, save = Evaluator.evaluate, checkpoint.save
+    evaluate, start = Evaluator.evaluate, CheckpointWriter.start
 
     def evaluate_interrupted(self, vector):
         interrupt()
@@ -253,12 +254,12 @@ def test_a_signal_after_the_last_step_does_not_interrupt_the_end_of_a_run(world,
 
     def save_interrupted(*arguments):
         interrupt()
-        return save(*arguments)
+        return start(*arguments)
 
     def last_step(n: int) -> None:
         if n == 6:
             monkeypatch.setattr(Evaluator, "evaluate", evaluate_interrupted)
-            monkeypatch.setattr(checkpoint, "save", save_interrupted)
+            monkeypatch.setattr(CheckpointWriter, "start", save_interrupted)
 
     monkeypatch.setattr(small_models, "on_batch", last_step)
     config = TrainConfig(algorithm="allreduce", model="support.small_models:watched")

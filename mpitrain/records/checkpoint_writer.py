@@ -1,0 +1,269 @@
+"""The writer of checkpoints: a background thread of each rank, so that training waits for a snapshot only.
+
+A snapshot is the rank's part as an HDF5 file in memory. The thread writes it into a hidden folder; that of rank 0 waits
+until the parts of all ranks are there, and renames the folder. At most one snapshot is in memory: the next checkpoint
+first waits for the writing of the previous one.
+
+Only files pass between the threads: MPI is not called from them. A thread that cannot write renames and removes the
+hidden folder, which frees the room and tells the others; its rank raises the error at the next ``check`` or ``wait``.
+Writing needs room for one checkpoint more than are kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpitrain.collectives.world.world import World
+from mpitrain.errors import UsageError
+from mpitrain.records import KEEP, hdf5_tree, part
+from mpitrain.records.checkpoint import complete, latest, remove_partial
+from mpitrain.records.durable import sync
+
+POLL_SECONDS = 0.02
+MAX_POLL_SECONDS = 0.5
+CLOSE_SECONDS = 10.0
+"""The longest wait for a thread when a run ends by an error."""
+
+
+class _Abandoned(Exception):
+    """The end of a checkpoint that another rank could not write."""
+
+
+class CheckpointWriter:
+    """The writer of one rank.
+
+    Args:
+        folder: The folder of all checkpoints of the run, ``RUN/checkpoints``.
+        world: The ranks.
+        keep: The number of checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int = KEEP) -> None:
+        self._folder, self._world, self._keep = folder, world, keep
+        self._thread: threading.Thread | None = None
+        self._target = folder
+        self._n_bytes = 0  # of all ranks' arrays
+        self._errno = 0  # of this rank's failure
+        self._has_written = threading.Event()  # this rank's part, or failed to
+        self._is_cancelled = threading.Event()
+
+    def start(self, step: int, state: dict[str, Any]) -> None:
+        """Take a snapshot and start to write it. Collective; the previous checkpoint must have been waited for.
+
+        Args:
+            step: The number in the checkpoint's name; a larger one is newer. Rank 0's counts.
+            state: This rank's part. It may change as soon as the call returns.
+
+        Raises:
+            UsageError: There is no room in memory, or no folder; the same on all ranks.
+            TypeError: The state holds an object that a checkpoint cannot hold; on that rank.
+        """
+        assert self._thread is None
+        number, image = 0, memoryview(b"")
+        try:
+            image = part.encode(state)
+            if self._world.rank == 0:
+                self._make_partial(step)
+        except (OSError, MemoryError) as error:
+            number = _number(error)
+        found = self._gather(number, hdf5_tree.n_array_bytes(state), step)
+        self._target, self._n_bytes = self._folder / f"step-{int(found[0, 2]):08d}", int(found[:, 1].sum())
+        self._require_all(found[:, 0])
+        self._errno = 0
+        self._has_written.clear()
+        self._is_cancelled.clear()
+        arguments = (self._partial, image, int(found[0, 2]))
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise if this rank could not write its part. Local.
+
+        Raises:
+            UsageError: It could not; the checkpoint is given up.
+        """
+        if self._errno:
+            raise self._failure(self._errno)
+
+    def wait(self) -> Path | None:
+        """Wait until the checkpoint is complete; return its folder, or None if none was started. Collective.
+
+        Raises:
+            UsageError: It could not be written; the same on all ranks.
+        """
+        if self._thread is None:
+            return None
+        self._has_written.wait()
+        self._require_all(self._gather(self._errno)[:, 0])
+        self._thread.join()  # on rank 0, which publishes
+        self._thread = None
+        self._require_all(self._gather(self._errno)[:, 0])
+        return self._target
+
+    def close(self) -> None:
+        """Give up what is being written, after an error. Local."""
+        self._is_cancelled.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+            self._thread = None
+
+    @property
+    def _partial(self) -> Path:
+        return self._target.with_name(f".{self._target.name}.partial")
+
+    def _make_partial(self, step: int) -> None:
+        """Make the folder that all ranks write into, and remove those of interrupted saves. Local; rank 0 only."""
+        remove_partial(self._folder)
+        (self._folder / f".step-{step:08d}.partial").mkdir(parents=True)
+
+    def _gather(self, *values: int) -> np.ndarray:
+        """Return some integers of each rank alive, (ranks, n) int64. Collective."""
+        mine = np.array(values, np.int64)
+
+        def collective(comm: Any) -> np.ndarray:
+            found = np.empty((comm.Get_size(), mine.size), np.int64)
+            comm.Allgather(mine, found)
+            return found
+
+        return self._world.run_on_survivors(collective)
+
+    def _require_all(self, numbers: np.ndarray) -> None:
+        """Raise the first failure of any rank on all ranks, and remove what has been written. Local."""
+        failed = numbers[numbers > 0]
+        if failed.size or (numbers < 0).any():
+            self.close()
+            if self._world.rank == 0:
+                remove_partial(self._folder)
+            raise self._failure(int(failed[0]) if failed.size else errno.EIO)
+
+    def _failure(self, number: int) -> UsageError:
+        newest = latest(self._folder)
+        what = "no room for" if number in (errno.ENOSPC, errno.EDQUOT) else "cannot write"
+        return UsageError(
+            f"{what} a checkpoint ({self._n_bytes / 2**20:.0f} MiB) in {self._folder} ({os.strerror(number)}): the "
+            f"newest is {newest.name if newest else 'none'}; {self._keep + 1} of them need room"
+        )
+
+    def _run(self, partial: Path, image: memoryview, step: int) -> None:
+        """Write this rank's part and, on rank 0, publish the checkpoint. In the thread."""
+        world = self._world
+        try:
+            try:
+                part.write(partial / part.file_name(world.rank), image, step=step, rank=world.rank, n_ranks=world.size)
+            finally:
+                del image
+                if world.rank == 0:
+                    self._has_written.set()
+            if world.rank == 0:
+                self._wait_for_parts(partial)
+                _publish(partial, self._target, world.size, self._keep)
+        except (OSError, MemoryError, _Abandoned) as error:
+            number = _number(error) if partial.exists() and not isinstance(error, _Abandoned) else -1
+            _abandon(partial)
+            self._errno = number
+        finally:
+            self._has_written.set()
+
+    def _wait_for_parts(self, partial: Path) -> None:
+        """Wait until every rank alive has written its part. In the thread of rank 0.
+
+        Raises:
+            _Abandoned: Another rank has failed.
+        """
+        seconds = POLL_SECONDS
+        while not self._is_cancelled.is_set():
+            try:
+                there = set(os.listdir(partial))  # also refreshes what a network file system has cached
+            except FileNotFoundError:
+                break
+            ranks = (rank for rank in range(self._world.size) if rank not in self._world.dead)
+            if all(part.file_name(rank) in there for rank in ranks):
+                return
+            time.sleep(seconds)
+            seconds = min(2 * seconds, MAX_POLL_SECONDS)
+        raise _Abandoned
+
+
+def save(folder: Path, step: int, state: dict[str, Any], world: World, keep: int = KEEP) -> Path:
+    """Write a checkpoint and wait until it is complete. Collective.
+
+    Args:
+        folder: The folder of all checkpoints of the run, ``RUN/checkpoints``.
+        step: The number in the checkpoint's name; a larger one is newer.
+        state: This rank's part.
+        world: The ranks.
+        keep: The number of checkpoints to keep.
+
+    Returns:
+        The folder of the complete checkpoint.
+
+    Raises:
+        UsageError: The checkpoint cannot be written, for lack of room or another reason; the same on all ranks.
+    """
+    writer = CheckpointWriter(folder, world, keep)
+    writer.start(step, state)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def _number(error: BaseException) -> int:
+    """Return the number of an error of the system."""
+    return errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None) or errno.EIO
+
+
+def _abandon(partial: Path) -> None:
+    """Remove an unfinished checkpoint. Renamed first: another rank cannot create a file in it any more. Local."""
+    given_up = partial.with_name(f"{partial.name}.failed.partial")
+    try:
+        partial.rename(given_up)
+    except OSError:
+        given_up = partial
+    shutil.rmtree(given_up, ignore_errors=True)
+
+
+def _publish(partial: Path, target: Path, n_ranks: int, keep: int) -> None:
+    """Turn the parts of all ranks into a checkpoint and remove the oldest ones. Local; rank 0 only.
+
+    A resumed run may write a checkpoint of the same step again. The one that is there is complete under another name
+    until the new one has taken its place.
+    """
+    _supply_missing(partial, n_ranks)
+    sync(partial)
+    replaced = target.with_name(f"{target.name}.replaced")
+    if target.exists():
+        if replaced.exists():
+            _remove(replaced)
+        target.rename(replaced)
+    partial.rename(target)
+    sync(target.parent)
+    if replaced.exists():
+        _remove(replaced)
+    for old in complete(target.parent)[:-keep]:
+        _remove(old)
+
+
+def _supply_missing(partial: Path, n_ranks: int) -> None:
+    """Copy, for each rank that has died, the part of the next rank alive, from which it starts when resumed.
+
+    Local; rank 0 only.
+    """
+    files = [partial / part.file_name(rank) for rank in range(n_ranks)]
+    written = {rank for rank, file in enumerate(files) if file.exists()}
+    for rank in sorted(set(range(n_ranks)) - written):
+        followers = (other % n_ranks for other in range(rank + 1, rank + n_ranks))
+        part.copy(files[next(other for other in followers if other in written)], files[rank], rank)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a crash leaves it complete or unfinished. Local; rank 0 only."""
+    unfinished = path.rename(path.with_name(f".{path.name}.old.partial"))
+    shutil.rmtree(unfinished, ignore_errors=True)

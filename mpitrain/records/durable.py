@@ -1,0 +1,107 @@
+"""Files that appear complete or not at all, whatever the disk does.
+
+A file is written under another name, in room that is reserved first, synced, and renamed. The rename is atomic: a crash
+or an error at any moment leaves the file that was there before. After an error nothing else is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mpitrain.errors import UsageError, reason
+
+_CANNOT_RESERVE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
+_WRITE_BYTES = 2**26  # in one call: a signal or a failure is noticed between two
+
+Buffer = bytes | bytearray | memoryview
+
+
+def replace_file(path: Path, parts: Iterable[Buffer]) -> None:
+    """Write a file, in place of the one at ``path`` if there is one.
+
+    Args:
+        path: The file; its folder must exist.
+        parts: The contents, one after the other.
+
+    Raises:
+        OSError: The file cannot be written; ``path`` is as it was, and nothing else is left.
+    """
+    views = [memoryview(part).cast("B") for part in parts]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    folder = os.open(path.parent, os.O_RDONLY)  # now: another rank may rename it as soon as the file is there
+    try:
+        partial.unlink(missing_ok=True)  # left by a killed process of the same number
+        with open(partial, "xb", buffering=0) as file:
+            reserve(file.fileno(), 0, sum(map(len, views)))
+            for view in views:
+                _write(file.fileno(), view)
+            os.fsync(file.fileno())
+        partial.rename(path)
+        os.fsync(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file for the user, in place of the one at ``path`` if there is one.
+
+    Raises:
+        UsageError: The file cannot be written; ``path`` is as it was.
+    """
+    replace_for_user(path, text.encode(errors="backslashreplace"))
+
+
+def replace_for_user(path: Path, content: Buffer) -> None:
+    """Write a file for the user, in place of the one at ``path`` if there is one.
+
+    Raises:
+        UsageError: The file cannot be written; ``path`` is as it was.
+    """
+    try:
+        replace_file(path, [content])
+    except OSError as error:
+        raise UsageError(f"cannot write {path} ({reason(error)}): {remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """Return what a user may do about a file that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some room, or choose a folder on another disk"
+    return "choose a folder that can be written"
+
+
+def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
+    """Reserve room for a part of a file and extend the file to its end.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if not n_bytes:
+        return
+    try:
+        os.posix_fallocate(descriptor, offset, n_bytes)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise
+
+
+def sync(path: Path) -> None:
+    """Write a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(descriptor, view[:_WRITE_BYTES]) :]
