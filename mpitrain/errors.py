@@ -12,6 +12,10 @@ TURN_SECONDS = 0.5
 death of a third one."""
 
 
+EXIT_TIMEOUT = 4
+"""Of a job that ends because a rank has waited for too long (``collectives.world.watchdog``)."""
+
+
 class UsageError(ValueError):
     """A mistake of the user, not of mpitrain.
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS
 
 EXIT_FAILURE = 1
@@ -37,6 +38,7 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
     print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
+        watchdog.announce_end_of_all()
         sys.stdout.flush()
         time.sleep(OUTPUT_SECONDS)
         mpi.COMM_WORLD.Abort(code)  # the others may be waiting for this rank

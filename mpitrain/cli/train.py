@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         init()  # a folder may be missing on one node only: MPI must be there for this rank to end all
         raise
     config = plan.config
-    world = init(config.device, config.transport)
+    world = init(config.device, config.transport, config.timeout)
     check_replica_size(config.replica_size, world)
     for text in plan.warnings(plan.n_workers(world.size)):
         logger.warning(text)

@@ -138,7 +138,8 @@ class AllReduce:
             kernels.copy(total, array)
         gpu.synchronize(total)
         for at in range(0, total.size, LARGEST_COUNT):
-            self._world.comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
+            with self._world.waiting("an all-reduce"):
+                self._world.comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
         if scale != 1.0:
             kernels.scale(total, scale)
         if total is not array:
@@ -218,7 +219,7 @@ class AllReduce:
             return
         gpu.synchronize(total)
         n_bytes = total.nbytes
-        with world.polling():
+        with world.polling(), world.waiting("an all-reduce between nodes"):
             if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
                 largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
                 incoming = self._buffer("incoming", total, largest)

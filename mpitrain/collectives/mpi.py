@@ -138,7 +138,7 @@ class MPICommunicator(PeerMemory):
             return
         longest = LONGEST_BACKOFF_SECONDS if self.world.n_nodes == 1 else LONGEST_BACKOFF_BETWEEN_NODES_SECONDS
         began, polls, backoff = time.perf_counter(), 0, Backoff(FIRST_BACKOFF_SECONDS, longest)
-        with self.world.polling():
+        with self.world.polling(), self.world.waiting("messages of other workers"):
             while not condition():
                 self.world.require_all()
                 self.world.progress()  # the one-sided operations of some MPIs need it
@@ -160,7 +160,7 @@ class MPICommunicator(PeerMemory):
     def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
         """Call a collective of host arrays with an array in host or device memory."""
         host = gpu.to_host(array)
-        with self.world.polling():
+        with self.world.polling(), self.world.waiting("a broadcast or a reduction"):
             collective(self.world, host, root)
         if host is not array:
             gpu.assign(array, host)
@@ -171,7 +171,7 @@ class MPICommunicator(PeerMemory):
             self._gpu.synchronize()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
-        self.world.run_on_survivors(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]))
+        self.world.run_on_survivors(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]), "a gather")
         self.world.require_all()
         return all_values
 

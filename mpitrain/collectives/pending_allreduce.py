@@ -49,7 +49,7 @@ class PendingAllReduce:
         if not self._requests:
             return
         began = time.perf_counter()
-        with self._world.polling():
+        with self._world.polling(), self._world.waiting("an all-reduce in the background"):
             MPI.Request.Waitall(self._requests)
         self._requests.clear()
         self._statistics.wait_seconds += time.perf_counter() - began

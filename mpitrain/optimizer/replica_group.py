@@ -261,9 +261,10 @@ class GroupMember(Worker):
                 "this MPI lets only one thread of a rank call it (mpitrain info): "
                 "ask the first rank of a replica group for the consensus"
             )
-        comm = self._shared.comm.world.comm
-        comm.Send(np.empty(0, np.uint8), 0, ASK)
-        comm.Recv(out.view(np.uint8), 0, ANSWER)
+        world = self._shared.comm.world
+        with world.waiting("the consensus of the group's first rank", lambda: [0]):
+            world.comm.Send(np.empty(0, np.uint8), 0, ASK)
+            world.comm.Recv(out.view(np.uint8), 0, ANSWER)
 
     def finalize(self) -> None:
         """Receive the head's parameters after its last exchange. Collective over the group."""

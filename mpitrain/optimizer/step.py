@@ -9,6 +9,7 @@ import torch
 
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import ParamGroupSlice
+from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import UsageError
 from mpitrain.log import ANY_RANK, logger
 from mpitrain.optimizer.checks import TOO_LATE_FOR_GROUPS, DirectStepGuard, FrozenParameters
@@ -125,6 +126,8 @@ class Stepper:
         Returns:
             ``loss``, or what it returned when it is a closure.
         """
+        watchdog.begin_step()
+
         # 1. The loss; a closure computes it again, with the gradients.
         if callable(loss):
             with torch.enable_grad():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 
+from mpitrain.collectives.world.watchdog import Waiting
 from mpitrain.trainer.checkpoints import Checkpoints
 from mpitrain.trainer.control import Control, Orders, StopSignal, require_leader
 from mpitrain.trainer.run import Hook, Run
+
+PROGRESS_POLL_SECONDS = 1.0
+"""Between two looks of a rank that has made its last step at the steps of the others."""
 
 
 class Commands(Hook):
@@ -53,15 +57,8 @@ class Commands(Hook):
     def on_last_step(self, run: Run) -> None:
         """Wait until every rank has made its last step; rank 0 keeps giving orders. Collective."""
         self._control.report_done()
-        orders = Orders()
-        while not orders.over:
-            if run.is_leader and self._stop_signal.received:
-                self._interrupt(run)
-            orders = self._control.rest()
-            if orders.save:
-                self._checkpoints.save(run)
-            elif run.is_leader:
-                run.report_totals()
+        with run.world.waiting("the last steps of the others") as wait:
+            self._rest(run, wait)
         run.optimizer.wait()
         run.world.barrier()
         require_leader(run.world)
@@ -70,6 +67,23 @@ class Commands(Hook):
         parts = run.world.run_on_survivors(lambda comm: comm.allgather(part))
         was_interrupted = any(interrupted for interrupted, _ in parts)
         run.is_complete = not was_interrupted or all(is_over for _, is_over in parts)
+
+    def _rest(self, run: Run, wait: Waiting) -> None:
+        """Follow orders until every rank has made its last step. Collective."""
+        orders, gradients, polled = Orders(), -1, 0.0
+        while not orders.over:
+            if run.is_leader and self._stop_signal.received:
+                self._interrupt(run)
+            orders = self._control.rest()
+            if orders.save:
+                self._checkpoints.save(run)
+            elif run.is_leader:
+                run.report_totals()
+            now = time.perf_counter()
+            if now - polled >= PROGRESS_POLL_SECONDS:
+                before, gradients, polled = gradients, run.counters.totals().gradients, now
+                if gradients != before:
+                    wait.restart()
 
     def on_end(self, run: Run) -> None:
         """Free the control: no more orders are given. Collective."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.world.transport import TRANSPORTS
+from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
 from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
@@ -155,6 +156,14 @@ class TrainConfig:
         FLOAT32,
         "format of vectors between nodes; int8 sends changes of a center as 1 byte an element, all else as 2",
         choices=WIRE_FORMATS,
+    )
+    timeout: float = option(
+        DEFAULT_TIMEOUT_SECONDS,
+        "seconds that a rank waits for others before it says for whom and ends all ranks; 0 waits for ever",
+        parse=float,
+        within=NON_NEGATIVE,
+        metavar="SECONDS",
+        replaceable=True,
     )
     quiet: bool = option(False, "show no progress bar", parse=None, replaceable=True)
 

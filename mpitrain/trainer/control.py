@@ -76,7 +76,8 @@ class Control:
             if self._group.rank == 0:
                 self._poll()
             known = np.array([self._saves, self._stop], np.int64)
-            self._group.comm.Bcast(known)
+            with self._group.waiting("the orders of the group's first rank", lambda: [0]):
+                self._group.comm.Bcast(known)
             self._saves, self._stop = int(known[0]), bool(known[1])
         return self._followed()
 

@@ -99,7 +99,8 @@ class Evaluations(Hook):
             self._evaluate_end(run)
         if self._deferred:
             points = run.points[len(run.points) - len(self._snapshots) :]
-            evaluate_deferred(points, self._snapshots, self._evaluator, run.world)
+            with run.world.waiting("the evaluations of the others"):
+                evaluate_deferred(points, self._snapshots, self._evaluator, run.world)
             self._snapshots.clear()
             for point in points:
                 run.hooks.on_evaluation(run, point)

@@ -61,7 +61,8 @@ def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
             problem = str(error)
         except OSError as error:
             problem = f"--out {folder} cannot be used ({error.strerror or error}): choose another folder"
-    problem = world.comm.bcast(problem)
+    with world.waiting("the run folder, which rank 0 makes", lambda: [0]):
+        problem = world.comm.bcast(problem)
     if problem is not None:
         raise UsageError(problem)
 

@@ -43,7 +43,8 @@ class DeviceWindow:
         self.local = self._gpu.zeros(n, dtype)
         self._direct: dict[int, Any] = {world.rank: self.local}
         if world.transport.maps:
-            handles = world.node_comm.allgather((self._gpu.handle(self.local), n))
+            with world.waiting("the allocation of device memory"):
+                handles = world.node_comm.allgather((self._gpu.handle(self.local), n))
             for rank, (handle, length) in zip(world.node_ranks, handles, strict=True):
                 if rank != world.rank:
                     self._direct[rank] = self._gpu.mapped(handle, length, dtype)
@@ -53,9 +54,10 @@ class DeviceWindow:
             self._gpu.lock_pages(self.mirror.local)
         self._remote: MPI.Win | None = None
         if world.transport.windows:
-            self._remote = MPI.Win.Create(self.local.view(np.uint8), 1, comm=world.comm)
-            self._remote.Lock_all(MPI.MODE_NOCHECK)
-        world.comm.Barrier()
+            with world.waiting("the allocation of device memory"):
+                self._remote = MPI.Win.Create(self.local.view(np.uint8), 1, comm=world.comm)
+                self._remote.Lock_all(MPI.MODE_NOCHECK)
+        world.barrier()
 
     def of(self, rank: int) -> Any:
         """Return the array of ``rank`` itself if it is mapped, else None. Local."""
@@ -78,7 +80,8 @@ class DeviceWindow:
     def flush(self, rank: int) -> None:
         """Complete all copies from and to ``rank``. Local."""
         assert self._remote is not None
-        self._remote.Flush(rank)
+        with self.world.waiting("memory of another rank", lambda: [rank]):
+            self._remote.Flush(rank)
 
     def sync(self) -> None:
         """Wait for the current stream, so that others may read this rank's array. Local."""
@@ -95,8 +98,9 @@ class DeviceWindow:
         """Free the memory. Collective; its arrays must not be used any more."""
         self._gpu.synchronize()
         if self._remote is not None:
-            self._remote.Unlock_all()
-            self._remote.Free()
+            with self.world.waiting("the release of device memory"):
+                self._remote.Unlock_all()
+                self._remote.Free()
         for rank, array in self._direct.items():
             if rank != self.world.rank:
                 self._gpu.unmap(array)
@@ -104,7 +108,7 @@ class DeviceWindow:
         if self.mirror is not None:
             self._gpu.unlock_pages(self.mirror.local)
             self.mirror.free()
-        self.world.comm.Barrier()  # no rank frees memory that another one has mapped
+        self.world.barrier()  # no rank frees memory that another one has mapped
 
 
 AnyWindow = Window | DeviceWindow

@@ -74,14 +74,17 @@ class LockTable:
         if before_wait is not None:
             before_wait()
         began, n_waits = time.perf_counter(), 0
-        while found & OWNER_MASK:
-            if (found & OWNER_MASK) - 1 not in self._world.dead:
-                if n_waits:  # most owners release the lock before the next poll
-                    self._back_off(n_waits)
-                n_waits += 1
-            elif self._words.swap(home, index, found, found & ~OWNER_MASK | self._me) == found:
-                break
-            found = self._words.acquire(home, index, spin=True)
+        with self._world.waiting("a lock", lambda: [(found & OWNER_MASK) - 1]) as wait:
+            while found & OWNER_MASK:
+                if (found & OWNER_MASK) - 1 not in self._world.dead:
+                    if n_waits:  # most owners release the lock before the next poll
+                        self._back_off(n_waits)
+                    n_waits += 1
+                elif self._words.swap(home, index, found, found & ~OWNER_MASK | self._me) == found:
+                    break
+                before, found = found, self._words.acquire(home, index, spin=True)
+                if found != before:
+                    wait.restart()  # others get the lock: nobody keeps it
         return found >> OWNER_BITS, time.perf_counter() - began if n_waits else 0.0
 
     def _back_off(self, n_waits: int) -> None:
@@ -170,7 +173,7 @@ class MPIWords:
     """Lock words that ranks of several nodes swap through MPI. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
-        self._mine = world.rank + 1
+        self._world, self._mine = world, world.rank + 1
         self._window = MPI.Win.Allocate(8 * max(counts[world.rank], 1), 8, comm=world.comm)
         memory: Any = self._window.tomemory()
         words = np.frombuffer(memory, np.int64)
@@ -179,7 +182,7 @@ class MPIWords:
         self._window.Sync()
         self._last_seen = [[0] * n for n in counts]  # without owner bits; reading a word first would cost a message
         self._compare, self._origin, self._result = (np.zeros(1, np.int64) for _ in range(3))
-        world.comm.Barrier()
+        world.allgather(None)
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
         """Set the owner bits of a free word to this rank's, and return the former word. Local."""
@@ -193,7 +196,8 @@ class MPIWords:
         """Set a word to ``new`` if it is ``expected``, and return the former word. Local."""
         self._compare[0], self._origin[0] = expected, new
         self._window.Compare_and_swap(self._origin, self._compare, self._result, home, index)
-        self._window.Flush(home)
+        with self._world.waiting("a lock word", lambda: [home]):
+            self._window.Flush(home)
         found = int(self._result[0])
         self._last_seen[home][index] = (new if found == expected else found) & ~OWNER_MASK
         return found

@@ -74,12 +74,18 @@ class NodeBarrier:
             RankFailed: If a rank has died.
         """
         began, backoff = time.perf_counter(), Backoff(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
-        while progress != end:
-            self._world.require_all()
-            self._world.progress()
-            backoff.rest()
-            progress = poll(progress)
+        with self._world.waiting("a barrier or a sum of the ranks of the node", self._missing):
+            while progress != end:
+                self._world.require_all()
+                self._world.progress()
+                backoff.rest()
+                progress = poll(progress)
         self._statistics.wait_seconds += time.perf_counter() - began
+
+    def _missing(self) -> list[int]:
+        """Return the ranks that have not reached the barrier at which this rank waits. Local."""
+        reached = self.words[:: node_barrier.STRIDE]
+        return [rank for k, rank in enumerate(self._world.node_ranks) if reached[k] < reached[self._me]]
 
     def free(self) -> None:
         """Free the words. Collective."""

@@ -83,7 +83,7 @@ class RemoteBlocks:
         local = memory.data.local
         self._itemsize = local.dtype.itemsize
         bases = address_of(local), address_of(memory.tags.local)
-        self._bases: list[tuple[int, int]] = memory.world.comm.allgather(bases)
+        self._bases: list[tuple[int, int]] = memory.world.allgather(bases)
         # Used in turn: the blocks that are fetched, worked on and stored.
         self.staging = memory.staging_buffers(n_staging_buffers)
         self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))

@@ -54,7 +54,7 @@ class RemoteWords:
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
         self._mine, self._progress = world.rank + 1, progress
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
-        self._bases: list[int] = world.comm.allgather(self._window.local.ctypes.data)
+        self._bases: list[int] = world.allgather(self._window.local.ctypes.data)
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
     def address(self, home: int, index: int) -> int:

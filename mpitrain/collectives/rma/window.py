@@ -53,6 +53,11 @@ class Window:
     """
 
     def __init__(self, world: World, n: int, dtype: Any, *, node_shared: bool = False) -> None:
+        with world.waiting("the allocation of shared memory"):
+            self._allocate(world, n, dtype, node_shared)
+
+    def _allocate(self, world: World, n: int, dtype: Any, node_shared: bool) -> None:
+        """Allocate the memory and expose it. Collective."""
         self.world = world
         self.plan: Callable[[float], None] | None = None
         self.dtype = np.dtype(dtype)
@@ -107,7 +112,8 @@ class Window:
     def flush(self, rank: int) -> None:
         """Complete all copies from and to ``rank``. Local."""
         assert self._remote is not None
-        self._remote.Flush(rank)
+        with self.world.waiting("memory of another node", lambda: [rank]):
+            self._remote.Flush(rank)
 
     def sync(self) -> None:
         """Order this rank's loads and stores of shared memory with those of the others. Local."""
@@ -125,10 +131,11 @@ class Window:
             self.world.barrier()
             if not self.world.is_whole:
                 return
-        if self._remote is not None:
-            self._remote.Unlock_all()
-            self._remote.Free()
-        self._shared.Unlock_all()
         self._direct.clear()
         self.plan = None
-        self._shared.Free()
+        with self.world.waiting("the release of shared memory"):
+            if self._remote is not None:
+                self._remote.Unlock_all()
+                self._remote.Free()
+            self._shared.Unlock_all()
+            self._shared.Free()

@@ -40,7 +40,7 @@ class WireBuffers:
         world = memory.world
         self._starts, totals = pack(memory.homes, [self._n_bytes(n) for n in memory.lengths], world.size)
         self._buffers = np.zeros(totals[world.rank], np.uint8)
-        self._bases: list[int] = world.comm.allgather(self._buffers.ctypes.data)
+        self._bases: list[int] = world.allgather(self._buffers.ctypes.data)
         self.residuals: dict[int, np.ndarray] = {}
         wire.prepare(encoding)
 

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mpitrain.collectives.world.background import threads_may_call_mpi
+from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, UsageError
 from mpitrain.log import logger
 
@@ -105,6 +106,7 @@ class FailureDetector:
             text += ", with memory that the others need: resume from the newest checkpoint"
         logger.critical(text)
         if self.leaves_no_survivors:
+            watchdog.announce_end_of_all()
             self._stopped.wait(OUTPUT_SECONDS)
             self._comm.Abort(1)
 

@@ -31,6 +31,7 @@ from mpitrain.collectives.world.failure_detector import (
     ulfm_available,
     ulfm_requested,
 )
+from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed
 
 T = TypeVar("T")
@@ -138,6 +139,7 @@ class FaultTolerance:
 
     def abort(self, code: int) -> None:
         """End all ranks now, with this exit code. Local."""
+        watchdog.announce_end_of_all()
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(OUTPUT_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))

@@ -1,10 +1,12 @@
 """Starting a run: MPI, the world of all ranks, and a hook that ends all of them when one raises an exception.
 
-``init`` starts MPI with MPI_THREAD_MULTIPLE. A script that runs without a launcher is a world of one rank.
+``init`` starts MPI with MPI_THREAD_MULTIPLE. A script that runs without a launcher is a world of one rank. The hook and
+the watchdog are in place before the first call that may fail on one rank and leave the others waiting.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -16,9 +18,11 @@ from mpitrain import log
 from mpitrain.collectives.world.background import threads_may_call_mpi
 from mpitrain.collectives.world.device import bind_all, report_shared_gpus
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance, fault_tolerance_of
+from mpitrain.collectives.world.node_status import NodeStatus
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.ranks import find_ranks
 from mpitrain.collectives.world.transport import TRANSPORTS, choose
+from mpitrain.collectives.world.watchdog import waiting, watchdog
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 
@@ -37,22 +41,28 @@ LAUNCHER_VARIABLES = (*WORLD_SIZES, "PMIX_RANK")
 _world: World | None = None
 
 
-def init(device: Any = None, transport: str | None = None) -> World:
+def init(device: Any = None, transport: str | None = None, timeout: float | None = None) -> World:
     """Start MPI, once, and return the world of all ranks. Collective on the first call, which decides the device.
 
     Args:
         device: ``"cpu"`` (the default) or ``"cuda"``, or a ``torch.device``.
         transport: How vectors on GPUs reach other ranks: ``"auto"`` (the default: what works best), ``"ipc"``,
             ``"cuda-aware"`` or ``"staged"``; see ``collectives.world.transport``.
+        timeout: Seconds that a rank waits in a barrier, collective, lock or message before it says what it waits for
+            and ends all ranks with exit code 4; 600 by default, and 0 waits for ever. A later call may change it.
 
     Returns:
         The world; the same object at every call.
 
     Raises:
         UsageError: There is no MPI; launcher and MPI disagree about the number of ranks; the device or the transport
-            does not work here, or differs from that of the first call.
+            does not work here, or differs from that of the first call; the timeout is not a number of seconds.
     """
     global _world
+    if timeout is not None:
+        if not 0 <= timeout < math.inf:
+            raise UsageError(f"timeout must be a number of seconds, 0 or more, not {timeout!r}")
+        watchdog.timeout = float(timeout)
     device = None if device is None else str(device)
     if _world is None:
         if transport not in (None, *TRANSPORTS):
@@ -72,11 +82,19 @@ def init(device: Any = None, transport: str | None = None) -> World:
 
 def _start(device: str, transport: str) -> World:
     """Start MPI and create the world. Collective."""
-    comm = _start_mpi()
-    log.set_rank(comm.Get_rank())
-    if comm.Get_size() > 1:
-        _end_all_ranks_on_exception(comm)
-    return create_world(comm, device, transport)
+    if any(name in os.environ for name in (*LAUNCHER_VARIABLES, "SLURM_PROCID")):
+        watchdog.start()
+    with waiting("the start of MPI"):
+        everyone = _start_mpi()
+    log.set_rank(everyone.Get_rank())
+    if everyone.Get_size() == 1:
+        return create_world(everyone.Dup(), device, transport)
+    _end_all_ranks_on_exception(everyone)
+    with waiting("the start of the ranks"):
+        world = create_world(everyone.Dup(), device, transport)
+        status = NodeStatus(world.node_comm, world.node_ranks, world.hosts[world.rank])
+    watchdog.watch_node(status, reports_exits=not world.survives_failures)
+    return world
 
 
 def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> World:
@@ -121,7 +139,7 @@ def _path_between_nodes() -> str:
 
 
 def _start_mpi() -> Any:
-    """Start MPI, and return a private copy of its communicator of all ranks. Collective.
+    """Start MPI, and return its communicator of all ranks. Collective.
 
     Raises:
         UsageError: There is no MPI, or launcher and MPI disagree about the number of ranks.
@@ -139,7 +157,7 @@ def _start_mpi() -> Any:
         ) from error
     if MPI.COMM_WORLD.Get_size() == 1:
         _require_single_launch(MPI.get_vendor()[0])
-    return MPI.COMM_WORLD.Dup()
+    return MPI.COMM_WORLD
 
 
 def _require_single_launch(vendor: str) -> None:
@@ -163,10 +181,14 @@ def _require_single_launch(vendor: str) -> None:
 def _end_all_ranks_on_exception(comm: Any) -> None:
     """Install hooks that report an uncaught exception of this rank and end all ranks. Local.
 
-    Otherwise the others would wait for this rank until the queue's time limit. The hooks are in place before the world
-    is created, because its creation is collective too.
+    Otherwise the others would wait for this rank until the queue's time limit. The hooks are in place before the first
+    communication, in which a wrong setting of MPI shows itself on some ranks only.
+
+    Args:
+        comm: MPI's own communicator of all ranks.
     """
     plain = FaultTolerance(comm)
+    watchdog.attach(plain.rank, comm.Abort)
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))

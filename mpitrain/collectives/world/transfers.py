@@ -18,6 +18,7 @@ from mpitrain.collectives.world.background import (
     in_background,
 )
 from mpitrain.collectives.world.wakeup import WakeupPipe
+from mpitrain.collectives.world.watchdog import waiting
 from mpitrain.kernels.native import lock_words, service
 from mpitrain.kernels.native.lock_words import OWNER_MASK
 
@@ -119,6 +120,7 @@ class Transfer:
         self, mpi: NativeMPI, rank: int, words: np.ndarray, here: np.ndarray, arrays: Sequence[np.ndarray]
     ) -> None:
         n = service.n_messages(int(here[1]), int(here[3]))
+        self._rank = rank
         self._mpi, self._words, self._arrays = mpi, words, arrays
         self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
         self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (mpi.request_bytes, mpi.status_bytes))
@@ -152,9 +154,14 @@ class Transfer:
 
     def _wait_for(self, n: int) -> None:
         """Wait until the first n MPI requests are complete."""
-        backoff = BACKGROUND if in_background() else FOREGROUND
-        if backoff is BACKGROUND and self._checked(self._mpi.watched(n, self._requests, self._statuses)):
-            return
+        with waiting("an answer of another node", lambda: [self._rank]):
+            if not in_background():
+                self._poll(n, FOREGROUND)
+            elif not self._checked(self._mpi.watched(n, self._requests, self._statuses)):
+                self._poll(n, BACKGROUND)
+
+    def _poll(self, n: int, backoff: tuple[int, int, int]) -> None:
+        """Poll MPI until the first n requests are complete."""
         waited = np.zeros(2, np.int64)
         known = self._mpi.functions, n, self._requests, self._statuses, self._flag, polls_per_wakeup(), waited
         with self._mpi.polling():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.ranks import RankInfo
 from mpitrain.collectives.world.shared_memory import allocate_shared_array
 from mpitrain.collectives.world.transport import Transport
+from mpitrain.collectives.world.watchdog import Ranks, Waiting, waiting
 from mpitrain.kernels.gpu import Gpu
 
 MESSAGES = "messages, served by the progress thread of the rank that has the vector"
@@ -35,11 +36,13 @@ class World:
         wanted_transport: One of ``TRANSPORTS``, as asked for.
         progress_thread: The thread that calls MPI while this rank computes; None where there is none.
         serves: Whether ranks visit vectors of other nodes by requests to the progress thread.
+        members: The rank in the run of each rank of a part.
 
     Attributes:
         ranks: As given. Its attributes but the communicator of all ranks are the world's own too:
             rank, size, local_rank, local_size, node, n_nodes, node_ranks, nodes, hosts, n_rails, cores, node_comm,
             rail_comm: See ``RankInfo``.
+        members: The rank in the run of each of these ranks.
         device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
         gpu, transport, wanted_transport, progress_thread: As given.
         service: The thread that serves requests of other nodes and makes this rank's; None on one node, with
@@ -57,6 +60,7 @@ class World:
         wanted_transport: str = "auto",
         progress_thread: ProgressThread | None = None,
         serves: bool = False,
+        members: Sequence[int] | None = None,
     ) -> None:
         self.ranks = ranks
         self.rank, self.size = ranks.rank, ranks.size
@@ -65,6 +69,7 @@ class World:
         self.node_ranks, self.nodes, self.hosts = ranks.node_ranks, ranks.nodes, ranks.hosts
         self.n_rails, self.cores = ranks.n_rails, ranks.cores
         self.node_comm, self.rail_comm = ranks.node_comm, ranks.rail_comm
+        self.members = range(ranks.size) if members is None else members
         self.device, self.gpu = device, gpu
         self.transport, self.wanted_transport = transport, wanted_transport
         self.progress_thread = progress_thread
@@ -80,8 +85,10 @@ class World:
 
     def split(self, color: int) -> World:
         """Return the world of the ranks that give the same ``color``, in the order of their ranks. Collective."""
-        comm = self.comm.Split(color, key=self.rank)
-        fault_tolerance, ranks = self._fault_tolerance.part(comm), self.ranks.part(comm)
+        with self.waiting("a split of the ranks"):
+            comm = self.comm.Split(color, key=self.rank)
+            fault_tolerance, ranks = self._fault_tolerance.part(comm), self.ranks.part(comm)
+            members = comm.allgather(self.members[self.rank])
         return World(
             ranks,
             fault_tolerance,
@@ -89,6 +96,7 @@ class World:
             gpu=self.gpu,
             transport=self.transport and self.transport.of_part(ranks.n_nodes),
             progress_thread=self.progress_thread,
+            members=members,
         )
 
     def free(self) -> None:
@@ -128,19 +136,29 @@ class World:
         """Raise MPI errors that come from the death of a rank as ``RankFailed``, inside the context. Local."""
         return self._fault_tolerance.translated_errors()
 
-    def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
+    def run_on_survivors(self, collective: Callable[[Any], T], what: str = "a collective operation") -> T:
         """Return ``collective(comm)``, run by all survivors. Collective over them.
 
         Args:
             collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
                 again, on all of them, when a rank dies in the meantime.
+            what: The operation, for a rank that waits in it for too long.
         """
-        with self.polling():
+        with self.polling(), self.waiting(what):
             return self._fault_tolerance.run_on_survivors(collective)
 
     def progress(self) -> None:
         """Let MPI make progress: it answers requests of other ranks only inside MPI calls. Local."""
         self._probed_comm.Iprobe()
+
+    def waiting(self, what: str, ranks: Ranks | None = None) -> Waiting:
+        """Return a context manager around a blocking wait, which the watchdog ends after the timeout. Local.
+
+        Args:
+            what: What is waited for, with an article.
+            ranks: Returns those of these ranks that are waited for, as far as they are known.
+        """
+        return waiting(what, ranks and (lambda: [self.members[rank] for rank in ranks()]))
 
     def polling(self) -> AbstractContextManager[None]:
         """Tell the progress thread that this thread polls MPI, and may read messages meant for that one. Local."""
@@ -148,18 +166,26 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all survivors. Collective over them."""
-        self.run_on_survivors(lambda comm: comm.Barrier())
+        self.run_on_survivors(lambda comm: comm.Barrier(), "a barrier")
 
     def node_barrier(self) -> None:
         """Wait for all ranks of this node. Collective over them."""
-        self.node_comm.Barrier()
+        with self.waiting("a barrier of the node"):
+            self.node_comm.Barrier()
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Return a value of each rank. Collective; for set-up only, because it pickles the values."""
+        with self.waiting("the set-up of shared memory"):
+            values: list[Any] = self.comm.allgather(value)
+        return values
 
     def shared_array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Return an array of zeros in the memory of the node, the same one on all its ranks. Collective over them.
 
         It lives until the end of the process.
         """
-        window, array = allocate_shared_array(self.node_comm, shape, dtype)
+        with self.waiting("the allocation of shared memory"):
+            window, array = allocate_shared_array(self.node_comm, shape, dtype)
         self._shared_arrays.append(window)  # freeing it would unmap the array
         return array
 

@@ -65,6 +65,29 @@ print("went on")
 
 
 @pytest.mark.parametrize("mpi", installed())
+def test_an_error_of_mpi_in_the_first_communication_of_one_rank_ends_all(mpi):
+    """A wrong network interface, for example, shows itself on some of the ranks, when they first communicate."""
+    script = """
+from mpi4py import MPI
+
+class Unreachable(MPI.Intracomm):
+    def Dup(self, info=None):
+        raise MPI.Exception(MPI.ERR_OTHER)
+
+if MPI.COMM_WORLD.Get_rank() == 1:
+    MPI.COMM_WORLD = Unreachable(MPI.COMM_WORLD)
+mpitrain.init()
+print("went on")
+"""
+    command = [python(mpi), "-c", "import mpitrain" + script]
+    finished = launch(3, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
+    assert not finished.timed_out, finished.output
+    assert finished.returncode == 1
+    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "went on" not in finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
 def test_an_exception_in_a_thread_of_one_rank_ends_all(mpi):
     script = """
 if world.rank == 0:
