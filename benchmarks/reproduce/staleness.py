@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms.parameter_server.downpour import Downpour
 from mpitrain.simulation.engine import Simulation
-from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Schedule, VirtualTime
+from mpitrain.simulation.schedules import RandomOrder, Ready, RoundRobin, Schedule, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
 
 WORKERS = (10, 20, 30, 60)
@@ -37,9 +37,9 @@ class Until:
     def __init__(self, schedule: Schedule, n_steps: int) -> None:
         self._schedule, self._left = schedule, n_steps
         self.all_met, self.released = schedule.all_met, schedule.released
-        self.step_made = schedule.step_made
+        self.step_made, self.ready_again = schedule.step_made, schedule.ready_again
 
-    def choose(self, ready: list[int]) -> int | None:
+    def choose(self, ready: Ready) -> int | None:
         """Choose as the wrapped schedule does, or None at the end."""
         self._left -= 1
         return self._schedule.choose(ready) if self._left >= 0 else None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.blocks import N_TAGS
 from mpitrain.collectives.rma.mailboxes import Mailboxes
 from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
 from mpitrain.collectives.topology.partition import shards, split
 from mpitrain.collectives.world.background import Started
 from mpitrain.collectives.world.fault_tolerance import of_part
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.simulation.memory import SimulatedBlocks, SimulatedVector
+from mpitrain.simulation.memory import BlockMemory, SimulatedBlocks, SimulatedVector
 from mpitrain.simulation.scheduler import Group, Scheduler
 
 
@@ -66,7 +66,7 @@ class SimulatedCommunicator:
         statistics: Statistics | None = None,
     ) -> None:
         self.rank, self.size = rank, len(group.ranks)
-        self.nodes = [layout.nodes[member] for member in group.ranks]
+        self.nodes = group.nodes
         self.statistics = statistics or Statistics()
         self._scheduler, self._layout, self._group = scheduler, layout, group
         self._world_rank = group.ranks[rank]
@@ -84,10 +84,10 @@ class SimulatedCommunicator:
             members: dict[int, list[int]] = {}
             for world_rank, other in zip(self._group.ranks, colors, strict=True):
                 members.setdefault(other, []).append(world_rank)
-            return {color: self._scheduler.group(ranks) for color, ranks in members.items()}
+            return {color: self._scheduler.group(ranks, self._layout.nodes) for color, ranks in members.items()}
 
         group: Group = self._exchange(color, make_groups)[color]
-        rank = group.ranks.index(self._world_rank)
+        rank = bisect_left(group.ranks, self._world_rank)
         return SimulatedCommunicator(self._scheduler, self._layout, group, rank, self.statistics)
 
     def vector(self, n: int, dtype: Any) -> SimulatedVector:
@@ -101,8 +101,12 @@ class SimulatedCommunicator:
 
     def node_vector(self, n: int, dtype: Any) -> SimulatedVector:
         """Allocate a vector of zeros for each node, shared by its workers and readable by peers. Collective."""
-        array_of = self._exchange(None, lambda _: {node: np.zeros(n, dtype) for node in set(self.nodes)})
-        return SimulatedVector([array_of[node] for node in self.nodes], self.rank)
+
+        def make_arrays(_: list[None]) -> list[np.ndarray]:
+            array_of = {node: np.zeros(n, dtype) for node in set(self.nodes)}
+            return [array_of[node] for node in self.nodes]
+
+        return SimulatedVector(self._exchange(None, make_arrays), self.rank)
 
     def publish(self, vector: Any) -> None:
         """Do nothing: peers always see a vector as it is. Local."""
@@ -113,14 +117,22 @@ class SimulatedCommunicator:
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
         """Allocate one vector of zeros, or ``rows`` updated together, sharded over the workers. Collective."""
-        parts = shards(n, self.size, self._layout.largest_shard)
-        blocks = self._blocks([part.owner for part in parts], [rows * part.size for part in parts], dtype)
+
+        def make_memory(_: list[None]) -> BlockMemory:
+            parts = shards(n, self.size, self._layout.largest_shard)
+            return BlockMemory(tuple(part.owner for part in parts), tuple(rows * part.size for part in parts), dtype)
+
+        blocks = self._blocks(make_memory)
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
         """Allocate ``slots`` vectors at every worker, which others read or update under their locks. Collective."""
-        homes = [rank for rank in range(self.size) for _ in range(slots)]
-        return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
+
+        def make_memory(_: list[None]) -> BlockMemory:
+            homes = tuple(rank for rank in range(self.size) for _ in range(slots))
+            return BlockMemory(homes, (n,) * len(homes), dtype)
+
+        return Mailboxes(self._blocks(make_memory), self.rank, slots, self.statistics)
 
     def allreduce(self, vector: Any, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector, or a part of it, by the sum or mean over all workers. Collective."""
@@ -140,8 +152,8 @@ class SimulatedCommunicator:
 
     def slice_of(self, n: int) -> slice:
         """Return this worker's slice of a vector of ``n`` elements, which the workers of a node divide. Local."""
-        node_ranks = [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
-        return split(n, len(node_ranks))[node_ranks.index(self.rank)]
+        node_ranks = self._group.ranks_of_nodes[self.nodes[self.rank]]
+        return split(n, len(node_ranks))[bisect_left(node_ranks, self.rank)]
 
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
         """Call ``fn`` with this worker's slice and the addends of the sum in it. Collective."""
@@ -206,11 +218,7 @@ class SimulatedCommunicator:
         self.statistics.n_exchanges += 1
         self.statistics.bytes_sent += 2 * (self.size - 1) * n_bytes // self.size
 
-    def _blocks(self, homes: list[int], lengths: list[int], dtype: Any) -> SimulatedBlocks:
+    def _blocks(self, make_memory: Callable[[list[None]], BlockMemory]) -> SimulatedBlocks:
         """Allocate blocks of zeros. Collective."""
-        data, tags, versions = self._exchange(
-            None,
-            lambda _: ([np.zeros(n, dtype) for n in lengths], np.zeros((len(lengths), N_TAGS)), [0] * len(lengths)),
-        )
-        before_lock = self._scheduler.give_way if self._layout.interleave_locks else lambda: None
-        return SimulatedBlocks(homes, data, tags, versions, before_lock)
+        memory = self._exchange(None, make_memory)
+        return SimulatedBlocks(memory, self._scheduler, interleave=self._layout.interleave_locks)

@@ -18,11 +18,9 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.simulation.communicator import SimulatedCommunicator
+from mpitrain.simulation.gradients import Gradient, ahead_of_time
 from mpitrain.simulation.schedules import RoundRobin
 from mpitrain.simulation.world import SimulatedWorld
-
-Gradient = Callable[[int, np.ndarray], Any]
-"""``gradient(rank, x)`` returns the gradient (n,) of a worker at its parameters x (n,)."""
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Simulation:
     Args:
         method: The method and its hyper-parameters.
         world: The workers and their schedule.
-        gradient: Computes the gradient of each worker.
+        gradient: Computes the gradient of each worker; one with a method ``batch`` those of several together.
         start: Initial parameters, (n,) of all workers or (p, n) with a row for each. Shared state is worker 0's.
         learning_rate: The learning rate eta.
         weight_decay: The coefficient of the parameters that is added to the gradient.
@@ -80,12 +78,14 @@ class Simulation:
             after_step: Called with this object and the worker's rank after each step.
         """
 
+        gradients = ahead_of_time(self.gradient, [worker.x.local for worker in self.workers])
+
         def program(comm: SimulatedCommunicator) -> None:
             worker = self.workers[comm.rank]
             group_slices = [ParamGroupSlice(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
             update, velocity = (None, None) if self.method.owns_update else self._sgd(worker)
-            for _ in range(steps):
-                worker.g.local[...] = self.gradient(comm.rank, worker.x.local)
+            for step in range(steps):
+                worker.g.local[...] = gradients(comm.rank, worker.x.local)
                 found_nonfinite = worker.step(
                     group_slices, update, self._loss(worker) if self.method.needs_loss else None
                 )
@@ -93,6 +93,8 @@ class Simulation:
                     kernels.keep_finite(velocity)
                 if after_step is not None:
                     after_step(self, comm.rank)
+                if step + 1 < steps:
+                    gradients.announce(comm.rank)
                 comm.end_step()
 
         self.world.run(program)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.blocks import Block, Blocks
+from mpitrain.collectives.rma.blocks import N_TAGS, Block, Blocks
+from mpitrain.simulation.scheduler import Scheduler
 
 
 class SimulatedVector:
@@ -21,40 +24,66 @@ class SimulatedVector:
         self.arrays, self.local = arrays, arrays[rank]
 
 
+@dataclass(frozen=True, eq=False)
+class BlockMemory:
+    """The blocks of a shared vector or of mailboxes, the same for all workers.
+
+    Args:
+        homes: The rank that owns each block.
+        lengths: The number of elements of each block.
+        dtype: Of the elements.
+
+    Attributes:
+        data: The blocks, zero at first.
+        tags: (blocks, N_TAGS) the numbers stored with each block.
+        versions: How often each block has been updated.
+    """
+
+    homes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    dtype: InitVar[Any]
+    data: list[np.ndarray] = field(init=False)
+    tags: np.ndarray = field(init=False)
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self, dtype: Any) -> None:
+        ends = np.cumsum((0, *self.lengths)).tolist()
+        whole = np.zeros(ends[-1], dtype)
+        object.__setattr__(self, "data", [whole[start:stop] for start, stop in pairwise(ends)])
+        object.__setattr__(self, "tags", np.zeros((len(self.lengths), N_TAGS)))
+        object.__setattr__(self, "versions", [0] * len(self.lengths))
+
+
 class SimulatedBlocks(Blocks):
     """The blocks of a shared vector or of mailboxes, as one worker sees them.
 
     Args:
-        homes: The rank that owns each block.
-        data: The blocks, the same arrays for all workers.
-        tags: (blocks, N_TAGS) the numbers stored with each block.
-        versions: How often each block has been updated.
-        before_lock: Called before each lock is acquired.
+        memory: The blocks.
+        scheduler: Is told which blocks are read without a lock, and which have changed.
+        interleave: Whether to let others run before each lock is acquired.
     """
 
-    def __init__(
-        self,
-        homes: Sequence[int],
-        data: list[np.ndarray],
-        tags: np.ndarray,
-        versions: list[int],
-        before_lock: Callable[[], object],
-    ) -> None:
-        self.homes, self.lengths = tuple(homes), tuple(block.size for block in data)
-        self._data, self._tags, self._versions, self._before_lock = data, tags, versions, before_lock
+    def __init__(self, memory: BlockMemory, scheduler: Scheduler, *, interleave: bool) -> None:
+        self.homes, self.lengths = memory.homes, memory.lengths
+        self._memory, self._scheduler, self._interleave = memory, scheduler, interleave
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
         """Return a block; no other worker runs until it is released."""
-        self._before_lock()
-        return Block(index, self._data[index], self._tags[index], self._versions[index])
+        if self._interleave:
+            self._scheduler.give_way()
+        memory = self._memory
+        return Block(index, memory.data[index], memory.tags[index], memory.versions[index])
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Release a block and count the update, if there was one."""
-        self._versions[block.index] += updated
+        if updated:
+            self._memory.versions[block.index] += 1
+            self._scheduler.changed(self._memory, block.index)
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
         """Copy the tags of a block without a lock."""
-        out[:] = self._tags[index]
+        self._scheduler.read(self._memory, index)
+        out[:] = self._memory.tags[index]
 
     def free(self) -> None:
         """Do nothing: there are no windows to free."""

@@ -18,12 +18,29 @@ from typing import Any, TypeVar
 from greenlet import getcurrent, greenlet
 
 from mpitrain.collectives.world.fault_tolerance import require_all
-from mpitrain.simulation.schedules import Schedule
+from mpitrain.simulation.schedules import Ready, Schedule
 
 T = TypeVar("T")
 
-_ABSENT, _COLLECTED = object(), object()
-"""A value that a worker has not contributed yet; one whose worker already has the result."""
+Watched = tuple[int, int]
+"""A block on which a condition depends: its memory and its index."""
+
+
+@dataclass(eq=False)
+class OpenCollective:
+    """A collective that some workers of a group have not left.
+
+    Attributes:
+        values: What each worker has contributed, by group rank.
+        n_absent: Workers that have not contributed yet.
+        n_present: Workers that have not collected the result.
+        result: The combined value, once all have contributed.
+    """
+
+    values: list[Any]
+    n_absent: int
+    n_present: int
+    result: Any = None
 
 
 @dataclass(eq=False)
@@ -32,23 +49,28 @@ class Group:
 
     Attributes:
         ranks: World ranks of the workers, in the order of their group ranks.
+        nodes: The node of each worker.
+        ranks_of_nodes: The group ranks on each node, ascending.
         n_collectives: (size,) the collectives that each worker has called in the current run.
-        contributions: The values of each unfinished collective by group rank, keyed by the collective's number.
-        results: The result of each collective that not all workers have collected yet.
+        open: The collectives that not all workers have left, by number.
     """
 
     ranks: tuple[int, ...]
+    nodes: list[int]
+    ranks_of_nodes: dict[int, list[int]] = field(init=False)
     n_collectives: list[int] = field(init=False)
-    contributions: dict[int, list[Any]] = field(init=False)
-    results: dict[int, Any] = field(init=False)
+    open: dict[int, OpenCollective] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.ranks_of_nodes = {}
+        for rank, node in enumerate(self.nodes):
+            self.ranks_of_nodes.setdefault(node, []).append(rank)
         self.reset()
 
     def reset(self) -> None:
-        """Forget all collectives, including those that an interrupted run left unfinished."""
+        """Forget all collectives; the next one is the first of a run."""
         self.n_collectives = [0] * len(self.ranks)
-        self.contributions, self.results = {}, {}
+        self.open = {}
 
 
 class Scheduler:
@@ -68,12 +90,16 @@ class Scheduler:
         self._groups: list[Group] = []
         self._hub: greenlet | None = None
         self._unfinished: set[int] = set()  # workers of the current run
+        self._ready = Ready(size)
         self._in_collective: set[int] = set()  # workers whose collective others have not reached
         self._conditions: dict[int, Callable[[], bool]] = {}  # what each worker in `wait_until` waits for
+        self._polled: set[int] = set()  # workers whose condition is checked at every turn
+        self._watchers: dict[Watched, set[int]] = {}  # workers whose condition is checked when a block changes
+        self._reading: set[Watched] | None = None  # blocks that the condition being checked has read
 
-    def group(self, ranks: Sequence[int]) -> Group:
-        """Return a new group of workers, given by their world ranks."""
-        self._groups.append(Group(tuple(ranks)))
+    def group(self, ranks: Sequence[int], nodes: Sequence[int]) -> Group:
+        """Return a new group of workers, given by their world ranks, ascending, and the node of each world rank."""
+        self._groups.append(Group(tuple(ranks), [nodes[rank] for rank in ranks]))
         return self._groups[-1]
 
     def run(self, program: Callable[[int], T]) -> list[T]:
@@ -87,20 +113,22 @@ class Scheduler:
         """
         self._hub = getcurrent()
         # A run ended by its script or by an exception may have left workers in a collective: they no longer exist.
-        self._in_collective.clear()
-        self._conditions.clear()
         for group in self._groups:
             group.reset()
         results: list[Any] = [None] * self.size
         unfinished = self._unfinished = set(range(self.size)) - self.dead
+        self._ready = Ready(self.size)
+        self._wake_all()
 
         def body(rank: int) -> None:
             results[rank] = program(rank)
             unfinished.discard(rank)
+            self._ready.discard(rank)
 
         workers = [greenlet(partial(body, rank)) for rank in range(self.size)]
         while unfinished:
-            chosen = self.schedule.choose(self._ready(unfinished))
+            self._release()
+            chosen = self.schedule.choose(self._ready)
             if chosen is None:
                 break
             workers[chosen].switch()
@@ -110,8 +138,8 @@ class Scheduler:
         """End a worker: it never runs again, its memory stays, and workers that wait for it raise ``RankFailed``."""
         self.dead |= {rank}
         self._unfinished.discard(rank)
-        self._in_collective.clear()  # every waiting worker runs once more and checks for the dead
-        self._conditions.clear()
+        self._ready.discard(rank)
+        self._wake_all()  # every waiting worker runs once more and checks for the dead
 
     def give_way(self) -> None:
         """Let the schedule decide which worker runs next. Called by a worker."""
@@ -131,9 +159,21 @@ class Scheduler:
         """
         while not condition():
             self._require_worker("only a worker of a program given to SimulatedWorld.run can wait for the others")
-            require_all(self.dead.intersection(group.ranks))
+            self._require_alive(group)
             self._conditions[rank] = condition
+            self._ready.discard(rank)
+            self._watch(rank)
             self.give_way()
+
+    def read(self, memory: object, index: int) -> None:
+        """Note that a block is read: a condition that does so is checked again when the block changes."""
+        if self._reading is not None:
+            self._reading.add((id(memory), index))
+
+    def changed(self, memory: object, index: int) -> None:
+        """Note that a block has changed, so that conditions that depend on it are checked before the next turn."""
+        if self._watchers:
+            self._polled |= self._watchers.pop((id(memory), index), set())
 
     def exchange(self, group: Group, rank: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
         """Wait until every worker of the group has contributed a value, and return the combined result.
@@ -149,40 +189,85 @@ class Scheduler:
         """
         group.n_collectives[rank] += 1
         number = group.n_collectives[rank]
-        values = group.contributions.setdefault(number, [_ABSENT] * len(group.ranks))
-        values[rank] = value
-        if any(v is _ABSENT for v in values):
+        size = len(group.ranks)
+        collective = group.open.get(number)
+        if collective is None:
+            collective = group.open[number] = OpenCollective([None] * size, size, size)
+        collective.values[rank] = value
+        collective.n_absent -= 1
+        if collective.n_absent:
             self._require_worker("a collective needs all workers: call it in a program given to SimulatedWorld.run")
-            while number not in group.results:
-                require_all(self.dead.intersection(group.ranks))
-                self._in_collective.add(group.ranks[rank])
-                self.give_way()
+            self._wait_for(collective, group, rank)
         else:
-            group.results[number] = combine(values)
-            self._in_collective -= set(group.ranks)
+            collective.result, collective.values = combine(collective.values), []
+            waiting = self._in_collective.intersection(group.ranks)
+            self._in_collective -= waiting
+            self._ready.add(waiting)
             self.schedule.all_met(group.ranks)
-        result = group.results[number]
-        values[rank] = _COLLECTED
-        if all(v is _COLLECTED for v in values):
-            del group.results[number], group.contributions[number]
-        return result
+        collective.n_present -= 1
+        if not collective.n_present:
+            del group.open[number]
+        return collective.result
+
+    def _wait_for(self, collective: OpenCollective, group: Group, rank: int) -> None:
+        """Let other workers run until all of the group have contributed."""
+        while collective.n_absent:
+            self._require_alive(group)
+            self._in_collective.add(group.ranks[rank])
+            self._ready.discard(group.ranks[rank])
+            self.give_way()
+
+    def _require_alive(self, group: Group) -> None:
+        """Raise ``RankFailed`` if a worker of the group has died."""
+        if self.dead:
+            require_all(self.dead.intersection(group.ranks))
 
     def _require_worker(self, message: str) -> None:
         """Raise ``RuntimeError`` unless a worker of a run is calling."""
         if self._hub is None or getcurrent() is self._hub:
             raise RuntimeError(message)
 
-    def _ready(self, unfinished: set[int]) -> list[int]:
-        """Return the workers that can run, ascending."""
-        for rank, condition in list(self._conditions.items()):
-            if condition():
+    def _wake_all(self) -> None:
+        """Let every unfinished worker run, also those that wait."""
+        self._in_collective.clear()
+        self._conditions.clear()
+        self._polled.clear()
+        self._watchers.clear()
+        self._ready.add(self._unfinished)
+        self.schedule.ready_again(self._unfinished)
+
+    def _watch(self, rank: int) -> bool:
+        """Note the blocks on which the condition of a waiting worker depends; return whether it holds."""
+        self._reading = set()
+        try:
+            holds = self._conditions[rank]()
+        finally:
+            blocks, self._reading = self._reading, None
+        if blocks and not holds:
+            self._polled.discard(rank)
+            for block in blocks:
+                self._watchers.setdefault(block, set()).add(rank)
+        else:
+            self._polled.add(rank)
+        return holds
+
+    def _release(self) -> None:
+        """Make the workers ready whose condition has become true.
+
+        Raises:
+            RuntimeError: No worker is ready.
+        """
+        for rank in sorted(self._polled):
+            if rank not in self._conditions:
+                self._polled.discard(rank)
+            elif self._watch(rank):
                 del self._conditions[rank]
+                self._polled.discard(rank)
+                self._ready.add((rank,))
                 self.schedule.released(rank)
-        ready = sorted(unfinished - self._in_collective - self._conditions.keys())
-        if not ready:
+        if not len(self._ready):
             waits = (
                 (self._in_collective, "in a collective that the others have left or never reach"),
                 (self._conditions, "for a condition that no worker will make true"),
             )
             raise RuntimeError("; ".join(f"workers {sorted(ranks)} wait {what}" for ranks, what in waits if ranks))
-        return ready

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 
+class Ready:
+    """The workers that can run, a set of ranks in ascending order.
+
+    Adding, removing, membership and ``after`` take a time that hardly depends on the number of workers.
+
+    Args:
+        size: The number of workers; none is ready at first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._is_ready = bytearray(size)
+        self._n = 0
+
+    def add(self, ranks: Iterable[int]) -> None:
+        """Add workers; those that are ready already stay so."""
+        for rank in ranks:
+            self._n += not self._is_ready[rank]
+            self._is_ready[rank] = 1
+
+    def discard(self, rank: int) -> None:
+        """Remove a worker, if it is ready."""
+        self._n -= self._is_ready[rank]
+        self._is_ready[rank] = 0
+
+    def after(self, rank: int) -> int:
+        """Return the first ready worker above ``rank``, or else the first of all."""
+        found = self._is_ready.find(1, rank + 1)
+        return found if found >= 0 else self._is_ready.find(1)
+
+    def __contains__(self, rank: object) -> bool:
+        return isinstance(rank, int) and bool(self._is_ready[rank])
+
+    def __iter__(self) -> Iterator[int]:
+        rank = self._is_ready.find(1)
+        while rank >= 0:
+            yield rank
+            rank = self._is_ready.find(1, rank + 1)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 class Schedule(Protocol):
     """Decides which worker runs next."""
 
-    def choose(self, ready: list[int]) -> int | None:
-        """Return one of the ready workers (ascending, not empty), or None to end the run."""
+    def choose(self, ready: Ready) -> int | None:
+        """Return one of the ready workers, of which there is at least one, or None to end the run."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
         """Note that a worker has finished a local step, with the exchanges it made and the bytes it sent in it."""
@@ -23,6 +69,9 @@ class Schedule(Protocol):
 
     def released(self, rank: int) -> None:
         """Note that the worker that ran last has made true the condition for which this one waits."""
+
+    def ready_again(self, ranks: Iterable[int]) -> None:
+        """Note that these workers can run, for another reason than ``all_met`` or ``released``: a start, a death."""
 
 
 class _Timeless:
@@ -37,6 +86,9 @@ class _Timeless:
     def released(self, rank: int) -> None:
         """Do nothing."""
 
+    def ready_again(self, ranks: Iterable[int]) -> None:
+        """Do nothing."""
+
 
 class RoundRobin(_Timeless):
     """0, 1, ..., p-1, 0, 1, ...: the schedule of Zhang's round-robin analysis (arXiv 1412.6651, section 4)."""
@@ -44,9 +96,9 @@ class RoundRobin(_Timeless):
     def __init__(self) -> None:
         self._last = -1
 
-    def choose(self, ready: list[int]) -> int:
+    def choose(self, ready: Ready) -> int:
         """Return the first ready worker after the one that ran last."""
-        self._last = next((rank for rank in ready if rank > self._last), ready[0])
+        self._last = ready.after(self._last)
         return self._last
 
 
@@ -56,9 +108,9 @@ class RandomOrder(_Timeless):
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
-    def choose(self, ready: list[int]) -> int:
+    def choose(self, ready: Ready) -> int:
         """Return a random ready worker."""
-        return ready[int(self._rng.integers(len(ready)))]
+        return list(ready)[int(self._rng.integers(len(ready)))]
 
 
 class Scripted(_Timeless):
@@ -71,7 +123,7 @@ class Scripted(_Timeless):
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = iter(ranks)
 
-    def choose(self, ready: list[int]) -> int | None:
+    def choose(self, ready: Ready) -> int | None:
         """Return the next worker of the script.
 
         Raises:
@@ -119,25 +171,65 @@ class VirtualTime:
         self._latency, self._rate, self._jitter = latency_seconds, bytes_per_second, jitter
         self._rng = np.random.default_rng(seed)
         self.clocks = np.zeros(self.step_seconds.size)
+        self._turns = ClockQueue(self.clocks)
         self._last = 0
 
-    def choose(self, ready: list[int]) -> int:
+    def choose(self, ready: Ready) -> int:
         """Return the ready worker with the smallest clock, the one of lowest rank among equals."""
-        self._last = ready[int(np.argmin(self.clocks[ready]))]
+        self._last = self._turns.earliest(ready)
         return self._last
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
         """Advance the worker's clock."""
-        factor = np.exp(self._jitter * self._rng.standard_normal() - self._jitter**2 / 2) if self._jitter else 1.0
+        factor = math.exp(self._jitter * self._rng.standard_normal() - self._jitter**2 / 2) if self._jitter else 1.0
         self.clocks[rank] += self.step_seconds[rank] * factor + n_exchanges * self._latency + n_bytes / self._rate
+        self._turns.add((rank,))
 
     def all_met(self, ranks: Sequence[int]) -> None:
         """Set the clocks of these workers to the latest of them."""
         self.clocks[list(ranks)] = self.clocks[list(ranks)].max()
+        self._turns.add(ranks)
 
     def released(self, rank: int) -> None:
         """Advance the worker's clock to that of the worker that ran last, if it is behind."""
         self.clocks[rank] = max(self.clocks[rank], self.clocks[self._last])
+        self._turns.add((rank,))
+
+    def ready_again(self, ranks: Iterable[int]) -> None:
+        """Let these workers be chosen, at the time that their clocks show."""
+        self._turns.add(ranks)
+
+
+class ClockQueue:
+    """Workers by their clocks; a turn costs the logarithm of their number.
+
+    An entry is valid while the worker's clock shows its time. One that is found while its worker waits is dropped: the
+    worker is added again when it need not wait any more.
+
+    Args:
+        clocks: (p,) seconds, which others advance.
+    """
+
+    def __init__(self, clocks: np.ndarray) -> None:
+        self._clocks = clocks
+        self._entries = [(float(clock), rank) for rank, clock in enumerate(clocks)]
+
+    def add(self, ranks: Iterable[int]) -> None:
+        """Add workers whose clocks have moved, or that can run again."""
+        for rank in ranks:
+            heapq.heappush(self._entries, (float(self._clocks[rank]), rank))
+
+    def earliest(self, among: Container[int]) -> int:
+        """Return the worker of these with the smallest clock, the one of lowest rank among equals.
+
+        Raises:
+            IndexError: None of them has been added.
+        """
+        while True:
+            clock, rank = self._entries[0]
+            if clock == self._clocks[rank] and rank in among:
+                return rank
+            heapq.heappop(self._entries)
 
 
 class Until:
@@ -150,8 +242,9 @@ class Until:
 
     def __init__(self, schedule: Schedule, is_over: Callable[[], bool]) -> None:
         self._schedule, self._is_over = schedule, is_over
-        self.step_made, self.all_met, self.released = schedule.step_made, schedule.all_met, schedule.released
+        self.step_made, self.all_met = schedule.step_made, schedule.all_met
+        self.released, self.ready_again = schedule.released, schedule.ready_again
 
-    def choose(self, ready: list[int]) -> int | None:
+    def choose(self, ready: Ready) -> int | None:
         """Return the other schedule's choice, or None once the condition holds."""
         return None if self._is_over() else self._schedule.choose(ready)

@@ -43,7 +43,7 @@ class SimulatedWorld:
         layout = Layout(tuple([0] * size if nodes is None else nodes), largest_shard, interleave_locks)
         self.size = size
         self.scheduler = Scheduler(size, schedule or RoundRobin())
-        everyone = self.scheduler.group(range(size))
+        everyone = self.scheduler.group(range(size), layout.nodes)
         self.communicators = [SimulatedCommunicator(self.scheduler, layout, everyone, rank) for rank in range(size)]
 
     @property

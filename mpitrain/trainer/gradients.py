@@ -8,12 +8,14 @@ import torch
 from mpitrain import data
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.trainer.stacked_perceptron import SIZE, StackedPerceptron, linear_layers
 
 
 class ModelGradient:
     """A function ``gradient(rank, x)`` of a worker's next mini-batch at parameters x (n,).
 
-    Buffers of the model are common to all workers.
+    Buffers of the model are common to all workers. The gradients of several workers are computed together where the
+    model is a perceptron on the host.
 
     Args:
         model: The model, whose parameters are moved into a vector.
@@ -24,6 +26,7 @@ class ModelGradient:
         start: (n,) float32, the initial parameters.
         layers: The slice of each parameter tensor.
         losses: (p,) loss of each worker's last mini-batch.
+        largest_batch: The number of workers whose gradients ``batch`` computes together, at most.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: data.Dataset, samplers: list[data.Sampler]) -> None:
@@ -34,6 +37,9 @@ class ModelGradient:
         self.start = self._x.copy()
         self.layers = layout.layers
         self.losses = np.full(len(samplers), np.nan)
+        linear = linear_layers(model, layout.layers)
+        self._stacked = None if linear is None or layout.dtype != np.float32 else StackedPerceptron(linear, layout.n)
+        self.largest_batch = 1 if self._stacked is None else SIZE
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
         """Return the gradient (n,), which the next call overwrites."""
@@ -46,3 +52,19 @@ class ModelGradient:
         self._flat.collect_gradients()
         gradient: np.ndarray = self._g
         return gradient
+
+    def batch(self, ranks: list[int], xs: list[np.ndarray], out: np.ndarray) -> None:
+        """Compute the gradients of several workers, each on its next mini-batch.
+
+        Args:
+            ranks: The workers, k of them.
+            xs: Their parameters, (n,) each.
+            out: (k, n) for the gradients.
+        """
+        if self._stacked is None:
+            for k, (rank, x) in enumerate(zip(ranks, xs, strict=True)):
+                out[k] = self(rank, x)
+            return
+        indices = np.concatenate([self._samplers[rank].draw() for rank in ranks])
+        inputs, labels = self._dataset.batch(indices)
+        self.losses[ranks] = self._stacked.gradients(xs, inputs, labels, out)

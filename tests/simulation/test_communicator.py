@@ -310,3 +310,25 @@ def test_the_rows_of_a_shared_vector_are_vectors_of_their_own():
 
     world = SimulatedWorld(3, largest_shard=2)
     assert world.run(program) == [[[6.0] * 5, [0.0, -3.0, -6.0, -9.0, -12.0]]] * 3
+
+
+def test_a_condition_on_a_block_is_checked_when_the_block_changes():
+    checks = []
+
+    def program(comm):
+        boxes = comm.mailboxes(1, np.float64)
+        if comm.rank == 0:
+
+            def is_there():
+                checks.append(0)
+                return boxes.peek(0)[1] == 1
+
+            comm.wait_until(is_there)
+            return
+        for _ in range(50):
+            boxes.update(comm.rank, lambda box, tags: None)
+            comm.end_step()
+        boxes.update(0, lambda box, tags: tags.__setitem__(1, 1.0))
+
+    SimulatedWorld(2).run(program)
+    assert len(checks) <= 5

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, Until, VirtualTime
+from mpitrain.simulation.schedules import ClockQueue, RandomOrder, Ready, RoundRobin, Scripted, Until, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
 
 
@@ -164,3 +164,29 @@ def test_a_released_worker_is_never_set_back():
     assert schedule.choose([1]) == 1
     schedule.released(0)
     assert schedule.clocks.tolist() == [5, 5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=40), st.data())
+def test_the_earliest_of_a_clock_queue_is_that_of_a_search(moves, data):
+    clocks = np.zeros(5)
+    queue = ClockQueue(clocks)
+    for rank, seconds in moves:
+        clocks[rank] += seconds
+        queue.add((rank,))
+        among = data.draw(st.sets(st.integers(0, 4), min_size=1))
+        assert queue.earliest(among) == min(among, key=lambda other: (clocks[other], other))
+        queue.add(range(5))  # those that were found waiting
+
+
+@given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)), st.integers(-1, 9))
+def test_the_ready_workers_are_an_ascending_set(added, removed, rank):
+    ready = Ready(10)
+    ready.add(added)
+    ready.add(added)
+    for other in removed:
+        ready.discard(other)
+    left = sorted(added - removed)
+    assert (list(ready), len(ready), repr(ready)) == (left, len(left), repr(left))
+    assert [other for other in range(10) if other in ready] == left
+    if left:
+        assert ready.after(rank) == next((other for other in left if other > rank), left[0])
