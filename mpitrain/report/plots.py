@@ -9,7 +9,7 @@ A function that draws returns False, and writes no file, if the runs have no dat
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,36 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     figure.supylabel("share of exchanges", fontsize=10)
     figure.savefig(path, dpi=DPI)
     return True
+
+
+def draw_scaling(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+    """Draw samples per second and efficiency against ranks, with linear scaling as a dotted line.
+
+    Args:
+        rows: The rows of `report.scaling.scaling`.
+        path: The file.
+    """
+    figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+    rate_axes, efficiency_axes = figure.subplots(1, 2)
+    for k, algorithm in enumerate(dict.fromkeys(row["algorithm"] for row in rows)):
+        ours = [row for row in rows if row["algorithm"] == algorithm]
+        ranks = np.array([row["ranks"] for row in ours])
+        rates = np.array([row["samples_per_second"] for row in ours])
+        colour = COLOURS[k % len(COLOURS)]
+        rate_axes.plot(ranks, rates[0] * ranks / ranks[0], ":", color=colour, linewidth=1)
+        rate_axes.plot(ranks, rates, "o-", color=colour, label=algorithm)
+        efficiency_axes.plot(ranks, [row["efficiency"] for row in ours], "o-", color=colour)
+    rate_axes.set_ylabel("samples per second")
+    rate_axes.set_ylim(bottom=0)
+    rate_axes.legend(frameon=False)
+    efficiency_axes.set_ylabel("efficiency")
+    efficiency_axes.yaxis.set_major_formatter(PercentFormatter(1))
+    efficiency_axes.set_ylim(bottom=0)
+    for axes in (rate_axes, efficiency_axes):
+        axes.set_xlabel("ranks")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tidy(axes)
+    figure.savefig(path, dpi=DPI)
 
 
 def _last_histogram(one: Series, name: str) -> Column | None:

@@ -6,11 +6,14 @@ it has lost a node.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,12 @@ from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__
+
+SECONDS_TO_APPEAR = 5.0
+"""How long a rank waits to see a file that rank 0 has created: network file systems cache directories."""
+
+MAX_NAMED = 4
+"""The number of ranks that a message names."""
 
 PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")
 
@@ -65,6 +74,52 @@ def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
         problem = world.comm.bcast(problem)
     if problem is not None:
         raise UsageError(problem)
+
+
+def require_shared(folder: Path, world: World) -> None:
+    """Check that every rank sees the folder of the run that rank 0 sees. Collective.
+
+    Raises:
+        UsageError: Some rank does not see it, for example because it lies on a disk of its own node; on all ranks.
+    """
+    token = folder / f".shared-{uuid.uuid4().hex}"
+    problem = None
+    if world.rank == 0:
+        try:
+            token.touch()
+        except OSError as error:
+            problem = f"--out {folder} cannot be used ({error.strerror or error}): choose another folder"
+    problem, name = world.comm.bcast((problem, token.name))
+    try:
+        if problem is None:
+            sees = _appears(folder / name)
+            blind = [rank for rank, seen in enumerate(world.comm.allgather(sees)) if not seen]
+            if blind:
+                where = ", ".join(f"rank {rank} on {world.hosts[rank]}" for rank in blind[:MAX_NAMED])
+                others = f" and {len(blind) - MAX_NAMED} others" if len(blind) > MAX_NAMED else ""
+                verb = "does" if len(blind) == 1 else "do"
+                problem = (
+                    f"{where}{others} {verb} not see the folder {folder} of rank 0 on {world.hosts[0]}: "
+                    "choose a folder on a file system that all nodes share"
+                )
+    finally:
+        if world.rank == 0:
+            token.unlink(missing_ok=True)
+    if problem is not None:
+        raise UsageError(problem)
+
+
+def _appears(path: Path) -> bool:
+    """Return whether a file exists here, after a wait for the caches of network file systems. Local."""
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # NFS reads the directory again
+        if path.exists():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def reopen(folder: Path, config: TrainConfig, world: World) -> None:

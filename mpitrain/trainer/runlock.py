@@ -44,6 +44,7 @@ def held(folder: Path | None, world: World) -> Iterator[None]:
     lock = RunLock(folder / NAME)
     runfolder.make_folder(folder, world, lock.acquire)
     try:
+        runfolder.require_shared(folder, world)
         yield
     finally:
         lock.release()

@@ -64,7 +64,7 @@ def test_a_run_leaves_its_plots_and_can_be_reported_again(trained: tuple[Path, s
 
 
 @pytest.mark.launches
-def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
+def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
@@ -72,6 +72,11 @@ def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_once(
     _, stdout, stderr = split(3, tmp_path, "info", "--json")
     document = json.loads(stdout)
     assert document["world"]["ranks"] == 3
+    assert [one["rank"] for one in document["ranks"]] == [0, 1, 2]
+    assert document["probes"] == []  # a probe can take minutes, and nobody asked for one
+    assert stderr == ""
+    _, stdout, stderr = split(3, tmp_path, "info", "--probe", "--json")
+    document = json.loads(stdout)
     assert stderr.startswith("mpitrain: probing MPI operations")
     assert stderr.count("\n") == 1
     [probe] = document["probes"]

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from support import launching
+from support import cluster, launching
 from support.launching import is_launched
 from support.watchdog import Watchdog
 
@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "launches: starts ranks of its own, for seconds; left out by `make check`")
     config.addinivalue_line("markers", "time_limit(seconds): for a test that takes longer than the general limit")
+    config.addinivalue_line("markers", "cluster: boots SLURM on emulated hosts; deselected where that is impossible")
     for name, meaning in OPTIONAL_MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; deselected unless --also {name}")
     config.stash[MARKED_RANKS] = {}
@@ -118,6 +119,8 @@ class Selection:
         for name in OPTIONAL_MARKS:
             if item.get_closest_marker(name) and name not in _also(self.config):
                 return f"{name} (--also {name})"
+        if item.get_closest_marker("cluster") and cluster.missing():
+            return f"cluster ({cluster.missing()})"
         return None
 
     @pytest.hookimpl(tryfirst=True)

@@ -97,27 +97,24 @@ def newest(gpus: Sequence[str]) -> Probe | None:
 def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: bool = False) -> list[Probe]:
     """Return the results of all hosts. Collective.
 
-    With several ranks, one rank of each host without a result measures; the others sleep in the meantime.
-
     Args:
         comm: The ranks.
         hosts: The host of each rank.
         gpus: The names of the GPUs that this rank sees.
-        again: Measure in any case.
+        again: Measure: one rank of each host does, and the others sleep in the meantime.
 
     Returns:
-        One result per host on rank 0; an empty list on the others, and for a single rank without a result.
+        One result per host that has one on rank 0; an empty list on the others.
     """
     rank, is_alone = comm.Get_rank(), comm.Get_size() == 1
     is_first_of_host = hosts.index(hosts[rank]) == rank
     found = None
-    if is_first_of_host and not again:
-        found = known(gpus) or (newest(gpus) if is_alone else None)
-    measures = is_first_of_host and found is None and (again or not is_alone)
-    if any(comm.allgather(measures)) and rank == 0:
+    if again and rank == 0:
         logger.info("probing MPI operations on each kind of memory (seconds; minutes with GPUs); the result is stored")
-    if measures:
+    if again and is_first_of_host:
         found = _measure(gpus)
+    elif is_first_of_host:
+        found = known(gpus) or (newest(gpus) if is_alone else None)
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(POLL_SECONDS)  # the cores are for the ranks that measure

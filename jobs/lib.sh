@@ -1,0 +1,287 @@
+# shellcheck shell=bash
+# Functions of the batch scripts in this folder, for SLURM, PBS, LSF and Flux. Scripts source this file.
+#
+#     launch command ...              run a command on all ranks of the job
+#     require_world                   exit with 2 unless the launcher makes one world of all ranks
+#     require_time                    exit with 2 if the time limit leaves no time for training
+#     stage FILE                      copy a file to every node; the copy's path is in $staged
+#     run_to_the_end RUN command ...  launch a command that trains in the folder RUN; requeue the job until it is done
+#     train_to_the_end RUN option ... the same for mpitrain train with these options
+#     use_nodes N                     use N of the job's nodes and release the others (SLURM)
+#     print_best OUT line ...         print the best of the runs OUT/row-1, OUT/row-2, ..., one for each line
+#
+# A run is done when rank 0 has written RUN/result.json. The exit code of a launcher is no proof: some return 0 after
+# they lost a node. What ends earlier is continued if it can be:
+#
+#     time limit, preemption   USR1 or TERM reaches the batch script, which asks the ranks to save; then it is requeued
+#     lost node, killed rank   the job is requeued if it has saved a checkpoint since it was submitted
+#     cancelled                the ranks save; the job is not requeued, and continues when it is submitted again
+#     error (exit codes 1, 2)  the job fails
+#
+# The job fails after RESTARTS restarts (20), or when STALLS starts in a row (3) have saved no new checkpoint.
+#
+# Environment: LAUNCHER  srun (the default under SLURM) or mpirun
+#              MPI_TYPE  srun --mpi=...; by default pmix for Open MPI and pmi2 for MPICH
+#              RESTARTS, STALLS, STAGE_DIR and all of env.sh
+
+jobs_folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=jobs/env.sh
+source "$jobs_folder/env.sh"
+
+EXIT_USAGE=2
+EXIT_STOPPED=3 # of mpitrain: saved and stopped, can be resumed
+
+say() {
+    echo "${SLURM_JOB_NAME:-job} ${job_id:-}: $*" >&2
+}
+
+refuse() {
+    say "$*"
+    exit "$EXIT_USAGE"
+}
+
+# --- the batch system: job_id, n_ranks, launcher, restarts, requeue, was_preempted, seconds_left
+
+mpi_of_python() { # print "Open MPI" or "MPICH", without starting it
+    python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])' || true
+}
+
+use_mpirun() { # it must know the nodes from the batch system: add --hostfile where it does not
+    launcher=(mpirun -n "$n_ranks")
+    # A job script often runs in containers and on small clusters as root.
+    if [ "$(id -u)" = 0 ]; then
+        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+        export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    fi
+    # MPICH starts its daemons with srun: with another --mpi type they would take themselves for ranks.
+    export SLURM_MPI_TYPE=none
+}
+
+was_preempted() { false; }
+seconds_left() { :; } # print the seconds until the time limit, nothing if there is none
+restarts_in_folder() { # where the batch system does not count them
+    cat "$run/restarts" 2> /dev/null || echo 0
+}
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    job_id=$SLURM_JOB_ID n_ranks=${SLURM_NTASKS:-1}
+    if [ "${LAUNCHER:-srun}" = srun ]; then
+        if [ -z "${MPI_TYPE:-}" ]; then
+            case $(mpi_of_python) in *MPICH*) MPI_TYPE=pmi2 ;; *) MPI_TYPE=pmix ;; esac
+        fi
+        # One rank that ends in an error ends all: the others would wait for it until the time limit.
+        launcher=(srun "--mpi=$MPI_TYPE" --kill-on-bad-exit=1)
+    else
+        use_mpirun
+    fi
+    restarts() { echo "${SLURM_RESTART_COUNT:-0}"; }
+    requeue() { scontrol requeue "$job_id"; }
+    was_preempted() { scontrol show job -o "$job_id" 2> /dev/null | grep -q ' PreemptTime=[0-9]'; }
+    seconds_left() {
+        local left days=0
+        left=$(squeue -h -j "$job_id" -o %L 2> /dev/null) || return 0 # [days-][[hours:]minutes:]seconds
+        [[ $left =~ ^[0-9:-]+$ ]] || return 0                        # UNLIMITED, NOT_SET
+        if [[ $left == *-* ]]; then
+            days=${left%%-*} left=${left#*-}
+        fi
+        awk -F: -v days="$days" '{ for (i = 1; i <= NF; i++) s = 60 * s + $i; print 86400 * days + s }' <<< "$left"
+    }
+elif [ -n "${PBS_JOBID:-}" ]; then
+    job_id=$PBS_JOBID n_ranks=$(wc -l < "${PBS_NODEFILE:?}")
+    use_mpirun
+    launcher+=(--hostfile "$PBS_NODEFILE") # MPICH and Open MPI know this option, and not every one was built with PBS
+    restarts() { restarts_in_folder; }
+    # Users may not rerun jobs at most sites: submit the script again, with the variables of this job.
+    requeue() { qsub -V -N "${PBS_JOBNAME:-mpitrain}" "${PBS_O_WORKDIR:-.}/${JOB_SCRIPT:-jobs/train.pbs}"; }
+elif [ -n "${LSB_JOBID:-}" ]; then
+    job_id=$LSB_JOBID n_ranks=${LSB_DJOB_NUMPROC:-1}
+    use_mpirun
+    restarts() { restarts_in_folder; }
+    requeue() { exit "$EXIT_STOPPED"; } # the script has "#BSUB -Q 3"
+elif [ -n "${FLUX_JOB_ID:-}${FLUX_ENCLOSING_ID:-}" ]; then
+    job_id=${FLUX_ENCLOSING_ID:-$FLUX_JOB_ID} n_ranks=${N_RANKS:-$(flux resource list -n -o '{ncores}')}
+    launcher=(flux run -n "$n_ranks" -o mpi=none)
+    restarts() { restarts_in_folder; }
+    requeue() { flux --parent batch "${RESUBMIT[@]:-jobs/train.flux}"; }
+else
+    echo "this is a batch script: submit it with sbatch, qsub, bsub or flux batch (see jobs/README.md)" >&2
+    exit 2
+fi
+
+# --- signals: a batch script gets them, and bash runs a trap between two commands or during a wait
+
+asked_to_stop='' # USR1 or TERM
+child=''
+pass_on() {
+    [ -n "$asked_to_stop" ] || say "$1: the ranks save and stop"
+    asked_to_stop=$1
+    [ -z "$child" ] || kill -USR1 "$child" 2> /dev/null || true # the launcher forwards it to all ranks
+}
+trap 'pass_on USR1' USR1 # ahead of the time limit (--signal=B:USR1@120), and of preemption
+trap 'pass_on TERM' TERM # scancel, preemption, and the time limit itself
+
+launch() {
+    "${launcher[@]}" "$@"
+}
+
+wait_for_child() { # return its exit code; a signal interrupts a wait
+    local status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2> /dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    return "$status"
+}
+
+# --- checks before anything is computed
+
+require_world() {
+    # With a wrong --mpi, or the mpirun of another MPI, every task becomes a world of size 1, without an error.
+    local check='import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.size != int(sys.argv[1]))'
+    if ! launch python -c "$check" "$n_ranks"; then
+        [ -z "$asked_to_stop" ] || return 0
+        if [ "${launcher[0]}" = srun ]; then
+            say "srun --mpi=$MPI_TYPE does not make one world of $n_ranks ranks: set MPI_TYPE (srun --mpi=list shows them)"
+        else
+            say "${launcher[0]} does not make one world of $n_ranks ranks: it must belong to the MPI of Python's mpi4py"
+        fi
+        exit 1
+    fi
+}
+
+require_time() {
+    local left needed=$((${SIGNAL_SECONDS:-120} + ${START_SECONDS:-60}))
+    left=$(seconds_left)
+    if [ -n "$left" ] && [ "$left" -lt "$needed" ]; then
+        refuse "the time limit leaves $left s, but USR1 comes ${SIGNAL_SECONDS:-120} s before it and starting takes up to" \
+            "${START_SECONDS:-60} s: set --time to $((needed / 60 + 1)) minutes or more, or change --signal and SIGNAL_SECONDS"
+    fi
+}
+
+stage() {
+    staged=$STAGE_DIR/$(basename -- "$1")
+    # One task of each node copies. Another job of the same user may copy the same file at this moment.
+    # shellcheck disable=SC2016
+    launch bash -c '
+        [ "${SLURM_LOCALID:-${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-0}}}" = 0 ] || exit 0
+        mkdir -p -- "$3"
+        if [ "$1" -nt "$2" ] || [ ! -e "$2" ]; then cp -- "$1" "$2.$$" && mv -- "$2.$$" "$2"; fi
+    ' stage "$1" "$staged" "$STAGE_DIR" || refuse "STAGE=$1 cannot be copied to $STAGE_DIR on every node"
+}
+
+# --- a run and its restarts
+
+newest_checkpoint() { # print its time and name, if there is one
+    [ ! -e "$run/checkpoints" ] ||
+        find "$run/checkpoints" -mindepth 1 -maxdepth 1 ! -name '.*' -printf '%T@ %f\n' | sort -n | tail -n 1
+}
+
+keep_unsaved_run() { # a run that ended before its first checkpoint starts again; its folder is kept
+    if [ -e "$run/config.json" ]; then
+        mv -- "$run" "$run.without-checkpoint-$job_id-$(restarts)"
+    fi
+}
+
+run_to_the_end() {
+    run=$1
+    shift
+    local before status=0 stalls
+    if [ -e "$run/result.json" ]; then
+        echo "$run has finished already: see $run/result.json"
+        exit 0
+    fi
+    before=$(newest_checkpoint)
+    stalls=$(cat "$run/stalls" 2> /dev/null || echo 0)
+    if [ -n "$asked_to_stop" ]; then
+        status=$EXIT_STOPPED
+    else
+        [ -n "$before" ] || keep_unsaved_run
+        "${launcher[@]}" "$@" & # in the background, so that the trap runs; no function: $! is the launcher itself
+        child=$!
+        [ -z "$asked_to_stop" ] || kill -USR1 "$child" # it came since the test above
+        wait_for_child || status=$?
+        child=''
+    fi
+    if [ -e "$run/result.json" ]; then
+        rm -f -- "$run/stalls" "$run/restarts"
+        echo "finished: $run"
+        exit 0
+    fi
+    stalls=$((stalls + 1))
+    [ "$(newest_checkpoint)" = "$before" ] || stalls=0
+    go_on_or_fail "$status" "$stalls"
+}
+
+train_to_the_end() {
+    run=$1
+    shift
+    if [ -n "${STAGE:-}" ]; then # --data names a file that every node gets a copy of
+        stage "$STAGE"
+        set -- "${@/#"$STAGE"/"$staged"}"
+    fi
+    local folder=(--out "$run")
+    [ -z "$(newest_checkpoint)" ] || folder=(--resume "$run")
+    run_to_the_end "$run" mpitrain train "${folder[@]}" "$@"
+}
+
+go_on_or_fail() { # arguments: exit code, restarts in a row without a new checkpoint
+    local status=$1 stalls=$2 failure
+    failure=$((status == 0 ? 1 : status))
+    if [ "$asked_to_stop" = TERM ] && ! was_preempted; then
+        say "cancelled; submit the job again with RUN=$run to continue from the last checkpoint"
+    elif [ "$status" -eq 1 ] || [ "$status" -eq 2 ]; then
+        say "$run did not finish (the launcher returned $status)"
+    elif [ -z "$asked_to_stop" ] && [ "$status" -ne "$EXIT_STOPPED" ] && [ "$stalls" -gt 0 ] && [ "$(restarts)" -eq 0 ]; then
+        say "$run did not finish (the launcher returned $status), and has saved nothing new since the job started"
+    elif [ "$stalls" -ge "${STALLS:-3}" ]; then
+        say "$run was restarted $stalls times in a row without a new checkpoint: raise the time limit, or save more often"
+    elif [ "$(restarts)" -ge "${RESTARTS:-20}" ]; then
+        say "$run did not finish after $(restarts) restarts: submit the job again with RUN=$run, or raise RESTARTS"
+    else
+        mkdir -p -- "$run"
+        echo "$stalls" > "$run/stalls"
+        echo "$(($(restarts) + 1))" > "$run/restarts"
+        if requeue; then
+            exit 0
+        fi
+        [ "$asked_to_stop" != TERM ] || exit "$failure" # SLURM is requeueing it already
+        say "the job cannot be requeued: submit it again with RUN=$run"
+    fi
+    exit "$failure"
+}
+
+# --- arrays
+
+use_nodes() {
+    local n_nodes=$1 script
+    n_ranks=$((n_ranks * n_nodes / SLURM_JOB_NUM_NODES)) # as many on every node
+    [ "$n_nodes" -lt "$SLURM_JOB_NUM_NODES" ] || return 0
+    # A site may forbid the release; the job then keeps idle nodes.
+    script=slurm_job_${job_id}_resize.sh
+    if scontrol update "JobId=$job_id" "NumNodes=$n_nodes" > /dev/null 2>&1 && [ -e "$script" ]; then
+        # shellcheck disable=SC1090
+        source "$script"
+    fi
+    rm -f -- "slurm_job_${job_id}_resize".{sh,csh}
+    if [ "${launcher[0]}" = srun ]; then
+        launcher+=("--nodes=$n_nodes" "--ntasks=$n_ranks")
+    fi
+}
+
+print_best() {
+    python - "$@" << 'PYTHON'
+import json, pathlib, sys
+
+out, *lines = sys.argv[1:]
+rows = []
+for k, line in enumerate(lines, 1):
+    file = pathlib.Path(out, f"row-{k}", "result.json")
+    if file.exists():
+        result = json.loads(file.read_text())
+        rows.append((result["test_accuracy"], -result["test_loss"], k, line))
+if rows:
+    accuracy, loss, k, line = max(rows)
+    print(f"best of {len(rows)} of {len(lines)} rows: row {k}, test accuracy {accuracy:.2%}, test loss {-loss:.4g}: {line}")
+PYTHON
+}
