@@ -10,6 +10,7 @@
 # make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; docs/benchmarks/gpu.md has all.
 #              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
 #              BENCH_GPU_PARTS="kernels exchange training" are the parts
+# make dist    the wheel and the source archive in dist/, checked by twine
 # make clean   remove what the others made, the environments included
 
 SHELL := bash
@@ -22,11 +23,11 @@ BENCH_RANKS ?= 4
 BENCH_MORE_RANKS ?= 4 8
 BENCH_OUT := runs/bench
 REPRODUCTIONS := $(filter-out %.figure %.__init__,$(subst /,.,$(basename $(sort $(wildcard benchmarks/reproduce/*.py)))))
-SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch benchmarks/network/*.sh) .ci/run
+SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch jobs/*.pbs jobs/*.lsf jobs/*.flux benchmarks/network/*.sh) .ci/run
 
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge openmpi-bin libpmix-dev iproute2 util-linux
 
-.PHONY: setup cluster-setup demo lint check test bench bench-gpu reproduce docs clean
+.PHONY: setup cluster-setup demo lint check test bench bench-gpu reproduce docs dist clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -106,6 +107,12 @@ reproduce: $(OPENMPI)/.ready
 
 docs: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/mpitrain algorithms --markdown > docs/methods.md
+
+dist: $(OPENMPI)/.ready
+	$(OPENMPI)/bin/python -m pip install --quiet --root-user-action=ignore build twine
+	@rm -rf dist
+	$(OPENMPI)/bin/python -m build --outdir dist .
+	$(OPENMPI)/bin/twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache

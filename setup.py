@@ -27,7 +27,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     author="The mpitrain developers",
-    license="BSD-3-Clause",
+    license_expression="BSD-3-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mpitrain", "mpitrain.*"]),

@@ -59,6 +59,13 @@ use_mpirun() { # it must know the nodes from the batch system: add --hostfile wh
 
 was_preempted() { false; }
 seconds_left() { :; } # print the seconds until the time limit, nothing if there is none
+seconds_of() { # print the seconds of [days-][[hours:]minutes:]seconds
+    local days=0 clock=$1
+    if [[ $1 == *-* ]]; then
+        days=${1%%-*} clock=${1#*-}
+    fi
+    awk -F: -v days="$days" '{ for (i = 1; i <= NF; i++) s = 60 * s + $i; print 86400 * days + s }' <<< "$clock"
+}
 restarts_in_folder() { # where the batch system does not count them
     cat "$run/restarts" 2> /dev/null || echo 0
 }
@@ -78,21 +85,23 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     requeue() { scontrol requeue "$job_id"; }
     was_preempted() { scontrol show job -o "$job_id" 2> /dev/null | grep -q ' PreemptTime=[0-9]'; }
     seconds_left() {
-        local left days=0
-        left=$(squeue -h -j "$job_id" -o %L 2> /dev/null) || return 0 # [days-][[hours:]minutes:]seconds
-        [[ $left =~ ^[0-9:-]+$ ]] || return 0                        # UNLIMITED, NOT_SET
-        if [[ $left == *-* ]]; then
-            days=${left%%-*} left=${left#*-}
-        fi
-        awk -F: -v days="$days" '{ for (i = 1; i <= NF; i++) s = 60 * s + $i; print 86400 * days + s }' <<< "$left"
+        local left
+        left=$(squeue -h -j "$job_id" -o %L 2> /dev/null) || return 0
+        [[ ! $left =~ ^[0-9:-]+$ ]] || seconds_of "$left" # it may be UNLIMITED or NOT_SET
     }
 elif [ -n "${PBS_JOBID:-}" ]; then
     job_id=$PBS_JOBID n_ranks=$(wc -l < "${PBS_NODEFILE:?}")
     use_mpirun
     launcher+=(--hostfile "$PBS_NODEFILE") # MPICH and Open MPI know this option, and not every one was built with PBS
     restarts() { restarts_in_folder; }
-    # Users may not rerun jobs at most sites: submit the script again, with the variables of this job.
-    requeue() { qsub -V -N "${PBS_JOBNAME:-mpitrain}" "${PBS_O_WORKDIR:-.}/${JOB_SCRIPT:-jobs/train.pbs}"; }
+    # At most sites users may not rerun a job: submit the script again, with the environment of this one.
+    requeue() { qsub -V "$jobs_folder/train.pbs"; }
+    seconds_left() {
+        local limit
+        limit=$(qstat -f "$job_id" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || return 0
+        [[ $limit =~ ^[0-9:]+$ ]] || return 0
+        echo "$(($(seconds_of "$limit") - SECONDS))"
+    }
 elif [ -n "${LSB_JOBID:-}" ]; then
     job_id=$LSB_JOBID n_ranks=${LSB_DJOB_NUMPROC:-1}
     use_mpirun
@@ -119,6 +128,17 @@ pass_on() {
 }
 trap 'pass_on USR1' USR1 # ahead of the time limit (--signal=B:USR1@120), and of preemption
 trap 'pass_on TERM' TERM # scancel, preemption, and the time limit itself
+
+usr1_before_the_limit() { # for batch systems that send no signal ahead of the time limit
+    local left
+    left=$(seconds_left)
+    if [ -n "$left" ]; then
+        # With its output closed: the batch system waits for whoever has it open.
+        (sleep $((left - ${SIGNAL_SECONDS:-120})) && kill -USR1 $$) > /dev/null 2>&1 &
+        timer=$!
+        trap 'kill "$timer" 2> /dev/null || true' EXIT
+    fi
+}
 
 launch() {
     "${launcher[@]}" "$@"
@@ -248,6 +268,7 @@ go_on_or_fail() { # arguments: exit code, restarts in a row without a new checkp
         [ "$asked_to_stop" != TERM ] || exit "$failure" # SLURM is requeueing it already
         say "the job cannot be requeued: submit it again with RUN=$run"
     fi
+    rm -f -- "$run/stalls" "$run/restarts" # a job that a person submits is counted anew
     exit "$failure"
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.cluster import Cluster
-from support.cluster_jobs import TrainJob, checkpoints, parameters, wait_until
+from support.cluster_jobs import TrainJob, checkpoints, parameters
 
 pytestmark = pytest.mark.cluster
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 
 from support.cluster import Cluster, Job
 from support.launching import ROOT
+from support.lone_world import LoneWorld
 
 JOBS = ROOT / "jobs"
 
@@ -37,12 +37,12 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def parameters(run: Path) -> np.ndarray:
+def parameters(run: Path, n_ranks: int = 2) -> np.ndarray:
     """Return the parameters of rank 0 in the last checkpoint of a run."""
-    from mpitrain.records.hdf5_tree import read_tree
+    from mpitrain.records import checkpoint
 
-    with h5py.File(run / "checkpoints" / checkpoints(run)[-1] / "rank-00000.h5") as file:
-        return np.asarray(read_tree(file)["state"]["optimizer"]["parameters"])
+    state = checkpoint.load(run / "checkpoints" / checkpoints(run)[-1], LoneWorld(rank=0, size=n_ranks))
+    return np.asarray(state["optimizer"]["parameters"])
 
 
 class Submitted:

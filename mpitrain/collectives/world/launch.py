@@ -1,6 +1,6 @@
 """Starting a run: MPI, the world of all ranks, and a hook that ends all of them when one raises an exception.
 
-``init`` starts MPI with MPI_THREAD_MULTIPLE. A script that runs without a launcher is a world of one rank. The hook and
+``init`` starts MPI (``thread_level``). A script that runs without a launcher is a world of one rank. The hook and
 the watchdog are in place before the first call that may fail on one rank and leave the others waiting.
 """
 
@@ -21,6 +21,7 @@ from mpitrain.collectives.world.fault_tolerance import FaultTolerance, fault_tol
 from mpitrain.collectives.world.node_status import NodeStatus
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.ranks import find_ranks
+from mpitrain.collectives.world.thread_level import import_mpi
 from mpitrain.collectives.world.transport import TRANSPORTS, choose
 from mpitrain.collectives.world.watchdog import waiting, watchdog
 from mpitrain.collectives.world.world import World
@@ -149,7 +150,7 @@ def _start_mpi() -> Any:
         # One rank needs no network; without this Open MPI's wheel complains of UCX at every window.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
-        from mpi4py import MPI
+        MPI = import_mpi()
     except (ImportError, RuntimeError) as error:
         raise UsageError(
             f"no MPI library can be loaded ({str(error).splitlines()[0]}): load your site's MPI module, "

@@ -1,0 +1,72 @@
+"""The thread level with which MPI is started, and settings of Open MPI that must be made before.
+
+MPI is started with MPI_THREAD_MULTIPLE, so that a thread of each rank serves the other nodes while the rank computes.
+Open MPI 4 has no windows over TCP with that level ("OSC pt2pt component does not support MPI_THREAD_MULTIPLE in this
+release"). Where its ranks are on several nodes it is started with MPI_THREAD_SERIALIZED: all methods run, but a rank
+answers the other nodes only inside its own MPI calls.
+
+Debian and Ubuntu configure Open MPI 4.1 with ``osc = ^ucx,pt2pt``, which leaves no component for windows over TCP;
+an environment variable overrides that file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mpitrain.log import logger
+
+THREAD_LEVEL = "MPI4PY_RC_THREAD_LEVEL"
+"""Environment: the thread level; mpi4py's own variable, which overrides the choice made here."""
+
+WINDOWS = "OMPI_MCA_osc"
+
+
+def import_mpi() -> Any:
+    """Import mpi4py's module ``MPI``, which starts MPI, and return it. Collective.
+
+    Raises:
+        ImportError, RuntimeError: There is no MPI library.
+    """
+    import mpi4py
+
+    decides = THREAD_LEVEL not in os.environ and on_several_nodes(os.environ)
+    if decides:
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # the library must be loaded to learn its version
+    from mpi4py import MPI
+
+    if decides and not MPI.Is_initialized():
+        reason = lowered_level(MPI.get_vendor())
+        if reason is not None:
+            os.environ.setdefault(WINDOWS, "^ucx")
+        MPI.Init_thread(MPI.THREAD_MULTIPLE if reason is None else MPI.THREAD_SERIALIZED)
+        if reason is not None and MPI.COMM_WORLD.Get_rank() == 0:
+            logger.warning(reason)
+    return MPI
+
+
+def lowered_level(vendor: tuple[str, tuple[int, int, int]]) -> str | None:
+    """Return why ranks on several nodes start this MPI with MPI_THREAD_SERIALIZED; None if they do not. Local.
+
+    Args:
+        vendor: The name and the version of the MPI library.
+    """
+    name, version = vendor
+    if name != "Open MPI" or version >= (5, 0, 0):
+        return None
+    return (
+        f"Open MPI {'.'.join(map(str, version))} has no windows between nodes for several threads: it runs with "
+        "MPI_THREAD_SERIALIZED, and asynchronous exchanges wait for ranks that compute; Open MPI 5 and MPICH do better"
+    )
+
+
+def on_several_nodes(environ: Mapping[str, str]) -> bool:
+    """Return whether the launcher has started ranks on several nodes. Local."""
+
+    def number(name: str) -> int:
+        text = environ.get(name, "")
+        return int(text) if text.isdigit() else 0
+
+    spans_nodes = number("OMPI_COMM_WORLD_SIZE") > number("OMPI_COMM_WORLD_LOCAL_SIZE") > 0
+    return spans_nodes or number("SLURM_STEP_NUM_NODES") > 1
