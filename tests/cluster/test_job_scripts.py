@@ -76,7 +76,7 @@ def test_the_comparison_runs_under_mpich_by_mpirun(cluster: Cluster) -> None:
 
 def test_a_users_script_is_interrupted_and_continues(cluster: Cluster) -> None:
     run = cluster.folder / "own"
-    arguments = [str(ROOT / "examples" / "restartable.py"), "--epochs", "200", "--save-every", "20"]
+    arguments = [str(ROOT / "examples" / "restartable.py"), "--epochs", "60", "--save-every", "20"]
     job = Submitted(cluster, "script.sbatch", *TWO_NODES, arguments=arguments, RUN=str(run))
     wait_until(lambda: checkpoints(run), text=lambda: job.output)
     cluster.check(["scancel", "-b", "-s", "USR1", str(job.number)])
