@@ -1,20 +1,17 @@
 """B16: the spread of gossiping workers as a function of their number.
 
 Jin, Yuan, Iandola, Keutzer 2016, https://arxiv.org/abs/1611.04581, section 3: each of p workers pulls from (or pushes
-to) another one drawn uniformly. One round of pulls, all from the old state, multiplies the spread
-V = sum_i |x_i - mean|^2 on average by
+to) another one drawn uniformly. A worker that pulls multiplies the spread V = sum_i |x_i - mean|^2 on average by
 
-    c(p) = (p - 2)(2p - 3)/(4(p - 1)^2)
+    c(p) = 1 - (p + 1)/(2p(p - 1))
 
-and moves the mean at random: E|mean' - mean|^2 = V (p - 2)/(4p(p - 1)^2). A round of pushes shrinks V by less (theory:
-push_contraction). With curvature h and gradient noise of variance sigma^2 the spread settles where a step and a round
-of pulls balance:
+and moves the mean at random: E|mean' - mean|^2 = V/(2p^2(p - 1)). A round of pushes shrinks V by less (theory:
+push_contraction). With curvature h and gradient noise of variance sigma^2 the spread settles where steps and pulls
+balance. Workers that step one after the other in random order, as asynchronous ones do, have then
 
-    V/(p - 1) = c (eta sigma)^2/(1 - c (1 - eta h)^2)
+    V/(p - 1) in units of (eta sigma)^2     from the second moments of x and of who has averaged with whom (``settled``)
 
-All of it is measured on the method itself, in rounds. Beside it the spread of workers that step one after the other in
-random order, as asynchronous ones do: who pulls then finds what its peer published before its last step, and the
-workers stay further apart. There is no formula for that here.
+All of it is measured on the steps that training makes.
 
     python -m benchmarks.reproduce.gossip_spread [--rounds 400] [--out runs/reproduce] [--json]
 """
@@ -31,7 +28,7 @@ from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain import theory
 from mpitrain.algorithms import GossipSGD
 from mpitrain.simulation.engine import Simulation
-from mpitrain.simulation.schedules import RandomOrder, RoundRobin
+from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted
 from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
@@ -39,18 +36,56 @@ Array = NDArray[np.float64]
 WORKERS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 N = 64  # coordinates, each with noise of its own
 ETA, H, SIGMA = 0.1, 1.0, 1.0
-BURN_IN = 40  # rounds: the start is forgotten by a factor c (1 - eta h)^2 < 0.41 in each
+BURN_IN = 40  # steps of each worker: the start is forgotten
 BATCHES = 20  # of rounds, for the standard error of an average over a run
 LIMIT = 4.0  # standard errors
+MOST_EXACT = 3  # workers for which all second moments are computed
+
+
+def pull_contraction(p: int) -> float:
+    """Return the mean of V'/V when one worker pulls."""
+    return 1 - (p + 1) / (2 * p * (p - 1))
+
+
+def pull_mean_variance(p: int) -> float:
+    """Return the mean of |mean' - mean|^2/V when one worker pulls."""
+    return 1 / (2 * p**2 * (p - 1))
 
 
 def settled(p: int) -> float:
-    """Return V/(p - 1) per coordinate in units of (eta sigma)^2, for noisy steps each followed by a round of pulls."""
-    c = theory.pull_contraction(p)
-    return c / (1 - c * (1 - ETA * H) ** 2)
+    """Return V/(p - 1) per coordinate in units of (eta sigma)^2, for noisy steps in random order, each before a pull.
+
+    Worker i steps, x_i <- (1 - eta h) x_i + noise, and everybody may average with it again; it draws j and, unless it
+    has averaged with this x_j, sets x_i <- (x_i + x_j)/2. With M_s = E[x x^T; s], s being who has averaged with whom,
+    one event maps all M_s linearly; this iterates the map. There are 2^(p(p - 1)) sets s.
+    """
+    pairs = [(i, j) for i in range(p) for j in range(p) if i != j]
+    bit = {pair: 1 << k for k, pair in enumerate(pairs)}
+    states = np.arange(1 << len(pairs))
+    events = []
+    for i, j in pairs:
+        fresh = states & ~sum(bit[k, i] for k in range(p) if k != i)
+        step, pull, noise = np.eye(p), np.eye(p), np.zeros((p, p))
+        step[i, i], noise[i, i], pull[i] = 1 - ETA * H, 1.0, 0.0
+        pull[i, [i, j]] = 0.5
+        seen = (fresh & bit[i, j]) > 0
+        events.append((fresh | bit[i, j], np.where(seen[:, None, None], np.eye(p), pull), step, noise))
+    share, moments = np.zeros(len(states)), np.zeros((len(states), p, p))
+    share[0], spread_before = 1.0, -1.0
+    centre = np.eye(p) - 1 / p
+    while abs((now := float(np.einsum("sij,ij->", moments, centre))) - spread_before) > 1e-9:
+        spread_before = now
+        for _ in range(2 * p):
+            new_share, new_moments = np.zeros_like(share), np.zeros_like(moments)
+            for to, pull, step, noise in events:
+                moved = step @ moments @ step.T + share[:, None, None] * noise
+                np.add.at(new_share, to, share / len(events))
+                np.add.at(new_moments, to, pull @ moved @ pull.transpose(0, 2, 1) / len(events))
+            share, moments = new_share, new_moments
+    return now / (p - 1)
 
 
-def gossip(direction: str, p: int, seed: int, *, in_turn: bool) -> Simulation:
+def gossip(direction: str, p: int, seed: int, *, eta: float, in_turn: bool) -> Simulation:
     """Create p workers at 0 with noisy gradients that exchange after every step, in random order or lock by lock."""
     noise = np.random.default_rng([seed, p])
     return Simulation(
@@ -58,22 +93,9 @@ def gossip(direction: str, p: int, seed: int, *, in_turn: bool) -> Simulation:
         SimulatedWorld(p, RoundRobin() if in_turn else RandomOrder(seed), interleave_locks=in_turn),
         lambda rank, x: H * x - SIGMA * noise.standard_normal(N),
         np.zeros(N),
-        learning_rate=ETA,
+        learning_rate=eta,
         seed=seed,
     )
-
-
-def round_of_pulls(simulation: Simulation) -> None:
-    """Let every worker pull once, all from the old state."""
-    for worker in simulation.workers:
-        worker.average_with(worker.comm.rank)  # with itself: publishes x and changes nothing
-    for worker in simulation.workers:
-        worker.exchange()
-
-
-def round_of_pushes(simulation: Simulation) -> None:
-    """Let every worker push once and then read its mailbox; each yields before every lock."""
-    simulation.world.run(lambda comm: simulation.workers[comm.rank].exchange())
 
 
 def spread(x: Array) -> float:
@@ -81,37 +103,51 @@ def spread(x: Array) -> float:
     return float(((x - x.mean(0)) ** 2).sum())
 
 
-def one_round(direction: str, p: int, n_rounds: int) -> Array:
-    """Return V'/V and |mean' - mean|^2/V, (rounds, 2), of rounds with random starts."""
-    simulation, starts = gossip(direction, p, 0, in_turn=True), np.random.default_rng(p)
-    found = np.zeros((n_rounds, 2))
-    for k in range(n_rounds):
+def place(simulation: Simulation, x: Array) -> None:
+    """Give the workers parameters (p, n)."""
+    for worker, row in zip(simulation.workers, x, strict=True):
+        worker.x.local[...] = row
+
+
+def pulls(p: int, n_pulls: int) -> Array:
+    """Return V'/V and |mean' - mean|^2/V, (pulls, 2), of single steps that pull, from random starts."""
+    simulation, starts = gossip("pull", p, 0, eta=0.0, in_turn=True), np.random.default_rng(p)
+    found = np.zeros((n_pulls, 2))
+    for k in range(n_pulls):
+        i = int(starts.integers(p))
+        others = [j for j in range(p) if j != i]
+        simulation.world.schedule = Scripted([i, *others])  # every other worker has stepped since i pulled
+        simulation.run(2)
         x = starts.standard_normal((p, N))
-        for worker, row in zip(simulation.workers, x, strict=True):
-            worker.x.local[...] = row
-        (round_of_pulls if direction == "pull" else round_of_pushes)(simulation)
-        after = simulation.x()
+        place(simulation, x)
+        simulation.world.schedule = Scripted([i])
+        after = simulation.run(2).x()
         found[k] = spread(after) / spread(x), ((after.mean(0) - x.mean(0)) ** 2).sum() / spread(x)
     return found
 
 
-def noisy_rounds(p: int, n_rounds: int) -> Array:
-    """Return V/(p - 1) per coordinate after each round, (rounds,), in units of (eta sigma)^2."""
-    simulation, found = gossip("pull", p, 1, in_turn=True), []
-    for _ in range(BURN_IN + n_rounds):
-        for worker in simulation.workers:
-            x = worker.x.local
-            x -= ETA * simulation.gradient(worker.comm.rank, x)
-        round_of_pulls(simulation)
-        found.append(spread(simulation.x()))
-    return np.array(found[BURN_IN:]) / ((p - 1) * N * (ETA * SIGMA) ** 2)
+def pushes(p: int, n_rounds: int) -> Array:
+    """Return V'/V, (rounds,), of rounds of pushes from random starts: each worker yields before every lock."""
+    simulation, starts = gossip("push", p, 0, eta=0.0, in_turn=True), np.random.default_rng(p)
+    found = np.zeros(n_rounds)
+    for k in range(n_rounds):
+        x = starts.standard_normal((p, N))
+        place(simulation, x)
+        found[k] = spread(simulation.run(1).x()) / spread(x)
+    return found
 
 
 def noisy_order(p: int, n_rounds: int) -> Array:
-    """Return the same for whole steps in random order."""
-    simulation = gossip("pull", p, 1, in_turn=False).run(BURN_IN)
-    found = [spread(simulation.run(1).x()) for _ in range(n_rounds)]
-    return np.array(found) / ((p - 1) * N * (ETA * SIGMA) ** 2)
+    """Return V/(p - 1) per coordinate in units of (eta sigma)^2, (rounds,), for steps in random order.
+
+    A round is p steps, by workers drawn one by one.
+    """
+    simulation, order = gossip("pull", p, 1, eta=ETA, in_turn=False), np.random.default_rng([2, p])
+    found = np.zeros(BURN_IN + n_rounds)
+    for k in range(len(found)):
+        simulation.world.schedule = Scripted(order.integers(p, size=p).tolist())
+        found[k] = spread(simulation.run(p + 1).x())
+    return found[BURN_IN:] / ((p - 1) * N * (ETA * SIGMA) ** 2)
 
 
 def mean_and_error(values: Array) -> tuple[float, float]:
@@ -121,10 +157,9 @@ def mean_and_error(values: Array) -> tuple[float, float]:
 
 
 FORMULAS = {
-    "pull": theory.pull_contraction,
-    "drift": theory.pull_mean_variance,
+    "pull": pull_contraction,
+    "drift": pull_mean_variance,
     "push": theory.push_contraction,
-    "noise": settled,
 }
 
 
@@ -135,36 +170,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(arguments)
     outcome = Outcome("gossip_spread", options)
 
-    outcome.say("measured and formula: V'/V of a round of pulls, |mean' - mean|^2/V of it, V'/V of a round of pushes;")
-    outcome.say("V/(p - 1) with noise, in units of (eta sigma)^2, in rounds, and measured in random order")
-    outcome.say("  p             pull             drift              push             noise   random order")
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*FORMULAS, "random order")}
+    outcome.say("measured and formula: V'/V of a pull, |mean' - mean|^2/V of it, V'/V of a round of pushes;")
+    outcome.say("V/(p - 1) with noise, in units of (eta sigma)^2, in random order")
+    outcome.say("  p             pull             drift              push             noise")
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*FORMULAS, "noise")}
+    exact = {p: settled(p) for p in WORKERS if p <= MOST_EXACT}
     for p in WORKERS:
-        pull, push = one_round("pull", p, options.rounds), one_round("push", p, options.rounds)
-        columns = (pull[:, 0], pull[:, 1], push[:, 0], noisy_rounds(p, options.rounds), noisy_order(p, options.rounds))
+        pull = pulls(p, options.rounds)
+        columns = (pull[:, 0], pull[:, 1], pushes(p, options.rounds), noisy_order(p, options.rounds))
         for column, values in zip(found.values(), columns, strict=True):
             column.append(mean_and_error(values))
         pairs = "".join(f"{found[name][-1][0]:9.4f}/{formula(p):.4f}  " for name, formula in FORMULAS.items())
-        outcome.say(f"{p:3}{pairs}{found['random order'][-1][0]:13.4f}")
+        outcome.say(f"{p:3}{pairs}{found['noise'][-1][0]:9.4f}" + (f"/{exact[p]:.4f}" if p in exact else ""))
 
+    wanted = {name: [formula(p) for p in WORKERS] for name, formula in FORMULAS.items()} | {
+        "noise": list(exact.values())
+    }
     for name, words in {
-        "pull": "a round of pulls multiplies V by (p-2)(2p-3)/(4(p-1)^2)",
-        "drift": "it moves the mean by V(p-2)/(4p(p-1)^2)",
+        "pull": "a pull multiplies V by 1-(p+1)/(2p(p-1))",
+        "drift": "it moves the mean by V/(2p^2(p-1))",
         "push": "a round of pushes multiplies V as the theory says",
-        "noise": "with noise V settles where the formula says",
+        "noise": "with noise V settles where the second moments say",
     }.items():
-        mean, error = np.array(found[name]).T
-        wanted = np.array([FORMULAS[name](p) for p in WORKERS])
-        off = float((np.abs(mean - wanted) / np.maximum(error, 1e-12)).max())
+        mean, error = np.array(found[name])[: len(wanted[name])].T
+        off = float((np.abs(mean - wanted[name]) / np.maximum(error, 1e-12)).max())
         outcome.criterion(f"{words}; largest deviation in standard errors", off, off < LIMIT)
-    apart = np.array(found["random order"])[:, 0] - np.array(found["noise"])[:, 0]
-    outcome.criterion("in random order V is larger, mean difference", float(apart.mean()), apart.mean() > 0)
 
     draw(outcome, found)
     return outcome.conclude(
         workers=WORKERS,
         rounds=options.rounds,
-        formula={name: [formula(p) for p in WORKERS] for name, formula in FORMULAS.items()},
+        formula=wanted,
         measured={name: {"mean": np.array(c)[:, 0], "standard_error": np.array(c)[:, 1]} for name, c in found.items()},
     )
 
@@ -176,8 +212,7 @@ def draw(outcome: Outcome, found: dict[str, list[tuple[float, float]]]) -> None:
     for axes, name, colour, marker, label in (
         (left, "push", COLOURS[1], "s", "push"),
         (left, "pull", COLOURS[0], "o", "pull"),
-        (right, "random order", COLOURS[2], "^", "pull, in random order"),
-        (right, "noise", COLOURS[0], "o", "pull, in rounds"),
+        (right, "noise", COLOURS[0], "o", "pull, in random order"),
     ):
         mean, error = np.array(found[name]).T
         formula = FORMULAS.get(name)
@@ -187,7 +222,7 @@ def draw(outcome: Outcome, found: dict[str, list[tuple[float, float]]]) -> None:
         axes.errorbar(
             WORKERS, mean, 2 * error, fmt=marker, color=colour, markersize=4.5, markerfacecolor="white", label=label
         )
-    left.set_ylabel("spread after a round / before it")
+    left.set_ylabel("spread after a pull, or a round of pushes / before it")
     left.set_title("One round of gossip")
     right.set_ylabel(r"spread, $V\,/\,(p-1)(\eta\sigma)^2$")
     right.set_title(rf"With gradient noise, $\eta h$ = {ETA * H:g}")

@@ -256,9 +256,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._parts.stepper.wait()
 
     def finalize(self) -> None:
-        """Push the local steps not exchanged yet, to a parameter server for example. Local, or Collective over a group.
+        """Make the exchange that is due at the end of a run. Collective for synchronous methods, Local for the others.
 
-        Call it once, at the end, between two barriers: the consensus then includes the steps of all ranks.
+        Many methods evaluate a vector that moves once per period: a center, or the outcome of an outer step. After this
+        call it contains the steps of all ranks, also those of a period that has just begun. Call it once, at the end,
+        on all ranks between two barriers. A second call without steps in between does nothing. To stop in order to
+        continue later, save the state without this call.
         """
         self._open_parts.stepper.finalize()
 

@@ -200,10 +200,10 @@ class GroupHead(Worker):
         with self._busy:
             self._worker.wait()
 
-    def finalize(self) -> None:
+    def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
         """Make the worker's last exchange. Collective over the group."""
         with self._busy:
-            self._worker.finalize()
+            self._worker.finalize(group_slices)
         self._share_parameters()
 
     def metrics(self) -> dict[str, float]:
@@ -266,7 +266,7 @@ class GroupMember(Worker):
             world.comm.Send(np.empty(0, np.uint8), 0, ASK)
             world.comm.Recv(out.view(np.uint8), 0, ANSWER)
 
-    def finalize(self) -> None:
+    def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
         """Receive the head's parameters after its last exchange. Collective over the group."""
         self._receive_parameters()
 

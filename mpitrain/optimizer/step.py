@@ -171,6 +171,6 @@ class Stepper:
             self._worker.wait()
 
     def finalize(self) -> None:
-        """Make the worker's last exchange. Local, or Collective over a group."""
+        """Make the worker's last exchange. Collective for synchronous methods, else Local (or over a group)."""
         with self._boundary.exchanging(copies=True):
-            self._worker.finalize()
+            self._worker.finalize(self._groups.slices())

@@ -70,21 +70,30 @@ class Simulation:
         self.workers = self.world.run(set_up)
         self.world.schedule = schedule
 
-    def run(self, steps: int, after_step: Callable[[Simulation, int], None] | None = None) -> Simulation:
+    def run(
+        self,
+        steps: int,
+        after_step: Callable[[Simulation, int], None] | None = None,
+        *,
+        is_over: Callable[[Worker], bool] = lambda worker: False,
+    ) -> Simulation:
         """Run every worker for a number of steps, or until the schedule ends.
 
         Args:
             steps: The steps of each worker.
             after_step: Called with this object and the worker's rank after each step.
+            is_over: Whether a worker makes no more steps; asked before each.
         """
 
         gradients = ahead_of_time(self.gradient, [worker.x.local for worker in self.workers])
 
         def program(comm: SimulatedCommunicator) -> None:
             worker = self.workers[comm.rank]
-            group_slices = [ParamGroupSlice(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
+            group_slices = self._group_slices(worker)
             update, velocity = (None, None) if self.method.owns_update else self._sgd(worker)
             for step in range(steps):
+                if is_over(worker):
+                    break
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
                 found_nonfinite = worker.step(
                     group_slices, update, self._loss(worker) if self.method.needs_loss else None
@@ -99,6 +108,23 @@ class Simulation:
 
         self.world.run(program)
         return self
+
+    def finalize(self) -> Simulation:
+        """Make the exchange of every alive worker that is due at the end of a run."""
+
+        def program(comm: SimulatedCommunicator) -> None:
+            worker = self.workers[comm.rank]
+            worker.wait()
+            worker.finalize(self._group_slices(worker))
+
+        schedule, self.world.schedule = self.world.schedule, RoundRobin()
+        self.world.run(program)
+        self.world.schedule = schedule
+        return self
+
+    def _group_slices(self, worker: Worker) -> list[ParamGroupSlice]:
+        """Return the parameters as one group."""
+        return [ParamGroupSlice(slice(0, worker.x.local.size), self.learning_rate, self.weight_decay)]
 
     def x(self) -> np.ndarray:
         """Return the parameters of all workers, (p, n)."""

@@ -17,6 +17,7 @@ from mpitrain import data, models
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
+from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.trainer import checkpoints, result, runfolder, runlock
@@ -99,11 +100,20 @@ def _train(run: Run) -> dict[str, Any]:
         run.world.barrier()
     if run.is_leader:
         run.report_totals(in_full=True)
+        if run.is_complete and run.budget.gradients is None:  # nobody knew before
+            _warn_of_short_run(run, run.counters.totals().gradients)
     run.hooks.on_end(run)
     found = _write_result(run)
     run.counters.free()
     optimizer.close()
     return found
+
+
+def _warn_of_short_run(run: Run, gradients: int) -> None:
+    """Warn if so many gradients, of all ranks in total, are fewer than the method's periods need. Local."""
+    n_workers = run.plan.n_workers(run.world.size)
+    for text in run.plan.budget_warnings(n_workers, gradients / run.world.size):
+        logger.warning(text)
 
 
 def _straggle(run: Run, seconds: float) -> None:
@@ -166,6 +176,8 @@ def _prepare(
         clock=Clock(seconds),
         hooks=Hooks([metrics_file, ProgressHook(progress), evaluations, *hooks, commands, saving]),
     )
+    if budget.gradients is not None:
+        _warn_of_short_run(run, budget.gradients)
     if state is not None and resume is not None:
         saving.restore(run, state)
         runfolder.reopen(resume, config, world)

@@ -54,6 +54,11 @@ class RunPlan:
         """Return a line for each setting outside the region in which the method is proved to work."""
         return list(self.method.warnings(n_workers, self.config.lr))
 
+    def budget_warnings(self, n_workers: int, steps: float) -> list[str]:
+        """Return a line for each period that is too long for ``steps`` local steps of each worker."""
+        own = self.method.budget_warnings(n_workers, steps)
+        return [*own, *(() if self.average is None else self.average.budget_warnings(steps))]
+
     def budget(self, *, steps_per_epoch: int, n_ranks: int) -> Budget:
         """Return when the run ends."""
         return Budget(

@@ -138,6 +138,7 @@ class Study:
         elif study.seconds is None:
             assert config.epochs is not None
             self._budget = max(round(config.epochs * laboratory.n_train / config.batch_size), 1)
+        self._last_step: float = math.inf if self._budget is None else -(-self._budget // study.workers)
         self._deaths = dict(study.death)
         self._gradients, self._loss, self._n_evaluated = 0, math.nan, 0
         self._points: list[dict[str, float]] = []
@@ -146,17 +147,24 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Simulate until the budget is used up; return the result document."""
+        if self._budget is not None:
+            n_workers = self._study.workers
+            for text in self._plan.budget_warnings(n_workers, self._budget / n_workers):
+                logger.warning(text)
         with tqdm(total=100, unit="%", leave=False, disable=not sys.stderr.isatty()) as bar:
 
             def after_step(simulation: Simulation, rank: int) -> None:
                 self._count_step(rank)
                 bar.update(int(100 * self._used_fraction()) - bar.n)
 
-            self._simulation.world.schedule = Until(self._clock, lambda: self._used_fraction() >= 1)
             self._evaluate()
-            self._simulation.run(sys.maxsize, after_step)
-            for rank in self._alive():
-                self._simulation.workers[rank].finalize()
+            if self._plan.method.is_synchronous:  # all workers make the same number of steps
+                self._simulation.world.schedule = self._clock
+                self._simulation.run(sys.maxsize, after_step, is_over=lambda worker: worker.t >= self._last_step)
+            else:
+                self._simulation.world.schedule = Until(self._clock, lambda: self._used_fraction() >= 1)
+                self._simulation.run(sys.maxsize, after_step)
+            self._simulation.finalize()
             self._evaluate()
         document = self._result()
         if self._metrics is not None:
@@ -172,6 +180,8 @@ class Study:
         memory = min(LOSS_MEMORY, 1 - 1 / self._gradients)
         self._loss = loss if self._gradients == 1 else memory * self._loss + (1 - memory) * loss
         used = self._used_fraction()
+        if self._budget is None and used >= 1:
+            self._last_step = min(self._last_step, max(worker.t for worker in self._simulation.workers) + 1)
         if used * self._study.evaluations >= self._n_evaluated and used < 1:
             self._evaluate()
 

@@ -250,16 +250,42 @@ def test_entries_have_names_of_their_own_and_none_may_be_missing(method):
 
 
 @every_variant
-def test_finalize_pushes_the_remaining_steps_once(method):
-    simulation = run(method, 3, 7)
-    for worker in simulation.workers:
-        worker.wait()
-        worker.finalize()
+def test_finalize_exchanges_the_remaining_steps_once(method):
+    simulation = run(method, 3, 7).finalize()
     end = states(simulation)
-    for worker in simulation.workers:
-        worker.finalize()
+    simulation.finalize()
     for a, b in zip(states(simulation), end, strict=True):
         assert_states_equal(a, b)
+    loaded = load(run(method, 3, 0), end).finalize()
+    for a, b in zip(states(loaded), end, strict=True):
+        assert_states_equal(a, b)
+
+
+@every_variant
+@pytest.mark.parametrize("p", [1, 3])
+def test_a_run_shorter_than_a_period_evaluates_what_was_trained(method, p):
+    # Far from the minimum every worker descends at each step; one exchange brings a good part of that to the center.
+    long = {key: 50 for key in settings_of(method) if key.endswith("period")}
+    method = dataclasses.replace(method, **long)
+    start = np.full(40, 10.0)
+    simulation = simulate(method, p, start=start, eta=0.1, gradient=slope(np.ones(5), np.zeros(5)), largest_shard=8)
+    simulation.run(7).finalize()
+    workers, evaluated = np.linalg.norm(simulation.x().mean(0)), np.linalg.norm(simulation.consensus())
+    share = 0.0 if method.evaluates_history else 0.2  # an average over the past moves as slowly as its rate says
+    assert evaluated < np.linalg.norm(start) - share * (np.linalg.norm(start) - workers)
+
+
+@every_method
+def test_a_run_of_few_periods_is_warned_of_before_it_starts(name):
+    method = METHODS[name]()
+    interval = method.interval(4)
+    assert not list(method.budget_warnings(4, 3 * interval.steps))
+    if interval.steps > 1:
+        (text,) = method.budget_warnings(4, 2 * interval.steps)
+        key, value = re.search(r"set (\w+)=([0-9.e-]+) or (?:less|more)", text).groups()
+        value = int(value) if isinstance(getattr(method, key) or 1, int) else float(value)
+        fits = dataclasses.replace(method, **{key: value})
+        assert not list(fits.budget_warnings(4, 2 * interval.steps))
 
 
 @every_variant

@@ -12,7 +12,7 @@ Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
+from mpitrain.algorithms.base.method import LEAST_PERIODS
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.worker import Worker
@@ -85,6 +86,15 @@ class Average:
     def rate_at(self, t: int) -> float:
         """Return a_t of step t = 1, 2, ..."""
         return 1.0 / t if self.kind == "polyak" else self.rate
+
+    def budget_warnings(self, steps: float) -> Iterator[str]:
+        """Yield a line if a moving average cannot follow the parameters in a run of ``steps`` local steps."""
+        if self.kind == "moving" and steps * self.rate < LEAST_PERIODS:
+            rate = min(LEAST_PERIODS / max(steps, 1), 1)
+            yield (
+                f"average: in {steps:.0f} steps a moving average with rate {self.rate:g} keeps "
+                f"{(1 - self.rate) ** steps:.0%} of the initial parameters: use moving:{rate:.2g} or more"
+            )
 
     def wrap(self, worker: Worker, replica: Replica) -> Worker:
         """Return a worker that makes the steps of ``worker`` and averages. Collective."""
@@ -163,9 +173,9 @@ class AveragedWorker(Worker):
         """Wait for the method's background operations. Local."""
         self._worker.wait()
 
-    def finalize(self) -> None:
-        """Pass on to the method. Local."""
-        self._worker.finalize()
+    def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
+        """Pass on to the method. Local, or Collective where the method is synchronous."""
+        self._worker.finalize(group_slices)
 
     def metrics(self) -> dict[str, float]:
         """Return the method's metrics. Local."""

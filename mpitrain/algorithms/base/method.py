@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -18,6 +18,24 @@ from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import settings_of
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import UsageError
+
+LEAST_PERIODS = 3
+"""Periods that a run should have at least. With fewer, its last exchange decides what is evaluated."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often a worker exchanges.
+
+    Attributes:
+        steps: Local steps between two exchanges, or those after which an average has followed.
+        setting: The setting that decides.
+        advice: Returns the text of a value with which it would be that many steps.
+    """
+
+    steps: float
+    setting: str = "period"
+    advice: Callable[[float], str] = lambda steps: f"{max(int(steps), 1)} or less"
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,25 @@ class Method(ABC):
             learning_rate: eta at the start of the run.
         """
         yield from ()
+
+    def interval(self, size: int) -> Interval:
+        """Return how often one of ``size`` workers exchanges; by the setting ``period`` if there is one."""
+        return Interval(float(getattr(self, "period", None) or 1))
+
+    def budget_warnings(self, size: int, steps: float) -> Iterator[str]:
+        """Yield a line if a run has fewer than three of the method's periods, with a period that would fit.
+
+        Args:
+            size: The number of workers.
+            steps: Local steps of each worker in the run.
+        """
+        interval = self.interval(size)
+        if interval.steps > 1 and steps < LEAST_PERIODS * interval.steps:
+            yield (
+                f"{self.name}: {steps:.0f} steps of each worker are fewer than {LEAST_PERIODS} periods of "
+                f"{interval.steps:.0f} steps: set {interval.setting}={interval.advice(steps / LEAST_PERIODS)}, "
+                "or make the run longer"
+            )
 
     def elastic_coefficient(self, size: int, learning_rate: float) -> float:
         """Return rho, the strength of the springs between the workers and the consensus; 0 without springs.

@@ -34,18 +34,21 @@ class Worker(ABC):
         comm, x, g: Those of the replica.
         t: The worker's clock: the local steps it has made.
         learning_rate: eta of the present step.
+        group_slices: The parameter groups of the present step.
         loss: The loss of the present mini-batch, for methods that need it.
         positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
         velocities: The worker's own vectors (n,) that are zero at rest.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("t",)
+    persistent: ClassVar[tuple[str, ...]] = ("t", "_finalized_at")
 
     def __init__(self, replica: Replica) -> None:
         self.comm, self.x, self.g = replica.comm, replica.x, replica.g
         self.t = 0
         self.learning_rate = 0.0
+        self.group_slices: Sequence[ParamGroupSlice] = ()
         self.loss: float | None = None
+        self._finalized_at = 0
         self.positions: tuple[Any, ...] = (self.x.local,)
         self.velocities: tuple[Any, ...] = ()
         self._n_nonfinite = 0  # at the last check
@@ -68,7 +71,7 @@ class Worker(ABC):
             Whether non-finite elements were found, and replaced in the worker's own vectors. The local update should
             then reset the non-finite elements of its own state.
         """
-        self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
+        self.use(group_slices)
         self.loss = loss
         self.before_update()
         if local_update is not None:
@@ -78,6 +81,11 @@ class Worker(ABC):
         self.after_update()
         self.t += 1
         return self._resets_nonfinite()
+
+    def use(self, group_slices: Sequence[ParamGroupSlice]) -> None:
+        """Note the parameter groups of a step, and eta, the largest of their learning rates."""
+        self.group_slices = group_slices
+        self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
 
     def _resets_nonfinite(self) -> bool:
         n_nonfinite: Any = self.comm.statistics.n_nonfinite
@@ -129,8 +137,21 @@ class Worker(ABC):
     def wait(self) -> None:  # noqa: B027 - optional
         """Wait for this worker's background operations on shared memory. Local."""
 
-    def finalize(self) -> None:  # noqa: B027 - optional
-        """Push the local steps not exchanged yet, at the end of a run. Local."""
+    def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
+        """Make the exchange that is due at the end of a run, once. Collective for synchronous methods, else Local.
+
+        Args:
+            group_slices: The parameter groups to use if this worker has made no step since it was loaded.
+        """
+        if self.t == self._finalized_at:
+            return
+        self._finalized_at = self.t
+        if group_slices and not self.group_slices:
+            self.use(group_slices)
+        self.exchange_remaining()
+
+    def exchange_remaining(self) -> None:  # noqa: B027 - optional
+        """Exchange the local steps that no exchange has seen yet; a period may end early. Called by ``finalize``."""
 
     def metrics(self) -> dict[str, float]:
         """Return the present value of each of the method's ``metrics``. Local and cheap."""
@@ -177,6 +198,18 @@ class PeriodicWorker(Worker):
         """grad_point = post: the next gradient is taken after this exchange."""
         if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
             self.exchange()
+
+    def exchange_remaining(self) -> None:
+        """Exchange if there have been local steps since the last exchange."""
+        if self.n_local_steps:
+            self.exchange()
+
+    @property
+    def n_local_steps(self) -> int:
+        """The number of local steps since the last exchange, between two steps."""
+        if self._method.grad_point == "pre":
+            return (self.t - 1) % int(self._method.period) + 1
+        return self.t % int(self._method.period)
 
     @abstractmethod
     def exchange(self) -> None:

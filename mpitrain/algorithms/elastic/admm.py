@@ -216,6 +216,17 @@ class TurnADMMWorker(ADMMWorker):
         self._group_slices.clear()
         self._clock.local[0] = self.t + 1
 
+    def exchange_remaining(self) -> None:
+        """Recompute the center, if fewer than K contributions have arrived since it was. Local."""
+        if self._n_rows > 1:
+            self._center.update(self._recompute)
+
+    def _recompute(self, part: slice, shard: Any) -> int:
+        """c <- the mean of the contributions, in one shard"""
+        kernels.copy(shard[0], shard[1])
+        self._center.tags[ARRIVALS] = 0
+        return 0
+
     def consensus(self, out: Any) -> None:
         """Write the center. Local."""
         self._center.read(out)

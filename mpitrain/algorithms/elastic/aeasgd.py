@@ -148,3 +148,8 @@ class EarlyWorker(ElasticWorker):
         if self._is_due:
             self.exchange()
             self._n_local = 0
+
+    @property
+    def n_local_steps(self) -> int:
+        """The number of local steps since the last exchange."""
+        return self._n_local

@@ -74,4 +74,13 @@ class EAMSGDWorker(ElasticWorker):
         """Exchange x as EASGD does; after the momentum step the look-ahead moves with it."""
         super().exchange()
         if not self._is_pre:
-            kernels.lookahead(self._position, self._velocity, self.x.local, self._method.momentum)
+            self._look_ahead()
+
+    def _exchange_at_rest(self) -> None:
+        """Exchange x; no momentum step follows that would move the look-ahead with it."""
+        super()._exchange_at_rest()
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """y <- x + delta*v"""
+        kernels.lookahead(self._position, self._velocity, self.x.local, self._method.momentum)

@@ -100,6 +100,11 @@ class OverlappedWorker(ElasticWorker):
         """Start an exchange, after the end of the one before. Local."""
         self._background.start(*self._rates())
 
+    def _exchange_at_rest(self) -> None:
+        """Exchange in the background, and make the worker's move when it is there. Local."""
+        self.exchange()
+        self._background.apply()
+
     def wait(self) -> None:
         """Wait until this worker has left the center; its own move is made later. Local."""
         self._background.wait()

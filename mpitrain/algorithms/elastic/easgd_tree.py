@@ -27,6 +27,8 @@ others stay as they are when a worker has made its last step. There are no queue
 visit that carries it. Other workers may change the sending node meanwhile: the message is still a value that the node
 had.
 
+At the end of a run every worker carries one more message over each edge from its leaf to the root (``finalize``).
+
 With alpha in [0, 1] and without gradients all nodes stay in the range of the initial values and converge to a common
 one. An exchange between a leaf and its parent keeps the sum of all nodes; a message in one direction alone, and an
 exchange between inner nodes that others change meanwhile, do not.
@@ -50,7 +52,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
 from mpitrain.algorithms.base.state import State
@@ -104,6 +106,13 @@ class EASGDTree(Method):
             return self.period, self.slow_period
         tau = self.period if of_leaf else self.slow_period
         return tau, tau
+
+    def interval(self, size: int) -> Interval:
+        """Return the local steps between two messages towards the root, over the slowest edge of a known tree."""
+        has_inner_edges = self.degree is not None and size > self.degree
+        if self.scheme == "multi-scale" and has_inner_edges and self.slow_period > self.period:
+            return Interval(self.slow_period, "slow_period")
+        return Interval(self.period)
 
     def alpha(self, branches: Sequence[Sequence[Members]]) -> float:
         """Return the moving rate in a tree."""
@@ -242,6 +251,14 @@ class EASGDTreeWorker(Worker):
         """grad_point = post: the next gradient is taken after this step's messages."""
         if self._method.grad_point == "post":
             self._serve(self.t + 1)
+
+    def exchange_remaining(self) -> None:
+        """Carry a message over each edge, from the leaf up to the root: the root hears of all leaves. Local."""
+        for edge in self._edges:
+            if edge.lower is None:
+                self._exchange(edge.upper, up=True, down=False)
+            else:
+                self._pass_on(edge.lower, edge.upper, up=True, down=False)
 
     def consensus(self, out: Any) -> None:
         """Write the root. Local."""

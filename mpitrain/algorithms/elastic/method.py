@@ -16,6 +16,9 @@ With ``worker_first`` and ``pre`` the local update lies between the two halves o
 makes its local update, and the center moves towards the outcome. Each half is a visit to the center; both together
 transfer the bytes of one exchange.
 
+At the end of a run each worker exchanges once more (``finalize``), unless the center has seen its last step: a run that
+is shorter than tau moves the center, too.
+
 Sources: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, eq.
 5-6 and algorithm 1; the orders: Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 6.
 
@@ -189,6 +192,25 @@ class ElasticWorker(Worker):
             self._center.pull(self._position, a_w)
         else:
             self._center.exchange(self._position, a_w, a_c)
+
+    @property
+    def n_local_steps(self) -> int:
+        """The number of local steps that the center has not seen, between two steps."""
+        period = int(self._method.period)
+        if not self._is_pre:
+            return self.t % period
+        return (self.t - 1) % period + (not self._is_split)
+
+    def exchange_remaining(self) -> None:
+        """Make both sides of an exchange if there have been local steps since the last one."""
+        if self.n_local_steps:
+            self._exchange_at_rest()
+
+    def _exchange_at_rest(self) -> None:
+        """Exchange when no local update follows: a split exchange makes both of its halves."""
+        self.exchange()
+        if self._is_split:
+            self._center.push(self._position, self._rates()[1])
 
     def consensus(self, out: Any) -> None:
         """Write the center. Local."""

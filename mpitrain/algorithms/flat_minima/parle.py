@@ -20,13 +20,14 @@ https://arxiv.org/abs/1611.01838.
 Deviations: z and the inner velocity start anew in every inner loop; this is our reading, with which L = 1 without
 couplings is Nesterov's SGD at the learning rate eta*(1-a)*eta_in*(1+delta). Entropy-SGD on several workers is one
 replica whose gradient is the mean of all workers', which is our choice: the paper has one worker. A replica that is not
-finite is left out of r, and a non-finite element of r pulls no replica.
+finite is left out of r, and a non-finite element of r pulls no replica. ``finalize`` ends the last inner loop of a run,
+however short, with its outer step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -154,17 +155,14 @@ class InnerLoopWorker(Worker):
         self._outer_velocity, self._inner_velocity = np.zeros_like(self._position), np.zeros_like(self._position)
         self.positions = (y, self._position, self._running_average)
         self.velocities = (self._outer_velocity, self._inner_velocity)
-        self._group_slices: list[ParamGroupSlice] = []
         nothing = ParamGroupSlice(slice(0, 0), 0.0)  # compiled before the first step
         self.update(nothing)
         self._outer_update(nothing, self._position, 0.0)
-        self._group_slices.clear()
 
     def update(self, group_slice: ParamGroupSlice) -> None:
         """Make the inner step."""
         part, method = group_slice.part, self._method
         y, v, z, x = self.x.local, self._inner_velocity, self._running_average, self._position
-        self._group_slices.append(group_slice)
         kernels.entropy_inner(
             y[part], v[part], z[part], x[part], self.g.local[part],
             method.inner_rate, method.momentum, method.gamma_inverse_at(self.t), method.averaging,
@@ -184,10 +182,14 @@ class InnerLoopWorker(Worker):
     def after_update(self) -> None:
         """Make the outer step at the end of an inner loop."""
         if (self.t + 1) % self._method.period == 0:
-            self.outer_step(self._group_slices)
-        self._group_slices.clear()
+            self.outer_step(self.group_slices)
 
-    def outer_step(self, group_slices: list[ParamGroupSlice]) -> None:
+    def exchange_remaining(self) -> None:
+        """Make the outer step of an unfinished inner loop."""
+        if self.t % self._method.period:
+            self.outer_step(self.group_slices)
+
+    def outer_step(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """x <- x - eta*(x - z): without a spring to other replicas, x is its own reference. Local."""
         for group_slice in group_slices:
             self._outer_update(group_slice, self._position, 0.0)
@@ -224,7 +226,7 @@ class ParleWorker(InnerLoopWorker):
         kernels.keep_finite(self._position[:0])  # compiled before the first exchange
         self._refer_to(self._position)
 
-    def outer_step(self, group_slices: list[ParamGroupSlice]) -> None:
+    def outer_step(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """Make the outer step of all replicas, then r <- mean_a x_a. Collective."""
         if self._method.reference == "z":
             self._refer_to(self._running_average)

@@ -27,7 +27,7 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.mailbox_state import Inbox
-from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.peers import draw_peer
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, number
@@ -63,6 +63,10 @@ class GoSGD(Method):
     def is_synchronous(self) -> bool:
         """False: no worker waits for another."""
         return False
+
+    def interval(self, size: int) -> Interval:
+        """Return 1/p_ex, the mean number of steps between two pushes."""
+        return Interval(1 / self.probability, "probability", lambda steps: f"{min(1 / max(steps, 1), 1):.2g} or more")
 
     def worker(self, replica: Replica) -> GoSGDWorker:
         """Make a worker. Collective."""
@@ -102,6 +106,10 @@ class GoSGDWorker(Worker):
             peer = draw_peer(self.comm, self._rng)
             if peer is not None:
                 self.push_to(peer)
+        self._boxes.update(self.comm.rank, self._drain)
+
+    def exchange_remaining(self) -> None:
+        """Read the mailbox: the messages under way arrive. Local."""
         self._boxes.update(self.comm.rank, self._drain)
 
     def push_to(self, peer: int) -> None:

@@ -3,9 +3,11 @@
     pull:  x_i <- (x_i + x_j)/2                     j uniform among the others; x_j itself is not changed
     push:  x_i is sent to a random j, which sets    x_j <- (x_j + sum of the k vectors received)/(1 + k)
 
-then the local update. Both are one-sided here. Pull reads what j published last, from a double buffer, so that it never
-gets half of one step and half of the next. Push adds x_i to the mailbox of j, which holds a sum and a count, so that
-its memory does not grow with the number of unread messages.
+then the local update. Both are one-sided here. Pull reads x_j as it is, in the memory of j, which may be making a step
+meanwhile: each element is then of before or after it. A pull that draws a peer whose x_j has not changed since the last
+average with it does nothing: a worker that runs while others stand still is not drawn to them again and again. Push
+adds x_i to the mailbox of j, which holds a sum and a count, so that its memory does not grow with the number of unread
+messages.
 
 Source: Jin, Yuan, Iandola, Keutzer, How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581,
 section 3.
@@ -18,19 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.mailbox_state import Inbox, Published
+from mpitrain.algorithms.base.mailbox_state import Inbox
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import draw_peer
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer
 from mpitrain.algorithms.base.worker import PeriodicWorker
-from mpitrain.collectives.communicator import Communicator
+from mpitrain.collectives.communicator import Communicator, Vector
 
 COUNT = 1
 """The tag that counts the vectors summed in a mailbox."""
@@ -64,7 +67,7 @@ class GossipSGD(Method):
     def worker(self, replica: Replica) -> GossipWorker:
         """Make a worker. Collective."""
         direction = Pull if self.direction == "pull" else Push
-        return GossipWorker(self, replica, direction(replica.comm, replica.x.local))
+        return GossipWorker(self, replica, direction(replica.comm, replica.x))
 
 
 class GossipWorker(PeriodicWorker):
@@ -84,11 +87,20 @@ class GossipWorker(PeriodicWorker):
         self._direction = direction
         self.average_with: Callable[[int], None] = direction.average_with
 
+    def before_update(self) -> None:
+        """Begin a step: peers that have averaged with x_i may do so again."""
+        self._direction.begin_step()
+        super().before_update()
+
     def exchange(self) -> None:
         """Average with a peer drawn uniformly from the others that are alive. Local."""
         peer = draw_peer(self.comm, self._rng)
         if peer is not None:
             self.average_with(peer)
+
+    def exchange_remaining(self) -> None:
+        """Average with what is in the mailbox (push); a pull changes nothing that is evaluated. Local."""
+        self._direction.receive()
 
     def consensus(self, out: Any) -> None:
         """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
@@ -96,28 +108,50 @@ class GossipWorker(PeriodicWorker):
 
 
 class Pull:
-    """A pull exchange: publish this worker's vector, and read that of a peer. Collective to create.
+    """A pull exchange: read the present vector of a peer. Collective to create.
+
+    A worker counts the steps in which its vector changes, each as it begins. A pull reads that version after the
+    vector: a vector that is averaged with later has a larger version, and so is another one.
 
     Args:
         comm: The communicator of the workers.
         x: (n,) this worker's vector.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_published",)
+    persistent: ClassVar[tuple[str, ...]] = ("_version", "_versions_seen")
 
-    def __init__(self, comm: Communicator, x: Any) -> None:
-        self._x = x
-        self._boxes = comm.mailboxes(x.size, x.dtype, slots=2)
-        self._published = Published(comm, self._boxes, x)
-        kernels.pair_average(x[:0], x[:0].copy())  # compiled before the first exchange
-        self._boxes.publish(x)
+    def __init__(self, comm: Communicator, x: Vector) -> None:
+        self._comm, self._x = comm, x
+        self._version = comm.numbers(1)
+        self._versions_seen = np.full(comm.size, -1.0)
+        self._peeked = np.zeros(1)
+        kernels.pair_average(x.local[:0], x.local[:0].copy())  # compiled before the first exchange
         comm.barrier()
 
+    def begin_step(self) -> None:
+        """Count a step, in which this worker's vector will change. Local."""
+        self._version.local[0] += 1
+
     def average_with(self, peer: int) -> None:
-        """x_i <- (x_i + x_j)/2"""
-        x = self._x
-        self._boxes.publish(x)
-        self._boxes.latest(peer, lambda z: kernels.pair_average(x, z))
+        """x_i <- (x_i + x_j)/2, unless this x_j has been averaged with already"""
+        if self._version_of(peer) == self._versions_seen[peer]:
+            return
+        x, statistics = self._x.local, self._comm.statistics
+
+        def average(z: Any) -> None:
+            statistics.n_nonfinite += kernels.pair_average(x, z)
+
+        self._comm.read(self._x, peer, average)
+        self._versions_seen[peer] = self._version_of(peer)
+        statistics.n_exchanges += 1
+        statistics.bytes_sent += x.nbytes
+
+    def receive(self) -> None:
+        """Do nothing: there are no messages."""
+
+    def _version_of(self, peer: int) -> float:
+        self._comm.read(self._version, peer, partial(np.copyto, self._peeked))
+        return float(self._peeked[0])
 
 
 class Push:
@@ -125,20 +159,28 @@ class Push:
 
     Args:
         comm: The communicator of the workers.
-        x: (n,) this worker's vector.
+        vector: (n,) this worker's vector.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_inbox",)
 
-    def __init__(self, comm: Communicator, x: Any) -> None:
+    def __init__(self, comm: Communicator, vector: Vector) -> None:
+        x = vector.local
         self._x, self._rank = x, comm.rank
         self._boxes = comm.mailboxes(x.size, x.dtype)
         self._inbox = Inbox(comm, self._boxes, x, COUNT, ("inbox", "inbox_count"))
         kernels.push_receive(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
+    def begin_step(self) -> None:
+        """Do nothing: what was sent does not change."""
+
     def average_with(self, peer: int) -> None:
         """Send x_i, then x_i <- (x_i + sum of the k vectors received)/(1 + k)"""
         self._boxes.update(peer, self._leave)
+        self.receive()
+
+    def receive(self) -> None:
+        """x_i <- (x_i + sum of the k vectors received)/(1 + k). Local."""
         self._boxes.update(self._rank, self._average)
 
     def _leave(self, box: Any, tags: np.ndarray) -> None:

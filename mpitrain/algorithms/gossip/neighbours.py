@@ -79,11 +79,16 @@ class Neighbours:
         self._due.extend((t, sender) for sender in self._senders(t))
         self._t += 1
 
-    def receive(self, fn: Receive) -> None:
-        """Call ``fn`` with each message that is due or has arrived. Local; waits for slow senders."""
-        t, later = self._t - 1, []
+    def receive(self, fn: Receive, overlap: int | None = None) -> None:
+        """Call ``fn`` with each message that is due or has arrived. Local; waits for slow senders.
+
+        Args:
+            fn: Processes a message.
+            overlap: The number of steps by which a message may be late now, if not as usual.
+        """
+        t, later = self._t - 1 - (self._overlap if overlap is None else overlap), []
         for step, sender in self._due:
-            if step <= t - self._overlap:
+            if step <= t:
                 self._comm.wait_until(lambda step=step, sender=sender: self._is_there(step, sender))  # type: ignore[misc]
             elif not self._is_there(step, sender):
                 later.append((step, sender))

@@ -122,6 +122,11 @@ class SGPWorker(Worker):
         else:
             self._shown.local[0] = self._push_weight
 
+    def exchange_remaining(self) -> None:
+        """Receive the messages under way, if they may be late. Waits for the in-neighbours."""
+        self._neighbours.receive(self._add, overlap=0)
+        self._shown.local[0] = self._push_weight
+
     def _add(self, _: int, z: Any, w: float) -> int:
         """(z_i, w_i) <- ((w_i z_i + w z)/(w_i + w), w_i + w)"""
         self._push_weight += w

@@ -38,7 +38,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import boolean, choice, integer, number
 from mpitrain.algorithms.leader.asynchronous import AsynchronousLSGDWorker
@@ -115,6 +115,10 @@ class LSGD(Method):
     def tau_global(self) -> int:
         """Local steps between two pulls towards the leader of all."""
         return PERIODS_OF_ALL * self.tau if self.global_period is None else self.global_period
+
+    def interval(self, size: int) -> Interval:
+        """Return tau_G, local steps between two pulls towards the leader of all."""
+        return Interval(self.tau_global, "global_period")
 
     def group_of(self, comm: Communicator) -> np.ndarray:
         """Return the ranks of this worker's group, ascending."""

@@ -11,6 +11,8 @@ z is never fed back: c and the workers equal DOWNPOUR's bit for bit.
 Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651,
 section 5.
 
+A run should have a few times 1/a commits: with fewer, MVADOWNPOUR evaluates mostly c_0, by its definition.
+
 Deviations: each shard of the center has its own clock t.
 """
 
@@ -23,7 +25,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import integer, number
 from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterWorker
@@ -102,6 +104,14 @@ class MVADownpour(AveragedDownpour):
     name: ClassVar[str] = "mvadownpour"
     summary: ClassVar[str] = "DOWNPOUR that evaluates a moving average of its center"
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"rate": 0.01})
+
+    def interval(self, size: int) -> Interval:
+        """Return the local steps of a worker after which the average has followed the center: 1/a commits by all."""
+        return Interval(
+            self.period / (self.rate * size),
+            "rate",
+            lambda steps: f"{min(self.period / (max(steps, 1) * size), 1):.2g} or more",
+        )
 
     def averaging_rate(self, t: float) -> float:
         """Return a."""

@@ -88,7 +88,7 @@ class CenterWorker(Worker):
         self._center.update(self.visit)
         self._steps = 0
 
-    def finalize(self) -> None:
+    def exchange_remaining(self) -> None:
         """Commit the steps of an unfinished period. Local."""
         if self._steps:
             self.commit()

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpitrain.algorithms.base.method import Interval
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import integer
 from mpitrain.algorithms.parameter_server.center import DOWNPOUR_RATE, CenterMethod, CenterWorker
@@ -63,6 +64,15 @@ class Downpour(CenterMethod):
     def n_fetch(self) -> int:
         """Local steps between two pulls."""
         return self.period if self.fetch_period is None else self.fetch_period
+
+    def interval(self, size: int) -> Interval:
+        """Return the larger of n_push and n_fetch."""
+        name = (
+            "period"
+            if self.period >= max(self.n_push, self.n_fetch)
+            else ("push_period" if self.n_push >= self.n_fetch else "fetch_period")
+        )
+        return Interval(max(self.n_push, self.n_fetch), name)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line for settings outside the round-robin bound."""

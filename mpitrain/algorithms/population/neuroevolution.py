@@ -156,6 +156,13 @@ class NeuroevolutionWorker(Worker):
         if (self.t + 1) % self._method.period == 0:
             self._end_generation()
 
+    def exchange_remaining(self) -> None:
+        """Choose the best individual of an unfinished generation; none is replaced. Collective."""
+        n_steps = self.t % self._method.period
+        if n_steps:
+            fitness = self._losses / n_steps if self._fitness_of is None else float(self._fitness_of(self.x.local))
+            self._best = int(np.nanargmin(np.nan_to_num(self.comm.gather([fitness])[:, 0], nan=math.inf)))
+
     def consensus(self, out: Any) -> None:
         """Write the present parameters of the best individual of the last generation. Local."""
 

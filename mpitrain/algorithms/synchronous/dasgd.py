@@ -86,6 +86,11 @@ class DaSGDWorker(PeriodicWorker):
         """s_i <- x_i, and start the all-reduce. Collective."""
         self._delayed.start(self.x.local)
 
+    def exchange_remaining(self) -> None:
+        """Mix in the average under way; the mean of all workers, which is evaluated, does not change by it."""
+        if self._delayed.started is not None:
+            self._delayed.correct(self.x.local)
+
     def consensus(self, out: Any) -> None:
         """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
         mean_of_workers(self.comm, self.x, out)

@@ -15,6 +15,7 @@ https://arxiv.org/abs/2311.08105, algorithm 1. The stability region was derived 
 
 Deviations: a round is a collective and waits for every island. The paper lets islands drop out of a round; here those
 whose parameters are not finite do: the mean is that of the others, and all islands start the next round from theta.
+``finalize`` ends the last round of a run, however short, with an outer step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 class DiLoCo(Method):
     """Local SGD for slow networks: hundreds of steps between two exchanges, then a step of an outer optimizer.
 
-    theta is evaluated, which moves once per round: a run shorter than ``period`` evaluates its start.
+    theta is evaluated, which moves once per round. A run should have at least three rounds.
 
     Args:
         outer_learning_rate: eta_out, of the outer step.

@@ -15,8 +15,9 @@ Lin, Stich, Patel, Jaggi, Don't use large mini-batches, use local SGD, 2018, htt
 
 Deviations: the local update is any torch optimizer's, and its state (momentum, Adam's moments) stays local: a method
 sees only the parameters of the optimizer, so that its state is neither averaged nor reset. The mean of all workers is
-evaluated at any time, not only at the end of a round. A worker whose parameters are not finite is left out of the mean
-and receives that of the others. The default H is ours, between the papers' 1 and 16.
+evaluated at any time, not only at the end of a round. ``finalize`` ends the last round of a run, however short, with an
+average. A worker whose parameters are not finite is left out of the mean and receives that of the others. The default
+H is ours, between the papers' 1 and 16.
 """
 
 from __future__ import annotations
@@ -129,6 +130,11 @@ class PostLocalWorker(PeriodicWorker):
         """Average the parameters when it is due, after the switch."""
         if self._is_local:
             super().after_update()
+
+    def exchange_remaining(self) -> None:
+        """Average the parameters of an unfinished round, after the switch."""
+        if self._is_local:
+            super().exchange_remaining()
 
     def exchange(self) -> None:
         """x_i <- mean_j x_j. Collective."""

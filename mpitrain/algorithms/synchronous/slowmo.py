@@ -13,7 +13,8 @@ Source: Wang, Tantia, Ballas, Rabbat, SlowMo: Improving communication-efficient 
 
 Deviations: the paper's gamma is constant in a round. Here the learning rate may change at every step, and gamma is its
 mean over the round: a decay in the middle of a round does not enter u as a larger gradient. The base optimizer's state
-stays local. A worker whose parameters are not finite is left out of a round and starts the next one from x0.
+stays local. ``finalize`` ends the last round of a run, however short, with an outer step. A worker whose parameters are
+not finite is left out of a round and starts the next one from x0.
 """
 
 from __future__ import annotations
@@ -73,24 +74,29 @@ class SlowMoWorker(PeriodicWorker):
     def __init__(self, method: SlowMo, replica: Replica) -> None:
         super().__init__(method, replica)
         self._outer = OuterParameters(self.comm, self.x.local)
-        self._sum_of_rates = 0.0  # over the steps of this round
+        self._sum_of_rates, self._n_rates = 0.0, 0  # over the steps of this round
         kernels.slow_momentum(*self._outer.empty, 0.0, 0.0, 0.0)  # compiled before the first round
 
     def after_update(self) -> None:
         """Add up the learning rates of the round; at its end make the outer step."""
         self._sum_of_rates += self.learning_rate
+        self._n_rates += 1
         super().after_update()
 
     def exchange(self) -> None:
         """u <- beta*u + D/gamma;  x0 <- x0 - alpha*gamma*u;  x_i <- x0. Nothing moves if gamma = 0. Collective."""
         outer, alpha, beta = self._outer, self._method.slow_learning_rate, self._method.slow_momentum
         d = outer.pseudogradient()
-        gamma = self._sum_of_rates / self._method.period
-        self._sum_of_rates = 0.0
+        gamma = self._sum_of_rates / self._n_rates
+        self._sum_of_rates, self._n_rates = 0.0, 0
         inverse = 1 / gamma if gamma > 0 else 0.0
         self.comm.statistics.n_nonfinite += kernels.slow_momentum(
             self.x.local, outer.theta, outer.momentum, d, beta, inverse, alpha * gamma
         )
+
+    def after_load(self) -> None:
+        """Count the steps of the unfinished round. Local."""
+        self._n_rates = self.n_local_steps
 
     def consensus(self, out: Any) -> None:
         """Write x0, as of the last round. Local."""

@@ -79,9 +79,7 @@ def test_average_is_in_the_checkpoint(name, average):
 def test_the_end_of_a_run_is_that_of_the_method_alone(average):
     ends = [simulation(Downpour(period=5), average=average).run(7), simulation(Downpour(period=5)).run(7)]
     for end in ends:
-        for worker in end.workers:
-            worker.wait()
-            worker.finalize()
+        end.finalize()
     assert same_bits(states(ends[0])[0]["center"], states(ends[1])[0]["center"])
 
 

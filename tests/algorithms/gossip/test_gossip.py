@@ -28,13 +28,13 @@ def spread(x):
 def test_pull_contracts_as_the_formula_says(p, wanted):
     x = np.random.default_rng(p).normal(size=p)
     simulation = simulate(PULL, p, start=x[:, None], eta=0.0)
-    # A pull touches nobody else, and the worker has published x before it: each of these starts from the old state.
+    # A pull touches nobody else, and x is put back after it: each of these starts from the old state.
     table = np.zeros((p, p))
     for i, worker in enumerate(simulation.workers):
         for j in set(range(p)) - {i}:
             worker.x.local[...] = x[i]
             worker.average_with(j)
-            table[i, j] = worker.x.local[0]
+            table[i, j], worker.x.local[...] = worker.x.local[0], x[i]
             assert table[i, j] == pytest.approx((x[i] + x[j]) / 2, abs=1e-15)
     after = table[np.arange(p), all_choices(p)]
     v, contraction = spread(x), (p - 2) * (2 * p - 3) / (4 * (p - 1) ** 2)
@@ -173,3 +173,58 @@ def test_peers_are_uniform_and_independent_between_workers():
         assert j not in pairs[:, 1]
         q = 1 / (p - 1) ** 2
         np.testing.assert_allclose(counts, steps * q, atol=4.5 * np.sqrt(steps * q * (1 - q)))
+
+
+def test_a_pull_reads_the_newest_state():
+    # Steps of noise, each followed by a pull, in random order. V by the equations of the docstring, typed again.
+    p, n, eta, rounds = 4, 64, 0.1, 300
+    noise, order = np.random.default_rng(1), np.random.default_rng(2)
+    simulation = simulate(
+        GossipSGD(grad_point="post"), p, start=np.zeros(n), eta=eta, gradient=lambda rank, x: x - noise.normal(size=n)
+    )
+    settled = []
+    for k in range(rounds + 40):
+        simulation.world.schedule = Scripted(order.permutation(p).tolist())
+        x = simulation.run(2).x()
+        settled.append(spread(x.T).mean() / eta**2)
+    typed, x, seen = [], np.zeros((p, 2000)), np.zeros((p, p), bool)
+    for k in range(rounds + 40):
+        for i in order.permutation(p):
+            x[i] += eta * (noise.normal(size=2000) - x[i])
+            seen[:, i] = False
+            j = (i + 1 + order.integers(p - 1)) % p
+            if not seen[i, j]:
+                x[i], seen[i, j] = (x[i] + x[j]) / 2, True
+        typed.append(spread(x.T).mean() / eta**2)
+    assert np.mean(typed[40:]) == pytest.approx(1.11, abs=0.04)
+    assert np.mean(settled[40:]) == pytest.approx(1.11, abs=0.06)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+def test_a_version_of_a_peer_is_averaged_with_once(script):
+    simulation = simulate(GossipSGD(grad_point="post"), 3, start=np.arange(3.0)[:, None], eta=0.0)
+    pulled = set()
+    for worker in simulation.workers:
+        average = worker.average_with
+
+        def note(peer, worker=worker, average=average):
+            before = worker.comm.statistics.n_exchanges
+            average(peer)
+            if worker.comm.statistics.n_exchanges > before:
+                use = (worker.comm.rank, peer, simulation.workers[peer].t)
+                assert use not in pulled
+                pulled.add(use)
+
+        worker.average_with = note
+    simulation.world.schedule = Scripted(script)
+    simulation.run(len(script) + 1)
+    assert pulled
+
+
+def test_a_worker_that_runs_alone_trains_on():
+    # A slice of 55 steps while three others stand still: at most three averages, then plain SGD.
+    simulation = simulate(GossipSGD(), 4, start=np.zeros((4, 5)), eta=1.0, gradient=lambda rank, x: -np.ones_like(x))
+    simulation.world.schedule = Scripted([0] * 55)
+    simulation.run(56)
+    assert statistics(simulation, "n_exchanges") == [3, 0, 0, 0]
+    assert simulation.x()[0, 0] > 55 - 3 * 20
