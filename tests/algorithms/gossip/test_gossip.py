@@ -70,11 +70,10 @@ def test_push_averages_with_all_messages():
     np.testing.assert_allclose(simulation.x()[:, 0], [(1 + 11) / 2, 2, 6, (11 + 1 + 2 + 6) / 4], rtol=1e-15)
 
 
-def test_two_pulling_workers_keep_their_mean():
-    simulation = simulate(PULL, 2, start=[[1.0, -3.0], [5.0, 8.0]], eta=0.0)
-    for rank, worker in enumerate(simulation.workers):
-        worker.average_with(1 - rank)
-    assert simulation.x().tolist() == [[3.0, 2.5], [3.0, 2.5]]
+def test_two_pulling_workers_halve_their_distance_in_each_pull():
+    # 0 pulls 1, then 1 pulls what 0 has become; each then finds another version.
+    simulation = simulate(PULL, 2, start=[[0.0], [8.0]], eta=0.0, schedule=Scripted([0, 1, 0])).run(9)
+    assert simulation.x()[:, 0].tolist() == [5.0, 6.0]
 
 
 @settings(max_examples=60)
@@ -114,10 +113,10 @@ def test_gradient_is_taken_before_the_exchange_or_after_it(direction, grad_point
     # What worker 1 averages with: worker 0's vector at the moment of its exchange (pull), or what came of it (push).
     if grad_point == "pre":
         first = (x0 + x1) / 2 - eta * x0 if direction == "pull" else step(x0)
-        second = (x1 + x0) / 2 - eta * x1
+        second = (x1 + (first if direction == "pull" else x0)) / 2 - eta * x1
     else:
         first = (step(x0) + x1) / 2 if direction == "pull" else step(x0)
-        second = (step(x1) + step(x0)) / 2
+        second = (step(x1) + (first if direction == "pull" else step(x0))) / 2
     np.testing.assert_allclose(simulation.x()[:, 0], [first, second], rtol=1e-14)
 
 
@@ -183,12 +182,12 @@ def test_a_pull_reads_the_newest_state():
         GossipSGD(grad_point="post"), p, start=np.zeros(n), eta=eta, gradient=lambda rank, x: x - noise.normal(size=n)
     )
     settled = []
-    for k in range(rounds + 40):
+    for _ in range(rounds + 40):
         simulation.world.schedule = Scripted(order.permutation(p).tolist())
         x = simulation.run(2).x()
         settled.append(spread(x.T).mean() / eta**2)
     typed, x, seen = [], np.zeros((p, 2000)), np.zeros((p, p), bool)
-    for k in range(rounds + 40):
+    for _ in range(rounds + 40):
         for i in order.permutation(p):
             x[i] += eta * (noise.normal(size=2000) - x[i])
             seen[:, i] = False
