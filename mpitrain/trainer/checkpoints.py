@@ -56,8 +56,10 @@ class Checkpoints(Hook):
             self._last = _state_of(run)
 
     def on_end(self, run: Run) -> None:
-        """Write the state before the last exchange, with the evaluation of the end, and wait. Collective."""
+        """Write the state before the last exchange, with the vector and the evaluation of the end. Collective."""
         if self._last is not None:
+            if run.is_leader:
+                self._last["consensus"] = run.optimizer.consensus_vector().copy()
             self._write(run, self._last)
             self._last = None
         self._complete(run)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mpitrain import data, models
 from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.world.device import limit_threads
 from mpitrain.log import logger
 from mpitrain.simulation.engine import Simulation
@@ -139,6 +140,7 @@ class Study:
             assert config.epochs is not None
             self._budget = max(round(config.epochs * laboratory.n_train / config.batch_size), 1)
         self._last_step: float = math.inf if self._budget is None else -(-self._budget // study.workers)
+        self._n_begun = 0  # steps that some worker has begun
         self._deaths = dict(study.death)
         self._gradients, self._loss, self._n_evaluated = 0, math.nan, 0
         self._points: list[dict[str, float]] = []
@@ -160,7 +162,7 @@ class Study:
             self._evaluate()
             if self._plan.method.is_synchronous:  # all workers make the same number of steps
                 self._simulation.world.schedule = self._clock
-                self._simulation.run(sys.maxsize, after_step, is_over=lambda worker: worker.t >= self._last_step)
+                self._simulation.run(sys.maxsize, after_step, is_over=self._has_ended)
             else:
                 self._simulation.world.schedule = Until(self._clock, lambda: self._used_fraction() >= 1)
                 self._simulation.run(sys.maxsize, after_step)
@@ -180,10 +182,17 @@ class Study:
         memory = min(LOSS_MEMORY, 1 - 1 / self._gradients)
         self._loss = loss if self._gradients == 1 else memory * self._loss + (1 - memory) * loss
         used = self._used_fraction()
-        if self._budget is None and used >= 1:
-            self._last_step = min(self._last_step, max(worker.t for worker in self._simulation.workers) + 1)
         if used * self._study.evaluations >= self._n_evaluated and used < 1:
             self._evaluate()
+
+    def _has_ended(self, worker: Worker) -> bool:
+        """Return whether a worker of a synchronous method makes no more steps: no other has begun another one."""
+        if self._budget is None and self._used_fraction() >= 1:
+            self._last_step = min(self._last_step, self._n_begun)
+        if worker.t >= self._last_step:
+            return True
+        self._n_begun = max(self._n_begun, worker.t + 1)
+        return False
 
     def _used_fraction(self) -> float:
         """Return the fraction of the budget that is used up."""
