@@ -84,7 +84,6 @@ class Simulation:
             after_step: Called with this object and the worker's rank after each step.
             is_over: Whether a worker makes no more steps; asked before each.
         """
-
         gradients = ahead_of_time(self.gradient, [worker.x.local for worker in self.workers])
 
         def program(comm: SimulatedCommunicator) -> None:
