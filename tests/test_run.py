@@ -16,7 +16,7 @@ from run import (
     planned,
     summarize,
 )
-from support.launching import Finished, environment, is_launched, launch
+from support.launching import Finished, environment, is_launched, launch, python, sleep_when_idle
 
 
 def finished(output: str, returncode: int = 0, *, timed_out: bool = False) -> Finished:
@@ -84,7 +84,7 @@ def test_the_tier_test_runs_everything_once_and_what_calls_mpi_under_every_mpi()
         *(Launch("openmpi", n) for n in LAUNCHED_RANKS),
     ]
     assert [this for this in launches if this.mpi == "mpich"] == [
-        Launch("mpich", n, UNDER_EVERY_MPI) for n in LAUNCHED_RANKS
+        Launch("mpich", n, UNDER_EVERY_MPI) for n in (1, 2, 3, 5)
     ]
 
 
@@ -129,11 +129,22 @@ def test_the_table_has_the_counts_and_the_seconds_of_every_launch(capsys: pytest
     ]
 
 
-@pytest.mark.parametrize(
-    ("cores", "at_once"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 1]), (4, [1, 2, 2])], ids=["1", "2", "4"]
-)
-def test_launches_run_together_where_the_cores_are_enough(cores: int, at_once: list[int]) -> None:
-    launches = [Launch("openmpi", 0), *(Launch(mpi, n) for n in (1, 2) for mpi in ("openmpi", "mpich"))]
-    made = groups(launches, cores)
-    assert [len(group) for group in made] == at_once
-    assert [launch for group in made for launch in group] == launches
+def test_the_single_process_runs_before_the_launches_on_ranks() -> None:
+    launches = [Launch("openmpi", 2), Launch("openmpi", 0), Launch("mpich", 2), Launch("openmpi", 3)]
+    single, on_ranks = groups(launches)
+    assert single == [Launch("openmpi", 0)]
+    assert on_ranks == [Launch("openmpi", 2), Launch("mpich", 2), Launch("openmpi", 3)]
+    assert groups(on_ranks) == [on_ranks]
+
+
+@pytest.mark.skipif(sleep_when_idle() is None, reason="no C++ compiler")
+def test_a_launched_process_sleeps_where_it_offers_its_core() -> None:
+    script = """
+import os
+switches = lambda: int(open("/proc/self/status").read().partition("\\nvoluntary_ctxt_switches:")[2].split()[0])
+before = switches()
+for _ in range(50):
+    os.sched_yield()
+print(switches() - before)
+"""
+    assert int(launch(0, [python("active"), "-c", script], mpi="active").output) >= 50

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from support.launching import Finished, installed, launch
+from support.warm import Warm
 
 from mpitrain.data import hdf5_format
 
@@ -15,10 +17,18 @@ pytestmark = pytest.mark.launches
 
 IN_TIME_SECONDS = 60.0  # a hang would last for ever
 TESTS = Path(__file__).resolve().parents[1]
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def warm() -> Iterator[Warm]:
+    """A process that runs the command without a launcher."""
+    with Warm(NO_GPU) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """A folder with data files that are broken in different ways, and a run."""
     folder = tmp_path_factory.mktemp("bad")
     for name, label in (("good.h5", 1), ("label.h5", 2)):
@@ -31,13 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.h5").write_text("these are words\n" * 100)
     (folder / "file").touch()
     (folder / "elsewhere").mkdir()
-    done = mpitrain(0, folder, "--data", "synthetic:n=100", "--steps", "4", "--set", "period=3", "--out", "run")
+    run = ["--data", "synthetic:n=100", "--steps", "4", "--set", "period=3", "--out", "run"]
+    done = warm.run("train", "--quiet", *run, cwd=folder)
     assert done.returncode == 0, done.output
     return folder
 
 
 def mpitrain(n_ranks: int, folder: Path, *arguments: str, mpi: str = "openmpi") -> Finished:
-    extra = {"PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    extra = {"PYTHONPATH": str(TESTS), **NO_GPU}
     command = ["mpitrain", "train", "--quiet", *arguments]
     return launch(n_ranks, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS, extra_env=extra, cwd=folder)
 
@@ -73,7 +84,6 @@ LOADED = {
     "no GPU": (["--device", "cuda"], "no GPU can be used"),
     "no run": (["--resume", "elsewhere"], "elsewhere is not the folder of a run"),
     "other settings than the run's": (["--resume", "run", "--lr", "0.3"], "--lr is 0.05 in the run that is resumed"),
-    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with 1 ranks"),
     "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
     "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
     "unknown data": (["--data", "nope"], "no data 'nope': use digits"),
@@ -85,36 +95,59 @@ LOADED = {
     "parameters that are no floats": (["--model", "support.small_models:whole_numbers"], "no trainable parameter"),
     "model that is none": (["--model", "support.small_models:no_module"], "returned a int, not a torch.nn.Module"),
     "module that is not there": (["--model", "nothing:model"], "cannot be imported (ModuleNotFoundError"),
+    "straggler that is not there": (["--straggler", "9:2"], "names rank 9: there are ranks 0 to 0"),
+}
+# On several ranks: refused by all of them before or after MPI starts, by rank 0 alone, and for their number.
+ON_RANKS = {
+    "unknown setting": ARGUMENTS["unknown setting"],
+    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with 1 ranks"),
+    "a folder that cannot be made": LOADED["a folder that cannot be made"],
+    "truncated file": LOADED["truncated file"],
+    "model that is none": LOADED["model that is none"],
     "straggler that is not there": (["--straggler", "9:2"], "names rank 9: there are ranks 0 to 1"),
 }
 
 
+def with_data(arguments: list[str]) -> list[str]:
+    if "--data" in arguments or "--resume" in arguments:
+        return arguments
+    return [*arguments, "--data", "synthetic:n=100,shape=64" if "--model" in arguments else "synthetic:n=100"]
+
+
 @pytest.mark.parametrize(("arguments", "words"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_wrong_arguments_are_one_line(folder: Path, arguments: list[str], words: str) -> None:
-    check_refused(mpitrain(2, folder, *arguments), words)
+def test_wrong_arguments_are_one_line(folder: Path, warm: Warm, arguments: list[str], words: str) -> None:
+    done = warm.run("train", "--quiet", *arguments, cwd=folder)
+    check_refused(done, words)
+    assert done.output.count("\n") == 1
 
 
 @pytest.mark.parametrize(("arguments", "words"), LOADED.values(), ids=LOADED)
 def test_an_error_while_loading_is_one_line_and_changes_nothing_on_disk(
-    folder: Path, arguments: list[str], words: str
+    folder: Path, warm: Warm, arguments: list[str], words: str
 ) -> None:
     before = contents(folder)
-    if "--data" not in arguments and "--resume" not in arguments:
-        arguments = [*arguments, "--data", "synthetic:n=100,shape=64" if "--model" in arguments else "synthetic:n=100"]
-    check_refused(mpitrain(2, folder, *arguments), words)
+    done = warm.run("train", "--quiet", *with_data(arguments), cwd=folder)
+    check_refused(done, words)
+    assert done.output.count("\n") == 1
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("arguments", "words"), ON_RANKS.values(), ids=ON_RANKS)
+def test_several_ranks_say_it_once(folder: Path, arguments: list[str], words: str) -> None:
+    before = contents(folder)
+    check_refused(mpitrain(2, folder, *with_data(arguments)), words)
     assert contents(folder) == before
 
 
 @pytest.mark.skipif("mpich" not in installed(), reason="no environment of MPICH")
-@pytest.mark.parametrize("case", ["unknown algorithm", "no run", "truncated file"])
+@pytest.mark.parametrize("case", ["unknown setting", "truncated file"])
 def test_it_is_the_same_under_the_other_mpi(folder: Path, case: str) -> None:
-    arguments, words = {**ARGUMENTS, **LOADED}[case]
+    arguments, words = ON_RANKS[case]
     check_refused(mpitrain(2, folder, *arguments, mpi="mpich"), words)
 
 
-@pytest.mark.parametrize("case", ["unknown setting", "no run", "unknown data"])
-def test_it_is_the_same_without_a_launcher(folder: Path, case: str) -> None:
-    arguments, words = {**ARGUMENTS, **LOADED}[case]
+def test_it_is_the_same_in_a_process_of_its_own(folder: Path) -> None:
+    arguments, words = LOADED["no run"]
     done = mpitrain(0, folder, *arguments)
     check_refused(done, words)
     assert done.output.count("\n") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +53,23 @@ def python(mpi: str) -> str:
     return sys.executable if mpi == "active" else str(ROOT / ".venv" / mpi / "bin" / "python")
 
 
+@functools.cache
+def sleep_when_idle() -> Path | None:
+    """Compile the library that makes waiting ranks sleep (sleep_when_idle.cpp); return None without a compiler."""
+    source = Path(__file__).with_name("sleep_when_idle.cpp")
+    library = ROOT / "build" / "tests" / "sleep_when_idle.so"
+    if library.exists() and library.stat().st_mtime >= source.stat().st_mtime:
+        return library
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        return None
+    library.parent.mkdir(parents=True, exist_ok=True)
+    building = library.with_suffix(f".{os.getpid()}")  # other processes compile it as well
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(building), str(source)], check=True)
+    building.replace(library)
+    return library
+
+
 def environment(mpi: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment variables for a command under `mpi`: this process's, without those that a launcher set."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
@@ -61,6 +80,8 @@ def environment(mpi: str, extra: Mapping[str, str] | None = None) -> dict[str, s
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes: each would compile every module again
     env["OMP_NUM_THREADS"] = "1"
     env["PYTHONUNBUFFERED"] = "1"  # an abort loses nothing that was printed
+    if library := sleep_when_idle():
+        env["LD_PRELOAD"] = str(library)
     env.update(extra or {})
     return env
 

@@ -88,7 +88,7 @@ def same(a, b) -> bool:
     return np.array_equal(a, b, equal_nan=isinstance(a, (float, np.ndarray)))
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize("config", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
 def test_a_resumed_synchronous_run_equals_an_uninterrupted_one(world, go, config):
     whole = go(config, "whole", steps=60, evaluate_every=7)
@@ -128,7 +128,7 @@ def test_one_rank_draws_the_same_after_a_resume(world, go, config):
     check_resumed_as_if_uninterrupted(world, go, config)
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous])
 def test_ranks_in_lockstep_draw_the_same_after_a_resume(world, go, name):
     check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
@@ -154,7 +154,7 @@ def test_augmentation_draws_the_same_after_a_resume(world, go):
     assert plain["test_loss"] != whole["test_loss"]
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("budget", [{"steps": 40}, {"minutes": 5}])
 def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, go, at_batch, budget):
     config = SYNCHRONOUS["allreduce"]

@@ -81,7 +81,7 @@ comm.free()
 @pytest.mark.launches
 @pytest.mark.parametrize("mpi", installed())
 def test_an_idle_service_sleeps_serves_every_request_and_watches_for_others(mpi, tmp_path):
-    environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi]}
+    environment = {"MPITRAIN_EMULATED_NODES": "2", **TCP[mpi], "LD_PRELOAD": ""}  # it sleeps without the tests' help
     finished = launch(2, [python(mpi), "-c", SCRIPT, str(tmp_path)], mpi=mpi, extra_env=environment)
     assert finished.returncode == 0, finished.output
 
