@@ -109,10 +109,8 @@ class TestSbatch:
 
     @pytest.fixture(autouse=True)
     def stand_ins(self, launchers: Path) -> None:
-        program(
-            launchers / "srun",
-            'echo "$OMP_NUM_THREADS $SRUN_CPUS_PER_TASK $OMPI_MCA_osc $@" >> steps; while [[ $1 == --* ]]; do shift; done; exec "$@"',
-        )
+        noted = 'echo "$OMP_NUM_THREADS $SRUN_CPUS_PER_TASK $OMPI_MCA_osc $@" >> steps'
+        program(launchers / "srun", f'{noted}; while [[ $1 == --* ]]; do shift; done; exec "$@"')
         program(launchers / "python", "echo ${VENDOR-}; exit ${WORLD_IS_WRONG:-0}")
         wait = "[ -n \"${FAIL-}\" ] || { mkdir -p runs/r; echo '{}' > runs/r/result.json; }"
         program(launchers / "mpitrain", f'printf "<%s>" "$@" > called; {wait}; exit ${{STATUS:-0}}')
