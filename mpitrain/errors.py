@@ -3,6 +3,11 @@
 import os
 import re
 
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(11, 32), *range(127, 160))}
+# Marks of the direction of writing, with which a text shows other letters than it has.
+_DIRECTIONS = (0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_CONTROL |= {code: f"\\u{code:04x}" for code in _DIRECTIONS}
+
 OUTPUT_SECONDS = 0.3
 """Pause of a rank between its last message and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
 output written a moment before."""
@@ -24,7 +29,12 @@ class UsageError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal, with control characters as escapes: names in files may contain any."""
+    return text.translate(_CONTROL)
 
 
 def reason(error: BaseException) -> str:

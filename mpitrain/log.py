@@ -17,6 +17,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from mpitrain.errors import printable
+
 ANY_RANK = {"any_rank": True}
 """For ``extra``: the record is written whichever rank logs it."""
 
@@ -30,7 +32,7 @@ class LineFormatter(logging.Formatter):
         """Return the line of a record."""
         rank = getattr(record, "rank", 0)
         where = f" (rank {rank})" if rank else ""
-        return f"mpitrain{_LABELS.get(record.levelno, '')}{where}: {record.getMessage()}"
+        return f"mpitrain{_LABELS.get(record.levelno, '')}{where}: {printable(record.getMessage())}"
 
 
 class StderrHandler(logging.Handler):

@@ -1,5 +1,7 @@
 """``mpitrain data import KIND SOURCE FILE.h5``: convert standard formats into data files.
 
+``mpitrain data verify FILE.h5``: compare a data file with the digest that its import has stored.
+
 To add a format, write a function that returns an ``Imported``, and add it to ``IMPORTERS``.
 """
 
@@ -10,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpitrain.data import digest
 from mpitrain.data.image_import import Imported, import_images
 from mpitrain.data.option_parsing import between, sizes
+from mpitrain.errors import printable
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         sub.add_argument("target", type=Path, metavar="FILE.h5", help="data file to write")
         sub.add_argument("--quiet", action="store_true", help="show no progress bar")
         importer.add_options(sub)
+    verify = actions.add_parser("verify", help="compare a data file with the digest that its import has stored")
+    verify.add_argument("file", type=Path, metavar="FILE.h5", help="data file to read")
 
 
 def run(args: Namespace) -> int:
-    """Import, and print one line about the data file; return the exit code."""
+    """Import or verify, and print one line about the data file; return the exit code."""
+    if args.action == "verify":
+        found = digest.verify(args.file)
+        print(printable(f"{args.file}: its contents match its digest (SHA-256 {found})"))
+        return 0
     done = IMPORTERS[args.kind].run(args)
     skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
-    print(
-        f"{done.target}: {done.n_train} training and {done.n_test} test images of {'x'.join(map(str, done.shape))}, "
-        f"{len(done.classes)} classes{skipped}"
-    )
+    shape = "x".join(map(str, done.shape))
+    counts = f"{done.n_train} training and {done.n_test} test images of {shape}, {len(done.classes)} classes{skipped}"
+    print(printable(f"{done.target}: {counts}"))
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 from mpitrain.collectives.world.watchdog import watchdog
-from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS
+from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, printable
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -35,7 +35,7 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
         if on_all_ranks:
             return code
     where = f" (rank {rank})" if rank else ""
-    print(f"mpitrain: error{where}: {text}", file=sys.stderr, flush=True)
+    print(f"mpitrain: error{where}: {printable(text)}", file=sys.stderr, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         watchdog.announce_end_of_all()

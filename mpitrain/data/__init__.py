@@ -24,6 +24,7 @@ def load(
     seed: int = 0,
     split_seed: int = 0,
     limits: Limits | None = None,
+    verify: bool = False,
 ) -> Dataset:
     """Load a data set. Collective over the ranks of each node.
 
@@ -35,6 +36,7 @@ def load(
         seed: The seed of synthetic data, not of the run: runs with different seeds may learn the same data.
         split_seed: Decides which fifth of the digits is the test set.
         limits: The memory that the data may take on a node; measured by default.
+        verify: Read a data file once and compare it with the digest of its import first; no effect on other data.
     """
     if sampling not in MODES:
         raise UsageError(f"no sampling '{sampling}': use one of {', '.join(MODES)}")
@@ -46,5 +48,5 @@ def load(
         return load_synthetic(options, world=world, seed=seed, limits=limits)
     path = Path(name).expanduser()
     if path.suffix in SUFFIXES or path.is_file():
-        return load_hdf5(path, world=world, sampling=sampling, limits=limits)
+        return load_hdf5(path, world=world, sampling=sampling, limits=limits, verify=verify)
     raise UsageError(f"no data '{name}': use digits, synthetic, or the path of an HDF5 file ({' or '.join(SUFFIXES)})")

@@ -10,16 +10,17 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from mpitrain.errors import UsageError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
+MAX_MEMBER_BYTES = 2**28
 TEST_NAMES = ("test", "val", "validation")
 
 
@@ -31,26 +32,31 @@ class Place:
     label: str
 
 
-def files(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+def files(source: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, BinaryIO]]:
     """Yield the paths and streams of the files in a folder or archive, in a fixed order, without hidden files.
 
-    An archive is read from end to end and each of its files as a whole, so that damage is found here. A stream is valid
-    until the next one is requested.
+    Each file in an archive is read as a whole, so that damage is found here. A stream is valid until the next one is
+    requested. A wanted file of more than ``MAX_MEMBER_BYTES`` in an archive is refused, and no more of it is read.
+
+    Args:
+        source: The folder or archive.
+        is_wanted: Whether to read the file of a name; the others are passed over.
     """
+
+    def reads(name: str) -> bool:
+        return is_wanted(name) and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
     if not source.exists():
         raise UsageError(f"no {source}: give a folder of class folders, or an archive of one ({' '.join(ARCHIVES)})")
     try:
         if source.is_dir():
-            found = _in_folder(source)
+            yield from _in_folder(source, reads)
         elif source.name.lower().endswith(".zip"):
-            found = _in_zip(source)
+            yield from _in_zip(source, reads)
         elif source.name.lower().endswith(ARCHIVES):
-            found = _in_tar(source)
+            yield from _in_tar(source, reads)
         else:
             raise UsageError(f"{source} is neither a folder nor an archive: give one of these ({' '.join(ARCHIVES)})")
-        for name, stream in found:
-            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
-                yield name, stream
     except DAMAGE as error:
         raise UsageError(
             f"{source} cannot be read to its end ({error}): it is damaged or incomplete; download it again"
@@ -81,23 +87,36 @@ def places(names: Sequence[str]) -> list[Place]:
     return found
 
 
-def _in_folder(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _content(stream: IO[bytes], name: str, declared: int) -> BinaryIO:
+    """Return the content of a member of an archive.
+
+    Raises:
+        UsageError: It is too large for an image, or says so.
+    """
+    with stream:
+        content = b"" if declared > MAX_MEMBER_BYTES else stream.read(MAX_MEMBER_BYTES + 1)
+    if max(declared, len(content)) > MAX_MEMBER_BYTES:
+        raise UsageError(f"{name} has more than {MAX_MEMBER_BYTES >> 20} MiB, too much for an image: remove it")
+    return BytesIO(content)
+
+
+def _in_folder(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
     for path in sorted(source.rglob("*")):
-        if path.is_file():
+        if path.is_file() and reads(path.relative_to(source).as_posix()):
             with path.open("rb") as stream:
                 yield path.relative_to(source).as_posix(), stream
 
 
-def _in_zip(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _in_zip(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            if not member.is_dir():
-                yield member.filename, BytesIO(archive.read(member))
+            if not member.is_dir() and reads(member.filename):
+                yield member.filename, _content(archive.open(member), member.filename, member.file_size)
 
 
-def _in_tar(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _in_tar(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
     with tarfile.open(source) as archive:
         for member in archive:
-            stream = archive.extractfile(member) if member.isfile() else None
+            stream = archive.extractfile(member) if member.isfile() and reads(member.name) else None
             if stream is not None:
-                yield member.name, BytesIO(stream.read())
+                yield member.name, _content(stream, member.name, member.size)

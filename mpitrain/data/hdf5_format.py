@@ -24,7 +24,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, reason
+from mpitrain.records.hdf5_guard import ERRORS, RefusedContents, check_contents, check_stored
 
 FORMAT = "mpitrain-data"
 FORMAT_VERSION = 1
@@ -59,7 +60,9 @@ def open_data(path: Path) -> h5py.File:
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a data file: {REMEDY}")
     try:
-        return h5py.File(path, "r", locking=False)
+        return _checked(h5py.File(path, "r", locking=False))
+    except RefusedContents as error:
+        raise _refused(str(path), error) from error
     except PermissionError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
     except OSError as error:
@@ -68,15 +71,32 @@ def open_data(path: Path) -> h5py.File:
         if not h5py.is_hdf5(path):
             raise UsageError(f"{path} is not an HDF5 file: {REMEDY}") from error
         raise _damaged(str(path), error) from error
+    except ERRORS as error:
+        raise _damaged(str(path), error) from error
+
+
+def _checked(file: h5py.File) -> h5py.File:
+    """Return a file whose contents are its own; close another one."""
+    try:
+        check_contents(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @contextmanager
 def reading(file: h5py.File) -> Iterator[None]:
     """Replace errors of HDF5 about damaged contents by a `UsageError` of one line."""
+    path = str(file.filename)
     try:
         yield
-    except (OSError, RuntimeError, KeyError) as error:
-        raise _damaged(file.filename, error) from error
+    except (UsageError, MemoryError):
+        raise
+    except RefusedContents as error:
+        raise _refused(path, error) from error
+    except ERRORS as error:
+        raise _damaged(path, error) from error
 
 
 def read_header(file: h5py.File) -> Header:
@@ -108,6 +128,8 @@ def read_header(file: h5py.File) -> Header:
             )
         if n == 0:
             raise UsageError(f"{path}: the {split} set is empty: store at least one image in {split}/images")
+    for found in (*images.values(), *labels.values()):
+        check_stored(found)
     if 0 in shape:
         raise UsageError(f"{path}: images of shape {shape} have no pixels: store images of at least one pixel")
     for name, values in (("mean", mean), ("std", std)):
@@ -147,8 +169,12 @@ def create(
         group.create_dataset("labels", (n_split,), "int64", chunks=(max(1, min(n_split, 2**14)),), maxshape=(None,))
 
 
+def _refused(path: str, error: RefusedContents) -> UsageError:
+    return UsageError(f"{path} is refused: {error}; store all of every array in the file itself, or {REMEDY}")
+
+
 def _damaged(path: str, error: Exception) -> UsageError:
-    return UsageError(f"{path} is a damaged HDF5 file ({error}): copy it again, or {REMEDY}")
+    return UsageError(f"{path} is a damaged HDF5 file ({reason(error)}): copy it again, or {REMEDY}")
 
 
 def _attribute(file: h5py.File, name: str) -> Any:

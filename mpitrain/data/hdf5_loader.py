@@ -9,20 +9,31 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.data import digest
 from mpitrain.data.dataset import Dataset, Normalisation
 from mpitrain.data.hdf5_format import SPLITS, Header, check_labels, open_data, read_header, reading
 from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
+from mpitrain.errors import UsageError
+
+LABEL_BYTES = 2**28
+"""Labels of this size are read on every node, even if the images are not."""
 
 
-def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits) -> Dataset:
+def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify: bool = False) -> Dataset:
     """Return the data set of a data file. Collective over the node.
 
-    `storage.py` says where its images are kept.
+    `storage.py` says where its images are kept. With `verify`, the first rank of the node reads the whole file once and
+    compares it with its digest before anything of it is used.
     """
+    if verify:
+        all_ok(world, lambda: digest.verify(path) if world.local_rank == 0 else None)
     file, header = all_ok(world, lambda: _open(path))
     preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
     storage = STORAGES[agree(world, STORAGES.index(preferred))]
+    n_labels = header.n_train + header.n_test
+    if storage != "shared" and 8 * n_labels * world.local_size > max(limits.private_bytes, LABEL_BYTES):
+        raise UsageError(f"{path}: its {n_labels} labels do not fit into the memory of this node: use more memory")
 
     images: dict[str, Images] = {}
     labels: dict[str, NDArray[np.int64]] = {}

@@ -5,12 +5,13 @@ headers, from which classes, split, size and colours follow; the second pass dec
 once, a chunk at a time.
 """
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import h5py
 import numpy as np
@@ -18,13 +19,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from mpitrain.data import digest
 from mpitrain.data.class_folders import files, places
 from mpitrain.data.hdf5_format import SPLITS, SUFFIXES, create
 from mpitrain.data.stratified_split import stratified_split
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, reason
+from mpitrain.records.contained_file import ContainedFile
+from mpitrain.records.durable import remedy, sync
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a channel, which Pillow would clip
 
+T = TypeVar("T")
 Decoded = Iterator[tuple[str, NDArray[np.uint8] | None]]  # name; (C, H, W), or None if it cannot be decoded
 
 
@@ -95,18 +100,40 @@ def import_images(
         name: (int(label), int(test)) for name, label, test in zip(survey.names, assigned.labels, assigned.is_test)
     }
     n_test = int(assigned.is_test.sum())
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with h5py.File(temporary, "w") as file:
+
+    def fill(output: ContainedFile) -> tuple[_Writer, list[str]]:
+        with h5py.File(output, "w") as file:
             create(file, classes=assigned.classes, shape=shape, n=(len(by_name) - n_test, n_test))
-            writer = _Writer(file)
+            writer = _Writer(file, output.check)
             unreadable = survey.unreadable + writer.fill(_decoded(source, by_name, shape, progress), by_name)
             _report_unreadable(unreadable, skip_unreadable)
             writer.close()
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            return writer, unreadable
+
+    writer, unreadable = _replace(target, fill)
     return Imported(target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable))
+
+
+def _replace(target: Path, fill: Callable[[ContainedFile], T]) -> T:
+    """Write a data file with its digest in place of the one at ``target``; return what ``fill`` returns.
+
+    Raises:
+        UsageError: The disk refuses; ``target`` is as it was, and nothing else is left.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with ContainedFile(temporary) as output:
+            result = fill(output)
+            digest.add(output)
+            output.sync()
+        os.replace(temporary, target)
+        sync(target.parent)
+        return result
+    except OSError as error:
+        raise UsageError(f"cannot write {target} ({reason(error)}): {remedy(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _assign(source: Path, names: list[str], test_fraction: float, seed: int) -> Assignment:
@@ -126,10 +153,15 @@ def _assign(source: Path, names: list[str], test_fraction: float, seed: int) -> 
 
 
 class _Writer:
-    """Fills a data file from front to back, a chunk at a time, and measures the training images meanwhile."""
+    """Fills a data file from front to back, a chunk at a time, and measures the training images meanwhile.
 
-    def __init__(self, file: h5py.File) -> None:
-        self.file = file
+    Args:
+        file: The data file.
+        check: Raises an error of the disk after a chunk.
+    """
+
+    def __init__(self, file: h5py.File, check: Callable[[], None]) -> None:
+        self.file, self._check = file, check
         self.n = [0, 0]  # images written to each split
         chunks = [file[split]["images"].chunks for split in SPLITS]
         self._images = [np.empty(chunk, np.uint8) for chunk in chunks]
@@ -177,6 +209,7 @@ class _Writer:
             for channel, counts in enumerate(self._histogram):
                 counts += np.bincount(images[:, channel].ravel(), minlength=256)
         self.n[split], self._waiting[split] = n + waiting, 0
+        self._check()
 
 
 def _survey(source: Path, progress: bool) -> Survey:
@@ -184,7 +217,7 @@ def _survey(source: Path, progress: bool) -> Survey:
     survey = Survey()
     Image.preinit()  # so that common formats are tried first
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (item for item in files(source) if Path(item[0]).suffix.lower() in suffixes)
+    found = files(source, lambda name: Path(name).suffix.lower() in suffixes)
     for name, stream in _bar(found, "reading headers", progress):
         try:
             with Image.open(stream) as image:
@@ -202,7 +235,7 @@ def _survey(source: Path, progress: bool) -> Survey:
 
 def _decoded(source: Path, wanted: Collection[str], shape: tuple[int, int, int], progress: bool) -> Decoded:
     """Yield the wanted images in the order of the source."""
-    found = (item for item in files(source) if item[0] in wanted)
+    found = files(source, lambda name: name in wanted)
     for name, stream in _bar(found, "decoding", progress, len(wanted)):
         yield name, _decode(stream, shape)
 

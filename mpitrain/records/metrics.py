@@ -21,17 +21,16 @@ decides the rest:
   the environment overrides this.
 - A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. Room
   is therefore reserved in the file system before rows are passed to HDF5. Rows without room are dropped, with one
-  warning, and training continues.
+  warning, and training continues. After another failure the file is replaced with memory under HDF5's feet, so that it
+  can be closed, and the run has no more metrics.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +42,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpitrain.errors import UsageError, reason
+from mpitrain.log import logger
+from mpitrain.records.durable import reserve
+from mpitrain.records.hdf5_guard import ERRORS, check_contents
 
 Column = NDArray[np.float64]
 Field = str | tuple[str, tuple[int, ...]]  # a name, or a name and the shape of its entry in a row
@@ -58,7 +60,6 @@ FAILURES = (OSError, RuntimeError, KeyError)
 """Errors of h5py when a file cannot be written: closing it raises RuntimeError, looking up a part of it KeyError."""
 BYTES_PER_FIELD = 8192  # more than a new chunk of a column and its index entry take
 HOLES_BYTES = 2**20  # the end of a file, which may have holes where HDF5 has not written yet
-CANNOT_RESERVE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class MetricsWriter:
@@ -108,15 +109,34 @@ class MetricsWriter:
         building = self._path.with_name(f"{self._path.name}.building")
         building.unlink(missing_ok=True)  # left by a writer killed while it built the file
         n_fields = sum(map(len, self._shapes.values()))
-        with building.open("wb") as file:
-            n_bytes = sum(column.nbytes for columns in rows.values() for column in columns.values())
-            reserve(file.fileno(), 0, 2 * n_bytes + BYTES_PER_FIELD * n_fields)
-        self._file = h5py.File(building, "w", libver=LIBVER, locking=LOCKING)
+        n_bytes = sum(column.nbytes for columns in rows.values() for column in columns.values())
+        try:
+            with building.open("wb") as file:
+                reserve(file.fileno(), 0, 2 * n_bytes + BYTES_PER_FIELD * n_fields)
+            self._file = h5py.File(building, "w", libver=LIBVER, locking=LOCKING)
+            self._is_broken = True  # if one of the following calls raises
+            self._columns: dict[tuple[str, str], Any] = {}
+            self._create_tables(rows)
+            self._file.swmr_mode = True
+            os.replace(building, self._path)
+            self._is_broken = False
+        except FAILURES:
+            with contextlib.suppress(OSError):
+                building.unlink(missing_ok=True)
+            if self._is_broken:
+                self._close_broken()
+            raise
+        self._waiting: dict[str, list[dict[str, Column]]] = {table: [] for table in self._shapes}
+        self._flushed_at = -math.inf
+
+    def _create_tables(self, rows: Mapping[str, Mapping[str, Column]]) -> None:
+        """Create all columns, with the rows that there are."""
         for table, shapes in self._shapes.items():
             old = rows.get(table, {})
             n = max((len(column) for column in old.values()), default=0)
             for field, shape in shapes.items():
-                self._file.create_dataset(
+                # Kept open: HDF5 may crash when it closes a column that it could not write.
+                self._columns[table, field] = self._file.create_dataset(
                     f"{table}/{field}",
                     data=old.get(field, np.full((n, *shape), np.nan)),
                     dtype=np.float64,
@@ -124,10 +144,6 @@ class MetricsWriter:
                     chunks=(max(1, ROWS_PER_CHUNK // math.prod(shape)), *shape),
                     fillvalue=np.nan,
                 )
-        self._file.swmr_mode = True
-        os.replace(building, self._path)
-        self._waiting: dict[str, list[dict[str, Column]]] = {table: [] for table in self._shapes}
-        self._flushed_at = -math.inf
 
     def append(self, table: str, **values: ArrayLike) -> None:
         """Append one row; fields without a value are NaN.
@@ -140,7 +156,7 @@ class MetricsWriter:
             raise ValueError(f"no table is called {table!r}; there are {', '.join(self._shapes)}")
         if unknown := values.keys() - shapes.keys():
             raise ValueError(f"table {table} has no field {', '.join(sorted(unknown))}; it has {', '.join(shapes)}")
-        if not self._file:
+        if not self._file and not self._is_broken:
             raise ValueError(f"{self._path} is closed")
         row = {}
         for field, shape in shapes.items():
@@ -159,6 +175,8 @@ class MetricsWriter:
                 self._write()
         except FAILURES as error:
             self._warn(error)
+            if self._is_broken:
+                self._close_broken()
         for rows in self._waiting.values():
             rows.clear()
 
@@ -172,7 +190,7 @@ class MetricsWriter:
         for table, rows in self._waiting.items():
             if rows:
                 for field in self._shapes[table]:
-                    column = self._file[f"{table}/{field}"]
+                    column = self._columns[table, field]
                     n = len(column)
                     column.resize(n + len(rows), axis=0)
                     column[n:] = np.stack([row[field] for row in rows])
@@ -180,10 +198,24 @@ class MetricsWriter:
         os.ftruncate(descriptor, self._file.id.get_filesize())
         self._is_broken = False
 
+    def _close_broken(self) -> None:
+        """Close the file after a write has failed: HDF5 writes the rest of it to memory, and does not crash."""
+        memory = os.memfd_create("mpitrain-metrics")
+        try:
+            descriptor = self._file.id.get_vfd_handle()
+            with contextlib.suppress(OSError):
+                os.write(memory, os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+            os.dup2(memory, descriptor, inheritable=False)
+            self._columns.clear()
+            self._file.close()
+        except FAILURES:
+            pass
+        finally:
+            os.close(memory)
+
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
-            text = " ".join(f"rows of {self._path} are lost because it cannot be written ({reason(error)})".split())
-            print(f"mpitrain: warning: {text}", file=sys.stderr, flush=True)
+            logger.warning("rows of %s are lost because it cannot be written (%s)", self._path, reason(error))
         self._has_warned = True
 
     def truncate_after(self, table: str, column: str, value: float) -> None:
@@ -206,7 +238,7 @@ class MetricsWriter:
         """Write the buffered rows and close the file; a second call does nothing."""
         if self._file:
             self.flush()
-            if not self._is_broken:
+            if self._file:
                 self._file.close()
 
     def __enter__(self) -> Self:
@@ -216,19 +248,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
-    """Reserve room for a part of a file and extend the file to its end.
-
-    Raises:
-        OSError: There is no room.
-    """
-    try:
-        os.posix_fallocate(descriptor, offset, n_bytes)
-    except OSError as error:
-        if error.errno not in CANNOT_RESERVE:
-            raise
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
@@ -246,18 +265,13 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with _open(path) as file:
+                check_contents(file)
                 return _read(file)
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (*ERRORS, MemoryError) as error:
             if attempt == ATTEMPTS:
                 raise UsageError(
-                    f"{path} cannot be read as metrics ({error}): it is damaged or another kind of file; move it away"
+                    f"{path} cannot be read as metrics ({reason(error)}): it is damaged or another kind of file; move "
+                    "it away"
                 ) from error
             time.sleep(PAUSE_SECONDS)
     raise AssertionError("unreachable")

@@ -26,7 +26,7 @@ class Batches:
 
     def __init__(self, config: TrainConfig, world: World, dataset: data.Dataset | None = None) -> None:
         self._config, self._device = config, world.device
-        self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling)
+        self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling, verify=config.verify)
         if config.augment and not self.dataset.augmentable:
             raise UsageError(f"--augment needs photographs of 28x28 pixels or more, which {config.data} does not have")
         self._sampler = data.Sampler(

@@ -108,6 +108,9 @@ class TrainConfig:
         "each rank draws from the whole training set (independent) or from its part (sharded)",
         choices=("independent", "sharded"),
     )
+    verify: bool = option(
+        False, "compare a data file with the digest of its import before training", parse=None, replaceable=True
+    )
     augment: bool = option(False, "crop and flip training images at random", parse=None)
     evaluate_every: int | None = option(
         None,

@@ -19,6 +19,7 @@ import pytest
 from support import plain_sgd, small_models
 from support.plain_sgd import DATA, MODEL, STEPS
 
+from mpitrain import data
 from mpitrain.cli import train as command
 from mpitrain.cli.main import main
 from mpitrain.data import hdf5_format
@@ -208,6 +209,20 @@ def keep(bench: Bench) -> None:
         assert len(list((folder / "checkpoints").iterdir())) == expected
 
 
+def verify(bench: Bench) -> None:
+    seen: list[bool] = []
+    load = data.load
+
+    def note(*names: Any, verify: bool, **options: Any) -> Any:
+        seen.append(verify)
+        return load(*names, verify=verify, **options)
+
+    bench.monkeypatch.setattr(data, "load", note)
+    bench.run()
+    bench.run("--verify")
+    assert seen == [False, True]
+
+
 def straggler(bench: Bench) -> None:
     slept: list[float] = []
     ticks = itertools.count()
@@ -287,6 +302,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "defer_evaluation": defer_evaluation,
     "checkpoint_every": checkpoint_every,
     "keep": keep,
+    "verify": verify,
     "straggler": straggler,
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),

@@ -84,6 +84,8 @@ def test_only_large_photographs_are_augmentable(tmp_path, lone, side, expected):
     path = tmp_path / "photographs.h5"
     with h5py.File(path, "w") as file:
         create(file, classes=["a"], shape=(1, side, 28), n=(3, 1))
+        for split in ("train", "test"):
+            file[split]["images"][...], file[split]["labels"][...] = 1, 0
         file.attrs.update({"mean": [0.5], "std": [0.5]})
     assert load(str(path), world=lone).augmentable is expected
     assert not load("synthetic:n=10,shape=3x32x32", world=lone).augmentable

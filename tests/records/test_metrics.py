@@ -244,6 +244,34 @@ def test_rows_that_cannot_be_written_are_dropped_with_one_warning(path: Path, ca
     assert capsys.readouterr().err.count("cannot be written (File too large)") == 1
 
 
+FULL_DEVICE = """
+import os, sys
+from mpitrain.records import metrics
+metrics.reserve = lambda descriptor, offset, n_bytes: None  # a file system on which nothing can be reserved
+writer = metrics.MetricsWriter(sys.argv[1], {"progress": ["step", "loss"]}, flush_seconds=0)
+for step in range(10):
+    writer.append("progress", step=step, loss=1.0)
+os.dup2(os.open("/dev/full", os.O_RDWR), writer._file.id.get_vfd_handle())
+for step in range(10, 3000):
+    writer.append("progress", step=step, loss=1.0)
+print("trained on", flush=True)
+if sys.argv[2] == "closed":
+    writer.close()
+"""
+
+
+@pytest.mark.parametrize("ending", ["closed", "left open"])
+def test_a_write_that_fails_in_hdf5_does_not_end_the_process(path: Path, ending: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DEVICE, path, ending], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "trained on\n"), done.stderr
+    assert done.stderr.splitlines() == [
+        f"mpitrain: warning: rows of {path} are lost because it cannot be written (No space left on device)"
+    ]
+    assert len(read_metrics(path)["progress"]["step"]) >= 9
+
+
 def test_the_file_of_a_killed_writer_can_be_read_and_continued(path: Path) -> None:
     """A writer killed during a write, several times, loses no row that it has written."""
     rows = 0

@@ -1,0 +1,62 @@
+"""The digest of a data file: the end of the file, which HDF5 ignores.
+
+    HDF5  |  magic, length, SHA-256 of the HDF5 file
+
+An import adds it. ``mpitrain data verify`` and ``mpitrain train --verify`` read the file once and compare, before HDF5,
+which may crash on a damaged file, sees it. Other programs that change the file drop the digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mpitrain.errors import UsageError, reason
+
+_MAGIC = b"mpitrain digest\n"
+_END = struct.Struct("<16sQ32s")
+_BLOCK_BYTES = 2**22
+
+
+def add(file: Any) -> None:
+    """Append the digest to a complete binary file, open for reading and writing."""
+    length = file.seek(0, os.SEEK_END)
+    digest = _digest(file, length)
+    file.seek(length)
+    file.write(_END.pack(_MAGIC, length, digest))
+
+
+def verify(path: Path) -> str:
+    """Return the digest of a data file, in hexadecimal, once the file has been compared with it.
+
+    Raises:
+        UsageError: The file was changed or damaged, has no digest, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - _END.size))
+            end = file.read(_END.size)
+            if len(end) < _END.size or not end.startswith(_MAGIC):
+                raise UsageError(
+                    f"{path} has no digest: it was not made by 'mpitrain data import', or is damaged or changed since"
+                )
+            _, noted, digest = _END.unpack(end)
+            if noted + _END.size != length or _digest(file, noted) != digest:
+                raise UsageError(f"{path} is damaged: its contents do not match its digest; copy or import it again")
+            return str(digest.hex())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({reason(error)})") from error
+
+
+def _digest(file: BinaryIO, length: int) -> bytes:
+    """Return the SHA-256 of the first ``length`` bytes."""
+    file.seek(0)
+    left, value, block = length, hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    while left and (n := file.readinto(block[: min(left, _BLOCK_BYTES)])):  # type: ignore[attr-defined]
+        value.update(block[:n])
+        left -= n
+    return value.digest()

@@ -1,0 +1,91 @@
+"""A file for HDF5 to write, whose failures HDF5 does not notice.
+
+HDF5 may crash after a write that has failed, at the latest when the process ends. Here the first failure is noted, and
+nothing is written from then on, while HDF5 goes on and closes the file as usual. The caller asks for the failure.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mpitrain.records.durable import Buffer
+
+
+class ContainedFile:
+    """A new file, for ``h5py.File(file, "w")``.
+
+    Args:
+        path: The file to create.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "x+b", buffering=0)  # noqa: SIM115
+        self._failure: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the first failure, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a place in the file, which need not exist yet."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file."""
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        """Return bytes from the file; h5py recognises a file by this method."""
+        return self._file.read(size) or b""
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Read."""
+        return self._file.readinto(buffer) or 0
+
+    def write(self, data: Buffer) -> int:
+        """Write all of the data, or note the failure."""
+        view = memoryview(data).cast("B")
+        place, n = self._file.tell(), len(view)
+        try:
+            while len(view) and self._failure is None:
+                view = view[self._file.write(view) or 0 :]
+        except OSError as error:
+            self._failure = error
+        if self._failure is not None:
+            self._file.seek(place + n)
+        return n
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length, or note the failure."""
+        size = self._file.tell() if size is None else size
+        if self._failure is None:
+            try:
+                self._file.truncate(size)
+            except OSError as error:
+                self._failure = error
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+    def sync(self) -> None:
+        """Write the file to the disk.
+
+        Raises:
+            OSError: This, or something before, has failed.
+        """
+        self.check()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
