@@ -145,14 +145,15 @@ def summary(results: Results, target: float | None) -> dict[str, Any]:
 
 def draw(results: Results, out: Path) -> list[str]:
     """Draw the plots, in which the runs of a method are one line; return their paths. Local; rank 0 only."""
-    from mpitrain.report import load_run, plots
+    from mpitrain.report import load_run
+    from mpitrain.report.markdown import draw as draw_plots
 
     runs = [
         dataclasses.replace(load_run(Path(result["out"])), label=name, group=name)
         for name, of_method in results.items()
         for result in of_method
     ]
-    return [str(out / name) for name, draw in plots.DRAWINGS.items() if draw(runs, out / name)]
+    return [str(out / name) for name in draw_plots(runs, out)]
 
 
 def report(document: dict[str, Any], out: Path, *, only_json: bool) -> None:

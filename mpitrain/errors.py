@@ -1,7 +1,9 @@
 """Errors that a user can cause or must know of, and the timing of their last messages."""
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 _CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(11, 32), *range(127, 160))}
 # Marks of the direction of writing, with which a text shows other letters than it has.
@@ -11,6 +13,9 @@ _CONTROL |= {code: f"\\u{code:04x}" for code in _DIRECTIONS}
 OUTPUT_SECONDS = 0.3
 """Pause of a rank between its last message and `MPI_Abort`: a launcher that ends the ranks (MPICH's Hydra) may drop
 output written a moment before."""
+
+MOST_LISTED = 12
+"""The most names that a message lists."""
 
 TURN_SECONDS = 0.5
 """Delay between two ranks that may both end all ranks: Open MPI's launcher may hang when two do so at once after the
@@ -26,10 +31,47 @@ class UsageError(ValueError):
 
     Its text is one line that names the mistake and the way out. The command line prints that line on one rank and exits
     with code 2; all other exceptions show a traceback.
+
+    Args:
+        text: The line.
+        on_all_ranks: Whether every rank is sure to raise it, so that rank 0 can speak for all.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, on_all_ranks: bool = False) -> None:
         super().__init__(printable(" ".join(text.split())))
+        self.on_all_ranks = on_all_ranks
+
+
+def unknown(what: str, value: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """Return the message for a name that does not exist.
+
+    Args:
+        what: The kind of name, such as ``algorithm``.
+        value: The name that was given.
+        known: The names that exist.
+        otherwise: Where the names are listed, or what else is accepted.
+    """
+    return f"unknown {what} {value!r}: {suggestion(value, known, otherwise=otherwise)}"
+
+
+def suggestion(value: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """Return ``did you mean NAME?`` if one of the known names is similar; else all of them, if they are few.
+
+    Args:
+        value, known, otherwise: See ``unknown``.
+    """
+    names = list(known)
+    if close := nearest(value, names):
+        return f"did you mean {close}?"
+    parts = [f"it must be {'one of ' * (len(names) > 1)}{', '.join(names)}"] if 0 < len(names) <= MOST_LISTED else []
+    return ", or ".join([*parts, *([otherwise] if otherwise else [])]) or "there is none"
+
+
+def nearest(value: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to a misspelt one, in any case; None if none is similar."""
+    plain = {name.casefold().replace("_", "-"): name for name in reversed(list(known))}
+    close = difflib.get_close_matches(value.casefold().replace("_", "-"), plain, n=1)
+    return plain[close[0]] if close else None
 
 
 def printable(text: str) -> str:

@@ -14,8 +14,11 @@ such as ``%(rank)d``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from mpitrain.errors import printable
 
@@ -77,6 +80,29 @@ class _RankFilter(logging.Filter):
 
 logger = logging.getLogger("mpitrain")
 """The logger of all modules."""
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; a closed one, or none at all, is not."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def decoration(what: str) -> Iterator[None]:
+    """Log a warning for an error inside the block: plots, tables and bars never fail a run. Local.
+
+    Args:
+        what: The part that is then missing, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        with contextlib.suppress(Exception):  # standard error may be what is broken
+            logger.warning("%s is missing (%s); the result is not affected", what, reason)
 
 
 def _install() -> None:

@@ -34,7 +34,7 @@ from mpitrain.algorithms.synchronous.dasgd import DaSGD
 from mpitrain.algorithms.synchronous.diloco import DiLoCo
 from mpitrain.algorithms.synchronous.localsgd import LocalSGD, PostLocalSGD
 from mpitrain.algorithms.synchronous.slowmo import SlowMo
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, suggestion, unknown
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (
@@ -92,14 +92,14 @@ def create(name: str, settings: Mapping[str, str] | None = None) -> Method:
         settings: For example ``{"period": "10"}``.
 
     Raises:
-        UsageError: The name or a setting is unknown (the message lists the known ones), or a value is not accepted.
+        UsageError: The name or a setting is unknown (the message names a similar one), or a value is not accepted.
     """
     if name not in METHODS:
-        raise UsageError(f"unknown algorithm {name!r}: it must be one of {', '.join(METHODS)}")
+        raise UsageError(unknown("algorithm", name, METHODS, otherwise="see mpitrain algorithms"))
     declared, values = settings_of(METHODS[name]), {}
     for key, text in (settings or {}).items():
         if key not in declared:
-            raise UsageError(f"{name} has no setting {key!r}: it has {', '.join(declared) or 'none'}")
+            raise UsageError(f"{name} has no setting {key!r}: {suggestion(key, declared)}")
         try:
             values[key] = declared[key].parse(text)
         except ValueError as refused:

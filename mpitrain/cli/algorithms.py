@@ -6,7 +6,7 @@ import argparse
 import json
 
 from mpitrain.algorithms import catalogue
-from mpitrain.cli.failure import launched_rank
+from mpitrain.collectives.world.launchers import launched_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ command runs.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,15 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``mpitrain`` command; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal does not know
     try:
         if words and words[0] in COMMANDS:
             return _run(words[0], words[1:])
         _parser().parse_args(words)  # exits: it shows the help or the version, or finds no such command
         return EXIT_FAILURE
     except UsageError as error:
-        return fail(str(error))
+        return fail(str(error), on_all_ranks=error.on_all_ranks)
     except RankFailed as error:
         return fail(str(error), code=EXIT_FAILURE)
     except BrokenPipeError:  # mpitrain algorithms | head

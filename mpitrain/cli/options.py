@@ -7,12 +7,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpitrain.cli.failure import fail
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, nearest, unknown
 from mpitrain.trainer.options import Option, default_of, flag_of, options_of
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, on one rank, as all of mpitrain does."""
+    """A parser that reports errors in one line, on one rank, as all of mpitrain does.
+
+    Each parser refuses unknown options itself, so that the message points to the help of the sub-command.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse arguments; unknown ones are an error."""
+        found, unknown_words = super().parse_known_args(args, namespace)
+        if unknown_words:
+            word = unknown_words[0]
+            close = nearest(word.partition("=")[0], self._option_string_actions) if word.startswith("--") else None
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown_words)}{f': did you mean {close}?' if close else ''}"
+            )
+        return found, []
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown("value", str(value), map(str, action.choices)))
 
     def error(self, message: str) -> Any:
         """Exit with code 2."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from mpitrain.cli.failure import EXIT_STOPPED, fail
 from mpitrain.cli.options import add_options
 from mpitrain.errors import UsageError
-from mpitrain.log import logger
+from mpitrain.log import decoration, logger
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import values_of
 from mpitrain.trainer.plan import RunPlan
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
     result = train(plan, world, resume=args.resume)
     if world.rank == 0:
-        print_result(result, as_json=args.json)
+        with decoration("the summary on standard output"):
+            print_result(result, as_json=args.json)
+            sys.stdout.flush()
     return 0 if result["complete"] else EXIT_STOPPED
 
 
@@ -108,10 +111,8 @@ def _ranks(result: dict[str, Any]) -> str:
 
 
 def _write_report(folder: Path) -> None:
-    from mpitrain.report import load_run, write_report
+    with decoration("the report"):
+        from mpitrain.report import load_run, write_report
 
-    try:
         write_report([load_run(folder)], folder)
         print(f"report and plots: {folder / 'report.md'}")
-    except (UsageError, OSError) as error:
-        logger.warning("the report could not be written (%s)", error)

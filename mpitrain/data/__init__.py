@@ -11,7 +11,7 @@ from mpitrain.data.node_agreement import World
 from mpitrain.data.sampler import MODES, Sampler
 from mpitrain.data.storage import Limits
 from mpitrain.data.synthetic import load_synthetic
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, unknown
 
 __all__ = ["MODES", "Dataset", "Limits", "Normalisation", "Sampler", "World", "augment", "load"]
 
@@ -39,7 +39,7 @@ def load(
         verify: Read a data file once and compare it with the digest of its import first; no effect on other data.
     """
     if sampling not in MODES:
-        raise UsageError(f"no sampling '{sampling}': use one of {', '.join(MODES)}")
+        raise UsageError(unknown("sampling", sampling, MODES))
     limits = limits or Limits.measure()
     kind, _, options = name.partition(":")
     if name == "digits":
@@ -49,4 +49,5 @@ def load(
     path = Path(name).expanduser()
     if path.suffix in SUFFIXES or path.is_file():
         return load_hdf5(path, world=world, sampling=sampling, limits=limits, verify=verify)
-    raise UsageError(f"no data '{name}': use digits, synthetic, or the path of an HDF5 file ({' or '.join(SUFFIXES)})")
+    file = f"the path of an HDF5 file ({' or '.join(SUFFIXES)})"
+    raise UsageError(unknown("data", name, ("digits", "synthetic"), otherwise=file))

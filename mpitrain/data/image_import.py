@@ -7,6 +7,7 @@ once, a chunk at a time.
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from mpitrain.data.class_folders import files, places
 from mpitrain.data.hdf5_format import SPLITS, SUFFIXES, create
 from mpitrain.data.stratified_split import stratified_split
 from mpitrain.errors import UsageError, reason
+from mpitrain.log import is_terminal
 from mpitrain.records.contained_file import ContainedFile
 from mpitrain.records.durable import remedy, sync
 
@@ -256,7 +258,7 @@ def _decode(stream: BinaryIO, shape: tuple[int, int, int]) -> NDArray[np.uint8] 
 def _bar(
     items: Iterator[tuple[str, BinaryIO]], what: str, progress: bool, total: int | None = None
 ) -> Iterator[tuple[str, BinaryIO]]:
-    return iter(tqdm(items, desc=what, total=total, unit=" images", disable=None if progress else True))
+    return iter(tqdm(items, desc=what, total=total, unit=" images", disable=not (progress and is_terminal(sys.stderr))))
 
 
 def _report_unreadable(names: list[str], skip: bool) -> None:

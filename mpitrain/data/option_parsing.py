@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, nearest, suggestion
 
 
 def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner: str) -> dict[str, Any]:
@@ -21,7 +21,9 @@ def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner
     for item in filter(None, text.split(",")):
         key, separator, value = item.partition("=")
         if not separator or key not in known:
-            way_out = f"write {owner}:key=value with a key of {', '.join(known)}" if known else f"write {owner}"
+            keys = f"write {owner}:key=value with a key of {', '.join(known)}" if known else f"write {owner}"
+            close = nearest(key, known)
+            way_out = f"did you mean {close}?" if close and close != key else keys
             raise UsageError(f"{owner} has no option '{item}': {way_out}")
         if key in values:
             raise UsageError(f"{owner} was given '{key}' twice: keep one of them")
@@ -52,7 +54,7 @@ def choice(*names: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in names:
-            raise ValueError(f"one of {', '.join(names)} is needed")
+            raise ValueError(suggestion(text, names))
         return text
 
     return read

@@ -26,9 +26,17 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, unknown
 
 MODES = ("independent", "sharded")
+
+TORCH_SEEDS = 2**63
+"""torch takes seeds below this number. NumPy takes any."""
+
+
+def torch_seed(number: int) -> int:
+    """Return a seed that torch accepts, from any whole number; small ones are unchanged."""
+    return number % TORCH_SEEDS
 
 
 class Sampler:
@@ -47,7 +55,7 @@ class Sampler:
         self, n: int, batch_size: int, *, rank: int = 0, size: int = 1, seed: int = 0, mode: str = "independent"
     ) -> None:
         if mode not in MODES:
-            raise UsageError(f"no sampling '{mode}': use one of {', '.join(MODES)}")
+            raise UsageError(unknown("sampling", mode, MODES))
         if batch_size < 1 or seed < 0:
             raise UsageError(f"batch size {batch_size}, seed {seed}: use a batch size above 0 and a seed of at least 0")
         if batch_size > n:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpitrain.errors import UsageError
+from mpitrain.data.sampler import torch_seed
+from mpitrain.errors import UsageError, unknown
 from mpitrain.models.batchnorm import has_batchnorm, reestimate
 from mpitrain.models.cnn7 import CNN7
 from mpitrain.models.mlp import MLP
@@ -52,11 +53,10 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
         function = _import(head, rest)
         arguments = _accepted(name, function, {"shape": shape, "n_classes": n_classes, "seed": seed})
     else:
-        raise UsageError(f"no model '{name}': use one of {', '.join(MODELS)}, or module:function for your own model")
+        raise UsageError(unknown("model", name, MODELS, otherwise="module:function for your own model"))
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would also seed GPUs, whose state fork_rng does not restore here
+        # torch.manual_seed would also seed GPUs, whose state fork_rng does not restore here
+        torch.default_generator.manual_seed(torch_seed(seed))
         model = function(**arguments)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module: return the model")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -76,25 +74,6 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
             "another DistributedOptimizer already has these parameters: close() it first, "
             "and create the new one from the torch optimizer"
         )
-
-
-def check_alike(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method, world: World) -> None:
-    """Check that the models of all ranks differ in the values of parameters only. Collective.
-
-    Raises:
-        UsageError: On all ranks, with the first difference between rank 0 and the first rank that differs from it.
-    """
-    parts = list(_described(base, model, method))
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    digests = world.run_on_survivors(lambda comm: comm.allgather((world.rank, digest)))
-    first, wanted = digests[0]
-    other = next((rank for rank, found in digests if found != wanted), None)
-    if other is None:
-        return
-    described = world.run_on_survivors(
-        lambda comm: dict(comm.allgather((world.rank, parts if world.rank in (first, other) else [])))
-    )
-    raise UsageError(_difference(described[first], described[other], first, other))
 
 
 def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
@@ -176,24 +155,3 @@ class DirectStepGuard:
 
 def _parameters(base: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
     return (parameter for group in base.param_groups for parameter in group["params"])
-
-
-def _described(base: torch.optim.Optimizer, model: torch.nn.Module, method: Method) -> Iterator[str]:
-    """Yield descriptions of everything that must be equal on all ranks because it is broadcast or exchanged."""
-    yield f"the method is {method.name}"
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            yield f"{name} is {tuple(tensor.shape)} {tensor.dtype}"
-    names = {id(p): name for name, p in model.named_parameters()}
-    for k, group in enumerate(base.param_groups):
-        for parameter in group["params"]:
-            kind = "trainable" if parameter.requires_grad else "frozen"
-            yield f"{names[id(parameter)]} is {kind} in parameter group {k}"
-
-
-def _difference(a: Sequence[str], b: Sequence[str], rank_a: int, rank_b: int) -> str:
-    here, there = next(pair for pair in zip_longest(a, b, fillvalue="there is no more") if pair[0] != pair[1])
-    return (
-        f"the model differs between ranks: {here} on rank {rank_a}, and {there} on rank {rank_b}; "
-        "make the same model and the same base optimizer on every rank"
-    )

@@ -24,10 +24,10 @@ from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
+from mpitrain.optimizer.agreement import check_equal
 from mpitrain.optimizer.checks import (
     TOO_LATE_FOR_GROUPS,
     FrozenParameters,
-    check_alike,
     check_base,
     check_device,
     check_kinds,
@@ -129,11 +129,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.method = method
         self.world = world or init()
         share_cores(self.world.cores)
-        check_replica_size(replica_size, self.world)
         check_base(base, model, method)
         check_unshared(base, (place.parameter for other in _open for place in other._open_parts.layout.places))
+        equal = {"seed": seed, "average": average, "replica_size": replica_size, "wire": wire}
+        equal["fitness"] = "absent" if fitness is None else "given"
+        check_equal(base, model, method, self.world, equal)
+        check_replica_size(replica_size, self.world)
         layout = FlatLayout(base.param_groups)
-        check_alike(base, model, method, self.world)
         super().__init__(base.param_groups, dict(base.defaults))
         self._share_with(base)
         frozen = FrozenParameters(base, model)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
+from mpitrain.log import decoration
 from mpitrain.report import text
 from mpitrain.report.runs import Run
 from mpitrain.report.summary import summarise, temporal_efficiency
@@ -27,13 +31,11 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     Returns:
         The summaries of the runs (`runs`), the paths of the `files` and, for two runs, their `temporal_efficiency`.
     """
-    from mpitrain.report import plots  # imported here because matplotlib takes a second to import
-
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out} cannot be created ({error.strerror}): choose a writable folder as --out") from error
-    drawn = [name for name, draw in plots.DRAWINGS.items() if draw(runs, out / name)]
+    drawn = draw(runs, out)
     document: dict[str, Any] = {"runs": [summarise(one) for one in runs]}
     if len(runs) == 2:
         document["temporal_efficiency"] = _efficiency(*runs)
@@ -41,8 +43,39 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     lines = ["# Report", "", *table(document["runs"]), "", *remarks(document)]
     for name in drawn:
         lines += ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     return document
+
+
+def draw(runs: Sequence[Run], out: Path) -> list[str]:
+    """Draw all plots that the runs have data for into the folder ``out``; return the names of their files.
+
+    A plot that cannot be drawn is missing, with a warning.
+    """
+    drawn: list[str] = []
+    with decoration("plots"), style_of_plots() as plots:
+        for name, draw_one in plots.DRAWINGS.items():
+            with decoration(name):
+                if draw_one(runs, out / name):
+                    drawn.append(name)
+    return drawn
+
+
+@contextlib.contextmanager
+def style_of_plots() -> Iterator[ModuleType]:
+    """Import the plots, and draw inside the block, whatever the user has set for figures of their own.
+
+    A notebook sets MPLBACKEND for its children; files need no such backend, which may not even be installed here.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from mpitrain.report import plots  # imported here because matplotlib takes a second to import
+
+        with plots.own_style():
+            yield plots
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def _efficiency(a: Run, b: Run) -> float | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -24,6 +26,13 @@ from mpitrain.report.runs import Run
 from mpitrain.report.style import BYTES, COLOURS, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
 
 PathLike = str | os.PathLike[str]
+
+
+def own_style() -> AbstractContextManager[None]:
+    """Return a context in which matplotlib draws with its defaults, and takes no part of a name for mathematics."""
+    style = {name: value for name, value in rcParamsDefault.items() if "backend" not in name}
+    return rc_context({**style, "text.parse_math": False})
+
 
 SHARE_COLOURS = {"compute": "#009E73", "exchange": "#0072B2", "waiting": "#E69F00", "other": "#BBBBBB"}
 DPI = 130

@@ -84,7 +84,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
         raise UsageError(
             f"{folder} holds no run (no config.json, metrics.h5 or result.json): give the folder of a run itself"
         )
-    label = label or folder.resolve().name
+    label = (label or folder.resolve().name).encode(errors="backslashreplace").decode()  # any bytes may be a name
     return Run(label, label, read_metrics(metrics) if metrics.exists() else {}, _read_json(result), _read_json(config))
 
 

@@ -6,6 +6,7 @@ import torch
 
 from mpitrain import data
 from mpitrain.collectives.world.world import World
+from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 
@@ -38,7 +39,7 @@ class Batches:
             mode=config.sampling,
         )
         self.steps_per_epoch = self._sampler.steps_per_epoch
-        self.rng = torch.Generator().manual_seed(config.seed * 100_003 + 50_021 + world.rank)
+        self.rng = torch.Generator().manual_seed(torch_seed(config.seed * 100_003 + 50_021 + world.rank))
         self._staged: int | None = None
 
     def draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

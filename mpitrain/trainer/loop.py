@@ -16,6 +16,7 @@ import torch
 from mpitrain import data, models
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.world import World
+from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError
 from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
@@ -200,7 +201,7 @@ def _check_world(config: TrainConfig, world: World) -> None:
 def _optimizer(plan: RunPlan, model: torch.nn.Module, world: World) -> DistributedOptimizer:
     """Return the distributed optimizer of a model. Collective."""
     config = plan.config
-    torch.manual_seed(config.seed * 100_003 + world.rank)  # of dropout: each rank has its own
+    torch.manual_seed(torch_seed(config.seed * 100_003 + world.rank))  # of dropout: each rank has its own
     do_without_compiler()
     base = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=plan.base_momentum, weight_decay=config.weight_decay

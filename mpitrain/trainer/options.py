@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, unknown
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def check_ranges(config: Any) -> None:
         if declared.within is not None and value not in declared.within:
             raise UsageError(f"{flag} must be {declared.within.text}, not {value:g}")
         if declared.choices is not None and declared.checks_choices and value not in declared.choices:
-            raise UsageError(f"{flag} must be one of {', '.join(declared.choices)}, not {value!r}")
+            raise UsageError(f"{flag}: {unknown('value', value, declared.choices)}")
 
 
 def number_for_rank(form: str) -> Callable[[str], tuple[int, float]]:

@@ -6,12 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from mpitrain.log import decoration, is_terminal
 from mpitrain.trainer.counters import Totals
 from mpitrain.trainer.run import Hook, Point, Run
 
@@ -26,7 +28,7 @@ COLUMNS_UNDER_LAUNCHER = 110
 
 def ends_in_terminal() -> bool:
     """Return whether standard error, of this process or of the launcher it is piped to, is a terminal."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         return True
     process = os.getppid()
     while process > 1:
@@ -59,15 +61,20 @@ class Progress:
         self._total = gradients if gradients is not None else round(seconds or 0.0, 1)
         self._last_line, self._last_note = time.monotonic(), -math.inf
         self._bar: Any = None
-        if show and ends_in_terminal():
-            self._bar = tqdm(
-                total=self._total,
-                initial=done,
-                desc=name,
-                dynamic_ncols=sys.stderr.isatty(),
-                ncols=None if sys.stderr.isatty() else COLUMNS_UNDER_LAUNCHER,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            )
+        if not show:
+            return
+        with self._guarded():
+            self._bar = self._open_bar(done) if ends_in_terminal() else None
+
+    def _open_bar(self, done: float) -> Any:
+        return tqdm(
+            total=self._total,
+            initial=done,
+            desc=self._name,
+            dynamic_ncols=is_terminal(sys.stderr),
+            ncols=None if is_terminal(sys.stderr) else COLUMNS_UNDER_LAUNCHER,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
 
     def update(
         self, *, gradients: int, seconds: float, loss: float, samples_per_second: float, shares: Mapping[str, float]
@@ -75,6 +82,12 @@ class Progress:
         """Advance the bar."""
         if not self._show:
             return
+        with self._guarded():
+            self._update(gradients, seconds, loss, samples_per_second, shares)
+
+    def _update(
+        self, gradients: int, seconds: float, loss: float, samples_per_second: float, shares: Mapping[str, float]
+    ) -> None:
         done = min(gradients if self._counts_gradients else seconds, self._total)
         spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         status = f"loss {loss:.3f}, {samples_per_second:,.0f} samples/s, {spent}"
@@ -90,7 +103,8 @@ class Progress:
         now = time.monotonic()
         if self._show and (last or now - self._last_note >= SECONDS_BETWEEN_NOTES):
             self._last_note = now
-            self._print(text)
+            with self._guarded():
+                self._print(text)
 
     def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
@@ -98,8 +112,19 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
+            with self._guarded():
+                self._bar.refresh()
+                self._bar.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Show no more progress after an error of the terminal."""
+        worked = False
+        with decoration("the progress bar"):
+            yield
+            worked = True
+        if not worked:
+            self._show, self._bar = False, None
 
 
 class ProgressHook(Hook):

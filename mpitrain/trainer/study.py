@@ -21,7 +21,7 @@ from mpitrain import data, models
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.world.device import limit_threads
-from mpitrain.log import logger
+from mpitrain.log import is_terminal, logger
 from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import Until, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
@@ -153,7 +153,7 @@ class Study:
             n_workers = self._study.workers
             for text in self._plan.budget_warnings(n_workers, self._budget / n_workers):
                 logger.warning(text)
-        with tqdm(total=100, unit="%", leave=False, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=100, unit="%", leave=False, disable=not is_terminal(sys.stderr)) as bar:
 
             def after_step(simulation: Simulation, rank: int) -> None:
                 self._count_step(rank)

@@ -68,8 +68,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # What is wrong whatever the data and the number of ranks: refused before torch is imported or MPI started.
 ARGUMENTS = {
-    "unknown algorithm": (["--algorithm", "nope"], "one of allreduce, easgd"),
-    "unknown setting": (["--set", "foo=1"], "easgd has no setting 'foo': it has moving_rate"),
+    "unknown algorithm": (["--algorithm", "nope"], "unknown algorithm 'nope': see mpitrain algorithms"),
+    "unknown setting": (["--set", "foo=1"], "easgd has no setting 'foo': it must be one of moving_rate"),
     "setting out of range": (["--set", "period=0"], "period must be a whole number >= 1, not 0"),
     "setting that is no number": (["--set", "moving_rate=nan"], "moving_rate must be a number"),
     "settings that exclude each other": (["--set", "moving_rate=.1", "--set", "rho=2"], "moving_rate or rho, not both"),
@@ -77,7 +77,7 @@ ARGUMENTS = {
     "negative learning rate": (["--lr", "-1"], "--lr must be 0 or more, not -1"),
     "no epochs": (["--epochs", "0"], "--epochs must be more than 0, not 0"),
     "two budgets": (["--epochs", "1", "--steps", "2"], "--steps: not allowed with argument --epochs"),
-    "a GPU by number": (["--device", "cuda:7"], "choose from 'cpu', 'cuda'"),
+    "a GPU by number": (["--device", "cuda:7"], "unknown value 'cuda:7': did you mean cuda?"),
     "straggler without factor": (["--straggler", "1"], "must be RANK:FACTOR"),
 }
 LOADED = {
@@ -86,7 +86,7 @@ LOADED = {
     "other settings than the run's": (["--resume", "run", "--lr", "0.3"], "--lr is 0.05 in the run that is resumed"),
     "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
     "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
-    "unknown data": (["--data", "nope"], "no data 'nope': use digits"),
+    "unknown data": (["--data", "nope"], "unknown data 'nope': it must be one of digits, synthetic"),
     "no such file": (["--data", "nope.h5"], "no data file nope.h5"),
     "truncated file": (["--data", "truncated.h5"], "truncated.h5 is truncated"),
     "another kind of file": (["--data", "text.h5"], "text.h5 is not an HDF5 file"),

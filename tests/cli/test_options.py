@@ -56,7 +56,7 @@ def test_given_options_become_fields() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--kind", "c"], "choose from"),
+        (["--kind", "c"], "unknown value 'c': it must be one of a, b"),
         (["--count", "1", "--share", "0.5"], "not allowed with argument --count"),
         (["--count", "x"], "invalid int value: 'x'"),
         (["--hidden", "3"], "unrecognized arguments"),
@@ -78,7 +78,7 @@ def test_values_are_checked_wherever_they_come_from() -> None:
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--rate must be more than 0, not"):
             check_ranges(Example(rate=rate))
-    with pytest.raises(UsageError, match="--kind must be one of a, b, not 'c'"):
+    with pytest.raises(UsageError, match="--kind: unknown value 'c': it must be one of a, b"):
         check_ranges(Example(kind="c"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from support.cluster import AGENT, DEBIAN_MPIRUN, Cluster

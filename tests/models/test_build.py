@@ -141,7 +141,7 @@ def test_models_of_the_working_directory_get_the_arguments_they_accept(name):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("vgg", "no model 'vgg': use one of mlp, cnn7, resnet20, or module:function"),
+        ("vgg", "unknown model 'vgg': it must be one of mlp, cnn7, resnet20, or module:function"),
         ("cnn8:x", r"cnn8:x cannot be imported \(ModuleNotFoundError"),
         ("own_broken:net", r"own_broken:net cannot be imported \(ZeroDivisionError"),
         (":net", "cannot be imported"),
@@ -176,3 +176,12 @@ def test_models_for_images_refuse_other_data(name):
 def test_cnn7_refuses_images_that_are_too_small():
     with pytest.raises(UsageError, match="24x24 pixels, the data is 1x8x8"):
         build("cnn7", shape=(1, 8, 8), n_classes=4, seed=0)
+
+
+@pytest.mark.parametrize("seed", [1_795_000_000_123_456_789, 2**63 + 5, 2**70])
+def test_any_seed_makes_a_model(seed):
+    """A clock in nanoseconds, and numbers that torch itself refuses."""
+    first, second = (build("mlp", shape=(4,), n_classes=2, seed=seed) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    other = build("mlp", shape=(4,), n_classes=2, seed=seed + 1)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))

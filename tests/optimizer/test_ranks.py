@@ -10,7 +10,20 @@ from support.on_ranks import ranks
 from support.quadratic import simulate, slope
 from torch import nn
 
-from mpitrain import EAMSGD, EASGD, AllReduceSGD, Average, DistributedOptimizer, Downpour, GossipSGD, UsageError
+from mpitrain import (
+    EAMSGD,
+    EASGD,
+    AllReduceSGD,
+    Average,
+    DistributedOptimizer,
+    Downpour,
+    GossipSGD,
+    NeuroevolutionSGD,
+    SlowMo,
+    UsageError,
+)
+from mpitrain.collectives.world.agreement import ranks_in_words
+from mpitrain.log import logger
 
 # The first optimizer imports a large part of torch, which is slow where ranks share a core.
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
@@ -81,11 +94,26 @@ def freeze_bias(model):
 
 
 OTHERS = {
-    "shape": (lambda: of_width(8), "0.weight is (9, 6) torch.float32 on rank 0, and 0.weight is (8, 6)"),
-    "type": (lambda: of_width(9).double(), "float32 on rank 0, and 0.weight is (9, 6) torch.float64"),
-    "number": (lambda: of_width(9).append(nn.Linear(4, 4)), "on rank 0, and 2.weight is (4, 4)"),
-    "buffers": (lambda: of_width(9).append(nn.BatchNorm1d(4, affine=False)), "on rank 0, and 2.running_mean is (4,)"),
-    "frozen": (lambda: freeze_bias(of_width(9)), "on rank 0, and 0.bias is frozen in parameter group 0"),
+    "shape": (
+        lambda: of_width(8),
+        "parameter 0.weight differs between ranks: (9, 6) float32 trainable on FIRST, (8, 6) float32 trainable",
+    ),
+    "type": (
+        lambda: of_width(9).double(),
+        "parameter 0.weight differs between ranks: (9, 6) float32 trainable on FIRST, (9, 6) float64 trainable",
+    ),
+    "number": (
+        lambda: of_width(9).append(nn.Linear(4, 4)),
+        "parameter 2.weight differs between ranks: absent on FIRST, (4, 4) float32 trainable",
+    ),
+    "buffers": (
+        lambda: of_width(9).append(nn.BatchNorm1d(4, affine=False)),
+        "buffer 2.running_mean differs between ranks: absent on FIRST, (4,) float32",
+    ),
+    "frozen": (
+        lambda: freeze_bias(of_width(9)),
+        "parameter 0.bias differs between ranks: (9,) float32 trainable on FIRST, (9,) float32 frozen",
+    ),
 }
 
 
@@ -95,7 +123,8 @@ def test_a_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
     make, words = OTHERS[difference]
     last = world.size - 1
     model = make() if world.rank == last else of_width(9)
-    with pytest.raises(UsageError, match=re.escape(words) + f".* on rank {last}; make the same"):
+    words = re.escape(words.replace("FIRST", ranks_in_words(range(last))))
+    with pytest.raises(UsageError, match=words + f" on rank {last}.*; create the same"):
         DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD())
 
 
@@ -104,8 +133,76 @@ def test_the_order_of_the_parameters_must_be_the_same_on_all_ranks(world):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     layers = model if world.rank == 0 else reversed(model)
     base = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
-    with pytest.raises(UsageError, match=r"0.weight is trainable .* on rank 0, and 1.weight is trainable .* on rank 1"):
+    with pytest.raises(
+        UsageError, match=r"number 0 of parameter group 0 differs .*: 0.weight .* on rank 0, 1.weight .* on ranks? 1"
+    ):
         DistributedOptimizer(base, model, EASGD())
+
+
+# What differs on the last rank, by (others' value, its own).
+SETTINGS = {
+    "method": (lambda last: {"method": SlowMo() if last else EASGD()}, r"the method differs .*: easgd on .* slowmo on"),
+    "period": (
+        lambda last: {"method": EASGD(period=7 if last else 5)},
+        "period of easgd differs between ranks: 5 on .* 7 on",
+    ),
+    "learning rate": (
+        lambda last: {"lr": 0.001 if last else 0.1},
+        "lr of parameter group 0 differs .*: 0.1 on .* 0.001 on",
+    ),
+    "momentum": (
+        lambda last: {"momentum": 0.9 if last else 0.0},
+        "momentum of parameter group 0 differs .*: 0.0 on .* 0.9",
+    ),
+    "optimizer": (
+        lambda last: {"kind": torch.optim.Adagrad if last else torch.optim.SGD},
+        "the base optimizer differs",
+    ),
+    "groups": (
+        lambda last: {"n_groups": 2 if last else 1},
+        "the number of parameter groups differs between ranks: 1 on .* 2",
+    ),
+    "seed": (lambda last: {"seed": int(last)}, r"seed differs between ranks: 0 on .* 1 on"),
+    "average": (
+        lambda last: {"average": Average("polyak") if last else None},
+        "average differs between ranks: None on",
+    ),
+    "wire": (
+        lambda last: {"wire": "bfloat16" if last else "float32"},
+        "wire differs between ranks: float32 on .* bfloat16",
+    ),
+}
+
+
+def make_optimizer(method=None, lr=0.1, momentum=None, kind=torch.optim.SGD, n_groups=1, **options):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    groups = [{"params": list(part.parameters())} for part in (model if n_groups == 2 else [model])]
+    base = kind(groups, lr=lr, **({} if momentum is None else {"momentum": momentum}))
+    return DistributedOptimizer(base, model, method or AllReduceSGD(), **options)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_differs_on_one_rank_is_refused_on_all_with_its_values(world, setting):
+    arguments, words = SETTINGS[setting]
+    last = world.size - 1
+    with pytest.raises(UsageError, match=words) as error:
+        make_optimizer(**arguments(world.rank == last))
+    assert f"on rank {last}" in str(error.value)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("method", [EASGD, NeuroevolutionSGD])
+def test_learning_rates_may_differ_where_workers_are_independent_with_a_warning(world, method, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    make_optimizer(method=method(), lr=0.1 if world.rank == 0 else 0.001).close()
+    told = [record.getMessage() for record in caplog.records if "lr of parameter group 0" in record.getMessage()]
+    rest = ranks_in_words(range(1, world.size))
+    assert told == (
+        [f"lr of parameter group 0 is 0.1 on rank 0, 0.001 on {rest}: {method.name} allows it, but is it meant?"]
+        if world.rank == 0
+        else []
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])

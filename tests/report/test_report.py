@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from matplotlib import pyplot
 
 from mpitrain.cli import report
 from mpitrain.errors import UsageError
+from mpitrain.log import logger
 from mpitrain.records.metrics import MetricsWriter
 from mpitrain.report import Run, load_run, load_runs, markdown, plots, summarise, temporal_efficiency
 
@@ -250,3 +253,46 @@ def test_a_repeated_run_and_an_unusable_out_are_mistakes(tmp_path: Path) -> None
         report_command(run, run)
     with pytest.raises(UsageError, match="--out"):
         report_command(run, "--out", run / "config.json" / "out")
+
+
+@pytest.fixture
+def _fresh_matplotlib(monkeypatch):
+    """Nothing of matplotlib is loaded, as in a process that has just finished a run."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "mpitrain.report.plots"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "mpitrain.report.style", raising=False)
+    monkeypatch.delattr("mpitrain.report.plots", raising=False)
+
+
+@pytest.mark.usefixtures("_fresh_matplotlib")
+def test_the_backend_of_a_notebook_does_not_matter(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend")
+    folder = make_run(tmp_path / "run", result=RESULT)
+    document = markdown.write_report([load_run(folder)], folder)
+    assert str(folder / "curves.png") in document["files"]
+    assert os.environ["MPLBACKEND"] == "module://no_such_package.backend"  # children of the user's own may need it
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["c$5_{x$", "a\\b", "_hidden", "två", b"\xff\xfe".decode(errors="surrogateescape")])
+def test_any_name_of_a_folder_is_drawn_as_it_is(tmp_path, name, caplog):
+    folder = make_run(tmp_path / name, result=RESULT)
+    document = markdown.write_report([load_run(folder)], folder)
+    assert {Path(file).name for file in document["files"]} >= {"curves.png", "method.png", "shares.png", "report.md"}
+    assert not caplog.records
+    assert name.encode(errors="backslashreplace").decode() in (folder / "report.md").read_text("utf-8")
+
+
+def test_a_plot_that_cannot_be_drawn_is_one_warning(tmp_path, monkeypatch, caplog):
+    def fail(*_: Any) -> bool:
+        raise RuntimeError("latex could\nnot be found")
+
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setitem(plots.DRAWINGS, "shares.png", fail)
+    folder = make_run(tmp_path / "run", result=RESULT)
+    document = markdown.write_report([load_run(folder)], folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        "shares.png is missing (latex could not be found); the result is not affected"
+    ]
+    assert "shares.png" not in (folder / "report.md").read_text()
+    assert str(folder / "curves.png") in document["files"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from mpitrain.trainer import progress
@@ -85,3 +88,20 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "easgd: 100%" in err
     assert "loss 0.500, 12,346 samples/s, compute 50%" in err
     assert "\nepoch 1\n" in err.replace("\r", "\n")
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "full"])
+def test_progress_never_fails_a_run(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed(), "full": open("/dev/full", "w")}[stream])  # noqa: SIM115
+    monkeypatch.setattr(progress, "ends_in_terminal", lambda: stream == "full")
+    bar = Progress("easgd", gradients=200, seconds=None, done=0, show=True)
+    for gradients in range(200):
+        update(bar, gradients)
+    bar.note("epoch 1", last=True)
+    bar.close()
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream

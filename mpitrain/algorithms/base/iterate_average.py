@@ -24,7 +24,7 @@ from mpitrain.algorithms.base.method import LEAST_PERIODS
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.worker import Worker
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, unknown
 
 KINDS = ("polyak", "moving")
 SOURCES = ("workers", "consensus")
@@ -56,9 +56,9 @@ class Average:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(f"average: kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+            raise UsageError(f"average: {unknown('kind', self.kind, KINDS)}")
         if self.source not in SOURCES:
-            raise UsageError(f"average: source must be one of {', '.join(SOURCES)}, not {self.source!r}")
+            raise UsageError(f"average: {unknown('source', self.source, SOURCES)}")
         if not 0 < self.rate <= 1:
             raise UsageError(f"average: rate must be a number > 0 and <= 1, not {self.rate!r}")
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import settings_of
 from mpitrain.algorithms.base.worker import Worker
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, suggestion
 
 LEAST_PERIODS = 3
 """Periods that a run should have at least. With fewer, its last exchange decides what is evaluated."""
@@ -79,7 +79,7 @@ class Method(ABC):
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = next((name for name in settings if name not in known), None)
         if unknown is not None:
-            raise TypeError(f"{cls.__name__} has no setting {unknown!r}: it has {', '.join(known) or 'none'}")
+            raise TypeError(f"{cls.__name__} has no setting {unknown!r}: {suggestion(unknown, known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -97,6 +97,11 @@ class Method(ABC):
     def is_synchronous(self) -> bool:
         """Whether workers wait for each other in ``step``: then all of them must make the same number of steps."""
         return True
+
+    @property
+    def needs_equal_updates(self) -> bool:
+        """Whether all workers need equal learning rates, momenta and other numbers of the parameter groups."""
+        return self.is_synchronous
 
     @property
     def node_shared(self) -> bool:

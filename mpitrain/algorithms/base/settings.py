@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mpitrain.errors import nearest
+
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -52,7 +54,7 @@ class Setting(ABC):
             ValueError: The value has the wrong type or is out of range. The message reads "must be ...".
         """
         if not (self._accepts(value) or (value is None and self.optional)):
-            raise ValueError(f"must be {self._wanted()}, not {value!r}")
+            raise ValueError(f"must be {self._wanted()}, not {value!r}{self._hint(value)}")
 
     @abstractmethod
     def describe(self) -> str:
@@ -70,6 +72,10 @@ class Setting(ABC):
 
     def _wanted(self) -> str:
         return self.describe()
+
+    def _hint(self, value: Any) -> str:
+        """Return what may have been meant, at the end of the message."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,10 @@ class Choice(Setting):
 
     def _wanted(self) -> str:
         return f"one of {', '.join(self.choices)}"
+
+    def _hint(self, value: Any) -> str:
+        close = nearest(value, self.choices) if isinstance(value, str) else None
+        return f": did you mean {close}?" if close else ""
 
 
 def integer(

@@ -90,6 +90,11 @@ class NeuroevolutionSGD(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 25})
     metrics: ClassVar[tuple[str, ...]] = ("fitness", "suppressed")
 
+    @property
+    def needs_equal_updates(self) -> bool:
+        """No: individuals may search with learning rates of their own."""
+        return False
+
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
         """Make a worker. Collective."""
         return NeuroevolutionWorker(self, replica)

@@ -27,6 +27,8 @@ from types import MappingProxyType
 
 from numpy.random import Generator
 
+from mpitrain.errors import unknown
+
 Step = tuple[tuple[int, ...], ...]  # the out-neighbours of rank 0, of rank 1, ...
 
 
@@ -256,7 +258,7 @@ def topology(spec: str, size: int) -> Topology:
     """Return the topology named `spec`, with options after a colon: `ring`, `torus:4x2`, `erdos_renyi:0.3,7`."""
     name, _, options = spec.strip().partition(":")
     if name not in TOPOLOGIES:
-        raise ValueError(f"unknown topology {name!r}: it must be one of {', '.join(TOPOLOGIES)}")
+        raise ValueError(unknown("topology", name, TOPOLOGIES))
     try:
         values = [float(word) if "." in word else int(word) for word in options.replace("x", ",").split(",") if word]
     except ValueError:

@@ -17,12 +17,12 @@ https://fault-tolerance.org). This module builds on that:
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+from mpitrain.collectives.world.ending import end_all
 from mpitrain.collectives.world.failure_detector import (
     FAILURE_POLL_SECONDS,
     NOBODY,
@@ -31,7 +31,6 @@ from mpitrain.collectives.world.failure_detector import (
     ulfm_available,
     ulfm_requested,
 )
-from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed
 
 T = TypeVar("T")
@@ -139,11 +138,8 @@ class FaultTolerance:
 
     def abort(self, code: int) -> None:
         """End all ranks now, with this exit code. Local."""
-        watchdog.announce_end_of_all()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(OUTPUT_SECONDS + (self.rank * TURN_SECONDS if self.dead else 0.0))
-        self.comm.Abort(code)
+        time.sleep(self.rank * TURN_SECONDS if self.dead else 0.0)
+        end_all(self.comm, code)
 
 
 class ULFMFaultTolerance(FaultTolerance):

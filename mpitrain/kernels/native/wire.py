@@ -35,7 +35,7 @@ from typing import Final
 
 import numpy as np
 
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, unknown
 from mpitrain.kernels.compile import cache
 from mpitrain.kernels.compile.storage import STORAGES
 
@@ -128,7 +128,7 @@ def format_of(name: str) -> Format | None:
         UsageError: If there is no format of this name.
     """
     if name not in NAMES:
-        raise UsageError(f"unknown wire format {name!r}: choose one of {', '.join(NAMES)}")
+        raise UsageError(unknown("wire format", name, NAMES))
     return FORMATS.get(name)
 
 

@@ -132,7 +132,7 @@ def test_other_texts_are_refused(text):
 
 @pytest.mark.parametrize("bad", [{"kind": "median"}, {"source": "rank"}, {"rate": 0.0}, {"rate": 1.5}])
 def test_bad_averages_are_refused(bad):
-    with pytest.raises(UsageError, match=f"average: {next(iter(bad))} must be"):
+    with pytest.raises(UsageError, match=f"average: (unknown )?{next(iter(bad))} "):
         Average(**bad)
 
 

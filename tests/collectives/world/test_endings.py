@@ -1,5 +1,7 @@
 """The end of a run: an exception on one rank ends all ranks, with its traceback and a nonzero exit code."""
 
+from pathlib import Path
+
 import pytest
 from support.launching import ROOT, installed, launch, python
 
@@ -122,6 +124,55 @@ print("went on")
 
 
 @pytest.mark.parametrize("mpi", installed())
+def test_a_usage_error_of_all_ranks_is_one_line_and_nothing_else(mpi):
+    """The launcher adds no report of its own, and the exit code is that of a usage error."""
+    finished = run(mpi, 3, "time.sleep(0.3 * world.rank)\nmpitrain.EASGD(period=0)")
+    assert finished.output == "mpitrain: error: easgd: period must be a whole number >= 1, not 0 (<string>, line 6)\n"
+    assert finished.returncode == 2
+
+
+@pytest.mark.parametrize("mpi", installed())
+def test_a_usage_error_of_one_rank_ends_all_with_few_lines(mpi):
+    finished = run(mpi, 3, "if world.rank == 1:\n    mpitrain.EASGD(period=0)\nworld.barrier()\nprint('went on')")
+    lines = finished.output.splitlines()
+    assert lines[0].startswith("mpitrain: error (rank 1): easgd: period must be")
+    assert len(lines) <= 8, finished.output  # MPI_Abort prints 14 with Open MPI
+    assert "went on" not in finished.output
+    assert finished.returncode == 2
+
+
+def test_a_rank_inside_of_a_shell_ends_all_too():
+    """The shell hides the exit code of its rank from the launcher."""
+    command = [
+        "bash",
+        "-c",
+        f'"{python("openmpi")}" -c "$0"; sleep 1000',
+        HEAD + "if world.rank == 1:\n    1 / 0\nworld.barrier()",
+    ]
+    finished = launch(2, command, timeout_seconds=IN_TIME_SECONDS)
+    assert not finished.timed_out, finished.output
+    assert "ZeroDivisionError" in finished.output
+    assert finished.returncode != 0
+
+
+def test_torchrun_is_refused_in_one_line():
+    finished = run("openmpi", 0, "print('went on')", RANK="0", LOCAL_RANK="0", WORLD_SIZE="3")
+    assert finished.returncode == 2
+    (line,) = finished.output.splitlines()
+    assert "started 3 processes (WORLD_SIZE), but MPI sees a world of 1: launch with mpirun -n 3 python" in line
+
+
+def test_the_wheel_of_open_mpi_is_silent_about_ucx():
+    """A window in a script that mpirun starts without jobs/local.sh, which sets OMPI_MCA_osc itself."""
+    script = HEAD + "world.shared_array((4,), 'f4'); print(os.environ['OMPI_MCA_osc'])"
+    mpirun = str(Path(python("openmpi")).parent / "mpirun")
+    flags = ["--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "-n", "2"]
+    for extra, expected in (({}, "^ucx"), ({"OMPI_MCA_osc": "rdma,sm"}, "rdma,sm")):
+        finished = launch(0, [mpirun, *flags, python("openmpi"), "-c", script], timeout_seconds=60, extra_env=extra)
+        assert finished.output.split() == [expected] * 2, finished.output
+
+
+@pytest.mark.parametrize("mpi", installed())
 def test_an_interrupt_on_one_rank_ends_all(mpi):
     script = """
 if world.rank == 1:
@@ -221,7 +272,7 @@ def test_tasks_of_srun_that_mpi_does_not_join_are_a_usage_error(mpi):
     """srun started 4 tasks, and MPI sees a world of 1 in each."""
     finished = run(mpi, 0, "print('went on')", SLURM_STEP_NUM_TASKS="4")
     assert finished.returncode != 0
-    assert "UsageError: srun started 4 tasks, but MPI sees a world of 1" in finished.output
+    assert "mpitrain: error: srun started 4 tasks, but MPI sees a world of 1" in finished.output
     assert "went on" not in finished.output
 
 
@@ -240,7 +291,7 @@ def test_the_launcher_of_another_mpi_is_a_usage_error(mpi):
         finished = launch(2, command, mpi=other, timeout_seconds=IN_TIME_SECONDS)
         assert finished.returncode != 0
         assert "ranks 1" not in finished.output
-        told = "UsageError: the launcher started 2 ranks, but MPI (" in finished.output
+        told = "mpitrain: error: the launcher started 2 ranks, but MPI (" in finished.output
         assert told or "Fatal error in internal_Init_thread" in finished.output  # MPICH may refuse on its own
 
 

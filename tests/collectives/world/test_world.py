@@ -207,7 +207,7 @@ def test_an_unknown_path_between_nodes_is_refused(monkeypatch):
     from mpitrain.collectives.world.launch import BETWEEN_NODES, create_world
 
     monkeypatch.setenv(BETWEEN_NODES, "pigeons")
-    with pytest.raises(UsageError, match=f"{BETWEEN_NODES} must be one of messages, windows, not 'pigeons'"):
+    with pytest.raises(UsageError, match=f"unknown {BETWEEN_NODES} 'pigeons': it must be one of messages, windows"):
         create_world(MPI.COMM_WORLD.Dup(), "cpu")
 
 
