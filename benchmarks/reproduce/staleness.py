@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +37,10 @@ class Until:
 
     def __init__(self, schedule: Schedule, n_steps: int) -> None:
         self._schedule, self._left = schedule, n_steps
-        self.all_met, self.released = schedule.all_met, schedule.released
-        self.step_made, self.ready_again = schedule.step_made, schedule.ready_again
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything but the choice from the wrapped schedule."""
+        return getattr(self._schedule, name)
 
     def choose(self, ready: Ready) -> int | None:
         """Choose as the wrapped schedule does, or None at the end."""

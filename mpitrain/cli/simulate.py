@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from mpitrain.cli.options import add_options
+from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import values_of
 from mpitrain.trainer.plan import RunPlan
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     add_options(parser, TrainConfig, SHARED, help=in_total)
     add_options(parser, StudyConfig)
+    add_options(parser, ClusterConfig)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document on the last line")
 
 
@@ -50,6 +52,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     study = StudyConfig(**values_of(given, StudyConfig))
     plan = RunPlan.of(TrainConfig(**values_of(given, TrainConfig, SHARED)))
+    cluster = ClusterConfig(**values_of(given, ClusterConfig))
     from mpitrain.trainer import study as simulation
 
-    return simulation.simulate(plan, study)
+    return simulation.simulate(plan, study, cluster)

@@ -113,6 +113,7 @@ class SimulatedCommunicator:
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the current vector of a peer. Local; not counted as an exchange."""
+        self._scheduler.schedule.peer_read(self._world_rank, self._group.ranks[peer], vector.arrays[peer].nbytes)
         fn(vector.arrays[peer])
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
@@ -148,7 +149,7 @@ class SimulatedCommunicator:
             for other in vectors[1:]:
                 other[...] = total
 
-        self._exchange(mine, add)
+        self._exchange(mine, add, "allreduce", mine.nbytes)
 
     def slice_of(self, n: int) -> slice:
         """Return this worker's slice of a vector of ``n`` elements, which the workers of a node divide. Local."""
@@ -158,7 +159,9 @@ class SimulatedCommunicator:
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
         """Call ``fn`` with this worker's slice and the addends of the sum in it. Collective."""
         self._count_reduction(vector.local.nbytes)
-        total = self._exchange(vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()))
+        total = self._exchange(
+            vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()), "allreduce", vector.local.nbytes
+        )
         mine = self.slice_of(vector.local.size)
         fn(mine, [total[mine].copy()])
         self.barrier()
@@ -181,22 +184,28 @@ class SimulatedCommunicator:
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to every worker's. Collective."""
-        array[...] = self._exchange(array, lambda arrays: arrays[root].copy())
+        array[...] = self._exchange(array, lambda arrays: arrays[root].copy(), "tree", array.nbytes)
 
     def reduce(self, array: Any, root: int = 0) -> None:
         """Add every worker's array to the root's. Collective."""
-        total = self._exchange(array, lambda arrays: sum(arrays[1:], arrays[0].copy()))
+        total = self._exchange(array, lambda arrays: sum(arrays[1:], arrays[0].copy()), "tree", array.nbytes)
         if self.rank == root:
             array[...] = total
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """Return a few numbers of each worker on all of them: (size, len(values)) float64. Collective."""
-        gathered: np.ndarray = self._exchange(np.array(values, np.float64), np.stack)
+        mine = np.array(values, np.float64)
+        gathered: np.ndarray = self._exchange(mine, np.stack, "gather", mine.nbytes)
         return gathered.copy()
 
     def barrier(self) -> None:
         """Wait for every worker. Collective."""
-        self._exchange(None, lambda _: None)
+        self._exchange(None, lambda _: None, "barrier")
+
+    def compute(self) -> None:
+        """Spend the time of a gradient, in which others run. Local."""
+        while self._scheduler.schedule.computing(self._world_rank):
+            self._scheduler.give_way()
 
     def end_step(self) -> None:
         """End a local step: advance this worker's clock and let others run. Local."""
@@ -210,8 +219,8 @@ class SimulatedCommunicator:
     def free(self) -> None:
         """Do nothing: there are no windows to free. Collective."""
 
-    def _exchange(self, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        return self._scheduler.exchange(self._group, self.rank, value, combine)
+    def _exchange(self, value: Any, combine: Callable[[list[Any]], Any], kind: str = "set-up", n_bytes: int = 0) -> Any:
+        return self._scheduler.exchange(self._group, self.rank, value, combine, kind, n_bytes)
 
     def _count_reduction(self, n_bytes: int) -> None:
         """Count an all-reduce of that many bytes, of which a ring sends 2*(p - 1)/p."""
@@ -221,4 +230,5 @@ class SimulatedCommunicator:
     def _blocks(self, make_memory: Callable[[list[None]], BlockMemory]) -> SimulatedBlocks:
         """Allocate blocks of zeros. Collective."""
         memory = self._exchange(None, make_memory)
-        return SimulatedBlocks(memory, self._scheduler, interleave=self._layout.interleave_locks)
+        interleave = self._layout.interleave_locks
+        return SimulatedBlocks(memory, self._scheduler, self._group.ranks, self._world_rank, interleave=interleave)

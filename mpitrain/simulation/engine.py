@@ -94,6 +94,7 @@ class Simulation:
                 if is_over(worker):
                     break
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
+                comm.compute()
                 found_nonfinite = worker.step(
                     group_slices, update, self._loss(worker) if self.method.needs_loss else None
                 )

@@ -59,30 +59,48 @@ class SimulatedBlocks(Blocks):
 
     Args:
         memory: The blocks.
-        scheduler: Is told which blocks are read without a lock, and which have changed.
+        scheduler: Is told which blocks are read without a lock, which have changed, and when visits begin and end.
+        ranks: World ranks of the workers that share the blocks.
+        rank: World rank of this worker.
         interleave: Whether to let others run before each lock is acquired.
     """
 
-    def __init__(self, memory: BlockMemory, scheduler: Scheduler, *, interleave: bool) -> None:
+    def __init__(
+        self, memory: BlockMemory, scheduler: Scheduler, ranks: tuple[int, ...], rank: int, *, interleave: bool
+    ) -> None:
         self.homes, self.lengths = memory.homes, memory.lengths
         self._memory, self._scheduler, self._interleave = memory, scheduler, interleave
+        self._ranks, self._rank, self._number = ranks, rank, id(memory)
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
         """Return a block; no other worker runs until it is released."""
+        memory, scheduler = self._memory, self._scheduler
+        home = self._ranks[self.homes[index]]
         if self._interleave:
-            self._scheduler.give_way()
-        memory = self._memory
-        return Block(index, memory.data[index], memory.tags[index], memory.versions[index])
+            scheduler.give_way()
+        while not scheduler.n_locked and scheduler.schedule.asking(self._rank, (self._number, index), home):
+            scheduler.give_way()
+        scheduler.n_locked += 1
+        data = memory.data[index]
+        following = None if prefetch is None else (self._number, prefetch)
+        scheduler.schedule.visit_begun(self._rank, (self._number, index), home, data.nbytes, following)
+        return Block(index, data, memory.tags[index], memory.versions[index])
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Release a block and count the update, if there was one."""
+        index, scheduler = block.index, self._scheduler
         if updated:
-            self._memory.versions[block.index] += 1
-            self._scheduler.changed(self._memory, block.index)
+            self._memory.versions[index] += 1
+            scheduler.changed((self._number, index))
+        home = self._ranks[self.homes[index]]
+        scheduler.schedule.visit_ended(
+            self._rank, (self._number, index), home, self._memory.data[index].nbytes, updated=updated
+        )
+        scheduler.n_locked -= 1
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
         """Copy the tags of a block without a lock."""
-        self._scheduler.read(self._memory, index)
+        self._scheduler.read((self._number, index))
         out[:] = self._memory.tags[index]
 
     def free(self) -> None:

@@ -18,12 +18,9 @@ from typing import Any, TypeVar
 from greenlet import getcurrent, greenlet
 
 from mpitrain.collectives.world.fault_tolerance import require_all
-from mpitrain.simulation.schedules import Ready, Schedule
+from mpitrain.simulation.schedules import Ready, Schedule, Watched
 
 T = TypeVar("T")
-
-Watched = tuple[int, int]
-"""A block on which a condition depends: its memory and its index."""
 
 
 @dataclass(eq=False)
@@ -82,11 +79,13 @@ class Scheduler:
 
     Attributes:
         dead: World ranks of the workers that have died.
+        n_locked: Locks that the running worker holds; while it has one, no other runs.
     """
 
     def __init__(self, size: int, schedule: Schedule) -> None:
         self.size, self.schedule = size, schedule
         self.dead: frozenset[int] = frozenset()
+        self.n_locked = 0
         self._groups: list[Group] = []
         self._hub: greenlet | None = None
         self._unfinished: set[int] = set()  # workers of the current run
@@ -113,6 +112,7 @@ class Scheduler:
         """
         self._hub = getcurrent()
         # A run ended by its script or by an exception may have left workers in a collective: they no longer exist.
+        self.n_locked = 0
         for group in self._groups:
             group.reset()
         results: list[Any] = [None] * self.size
@@ -165,17 +165,25 @@ class Scheduler:
             self._watch(rank)
             self.give_way()
 
-    def read(self, memory: object, index: int) -> None:
+    def read(self, block: Watched) -> None:
         """Note that a block is read: a condition that does so is checked again when the block changes."""
         if self._reading is not None:
-            self._reading.add((id(memory), index))
+            self._reading.add(block)
 
-    def changed(self, memory: object, index: int) -> None:
+    def changed(self, block: Watched) -> None:
         """Note that a block has changed, so that conditions that depend on it are checked before the next turn."""
         if self._watchers:
-            self._polled |= self._watchers.pop((id(memory), index), set())
+            self._polled |= self._watchers.pop(block, set())
 
-    def exchange(self, group: Group, rank: int, value: T, combine: Callable[[list[T]], Any]) -> Any:
+    def exchange(
+        self,
+        group: Group,
+        rank: int,
+        value: T,
+        combine: Callable[[list[T]], Any],
+        kind: str = "set-up",
+        n_bytes: int = 0,
+    ) -> Any:
         """Wait until every worker of the group has contributed a value, and return the combined result.
 
         Args:
@@ -183,6 +191,7 @@ class Scheduler:
             rank: Group rank of the calling worker.
             value: Its contribution.
             combine: Called once, by the last worker to arrive, with the values in the order of the group ranks.
+            kind, n_bytes: For ``Schedule.all_met``.
 
         Raises:
             RankFailed: A worker of the group has died.
@@ -203,7 +212,7 @@ class Scheduler:
             waiting = self._in_collective.intersection(group.ranks)
             self._in_collective -= waiting
             self._ready.add(waiting)
-            self.schedule.all_met(group.ranks)
+            self.schedule.all_met(group.ranks, kind, n_bytes)
         collective.n_present -= 1
         if not collective.n_present:
             del group.open[number]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,8 +56,12 @@ class Ready:
         return repr(list(self))
 
 
+Watched = tuple[int, int]
+"""A block of shared memory: the number of its memory and its index."""
+
+
 class Schedule(Protocol):
-    """Decides which worker runs next."""
+    """Decides which worker runs next, and is told what the workers do, which may take time."""
 
     def choose(self, ready: Ready) -> int | None:
         """Return one of the ready workers, of which there is at least one, or None to end the run."""
@@ -64,8 +69,29 @@ class Schedule(Protocol):
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
         """Note that a worker has finished a local step, with the exchanges it made and the bytes it sent in it."""
 
-    def all_met(self, ranks: Sequence[int]) -> None:
-        """Note that these workers have completed a collective, which lets none of them be ahead of another."""
+    def computing(self, rank: int) -> bool:
+        """Spend time on the worker's gradient; return whether others should run before it calls again."""
+
+    def asking(self, rank: int, block: Watched, home: int) -> bool:
+        """Spend time on asking for the lock of a block; return whether others should run before it calls again."""
+
+    def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
+        """Note that a worker acquires the lock of a block, at its home rank, and then that of the following one."""
+
+    def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
+        """Note that a worker releases a block."""
+
+    def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
+        """Note that a worker has read a vector of another one."""
+
+    def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
+        """Note that these workers have completed a collective, which lets none of them be ahead of another.
+
+        Args:
+            ranks: The workers.
+            kind: ``allreduce``, ``tree`` (a broadcast or reduction), ``gather``, ``barrier``, or ``set-up``.
+            n_bytes: The size of the vector; in a gather, of one worker's part.
+        """
 
     def released(self, rank: int) -> None:
         """Note that the worker that ran last has made true the condition for which this one waits."""
@@ -74,13 +100,34 @@ class Schedule(Protocol):
         """Note that these workers can run, for another reason than ``all_met`` or ``released``: a start, a death."""
 
 
-class _Timeless:
+class _Instant:
+    """The events that take no time."""
+
+    def computing(self, rank: int) -> bool:
+        """Return that the worker can go on."""
+        return False
+
+    def asking(self, rank: int, block: Watched, home: int) -> bool:
+        """Return that the worker can go on."""
+        return False
+
+    def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
+        """Do nothing."""
+
+    def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
+        """Do nothing."""
+
+    def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
+        """Do nothing."""
+
+
+class _Timeless(_Instant):
     """A schedule without clocks."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
         """Do nothing."""
 
-    def all_met(self, ranks: Sequence[int]) -> None:
+    def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
         """Do nothing."""
 
     def released(self, rank: int) -> None:
@@ -135,8 +182,51 @@ class Scripted(_Timeless):
         return rank
 
 
-class VirtualTime:
-    """The worker whose virtual clock is furthest behind.
+class ClockSchedule(_Instant):
+    """A schedule that lets the worker run whose clock is furthest behind.
+
+    Args:
+        clocks: (p,) where the clocks start, in seconds.
+
+    Attributes:
+        clocks: (p,) the seconds of virtual time that each worker has used.
+    """
+
+    def __init__(self, clocks: np.ndarray) -> None:
+        self.clocks = clocks
+        self._turns = ClockQueue(self.clocks)
+        self._last = 0
+
+    def choose(self, ready: Ready) -> int:
+        """Return the ready worker with the smallest clock, the one of lowest rank among equals."""
+        self._last = self._turns.earliest(ready)
+        return self._last
+
+    def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
+        """Do nothing."""
+
+    def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
+        """Set the clocks of these workers to the latest of them."""
+        self.clocks[list(ranks)] = self.clocks[list(ranks)].max()
+        self._turns.add(ranks)
+
+    def released(self, rank: int) -> None:
+        """Advance the worker's clock to that of the worker that ran last, if it is behind."""
+        self.clocks[rank] = max(self.clocks[rank], self.clocks[self._last])
+        self._turns.add((rank,))
+
+    def ready_again(self, ranks: Iterable[int]) -> None:
+        """Let these workers be chosen, at the time that their clocks show."""
+        self._turns.add(ranks)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let operations take no time, for an evaluation."""
+        yield
+
+
+class VirtualTime(ClockSchedule):
+    """The worker whose virtual clock is furthest behind, with a private link for each.
 
     A step of worker i that makes k exchanges and sends m bytes advances the worker's clock by
 
@@ -151,6 +241,7 @@ class VirtualTime:
         bytes_per_second: Bandwidth of a worker's link.
         jitter: Standard deviation of the logarithm of a step's duration; the mean stays ``step_seconds``.
         seed: The seed of the jitter.
+        starts: (p,) when each worker joins; all at 0 by default.
 
     Attributes:
         clocks: (p,) the seconds of virtual time that each worker has used.
@@ -164,40 +255,20 @@ class VirtualTime:
         bytes_per_second: float = math.inf,
         jitter: float = 0.0,
         seed: int = 0,
+        starts: Sequence[float] | None = None,
     ) -> None:
         self.step_seconds = np.asarray(step_seconds, np.float64)
         if not np.all(np.isfinite(self.step_seconds) & (self.step_seconds > 0)):
             raise ValueError(f"a step takes a positive number of seconds, not {step_seconds}")
         self._latency, self._rate, self._jitter = latency_seconds, bytes_per_second, jitter
         self._rng = np.random.default_rng(seed)
-        self.clocks = np.zeros(self.step_seconds.size)
-        self._turns = ClockQueue(self.clocks)
-        self._last = 0
-
-    def choose(self, ready: Ready) -> int:
-        """Return the ready worker with the smallest clock, the one of lowest rank among equals."""
-        self._last = self._turns.earliest(ready)
-        return self._last
+        super().__init__(np.zeros(self.step_seconds.size) if starts is None else np.array(starts, np.float64))
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
         """Advance the worker's clock."""
         factor = math.exp(self._jitter * self._rng.standard_normal() - self._jitter**2 / 2) if self._jitter else 1.0
         self.clocks[rank] += self.step_seconds[rank] * factor + n_exchanges * self._latency + n_bytes / self._rate
         self._turns.add((rank,))
-
-    def all_met(self, ranks: Sequence[int]) -> None:
-        """Set the clocks of these workers to the latest of them."""
-        self.clocks[list(ranks)] = self.clocks[list(ranks)].max()
-        self._turns.add(ranks)
-
-    def released(self, rank: int) -> None:
-        """Advance the worker's clock to that of the worker that ran last, if it is behind."""
-        self.clocks[rank] = max(self.clocks[rank], self.clocks[self._last])
-        self._turns.add((rank,))
-
-    def ready_again(self, ranks: Iterable[int]) -> None:
-        """Let these workers be chosen, at the time that their clocks show."""
-        self._turns.add(ranks)
 
 
 class ClockQueue:
@@ -242,8 +313,10 @@ class Until:
 
     def __init__(self, schedule: Schedule, is_over: Callable[[], bool]) -> None:
         self._schedule, self._is_over = schedule, is_over
-        self.step_made, self.all_met = schedule.step_made, schedule.all_met
-        self.released, self.ready_again = schedule.released, schedule.ready_again
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything but the choice from the other schedule."""
+        return getattr(self._schedule, name)
 
     def choose(self, ready: Ready) -> int | None:
         """Return the other schedule's choice, or None once the condition holds."""

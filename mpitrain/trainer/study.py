@@ -22,9 +22,12 @@ from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.world.device import limit_threads
 from mpitrain.log import is_terminal, logger
+from mpitrain.simulation.compute import ComputeTime
 from mpitrain.simulation.engine import Simulation
-from mpitrain.simulation.schedules import Until, VirtualTime
+from mpitrain.simulation.network_time import NetworkTime
+from mpitrain.simulation.schedules import ClockSchedule, Until, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
+from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.gradients import ModelGradient
 from mpitrain.trainer.plan import RunPlan
@@ -60,18 +63,19 @@ class Laboratory:
     """
 
     simulation: Simulation
-    clock: VirtualTime
+    clock: ClockSchedule
     gradient: ModelGradient
     evaluator: Evaluator
     n_train: int
 
 
-def simulate(plan: RunPlan, study: StudyConfig) -> dict[str, Any]:
+def simulate(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig | None = None) -> dict[str, Any]:
     """Simulate a run.
 
     Args:
         plan: The options that a simulation shares with a real run, and what follows from them.
-        study: The workers, their time and the network.
+        study: The workers and their time.
+        cluster: The network; by default each worker has a link of its own.
 
     Returns:
         The result document.
@@ -82,11 +86,11 @@ def simulate(plan: RunPlan, study: StudyConfig) -> dict[str, Any]:
     limit_threads(1)  # the mini-batches of one worker are small
     for text in plan.warnings(study.workers):
         logger.warning(text)
-    watch = Study(plan, study, _laboratory(plan, study))
+    watch = Study(plan, study, _laboratory(plan, study, cluster or ClusterConfig()))
     return watch.run()
 
 
-def _laboratory(plan: RunPlan, study: StudyConfig) -> Laboratory:
+def _laboratory(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig) -> Laboratory:
     """Load the data, and build the model and its workers."""
     config, p = plan.config, study.workers
     dataset = data.load(config.data, world=OneProcess(), sampling=config.sampling)
@@ -97,13 +101,6 @@ def _laboratory(plan: RunPlan, study: StudyConfig) -> Laboratory:
     model = models.build(config.model, shape=dataset.shape, n_classes=dataset.n_classes, seed=config.seed)
     evaluator = Evaluator(model, dataset, "cpu")
     gradient = ModelGradient(model, dataset, samplers)
-    clock = VirtualTime(
-        study.step_seconds_of_workers(),
-        latency_seconds=study.latency,
-        bytes_per_second=study.bandwidth,
-        jitter=study.jitter,
-        seed=config.seed,
-    )
     simulation = Simulation(
         plan.method,
         SimulatedWorld(p, nodes=study.nodes_of_workers()),
@@ -117,7 +114,35 @@ def _laboratory(plan: RunPlan, study: StudyConfig) -> Laboratory:
         loss=lambda rank, _: float(gradient.losses[rank]),
         average=plan.average,
     )
-    return Laboratory(simulation, clock, gradient, evaluator, dataset.n_train)
+    return Laboratory(simulation, clock_of(study, cluster, config.seed), gradient, evaluator, dataset.n_train)
+
+
+def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSchedule:
+    """Return the virtual time of the workers, on their own links or on a cluster."""
+    if cluster.network == "private":
+        return VirtualTime(
+            study.step_seconds_of_workers(),
+            latency_seconds=study.latency,
+            bytes_per_second=study.bandwidth,
+            jitter=study.jitter,
+            seed=seed,
+            starts=study.starts_of_workers(),
+        )
+    compute = ComputeTime(
+        study.step_seconds_of_workers(),
+        jitter=study.jitter,
+        pauses_per_second=cluster.pauses[0],
+        pause_seconds=cluster.pauses[1],
+        seed=seed,
+    )
+    return NetworkTime(
+        compute,
+        cluster.constants(study.latency, study.bandwidth),
+        study.nodes_of_workers(),
+        cores=cluster.cores,
+        slice_seconds=cluster.time_slice,
+        starts=study.starts_of_workers(),
+    )
 
 
 class Study:
@@ -210,6 +235,10 @@ class Study:
         return float((clocks[self._alive()] if self._deaths else clocks).min())
 
     def _evaluate(self) -> None:
+        with self._clock.paused():
+            self._append_point()
+
+    def _append_point(self) -> None:
         simulation, config = self._simulation, self._plan.config
         workers = [simulation.workers[rank] for rank in self._alive()]
         workers[0].consensus(self._vector)

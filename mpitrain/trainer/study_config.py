@@ -68,6 +68,14 @@ class StudyConfig:
         repeated=True,
         collect=tuple,
     )
+    join: tuple[tuple[int, float], ...] = option(
+        (),
+        "the virtual time at which a worker begins, instead of 0; may be given several times",
+        parse=number_for_rank("RANK:SECONDS, such as 3:1.5"),
+        metavar="RANK:SECONDS",
+        repeated=True,
+        collect=tuple,
+    )
     evaluations: int = option(10, "evaluations, evenly spread over the run", parse=int, within=POSITIVE)
 
     def __post_init__(self) -> None:
@@ -79,6 +87,9 @@ class StudyConfig:
         for rank, seconds in self.death:
             if not (0 <= rank < self.workers and 0 <= seconds < math.inf):
                 raise UsageError(f"--death {rank}:{seconds:g} must be {workers} and a time of 0 or more")
+        for rank, seconds in self.join:
+            if not (0 <= rank < self.workers and 0 <= seconds < math.inf):
+                raise UsageError(f"--join {rank}:{seconds:g} must be {workers} and a time of 0 or more")
         if len({rank for rank, _ in self.death}) == self.workers:
             raise UsageError("--death must leave a worker alive")
 
@@ -89,8 +100,15 @@ class StudyConfig:
             seconds[rank] *= factor
         return seconds
 
-    def nodes_of_workers(self) -> list[int] | None:
-        """Return the node of each worker; None where all share one."""
+    def starts_of_workers(self) -> list[float]:
+        """Return when each worker begins."""
+        seconds = [0.0] * self.workers
+        for rank, start in self.join:
+            seconds[rank] = start
+        return seconds
+
+    def nodes_of_workers(self) -> list[int]:
+        """Return the node of each worker."""
         if self.workers_per_node is None:
-            return None
+            return [0] * self.workers
         return [rank // self.workers_per_node for rank in range(self.workers)]

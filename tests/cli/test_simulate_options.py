@@ -15,6 +15,7 @@ from support.plain_sgd import DATA, MODEL, STEPS
 
 from mpitrain.cli.main import main
 from mpitrain.trainer import study
+from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.options import options_of
 from mpitrain.trainer.study_config import SHARED, StudyConfig
 
@@ -137,6 +138,59 @@ def death(run: Run, **_: Any) -> None:
     assert (found["died"], found["steps_of_workers"]) == ([1], [6, math.ceil(0.25 / 0.1) + 1, 6])
 
 
+def join(run: Run, **_: Any) -> None:
+    words = ("--algorithm", "gossip", *TWO, "--step-seconds", "0.125", "--join", "1:0.5")
+    assert run(*words, budget=("--seconds", "1"))["steps_of_workers"] == [8, 4]
+
+
+LOGGP = ("--network", "loggp", *TWO)
+APART = ("--workers-per-node", "1")
+
+
+def seconds_of_three_steps(run: Run, *words: str) -> float:
+    return float(run(*words, budget=("--gradients", "6"))["seconds"])
+
+
+def network(run: Run, **_: Any) -> None:
+    words = (*APART, "--latency", "0.25", "--workers", "4")
+    for kind, messages in (("private", 1), ("loggp", 2)):  # recursive doubling among 4 nodes
+        found = run("--network", kind, *words, budget=("--gradients", "12"))
+        assert found["seconds"] == close(3 * (0.01 + messages * 0.25))
+
+
+def takes(*words: str, more: Callable[[float], float]) -> Callable[..., None]:
+    """A step takes longer than a gradient by ``more(size of the vector in bytes)``."""
+
+    def check(run: Run, **_: Any) -> None:
+        n_bytes = run(*LOGGP, budget=("--gradients", "6"))["bytes_sent"] / 6
+        assert seconds_of_three_steps(run, *LOGGP, *words) == close(3 * (0.01 + more(n_bytes)))
+
+    return check
+
+
+def serving(*words: str, seconds: Callable[[float], float]) -> Callable[..., None]:
+    """The home of a shard needs at least that long for one of two workers, given the size of the vector in bytes."""
+
+    def check(run: Run, **_: Any) -> None:
+        words_of_both = (*LOGGP, *APART, "--algorithm", "downpour")
+        free = run(*words_of_both, budget=("--gradients", "6"))
+        slow = seconds_of_three_steps(run, *words_of_both, *words)
+        assert slow - free["seconds"] >= seconds(free["bytes_sent"] / 6 / 2)
+
+    return check
+
+
+def time_slice(run: Run, **_: Any) -> None:
+    words = (*LOGGP, "--algorithm", "gossip", "--cores", "1")
+    for seconds, steps in (("0.01", [3, 3]), ("1", [6, 0])):
+        assert run(*words, "--time-slice", seconds, budget=("--gradients", "6"))["steps_of_workers"] == steps
+
+
+def pauses(run: Run, **_: Any) -> None:
+    found = run("--network", "loggp", "--pauses", "1e6:1e-3")
+    assert found["seconds"] == pytest.approx(STEPS * 0.01 * (1 + 1e6 * 1e-3), rel=0.03)
+
+
 def evaluations(run: Run, **_: Any) -> None:
     found = run("--evaluations", "4", budget=("--gradients", "8"))
     assert [point["gradients"] for point in found["evaluation"]] == [0, 2, 4, 6, 8]
@@ -168,11 +222,24 @@ CASES: dict[str, Callable[..., None]] = {
     "bandwidth": bandwidth,
     "straggler": straggler,
     "death": death,
+    "join": join,
     "evaluations": evaluations,
+    "network": network,
+    "overhead": takes(*APART, "--overhead", "0.125", more=lambda n_bytes: 2 * 0.125),
+    "gap": takes(*APART, "--gap", "0.125", more=lambda n_bytes: 0.125),
+    "node_latency": takes("--node-latency", "0.125", more=lambda n_bytes: 0.125),
+    "node_bandwidth": takes("--node-bandwidth", "1000", more=lambda n_bytes: n_bytes / 1000),
+    "rack_nodes": takes(*APART, "--rack-nodes", "2", "--uplink", "1000", more=lambda n_bytes: 0),
+    "uplink": takes(*APART, "--rack-nodes", "1", "--uplink", "1000", more=lambda n_bytes: n_bytes / 1000),
+    "service": serving("--service", "0.25", seconds=lambda n_bytes: 3 * 0.25),
+    "service_bandwidth": serving("--service-bandwidth", "1000", seconds=lambda n_bytes: 3 * n_bytes / 1000),
+    "cores": takes("--cores", "1", "--time-slice", "1", more=lambda n_bytes: 0.01),
+    "time_slice": time_slice,
+    "pauses": pauses,
 }
 
 
-@pytest.mark.parametrize("name", [*SHARED, *options_of(StudyConfig)])
+@pytest.mark.parametrize("name", [*SHARED, *options_of(StudyConfig), *options_of(ClusterConfig)])
 def test_an_option_has_its_effect(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     CASES[name](run, tmp_path=tmp_path, monkeypatch=monkeypatch)
 

@@ -1,0 +1,100 @@
+"""How long the gradients of simulated workers take: distributions of their duration, and cores that workers share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+TICK_SECONDS = 1e-9
+"""How much later than the owner of a core those look at it again who wait for it, each after the one before."""
+
+
+class ComputeTime:
+    """The duration of a gradient: its mean, times a random factor, and pauses.
+
+    Args:
+        means: (p,) mean duration of a gradient of each worker without pauses, in seconds.
+        jitter: s; the factor is log-normal, ln J ~ N(-s^2/2, s^2), with mean 1.
+        measured: Durations of a real run; the factor is one of them, drawn at random, over their mean.
+        pauses_per_second, pause_seconds: Pauses of that length interrupt a worker as a Poisson process: another job,
+            the operating system, a garbage collection.
+        seed: The seed.
+    """
+
+    def __init__(
+        self,
+        means: Sequence[float],
+        *,
+        jitter: float = 0.0,
+        measured: Sequence[float] = (),
+        pauses_per_second: float = 0.0,
+        pause_seconds: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._means = np.asarray(means, np.float64)
+        self._jitter, self._factors = jitter, np.asarray(measured, np.float64)
+        if self._factors.size:
+            self._factors = self._factors / self._factors.mean()
+        self._rate, self._pause = pauses_per_second, pause_seconds
+        self._rngs = [np.random.default_rng([seed, 7, rank]) for rank in range(self._means.size)]
+
+    def draw(self, rank: int) -> float:
+        """Return the duration of a worker's next gradient; it does not depend on what other workers draw."""
+        rng, seconds = self._rngs[rank], float(self._means[rank])
+        if self._factors.size:
+            seconds *= float(self._factors[rng.integers(self._factors.size)])
+        if self._jitter:
+            seconds *= float(np.exp(self._jitter * rng.standard_normal() - self._jitter**2 / 2))
+        if self._rate:
+            seconds += self._pause * int(rng.poisson(self._rate * seconds))
+        return seconds
+
+
+class Core:
+    """A core that several workers share, one after the other for a time slice each.
+
+    A worker keeps the core while it computes and its slice lasts, or longer if nobody else wants it. It loses the core
+    while it waits for others.
+
+    Args:
+        slice_seconds: The time slice.
+    """
+
+    def __init__(self, slice_seconds: float) -> None:
+        self._slice = slice_seconds
+        self._owner: int | None = None
+        self._slice_end = self._busy_until = 0.0
+        self._queue: deque[int] = deque()
+
+    def run(self, rank: int, now: float, left: float) -> tuple[float, float]:
+        """Compute, or wait for the core. Called in the order of ``now``.
+
+        Args:
+            rank: The worker.
+            now: Its clock.
+            left: Seconds of computation that it wants.
+
+        Returns:
+            When the worker should call again, and the seconds that are left then.
+        """
+        others = any(other != rank for other in self._queue)
+        has_slice = rank == self._owner and (now < self._slice_end or not others)
+        if now >= self._busy_until and (has_slice or not self._queue or self._queue[0] == rank):
+            if rank != self._owner or now >= self._slice_end:
+                self._owner, self._slice_end = rank, now + self._slice
+            if rank in self._queue:
+                self._queue.remove(rank)
+            seconds = min(left, self._slice_end - now) if others else left
+            self._busy_until = now + seconds
+            return self._busy_until, left - seconds
+        if rank not in self._queue:
+            self._queue.append(rank)
+        later = TICK_SECONDS * (1 + self._queue.index(rank))
+        return max(now, self._busy_until) + later, left
+
+    def keep(self, rank: int, until: float) -> None:
+        """Let the worker keep the core while it works on memory until then, if it has the core."""
+        if rank == self._owner:
+            self._busy_until = max(self._busy_until, until)

@@ -1,0 +1,242 @@
+"""The network of a simulated cluster: LogGP messages, shared adapters and uplinks, and the cost of collectives.
+
+A message of m bytes from one node to another arrives
+
+    o + L + max(g, m*G) + o     after it is sent,
+
+with latency L, overhead o of each side's processor, gap g between messages and gap G per byte (1/bandwidth) of an
+adapter. It occupies the sender's and the receiver's adapter and, between racks, the uplinks of both racks, each for
+max(g, m/bandwidth) seconds, and waits while one of them is busy. Ranks of a node share its memory instead.
+
+Source: Alexandrov, Ionescu, Schauser, Scheiman, LogGP: incorporating long messages into the LogP model, SPAA 1995.
+
+Deviations: a message occupies its adapters and uplinks as a whole (packets of different messages do not alternate), and
+a collective neither waits for other messages nor delays them.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REQUEST_BYTES = 64
+"""A request, an acknowledgement: a message without a vector."""
+
+KEPT = 4096
+"""Busy intervals that a resource remembers; older ones are over for every worker."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The constants of a cluster. Times in seconds, bandwidths in bytes per second.
+
+    Attributes:
+        latency: L, of a message between nodes.
+        overhead: o, of the processor that sends or receives a message.
+        gap: g, the least time between two messages of an adapter.
+        bandwidth: 1/G, of a node's adapter in each direction.
+        node_latency: Of an access to a vector in the memory of the node, with its lock.
+        node_bandwidth: Of a pass over such a vector.
+        rack_nodes: Consecutive nodes that share an uplink to the other racks; 0 for one rack.
+        uplink: Bandwidth of that uplink in each direction.
+        service: Of the processor at a shard's home for each request.
+        service_bandwidth: Of that processor for the bytes that it sends and stores.
+    """
+
+    latency: float = 0.0
+    overhead: float = 0.0
+    gap: float = 0.0
+    bandwidth: float = math.inf
+    node_latency: float = 0.0
+    node_bandwidth: float = math.inf
+    rack_nodes: int = 0
+    uplink: float = math.inf
+    service: float = 0.0
+    service_bandwidth: float = math.inf
+
+    def message(self, n_bytes: float, bandwidth: float | None = None) -> float:
+        """Return the seconds from sending a message to its arrival on an idle network.
+
+        Args:
+            n_bytes: Its size.
+            bandwidth: Of the slowest part of its way; by default an adapter's.
+        """
+        slowest = self.bandwidth if bandwidth is None else min(self.bandwidth, bandwidth)
+        return self.latency + 2 * self.overhead + max(self.gap, n_bytes / slowest)
+
+    def rack(self, node: int) -> int:
+        """Return the rack of a node."""
+        return node // self.rack_nodes if self.rack_nodes else 0
+
+    def allreduce(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of an all-reduce between the first and the last step of its algorithm.
+
+        The ranks of a node add their vectors in its memory. Between n nodes it takes the faster of
+
+            ring                 2*(n - 1)*(L + 2*o + max(g, m/n*G))
+            recursive doubling   ceil(log2 n)*(L + 2*o + max(g, m*G))
+
+        where G is that of the uplink's share in the steps that cross racks.
+
+        Args:
+            n_bytes: m, the size of the vector.
+            nodes: (ranks,) the node of each rank.
+        """
+        distinct, inside = self._inside(n_bytes, nodes)
+        return inside + min(self.ring(n_bytes, distinct), self.doubling(n_bytes, distinct))
+
+    def ring(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of a ring all-reduce between nodes, given once each; neighbours in a rack follow."""
+        n = len(nodes)
+        crosses = len({self.rack(node) for node in nodes}) > 1
+        return 2 * (n - 1) * self.message(n_bytes / max(n, 1), self.uplink if crosses else None)
+
+    def doubling(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of an all-reduce by recursive doubling between nodes, given once each.
+
+        In step k the node at position i exchanges with the one at i XOR 2^k; all that leave a rack share its uplink.
+        """
+        seconds, distance = 0.0, 1
+        while distance < len(nodes):
+            leaving: dict[int, int] = {}
+            for i, node in enumerate(nodes):
+                partner = i ^ distance
+                if partner < len(nodes) and self.rack(nodes[partner]) != self.rack(node):
+                    leaving[self.rack(node)] = leaving.get(self.rack(node), 0) + 1
+            share = self.uplink / max(leaving.values()) if leaving else None
+            seconds += self.message(n_bytes, share)
+            distance *= 2
+        return seconds
+
+    def tree(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of a broadcast or reduction along a binomial tree: ceil(log2 n) messages in sequence."""
+        distinct, inside = self._inside(n_bytes, nodes)
+        crosses = len({self.rack(node) for node in distinct}) > 1
+        return inside + _rounds(len(distinct)) * self.message(n_bytes, self.uplink if crosses else None)
+
+    def gather(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of an all-gather of ``n_bytes`` of each rank, whose messages double in size."""
+        distinct, inside = self._inside(n_bytes * len(nodes), nodes)
+        per_node = n_bytes * len(nodes) / max(len(distinct), 1)
+        return inside + sum(self.message(per_node * 2**k) for k in range(_rounds(len(distinct))))
+
+    def barrier(self, nodes: Sequence[int]) -> float:
+        """Return the seconds of a dissemination barrier: ceil(log2 n) messages in sequence."""
+        distinct, inside = self._inside(0, nodes)
+        return inside + _rounds(len(distinct)) * self.message(0)
+
+    def collective(self, kind: str, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of a collective: ``allreduce``, ``tree``, ``gather``, ``barrier``; 0 for ``set-up``."""
+        if kind == "set-up" or len(nodes) < 2:
+            return 0.0
+        if kind == "barrier":
+            return self.barrier(nodes)
+        costs = {"allreduce": self.allreduce, "tree": self.tree, "gather": self.gather}
+        return costs[kind](n_bytes, nodes)
+
+    def _inside(self, n_bytes: float, nodes: Sequence[int]) -> tuple[list[int], float]:
+        """Return the distinct nodes in order, and the seconds of one pass of all ranks over their node's vectors."""
+        distinct = list(dict.fromkeys(nodes))
+        if len(distinct) == len(nodes):
+            return distinct, 0.0
+        return distinct, self.node_latency + n_bytes / self.node_bandwidth
+
+
+def _rounds(n: int) -> int:
+    """Return ceil(log2 n)."""
+    return max(n - 1, 0).bit_length()
+
+
+class Resource:
+    """Something that serves one user at a time: an adapter, an uplink, a processor, a lock.
+
+    Users may ask in any order; each gets the first free time that is long enough.
+    """
+
+    def __init__(self) -> None:
+        self._starts: list[float] = []  # of the busy intervals, ascending and disjoint
+        self._ends: list[float] = []
+
+    def reserve(self, earliest: float, seconds: float) -> float:
+        """Occupy the resource for a time that begins at ``earliest`` or as soon as it is free; return the beginning."""
+        start, k = earliest, bisect_right(self._ends, earliest)
+        while k < len(self._starts) and self._starts[k] < start + seconds:
+            start = self._ends[k]
+            k += 1
+        if seconds > 0:
+            self._insert(start, start + seconds)
+        return start
+
+    def _insert(self, start: float, end: float) -> None:
+        """Add a busy interval, joined with those that it touches."""
+        k = bisect_left(self._starts, start)
+        if k and self._ends[k - 1] >= start:
+            k -= 1
+            start = self._starts.pop(k)
+            del self._ends[k]
+        if k < len(self._starts) and self._starts[k] <= end:
+            end = self._ends.pop(k)
+            del self._starts[k]
+        self._starts.insert(k, start)
+        self._ends.insert(k, end)
+        if len(self._starts) > KEPT:
+            del self._starts[: KEPT // 2], self._ends[: KEPT // 2]
+
+
+class Fabric:
+    """The adapters, uplinks and processors of a cluster, and the messages that occupy them.
+
+    Args:
+        network: The constants.
+        nodes: (ranks,) the node of each rank.
+    """
+
+    def __init__(self, network: Network, nodes: Sequence[int]) -> None:
+        self.network, self._nodes = network, nodes
+        self._resources: dict[tuple[str, int], Resource] = {}
+
+    def send(self, source: int, target: int, n_bytes: float, at: float) -> tuple[float, float]:
+        """Send a message between two ranks.
+
+        Args:
+            source, target: The ranks.
+            n_bytes: The size of the message.
+            at: When the sender begins.
+
+        Returns:
+            When the sender's processor and adapter are done with it, and when the receiver has it.
+        """
+        network, a, b = self.network, self._nodes[source], self._nodes[target]
+        if a == b:
+            end = at + network.node_latency + n_bytes / network.node_bandwidth
+            return end, end
+        way = [(("out", a), network.bandwidth), (("in", b), network.bandwidth)]
+        racks = network.rack(a), network.rack(b)
+        if racks[0] != racks[1]:
+            way[1:1] = [(("up", racks[0]), network.uplink), (("down", racks[1]), network.uplink)]
+        start = at + network.overhead
+        end = start
+        sent = start
+        for hop, (key, bandwidth) in enumerate(way):
+            seconds = max(network.gap, n_bytes / bandwidth)
+            start = self._resource(*key).reserve(start, seconds)
+            end = max(end, start + seconds)
+            sent = start + seconds if hop == 0 else sent
+        return sent, end + network.latency + network.overhead
+
+    def serve(self, rank: int, n_bytes: float, at: float) -> float:
+        """Let the processor at a rank's node serve a request that arrives then; return when it is done."""
+        seconds = self.network.service + n_bytes / self.network.service_bandwidth
+        return self._resource("processor", rank).reserve(at, seconds) + seconds
+
+    def is_local(self, one: int, other: int) -> bool:
+        """Whether two ranks share a node."""
+        return self._nodes[one] == self._nodes[other]
+
+    def _resource(self, kind: str, number: int) -> Resource:
+        key = kind, number
+        if key not in self._resources:
+            self._resources[key] = Resource()
+        return self._resources[key]

@@ -1,0 +1,159 @@
+"""Virtual time on a cluster: gradients take cores, exchanges take the network, locks and servers make workers wait.
+
+A worker's clock advances when its gradient is computed, and in each operation of its exchange by what that operation
+takes: a visit to a block by a request, the wait for its lock, the bytes to the worker and back; a collective by its
+algorithm. The worker with the smallest clock goes first, so that resources are taken in the order of virtual time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from mpitrain.simulation.compute import ComputeTime, Core
+from mpitrain.simulation.network import REQUEST_BYTES, Fabric, Network
+from mpitrain.simulation.schedules import ClockSchedule, Watched
+
+
+class NetworkTime(ClockSchedule):
+    """The worker whose clock is furthest behind, on a cluster with shared links, servers and cores.
+
+    Args:
+        compute: The durations of gradients.
+        network: The constants of the network.
+        nodes: (p,) the node of each worker.
+        cores: Cores of a node, which its workers share; None: each has one.
+        slice_seconds: Time slice of a core with several workers.
+        starts: (p,) when each worker joins; all at 0 by default.
+
+    Attributes:
+        clocks: (p,) the seconds of virtual time that each worker has used.
+    """
+
+    def __init__(
+        self,
+        compute: ComputeTime,
+        network: Network,
+        nodes: Sequence[int],
+        *,
+        cores: int | None = None,
+        slice_seconds: float = 3e-3,
+        starts: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(np.zeros(len(nodes)) if starts is None else np.array(starts, np.float64))
+        self._compute, self._network, self._nodes = compute, network, nodes
+        self._fabric = Fabric(network, nodes)
+        self._cores = _cores(nodes, cores, slice_seconds)
+        self._left: list[float | None] = [None] * len(nodes)  # of the gradient that is being computed
+        self._lock_free: dict[Watched, float] = {}
+        self._asked: list[Watched | None] = [None] * len(nodes)  # whose lock each worker has asked for
+        self._prefetched: list[tuple[Watched, float] | None] = [None] * len(nodes)
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let operations take no time, for an evaluation."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def computing(self, rank: int) -> bool:
+        """Advance the worker's clock by its gradient or a part of it; return whether it is not ready yet."""
+        left, core = self._left[rank], self._cores[rank]
+        if left == 0:
+            self._left[rank] = None
+            return False
+        if left is None:
+            left = self._compute.draw(rank)
+        if core is None:
+            self._left[rank] = 0.0
+            self._set(rank, self.clocks[rank] + left)
+        else:
+            until, self._left[rank] = core.run(rank, float(self.clocks[rank]), left)
+            self._set(rank, until)
+        return True
+
+    def asking(self, rank: int, block: Watched, home: int) -> bool:
+        """Advance the worker's clock to the time at which its request arrives; return whether it has not arrived."""
+        if self._is_paused or self._asked[rank] == block:
+            return False
+        now, prefetched = float(self.clocks[rank]), self._prefetched[rank]
+        self._asked[rank], self._prefetched[rank] = block, None
+        if not self._fabric.is_local(rank, home):
+            sent = prefetched[1] if prefetched is not None and prefetched[0] == block else now
+            self._set(rank, max(now, self._fabric.send(rank, home, REQUEST_BYTES, sent)[1]))
+        return True
+
+    def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
+        """Advance the worker's clock to the time at which it has the lock and the data of a block."""
+        if self._is_paused:
+            return
+        self._asked[rank] = None
+        fabric, free = self._fabric, max(float(self.clocks[rank]), self._lock_free.get(block, 0.0))
+        if fabric.is_local(rank, home):
+            self._spend(rank, free + self._network.node_latency)
+            return
+        _, received = fabric.send(home, rank, n_bytes, fabric.serve(home, n_bytes, free))
+        self._set(rank, received)
+        if following is not None:
+            self._prefetched[rank] = following, received
+
+    def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
+        """Advance the worker's clock by the release of a block, and note when others can have the lock."""
+        if self._is_paused:
+            return
+        now = float(self.clocks[rank])
+        if self._fabric.is_local(rank, home):
+            self._spend(rank, now + n_bytes / self._network.node_bandwidth)
+            self._lock_free[block] = float(self.clocks[rank])
+            return
+        n_sent = n_bytes if updated else REQUEST_BYTES
+        done, arrived = self._fabric.send(rank, home, n_sent, now)
+        self._lock_free[block] = self._fabric.serve(home, n_sent, arrived)
+        self._set(rank, done)
+
+    def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
+        """Advance the worker's clock by a read of a peer's vector, which needs no lock and no processor there."""
+        if self._is_paused:
+            return
+        if self._fabric.is_local(rank, peer):
+            self._spend(rank, float(self.clocks[rank]) + n_bytes / self._network.node_bandwidth)
+            return
+        _, arrived = self._fabric.send(rank, peer, REQUEST_BYTES, float(self.clocks[rank]))
+        self._set(rank, self._fabric.send(peer, rank, n_bytes, arrived)[1])
+
+    def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
+        """Advance the clocks of these workers to the end of a collective, which begins when the last one arrives."""
+        members = list(ranks)
+        cost = self._network.collective(kind, n_bytes, [self._nodes[rank] for rank in members])
+        self.clocks[members] = self.clocks[members].max() + cost
+        self._turns.add(members)
+
+    def _spend(self, rank: int, until: float) -> None:
+        """Advance a clock while the worker uses its core."""
+        self._set(rank, until)
+        core = self._cores[rank]
+        if core is not None:
+            core.keep(rank, until)
+
+    def _set(self, rank: int, seconds: float) -> None:
+        self.clocks[rank] = seconds
+        self._turns.add((rank,))
+
+
+def _cores(nodes: Sequence[int], n_cores: int | None, slice_seconds: float) -> list[Core | None]:
+    """Return the core of each worker; None for a worker that has one for itself."""
+    if n_cores is None:
+        return [None] * len(nodes)
+    made: dict[tuple[int, int], Core] = {}
+    n_on_node: dict[int, int] = {}
+    cores: list[Core | None] = []
+    for node in nodes:
+        k = n_on_node.get(node, 0)
+        n_on_node[node] = k + 1
+        cores.append(made.setdefault((node, k % n_cores), Core(slice_seconds)))
+    return cores

@@ -1,0 +1,123 @@
+"""Workers on a simulated cluster: what their steps and exchanges take."""
+
+import numpy as np
+import pytest
+from support.quadratic import simulate
+
+from mpitrain.algorithms import EASGD, AllReduceSGD, Downpour, GossipSGD
+from mpitrain.simulation.compute import ComputeTime, Core
+from mpitrain.simulation.network import REQUEST_BYTES, Network
+from mpitrain.simulation.network_time import NetworkTime
+from mpitrain.simulation.world import SimulatedWorld
+
+
+def clocks(method, p, steps, network, *, nodes=None, step_seconds=1.0, n=100, **options):
+    """The clocks of p workers after some steps, each on a node of its own by default."""
+    schedule = NetworkTime(ComputeTime([step_seconds] * p), network, nodes or range(p), **options)
+    simulation = simulate(method, p, start=np.ones(n), eta=0.1, schedule=schedule)
+    simulation.run(steps)
+    return schedule.clocks
+
+
+def test_without_costs_only_gradients_take_time():
+    for method in (AllReduceSGD(), EASGD(period=1), GossipSGD(), Downpour()):
+        np.testing.assert_allclose(clocks(method, 3, 5, Network()), 5.0)
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_a_step_of_allreduce_takes_a_gradient_and_the_ring(p):
+    network = Network(latency=0.25, bandwidth=400.0)  # 800 bytes a vector
+    found = clocks(AllReduceSGD(), p, 3, network)
+    np.testing.assert_allclose(found, 3 * (1 + network.allreduce(800, range(p))))
+
+
+def test_a_remote_visit_is_a_request_the_vector_and_its_return():
+    # One shard of 16 elements at one worker; the other asks, gets and returns it. The return needs no answer.
+    network = Network(latency=0.25, bandwidth=64.0)
+    found = clocks(EASGD(period=1), 2, 1, network, n=16)
+    found = np.sort(found)
+    assert found[0] == 1.0  # the home
+    assert found[1] == 1 + (0.25 + REQUEST_BYTES / 64) + (0.25 + 128 / 64) + 128 / 64
+
+
+def test_workers_queue_for_a_lock():
+    # In the memory of a node: each holds the lock for half a second, and all arrive at once.
+    found = clocks(EASGD(period=1), 4, 1, Network(node_latency=0.25, node_bandwidth=128 / 0.25), n=16, nodes=[0] * 4)
+    assert sorted(found) == [1.5, 2.0, 2.5, 3.0]
+
+
+def test_a_busy_server_bounds_the_steps_of_all_workers():
+    # The home of the only shard serves a visit in 2*0.5 s, so that p workers far from it make one step each in p s.
+    found = clocks(Downpour(), 9, 20, Network(service=0.5), n=16, step_seconds=0.001)
+    assert found[1:].max() == pytest.approx(20 * 8 * 1.0, rel=0.05)
+
+
+def test_two_workers_on_a_core_take_twice_as_long():
+    for method in (AllReduceSGD(), EASGD(period=1)):
+        found = clocks(method, 4, 50, Network(), nodes=[0] * 4, cores=2, slice_seconds=3.0, step_seconds=0.1)
+        np.testing.assert_allclose(found.max(), 2 * 50 * 0.1, rtol=1e-3)
+
+
+def test_workers_on_cores_of_their_own_are_not_delayed():
+    found = clocks(EASGD(period=1), 4, 50, Network(), nodes=[0] * 4, cores=4, step_seconds=0.1)
+    np.testing.assert_allclose(found, 5.0, rtol=1e-6)
+
+
+def share_of_fresh_visits(slice_seconds):
+    schedule = NetworkTime(ComputeTime([1.0] * 4, jitter=0.1), Network(), [0] * 4, cores=2, slice_seconds=slice_seconds)
+    simulation = simulate(Downpour(), 4, start=np.ones(4), eta=0.01, schedule=schedule).run(400)
+    histogram = np.sum([worker.comm.statistics.staleness for worker in simulation.workers], axis=0)
+    return histogram[0] / histogram.sum()
+
+
+def test_long_slices_make_the_visits_of_a_worker_follow_each_other():
+    # Slices of one gradient: all workers alternate. Long ones: of two running workers, each sees the other's last step.
+    assert share_of_fresh_visits(1.0) < 0.1
+    assert share_of_fresh_visits(50.0) == pytest.approx(share_of_fresh_visits(100.0), abs=0.15)
+    assert share_of_fresh_visits(50.0) > share_of_fresh_visits(1.0)
+
+
+def test_a_core_goes_round_its_workers():
+    core = Core(2.0)
+    assert core.run(0, 0.0, 1.0) == (1.0, 0.0)
+    assert core.run(1, 0.5, 3.0) == (pytest.approx(1.0), 3.0)  # waits
+    assert core.run(0, 1.0, 5.0) == (2.0, 4.0)  # to the end of its slice
+    assert core.run(0, 2.0, 4.0) == (pytest.approx(2.0), 4.0)  # behind worker 1
+    assert core.run(1, 2.0 + 1e-9, 3.0) == (pytest.approx(4.0), pytest.approx(1.0))
+
+
+def test_workers_that_join_late_begin_late():
+    found = clocks(GossipSGD(), 3, 4, Network(), starts=[0.0, 2.5, 0.0])
+    assert found.tolist() == [4.0, 6.5, 4.0]
+
+
+def test_the_durations_of_gradients_have_their_distribution():
+    def mean(**distribution):
+        draws = ComputeTime([2.0], seed=1, **distribution)
+        return np.mean([draws.draw(0) for _ in range(4000)])
+
+    assert mean() == 2.0
+    assert mean(jitter=0.5) == pytest.approx(2.0, rel=0.05)
+    assert mean(measured=[1, 1, 4]) == pytest.approx(2.0, rel=0.05)
+    assert mean(pauses_per_second=0.25, pause_seconds=3.0) == pytest.approx(2 + 2 * 0.25 * 3, rel=0.05)
+
+
+def test_the_same_seed_gives_the_same_run_and_workers_draw_apart():
+    one, again, other = (ComputeTime([1.0, 1.0], jitter=0.3, seed=seed) for seed in (4, 4, 5))
+    a = [one.draw(0), one.draw(1)]
+    b = again.draw(1), again.draw(0)
+    assert a == [b[1], b[0]] != [other.draw(0), other.draw(1)]
+    assert a[0] != a[1]
+
+
+def test_an_evaluation_takes_no_time():
+    schedule = NetworkTime(ComputeTime([1.0] * 3), Network(latency=1.0, bandwidth=1.0), range(3))
+    world = SimulatedWorld(3, schedule)
+
+    def program(comm):
+        vector = comm.shared_vector(100, np.float64)
+        with schedule.paused():
+            vector.read(np.zeros(100))
+
+    world.run(program)
+    assert schedule.clocks.tolist() == [0, 0, 0]
