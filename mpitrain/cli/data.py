@@ -55,7 +55,10 @@ def run(args: Namespace) -> int:
         print(printable(f"{args.file}: its contents match its digest (SHA-256 {found})"))
         return 0
     done = IMPORTERS[args.kind].run(args)
-    skipped = f", {len(done.unreadable)} unreadable left out" if done.unreadable else ""
+    remarks = [f"{n} {what}" for what, n in done.converted.items()]
+    remarks += [f"{len(done.unreadable)} unreadable left out"] if done.unreadable else []
+    remarks += [f"{done.n_other_files} files that are no images left out"] if done.n_other_files else []
+    skipped = "".join(f", {remark}" for remark in remarks)
     shape = "x".join(map(str, done.shape))
     counts = f"{done.n_train} training and {done.n_test} test images of {shape}, {len(done.classes)} classes{skipped}"
     print(printable(f"{done.target}: {counts}"))

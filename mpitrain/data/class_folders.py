@@ -1,12 +1,14 @@
 """Class folders of files, in a folder or an archive, which is read without unpacking.
 
     CLASS/.../FILE                    no split
-    train/CLASS/.../FILE, and test/   a split; val/ or validation/ is the test set if there is no test/
+    train/CLASS/.../FILE, and test/   a split; also training/, and valid/, val/, validation/ or testing/, in any case
 
+Links inside a folder are followed. A link that leads out of it or back to a folder above is refused.
 Folders that contain everything else (`cifar10/train/...`) are ignored.
 """
 
 import lzma
+import os
 import tarfile
 import zipfile
 import zlib
@@ -21,7 +23,8 @@ from mpitrain.errors import UsageError
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 MAX_MEMBER_BYTES = 2**28
-TEST_NAMES = ("test", "val", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,29 @@ def places(names: Sequence[str]) -> list[Place]:
         if len(path) < 2:
             raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
     tops = {path[0] for path in paths}
-    tests = tops & set(TEST_NAMES)
-    if "train" not in tops or not tests or tops - tests - {"train"}:
+    trains, tests = ({top for top in tops if top.casefold() in known} for known in (TRAIN_NAMES, TEST_NAMES))
+    others = tops - trains - tests
+    if not (trains and tests) and (others or len(tests) < 2):
         return [Place(None, path[0]) for path in paths]
+    if not trains:
+        raise UsageError(f"{' and '.join(sorted(tests))} exist, but no train: name the folder of training images train")
+    if others:
+        raise UsageError(
+            f"{min(others)} exists next to {min(trains)} and {min(tests)}: it is no part of the split; move it away"
+        )
+    if len(trains) > 1:
+        raise UsageError(f"both {' and '.join(sorted(trains))} exist: keep one as the training set")
     if len(tests) > 1:
-        raise UsageError(f"both {' and '.join(sorted(tests))} exist next to train: keep one as the test set")
+        raise UsageError(f"both {' and '.join(sorted(tests))} exist next to {min(trains)}: keep one as the test set")
     for name, path in zip(names, paths, strict=True):
         if len(path) < 3:
             raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
-    found = [Place(path[0] != "train", path[1]) for path in paths]
+    found = [Place(path[0] in tests, path[1]) for path in paths]
     unknown = {place.label for place in found if place.is_test} - {place.label for place in found if not place.is_test}
     if unknown:
-        raise UsageError(f"class {min(unknown)} is in {min(tests)} but not in train: a class needs training images")
+        raise UsageError(
+            f"class {min(unknown)} is in {min(tests)} but not in {min(trains)}: a class needs training images"
+        )
     return found
 
 
@@ -101,10 +115,34 @@ def _content(stream: IO[bytes], name: str, declared: int) -> BinaryIO:
 
 
 def _in_folder(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
-    for path in sorted(source.rglob("*")):
-        if path.is_file() and reads(path.relative_to(source).as_posix()):
+    for path in sorted(_walk(source)):
+        if reads(path.relative_to(source).as_posix()):
             with path.open("rb") as stream:
                 yield path.relative_to(source).as_posix(), stream
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """Yield all files of a folder, also behind links.
+
+    Raises:
+        UsageError: A link leads out of the folder, to a folder that contains it, or to nothing.
+    """
+    inside = source.resolve()
+    for folder, names, file_names in os.walk(source, followlinks=True):
+        names[:] = [name for name in names if not name.startswith(".")]
+        file_names = [name for name in file_names if not name.startswith(".")]
+        for name in (*names, *file_names):
+            path = Path(folder, name)
+            if not path.is_symlink():
+                continue
+            target = Path(os.path.realpath(path))
+            if not target.exists():
+                raise UsageError(f"{path} is a link to nothing ({target}): repair or remove it")
+            if inside not in (target, *target.parents):
+                raise UsageError(f"{path} is a link out of the folder, to {target}: import that folder, or copy it")
+            if target in (Path(folder).resolve(), *Path(folder).resolve().parents):
+                raise UsageError(f"{path} is a link to a folder that contains it ({target}): remove it")
+        yield from (path for name in file_names if (path := Path(folder, name)).is_file())
 
 
 def _in_zip(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:

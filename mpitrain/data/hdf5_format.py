@@ -7,7 +7,7 @@
     attributes of the file:
       format           "mpitrain-data"
       format_version   1
-      classes          names, in the order of the labels
+      classes          names, in the order of the labels; of more than 1000 classes, a dataset of this name instead
       mean, std        (C,) or (d,) float64, of the training images; for uint8 images, of pixel / 255
 
 Uncompressed: decoded images hardly compress, and a run reads each of them many times.
@@ -32,6 +32,9 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 2**17  # read for a single image; smaller chunks slow down reading all images
 SUFFIXES = (".h5", ".hdf5")
 SPLITS = ("train", "test")
+MOST_ATTRIBUTE_NAMES = 1000
+"""The most names in an attribute, for which HDF5 has 64 KiB with 16 bytes for each."""
+
 REMEDY = "make one with 'mpitrain data import'"
 
 
@@ -105,7 +108,8 @@ def read_header(file: h5py.File) -> Header:
     kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
     if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
         raise UsageError(f"{path} is {kind} version {version}, not {FORMAT} version {FORMAT_VERSION}: {REMEDY}")
-    classes = tuple(_text(name) for name in np.atleast_1d(_attribute(file, "classes")))
+    names = _dataset(file, "classes")[:] if "classes" in file else _attribute(file, "classes")
+    classes = tuple(_text(name) for name in np.atleast_1d(names))
     mean, std = (_numbers(file, name) for name in ("mean", "std"))
     images, labels = ({split: _dataset(file, f"{split}/{name}") for split in SPLITS} for name in ("images", "labels"))
 
@@ -151,6 +155,23 @@ def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: in
     )
 
 
+def check_finite(path: str, name: str, first: int, images: NDArray[Any]) -> None:
+    """Raise `UsageError` for the first image of a block that has NaN or infinity, with its row and its pixel.
+
+    Args:
+        path: The file.
+        name: The dataset, such as ``train/images``.
+        first: The row of the first image.
+        images: (n, ...) the block.
+    """
+    if images.dtype.kind != "f" or np.isfinite(images).all():
+        return
+    row, *pixel = (int(i) for i in np.argwhere(~np.isfinite(images))[0])
+    value = images[(row, *pixel)]
+    where = ", ".join(map(str, pixel))
+    raise UsageError(f"{path}: {name}[{first + row}] is {value} at {where}: remove the image, or replace the value")
+
+
 def create(
     file: h5py.File, *, classes: Sequence[str], shape: tuple[int, ...], n: Iterable[int], dtype: str = "uint8"
 ) -> None:
@@ -160,7 +181,12 @@ def create(
     """
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
-    file.attrs["classes"] = np.array(list(classes), dtype=h5py.string_dtype())
+    names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in classes]
+    texts = np.array(names, dtype=h5py.string_dtype())
+    if len(names) > MOST_ATTRIBUTE_NAMES:
+        file["classes"] = texts
+    else:
+        file.attrs["classes"] = texts
     chunk = max(1, min(256, CHUNK_BYTES // (math.prod(shape) * np.dtype(dtype).itemsize)))
     for split, n_split in zip(SPLITS, n, strict=True):
         group = file.create_group(split)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpitrain.data import digest
 from mpitrain.data.dataset import Dataset, Normalisation
-from mpitrain.data.hdf5_format import SPLITS, Header, check_labels, open_data, read_header, reading
+from mpitrain.data.hdf5_format import SPLITS, Header, check_finite, check_labels, open_data, read_header, reading
 from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
 from mpitrain.errors import UsageError
@@ -93,6 +93,7 @@ def _read_shared(source: h5py.Dataset, world: World, dtype: np.dtype[Any] | None
             rows = slice(low, min(low + slab, stop))
             with reading(source.file):
                 source.read_direct(array, rows, rows)
+            check_finite(source.file.filename, source.name.lstrip("/"), low, array[rows])
 
     all_ok(world, read)
     return array

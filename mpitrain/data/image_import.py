@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -17,7 +17,7 @@ from typing import BinaryIO, TypeVar
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from mpitrain.data import digest
@@ -28,6 +28,14 @@ from mpitrain.errors import UsageError, reason
 from mpitrain.log import is_terminal
 from mpitrain.records.contained_file import ContainedFile
 from mpitrain.records.durable import remedy, sync
+
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations of EXIF that exchange height and width."""
+
+BACKGROUND = "white"
+TURNED, ON_WHITE = "turned as EXIF says", f"put on {BACKGROUND} for their transparency"
+FIRST, RESIZED = "reduced to the first frame", "resized"
+"""What is done to images, for the last line."""
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a channel, which Pillow would clip
 
@@ -44,7 +52,9 @@ class Imported:
     n_test: int
     shape: tuple[int, int, int]  # (C, H, W)
     classes: tuple[str, ...]
-    unreadable: tuple[str, ...]  # files that were left out
+    unreadable: tuple[str, ...]  # images that were left out
+    converted: Mapping[str, int]  # how many images were changed, by what was done to them
+    n_other_files: int  # files that are no images
 
 
 @dataclass
@@ -55,6 +65,8 @@ class Survey:
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (W, H)
     coloured: bool = False
+    converted: Counter[str] = field(default_factory=Counter)
+    n_other_files: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,11 @@ def import_images(
             return writer, unreadable
 
     writer, unreadable = _replace(target, fill)
-    return Imported(target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable))
+    n_resized = sum(n for found, n in survey.sizes.items() if found != (width, height))
+    converted = {**survey.converted, **({RESIZED: n_resized} if n_resized else {})}
+    return Imported(
+        target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable), converted, survey.n_other_files
+    )
 
 
 def _replace(target: Path, fill: Callable[[ContainedFile], T]) -> T:
@@ -219,18 +235,34 @@ def _survey(source: Path, progress: bool) -> Survey:
     survey = Survey()
     Image.preinit()  # so that common formats are tried first
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = files(source, lambda name: Path(name).suffix.lower() in suffixes)
+
+    def may_be_image(name: str) -> bool:
+        is_image = Path(name).suffix.lower() in {*suffixes, ""}
+        survey.n_other_files += not is_image
+        return is_image
+
+    found = files(source, may_be_image)
     for name, stream in _bar(found, "reading headers", progress):
         try:
             with Image.open(stream) as image:
                 size, mode = image.size, image.mode
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                has_alpha, n_frames = image.has_transparency_data, getattr(image, "n_frames", 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            survey.unreadable.append(name)
+            if Path(name).suffix:
+                survey.unreadable.append(name)
+            else:  # a file without a suffix is an image only if its content says so
+                survey.n_other_files += 1
             continue
         if mode in DEEP_MODES:
             raise UsageError(f"{name} has more than 8 bits per channel ({mode}): convert it to 8 bits")
         survey.names.append(name)
-        survey.sizes[size] += 1
+        survey.sizes[size[::-1] if orientation in SIDEWAYS else size] += 1
+        survey.converted.update(
+            what
+            for what, applies in ((TURNED, orientation in range(2, 9)), (ON_WHITE, has_alpha), (FIRST, n_frames > 1))
+            if applies
+        )
         survey.coloured |= mode not in ("1", "L", "LA")
     return survey
 
@@ -247,7 +279,10 @@ def _decode(stream: BinaryIO, shape: tuple[int, int, int]) -> NDArray[np.uint8] 
     channels, height, width = shape
     try:
         with Image.open(stream) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image.convert("RGBA"))
+            image = image.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     if image.size != (width, height):

@@ -168,7 +168,14 @@ class FileImages:
                     f"{self.source.file.filename}: images {low} to {high - 1} cannot be read ({error}): the file was "
                     "changed or damaged; restore it and resume"
                 ) from error
-            out[order[i:j]] = rows[ascending[i:j] - low]
+            rows = rows[ascending[i:j] - low]
+            if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+                bad = int(ascending[i:j][~np.isfinite(rows).reshape(len(rows), -1).all(axis=1)][0])
+                raise UsageError(
+                    f"{self.source.file.filename}: {self.source.name.lstrip('/')}[{bad}] has NaN or infinity: "
+                    "remove the image, or replace the value"
+                )
+            out[order[i:j]] = rows
 
 
 def _free_memory_bytes() -> int:

@@ -4,7 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from mpitrain.data import load
+from mpitrain.data import Limits, load
+from mpitrain.data.hdf5_format import create
 from mpitrain.errors import UsageError
 
 
@@ -88,3 +89,17 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path, lone):
     (tmp_path / "folder.h5").mkdir()
     with pytest.raises(UsageError, match="is a folder"):
         load(str(tmp_path / "folder.h5"), world=lone)
+
+
+@pytest.mark.parametrize("limits", [None, Limits(0, 0)], ids=["shared", "file"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_with_its_row(tmp_path, lone, value, limits):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        create(file, classes=["a", "b"], shape=(3,), n=(50, 5), dtype="float32")
+        file.attrs["mean"], file.attrs["std"] = np.zeros(3), np.ones(3)
+        for split in ("train", "test"):
+            for array in file[split].values():
+                array[:] = 0
+        file["train/images"][37, 1] = value
+    with pytest.raises(UsageError, match=r"x.h5: train/images\[37\] (is -?(nan|inf) at 1|has NaN or infinity)"):
+        load(str(tmp_path / "x.h5"), world=lone, limits=limits).batch(np.arange(50))

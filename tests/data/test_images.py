@@ -15,6 +15,7 @@ from PIL import Image
 from mpitrain.cli.data import IMPORTERS, add_arguments, run
 from mpitrain.data import load
 from mpitrain.data.class_folders import places
+from mpitrain.data.hdf5_format import create
 from mpitrain.data.image_import import import_images
 from mpitrain.errors import UsageError
 
@@ -229,3 +230,84 @@ def test_the_progress_bar_goes_to_standard_error(tmp_path, split_folder, monkeyp
     import_images(split_folder[0], tmp_path / "out.h5")
     assert "decoding: 100%" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "VALID"), ("training", "Validation"), ("TRAIN", "testing")])
+def test_names_of_sets_are_recognised_in_any_case(train, test):
+    found = places([f"{train}/a/1", f"{test}/a/2"])
+    assert [(place.is_test, place.label) for place in found] == [(False, "a"), (True, "a")]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train/a/1", "valid/a/1", "test/a/1"], "both test and valid exist next to train"),
+        (["train/a/1", "Training/a/1", "test/a/1"], "both Training and train exist"),
+        (["train/a/1", "test/a/1", "extra/a/1"], "extra exists next to train and test"),
+        (["val/a/1", "test/a/1"], "test and val exist, but no train"),
+    ],
+)
+def test_sets_that_are_not_clear_are_refused(names, words):
+    with pytest.raises(UsageError, match=words):
+        places(names)
+
+
+def test_links_inside_are_followed_and_others_refused(tmp_path):
+    for k in range(4):
+        write(tmp_path / "in" / "a" / f"{k}.png")
+        write(tmp_path / "in" / ".store" / f"{k}.png")
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "in" / ".store")
+    done = import_images(tmp_path / "in", tmp_path / "out.h5", progress=False)
+    assert (done.classes, done.n_train + done.n_test) == (("a", "b"), 8)
+    link = tmp_path / "in" / "a" / "link"
+    for target, words in (
+        (tmp_path / "in", "contains it"),
+        (tmp_path, "out of the folder"),
+        ("gone", "link to nothing"),
+    ):
+        link.symlink_to(target)
+        with pytest.raises(UsageError, match=words):
+            import_images(tmp_path / "in", tmp_path / "out.h5", progress=False)
+        link.unlink()
+
+
+def test_orientation_transparency_and_content_are_respected_and_counted(tmp_path, capsys):
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
+    upright = np.zeros((6, 8, 3), np.uint8)
+    upright[:3] = 255  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the viewer rotates by 90 degrees clockwise
+    stored = Image.fromarray(np.rot90(upright).copy())
+    stored.save(folder / "turned.png", exif=exif)
+    Image.fromarray(upright).save(folder / "no_suffix", format="PNG")
+    Image.fromarray(np.zeros((6, 8, 4), np.uint8)).save(folder / "clear.png")  # transparent black
+    (folder / "LICENSE").write_text("words")
+    (folder / "list.csv").write_text("words")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["import", "images", str(tmp_path / "in"), str(tmp_path / "out.h5"), "--quiet"])) == 0
+    line = capsys.readouterr().out
+    assert "2 training and 1 test images of 3x6x8, 1 classes" in line
+    for words in ("1 turned as EXIF says", "1 put on white", "2 files that are no images left out"):
+        assert words in line
+    with h5py.File(tmp_path / "out.h5") as file:
+        found = sorted(image.tobytes() for split in ("train", "test") for image in file[f"{split}/images"][:])
+    expected = [np.moveaxis(upright, -1, 0), np.moveaxis(upright, -1, 0), np.full((3, 6, 8), 255, np.uint8)]
+    assert found == sorted(image.tobytes() for image in expected)
+
+
+def test_five_thousand_classes_and_names_in_other_encodings(tmp_path, lone):
+    names = [f"class {k:04}" for k in range(4999)] + [b"caf\xe9".decode(errors="surrogateescape")]
+    with h5py.File(tmp_path / "many.h5", "w") as file:
+        create(file, classes=names, shape=(2,), n=(1, 1))
+        for split in ("train", "test"):
+            for array in file[split].values():
+                array[:] = 0
+        file.attrs["mean"], file.attrs["std"] = np.zeros(2), np.ones(2)
+    assert load(str(tmp_path / "many.h5"), world=lone).classes == (*names[:-1], "caf\\xe9")
+    for name in names[-2:]:
+        for k in range(2):
+            write(tmp_path / "in" / name / f"{k}.png")
+    assert import_images(tmp_path / "in", tmp_path / "out.h5", progress=False).n_train == 2
+    assert sorted(load(str(tmp_path / "out.h5"), world=lone).classes) == ["caf\\xe9", "class 4998"]
