@@ -57,7 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "ranks(1, 2, ...): the world sizes a test is for; without it: one process and no MPI"
     )
-    config.addinivalue_line("markers", "launches: starts ranks of its own, for seconds; left out by `make check`")
+    config.addinivalue_line(
+        "markers", "launches: starts ranks or other processes of its own, for seconds; left out by `make check`"
+    )
     config.addinivalue_line("markers", "time_limit(seconds): for a test that takes longer than the general limit")
     config.addinivalue_line("markers", "cluster: boots SLURM on emulated hosts; deselected where that is impossible")
     for name, meaning in OPTIONAL_MARKS.items():

@@ -12,6 +12,8 @@ import pytest
 import mpitrain.kernels
 from mpitrain.kernels.compile import cache
 
+pytestmark = pytest.mark.launches
+
 SCRIPT = """
 import json, sys
 import numpy as np
