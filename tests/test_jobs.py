@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -271,17 +272,28 @@ class TestSbatch:
         assert not (tmp_path / "called").exists()
 
     def test_usr1_is_passed_on_to_the_ranks(self, tmp_path: Path, launchers: Path) -> None:
-        program(launchers / "scontrol", 'echo "$@" > requeued')
-        program(launchers / "mpitrain", "trap 'echo stopped > called; exit 3' USR1; kill -USR1 $PPID; sleep 20 & wait")
+        program(launchers / "scontrol", "cp called requeued")  # once the ranks have saved
+        body = "trap 'sleep 0.5; echo stopped > called; exit 3' USR1; kill -USR1 $PPID; sleep 20 & wait"
+        program(launchers / "mpitrain", body)
         assert self.sbatch(tmp_path).returncode == 0
-        assert (tmp_path / "called").read_text() == "stopped\n"
-        assert (tmp_path / "requeued").exists()
+        assert (tmp_path / "requeued").read_text() == "stopped\n"
 
     def test_a_finished_run_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "runs" / "r").mkdir(parents=True)
         (tmp_path / "runs" / "r" / "result.json").touch()
         assert self.sbatch(tmp_path).returncode == 0
         assert not (tmp_path / "called").exists()
+
+    @pytest.mark.parametrize(("size", "expected"), [(4, 0), (1, 1), (5, 1)])
+    def test_the_world_must_have_the_ranks_of_the_job(
+        self, tmp_path: Path, launchers: Path, size: int, expected: int
+    ) -> None:
+        mpi = f"rc, MPI = of(), of(COMM_WORLD=of(size={size}), get_vendor=lambda: ['x'])"
+        (tmp_path / "mpi4py.py").write_text(f"from types import SimpleNamespace as of\n{mpi}\n")
+        program(launchers / "python", f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+        done = self.sbatch(tmp_path)
+        assert done.returncode == expected, done.stderr
+        assert (tmp_path / "called").exists() == (expected == 0)
 
     def test_a_wrong_world_size_stops_the_job_before_it_trains(self, tmp_path: Path) -> None:
         done = self.sbatch(tmp_path, WORLD_IS_WRONG="1")
