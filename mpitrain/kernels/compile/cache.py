@@ -10,11 +10,14 @@ home directory shared by nodes with different CPUs:
   place, so it counts as the same source whichever rank wrote it last.
 - Each file has one signature. With two, ranks that compile different ones could claim the same data file in Numba's
   index. With one, concurrent writers write the same content.
+- Cached code is executed. It is taken only from folders that nobody else can write to (``cache_folder``), and the
+  source is compared byte for byte.
 - A writable folder may turn out to be full (a quota). Then the next candidate is tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -27,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
+
+from mpitrain.kernels.compile import cache_folder
 
 # error_model: a division by zero gives infinity or NaN, as in NumPy, and no branch to raise from.
 OPTIONS: Final[dict[str, Any]] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
@@ -64,13 +69,17 @@ def _dispatcher(name: str, stem: str, source: str) -> Any:
     import numba
 
     digest = _digest(source)
-    folders = [root / digest for root in _roots()]
+    folders = [root / digest for root in cache_folder.roots()]
     compiled_in = [folder for folder in folders if list(folder.rglob("*.nbc"))]
     # A folder with the source but without machine code is full or still being filled: prefer one that has both.
     for folder in [folder for folder in folders if not (compiled_in and folder.exists()) or folder in compiled_in]:
         try:
             module = _module_on_disk(folder / f"{stem}.py", source)
-            return numba.njit(module.SIGNATURE, cache=True, **OPTIONS)(getattr(module, name))
+            with _in_tree_cache():
+                dispatcher = numba.njit(module.SIGNATURE, cache=True, **OPTIONS)(getattr(module, name))
+            if not dispatcher.stats.cache_hits:
+                cache_folder.protect(folder)
+            return dispatcher
         except (OSError, RuntimeError):  # Numba raises a RuntimeError where it cannot make its folder
             continue
     module = ModuleType(_module_name(digest))
@@ -78,42 +87,22 @@ def _dispatcher(name: str, stem: str, source: str) -> Any:
     return numba.njit(module.SIGNATURE, **OPTIONS)(getattr(module, name))
 
 
-def cache_root() -> Path | None:
-    """Return the folder of compiled kernels: the first writable candidate, or None."""
-    return next(iter(_roots()), None)
+@contextlib.contextmanager
+def _in_tree_cache() -> Iterator[None]:
+    """Let Numba store machine code beside its source only, whatever NUMBA_CACHE_DIR says."""
+    from numba.core import config
 
-
-@functools.cache
-def _roots() -> tuple[Path, ...]:
-    """Return the candidates in which an empty file can be made. A full one may still hold compiled kernels."""
-    found = []
-    for candidate in _candidates():
-        try:
-            candidate.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=candidate):
-                found.append(candidate)
-        except OSError:
-            continue
-    return tuple(found)
-
-
-def _candidates() -> Iterator[Path]:
-    """Yield $MPITRAIN_CACHE_DIR, $XDG_CACHE_HOME/mpitrain, ~/.cache/mpitrain and a temporary folder of this user."""
-    if named := os.environ.get("MPITRAIN_CACHE_DIR"):
-        yield Path(named)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        yield Path(xdg) / "mpitrain"
-    home = os.path.expanduser("~")  # Path.home() raises where a container's user has none
-    if os.path.isabs(home):
-        yield Path(home) / ".cache" / "mpitrain"
-    # Cached code is executed, so a folder of this name that belongs to another user is not used.
-    temporary = Path(tempfile.gettempdir()) / f"mpitrain-{os.getuid()}"
+    before = vars(config)["CACHE_DIR"]
+    vars(config)["CACHE_DIR"] = ""
     try:
-        temporary.mkdir(mode=0o700, exist_ok=True)
-        if temporary.stat().st_uid == os.getuid() and not temporary.is_symlink():
-            yield temporary
-    except OSError:
-        return
+        yield
+    finally:
+        vars(config)["CACHE_DIR"] = before
+
+
+def cache_root() -> Path | None:
+    """Return the folder of compiled kernels: the first writable candidate that is trusted, or None."""
+    return next(iter(cache_folder.roots()), None)
 
 
 @functools.cache
@@ -154,13 +143,13 @@ def _module_on_disk(path: Path, source: str) -> ModuleType:
 
 def _write(path: Path, source: str) -> None:
     """Write `source` to `path` atomically unless it is there: readers see all of it or nothing."""
+    cache_folder.make_private(path.parent)
+    cache_folder.drop_foreign(path.parent)
     try:
-        stamp = path.stat()
-        if stamp.st_mtime == _SOURCE_TIME and stamp.st_size == len(source.encode()):
+        if path.stat().st_mtime == _SOURCE_TIME and path.read_bytes() == source.encode():
             return
     except FileNotFoundError:
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
     try:
         with os.fdopen(handle, "w") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mpitrain.kernels
-from mpitrain.kernels.compile import cache
+from mpitrain.kernels.compile import cache, cache_folder
 
 pytestmark = pytest.mark.launches
 
@@ -169,18 +169,84 @@ def test_a_kernel_is_recompiled_for_another_cpu_another_version_and_other_option
     assert digest() == digests[0]
 
 
-def test_a_temporary_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    ours = tmp_path / f"mpitrain-{os.getuid()}"
-    assert list(cache._candidates())[-1] == ours
-    ours.rmdir()
-    (tmp_path / "elsewhere").mkdir()
-    ours.symlink_to(tmp_path / "elsewhere")
-    assert ours not in list(cache._candidates())
-    ours.unlink()
-    ours.mkdir()
-    other_user = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other_user)
-    theirs = tmp_path / f"mpitrain-{os.getuid()}"
-    ours.rename(theirs)
-    assert theirs not in list(cache._candidates())
+# ---- folders that others can write to -----------------------------------------------------------------------
+
+FORGED = "raise SystemExit('the code of another user ran')\n"
+
+
+@pytest.mark.parametrize("which", ["the folder", "a parent"])
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, which, mode):
+    root = tmp_path / "shared" / "cache"
+    wait(start(MPITRAIN_CACHE_DIR=root))
+    for path in root.rglob("*.py"):
+        path.write_text(FORGED)
+    before = files(root)
+    (root if which == "the folder" else root.parent).chmod(mode)
+    process = start(MPITRAIN_CACHE_DIR=root, XDG_CACHE_HOME=tmp_path / "xdg")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err.count("mpitrain: warning: ") == 1
+    assert f"compiled kernels are not cached in {root}: " in err
+    assert "can be written by others" in err
+    assert files(root) == before
+    assert list((tmp_path / "xdg").rglob("*.nbc"))
+
+
+def test_a_sticky_parent_is_trusted(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    cache_folder.make_private(tmp_path / "tmp" / "mine")
+    assert cache_folder.objection(tmp_path / "tmp" / "mine") is None
+    assert "can be written by others" in cache_folder.objection(tmp_path / "tmp")
+
+
+@pytest.mark.parametrize("which", ["the folder", "a parent", "a link"])
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch, which):
+    """A file system on which one folder belongs to user 65534, which only root could make."""
+    theirs, place = tmp_path / "theirs", tmp_path / "theirs" / "cache"
+    cache_folder.make_private(place)
+    owner = theirs if which == "a parent" else place
+    real = Path.stat
+
+    def stat(path, **options):
+        found = real(path, **options)
+        return found if path != owner else os.stat_result((*found[:4], 65534, *found[5:]))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    if which == "a link":
+        (tmp_path / "link").symlink_to(place)
+        place = tmp_path / "link"
+    assert cache_folder.objection(place) == f"{owner} belongs to another user (65534)"
+
+
+@pytest.mark.parametrize("suffix", [".py", ".nbi"])
+def test_files_that_others_can_write_are_replaced(tmp_path, suffix):
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
+    for path in tmp_path.rglob(f"*{suffix}"):
+        path.write_text(FORGED)
+        path.chmod(0o666)
+        os.utime(path, (cache._SOURCE_TIME, cache._SOURCE_TIME))
+    assert sum(wait(start(MPITRAIN_CACHE_DIR=tmp_path)).values()) == 3
+    assert not [path for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077]
+
+
+def test_a_forged_source_of_the_same_size_and_time_is_not_run(tmp_path):
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
+    for path in tmp_path.rglob("*.py"):
+        path.write_text(FORGED.ljust(path.stat().st_size))
+        os.utime(path, (cache._SOURCE_TIME, cache._SOURCE_TIME))
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
+
+
+def test_the_cache_of_numba_for_all_programs_is_not_used(tmp_path):
+    wait(start(MPITRAIN_CACHE_DIR=tmp_path / "ours", NUMBA_CACHE_DIR=tmp_path / "numba"))
+    assert list((tmp_path / "ours").rglob("*.nbc"))
+    assert not (tmp_path / "numba").exists()
+
+
+def test_cached_files_are_private_whatever_the_umask(tmp_path):
+    wait(start("import os\nos.umask(0)\n", MPITRAIN_CACHE_DIR=tmp_path / "new" / "cache"))
+    everything = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert not [path for path in everything if path.stat().st_mode & 0o077]
+    assert wait(start("import os\nos.umask(0)\n", MPITRAIN_CACHE_DIR=tmp_path / "new" / "cache"))["loaded"] == 3
