@@ -25,6 +25,7 @@ from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.optimizer.agreement import check_equal
+from mpitrain.optimizer.amp import Scaling
 from mpitrain.optimizer.checks import (
     TOO_LATE_FOR_GROUPS,
     FrozenParameters,
@@ -111,6 +112,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             optimizer that does not fit the method; models that differ between ranks; a number of ranks that cannot be
             divided into groups; a wire format where vectors cross nodes without messages.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler calls ``step`` on all ranks, see ``amp``
 
     def __init__(
         self,
@@ -220,7 +223,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "step() inside `with optimizer.consensus()`: the model holds what the method evaluates there; "
                 "train outside the block"
             )
-        return parts.stepper.step(loss if closure is None else closure)
+        scaling = Scaling.of(self) if hasattr(self, "found_inf") else None
+        return parts.stepper.step(loss if closure is None else closure, scaling)
 
     def consensus(self) -> AbstractContextManager[None]:
         """Load the consensus (center, average, leader) into the model inside a ``with`` block. Local.

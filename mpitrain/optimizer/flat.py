@@ -80,15 +80,22 @@ class FlatParameters:
         for place in self._places:
             place.parameter.grad = None
 
-    def collect_gradients(self) -> None:
+    def collect_gradients(self, *, counts: bool = False) -> int:
         """Copy gradients that were allocated elsewhere into ``g``, and set missing ones to zero.
 
         Autograd allocates gradients elsewhere after ``release_gradients`` or ``model.zero_grad()``.
+
+        Args:
+            counts: Count the non-finite elements, on the host in the pass that copies.
+
+        Returns:
+            The number of non-finite elements; 0 if they are not counted.
         """
-        elsewhere = []
+        elsewhere, n_nonfinite, was_collected = [], 0, True
         for place, view in zip(self._places, self._gradients, strict=True):
             grad = place.parameter.grad
             if grad is view:
+                was_collected = False
                 continue
             if grad is None:
                 view.zero_()
@@ -97,9 +104,12 @@ class FlatParameters:
             place.parameter.grad = view
         if elsewhere and self.layout.device.type == "cuda":  # one launch instead of one for each tensor
             torch._foreach_copy_([view for view, _ in elsewhere], [grad for _, grad in elsewhere])
-            return
-        for view, grad in elsewhere:
-            self._copy(view, grad)
+        else:
+            for view, grad in elsewhere:
+                n_nonfinite += self._copy(view, grad, counts=counts)
+        if counts and not (was_collected and self.layout.may_be_fused) and not n_nonfinite:
+            n_nonfinite = int((~torch.isfinite(self._g)).sum())
+        return n_nonfinite
 
     def watch_gradients(self, ready: Callable[[int], object], complete: Callable[[], object]) -> None:
         """Report gradients during every backward pass, until ``detach``.
@@ -133,12 +143,17 @@ class FlatParameters:
         for layer, place in enumerate(self._places):
             self._hooks.append(place.parameter.register_post_accumulate_grad_hook(partial(hook, layer)))
 
-    def _copy(self, view: torch.Tensor, grad: torch.Tensor) -> None:
-        """Do ``view.copy_(grad)``; on the host our kernel takes a third of torch's time."""
+    def _copy(self, view: torch.Tensor, grad: torch.Tensor, *, counts: bool = False) -> int:
+        """Do ``view.copy_(grad)``; on the host our kernel takes a third of torch's time.
+
+        Returns:
+            The number of non-finite elements, if they are counted; in ``view`` they are then zeros.
+        """
         if self.layout.may_be_fused and grad.is_contiguous():
-            kernels.copy(view.reshape(-1).numpy(), grad.reshape(-1).numpy())
-        else:
-            view.copy_(grad)
+            copy = kernels.receive if counts else kernels.copy
+            return int(copy(view.reshape(-1).numpy(), grad.reshape(-1).numpy()))
+        view.copy_(grad)
+        return int((~torch.isfinite(grad)).sum()) if counts else 0
 
     @contextmanager
     def swapped_parameters(self, vector: Any) -> Iterator[None]:

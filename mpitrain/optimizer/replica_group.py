@@ -79,17 +79,22 @@ class GroupVectors:
     x: AnyWindow
     g: AnyWindow
 
-    def average(self, loss: float | None) -> float | None:
+    def average(self, loss: float | None, *, skips: bool = False) -> tuple[float | None, bool]:
         """Replace every member's ``g`` by the mean over the group. Collective over the group.
 
         Args:
             loss: Of this rank's mini-batch, where the method asks for it; on all members or on none.
+            skips: Whether this rank's gradient is not finite.
 
         Returns:
-            The mean of the members' losses.
+            The mean of the members' losses, and whether any member's gradient is not finite.
         """
+        first = self.g.local[:1]
+        if skips:
+            first[...] = math.nan
         self.comm.allreduce(self.g, mean=True)
-        return None if loss is None else float(self.comm.gather([loss]).mean())
+        skips = not all(math.isfinite(float(element)) for element in first)
+        return None if loss is None else float(self.comm.gather([loss]).mean()), skips
 
 
 class ReplicaGroup:
@@ -174,13 +179,16 @@ class GroupHead(Worker):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Make the worker's step with the mean of the members' gradients. Collective over the group."""
         kernels.copy(self._shared.g.local, self.g.local)
-        loss = self._shared.average(loss)
+        loss, self.skips = self._shared.average(loss, skips=skips)
         kernels.copy(self.g.local, self._shared.g.local)
         with self._busy:
-            found_nonfinite = self._worker.step(group_slices, local_update, loss)
+            found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=self.skips)
+            self.skips = self._worker.skips
         self._share_parameters()
         return found_nonfinite
 
@@ -238,9 +246,11 @@ class GroupMember(Worker):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Contribute the gradient and receive the head's parameters. Collective over the group."""
-        self._shared.average(loss)
+        _, self.skips = self._shared.average(loss, skips=skips)
         self._receive_parameters()
         return False
 

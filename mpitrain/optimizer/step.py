@@ -12,6 +12,7 @@ from mpitrain.algorithms.base.replica import ParamGroupSlice
 from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import UsageError
 from mpitrain.log import ANY_RANK, logger
+from mpitrain.optimizer.amp import Scaling, report_found_inf
 from mpitrain.optimizer.checks import TOO_LATE_FOR_GROUPS, DirectStepGuard, FrozenParameters
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.optimizer.local_replica import LocalReplica
@@ -114,14 +115,20 @@ class Stepper:
     ) -> None:
         self._method, self._groups, self._frozen = method, groups, frozen
         self._flat, self._worker, self._boundary = replica.flat, replica.worker, replica.boundary
-        self._statistics = replica.comm.statistics
+        self._statistics, self._rank = replica.comm.statistics, replica.comm.rank
         self._update = update
         self._local_update = None if method.owns_update or replica.node_shared else update
         self._collects_gradients = method.needs_gradient or replica.flat.staged or replica.size > 1
+        # On a GPU the number is waited for, so that methods whose workers do not wait go without it.
+        self._counts_nonfinite = method.needs_gradient and (method.is_synchronous or replica.flat.layout.may_be_fused)
         self._has_reported = False
 
-    def step(self, loss: Loss | None) -> Any:
+    def step(self, loss: Loss | None, scaling: Scaling | None = None) -> Any:
         """Exchange and update. Collective for synchronous methods, Local for the others (or Collective over a group).
+
+        Args:
+            loss: Of the mini-batch, or a closure that computes it.
+            scaling: What a gradient scaler has found; None without one.
 
         Returns:
             ``loss``, or what it returned when it is a closure.
@@ -137,8 +144,11 @@ class Stepper:
             raise UsageError(f"{self._method.name} ranks workers by their loss: call optimizer.step(loss)")
 
         # 2. The gradients in one vector, and the settings of this step.
-        if self._collects_gradients:
-            self._flat.collect_gradients()
+        if scaling is not None:
+            scaling.unscale([place.parameter for place in self._flat.layout.places])
+        n_nonfinite = self._flat.collect_gradients(counts=self._counts_nonfinite) if self._collects_gradients else 0
+        skips = n_nonfinite > 0 or (scaling is not None and scaling.found_inf)
+        self._statistics.n_nonfinite += max(n_nonfinite, skips)
         self._flat.check_attached()
         self._frozen.check()
         group_slices = self._groups.slices()
@@ -146,24 +156,39 @@ class Stepper:
         # 3. The exchange, with the local update at the method's place in it.
         with self._boundary.exchanging(copies=True, counts=True):
             value = float(loss) if needs_loss and loss is not None else None
-            found_nonfinite = self._worker.step(group_slices, self._local_update, value)
+            found_nonfinite = self._worker.step(group_slices, self._local_update, value, skips=skips)
 
             # 4. The worker has replaced its own values that were not finite; the base optimizer's follow.
-            if found_nonfinite:
+            if found_nonfinite and not self._worker.skips:
                 self._update.reset_nonfinite()
-                self._report_nonfinite()
+                self._report_nonfinite(
+                    "%d values were not finite and were kept out of the exchange; "
+                    "this rank's own non-finite values were replaced with those of the consensus"
+                )
+
+        # 5. A step that is left out is reported: by the rank that caused it and, if all leave it out, by rank 0.
+        if self._worker.skips:
+            if scaling is None:
+                self._report_skip(causes=skips)
+            elif not scaling.found_inf:
+                report_found_inf()
         return loss
 
-    def _report_nonfinite(self) -> None:
+    def _report_skip(self, *, causes: bool) -> None:
+        """Log the first step that is left out."""
+        if causes or self._rank == 0:
+            all_skip = self._method.averages_gradients
+            self._report_nonfinite(
+                "the gradient of a rank was not finite: all ranks leave out this step (%d non-finite elements so far)"
+                if all_skip
+                else "this rank's gradient was not finite: it leaves out this update (%d non-finite elements so far)"
+            )
+
+    def _report_nonfinite(self, text: str) -> None:
         """Log the first time only; ``statistics.n_nonfinite`` counts all elements."""
         if not self._has_reported:
             self._has_reported = True
-            logger.warning(
-                "%d values were not finite and were kept out of the exchange; "
-                "this rank's own non-finite values were replaced with those of the consensus",
-                int(self._statistics.n_nonfinite),
-                extra=ANY_RANK,
-            )
+            logger.warning(text, int(self._statistics.n_nonfinite), extra=ANY_RANK)
 
     def wait(self) -> None:
         """Wait for the worker's exchanges in the background. Local."""

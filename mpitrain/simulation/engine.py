@@ -6,6 +6,7 @@ order of events, which the schedule decides here and the machine there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.worker import Worker
+from mpitrain.kernels import norms
 from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.gradients import Gradient, ahead_of_time
 from mpitrain.simulation.schedules import RoundRobin
@@ -96,7 +98,10 @@ class Simulation:
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
                 comm.compute()
                 found_nonfinite = worker.step(
-                    group_slices, update, self._loss(worker) if self.method.needs_loss else None
+                    group_slices,
+                    update,
+                    self._loss(worker) if self.method.needs_loss else None,
+                    skips=self.method.averages_gradients and not math.isfinite(norms.norm(worker.g.local)),
                 )
                 if found_nonfinite and velocity is not None:
                     kernels.keep_finite(velocity)

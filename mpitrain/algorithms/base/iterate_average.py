@@ -128,9 +128,12 @@ class AveragedWorker(Worker):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Make the method's step, then z <- (1 - a)*z + a*x with the finite elements of x."""
-        found_nonfinite = self._worker.step(group_slices, local_update, loss)
+        found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=skips)
+        self.skips = self._worker.skips
         self.t = self._worker.t
         source = self.x.local
         if self._evaluated is not None:

@@ -9,6 +9,7 @@ One step, with the gradient already in ``g``::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ class Worker(ABC):
         learning_rate: eta of the present step.
         group_slices: The parameter groups of the present step.
         loss: The loss of the present mini-batch, for methods that need it.
+        skips: Whether the present step leaves out the local update, because a gradient is not finite.
         positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
         velocities: The worker's own vectors (n,) that are zero at rest.
     """
@@ -48,6 +50,7 @@ class Worker(ABC):
         self.learning_rate = 0.0
         self.group_slices: Sequence[ParamGroupSlice] = ()
         self.loss: float | None = None
+        self.skips = False
         self._finalized_at = 0
         self.positions: tuple[Any, ...] = (self.x.local,)
         self.velocities: tuple[Any, ...] = ()
@@ -58,6 +61,8 @@ class Worker(ABC):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Make one step with the gradient in ``g``.
 
@@ -66,15 +71,20 @@ class Worker(ABC):
                 vector use the largest rate, since parts with learning rate 0 do not move.
             local_update: Updates ``x`` in place; None when the method owns the update.
             loss: The loss of the mini-batch, for methods that rank workers by it.
+            skips: Leave out the local update, because the gradient is not finite. The exchanges are made in any case,
+                so that workers that wait for each other stay in step. Where gradients are averaged all workers then
+                leave out this update.
 
         Returns:
             Whether non-finite elements were found, and replaced in the worker's own vectors. The local update should
             then reset the non-finite elements of its own state.
         """
         self.use(group_slices)
-        self.loss = loss
+        self.loss, self.skips = loss, skips
         self.before_update()
-        if local_update is not None:
+        if self.skips:
+            self.comm.statistics.n_nonfinite += not skips  # another worker's gradient; its own has been counted
+        elif local_update is not None:
             local_update()
         else:
             self.update_all(group_slices)
@@ -114,6 +124,17 @@ class Worker(ABC):
 
     def gradient_complete(self) -> None:  # noqa: B027 - optional
         """Note that the backward pass has ended: all of the gradient is in ``g``."""
+
+    def average_gradients(self) -> None:
+        """gbar = (1/p) sum_i g_i; skip the step if a worker's gradient is not finite. Collective.
+
+        The news travels with the sum: a worker that skips makes the first element NaN.
+        """
+        first = self.g.local[:1]
+        if self.skips:
+            first[...] = math.nan
+        self.comm.allreduce(self.g, mean=True)
+        self.skips = not all(math.isfinite(float(element)) for element in first)
 
     def before_update(self) -> None:  # noqa: B027 - optional
         """Run between the gradient and the local update."""

@@ -92,6 +92,7 @@ class EntropySGD(EntropyMethod):
     summary: ClassVar[str] = "an inner loop explores, an outer step follows its average into wide valleys"
     source: ClassVar[str] = "Chaudhari et al. 2016, arXiv 1611.01838"
     communication: ClassVar[str] = "2(p-1)/p"
+    averages_gradients: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse",)
 
     def worker(self, replica: Replica) -> EntropyWorker:
@@ -208,7 +209,7 @@ class EntropyWorker(InnerLoopWorker):
 
     def before_update(self) -> None:
         """gbar = (1/p) sum_i g_i. Collective."""
-        average(self.comm, self.g)
+        self.average_gradients()
 
     def consensus(self, out: Any) -> None:
         """Write x, as of the last outer step. Local."""

@@ -113,11 +113,13 @@ class MeanGradientWorker(CenterWorker):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Accumulate the gradient at x before the local step moves x."""
-        for group_slice in group_slices:
+        for group_slice in () if skips else group_slices:
             self._accumulate(group_slice)
-        return super().step(group_slices, local_update, loss)
+        return super().step(group_slices, local_update, loss, skips=skips)
 
     def _accumulate(self, group_slice: ParamGroupSlice) -> None:
         """v <- v - eta*(g + decay*x)"""

@@ -91,6 +91,8 @@ class GPUASGDWorker(CenterWorker):
         group_slices: Sequence[ParamGroupSlice],
         local_update: Callable[[], object] | None,
         loss: float | None = None,
+        *,
+        skips: bool = False,
     ) -> bool:
         """Make a step; or, while waiting, check on client 0 and pull the center if it has finished or died."""
         if self._waits:
@@ -100,7 +102,7 @@ class GPUASGDWorker(CenterWorker):
                 self._waits = False  # the next gradient is taken at the model that it has now
             self.t += 1
             return False
-        found_nonfinite = super().step(group_slices, local_update, loss)
+        found_nonfinite = super().step(group_slices, local_update, loss, skips=skips)
         self._made.local[0] = self.t
         return found_nonfinite
 

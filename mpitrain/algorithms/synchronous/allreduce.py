@@ -23,6 +23,7 @@ al., How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ from mpitrain.algorithms.base.settings import boolean
 from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.communicator import Communicator, Started
+from mpitrain.kernels import norms
 
 BLOCK = 1 << 18
 """The smallest number of elements in a block: a megabyte of float32 takes ten times the latency of a fast network."""
@@ -58,6 +60,7 @@ class AllReduceSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
     communication: ClassVar[str] = "2(p-1)/p"
+    averages_gradients: ClassVar[bool] = True
 
     @property
     def node_shared(self) -> bool:
@@ -81,7 +84,7 @@ class AllReduceWorker(Worker):
 
     def before_update(self) -> None:
         """gbar = (1/p) sum_i g_i"""
-        self.comm.allreduce(self.g, mean=True)
+        self.average_gradients()
 
     def consensus(self, out: Any) -> None:
         """Write this worker's parameters: all are equal. Local."""
@@ -133,6 +136,7 @@ class EarlyWorker(AllReduceWorker):
         if not self._is_mean:
             self.gradient_complete()
         self._is_mean = False
+        self.skips = not math.isfinite(norms.norm(self.g.local))  # the mean, and so the same on all workers
 
     def _begin(self) -> None:
         block = self._blocks[len(self._begun)]
@@ -163,6 +167,9 @@ class SlicedWorker(AllReduceWorker):
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica)
         self._velocity = VelocitySlice(self.comm, self.x.local)
+        n, mine = self.x.local.size, self._velocity.mine
+        starts = self.comm.gather([mine.start if mine.start < mine.stop else 0])[:, 0].astype(np.intp)
+        self._starts = np.unique(starts) if n else starts[:0]
         neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
         for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
             kernels.mean_step(kind, neighbours if neighbours <= kernels.MAX_MEAN_GRADIENTS else 1).prepare(
@@ -170,19 +177,28 @@ class SlicedWorker(AllReduceWorker):
             )
 
     def before_update(self) -> None:
-        """Do nothing: ``update_all`` computes the mean."""
+        """Make gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective.
 
-    def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """Make gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective."""
+        A worker that skips the step makes the first element of every slice NaN.
+        """
+        if self.skips:
+            self.g.local[self._starts] = math.nan
 
         def advance(part: slice, addends: Sequence[Any]) -> None:
-            for group_slice in group_slices:
+            if part.start == self._velocity.mine.start and part.start < part.stop:
+                self.skips = not math.isfinite(sum(float(addend[0]) for addend in addends))
+            if self.skips:
+                return
+            for group_slice in self.group_slices:
                 start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)
                 if start < stop:
                     inside = slice(start - part.start, stop - part.start)
                     self._advance(group_slice, slice(start, stop), [addend[inside] for addend in addends])
 
         self.comm.reduce_slices(self.g, advance)
+
+    def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
+        """Do nothing: ``before_update`` has made the step."""
 
     def _advance(self, group_slice: ParamGroupSlice, part: slice, addends: Sequence[Any]) -> None:
         """Make one step of torch.optim.SGD on a part of the slice."""

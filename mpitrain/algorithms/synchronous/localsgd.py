@@ -99,6 +99,7 @@ class PostLocalSGD(LocalSGD):
     source: ClassVar[str] = "Lin, Stich, Patel, Jaggi 2018, arXiv 1808.07217"
     communication: ClassVar[str] = "2(p-1)/p before the switch, 2(p-1)/(p*H) after it"
     needs_gradient: ClassVar[bool] = True
+    averages_gradients: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"switch_step": 100})
 
     def worker(self, replica: Replica) -> PeriodicWorker:
@@ -124,7 +125,7 @@ class PostLocalWorker(PeriodicWorker):
         self._is_local = self._is_local or switches
         self._last_rate = self.learning_rate
         if not self._is_local:
-            average(self.comm, self.g)
+            self.average_gradients()
 
     def after_update(self) -> None:
         """Average the parameters when it is due, after the switch."""

@@ -1,0 +1,60 @@
+"""The part of ``torch.amp.GradScaler``'s protocol that makes its decisions the same on all ranks.
+
+The scaler calls ``step`` of an optimizer with ``_step_supports_amp_scaling`` on every rank, whether or not it has found
+an infinity, with two attributes: ``found_inf``, and ``grad_scale`` unless ``unscale_`` was called before. The optimizer
+unscales the gradients and leaves out the step itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MOST_FRAMES = 12
+"""Frames between the scaler's ``step`` and ours: decorators of torch and of users."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scaler's part in one step.
+
+    Attributes:
+        grad_scale: The factor that the gradients contain; None if they contain none.
+        found_inf: Whether the scaler has found an infinite or NaN gradient on this rank.
+    """
+
+    grad_scale: torch.Tensor | None = None
+    found_inf: bool = False
+
+    @classmethod
+    def of(cls, optimizer: Any) -> Scaling:
+        """Return the scaler's part in a step of ``optimizer``, from the attributes that the scaler sets."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        return cls(getattr(optimizer, "grad_scale", None), found_inf is not None and bool(found_inf))
+
+    def unscale(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Divide the gradients by the scale, in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.grad_scale is not None and gradients:
+            torch._foreach_mul_(gradients, self.grad_scale.double().reciprocal().item())
+
+
+def report_found_inf() -> None:
+    """Let the scaler that makes this step lower its scale: another rank has found an infinity. Local.
+
+    The scale is then the same on all ranks, as with gradients that are summed before the scaler sees them. The scaler
+    passes copies of its findings, so they are looked up in its frame. Without it scales may differ, which is harmless.
+    """
+    frame: Any = sys._getframe()
+    for _ in range(MOST_FRAMES):
+        frame = frame.f_back
+        if frame is None:
+            return
+        found = frame.f_locals
+        if isinstance(found.get("self"), torch.amp.GradScaler) and "optimizer_state" in found:
+            for found_inf in found["optimizer_state"]["found_inf_per_device"].values():
+                found_inf.fill_(1.0)
+            return

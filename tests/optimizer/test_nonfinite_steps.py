@@ -1,0 +1,80 @@
+"""A gradient that is not finite on one rank: the step is left out, and the ranks stay in step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpitrain import AllReduceSGD, DiLoCo, DistributedOptimizer, EntropySGD, LocalSGD, PostLocalSGD
+
+AVERAGING = {
+    "shared": (AllReduceSGD(), "momentum"),
+    "own": (AllReduceSGD(), "adam"),
+    "overlap": (AllReduceSGD(overlap=True), "momentum"),
+    "postlocal": (PostLocalSGD(switch_step=100), "momentum"),
+    "entropysgd": (EntropySGD(period=2), "plain"),
+}
+BASES = {
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+}
+
+
+def train(world, method, base, steps, *, poison=None, scaler=None):
+    """Return this rank's parameters after ``steps``, the numbers of its samples, and its optimizer's n_nonfinite."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    with DistributedOptimizer(BASES[base](model.parameters()), model, method, world=world) as optimizer:
+        for step in steps:
+            x = torch.from_numpy(np.random.default_rng([world.rank, step]).normal(size=(4, 5)).astype(np.float32))
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            if poison == (world.rank, step):
+                model.bias.register_hook(lambda g: g * torch.tensor([1.0, torch.nan, 1.0]))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            for parameter in model.parameters():
+                if parameter._backward_hooks:
+                    parameter._backward_hooks.clear()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+        return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]), int(
+            optimizer.statistics.n_nonfinite
+        )
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("case", AVERAGING)
+def test_all_ranks_leave_out_the_step_of_a_nan_and_say_so_once(world, caplog, case, scaled):
+    method, base = AVERAGING[case]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+    found, n_nonfinite = train(world, method, base, [0, 1, 2, 3, 4], poison=(world.size - 1, 2), scaler=scaler)
+    said = [record for record in caplog.records if "not finite" in record.message]
+    if case == "entropysgd":  # the step counts, for the inner loop, and moves nothing
+        assert torch.isfinite(found).all()
+    else:
+        wanted, none = train(world, method, base, [0, 1, 3, 4])
+        torch.testing.assert_close(found, wanted, rtol=1e-6 if scaled else 0, atol=1e-7 if scaled else 0)
+        assert none == 0
+    assert n_nonfinite >= 1
+    if scaler is not None:
+        assert scaler.get_scale() == 2.0**9
+    else:
+        assert len(said) == (world.rank in (0, world.size - 1))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("method", [LocalSGD(period=2), DiLoCo(period=3)], ids=["localsgd", "diloco"])
+def test_a_scaler_that_leaves_out_a_local_step_keeps_the_ranks_in_step(world, method):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    found, n_nonfinite = train(world, method, "momentum", range(6), poison=(0, 1), scaler=scaler)
+    ends = world.comm.allgather(found.numpy())
+    assert all(np.array_equal(end, ends[0]) for end in ends)
+    assert np.isfinite(ends[0]).all()
+    assert scaler.get_scale() == (2.0**9 if world.rank == 0 else 2.0**10)
+    assert (n_nonfinite > 0) == (world.rank == 0)
