@@ -22,6 +22,7 @@
 #
 # Environment: LAUNCHER  srun (the default under SLURM) or mpirun
 #              MPI_TYPE  srun --mpi=...; by default pmix for Open MPI and pmi2 for MPICH
+#              CONTAINER the command that runs others in a container: "apptainer exec -B /opt/openmpi mpitrain.sif"
 #              RESTARTS, STALLS, STAGE_DIR and all of env.sh
 
 jobs_folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -30,6 +31,11 @@ source "$jobs_folder/env.sh"
 
 EXIT_USAGE=2
 EXIT_STOPPED=3 # of mpitrain: saved and stopped, can be resumed
+
+read -ra container <<< "${CONTAINER:-}"
+inside() { # run a command where the ranks run: in the container, if there is one
+    ${container[@]+"${container[@]}"} "$@"
+}
 
 say() {
     echo "${SLURM_JOB_NAME:-job} ${job_id:-}: $*" >&2
@@ -43,7 +49,7 @@ refuse() {
 # --- the batch system: job_id, n_ranks, launcher, restarts, requeue, was_preempted, seconds_left
 
 mpi_of_python() { # print "Open MPI" or "MPICH", without starting it
-    python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])' || true
+    inside python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])' || true
 }
 
 use_mpirun() { # it must know the nodes from the batch system: add --hostfile where it does not
@@ -116,6 +122,8 @@ else
     echo "this is a batch script: submit it with sbatch, qsub, bsub or flux batch (see jobs/README.md)" >&2
     exit 2
 fi
+
+launcher+=(${container[@]+"${container[@]}"})
 
 # --- signals: a batch script gets them, and bash runs a trap between two commands or during a wait
 
@@ -286,12 +294,12 @@ use_nodes() {
     fi
     rm -f -- "slurm_job_${job_id}_resize".{sh,csh}
     if [ "${launcher[0]}" = srun ]; then
-        launcher+=("--nodes=$n_nodes" "--ntasks=$n_ranks")
+        launcher=(srun "--nodes=$n_nodes" "--ntasks=$n_ranks" "${launcher[@]:1}")
     fi
 }
 
 print_best() {
-    python - "$@" << 'PYTHON'
+    inside python - "$@" << 'PYTHON'
 import json, pathlib, sys
 
 out, *lines = sys.argv[1:]

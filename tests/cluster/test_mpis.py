@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
-from support.cluster import AGENT, DEBIAN_MPIRUN, Cluster
-from support.launching import ROOT
+from support.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -14,23 +14,12 @@ MPI_TYPES = {"openmpi": "pmix", "mpich": "pmi2", "debian": "pmix"}
 TRAIN = "mpitrain train --data digits --model mlp:hidden=16 --batch-size 32 --steps 20 --json".split()
 
 
-def mpirun(mpi: str, *hosts: str) -> tuple[list[str], dict[str, str]]:
-    """Return the command with which an MPI starts a rank on each host by the agent, and its variables."""
-    names = ",".join(hosts)
-    n = ["-n", str(len(hosts))]
-    if mpi == "mpich":
-        return ["mpirun", *n, "-hosts", names, "-launcher", "rsh", "-launcher-exec", str(AGENT), "-iface", "eth0"], {}
-    if mpi == "openmpi":
-        venv = str(ROOT / ".venv" / "openmpi")
-        return ["mpirun", *n, "--prefix", venv, "--host", names, "--prtemca", "plm_ssh_agent", str(AGENT)], {}
-    exported = [word for name in ("MPI4PY_LIBMPI", "VIRTUAL_ENV", "PATH") for word in ("-x", name)]
-    return [str(DEBIAN_MPIRUN), *n, "--host", names, "--mca", "plm_rsh_agent", str(AGENT), *exported], {}
-
-
-def result(output: str) -> dict:
+def result(output: str) -> dict[str, Any]:
+    """The document of a run."""
     lines = [line for line in output.splitlines() if line.startswith("{")]
     assert lines, output
-    return json.loads(lines[-1])
+    document: dict[str, Any] = json.loads(lines[-1])
+    return document
 
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "debian"])
@@ -46,8 +35,58 @@ def test_srun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "debian"])
 def test_mpirun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
-    launcher, variables = mpirun(mpi, "host1", "host2")
-    env = cluster.environment(mpi, **variables)
-    done = cluster.run([*launcher, *TRAIN, "--algorithm", "allreduce"], env=env, seconds=100)
+    command = [*cluster.mpirun(mpi, "host1", "host2"), *TRAIN, "--algorithm", "allreduce"]
+    done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
     document = result(done.stdout)
     assert (document["ranks"], document["world"]["hosts"]) == (2, ["host1", "host2"])
+
+
+def add_docker_bridge(cluster: Cluster, host: str) -> None:
+    """Add the interface that Docker makes: it has the same address on every host."""
+    for command in ("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up"):
+        cluster.check(["ip", *command.split()], host=host)
+
+
+def refused(cluster: Cluster, command: list[str], mpi: str = "openmpi", **variables: str) -> str:
+    """Return what a wrong launch prints; it must fail by itself."""
+    done = cluster.run(command, env=cluster.environment(mpi, **variables), seconds=60)
+    assert 0 < done.returncode < 124, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_a_type_of_srun_that_does_not_fit_is_named(cluster: Cluster, mpi: str) -> None:
+    output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=none", *TRAIN], mpi)
+    assert "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH)" in output
+
+
+def test_the_launcher_of_another_mpi_is_named(cluster: Cluster) -> None:
+    launcher = cluster.mpirun("mpich", "host1", "host2")
+    launcher[0] = cluster.environment("mpich")["VIRTUAL_ENV"] + "/bin/mpirun"
+    output = refused(cluster, [*launcher, *TRAIN], "openmpi")
+    assert "the launcher belongs to another MPI" in output
+
+
+def test_a_folder_that_hosts_do_not_share_is_named(cluster: Cluster) -> None:
+    # /dev/shm is the only folder that each of these hosts has for itself.
+    output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=pmix", *TRAIN, "--out", "/dev/shm/run"])
+    assert "rank 1 on host2 does not see the folder /dev/shm/run of rank 0 on host1" in output
+    assert "epoch" not in output
+
+
+def test_info_compares_the_hosts(cluster: Cluster) -> None:
+    cluster.check(["mount", "-o", "remount,size=64m", "/dev/shm"], host="host4")
+    for host in ("host3", "host4"):
+        add_docker_bridge(cluster, host)
+    try:
+        command = ["srun", "-w", "host[3-4]", "-N2", "-n2", "--mpi=pmix", "mpitrain", "info", "--json"]
+        document = result(cluster.check(command))
+    finally:
+        cluster.check(["mount", "-o", "remount,size=2g", "/dev/shm"], host="host4")
+        for host in ("host3", "host4"):
+            cluster.check(["ip", "link", "del", "docker0"], host=host)
+    assert [one["host"] for one in document["ranks"]] == ["host3", "host4"]
+    assert {one["launcher"] for one in document["ranks"]} == {"srun"}
+    small, interface = document["verdicts"]
+    assert small.startswith("host4: /dev/shm has 67.1 MB free; 1 ranks should have")
+    assert interface.startswith("docker0: the same address on several hosts")

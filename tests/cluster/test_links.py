@@ -1,0 +1,39 @@
+"""Runs over links that delay, lose frames or go down for seconds, with interfaces that lead nowhere, and on IPv6."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from support.cluster import Cluster, emulated_hosts
+from support.cluster_jobs import TrainJob, checkpoints
+
+pytestmark = pytest.mark.cluster
+
+TRAIN = "mpitrain train --data digits --model mlp:hidden=16 --batch-size 32 --steps 20 --out run".split()
+
+
+def train(hosts: Cluster, mpi: str = "openmpi", algorithm: str = "easgd", **variables: str) -> str:
+    """Train on two hosts without SLURM and return the output; the run must finish."""
+    command = [*hosts.mpirun(mpi, "host1", "host2"), *TRAIN, "--algorithm", algorithm]
+    done = hosts.run(command, env=hosts.environment(mpi, **variables), seconds=120)
+    assert (hosts.folder / "run" / "result.json").exists(), done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("algorithm", ["easgd", "allreduce"])
+def test_a_slow_link_that_loses_frames(algorithm: str) -> None:
+    with emulated_hosts(delay_ms=10, lost_fraction=0.01) as hosts:
+        train(hosts, algorithm=algorithm)
+
+
+def test_a_link_that_is_down_for_four_seconds(cluster: Cluster) -> None:
+    job = TrainJob(cluster, "cut", 60)
+    job.wait_until_saved()
+    cluster.cut("host2")
+    time.sleep(4)
+    saved = checkpoints(job.run)
+    cluster.mend("host2")
+    ended = job.end()
+    assert (ended.state, ended.restarts) == ("COMPLETED", 0), job.output
+    assert len(checkpoints(job.run)) >= len(saved)
