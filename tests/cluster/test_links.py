@@ -6,7 +6,7 @@ import time
 
 import pytest
 from support.cluster import Cluster, emulated_hosts
-from support.cluster_jobs import TrainJob, checkpoints
+from support.cluster_jobs import JOBS, TrainJob, checkpoints
 
 pytestmark = pytest.mark.cluster
 
@@ -37,3 +37,19 @@ def test_a_link_that_is_down_for_four_seconds(cluster: Cluster) -> None:
     ended = job.end()
     assert (ended.state, ended.restarts) == ("COMPLETED", 0), job.output
     assert len(checkpoints(job.run)) >= len(saved)
+
+
+def test_an_interface_that_leads_nowhere_is_left_out_by_the_setting_of_the_jobs() -> None:
+    with emulated_hosts() as hosts:
+        for host in ("host1", "host2"):
+            hosts.add_docker_bridge(host)
+        command = [*hosts.mpirun("openmpi", "host1", "host2"), *TRAIN, "--algorithm", "easgd"]
+        script = ["bash", "-c", f'source {JOBS}/env.sh && exec "$@"', "with-settings", *command]
+        done = hosts.run(script, env=hosts.environment(NETWORK="eth0"), seconds=120)
+        assert (hosts.folder / "run" / "result.json").exists(), done.stdout
+
+
+def test_hosts_that_have_ipv6_only() -> None:
+    with emulated_hosts() as hosts:
+        hosts.leave_ipv4()
+        train(hosts)

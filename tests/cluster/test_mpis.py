@@ -41,12 +41,6 @@ def test_mpirun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
     assert (document["ranks"], document["world"]["hosts"]) == (2, ["host1", "host2"])
 
 
-def add_docker_bridge(cluster: Cluster, host: str) -> None:
-    """Add the interface that Docker makes: it has the same address on every host."""
-    for command in ("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up"):
-        cluster.check(["ip", *command.split()], host=host)
-
-
 def refused(cluster: Cluster, command: list[str], mpi: str = "openmpi", **variables: str) -> str:
     """Return what a wrong launch prints; it must fail by itself."""
     done = cluster.run(command, env=cluster.environment(mpi, **variables), seconds=60)
@@ -77,7 +71,7 @@ def test_a_folder_that_hosts_do_not_share_is_named(cluster: Cluster) -> None:
 def test_info_compares_the_hosts(cluster: Cluster) -> None:
     cluster.check(["mount", "-o", "remount,size=64m", "/dev/shm"], host="host4")
     for host in ("host3", "host4"):
-        add_docker_bridge(cluster, host)
+        cluster.add_docker_bridge(host)
     try:
         command = ["srun", "-w", "host[3-4]", "-N2", "-n2", "--mpi=pmix", "mpitrain", "info", "--json"]
         document = result(cluster.check(command))

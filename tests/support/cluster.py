@@ -222,6 +222,20 @@ class Cluster:
         """Mend the link of a host."""
         self._switch("ip", "link", "set", host, "up")
 
+    def add_docker_bridge(self, host: str) -> None:
+        """Add the interface that Docker makes to a host: it has the same address on every host."""
+        for command in ("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up"):
+            self.check(["ip", *command.split()], host=host)
+
+    def leave_ipv4(self, n_hosts: int = 2) -> None:
+        """Give the hosts IPv6 addresses in place of those of IPv4."""
+        numbers = range(1, n_hosts + 1)
+        lines = ["::1 localhost", *(f"fd00::{k} host{k}" for k in numbers)]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n")  # their /etc/hosts
+        for k in numbers:
+            self.check(f"ip -6 addr add fd00::{k}/64 dev eth0 nodad".split(), host=f"host{k}")
+            self.check("ip -4 addr flush dev eth0".split(), host=f"host{k}")
+
     def _switch(self, *command: str) -> None:
         subprocess.run([HOSTS, "switch", *command], env=self._env, check=True)
 
