@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.world.device import gpu_names
+from mpitrain.collectives.world.network import bridges_among
 from mpitrain.collectives.world.shared_memory import SHARED_MEMORY
 from mpitrain.collectives.world.world import World
 from mpitrain.report import text
@@ -244,8 +245,9 @@ def _network_verdicts(hosts: Mapping[str, Sequence[RankFacts]]) -> list[str]:
             for address in addresses:
                 owners.setdefault(address, set()).add(one.host)
                 names.setdefault(address, set()).add(name)
-    twice = sorted({name for address, who in owners.items() if len(who) > 1 for name in names[address]})
-    usable = sorted({name for one in firsts for name in one.interfaces} - set(twice))
+    bridges = set(bridges_among(name for one in firsts for name in one.interfaces))  # init() keeps them from MPI
+    twice = sorted({name for address, who in owners.items() if len(who) > 1 for name in names[address]} - bridges)
+    usable = sorted({name for one in firsts for name in one.interfaces} - set(twice) - bridges)
     lines = []
     if twice:
         lines.append(

@@ -82,12 +82,18 @@ def test_ranks_that_share_gpus_are_named() -> None:
 
 def test_an_address_that_several_hosts_have_is_no_way_between_them() -> None:
     facts = launched("host1", "host2")
-    bridges = [replace(one, interfaces={**one.interfaces, "docker0": ("172.17.0.1",)}) for one in facts]
+    bridges = [replace(one, interfaces={**one.interfaces, "bridge7": ("172.17.0.1",)}) for one in facts]
     line = only(bridges)
-    assert line.startswith("docker0: the same address on several hosts")
+    assert line.startswith("bridge7: the same address on several hosts")
     assert "NETWORK=eth0" in line
     chosen = [replace(one, network={"UCX_NET_DEVICES": "eth0"}) for one in bridges]
     assert verdicts(chosen, threads="multiple") == []
+
+
+def test_a_bridge_that_init_keeps_from_mpi_needs_no_verdict() -> None:
+    facts = launched("host1", "host2")
+    bridges = [replace(one, interfaces={**one.interfaces, "docker0": ("172.17.0.1",)}) for one in facts]
+    assert verdicts(bridges, threads="multiple") == []
 
 
 def test_several_usable_interfaces_are_named() -> None:

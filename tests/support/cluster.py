@@ -222,9 +222,9 @@ class Cluster:
         """Mend the link of a host."""
         self._switch("ip", "link", "set", host, "up")
 
-    def add_docker_bridge(self, host: str) -> None:
-        """Add the interface that Docker makes to a host: it has the same address on every host."""
-        for command in ("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up"):
+    def add_bridge(self, host: str, name: str) -> None:
+        """Add a bridge to a host, as Docker does: it has the same address on every host."""
+        for command in (f"link add {name} type bridge", f"addr add 172.17.0.1/16 dev {name}", f"link set {name} up"):
             self.check(["ip", *command.split()], host=host)
 
     def leave_ipv4(self, n_hosts: int = 2) -> None:

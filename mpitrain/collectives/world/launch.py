@@ -19,6 +19,7 @@ from mpitrain.collectives.world.device import bind_all, report_shared_gpus
 from mpitrain.collectives.world.exception_hook import ExceptionHook
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance, fault_tolerance_of
 from mpitrain.collectives.world.launchers import check_before_start, check_world, is_launched
+from mpitrain.collectives.world.network import exclude_bridges
 from mpitrain.collectives.world.node_status import NodeStatus
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.ranks import EMULATED_NODES, find_ranks
@@ -167,6 +168,7 @@ def _start_mpi() -> Any:
     # Open MPI's wheel is built with UCX, and complains of it at every window on machines without its networks.
     if not is_launched() or _is_from_wheel():
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    exclude_bridges()
     try:
         MPI = import_mpi()
     except (ImportError, RuntimeError) as error:
