@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.rma.mailboxes import Mailboxes
-from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
+from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD, SharedVector
 from mpitrain.collectives.topology.partition import shards, split
 from mpitrain.collectives.world.background import Started
 from mpitrain.collectives.world.fault_tolerance import of_part
@@ -120,7 +120,7 @@ class SimulatedCommunicator:
         """Allocate one vector of zeros, or ``rows`` updated together, sharded over the workers. Collective."""
 
         def make_memory(_: list[None]) -> BlockMemory:
-            parts = shards(n, self.size, self._layout.largest_shard)
+            parts = shards(n, self.nodes, self._layout.largest_shard, smallest=-(-SMALLEST_SHARD // rows))
             return BlockMemory(tuple(part.owner for part in parts), tuple(rows * part.size for part in parts), dtype)
 
         blocks = self._blocks(make_memory)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpitrain.collectives.topology.partition import ALIGNMENT
+
 
 def make_world(n_nodes: int) -> Any:
     """Create a world of the ranks of this launch as `n_nodes` nodes (1 for a single rank). Collective."""
@@ -64,6 +66,21 @@ def comm(world: Any) -> Iterator[Any]:
     yield communicator
     world.comm.Barrier()  # no rank is still reading
     communicator.free()
+
+
+@pytest.fixture(autouse=True)
+def smallest_shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let every rank own shards of the short vectors of these tests; `smallest_shards(n)` sets the real limit again."""
+    if request.node.get_closest_marker("ranks") is None:
+        return lambda n: None  # MPI is not to be started
+    from mpitrain.collectives.rma import peer_memory
+
+    def limit(n: int) -> None:
+        for name in ("SMALLEST_SHARD", "SMALLEST_REMOTE_SHARD"):
+            monkeypatch.setattr(peer_memory, name, n)
+
+    limit(ALIGNMENT)
+    return limit
 
 
 @pytest.fixture

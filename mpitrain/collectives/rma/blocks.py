@@ -13,8 +13,10 @@ that push.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +65,22 @@ class Blocks(ABC):
             encoded: As in ``acquire``.
         """
         return LockedBlock(self, index, prefetch, updated, encoded)
+
+    def visit(
+        self, order: Sequence[int], *, updated: bool, encoded: bool = False
+    ) -> Iterator[AbstractContextManager[Block]]:
+        """Yield a context manager for each block of ``order``, to be entered before the next one is taken. Local.
+
+        Entering waits for a lock. If the body raises, every lock of the visit is released, and the visit is over.
+
+        Args:
+            order: Numbers of blocks, each once. Between nodes, blocks may come in the order in which their locks are
+                granted.
+            updated: Whether the bodies change the blocks.
+            encoded: As in ``acquire``.
+        """
+        for index, following in zip_longest(order, order[1:]):
+            yield LockedBlock(self, index, following, updated, encoded)
 
     @abstractmethod
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:

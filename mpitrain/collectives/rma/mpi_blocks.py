@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,6 +84,25 @@ class MPIBlocks(Blocks):
         if prefetch is not None:
             self._remote.prefetch(prefetch, encoded)
         return block
+
+    def visit(
+        self, order: Sequence[int], *, updated: bool, encoded: bool = False
+    ) -> Iterator[AbstractContextManager[Block]]:
+        """Yield a context manager for each block: first those of other nodes, as they arrive, then those in place.
+
+        This worker holds no lock of another node when it waits for one of its own: no two workers wait for each other.
+        """
+        remote = self._remote
+        if not isinstance(remote, RemoteBlocks):
+            yield from super().visit(order, updated=updated, encoded=encoded)
+            return
+        elsewhere = [index for index in order if self._in_place[index] is None]
+        if elsewhere:
+            yield from remote.visit(elsewhere, updated=updated, encoded=encoded)
+            order = [index for index in order if self._in_place[index] is not None]
+        yield from super().visit(order, updated=updated, encoded=encoded)
+        if not order:
+            remote.wait()
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Store a block if it was updated, and unlock it. Local.

@@ -11,7 +11,7 @@ from mpitrain.collectives.rma.device_blocks import DeviceBlocks
 from mpitrain.collectives.rma.device_window import AnyWindow, DeviceWindow
 from mpitrain.collectives.rma.mailboxes import Mailboxes
 from mpitrain.collectives.rma.mpi_blocks import MPIBlocks
-from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SharedVector
+from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD, SharedVector
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.topology.partition import shards
 from mpitrain.collectives.world.statistics import Statistics
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 LARGEST_REMOTE_SHARD = 1 << 17
-"""Elements of a shard that other nodes fetch by message. Two shards are under way at a time, and messages in the same
-direction queue behind them, among them the first request of a rank that is a little later: shards four times as large
-left a link idle for a tenth of an exchange. But each round trip carries one shard, which costs more at 10 ms.
+"""Elements of a shard that other nodes fetch by message. Two shards at least are under way at a time, and messages in
+the same direction queue behind them, among them the first request of a rank that is a little later: shards four times
+as large left a link idle for a tenth of an exchange.
+"""
+
+SMALLEST_REMOTE_SHARD = 1 << 15
+"""Elements of a share of a rank that other nodes fetch by message, at least. They take a millisecond on a link of
+1 Gbit/s, a few times what a request costs.
 """
 
 LARGEST_DEVICE_SHARD = 1 << 25
@@ -128,7 +133,8 @@ class PeerMemory:
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
         """Allocate a vector of zeros for all ranks, sharded over them, or several that change together. Collective."""
-        parts = shards(n, self.size, self._largest_shard())
+        smallest, largest = self._shard_sizes()
+        parts = shards(n, self.nodes, largest, smallest=-(-smallest // rows))
         blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
         # Usually the next node first: a rank that begins with its own shards finds some of them taken by slightly
         # earlier ranks of another node, whose visits take longer.
@@ -148,11 +154,14 @@ class PeerMemory:
         self._made.append(blocks)
         return blocks
 
-    def _largest_shard(self) -> int:
+    def _shard_sizes(self) -> tuple[int, int]:
+        """Return the elements of an owner's share, at least, and of a shard, at most."""
+        if self._gpu is None and self.world.service is None:
+            return SMALLEST_SHARD, LARGEST_SHARD
         if self._gpu is None:
-            return LARGEST_SHARD if self.world.service is None else LARGEST_REMOTE_SHARD
+            return SMALLEST_REMOTE_SHARD, LARGEST_REMOTE_SHARD
         assert self.world.transport is not None
-        return LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
+        return SMALLEST_REMOTE_SHARD, LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
 
     def drop_residuals(self) -> None:
         """Forget the residuals of encoded changes, because shared vectors get other values. Local."""

@@ -1,38 +1,44 @@
 """Blocks of other nodes, which the progress threads of their homes lock, send, receive and unlock.
 
 A visit takes two round trips: the home's progress thread (``world.progress``) acquires the lock and sends the block,
-and later stores the block and releases the lock. A worker that says which block it wants next has it prefetched while
-it changes the present one and while the present one travels home, so that a link carries data in both directions::
+and later stores the block and releases the lock. A visit of several blocks has as many of them under way as the link
+needs to be full (``FlightWindow``), whichever homes they have, and takes them in the order in which they arrive::
 
     block 0   fetch | change | store
-    block 1           fetch  | change | store
-    block 2                    fetch  | change | store
+    block 1   fetch          | change | store
+    block 2           fetch           | change | store
 
-Ranks cannot wait for each other in a circle, because a store waits for no lock.
+Ranks cannot wait for each other in a circle: a block is worked on as soon as it is here, whichever other locks this
+rank still waits for, and a store waits for no lock.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 
 from mpitrain.collectives.rma.block_memory import BlockMemory
 from mpitrain.collectives.rma.blocks import N_TAGS, Block
+from mpitrain.collectives.rma.flight_window import FlightWindow
 from mpitrain.collectives.rma.locks import count_wait
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
-from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.collectives.world.progress import MOST_AWAITED, ProgressThread
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.collectives.world.transfers import Transfer
+from mpitrain.collectives.world.transfers import Transfer, first_granted
 from mpitrain.kernels.gpu import address_of
 from mpitrain.kernels.native.lock_words import OWNER_BITS
 from mpitrain.kernels.native.wire import PLAIN, Encoded, Format
 
 N_STAGING_BUFFERS = 4
-"""One for a block that is fetched, one for a block that is worked on, and two for blocks that are stored."""
+"""One for a block that is fetched, one for a block that is worked on, and two for blocks that are stored. A visit with
+more blocks under way allocates more."""
 
 NOTHING = np.zeros(0, np.uint8)
 
@@ -42,10 +48,29 @@ class RemoteBlock(Block):
     """A block in a staging buffer.
 
     Attributes:
+        buffer: The number of the staging buffer.
         encoded: The block as it was fetched, and a buffer for its encoded change; None if it travels unencoded.
     """
 
+    buffer: int = 0
     encoded: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """A block that is locked and fetched.
+
+    Attributes:
+        block: The block, in a staging buffer.
+        transfer: Its pending request.
+        n_bytes: What travels.
+        began: When it was requested, in seconds.
+    """
+
+    block: RemoteBlock
+    transfer: Transfer
+    n_bytes: int
+    began: float
 
 
 class RemoteBlocks:
@@ -56,13 +81,13 @@ class RemoteBlocks:
         locks: Their locks.
         progress: The progress thread of this rank.
         statistics: Where bytes and waiting are counted.
-        n_staging_buffers: Blocks of other nodes that this worker has at a time: one fetched, one worked on, and the
-            others on their way home.
+        n_staging_buffers: Buffers that are allocated at once.
         encoding: The wire format of encoded visits; None without one.
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
         residuals: By block, (length,) the change that this worker has not sent yet.
+        window: The bytes under way that fill the link.
     """
 
     def __init__(
@@ -80,34 +105,72 @@ class RemoteBlocks:
         self._before_wait = before_wait
         self._wire = None if encoding is None else WireBuffers(memory, encoding, statistics)
         self.residuals: dict[int, np.ndarray] = {} if self._wire is None else self._wire.residuals
+        self.window = FlightWindow()
         local = memory.data.local
         self._itemsize = local.dtype.itemsize
         bases = address_of(local), address_of(memory.tags.local)
         self._bases: list[tuple[int, int]] = memory.world.allgather(bases)
-        # Used in turn: the blocks that are fetched, worked on and stored.
-        self.staging = memory.staging_buffers(n_staging_buffers)
-        self._staged_tags = np.zeros((n_staging_buffers, N_TAGS))
-        self._encoded_staging = [] if self._wire is None else [self._wire.staging() for _ in range(n_staging_buffers)]
-        self._current = 0
-        self._prefetched: tuple[RemoteBlock, Transfer] | None = None
-        self._stores: deque[Transfer] = deque()
+        self.staging: list[np.ndarray] = []
+        self._staged_tags: list[np.ndarray] = []
+        self._encoded_staging: list[tuple[np.ndarray, np.ndarray]] = []
+        self._free: deque[int] = deque()
+        self._add_staging_buffers(n_staging_buffers)
+        self._fetches: list[Fetch] = []
+        self._stores: deque[tuple[Transfer, int]] = deque()
+
+    def _add_staging_buffers(self, n: int) -> None:
+        first = len(self.staging)
+        self.staging += self._memory.staging_buffers(n)
+        self._staged_tags += [np.zeros(N_TAGS) for _ in range(n)]
+        if self._wire is not None:
+            self._encoded_staging += [self._wire.staging() for _ in range(n)]
+        self._free.extend(range(first, first + n))
 
     def acquire(self, index: int, prefetch: int | None, encoded: bool) -> Block:
         """Lock and fetch a block; once the lock is granted, prefetch another one. Local."""
-        block, transfer = self._claim(index) or self._fetch(index, encoded)
-        if self._before_wait is not None:
-            self._before_wait()
-        count_wait(self._statistics, transfer.wait_for_lock())
+        self._abandon_all_but(index)
+        if not self._fetches:
+            self._start(index, encoded)
+        fetch = self._granted()
         if prefetch is not None:
-            self.prefetch(prefetch, encoded)
-        block.version = transfer.wait() >> OWNER_BITS
-        if block.encoded is not None and self._wire is not None:
-            self._wire.decode(block.encoded[0], block.data)
-        return block
+            self._start(prefetch, encoded)
+        return self._arrived(fetch)
 
     def prefetch(self, index: int, encoded: bool) -> None:
         """Start to lock and fetch the block that is acquired next. Local."""
-        self._prefetched = self._claim(index) or self._fetch(index, encoded)
+        self._abandon_all_but(index)
+        if not self._fetches:
+            self._start(index, encoded)
+
+    def visit(self, order: Sequence[int], *, updated: bool, encoded: bool) -> Iterator[AbstractContextManager[Block]]:
+        """Yield a context manager for each block, in the order of their arrival. Local.
+
+        A block may still be on its way home afterwards; ``wait`` waits for the last one.
+        """
+        self._abandon_all_but(None)
+        began, n_bytes = time.perf_counter(), 0
+        awaited = deque(order)
+        self._start_more(awaited, encoded)
+        for _ in order:
+            yield Arrival(self, awaited, updated=updated, encoded=encoded)
+        n_bytes = sum(self._memory.lengths[index] for index in order) * self._itemsize
+        self.window.record_visit(n_bytes, time.perf_counter() - began)
+
+    def take(self, awaited: deque[int], encoded: bool) -> Block:
+        """Wait for any of the blocks under way, and start to fetch more of those that are awaited. Local."""
+        fetch = self._granted()
+        self._start_more(awaited, encoded)
+        return self._arrived(fetch)
+
+    def _start_more(self, awaited: deque[int], encoded: bool) -> None:
+        """Start to fetch blocks while the window is open: two at least, as one is worked on while another one comes."""
+        under_way = sum(fetch.n_bytes for fetch in self._fetches)
+        while awaited and len(self._fetches) < MOST_AWAITED:
+            n_bytes = self._memory.lengths[awaited[0]] * self._itemsize
+            if len(self._fetches) >= 2 and under_way + n_bytes > self.window.n_bytes:
+                break
+            under_way += n_bytes
+            self._start(awaited.popleft(), encoded)
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Start to store an updated block and to unlock it; ``wait`` waits for the end. Local."""
@@ -121,43 +184,76 @@ class RemoteBlocks:
         self._statistics.wire_bytes += arrays[0].nbytes
         home = self._memory.homes[index]
         swap = self._locks.release_swap(home, self._memory.slots[index], block.version, updated=updated)
-        self._stores.append(self._progress.store(home, addresses, arrays, swap, description))
+        self._stores.append((self._progress.store(home, addresses, arrays, swap, description), block.buffer))
 
-    def wait(self, all_but: int = 0) -> None:
-        """Wait until the released blocks, except for the last ones, are stored and unlocked. Local."""
-        while len(self._stores) > all_but:
-            self._stores.popleft().wait()
+    def wait(self) -> None:
+        """Wait until the released blocks are stored and unlocked. Local."""
+        while self._stores:
+            self._wait_for_store()
 
-    def _claim(self, index: int) -> tuple[RemoteBlock, Transfer] | None:
-        """Return the prefetched block if it is this one. Release any other: the visit that wanted it was broken off."""
-        prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and prefetched[0].index != index:
-            block, transfer = prefetched
-            block.version = transfer.wait() >> OWNER_BITS
-            self.release(block, updated=False)
-            return None
-        return prefetched
+    def abandon(self) -> None:
+        """Release the blocks that a visit has requested and does not want any more. Local."""
+        self._abandon_all_but(None)
 
-    def _fetch(self, index: int, encoded: bool) -> tuple[RemoteBlock, Transfer]:
+    def _abandon_all_but(self, index: int | None) -> None:
+        """Release the blocks under way, except for one, as they are granted: others may wait for them. Local."""
+        unwanted = [fetch for fetch in self._fetches if fetch.block.index != index]
+        self._fetches = [fetch for fetch in self._fetches if fetch.block.index == index]
+        while unwanted:
+            fetch = unwanted.pop(first_granted([fetch.transfer for fetch in unwanted]))
+            fetch.block.version = fetch.transfer.wait() >> OWNER_BITS
+            self.release(fetch.block, updated=False)
+
+    def _wait_for_store(self) -> None:
+        """Wait for the oldest store. It still reads from its staging buffer."""
+        transfer, buffer = self._stores.popleft()
+        transfer.wait()
+        self._free.append(buffer)
+
+    def _start(self, index: int, encoded: bool) -> None:
         """Start to lock and fetch a block."""
-        # The oldest store may still read from the next staging buffer.
-        self.wait(all_but=len(self.staging) - 2)
         block = self._staging_block(index)
         data = block.data
         if encoded and self._wire is not None:
-            fetched, change = self._encoded_staging[self._current]
+            fetched, change = self._encoded_staging[block.buffer]
             data = self._wire.fetched(fetched, block.data.size)
             block.encoded = data, change
         addresses, description = self._addresses(index, encoded=block.encoded is not None)
         self._statistics.wire_bytes += data.nbytes
         home = self._memory.homes[index]
         owner = self._locks.acquire_swap(home, self._memory.slots[index])
-        return block, self._progress.fetch(home, addresses, (data, block.tags), owner, description)
+        began = time.perf_counter()
+        transfer = self._progress.fetch(home, addresses, (data, block.tags), owner, description)
+        self._fetches.append(Fetch(block, transfer, block.data.nbytes, began))
+
+    def _granted(self) -> Fetch:
+        """Wait until this rank has the lock of a block under way, and return the fetch."""
+        if self._before_wait is not None:
+            self._before_wait()
+        fetch = self._fetches[first_granted([fetch.transfer for fetch in self._fetches])]
+        waited = fetch.transfer.wait_for_lock()
+        count_wait(self._statistics, waited)
+        if not fetch.transfer.was_taken:
+            self.window.record_round_trip(time.perf_counter() - fetch.began)
+        return fetch
+
+    def _arrived(self, fetch: Fetch) -> Block:
+        """Wait until the block is here."""
+        block = fetch.block
+        block.version = fetch.transfer.wait() >> OWNER_BITS
+        self._fetches.remove(fetch)
+        if block.encoded is not None and self._wire is not None:
+            self._wire.decode(block.encoded[0], block.data)
+        return block
 
     def _staging_block(self, index: int) -> RemoteBlock:
-        self._current = (self._current + 1) % len(self.staging)
-        data = self.staging[self._current][: self._memory.lengths[index]]
-        return RemoteBlock(index, data, self._staged_tags[self._current], version=0)
+        if not self._free and len(self.staging) < 2 * (len(self._fetches) + 1):
+            self._add_staging_buffers(1)
+        while not self._free:
+            self._wait_for_store()
+        buffer = self._free.popleft()
+        data = self.staging[buffer][: self._memory.lengths[index]]
+        return RemoteBlock(index, data, self._staged_tags[buffer], version=0, buffer=buffer)
 
     def _addresses(self, index: int, *, encoded: bool) -> tuple[tuple[int, int], Encoded]:
         """Return the addresses of a block, or of its encoding, and of its tags at its home; and the encoding."""
@@ -168,3 +264,27 @@ class RemoteBlocks:
         if not encoded or self._wire is None:
             return (data, tags), PLAIN
         return (self._wire.address(index), tags), self._wire.encoded(index, data)
+
+
+class Arrival:
+    """A context manager that waits for a block of a visit on entry and releases it on exit."""
+
+    __slots__ = ("_awaited", "_block", "_blocks", "_encoded", "_updated")
+
+    def __init__(self, blocks: RemoteBlocks, awaited: deque[int], *, updated: bool, encoded: bool) -> None:
+        self._blocks, self._awaited = blocks, awaited
+        self._updated, self._encoded = updated, encoded
+
+    def __enter__(self) -> Block:
+        self._block = block = self._blocks.take(self._awaited, self._encoded)
+        return block
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._blocks.release(self._block, updated=self._updated)
+        finally:
+            if kind is not None:
+                self._blocks.abandon()
+                self._blocks.wait()

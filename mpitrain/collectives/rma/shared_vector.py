@@ -23,6 +23,10 @@ from mpitrain.kernels.gpu import assign
 LARGEST_SHARD = 1 << 19
 """Elements. Large enough for the cost of the lock to vanish, small enough to keep waits short."""
 
+SMALLEST_SHARD = 1 << 14
+"""Elements of a share of a rank in memory that its node shares, at least. A visit to a shard costs some microseconds,
+which is the time that a pass over this many elements takes.
+"""
 
 SAMPLE = 1024
 """Elements from which the movement of a vector is estimated; measuring all of them would cost another pass."""
@@ -69,8 +73,8 @@ class SharedVector:
         self.n = sum(lengths)
         self.staleness = 0
         self.tags = np.zeros(N_TAGS)
-        order = visiting_order(len(self.parts), rank if first is None else first, size)
-        self._steps = list(zip(order, [*order[1:], None]))  # each shard and the next one
+        self._order = visiting_order(len(self.parts), rank if first is None else first, size)
+        self._sampled = self._order[0] if self._order else -1  # the shard that movement and staleness are recorded of
         # The version of each shard after this worker's last pull, None before the first one.
         self._seen: list[int | None] = [None] * len(self.parts)
         self._movement = _Movement(self.n)
@@ -87,15 +91,16 @@ class SharedVector:
         """
         self._statistics.n_exchanges += 1
         first_staleness: int | None = None
-        for k, (index, following) in enumerate(self._steps):
-            with self._blocks.locked(index, following, updated=pushes, encoded=True) as block:
+        for locked in self._blocks.visit(self._order, updated=pushes, encoded=True):
+            with locked as block:
+                index = block.index
                 seen, self.tags = self._seen[index], block.tags
                 self.staleness = 0 if seen is None else block.version - seen
-                if k == 0 and pushes and seen is not None:
+                if index == self._sampled and pushes and seen is not None:
                     first_staleness = self.staleness
                     self._movement.record_found(block.data)
                 n_nonfinite = fn(self.parts[index], self._rows_of(block.data))
-                if k == 0 and pulls:
+                if index == self._sampled and pulls:
                     self._movement.record_left(block.data)
             # Others may wait for the lock; the rest does not need it.
             if n_nonfinite is not None:
@@ -113,14 +118,16 @@ class SharedVector:
 
     def read(self, out: Any, row: int = 0) -> None:
         """Copy a row to ``out`` (n,), each shard under its lock. Local; not counted as an exchange."""
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=False) as block:
+        for locked in self._blocks.visit(self._order, updated=False):
+            with locked as block:
+                index = block.index
                 assign(out[self.parts[index]], block.data if self._rows == 1 else self._rows_of(block.data)[row])
 
     def write(self, values: Any, row: int | None = None) -> None:
         """Replace a row, or all rows, by ``values`` (n,), shard by shard. Local; others see it after a barrier."""
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=True) as block:
+        for locked in self._blocks.visit(self._order, updated=True):
+            with locked as block:
+                index = block.index
                 shard = self._rows_of(block.data)
                 assign(shard if self._rows == 1 or row is None else shard[row], values[self.parts[index]])
 
@@ -131,8 +138,9 @@ class SharedVector:
             (shards,) the number of updates by others since this worker's last pull; -1 before the first pull.
         """
         lags = np.full(len(self.parts), -1.0)
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=False) as block:
+        for locked in self._blocks.visit(self._order, updated=False):
+            with locked as block:
+                index = block.index
                 seen = self._seen[index]
                 if seen is not None:
                     lags[index] = block.version - seen
@@ -146,15 +154,17 @@ class SharedVector:
                 shards.
         """
         lags = self._for_these_shards(np.atleast_1d(lags))
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=False) as block:
+        for locked in self._blocks.visit(self._order, updated=False):
+            with locked as block:
+                index = block.index
                 self._seen[index] = None if lags[index] < 0 else block.version - int(lags[index])
 
     def read_tags(self) -> np.ndarray:
         """Return the tags (shards, N_TAGS) of all shards. Local."""
         tags = np.zeros((len(self.parts), N_TAGS))
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=False) as block:
+        for locked in self._blocks.visit(self._order, updated=False):
+            with locked as block:
+                index = block.index
                 tags[index] = block.tags
         return tags
 
@@ -165,8 +175,9 @@ class SharedVector:
             tags: (shards, N_TAGS) of this vector, or of one of as many ranks in shards of another size.
         """
         tags = self._for_these_shards(np.asarray(tags))
-        for index, following in self._steps:
-            with self._blocks.locked(index, following, updated=True) as block:
+        for locked in self._blocks.visit(self._order, updated=True):
+            with locked as block:
+                index = block.index
                 block.tags[:] = tags[index]
 
     def _for_these_shards(self, values: np.ndarray) -> np.ndarray:

@@ -38,8 +38,11 @@ from mpitrain.collectives.world.wakeup import event_files, poll_structs, request
 from mpitrain.kernels.native import service
 from mpitrain.kernels.native.wire import PLAIN, Encoded
 
-SLOTS_OF_A_RANK = 6  # each thread of a rank waits for one lock at most; a request that returns a block never waits
-TAGS = range(2, 1000)  # of requests and their data, in turn: only a few are pending
+MOST_AWAITED = 16
+"""Locks that a thread of a rank may wait for at one home."""
+
+SLOTS_OF_A_RANK = 2 * MOST_AWAITED + 4  # two of its threads exchange; a request that returns a block never waits
+TAGS = range(2, 4000)  # of requests and their data, in turn: only some are pending
 
 SHUTDOWN_POLL_SECONDS = 0.01  # of a rank at its end for the others
 
@@ -71,10 +74,11 @@ class ProgressThread:
         statuses = np.zeros(service.N_PIECES * mpi.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * mpi.request_bytes, np.uint8)
         files, drain = poll_structs([mpi.wakeup.reads, *event_files()]), np.zeros(service.DRAIN_BYTES, np.uint8)
+        slots = np.arange(n_slots)
         arrays = flag, requests, statuses, pieces, states, files
         memory = [array.ctypes.data for array in arrays]
         memory += [files.size, mpi.wakeup.reads, drain.ctypes.data]
-        self._buffers = *arrays, drain  # kept alive: MPI may still write to them after an error
+        self._buffers = *arrays, slots, drain  # kept alive: MPI may still write to them after an error
         result = service.serve()(
             mpi.functions,
             mpi.comm,
@@ -85,6 +89,7 @@ class ProgressThread:
             flag,
             requests,
             states,
+            slots,
             np.array(memory, np.int64),
         )
         if result < 0:

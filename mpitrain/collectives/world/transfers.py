@@ -7,14 +7,16 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
 from mpitrain.collectives.world.background import (
+    FOREGROUND_BACKOFF_SECONDS,
     LONGEST_BACKOFF_SECONDS,
     SHORTEST_BACKOFF_SECONDS,
+    Backoff,
     in_background,
 )
 from mpitrain.collectives.world.wakeup import WakeupPipe
@@ -120,7 +122,7 @@ class Transfer:
         self, mpi: NativeMPI, rank: int, words: np.ndarray, here: np.ndarray, arrays: Sequence[np.ndarray]
     ) -> None:
         n = service.n_messages(int(here[1]), int(here[3]))
-        self._rank = rank
+        self.rank = rank
         self._mpi, self._words, self._arrays = mpi, words, arrays
         self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
         self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (mpi.request_bytes, mpi.status_bytes))
@@ -142,6 +144,20 @@ class Transfer:
             raise RuntimeError(f"the lock was taken over by rank {owner}: this rank was considered dead")
         return found
 
+    def polling(self) -> AbstractContextManager[None]:
+        """Tell the serving thread that the calling one polls MPI. Local."""
+        return self._mpi.polling()
+
+    def granted(self) -> bool:
+        """Return whether this rank has the lock, after one poll of MPI. Local."""
+        known = self._mpi.functions, 1, self._requests, self._statuses, self._flag
+        return bool(self._checked(service.test_requests()(*known, polls_per_wakeup())))
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether another rank had the lock when the request came; known once it is granted."""
+        return bool(self._header[1])
+
     def wait_for_lock(self) -> float:
         """Wait until this rank has the lock. Local.
 
@@ -154,7 +170,7 @@ class Transfer:
 
     def _wait_for(self, n: int) -> None:
         """Wait until the first n MPI requests are complete."""
-        with waiting("an answer of another node", lambda: [self._rank]):
+        with waiting("an answer of another node", lambda: [self.rank]):
             if not in_background():
                 self._poll(n, FOREGROUND)
             elif not self._checked(self._mpi.watched(n, self._requests, self._statuses)):
@@ -172,6 +188,27 @@ class Transfer:
         if result < 0:
             raise self._mpi.error(-result)
         return result
+
+
+def first_granted(transfers: Sequence[Transfer]) -> int:
+    """Wait until this rank has one of several locks, and return its position in ``transfers``. Local."""
+    if len(transfers) == 1:
+        return 0  # the caller waits for it
+    granted = functools.partial(_granted_now, transfers)
+    if (first := granted()) is not None:
+        return first
+    with waiting("a lock of another node", lambda: [transfer.rank for transfer in transfers]), transfers[0].polling():
+        if in_background():
+            backoff = Backoff(SHORTEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
+        else:
+            backoff = Backoff(0.0, FOREGROUND_BACKOFF_SECONDS)
+        while (first := granted()) is None:
+            backoff.rest()
+    return first
+
+
+def _granted_now(transfers: Sequence[Transfer]) -> int | None:
+    return next((k for k, transfer in enumerate(transfers) if transfer.granted()), None)
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def test_a_visit_interrupted_between_two_blocks_leaves_the_next_visit_intact(com
     blocks, n_shards = center._blocks, len(center.parts)
     comm.barrier()
     if comm.rank == 0:
-        first, second = center._steps[0]
+        first, second = center._order[:2]
         blocks.release(blocks.acquire(first, second), updated=False)  # then an interrupt
     center.update(lambda part, c: np.add(c, np.arange(part.start, part.stop), out=c) is None)
     comm.barrier()
@@ -98,6 +98,49 @@ def test_a_visit_interrupted_between_two_blocks_leaves_the_next_visit_intact(com
     assert np.array_equal(out, comm.size * np.arange(center.n))
     comm.barrier()
     assert {blocks.lock_owner(index) for index in range(n_shards)} == {None}
+
+
+class CountedRequests:
+    """The progress thread of this rank, which records its requests: ``fetch`` or ``store``, and the home."""
+
+    def __init__(self, progress):
+        self._progress, self.calls = progress, []
+
+    def fetch(self, home, *arguments):
+        self.calls.append(("fetch", home))
+        return self._progress.fetch(home, *arguments)
+
+    def store(self, home, *arguments):
+        self.calls.append(("store", home))
+        return self._progress.store(home, *arguments)
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_a_visit_to_a_short_vector_is_one_fetch_and_one_store(comm, smallest_shards):
+    """However many ranks there are, and on the node of its only shard there is none."""
+    smallest_shards(1 << 15)
+    center = comm.shared_vector(26_122, np.float32)
+    remote = center._blocks._remote
+    requests = remote._progress = CountedRequests(remote._progress)
+    comm.barrier()
+    center.update(lambda part, shard: shard.__iadd__(1) is None)
+    expected = [] if comm.nodes[comm.rank] == comm.nodes[0] else [("fetch", 0), ("store", 0)]
+    assert requests.calls == expected
+    comm.barrier()
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_the_requests_of_a_visit_do_not_wait_for_each_other(comm, largest_shards):
+    """All blocks of other nodes are requested before the first one is stored, as far as the window allows."""
+    largest_shards(64)
+    center = comm.shared_vector(64 * 3 * comm.size, np.float32)
+    remote = center._blocks._remote
+    requests = remote._progress = CountedRequests(remote._progress)
+    comm.barrier()
+    center.update(lambda part, shard: shard.__iadd__(1) is None)
+    n_remote = sum(block is None for block in center._blocks._memory.in_place)
+    assert [kind for kind, _ in requests.calls] == ["fetch"] * n_remote + ["store"] * n_remote
+    comm.barrier()
 
 
 # ---- the pipeline, against the least favourable transfers ------------------------------------------------------------
@@ -124,7 +167,7 @@ class LateStores:
         else:
             wire.FORMATS["bfloat16"].encode(array_at(*encoded[1:]), data)
         tags[:] = array_at(addresses[1], tags.size, np.float64)
-        return SimpleNamespace(wait=lambda: found, wait_for_lock=lambda: 0.0)
+        return SimpleNamespace(wait=lambda: found, wait_for_lock=lambda: 0.0, granted=lambda: True, was_taken=False)
 
     def store(self, home, addresses, arrays, swap, encoded):
         data, tags = arrays
@@ -156,7 +199,7 @@ def rounds_of_visits(encoding):
     tags, words = np.zeros(N_BLOCKS * N_TAGS), np.zeros(N_BLOCKS, np.int64)
     indices = list(range(N_BLOCKS))
     memory = SimpleNamespace(
-        world=SimpleNamespace(rank=0, size=1, comm=SimpleNamespace(allgather=lambda value: [value])),
+        world=SimpleNamespace(rank=0, size=1, allgather=lambda value: [value]),
         homes=[0] * N_BLOCKS,
         lengths=[LENGTH] * N_BLOCKS,
         starts=[LENGTH * index for index in indices],
@@ -176,12 +219,12 @@ def rounds_of_visits(encoding):
     )
     options = {"n_staging_buffers": N_STAGING_BUFFERS, "encoding": encoding}
     blocks = RemoteBlocks(memory, locks, LateStores(), Statistics(), **options)
+    blocks.window.n_bytes = 0  # two blocks under way
     for _ in range(N_ROUNDS):
-        for index, following in zip(indices, [*indices[1:], None]):
-            block = blocks.acquire(index, following, encoded=True)
-            block.data += 1
-            block.tags[0] += index
-            blocks.release(block, updated=True)
+        for locked in blocks.visit(indices, updated=True, encoded=True):
+            with locked as block:
+                block.data += 1
+                block.tags[0] += block.index
         blocks.wait()
     assert np.array_equal(tags[::N_TAGS], N_ROUNDS * np.arange(N_BLOCKS))
     return elements.reshape(N_BLOCKS, LENGTH), words
@@ -197,11 +240,16 @@ def test_a_pipeline_longer_than_its_staging_buffers_mixes_no_blocks(encoding):
 
 @pytest.mark.ranks(1)
 def test_late_stores_show_a_staging_buffer_that_is_reused_too_early(monkeypatch):
-    """The previous test can fail: it does if one store more than allowed is left unfinished."""
+    """The previous test can fail: it does if a buffer is free before its store is complete."""
     from mpitrain.collectives.rma.remote_blocks import RemoteBlocks
 
-    wait = RemoteBlocks.wait
-    monkeypatch.setattr(RemoteBlocks, "wait", lambda self, all_but=0: wait(self, all_but + (all_but > 0)))
+    release = RemoteBlocks.release
+
+    def release_and_free(self, block, *, updated):
+        release(self, block, updated=updated)
+        self._free.append(block.buffer)
+
+    monkeypatch.setattr(RemoteBlocks, "release", release_and_free)
     with pytest.raises(AssertionError):
         test_a_pipeline_longer_than_its_staging_buffers_mixes_no_blocks(None)
 
@@ -238,12 +286,17 @@ class DelayedStores:
 
 @pytest.mark.ranks(2, 3)
 def test_delayed_stores_neither_mix_blocks_nor_hang(comm, largest_shards):
-    """All ranks visit more shards than they have staging buffers, while their stores are late at random."""
+    """All ranks visit more shards than they have staging buffers, while their stores are late at random.
+
+    Half of them have two blocks under way, the others many, which arrive in any order.
+    """
     from mpitrain.collectives.rma.remote_blocks import N_STAGING_BUFFERS
 
     largest_shards(64)
     center, n_rounds = comm.shared_vector(64 * 2 * N_STAGING_BUFFERS * comm.size, np.float32), 3
     remote = center._blocks._remote
+    remote.window.record_visit = lambda n_bytes, seconds: None
+    remote.window.n_bytes *= comm.rank % 2
     delayed = remote._progress = DelayedStores(remote._progress, comm.rank)
     if comm.rank == 0:
         center.write(np.repeat([part.start for part in center.parts], 64))

@@ -34,19 +34,33 @@ def test_a_split_covers_is_aligned_and_balanced(n: int, parts: int, align: int) 
 @pytest.mark.parametrize("largest", [1, 7, 16, 33, 256, 10**6])
 @pytest.mark.parametrize("n", [0, 1, 17, 100, 1023, 5000])
 def test_shards_cover_the_vector_fit_and_give_owners_equal_shares(n: int, size: int, largest: int) -> None:
-    pieces = shards(n, size, largest)
-    assert [0, *(s.stop for s in pieces)] == [*(s.start for s in pieces), n]
+    pieces = shards(n, range(size), largest)
+    assert [0, *(s.stop for s in pieces)] == [*(s.start for s in pieces), n][: len(pieces) + 1]
+    assert sum(s.size for s in pieces) == n
     assert all(0 < s.size <= largest and len(range(n)[s.slice]) == s.size for s in pieces)
     assert [s.owner for s in pieces] == sorted(s.owner for s in pieces)
-    held = [sum(s.size for s in pieces if s.owner == rank) for rank in range(size)]
-    assert sum(held) == n
-    assert max(held) - min(held) <= 16
+    held = [sum(s.size for s in pieces if s.owner == rank) for rank in {s.owner for s in pieces}]
+    assert max(held, default=0) - min(held, default=0) <= 16
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2, 16, 1024])
+@pytest.mark.parametrize(("n", "n_shards"), [(1, 1), (26_122, 1), (70_000, 2), (1_000_000, 30), (2**24, 512)])
+def test_the_vector_decides_how_many_shards_there_are(n: int, n_shards: int, n_nodes: int) -> None:
+    """Up to as many ranks as there are; owners are spread over the nodes."""
+    nodes = [rank // 2 for rank in range(2 * n_nodes)]
+    pieces = shards(n, nodes, 2**17, smallest=2**15)
+    n_owners = len({piece.owner for piece in pieces})
+    assert n_owners == min(n_shards, len(nodes))
+    assert len({nodes[piece.owner] for piece in pieces}) == min(n_owners, n_nodes)
+    assert max(piece.size for piece in pieces) - min(piece.size for piece in pieces) <= 16 * 2
+    if len(nodes) > n_shards:
+        assert len(pieces) == n_shards
 
 
 @pytest.mark.parametrize("size", PARTS)
 @pytest.mark.parametrize("largest", [16, 33, 256, 10**6])
 def test_every_rank_starts_with_a_shard_of_its_own(size: int, largest: int) -> None:
-    pieces = shards(5000, size, largest)
+    pieces = shards(5000, range(size), largest)
     for rank in range(size):
         assert pieces[visiting_order(len(pieces), rank, size)[0]].owner == rank
 
@@ -114,7 +128,7 @@ def test_impossible_partitions_are_refused() -> None:
     with pytest.raises(ValueError, match="parts >= 1"):
         split(10, 0)
     with pytest.raises(ValueError, match="at least 1 element"):
-        shards(10, 2, 0)
+        shards(10, [0, 1], 0)
     with pytest.raises(ValueError, match="must both be"):
         binomial_tree(3, 3)
     with pytest.raises(ValueError, match="at least 1"):

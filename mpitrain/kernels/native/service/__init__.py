@@ -4,7 +4,7 @@
 interpreter lock. The serving thread also watches MPI requests for the background threads of its own rank.
 """
 
-from mpitrain.kernels.native.service.client import ask, wait_for_requests
+from mpitrain.kernels.native.service.client import ask, test_requests, wait_for_requests
 from mpitrain.kernels.native.service.protocol import (
     ACQUIRE,
     ASLEEP,
@@ -40,6 +40,7 @@ from mpitrain.kernels.native.service.server import serve
 __all__ = [
     "ask",
     "serve",
+    "test_requests",
     "wait_for_requests",
     "n_messages",
     "SWAP",

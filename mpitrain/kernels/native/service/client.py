@@ -78,6 +78,21 @@ def wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n
 """
 
 
+_TEST_REQUESTS: Final = f"""\
+from mpitrain.kernels.native.service.foreign import call
+
+SIGNATURE = "int64(int64[::1], int64, uint8[::1], uint8[::1], int32[::1], int64)"
+def test_requests(functions, n, requests, statuses, flag, n_polls):
+    for _ in range(n_polls):
+        code = call(functions[{TESTALL}], (n, requests.ctypes.data, flag.ctypes.data, statuses.ctypes.data))
+        if code != 0:
+            return -code
+        if flag[0] != 0:
+            return 1
+    return 0
+"""
+
+
 @functools.cache
 def ask() -> Callable[..., int]:
     """Return the compiled function that sends a request to the server of a rank.
@@ -103,3 +118,14 @@ def wait_for_requests() -> Callable[..., int]:
     handle signals, or a negative MPI error code. ``waited`` (2,), initially zeros, carries the state from call to call.
     """
     return cache.compiled("wait_for_requests", "words", _WAIT_FOR_REQUESTS)
+
+
+@functools.cache
+def test_requests() -> Callable[..., int]:
+    """Return the compiled function that polls MPI ``n_polls`` times for n requests.
+
+    ``test_requests(functions, n, requests, statuses, flag, n_polls)``
+
+    The result is 1 if all requests are complete, 0 if they are not, or a negative MPI error code.
+    """
+    return cache.compiled("test_requests", "words", _TEST_REQUESTS)

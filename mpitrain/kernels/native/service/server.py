@@ -140,16 +140,16 @@ def answer(functions, comm, byte, state, header, found):
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64, "
-    "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1])"
+    "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1])"
 )
-def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, memory):
+def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, memory):
     at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
     at_files, n_files, wakeup, at_drain = memory[5], memory[6], memory[7], memory[8]
     n_ranks = requests.shape[0]
     waited = {QUIET_MICROSECONDS}
     slept, announced, woken, trust = 0, 0, 0, 0
     polls, in_vain, trusted = 0, 0, 0
-    n_served, code = 0, 0
+    n_served, n_used, code = 0, 0, 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
         here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
@@ -159,13 +159,12 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
     while code == 0 and (
         load_acquire(shared, {STOP}) == 0 or compare_and_swap(shared, {OUTCOME}, {NONE}, {CLOSED}) != {NONE}
     ):
-        free, n_busy, n_locks, happened, came = -1, 0, 0, 0, 0
-        for slot in range(states.shape[0]):
+        n_busy, n_locks, happened, came = n_used, 0, 0, 0
+        turn = 0
+        while turn < n_used:  # slots[:n_used] are in use
+            slot = slots[turn]
             state = states[slot]
-            if state[{KIND}] == 0:
-                free = slot
-                continue
-            n_busy += 1
+            turn += 1
             header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
             if state[{KIND}] == {ACQUIRE}:
@@ -194,9 +193,10 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
                             add(state)
                         found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
                         code = answer(functions, comm, byte, state, header, found)
-                    state[{KIND}] = 0
-                    free = slot
                     n_served += 1
+                    n_used -= 1
+                    turn -= 1
+                    slots[turn], slots[n_used] = slots[n_used], slot
         if asks < 0:
             flag[0] = 0
             code = code or call(functions[{TESTANY}], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
@@ -223,7 +223,9 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
                 store_release(shared, {TRUSTED}, trusted)
             # Poll again before sleeping: the call that brought this may have brought more.
             waited, slept, woken, polls, in_vain = 0, 0, 0, 0, in_vain // 2
-        if asks >= 0 and free >= 0:
+        if asks >= 0 and n_used < slots.shape[0]:
+            free = slots[n_used]
+            n_used += 1
             state = states[free]
             state[{ACQUIRED}] = 0
             for k in range({REQUEST_WORDS}):
@@ -236,7 +238,7 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
             if state[{KIND}] == {SWAP}:
                 found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
                 code = code or answer(functions, comm, byte, state, header, found)
-                state[{KIND}] = 0
+                n_used -= 1
             elif state[{KIND}] != {ACQUIRE}:
                 if state[{KIND}] == {FETCH}:
                     code = code or answer(functions, comm, byte, state, header, 0)
@@ -287,7 +289,7 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
 def serve() -> Callable[..., int]:
     """Return the compiled serving loop, which runs until STOP is set and nothing is watched.
 
-    ``serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, memory)``
+    ``serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, memory)``
 
     - ``functions``: the addresses of FUNCTIONS
     - ``comm``, ``byte``: MPI handles
@@ -296,7 +298,8 @@ def serve() -> Callable[..., int]:
     - ``shared``: (SHARED_WORDS,) zeros, shared with the other threads of the rank
     - ``flag`` (2,), ``requests`` (ranks, REQUEST_WORDS): buffers
     - ``states``: (slots, STATE_WORDS) zeros. A request that waits for a lock occupies a slot until the lock is free, so
-      there must be more slots than requests of that kind.
+      there must be more slots than requests of that kind. A poll looks at those in use only.
+    - ``slots``: (slots,) the numbers 0, 1, ...
     - ``memory``: the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests,
       ``states`` and structs pollfd; the number of these structs; one of their files, which is written to in order to
       wake the loop; and the address of DRAIN_BYTES bytes

@@ -1,0 +1,41 @@
+"""How many bytes of a visit should be under way: as many as the link holds, its bandwidth-delay product."""
+
+from __future__ import annotations
+
+FEWEST_BYTES = 1 << 20
+"""Fills links of a few milliseconds. More blocks under way than needed keep their locks longer."""
+
+MOST_BYTES = 1 << 24
+"""1 Gbit/s for 130 ms. It bounds the memory of the staging buffers, of which there are twice as many bytes."""
+
+GAIN = 2.0
+"""Times the bandwidth-delay product: a window that is too small doubles with each visit, as in TCP's slow start."""
+
+
+class FlightWindow:
+    """The bytes under way that fill a link, from what visits have shown.
+
+    The round trip is the shortest that was seen, the bandwidth the highest of a whole visit (as in BBR, Cardwell et al.
+    2016, doi 10.1145/3012426.3022184). A visit that the window has limited shows a bandwidth of window over round trip,
+    so the window grows until the link is full.
+
+    Attributes:
+        n_bytes: The window.
+    """
+
+    def __init__(self) -> None:
+        self.n_bytes = FEWEST_BYTES
+        self._round_trip_seconds = float("inf")
+        self._bytes_per_second = 0.0
+
+    def record_round_trip(self, seconds: float) -> None:
+        """Record the time from a request to the first answer, if nothing but the link delayed it."""
+        self._round_trip_seconds = min(self._round_trip_seconds, seconds)
+
+    def record_visit(self, n_bytes: int, seconds: float) -> None:
+        """Record a visit that fetched ``n_bytes`` in ``seconds``, and set the window for the next one."""
+        if seconds <= 0 or self._round_trip_seconds == float("inf"):
+            return
+        self._bytes_per_second = max(self._bytes_per_second, n_bytes / seconds)
+        product = self._bytes_per_second * self._round_trip_seconds
+        self.n_bytes = int(min(max(GAIN * product, FEWEST_BYTES), MOST_BYTES))
