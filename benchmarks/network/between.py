@@ -2,8 +2,10 @@
 
 between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
                                  format; the stall
-between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; training
-                                 steps with exchanges in the foreground and in the background (overlap.py)
+between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; an exchange
+                                 of a large vector; training steps with exchanges in the foreground and in the
+                                 background (overlap.py)
+between.py long                  on a link that is slower still: the exchange of a large vector
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ PAUSE_SECONDS = 2e-3  # between two exchanges with a busy rank, at most
 CALL_SECONDS = 0.05  # of the loop that keeps the interpreter lock
 
 ROUND_TRIPS = 20
+LARGE, LARGE_REPEATS = 16_000_000, 5  # elements, and repeats after the first one
 
 
 class Pair:
@@ -212,16 +215,45 @@ def latencies(world: World) -> dict[str, Any]:
     return {"round_trip_seconds": seconds_of_round_trip, "operations": rows}
 
 
+def large_exchange(world: World) -> dict[str, float]:
+    """Measure an exchange of a large vector by one rank, and as many bytes there and back by a socket. Collective."""
+    comm = MPICommunicator(world)
+    x, center = np.zeros(LARGE, np.float32), comm.shared_vector(LARGE, np.float32)
+    warm_up, times = 3, 2 * LARGE_REPEATS
+
+    def exchange() -> None:
+        if world.rank == 0:
+            center.update(lambda part, c: elastic_exchange(x[part], c, RATE, RATE))
+
+    for _ in range(warm_up):  # the window opens
+        exchange()
+    before = comm.statistics.wire_bytes
+    seconds = time_of(world, exchange, times)
+    n_bytes = (comm.statistics.wire_bytes - before) // (times + 1) // 2
+    n_bytes = world.comm.bcast(n_bytes)
+    comm.free()
+
+    def visits(end: socket.socket, first: bool) -> float:
+        tcp.visit(end, n_bytes, first=first)
+        return float(np.median([tcp.visit(end, n_bytes, first=first) for _ in range(LARGE_REPEATS)]))
+
+    by_socket = Pair(world).measure(visits)[0]
+    return {"bytes": 4 * LARGE, "seconds": float(np.median(seconds)), "socket_seconds": by_socket}
+
+
 def main() -> None:
     """Run the benchmark and return the exit code. Collective."""
     what, *words = sys.argv[1:]
     world = init()
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
-    if what == "latency":
+    if what == "long":
+        document |= {"large": large_exchange(world)}
+    elif what == "latency":
         from benchmarks.training import overlap
 
-        document |= {"latency": latencies(world), "overlaps": overlap.measure(Pair(world))}
+        document |= {"latency": latencies(world), "large": large_exchange(world)}
+        document |= {"overlaps": overlap.measure(Pair(world))}
     else:
         no_gloo = start_gloo(world)
         measured, rows = [measure_tcp(world)], []

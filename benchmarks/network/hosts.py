@@ -9,6 +9,8 @@ starts ranks on them as it does on real ones. It needs root and Linux. What is m
                  carries in both directions at once
     stall        how long an exchange of a small vector takes while the other rank computes and calls no MPI
     latency      the same link, but 10 ms there and back: an exchange of a small vector, in round trips
+    long links   the same link, 10 and 50 ms there and back: an exchange of 64 MB by one rank, beside a socket that asks
+                 for as many bytes and sends them back as they come
     overlap      on that link, training steps with exchanges in the foreground and in the background, beside computing
                  alone and beside computing while plain sockets move as many bytes (overlap.py)
 """
@@ -40,13 +42,14 @@ HOSTS, AGENT = HERE / "hosts.sh", HERE / "agent.sh"
 TOOLS = ("ip", "tc", "unshare", "nsenter")
 SIZES = "1,4,16,64"
 RATE = "1gbit"
-DELAY_MS = 5  # each way
+DELAY_MS, LONG_DELAY_MS = 5, 25  # each way
 SLOW_LINK = f"link of {RATE} and {2 * DELAY_MS} ms there and back"
 LONGEST_SECONDS = 110.0  # of one launch
 
 BAR_BYTES = 16_000_000
 SHARE_AT_LEAST = 0.85
 STALL_BELOW_SECONDS = 0.02
+LARGE_SHARE_AT_LEAST = 0.85
 BAR_MODEL, OVERLAPPED_AT_MOST = "resnet20", 1.05
 
 
@@ -170,6 +173,12 @@ def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
             {"bar": f"{which} exchange with a computing rank below {1e3 * STALL_BELOW_SECONDS:.0f} ms"}
             | {"value": seconds, "passed": seconds < STALL_BELOW_SECONDS, "text": f"{1e3 * seconds:.1f} ms"}
         )
+    for row in document["large"]:
+        share, size = row["socket_seconds"] / row["seconds"], f"{row['bytes'] / 1e6:.0f} MB"
+        bars.append(
+            {"bar": f"{row['delay_ms']} ms there and back: exchange of {size} at {LARGE_SHARE_AT_LEAST:.0%} of TCP"}
+            | {"value": share, "passed": share >= LARGE_SHARE_AT_LEAST, "text": f"{share:.0%}"}
+        )
     ratio = next(
         row["of_alone"]
         for row in document["overlaps"]
@@ -226,6 +235,15 @@ def tables(document: dict[str, Any]) -> list[str]:
         "",
         *text.table(
             {
+                "ms there and back": [str(row["delay_ms"]) for row in document["large"]],
+                "vector": [f"{row['bytes'] / 1e6:.0f} MB" for row in document["large"]],
+                "exchange, one rank, ms": [f"{1e3 * row['seconds']:.0f}" for row in document["large"]],
+                "by a socket, ms": [f"{1e3 * row['socket_seconds']:.0f}" for row in document["large"]],
+            },
+        ),
+        "",
+        *text.table(
+            {
                 "model": [row["model"] for row in document["overlaps"]],
                 "step": [row["step"] for row in document["overlaps"]],
                 "ms": [f"{1e3 * row['median_seconds']:.2f}" for row in document["overlaps"]],
@@ -243,6 +261,10 @@ def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict
         document = run(environment, venv, ranks_per_host, ["link", wire, *sizes])
     with hosts(DELAY_MS) as environment:
         document |= run(environment, venv, ranks_per_host, ["latency"])
+    large = [{"delay_ms": 2 * DELAY_MS, **document["large"]}]
+    with hosts(LONG_DELAY_MS) as environment:
+        longer = run(environment, venv, ranks_per_host, ["long"])
+    document["large"] = [*large, {"delay_ms": 2 * LONG_DELAY_MS, **longer["large"]}]
     document["transfers"] = with_shares(document)
     document["latency"]["operations"] = in_round_trips(document)
     document["bars"] = verdicts(document)

@@ -107,3 +107,31 @@ def round_trip(connection: socket.socket, n_times: int, *, first: bool) -> float
             connection.sendall(b"!")
         seconds[k] = time.perf_counter() - began
     return float(np.median(seconds))
+
+
+def visit(connection: socket.socket, n_bytes: int, *, first: bool) -> float:
+    """Return the seconds in which the first end asks for ``n_bytes``, sends them back as they come, and is answered.
+
+    This is an exchange without MPI, locks and arithmetic. The other end calls it as well.
+    """
+    buffer, missing = bytearray(PIECE_BYTES), n_bytes
+    began = time.perf_counter()
+    if first:
+        connection.sendall(b"?")
+    else:
+        connection.recv(1)
+        sender = threading.Thread(target=connection.sendall, args=(bytes(n_bytes),))
+        sender.start()
+    while missing:
+        n_now = connection.recv_into(buffer, min(missing, PIECE_BYTES))
+        if not n_now:
+            raise ConnectionError("the peer closed the connection")
+        missing -= n_now
+        if first:
+            connection.sendall(memoryview(buffer)[:n_now])
+    if first:
+        connection.recv(1)
+    else:
+        sender.join()
+        connection.sendall(b"!")
+    return time.perf_counter() - began

@@ -42,6 +42,7 @@ def document(**changes: Any) -> dict[str, Any]:
             "round_trip_seconds": 0.01,
             "operations": [{"operation": "exchange, one rank", "median_seconds": 0.025}],
         },
+        "large": [{"delay_ms": 10, "bytes": 64_000_000, "seconds": 0.4, "socket_seconds": 0.36}],
         "overlaps": steps(1.04),
     }
     return {**whole, **changes}
@@ -66,13 +67,15 @@ def test_latency_is_counted_in_round_trips(hosts: ModuleType) -> None:
 
 
 def test_the_bars_judge_large_exchanges_and_stalls(hosts: ModuleType) -> None:
-    assert [bar["passed"] for bar in judged(hosts)] == [False, True, True, True]
+    assert [bar["passed"] for bar in judged(hosts)] == [False, True, True, True, True]
     faster = [{**row, "median_seconds": 0.18} for row in document()["transfers"]]
-    assert [bar["passed"] for bar in judged(hosts, transfers=faster)] == [True, True, True, True]
+    assert [bar["passed"] for bar in judged(hosts, transfers=faster)] == [True, True, True, True, True]
     late = [{**document()["stalls"][0], "longest_seconds": 0.021}]
-    assert [bar["passed"] for bar in judged(hosts, stalls=late)] == [False, True, False, True]
-    assert [bar["passed"] for bar in judged(hosts, transfers=faster[:1])] == [True, True, True]  # none is large
-    assert [bar["passed"] for bar in judged(hosts, overlaps=steps(1.06))] == [False, True, True, False]
+    assert [bar["passed"] for bar in judged(hosts, stalls=late)] == [False, True, False, True, True]
+    assert [bar["passed"] for bar in judged(hosts, transfers=faster[:1])] == [True, True, True, True]  # none is large
+    assert [bar["passed"] for bar in judged(hosts, overlaps=steps(1.06))] == [False, True, True, True, False]
+    slow = [{**document()["large"][0], "seconds": 0.43}]
+    assert [bar["passed"] for bar in judged(hosts, large=slow)] == [False, True, True, False, True]
 
 
 def test_every_row_is_in_a_table(hosts: ModuleType) -> None:
@@ -85,6 +88,7 @@ def test_every_row_is_in_a_table(hosts: ModuleType) -> None:
     assert any("16 MB" in line and "80%" in line for line in lines)
     assert any("nothing" in line and "9.0" in line for line in lines)
     assert any("2.5" in line for line in lines)
+    assert any("64 MB" in line and "400" in line and "360" in line for line in lines)
 
 
 @pytest.mark.parametrize(
