@@ -156,7 +156,7 @@ class RemoteBlocks:
         n_bytes = sum(self._memory.lengths[index] for index in order) * self._itemsize
         self.window.record_visit(n_bytes, time.perf_counter() - began)
 
-    def take(self, awaited: deque[int], encoded: bool) -> Block:
+    def next_arrival(self, awaited: deque[int], encoded: bool) -> Block:
         """Wait for any of the blocks under way, and start to fetch more of those that are awaited. Local."""
         fetch = self._granted()
         self._start_more(awaited, encoded)
@@ -276,7 +276,7 @@ class Arrival:
         self._updated, self._encoded = updated, encoded
 
     def __enter__(self) -> Block:
-        self._block = block = self._blocks.take(self._awaited, self._encoded)
+        self._block = block = self._blocks.next_arrival(self._awaited, self._encoded)
         return block
 
     def __exit__(

@@ -127,8 +127,10 @@ SILENCES = {
         + 2 * [r"in step 20, waiting in a barrier for rank 0 \(process \d+, which a signal stopped in step 20\)"],
     ),
     "lock": (
-        "def compute():\n    locks.acquire(0, 0)\n    world.barrier()\n    time.sleep(1000)\n\n"
-        "if world.rank == 0:\n    compute()\nworld.barrier()\nlocks.acquire(0, 0)",
+        (
+            "def compute():\n    locks.acquire(0, 0)\n    world.barrier()\n    time.sleep(1000)\n\n"
+            "if world.rank == 0:\n    compute()\nworld.barrier()\nlocks.acquire(0, 0)"
+        ),
         [r"busy in step 20, at line \d+ of <string> \(compute\)"]
         + 2 * [r"in step 20, waiting in a lock for rank 0 \(busy in step 20\)"],
     ),
