@@ -68,6 +68,11 @@ class Survey:
     converted: Counter[str] = field(default_factory=Counter)
     n_other_files: int = 0
 
+    def conversions(self, width: int, height: int) -> dict[str, int]:
+        """Return how many images are changed, by what is done to them, for images stored with this size."""
+        n_resized = sum(n for size, n in self.sizes.items() if size != (width, height))
+        return {**self.converted, **({RESIZED: n_resized} if n_resized else {})}
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -125,8 +130,7 @@ def import_images(
             return writer, unreadable
 
     writer, unreadable = _replace(target, fill)
-    n_resized = sum(n for found, n in survey.sizes.items() if found != (width, height))
-    converted = {**survey.converted, **({RESIZED: n_resized} if n_resized else {})}
+    converted = survey.conversions(width, height)
     return Imported(
         target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable), converted, survey.n_other_files
     )

@@ -298,16 +298,16 @@ def test_orientation_transparency_and_content_are_respected_and_counted(tmp_path
 
 
 def test_five_thousand_classes_and_names_in_other_encodings(tmp_path, lone):
-    names = [f"class {k:04}" for k in range(4999)] + [b"caf\xe9".decode(errors="surrogateescape")]
+    names = [f"class {k:04}" for k in range(4999)] + [b"na\xefve".decode(errors="surrogateescape")]
     with h5py.File(tmp_path / "many.h5", "w") as file:
         create(file, classes=names, shape=(2,), n=(1, 1))
         for split in ("train", "test"):
             for array in file[split].values():
                 array[:] = 0
         file.attrs["mean"], file.attrs["std"] = np.zeros(2), np.ones(2)
-    assert load(str(tmp_path / "many.h5"), world=lone).classes == (*names[:-1], "caf\\xe9")
+    assert load(str(tmp_path / "many.h5"), world=lone).classes == (*names[:-1], "na\\xefve")
     for name in names[-2:]:
         for k in range(2):
             write(tmp_path / "in" / name / f"{k}.png")
     assert import_images(tmp_path / "in", tmp_path / "out.h5", progress=False).n_train == 2
-    assert sorted(load(str(tmp_path / "out.h5"), world=lone).classes) == ["caf\\xe9", "class 4998"]
+    assert sorted(load(str(tmp_path / "out.h5"), world=lone).classes) == ["class 4998", "na\\xefve"]

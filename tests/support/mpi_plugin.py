@@ -30,6 +30,7 @@ from support.launching import is_launched
 from support.watchdog import Watchdog
 
 OPTIONAL_MARKS = {
+    "examples": "needs the packages of the extra `examples`",
     "gpu": "needs a CUDA device",
     "shared_data": "needs the CIFAR-10 archive (the fixture cifar10_archive)",
     "slow": "takes minutes",
