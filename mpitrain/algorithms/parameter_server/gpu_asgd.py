@@ -53,7 +53,7 @@ class GPUASGD(CenterMethod):
     communication: ClassVar[str] = "2/n_sync (commit and pull) of a client"
     needs_gradient: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE
-    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"warm_start_steps": 20})
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 1, "warm_start_steps": 20})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line for an n_sync outside DOWNPOUR's bound."""

@@ -56,7 +56,7 @@ class DiLoCo(Method):
     needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
     learning_rate_factor: ClassVar[float] = 0.1
-    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 20})
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line if eta_out >= 2*(1+m)/(1+2*m): unstable where a round ends near the minimum (q -> 0)."""
