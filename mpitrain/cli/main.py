@@ -7,6 +7,7 @@ command runs.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal does not know
     try:
         if words and words[0] in COMMANDS:
-            return _run(words[0], words[1:])
+            code = _run(words[0], words[1:])
+            sys.stdout.flush()  # a full disk is noticed here
+            return code
         _parser().parse_args(words)  # exits: it shows the help or the version, or finds no such command
         return EXIT_FAILURE
     except UsageError as error:
@@ -46,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # mpitrain algorithms | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush succeeds
         return EXIT_FAILURE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        if error.filename is None:  # standard output; the interpreter flushes it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return fail(f"cannot write {error.filename or 'the output'} ({error.strerror}): free some room")
 
 
 def _parser() -> Parser:

@@ -12,6 +12,7 @@ from typing import Any
 from mpitrain.algorithms import METHODS
 from mpitrain.errors import UsageError
 from mpitrain.log import decoration
+from mpitrain.records.durable import replace_text
 from mpitrain.report import text
 from mpitrain.report.runs import Run
 from mpitrain.report.summary import summarise, temporal_efficiency
@@ -43,7 +44,7 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     lines = ["# Report", "", *table(document["runs"]), "", *remarks(document)]
     for name in drawn:
         lines += ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    replace_text(out / "report.md", "\n".join(lines) + "\n")
     return document
 
 

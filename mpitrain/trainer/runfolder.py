@@ -20,6 +20,7 @@ from typing import Any
 
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
+from mpitrain.records.durable import replace_text
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__
 
@@ -132,10 +133,12 @@ def reopen(folder: Path, config: TrainConfig, world: World) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(to_json(document, indent=2) + "\n")
-    partial.replace(path)
+    """Write a document atomically.
+
+    Raises:
+        UsageError: It cannot be written; the file is as it was.
+    """
+    replace_text(path, to_json(document, indent=2) + "\n")
 
 
 def to_json(document: Any, indent: int | None = None) -> str:

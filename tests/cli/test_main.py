@@ -188,3 +188,16 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = ["bash", "-c", "set -o pipefail; mpitrain algorithms | head -n 1"]
     done = launch(0, command, timeout_seconds=IN_TIME_SECONDS, cwd=tmp_path)
     assert done.output == "allreduce  (AllReduceSGD)\n"
+
+
+def test_an_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mpitrain", "algorithms"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "mpitrain: error: cannot write the output (No space left on device): free some room\n"
