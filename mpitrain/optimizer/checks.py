@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,8 +14,13 @@ import torch
 from mpitrain.algorithms.base.method import Method
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
+from mpitrain.optimizer.module_state import state_tensors
 
 TOO_LATE_FOR_GROUPS = "add the parameter group to the base optimizer, before the DistributedOptimizer is made"
+OTHER_PARAMETERS = (
+    "the base optimizer's groups hold other parameters than when the DistributedOptimizer was made: "
+    "close() it, and make another one"
+)
 
 
 def check_kinds(base: object, model: object, method: object) -> None:
@@ -46,6 +52,10 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
     of_model = {id(p) for p in model.parameters()}
     if any(id(p) not in of_model for p in _parameters(base)):
         raise UsageError("the base optimizer holds parameters the model does not have: make it from model.parameters()")
+    if isinstance(base, torch.optim.SparseAdam):
+        raise UsageError(
+            "SparseAdam needs sparse gradients, which DistributedOptimizer converts to dense ones: use torch.optim.Adam"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UsageError(
@@ -74,6 +84,33 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
             "another DistributedOptimizer already has these parameters: close() it first, "
             "and create the new one from the torch optimizer"
         )
+
+
+def check_memory(base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Refuse trainable parameters that share memory with another parameter or a buffer: each is to move. Local.
+
+    Raises:
+        UsageError: With what to do instead.
+    """
+    moved = {id(parameter) for parameter in _parameters(base) if parameter.requires_grad}
+    placed = [(*_extent(tensor), name, tensor) for name, tensor in state_tensors(model) if _is_in_memory(tensor)]
+    placed.sort(key=lambda place: place[:2])
+    for (_, stop, first, a), (start, _, second, b) in pairwise(placed):
+        if start < stop and (id(a) in moved or id(b) in moved):
+            raise UsageError(
+                f"{first} and {second} share memory, which the DistributedOptimizer would part: tie them by making "
+                "them one parameter (one.weight = other.weight), or clone() one of them"
+            )
+
+
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.numel() > 0 and not tensor.is_meta
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor's elements and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
@@ -151,6 +188,21 @@ class DirectStepGuard:
     def stop(self) -> None:
         """Remove the hook."""
         self._hook.remove()
+
+
+def _has_own_step(base: torch.optim.Optimizer) -> bool:
+    """Return whether ``base.step`` is that of its class; a scheduler may have wrapped it to count calls."""
+    step = vars(base).get("step")
+    if step is None:
+        return True
+    return hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(base).step
+
+
+def has_hooks(base: torch.optim.Optimizer) -> bool:
+    """Return whether calls of ``base.step()`` do more than the step: hooks, or a method of the object's own."""
+    post = base._optimizer_step_post_hooks.values()
+    is_ours = all(isinstance(hook, DirectStepGuard) for hook in post)
+    return bool(base._optimizer_step_pre_hooks) or not is_ours or not _has_own_step(base)
 
 
 def _parameters(base: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:

@@ -27,15 +27,16 @@ from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.optimizer.agreement import check_equal
 from mpitrain.optimizer.amp import Scaling
 from mpitrain.optimizer.checks import (
-    TOO_LATE_FOR_GROUPS,
     FrozenParameters,
     check_base,
     check_device,
     check_kinds,
+    check_memory,
     check_unshared,
 )
 from mpitrain.optimizer.evaluation import Evaluation
 from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.optimizer.linked import LinkedOptimizer
 from mpitrain.optimizer.local_replica import LocalReplica, ReplicaOptions
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.optimizer.state import OptimizerState, Owner
@@ -49,7 +50,6 @@ _open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
 class _Parts:
     """The components of an open optimizer."""
 
-    base: torch.optim.Optimizer
     layout: FlatLayout
     replica: LocalReplica
     update: LocalUpdate
@@ -58,7 +58,7 @@ class _Parts:
     state: OptimizerState
 
 
-class DistributedOptimizer(torch.optim.Optimizer):
+class DistributedOptimizer(LinkedOptimizer):
     """A torch optimizer whose steps exchange parameters or gradients with other ranks. Collective to make.
 
     Every rank makes one, at the same point of the program. All ranks begin with rank 0's parameters and buffers. The
@@ -73,13 +73,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
     From then on torch computes with this rank's share of the node's cores, unless OMP_NUM_THREADS or
     ``torch.set_num_threads`` sets their number.
 
-    Under ``AllReduceSGD`` around a plain ``torch.optim.SGD`` the ranks of a node share one copy of the parameters, and
-    each keeps the momentum of its part, which is therefore not in ``state``. Changing parameters by hand changes them
-    for all ranks of the node: do it between two barriers.
+    Each rank has its own parameters, which a script may change by hand, as it may with one process. Under
+    ``AllReduceSGD(node_shared=True)`` around a plain ``torch.optim.SGD`` on the host, the ranks of a node share one
+    copy, and each keeps the momentum of its part, which is therefore not in ``state``. There a change by hand is
+    refused at the next step.
+
+    ``close`` leaves the consensus in the model: what ``consensus()`` shows, on every rank.
 
     Args:
-        base: Any torch optimizer over parameters of ``model``. Methods that make the update themselves (EAMSGD) need a
-            plain ``torch.optim.SGD`` without momentum, and take learning rates and weight decays from it.
+        base: A torch optimizer over parameters of ``model``, other than LBFGS, which computes several gradients per
+            step, and SparseAdam. Methods that make the update themselves (EAMSGD) need a plain ``torch.optim.SGD``
+            without momentum, and take learning rates and weight decays from it. Sparse gradients are converted to
+            dense ones. A scheduler may be made on ``base`` or on this optimizer, before or after.
         model: The model, already on ``world.device``. Do not move or convert it afterwards.
         method: For example ``mpitrain.EASGD(period=10)``.
         world: From ``mpitrain.init()``, which is called when ``world`` is not given.
@@ -139,8 +144,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_equal(base, model, method, self.world, equal)
         check_replica_size(replica_size, self.world)
         layout = FlatLayout(base.param_groups)
-        super().__init__(base.param_groups, dict(base.defaults))
-        self._share_with(base)
+        check_memory(base, model)
+        super().__init__(base)
         frozen = FrozenParameters(base, model)
         check_device((place.parameter for place in layout.places), self.world)
         options = ReplicaOptions(seed, average, replica_size, wire, fitness)
@@ -148,11 +153,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         update = LocalUpdate(base, replica)
         owner = Owner(method.name, self.world.rank, self.world.size, replica_size, replica.node_shared)
         self._parts: _Parts | None = _Parts(
-            base,
             layout,
             replica,
             update,
-            Stepper(method, replica, update, ParamGroups(base, replica), frozen),
+            Stepper(method, replica, update, ParamGroups(base, method, replica), frozen),
             Evaluation(base, model, method, replica),
             OptimizerState(owner, base, update, replica),
         )
@@ -167,10 +171,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise UsageError("this optimizer is closed: train, evaluate and save before close() or the end of `with`")
         return self._parts
 
-    def _share_with(self, base: torch.optim.Optimizer) -> None:
-        """Use the groups and the state of ``base``, so that a scheduler that changes one changes the other."""
-        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
-
     @property
     def n_parameters(self) -> int:
         """The number of trainable parameters."""
@@ -184,16 +184,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
     @exchange_seconds.setter
     def exchange_seconds(self, seconds: float) -> None:
         self._exchange_clock.seconds = seconds
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse the group once the optimizer is made: the flat vector has its size.
-
-        Raises:
-            UsageError: With what to do instead.
-        """
-        if hasattr(self, "_parts"):
-            raise UsageError(TOO_LATE_FOR_GROUPS)
-        super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, as torch does, or to zero. Local."""
@@ -232,8 +222,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
         At the end of the block the model has its own parameters again, and the buffers that it had before
         (``reestimate_batchnorm`` changes them). A single rank may enter at any time, while the others keep training.
         The consensus is exact between two barriers.
+
+        Tensors taken from the model inside the block (a ``state_dict``) stay as they are. References to the values that
+        were taken before it (``parameter.detach()``, ``parameter.data``) show the rank's own parameters.
         """
         return self._open_parts.evaluation.consensus()
+
+    def consensus_state_dict(self, module: torch.nn.Module | None = None) -> dict[str, Any]:
+        """Return the ``state_dict`` of the model with the consensus as its parameters. Local.
+
+        The tensors are copies that nothing else refers to, so they can be kept, changed or saved. Buffers are this
+        rank's; inside ``consensus()``, also those that ``reestimate_batchnorm`` has estimated there.
+
+        Args:
+            module: A part of the model, or a module that contains the model, such as a compiled one; by default the
+                model.
+
+        Raises:
+            UsageError: ``module`` has parameters that the model does not have.
+        """
+        return self._open_parts.evaluation.state_dict(module)
 
     def consensus_vector(self) -> np.ndarray:
         """Return the consensus as a vector (n,), which the next call overwrites. Local."""
@@ -287,13 +295,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 under which the method stores other entries.
         """
         parts = self._open_parts
-        try:
-            parts.state.load(state_dict)
-        finally:
-            self._share_with(parts.base)  # torch makes new groups and a new state
+        parts.state.load(state_dict)
+        parts.stepper.accept_parameters()
 
     def close(self) -> None:
-        """Free the shared memory; the model keeps its parameters. Collective; safe to call again."""
+        """Leave the consensus in the model, and free the shared memory. Collective; safe to call again.
+
+        Every rank's model then holds what its ``consensus()`` shows, in memory of its own and without gradients.
+        Buffers stay as they are.
+        """
         parts = self._parts
         if parts is None:
             return
@@ -301,7 +311,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise UsageError("close() inside `with optimizer.consensus()`: leave that block first")
         _open.discard(self)
         parts.update.stop()
-        parts.replica.close()
+        parts.replica.close(parts.evaluation.final_consensus())
         self._parts = None  # it would keep the memory of a GPU
 
     def __enter__(self) -> DistributedOptimizer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,43 @@ class Evaluation:
         """Load the consensus into the model inside the block. Local."""
         if self.is_shown:
             raise UsageError("consensus() inside consensus(): the model already holds what the method evaluates")
-        with restored_buffers(self._model), self._replica.flat.swapped_parameters(self._evaluate()):
+        watch = self._replica.foreign_writes
+        vector = self._evaluate()
+        with (
+            restored_buffers(self._model),
+            nullcontext() if watch is None else watch.ignored(),
+            self._replica.flat.swapped_parameters(vector, copies=True),
+        ):
             self.is_shown = True
             try:
                 yield
             finally:
                 self.is_shown = False
+
+    def state_dict(self, module: torch.nn.Module | None) -> dict[str, Any]:
+        """Return copies of the state of a module whose parameters are the consensus. Local.
+
+        Raises:
+            UsageError: The module has parameters that the model does not have.
+        """
+        module = self._model if module is None else module
+        known = {id(parameter) for parameter in self._model.parameters()}
+        foreign = next((name for name, one in module.named_parameters() if id(one) not in known), None)
+        if foreign is not None:
+            raise UsageError(f"the module has a parameter {foreign}, which the distributed model does not have")
+        with nullcontext() if self.is_shown else self.consensus():
+            return {name: _copied(value) for name, value in module.state_dict().items()}
+
+    def final_consensus(self) -> Any:
+        """Return the consensus (n,) when all ranks have made their last step. Collective."""
+        replica = self._replica
+        if self._scratch is None:
+            self._scratch = np.zeros_like(replica.group.x.local)
+        with replica.boundary.exchanging():
+            replica.worker.wait()
+            replica.comm.barrier_of_survivors()
+            replica.group.consensus(replica.worker, self._scratch)
+        return self._scratch
 
     def consensus_vector(self) -> np.ndarray:
         """Return the consensus (n,), in host memory. Local."""
@@ -100,6 +132,11 @@ def restored_buffers(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, values in saved:
                 module._buffers[name] = buffer.copy_(values)
+
+
+def _copied(value: Any) -> Any:
+    with torch.inference_mode(mode=False):
+        return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def _square_distance(a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,9 @@ import torch
 from mpitrain import kernels
 from mpitrain.errors import UsageError
 from mpitrain.kernels.gpu import is_device
+from mpitrain.log import logger
 from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.optimizer.module_state import state_tensors
 
 
 class FlatParameters:
@@ -36,17 +39,22 @@ class FlatParameters:
     def __init__(self, layout: FlatLayout, x: Any, g: Any, *, staged: bool = False) -> None:
         self.layout = layout
         self._places = layout.places
-        self._host_x, self._host_g = _as_tensor(x, layout.torch_dtype), _as_tensor(g, layout.torch_dtype)
+        self._host_x, self._host_g = as_tensor(x, layout.torch_dtype), as_tensor(g, layout.torch_dtype)
         device = layout.device
         self.staged = staged or device.type != self._host_x.device.type
         self._x = torch.zeros_like(self._host_x, device=device) if self.staged else self._host_x
         self._g = torch.zeros_like(self._host_g, device=device) if self.staged else self._host_g
         self._hooks: list[Any] = []
+        self._warns_of_sparse = True
         with torch.no_grad():
             for place in self._places:
                 view = place.view(self._x)
                 view.copy_(place.parameter)
                 place.parameter.data = view
+        size = self._x.element_size()
+        self._addresses = [self._x.data_ptr() + p.start * size for p in self._places if p.parameter.numel()]
+        self._nonempty = [place.parameter for place in self._places if place.parameter.numel()]
+        forget_copies()
         self._gradients = [place.view(self._g) for place in self._places]
         self.zero_gradients()
         self.to_host()
@@ -99,6 +107,8 @@ class FlatParameters:
                 continue
             if grad is None:
                 view.zero_()
+            elif grad.layout is not torch.strided:
+                elsewhere.append((view, self._dense(grad)))
             elif grad.data_ptr() != view.data_ptr():
                 elsewhere.append((view, grad))
             place.parameter.grad = view
@@ -136,7 +146,7 @@ class FlatParameters:
             view, grad = self._gradients[layer], parameter.grad
             if grad is not None and grad is not view:
                 with torch.no_grad():
-                    self._copy(view, grad)
+                    self._copy(view, grad if grad.layout is torch.strided else self._dense(grad))
                 parameter.grad = view
             ready(layer)
 
@@ -155,24 +165,59 @@ class FlatParameters:
         view.copy_(grad)
         return int((~torch.isfinite(grad)).sum()) if counts else 0
 
-    @contextmanager
-    def swapped_parameters(self, vector: Any) -> Iterator[None]:
-        """Make the parameters views into ``vector`` (n,) inside the block; the model's own vector is left as it is."""
-        other = _as_tensor(vector, self.layout.torch_dtype).to(self._x.device)
+    def convert_sparse_gradients(self) -> None:
+        """Replace sparse gradients by dense ones."""
         for place in self._places:
-            place.parameter.data = place.view(other)
+            grad = place.parameter.grad
+            if grad is not None and grad.layout is not torch.strided:
+                place.parameter.grad = self._dense(grad)
+
+    def _dense(self, grad: torch.Tensor) -> torch.Tensor:
+        if self._warns_of_sparse:
+            self._warns_of_sparse = False
+            logger.warning(
+                "a sparse gradient (shape %s) is converted to a dense one, because gradients are exchanged as one "
+                "vector: Embedding(sparse=False) saves the conversion",
+                tuple(grad.shape),
+            )
+        return grad.to_dense()
+
+    @contextmanager
+    def swapped_parameters(self, vector: Any, *, copies: bool = False) -> Iterator[None]:
+        """Make ``vector`` (n,) the parameters inside the block; the model's own vector is left as it is.
+
+        Args:
+            vector: Where ``x`` is.
+            copies: The parameters are copies in memory of their own, which may be kept after the block. Otherwise they
+                are views into the vector.
+        """
+        self._point_to(vector, copies=copies)
         try:
             yield
         finally:
             for place in self._places:
                 place.parameter.data = place.view(self._x)
+            forget_copies()
 
-    def detach(self) -> None:
-        """Give the parameters memory of their own again, with their values and without gradients."""
+    def _point_to(self, vector: Any, *, copies: bool) -> None:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            tensor = vector if isinstance(vector, torch.Tensor) else as_tensor(vector, self.layout.torch_dtype)
+            other = tensor.to(self._x.device)
+            for place in self._places:
+                view = place.view(other)
+                place.parameter.data = view.clone() if copies else view
+        forget_copies()
+
+    def detach(self, vector: Any = None) -> None:
+        """Give the parameters memory of their own again, without gradients.
+
+        Args:
+            vector: (n,) their values, where ``x`` is; by default those that they have.
+        """
         for hook in self._hooks:
             hook.remove()
+        self._point_to(self._x if vector is None else vector, copies=True)
         for place in self._places:
-            place.parameter.data = place.parameter.data.clone()
             place.parameter.grad = None
 
     def check_attached(self) -> None:
@@ -181,27 +226,36 @@ class FlatParameters:
         Raises:
             UsageError: With what to do instead.
         """
-        for place in self._places:
-            where = self._x.data_ptr() + place.start * self._x.element_size()
-            if place.parameter.data_ptr() != where and place.parameter.numel():
-                raise UsageError(
-                    "a parameter was moved or converted after the DistributedOptimizer was made: "
-                    "call model.to(...) and load weights (with copy_) before it"
-                )
+        if [parameter.data_ptr() for parameter in self._nonempty] != self._addresses:
+            raise UsageError(
+                "a parameter was moved or converted after the DistributedOptimizer was made: "
+                "call model.to(...) and load weights (with copy_) before it"
+            )
 
 
 def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:
     """Call ``fn`` with the bytes of every parameter and buffer of a model, and store what ``fn`` writes there."""
     with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
+        for _, tensor in state_tensors(model):
+            if tensor.numel() == 0:
                 continue
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
             fn(raw)
             tensor.copy_(torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape))
 
 
-def _as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
+def forget_copies() -> None:
+    """Empty torch's caches of values that are computed from parameters, because the parameters have changed.
+
+    An open ``autocast`` region keeps parameters cast to 16 bits, and ``parametrize.cached()`` parametrized weights.
+    """
+    torch.clear_autocast_cache()
+    parametrize = sys.modules.get("torch.nn.utils.parametrize")
+    if parametrize is not None:
+        parametrize._cache.clear()
+
+
+def as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor over an array's memory."""
     if is_device(array):
         tensor: torch.Tensor = torch.from_dlpack(  # type: ignore[attr-defined]

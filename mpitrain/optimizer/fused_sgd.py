@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpitrain import kernels
-from mpitrain.optimizer.checks import DirectStepGuard
+from mpitrain.optimizer.checks import has_hooks
 from mpitrain.optimizer.layout import FlatLayout
 
 
@@ -19,9 +19,7 @@ def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
     """Return whether our kernels have the equations of ``base.step()`` and nothing depends on the call itself."""
     return (
         type(base) is torch.optim.SGD
-        and "step" not in vars(base)  # a scheduler that was given the base optimizer counts its steps
-        and not base._optimizer_step_pre_hooks
-        and all(isinstance(hook, DirectStepGuard) for hook in base._optimizer_step_post_hooks.values())
+        and not has_hooks(base)
         and not any(g["dampening"] or g["maximize"] or g["differentiable"] for g in base.param_groups)
     )
 
@@ -40,39 +38,42 @@ class FusedSGD:
         self._v: np.ndarray | None = None  # (n,) the momentum buffers, from the first step with momentum on
         self._places = layout.places
         self._parts = {place.parameter: part for place, part in zip(layout.places, layout.layers, strict=True)}
+        self._buffers: dict[torch.nn.Parameter, torch.Tensor] = {}  # views into _v
         for kernel in (kernels.sgd_step, kernels.torch_momentum_step, kernels.torch_nesterov_step):
             kernel.prepare(x)
 
     def step(self) -> None:
         """Do what ``base.step()`` does."""
         if self._v is None and any(group["momentum"] for group in self._base.param_groups):
-            self._v = np.zeros_like(self._x)
-            self.adopt_state()
+            velocity = torch.from_numpy(np.zeros_like(self._x))
+            self._v = velocity.numpy()
+            self._buffers = {place.parameter: place.view(velocity) for place in self._places}
         for group in self._base.param_groups:
             for parameter in group["params"]:
                 part = self._parts.get(parameter)  # none for parameters that were frozen from the beginning
                 if part is not None and parameter.grad is not None:
-                    self._update(group, part, parameter.grad)
+                    self._update(group, part, parameter)
 
-    def adopt_state(self) -> None:
-        """Move the momentum buffers of ``base.state`` into this object's vector, with their values."""
-        if self._v is None:
+    def _adopt(self, parameter: torch.nn.Parameter) -> None:
+        """Move a parameter's momentum buffer into the vector, unless it is there: a loaded state has another."""
+        state, view = self._base.state[parameter], self._buffers[parameter]
+        buffer = state.get("momentum_buffer")
+        if buffer is view:
             return
-        velocity = torch.from_numpy(self._v)
-        for place in self._places:
-            state, view = self._base.state[place.parameter], place.view(velocity)
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                view.zero_()
-            else:
-                view.copy_(buffer)
-            state["momentum_buffer"] = view
+        if buffer is None:
+            view.zero_()
+        else:
+            view.copy_(buffer)
+        state["momentum_buffer"] = view
 
-    def _update(self, group: dict[str, Any], part: slice, gradient: torch.Tensor) -> None:
+    def _update(self, group: dict[str, Any], part: slice, parameter: torch.nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
         x, g, eta, decay = self._x[part], gradient.reshape(-1).numpy(), group["lr"], group["weight_decay"]
         if not group["momentum"]:
             kernels.sgd_step(x, g, eta, decay)
             return
         assert self._v is not None
+        self._adopt(parameter)
         step = kernels.torch_nesterov_step if group["nesterov"] else kernels.torch_momentum_step
         step(x, self._v[part], g, eta, group["momentum"], decay)

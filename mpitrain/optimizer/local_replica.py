@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.world import World
 from mpitrain.optimizer.exchange import EarlyGradients, ExchangeBoundary
 from mpitrain.optimizer.flat import FlatParameters, for_each_state_tensor
+from mpitrain.optimizer.foreign_writes import ForeignWrites
 from mpitrain.optimizer.fused_sgd import is_plain_sgd
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.replica_group import ReplicaGroup
@@ -44,7 +46,8 @@ class LocalReplica:
         worker: Exchanges the vectors by the method.
         size: Ranks of the group.
         fuses_update: Kernels make the local update instead of the base optimizer, which is a plain SGD on the host.
-        node_shared: The workers of a node share one vector of parameters, and make the local update on it.
+        foreign_writes: Finds changes by hand, where the workers of a node share one vector of parameters and make the
+            local update on it; None where each worker has its own.
     """
 
     comm: MPICommunicator
@@ -54,7 +57,12 @@ class LocalReplica:
     worker: Worker
     size: int
     fuses_update: bool
-    node_shared: bool
+    foreign_writes: ForeignWrites | None
+
+    @property
+    def node_shared(self) -> bool:
+        """Whether the workers of a node share one vector of parameters."""
+        return self.foreign_writes is not None
 
     @classmethod
     def make(
@@ -73,7 +81,7 @@ class LocalReplica:
         comm = MPICommunicator(world, on_host=device is None, wire=options.wire)
         for_each_state_tensor(model, comm.broadcast)
         fuses = device is None and not method.owns_update and is_plain_sgd(base) and layout.may_be_fused
-        node_shared = fuses and method.node_shared and size == 1
+        node_shared = fuses and method.shares_parameters and size == 1
         group = ReplicaGroup(comm, size, layout.n, layout.dtype, node_shared=node_shared)
         flat = FlatParameters(layout, group.x.local, group.g.local)
         boundary = ExchangeBoundary(flat, device)
@@ -90,12 +98,17 @@ class LocalReplica:
         if method.takes_gradients_early and size == 1 and not flat.staged:
             early = EarlyGradients(worker, boundary)
             flat.watch_gradients(early.ready, early.complete)
-        return cls(comm, group, flat, boundary, worker, size, fuses and not node_shared, node_shared)
+        foreign_writes = ForeignWrites(model, layout, group.x.local) if node_shared else None
+        return cls(comm, group, flat, boundary, worker, size, fuses and not node_shared, foreign_writes)
 
-    def close(self) -> None:
-        """Give the parameters memory of their own, and the shared memory back. Collective."""
+    def close(self, vector: Any) -> None:
+        """Give the parameters memory of their own with the values of a vector, and the shared memory back. Collective.
+
+        Args:
+            vector: (n,) where the worker's vectors are.
+        """
         with self.boundary.exchanging():
-            self.flat.detach()
+            self.flat.detach(vector)
             self.comm.barrier_of_survivors()
             self.group.close()
             self.comm.free()

@@ -152,6 +152,13 @@ class ReplicaGroup:
             self._consensus_server = ConsensusServer(self._shared.comm.world, vector, worker.consensus, busy)
         return GroupHead(worker, self._shared, busy)
 
+    def consensus(self, worker: Worker, out: Any) -> None:
+        """Write the consensus of a worker to ``out`` (n,) on every member. Local, or Collective over a group."""
+        if self.workers is not None:
+            worker.consensus(out)
+        if self._shared is not None:
+            self._shared.comm.broadcast(out)
+
     def close(self) -> None:
         """Stop answering members, and release the vectors. Local; call it when no member can ask any more."""
         if self._consensus_server is not None:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -13,6 +14,8 @@ from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.optimizer.local_replica import LocalReplica
 from mpitrain.optimizer.step import LocalUpdate
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,10 @@ class OptimizerState:
         self._owner, self._base, self._update, self._replica = owner, base, update, replica
 
     def save(self) -> dict[str, Any]:
-        """Return a copy of the state. Local."""
+        """Return a copy of the state: tensors on the CPU, numbers and strings. Local."""
         with self._replica.boundary.exchanging():
             parameters = _copy(self._replica.group.x.local)
-            method = {
-                name: _copy(value) if hasattr(value, "copy") else value for name, value in self._replica.worker.state()
-            }
+            method = {name: _copy(value) for name, value in self._replica.worker.state()}
         return {
             **vars(self._owner),
             "parameters": parameters,
@@ -98,7 +99,7 @@ class OptimizerState:
             UsageError: The state is of another owner or of another model.
         """
         self._owner.check(state)
-        x, comm, parameters = self._replica.group.x.local, self._replica.comm, state["parameters"]
+        x, comm, parameters = self._replica.group.x.local, self._replica.comm, as_array(state["parameters"])
         if parameters.shape != x.shape:
             raise UsageError(
                 f"the state holds {parameters.size} parameters and the model has {x.size}: "
@@ -112,7 +113,7 @@ class OptimizerState:
             gpu.assign(x, parameters)
             self._replica.flat.to_device()
             comm.barrier()
-            self._load_worker(state["method"])
+            self._load_worker({name: as_array(value) for name, value in state["method"].items()})
             comm.barrier()
 
     def _load_worker(self, state: dict[str, Any]) -> None:
@@ -125,7 +126,26 @@ class OptimizerState:
             ) from missing
 
 
-def _copy(array: Any) -> np.ndarray:
-    """Return a copy in host memory."""
-    copied: np.ndarray = array.get() if gpu.is_device(array) else array.copy()
-    return copied
+def _copy(value: Any) -> Any:
+    """Return an array as a tensor in host memory that shares nothing with it, and anything else as it is.
+
+    ``torch.load(weights_only=True)``, the default, loads tensors, and refuses arrays.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if not hasattr(value, "dtype"):
+        return value
+    array = value.get() if gpu.is_device(value) else value.copy()
+    return (
+        torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        if array.dtype == BFLOAT16
+        else torch.from_numpy(array)
+    )
+
+
+def as_array(value: Any) -> Any:
+    """Return a tensor as an array over its memory, and anything else as it is (states once held arrays)."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.view(torch.uint16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import UsageError
 from mpitrain.log import ANY_RANK, logger
 from mpitrain.optimizer.amp import Scaling, report_found_inf
-from mpitrain.optimizer.checks import TOO_LATE_FOR_GROUPS, DirectStepGuard, FrozenParameters
+from mpitrain.optimizer.checks import (
+    OTHER_PARAMETERS,
+    TOO_LATE_FOR_GROUPS,
+    DirectStepGuard,
+    FrozenParameters,
+    has_hooks,
+)
+from mpitrain.optimizer.flat import forget_copies
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
 from mpitrain.optimizer.local_replica import LocalReplica
 
@@ -46,8 +54,6 @@ class LocalUpdate:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state of the base optimizer. Local."""
         self._base.load_state_dict(state)
-        if self._fused is not None:
-            self._fused.adopt_state()
 
     def reset_nonfinite(self) -> None:
         """Zero non-finite elements of the base optimizer's state; in a momentum they would spoil all later steps."""
@@ -67,12 +73,18 @@ class ParamGroups:
 
     Args:
         base: The base optimizer.
+        method: Of the worker.
         replica: This rank's vectors.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, replica: LocalReplica) -> None:
+    def __init__(self, base: torch.optim.Optimizer, method: Method, replica: LocalReplica) -> None:
         self._base, self._parts = base, replica.flat.layout.group_slices
+        self._parameters = [list(group["params"]) for group in base.param_groups]
         self._must_be_plain = replica.node_shared  # the worker makes the step of ``base``
+        self._replaces_step = method.owns_update or replica.node_shared
+        self._name = method.name
+        if self._replaces_step:
+            self._check_replaceable()
 
     def slices(self) -> list[ParamGroupSlice]:
         """Return the groups with their current settings.
@@ -80,13 +92,16 @@ class ParamGroups:
         Raises:
             UsageError: The base optimizer was changed in a way that must precede the DistributedOptimizer.
         """
-        if len(self._base.param_groups) != len(self._parts):
+        groups = self._base.param_groups
+        if len(groups) != len(self._parts):
             raise UsageError(TOO_LATE_FOR_GROUPS)
-        if self._must_be_plain and not is_plain_sgd(self._base):
-            raise UsageError(
-                "hooks, a scheduler, dampening or maximize were added to the base optimizer after the "
-                "DistributedOptimizer was created: add them before, and pass the DistributedOptimizer to the scheduler"
-            )
+        for group, known in zip(groups, self._parameters, strict=True):
+            found = group["params"]
+            if len(found) != len(known) or not all(map(is_, found, known)):
+                raise UsageError(OTHER_PARAMETERS)
+        if self._replaces_step:
+            self._check_replaceable()
+        self._base._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the base optimizer looks there
         return [
             ParamGroupSlice(
                 part,
@@ -95,8 +110,30 @@ class ParamGroups:
                 float(group.get("momentum", 0.0)),
                 bool(group.get("nesterov", False)),
             )
-            for part, group in zip(self._parts, self._base.param_groups, strict=True)
+            for part, group in zip(self._parts, groups, strict=True)
         ]
+
+    def _check_replaceable(self) -> None:
+        """Check that the worker's update can replace ``base.step()``.
+
+        Raises:
+            UsageError: With what to do instead.
+        """
+        if has_hooks(self._base):
+            raise UsageError(
+                f"{self._name} makes the update itself, so hooks of the base optimizer's step() would not be called: "
+                "remove them, or register them on the DistributedOptimizer"
+            )
+        if self._must_be_plain and not is_plain_sgd(self._base):
+            raise UsageError(
+                "dampening, maximize or differentiable were set in the base optimizer after the DistributedOptimizer "
+                "was created: set them before"
+            )
+        if self._must_be_plain and any(state.get("momentum_buffer") is not None for state in self._base.state.values()):
+            raise UsageError(
+                "the base optimizer has momentum, which node_shared would not use because each rank keeps that of a "
+                "part: use AllReduceSGD(node_shared=False), or load a state into the DistributedOptimizer"
+            )
 
 
 class Stepper:
@@ -116,6 +153,7 @@ class Stepper:
         self._method, self._groups, self._frozen = method, groups, frozen
         self._flat, self._worker, self._boundary = replica.flat, replica.worker, replica.boundary
         self._statistics, self._rank = replica.comm.statistics, replica.comm.rank
+        self._foreign_writes = replica.foreign_writes
         self._update = update
         self._local_update = None if method.owns_update or replica.node_shared else update
         self._collects_gradients = method.needs_gradient or replica.flat.staged or replica.size > 1
@@ -144,6 +182,10 @@ class Stepper:
             raise UsageError(f"{self._method.name} ranks workers by their loss: call optimizer.step(loss)")
 
         # 2. The gradients in one vector, and the settings of this step.
+        if self._foreign_writes is not None:
+            self._foreign_writes.check()
+        if scaling is not None or not self._collects_gradients:
+            self._flat.convert_sparse_gradients()
         if scaling is not None:
             scaling.unscale([place.parameter for place in self._flat.layout.places])
         n_nonfinite = self._flat.collect_gradients(counts=self._counts_nonfinite) if self._collects_gradients else 0
@@ -172,7 +214,14 @@ class Stepper:
                 self._report_skip(causes=skips)
             elif not scaling.found_inf:
                 report_found_inf()
+        self.accept_parameters()
         return loss
+
+    def accept_parameters(self) -> None:
+        """Take the parameters as they are now as the result of a step or of loading. Local."""
+        forget_copies()
+        if self._foreign_writes is not None:
+            self._foreign_writes.accept()
 
     def _report_skip(self, *, causes: bool) -> None:
         """Log the first step that is left out."""
@@ -199,3 +248,4 @@ class Stepper:
         """Make the worker's last exchange. Collective for synchronous methods, else Local (or over a group)."""
         with self._boundary.exchanging(copies=True):
             self._worker.finalize(self._groups.slices())
+        self.accept_parameters()

@@ -11,6 +11,16 @@ from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy, in at least 32 bits.
+
+    Args:
+        logits: (b, classes), of any floating-point type.
+        labels: (b,) integers.
+    """
+    return torch.nn.functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+
+
 class Batches:
     """The training data of a rank. Collective over the ranks of a node to create.
 
@@ -23,6 +33,7 @@ class Batches:
         dataset: Training and test samples.
         steps_per_epoch: Steps of each rank in an epoch.
         rng: The random generator of the augmentation.
+        dtype: The type of the inputs; that of the model's parameters, once ``fit`` has seen the model.
     """
 
     def __init__(self, config: TrainConfig, world: World, dataset: data.Dataset | None = None) -> None:
@@ -40,7 +51,12 @@ class Batches:
         )
         self.steps_per_epoch = self._sampler.steps_per_epoch
         self.rng = torch.Generator().manual_seed(torch_seed(config.seed * 100_003 + 50_021 + world.rank))
+        self.dtype = torch.float32
         self._staged: int | None = None
+
+    def fit(self, model: torch.nn.Module) -> None:
+        """Give the inputs the floating-point type of the model's parameters. Local."""
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), self.dtype)
 
     def draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the inputs (b, ...) and labels (b,) of a step of this rank. Local.
@@ -54,4 +70,4 @@ class Batches:
         x, y = self.dataset.batch(self._sampler.indices(epoch, k))
         if self._config.augment:
             x = data.augment(x, self.rng)
-        return x.to(self._device), y.to(self._device)
+        return x.to(self._device, self.dtype), y.to(self._device)

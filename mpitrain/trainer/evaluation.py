@@ -1,12 +1,15 @@
 """Evaluation of a method's consensus (center, average, leader) on the test set, beside the model that is trained.
 
-The evaluated model is a copy with a vector of its own, so neither the parameters nor the BatchNorm statistics of the
-training change. Averaged parameters have no BatchNorm statistics: these are re-estimated from training data first.
+The evaluated model is a copy with a vector of its own, so an evaluation changes nothing in the training. The copy is
+made at the evaluation: whatever else the model holds besides its parameters (buffers, counters, plain attributes) is
+what rank 0 has at that moment. Averaged parameters have no BatchNorm statistics: these are re-estimated from training
+data first.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,10 @@ import torch
 from mpitrain.collectives.world.world import World
 from mpitrain.data import Dataset
 from mpitrain.models import has_batchnorm, reestimate
+from mpitrain.optimizer import module_state
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.optimizer.module_state import ModuleState
 from mpitrain.trainer.run import Hook, Point, Run
 
 BATCHNORM_SAMPLES = 2000
@@ -27,37 +32,55 @@ class Evaluator:
     """Loss and accuracy of parameter vectors on the test set.
 
     Args:
-        model: The model, which is copied before a DistributedOptimizer moves its parameters.
+        model: The model, before a DistributedOptimizer moves its parameters.
         dataset: The data set, from ``mpitrain.data.load``.
         device: The device to compute on.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str) -> None:
-        self._model = copy.deepcopy(model).to(device)
-        self._dataset, self._device = dataset, device
-        layout = FlatLayout([{"params": list(self._model.parameters())}])
+        self._model, self._dataset, self._device = model, dataset, device
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        copies = [torch.nn.Parameter(parameter.detach().to(device, copy=True)) for parameter in trained]
+        layout = FlatLayout([{"params": copies}])
         self._vector = np.zeros(layout.n, layout.dtype)
         self._flat = FlatParameters(layout, self._vector, np.zeros_like(self._vector))
         self._dtype = layout.torch_dtype
-        self._reestimates = has_batchnorm(self._model)
+        self._copies = dict(zip(trained, copies, strict=True))
+        self._state: ModuleState | None = None
 
     def empty_vector(self) -> np.ndarray:
         """Return an uninitialised vector (n,) for ``evaluate``."""
         return np.empty_like(self._vector)
+
+    def snapshot(self) -> ModuleState:
+        """Return copies of the model's buffers and simple attributes, for ``of_another``. Local."""
+        return module_state.snapshot(self._model)
+
+    @contextmanager
+    def of_another(self, state: ModuleState) -> Iterator[None]:
+        """Evaluate inside the block with the buffers and simple attributes of a snapshot. Local."""
+        self._state = state
+        try:
+            yield
+        finally:
+            self._state = None
 
     @torch.no_grad()
     def evaluate(self, vector: np.ndarray) -> tuple[float, float]:
         """Return the mean cross entropy and the accuracy of parameters ``vector`` (n,) over the test set. Local."""
         self._vector[...] = vector
         self._flat.to_device()
-        if self._reestimates:
+        model = module_state.copy_with(self._model, self._copies)
+        if self._state is not None:
+            module_state.restore(model, self._state)
+        if has_batchnorm(model):
             limit = min(BATCHNORM_SAMPLES, self._dataset.n_train)
             batches = self._dataset.train_batches(min(BATCH, limit), limit)
-            reestimate(self._model, (x.to(self._device, self._dtype) for x, _ in batches))
-        self._model.eval()
+            reestimate(model, (x.to(self._device, self._dtype) for x, _ in batches))
+        model.eval()
         total_loss, n_right, n = 0.0, 0, 0
         for x, y in self._dataset.test_batches(BATCH):
-            logits = self._model(x.to(self._device, self._dtype)).float()
+            logits = model(x.to(self._device, self._dtype)).float()
             y = y.to(self._device)
             total_loss += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
             n_right += int((logits.argmax(1) == y).sum())
@@ -77,6 +100,7 @@ class Evaluations(Hook):
         self._evaluator, self._deferred = evaluator, deferred
         self._last_seconds = 0.0
         self._snapshots: list[np.ndarray] = []  # vectors of the last points, which are not evaluated yet
+        self._states: list[ModuleState] = []  # the rest of the model at these points
         self._has_evaluated_end = False  # the last point is the end of the run, after the last exchange
 
     def on_start(self, run: Run) -> None:
@@ -100,8 +124,9 @@ class Evaluations(Hook):
         if self._deferred:
             points = run.points[len(run.points) - len(self._snapshots) :]
             with run.world.waiting("the evaluations of the others"):
-                evaluate_deferred(points, self._snapshots, self._evaluator, run.world)
+                evaluate_deferred(points, self._snapshots, self._states, self._evaluator, run.world)
             self._snapshots.clear()
+            self._states.clear()
             for point in points:
                 run.hooks.on_evaluation(run, point)
 
@@ -110,6 +135,7 @@ class Evaluations(Hook):
         return {
             "points": [vars(point) for point in run.points],
             "snapshots": self._snapshots,
+            "module_states": self._states,
             "has_evaluated_end": self._has_evaluated_end,
         }
 
@@ -119,6 +145,7 @@ class Evaluations(Hook):
             return
         run.points = [Point(**point) for point in state["points"]]
         self._snapshots = state.get("snapshots", [])
+        self._states = state.get("module_states", [self._evaluator.snapshot() for _ in self._snapshots])
         self._has_evaluated_end = state.get("has_evaluated_end", False)
 
     def _evaluate(self, run: Run) -> None:
@@ -140,6 +167,7 @@ class Evaluations(Hook):
             run.points.append(point)
             if self._deferred:
                 self._snapshots.append(vector.copy())
+                self._states.append(self._evaluator.snapshot())
             else:
                 point.test_loss, point.test_accuracy = self._evaluator.evaluate(vector)
                 run.hooks.on_evaluation(run, point)
@@ -152,15 +180,18 @@ class Evaluations(Hook):
             run.points.pop()  # an evaluation after the same steps, before the last exchange
             if self._snapshots:
                 self._snapshots.pop()
+                self._states.pop()
         self._evaluate(run)
         self._has_evaluated_end = True
 
 
-def evaluate_deferred(points: list[Point], vectors: list[np.ndarray], evaluator: Evaluator, world: World) -> None:
+def evaluate_deferred(
+    points: list[Point], vectors: list[np.ndarray], states: list[ModuleState], evaluator: Evaluator, world: World
+) -> None:
     """Evaluate the vectors of rank 0 on all ranks in turn, and complete their points. Collective.
 
     Args:
-        points, vectors: Those of rank 0; empty elsewhere.
+        points, vectors, states: Those of rank 0; empty elsewhere.
         evaluator: Each rank's own.
         world: The ranks.
     """
@@ -172,11 +203,13 @@ def evaluate_deferred(points: list[Point], vectors: list[np.ndarray], evaluator:
         worker = k % size
         if rank == 0 and worker != 0:
             comm.Send(vectors[k].view(np.uint8), worker, k)
+            comm.send(states[k], worker, k)
         if rank == worker:
             vector = vectors[k] if rank == 0 else evaluator.empty_vector()
             if rank != 0:
                 comm.Recv(vector.view(np.uint8), 0, k)
-            found.append((k, *evaluator.evaluate(vector)))
+            with evaluator.of_another(states[k] if rank == 0 else comm.recv(source=0, tag=k)):
+                found.append((k, *evaluator.evaluate(vector)))
     for results in comm.gather(found) or []:
         for k, loss, accuracy in results:
             points[k].test_loss, points[k].test_accuracy = loss, accuracy

@@ -8,6 +8,7 @@ import torch
 from mpitrain import data
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
+from mpitrain.trainer.batches import cross_entropy
 from mpitrain.trainer.stacked_perceptron import SIZE, StackedPerceptron, linear_layers
 
 
@@ -46,7 +47,7 @@ class ModelGradient:
         self._x[...] = x
         self._flat.release_gradients()
         inputs, labels = self._dataset.batch(self._samplers[rank].draw())
-        loss = torch.nn.functional.cross_entropy(self._model(inputs), labels)
+        loss = cross_entropy(self._model(inputs.to(self._flat.layout.torch_dtype)), labels)
         loss.backward()
         self.losses[rank] = float(loss.detach())
         self._flat.collect_gradients()

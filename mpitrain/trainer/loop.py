@@ -22,7 +22,7 @@ from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.trainer import checkpoints, result, runfolder, runlock
-from mpitrain.trainer.batches import Batches
+from mpitrain.trainer.batches import Batches, cross_entropy
 from mpitrain.trainer.budget import Budget
 from mpitrain.trainer.checkpoints import Checkpoints
 from mpitrain.trainer.clock import Clock
@@ -86,7 +86,7 @@ def _train(run: Run) -> dict[str, Any]:
         began, exchange_before = time.perf_counter(), optimizer.exchange_seconds
         x, y = batches.draw(run.step)
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss = cross_entropy(model(x), y)
         loss.backward()
         value = float(loss.detach())
         _straggle(run, time.perf_counter() - began)
@@ -151,6 +151,7 @@ def _prepare(
     batches = Batches(config, world, dataset)
     shape, n_classes, per_epoch = batches.dataset.shape, batches.dataset.n_classes, batches.steps_per_epoch
     model = models.build(config.model, shape=shape, n_classes=n_classes, seed=config.seed).to(world.device)
+    batches.fit(model)
     evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), deferred=config.defer_evaluation)
     folder = resume or runfolder.create(config, method.settings(), world)
     optimizer = _optimizer(plan, model, world)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mpitrain import algorithms
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.base.iterate_average import Average
+from mpitrain.algorithms.base.settings import settings_of
 from mpitrain.errors import UsageError
 from mpitrain.trainer.budget import Budget, Calendar
 from mpitrain.trainer.config import TrainConfig
@@ -71,12 +72,18 @@ class RunPlan:
 
 
 def _method(config: TrainConfig) -> Method:
-    """Return the method; ``--momentum`` is its own setting where it makes the update itself."""
-    method = algorithms.create(config.algorithm, config.settings)
+    """Return the method; ``--momentum`` is its own setting where it makes the update itself.
+
+    Only the optimizer changes parameters here, so the ranks of a node share them where the method can.
+    """
+    settings = dict(config.settings)
+    if "node_shared" in settings_of(algorithms.METHODS.get(config.algorithm, Method)):
+        settings.setdefault("node_shared", "true")
+    method = algorithms.create(config.algorithm, settings)
     if not method.owns_update or config.momentum is None:
         return method
     if "momentum" not in method.settings():
         raise UsageError(f"{method.name} makes the update itself, without momentum: remove --momentum")
     if "momentum" in config.settings:
         raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
-    return algorithms.create(config.algorithm, {**config.settings, "momentum": str(config.momentum)})
+    return algorithms.create(config.algorithm, {**settings, "momentum": str(config.momentum)})

@@ -126,7 +126,7 @@ def test_a_checkpoint_resumes_the_run(world_on: Callable[..., Any], transport: s
     model, optimizer = made()
     steps(optimizer, model, 0, 5)
     state = optimizer.state_dict()
-    assert type(state["parameters"]) is np.ndarray
+    assert state["parameters"].device.type == "cpu"
     steps(optimizer, model, 5, 9)
     world.barrier()
     wanted = numbers(model)

@@ -110,7 +110,6 @@ def test_state_goes_into_a_plain_optimizer_and_back():
     steps(third, 1, again.step, seed=9)  # so that it has a velocity of its own
     third.load_state_dict(copy.deepcopy(twin.state_dict()))
     other.load_state_dict(copy.deepcopy(base.state_dict()))
-    again.adopt_state()
     steps(plain, 5, optimizer.step, seed=1)
     steps(third, 5, again.step, seed=1)
     assert_equal(plain, third, torch.float64)
@@ -142,7 +141,7 @@ def scheduled(base):
         (lambda p: torch.optim.AdamW(p, lr=0.1), False),
         (lambda p: hooked(torch.optim.SGD(p, lr=0.1), "register_step_pre_hook"), False),
         (lambda p: hooked(torch.optim.SGD(p, lr=0.1), "register_step_post_hook"), False),
-        (lambda p: scheduled(torch.optim.SGD(p, lr=0.1)), False),
+        (lambda p: scheduled(torch.optim.SGD(p, lr=0.1)), True),
     ],
     ids=["plain", "all", "dampening", "maximize", "differentiable", "subclass", "adamw", "pre", "post", "scheduler"],
 )

@@ -29,6 +29,9 @@ from mpitrain.log import logger
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
 
 
+SHARED = AllReduceSGD(node_shared=True)
+
+
 def numbers(model):
     return np.concatenate([p.detach().double().numpy().ravel() for p in model.parameters()])
 
@@ -63,6 +66,36 @@ def test_all_ranks_begin_with_the_model_of_rank_0(world):
     with DistributedOptimizer(torch.optim.SGD(mine.parameters(), lr=0.1), mine, EASGD()):
         for name, tensor in mine.state_dict().items():
             assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+class Secret(nn.Module):
+    """A module with buffers that a state_dict does not hold, in a module of its own."""
+
+    def __init__(self, value, size=3, dtype=torch.float32):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.layer.register_buffer("mask", torch.full((size,), value, dtype=dtype), persistent=False)
+        self.layer.register_buffer("count", torch.tensor(int(value)), persistent=False)
+
+
+@pytest.mark.parametrize("method", [EASGD(), AllReduceSGD(), SHARED], ids=["easgd", "allreduce", "shared"])
+def test_all_ranks_begin_with_the_buffers_of_rank_0_that_no_state_dict_holds(world, method):
+    model = Secret(1.0 + world.rank)
+    with DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, method):
+        assert model.layer.mask.tolist() == [1.0] * 3
+        assert model.layer.count == 1
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [({"size": 4}, r"layer\.mask.*\(3,\) float32"), ({"dtype": torch.float64}, r"layer\.mask.*float64")],
+    ids=["size", "type"],
+)
+def test_a_buffer_that_no_state_dict_holds_must_be_alike(world, other, words):
+    model = Secret(1.0, **(other if world.rank == 1 else {}))
+    with pytest.raises(UsageError, match=words):
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD())
 
 
 def test_ranks_share_the_cores(world, monkeypatch):
@@ -253,17 +286,17 @@ def test_ranks_of_a_node_share_parameters_and_each_keeps_the_momentum_of_its_sli
     with ranks(n_nodes) as comm:
         ours, whole = mlp(comm.rank), mlp(0)
         alone = groups(whole)
-        with DistributedOptimizer(groups(ours), ours, AllReduceSGD(), world=comm.world) as optimizer:
+        with DistributedOptimizer(groups(ours), ours, SHARED, world=comm.world) as optimizer:
             for t in range(9):
                 descend(ours, optimizer, t, comm.rank, comm.size)
                 descend(whole, alone, t)
             np.testing.assert_allclose(numbers(ours), numbers(whole), rtol=1e-12, atol=1e-12)
-            held = optimizer.state_dict()["method"]["velocity"].size
+            held = optimizer.state_dict()["method"]["velocity"].numel()
             of_nodes = [(comm.nodes[comm.rank], held)]
             total = dict.fromkeys(comm.nodes, 0)
             for node, size in comm.world.comm.allreduce(of_nodes):
                 total[node] += size
-            assert set(total.values()) == {optimizer.state_dict()["parameters"].size}
+            assert set(total.values()) == {optimizer.state_dict()["parameters"].numel()}
             comm.barrier()
             if comm.rank == comm.world.node_ranks[0]:
                 with torch.no_grad():
@@ -274,21 +307,22 @@ def test_ranks_of_a_node_share_parameters_and_each_keeps_the_momentum_of_its_sli
         assert (ours[0].weight == 3.0).all()  # and each rank its own after close()
 
 
+@pytest.mark.parametrize("method", [AllReduceSGD(), SHARED], ids=["own", "shared"])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
-def test_a_state_continues_on_another_number_of_nodes(before, after):
+def test_a_state_continues_on_another_number_of_nodes(before, after, method):
     whole = mlp(0)
     alone = groups(whole)
     for t in range(9):
         descend(whole, alone, t)
     with ranks(before) as comm:
         model = mlp(0)
-        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+        with DistributedOptimizer(groups(model), model, method, world=comm.world) as optimizer:
             for t in range(5):
                 descend(model, optimizer, t, comm.rank, comm.size)
             saved = optimizer.state_dict()
     with ranks(after) as comm:
         model = mlp(7)
-        with DistributedOptimizer(groups(model), model, AllReduceSGD(), world=comm.world) as optimizer:
+        with DistributedOptimizer(groups(model), model, method, world=comm.world) as optimizer:
             optimizer.load_state_dict(saved)
             for t in range(5, 9):
                 descend(model, optimizer, t, comm.rank, comm.size)

@@ -111,7 +111,7 @@ def test_a_run_shorter_than_a_period_evaluates_and_saves_what_was_trained(world,
 def not_committed(world, run: Path) -> np.ndarray:
     """Return the sum of the uncommitted changes in the newest checkpoint. Collective."""
     state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)["optimizer"]
-    return world.comm.allreduce(state["parameters"].astype(float) - state["method"]["origin"])
+    return world.comm.allreduce(state["parameters"].double().numpy() - state["method"]["origin"].double().numpy())
 
 
 @pytest.mark.ranks(1, 2, 3)

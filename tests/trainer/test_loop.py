@@ -16,14 +16,16 @@ from mpitrain.algorithms import METHODS
 from mpitrain.records.metrics import read_metrics
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
+from mpitrain.trainer.plan import RunPlan
 
 ASYNCHRONOUS = [name for name, method in METHODS.items() if not method().is_synchronous]
 
 
 def kind(name: str) -> tuple[bool, ...]:
     """Return the properties of a method that the training loop and the optimizer tell apart."""
-    properties = ("is_synchronous", "owns_update", "needs_gradient", "needs_loss", "node_shared", "on_host")
-    return tuple(getattr(METHODS[name](), prop) for prop in properties)
+    properties = ("is_synchronous", "owns_update", "needs_gradient", "needs_loss", "shares_parameters", "on_host")
+    method = RunPlan.of(TrainConfig(name)).method
+    return tuple(getattr(method, prop) for prop in properties)
 
 
 def kinds() -> list[str]:

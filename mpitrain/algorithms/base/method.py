@@ -107,10 +107,12 @@ class Method(ABC):
         return self.is_synchronous
 
     @property
-    def node_shared(self) -> bool:
-        """Whether all workers hold the same parameters after every step, so that the workers of a node can share them.
+    def shares_parameters(self) -> bool:
+        """Whether the workers of a node may share one copy of the parameters, which are equal after every step.
 
-        They do so where the local update is that of torch.optim.SGD; the worker then makes the update.
+        They do so where the local update is that of torch.optim.SGD; the worker then makes the update. A method offers
+        this as a setting ``node_shared`` that is off by default: what a script does to shared parameters by hand would
+        be done once per rank. ``mpitrain train`` turns it on.
         """
         return False
 

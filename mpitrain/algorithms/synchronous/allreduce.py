@@ -5,12 +5,14 @@
 With a mini-batch of b on each of p workers this is SGD with a mini-batch of p*b. Every worker makes the same step from
 the same point, so that all parameters stay equal to the last bit.
 
-If the local update is that of torch.optim.SGD, the workers of a node therefore share one copy of the parameters, and
-each updates a slice: one kernel reads that slice of all gradients in place and makes mean, momentum, weight decay and
-step in one pass. Each worker holds the momentum of its own slice only. (ZeRO shards optimizer state in the same way and
-then gathers the parameters, which here lie in memory that all can read: Rajbhandari et al., 2020,
-https://arxiv.org/abs/1910.02054.) With any other optimizer every worker holds its own parameters, all receive the mean
-gradient, and each makes the same step.
+Every worker holds its own parameters, all receive the mean gradient, and each makes the same step.
+
+With ``node_shared`` the workers of a node share one copy of the parameters instead, provided that the local update is
+that of torch.optim.SGD and the model is on the host. Each worker updates a slice: one kernel reads that slice of all
+gradients in place and makes mean, momentum, weight decay and step in one pass. Each worker holds the momentum of its
+own slice only. (ZeRO shards optimizer state in the same way and then gathers the parameters, which here lie in memory
+that all can read: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.) Only the method may change shared
+parameters: a step after any other change is refused.
 
 With ``overlap`` the sums are made during the backward pass. The vector is cut into blocks, from its end. A block is
 summed in the background once its gradients and those of all blocks behind it are there, so that all workers sum the
@@ -51,10 +53,16 @@ class AllReduceSGD(Method):
 
     Args:
         overlap: Sum gradients while the backward pass computes the others. For networks: on one node the sums take the
-            cores (or the GPU) from the backward pass, and each worker then has its own copy of the parameters.
+            cores (or the GPU) from the backward pass.
+        node_shared: Let the workers of a node share one copy of the parameters. It saves memory and time where only the
+            optimizer changes parameters; ``mpitrain train`` sets it. It has an effect around a plain
+            ``torch.optim.SGD`` on the host, and none together with ``overlap``.
     """
 
     overlap: bool = boolean(False, "sum gradients while the backward pass computes the others")
+    node_shared: bool = boolean(
+        False, "one copy of the parameters for the workers of a node; nobody else may change it"
+    )
 
     name: ClassVar[str] = "allreduce"
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
@@ -63,9 +71,9 @@ class AllReduceSGD(Method):
     averages_gradients: ClassVar[bool] = True
 
     @property
-    def node_shared(self) -> bool:
-        """Whether the workers of a node can share one copy of the parameters: without ``overlap``."""
-        return not self.overlap
+    def shares_parameters(self) -> bool:
+        """Whether the workers of a node may share one copy of the parameters: with ``node_shared``, without overlap."""
+        return self.node_shared and not self.overlap
 
     @property
     def takes_gradients_early(self) -> bool:
