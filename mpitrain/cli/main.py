@@ -1,4 +1,4 @@
-"""``mpitrain info | algorithms | train | data | report | simulate``
+"""``mpitrain info | algorithms | train | data | report | simulate | plan``
 
 Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. A user
 error produces one line on standard error and exit code 2. A command's module and its imports are loaded only when the
@@ -26,6 +26,7 @@ COMMANDS = {
     "data": "import data sets into HDF5 files",
     "report": "plot and tabulate runs",
     "simulate": "run a method with many workers in one process, under a virtual clock",
+    "plan": "compare the methods on a given cluster: time of an epoch, share of communication, which to pick",
 }
 """Each command is the module of its name in this package, with ``add_arguments(parser)`` and ``run(args)``."""
 

@@ -26,12 +26,14 @@ class Layout:
     Args:
         nodes: (size,) the node of each worker.
         largest_shard: The most elements in a shard; small shards let a small vector have many of them.
+        smallest_shard: The least elements in the share of an owner, where there are fewer owners than workers.
         interleave_locks: Give way before every lock, so that the visits of two workers to the shards of a vector
             interleave as they do between ranks.
     """
 
     nodes: tuple[int, ...]
     largest_shard: int = LARGEST_SHARD
+    smallest_shard: int = SMALLEST_SHARD
     interleave_locks: bool = False
 
 
@@ -120,7 +122,7 @@ class SimulatedCommunicator:
         """Allocate one vector of zeros, or ``rows`` updated together, sharded over the workers. Collective."""
 
         def make_memory(_: list[None]) -> BlockMemory:
-            parts = shards(n, self.nodes, self._layout.largest_shard, smallest=-(-SMALLEST_SHARD // rows))
+            parts = shards(n, self.nodes, self._layout.largest_shard, smallest=-(-self._layout.smallest_shard // rows))
             return BlockMemory(tuple(part.owner for part in parts), tuple(rows * part.size for part in parts), dtype)
 
         blocks = self._blocks(make_memory)

@@ -21,6 +21,9 @@ class ComputeTime:
         pauses_per_second, pause_seconds: Pauses of that length interrupt a worker as a Poisson process: another job,
             the operating system, a garbage collection.
         seed: The seed.
+
+    Attributes:
+        spent: (p,) seconds of all gradients drawn so far.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ComputeTime:
         if self._factors.size:
             self._factors = self._factors / self._factors.mean()
         self._rate, self._pause = pauses_per_second, pause_seconds
+        self.spent = np.zeros(self._means.size)
         self._rngs = [np.random.default_rng([seed, 7, rank]) for rank in range(self._means.size)]
 
     def draw(self, rank: int) -> float:
@@ -49,6 +53,7 @@ class ComputeTime:
             seconds *= float(np.exp(self._jitter * rng.standard_normal() - self._jitter**2 / 2))
         if self._rate:
             seconds += self._pause * int(rng.poisson(self._rate * seconds))
+        self.spent[rank] += seconds
         return seconds
 
 

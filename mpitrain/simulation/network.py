@@ -43,6 +43,7 @@ class Network:
         uplink: Bandwidth of that uplink in each direction.
         service: Of the processor at a shard's home for each request.
         service_bandwidth: Of that processor for the bytes that it sends and stores.
+        request_bytes: Size of a message without a vector.
     """
 
     latency: float = 0.0
@@ -55,6 +56,7 @@ class Network:
     uplink: float = math.inf
     service: float = 0.0
     service_bandwidth: float = math.inf
+    request_bytes: float = REQUEST_BYTES
 
     def message(self, n_bytes: float, bandwidth: float | None = None) -> float:
         """Return the seconds from sending a message to its arrival on an idle network.

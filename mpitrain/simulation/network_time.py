@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mpitrain.simulation.compute import ComputeTime, Core
-from mpitrain.simulation.network import REQUEST_BYTES, Fabric, Network
+from mpitrain.simulation.network import Fabric, Network
 from mpitrain.simulation.schedules import ClockSchedule, Watched
 
 
@@ -85,7 +85,7 @@ class NetworkTime(ClockSchedule):
         self._asked[rank], self._prefetched[rank] = block, None
         if not self._fabric.is_local(rank, home):
             sent = prefetched[1] if prefetched is not None and prefetched[0] == block else now
-            self._set(rank, max(now, self._fabric.send(rank, home, REQUEST_BYTES, sent)[1]))
+            self._set(rank, max(now, self._fabric.send(rank, home, self._network.request_bytes, sent)[1]))
         return True
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
@@ -111,7 +111,7 @@ class NetworkTime(ClockSchedule):
             self._spend(rank, now + n_bytes / self._network.node_bandwidth)
             self._lock_free[block] = float(self.clocks[rank])
             return
-        n_sent = n_bytes if updated else REQUEST_BYTES
+        n_sent = n_bytes if updated else self._network.request_bytes
         done, arrived = self._fabric.send(rank, home, n_sent, now)
         self._lock_free[block] = self._fabric.serve(home, n_sent, arrived)
         self._set(rank, done)
@@ -123,7 +123,7 @@ class NetworkTime(ClockSchedule):
         if self._fabric.is_local(rank, peer):
             self._spend(rank, float(self.clocks[rank]) + n_bytes / self._network.node_bandwidth)
             return
-        _, arrived = self._fabric.send(rank, peer, REQUEST_BYTES, float(self.clocks[rank]))
+        _, arrived = self._fabric.send(rank, peer, self._network.request_bytes, float(self.clocks[rank]))
         self._set(rank, self._fabric.send(peer, rank, n_bytes, arrived)[1])
 
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD
+from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD
 from mpitrain.simulation.communicator import Layout, SimulatedCommunicator
 from mpitrain.simulation.scheduler import Scheduler
 from mpitrain.simulation.schedules import RoundRobin, Schedule
@@ -19,7 +19,7 @@ class SimulatedWorld:
     Args:
         size: The number of workers.
         schedule: Decides which worker runs next whenever one gives way; round robin by default.
-        interleave_locks, largest_shard: See ``Layout``.
+        interleave_locks, largest_shard, smallest_shard: See ``Layout``.
         nodes: (size,) the node of each worker; by default all share one.
 
     Attributes:
@@ -34,13 +34,14 @@ class SimulatedWorld:
         *,
         interleave_locks: bool = False,
         largest_shard: int = LARGEST_SHARD,
+        smallest_shard: int = SMALLEST_SHARD,
         nodes: Sequence[int] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"a world has at least 1 worker, not {size}")
         if nodes is not None and len(nodes) != size:
             raise ValueError(f"{size} workers have {size} nodes, not {len(nodes)}")
-        layout = Layout(tuple([0] * size if nodes is None else nodes), largest_shard, interleave_locks)
+        layout = Layout(tuple([0] * size if nodes is None else nodes), largest_shard, smallest_shard, interleave_locks)
         self.size = size
         self.scheduler = Scheduler(size, schedule or RoundRobin())
         everyone = self.scheduler.group(range(size), layout.nodes)
