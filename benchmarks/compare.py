@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds benchmarks/ only
 
 from benchmarks.comparison import plan, tables
-from mpitrain.cli.failure import EXIT_STOPPED, fail
+from mpitrain.cli.failure import exit_code, fail
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
 from mpitrain.trainer.plan import RunPlan
@@ -63,7 +63,9 @@ def compare(options: argparse.Namespace, plans: Mapping[str, RunPlan]) -> int:
         steps = dataclasses.replace(
             plan_of_method.config, epochs=None, gradients=None, minutes=None, steps=plan.WARM_UP_STEPS
         )
-        train(dataclasses.replace(steps, straggler=None), world, dataset=dataset)
+        warm_up = train(dataclasses.replace(steps, straggler=None, inject=()), world, dataset=dataset)
+        if not warm_up["complete"]:
+            raise SystemExit(exit_code(warm_up))
     out = make_folder(options.out, world)
     results: Results = {name: [] for name in plans}
     runs = [(seed, name) for seed in range(options.seeds) for name in plans]
@@ -75,7 +77,7 @@ def compare(options: argparse.Namespace, plans: Mapping[str, RunPlan]) -> int:
         config = dataclasses.replace(config, seed=seed, out=str(out / f"{name}-{seed}"))
         result = train(config, world, dataset=dataset)
         if not result["complete"]:
-            raise SystemExit(EXIT_STOPPED)
+            raise SystemExit(exit_code(result))
         results[name].append(result)
         say(f"{result['test_accuracy']:.2%} after {result['gradients']} gradients in {result['seconds']:.1f} s\n")
     if world.rank == 0:

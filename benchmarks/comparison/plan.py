@@ -23,7 +23,19 @@ WARM_UP_STEPS = 12
 """Steps of each method before anything is timed: more than the period of those that exchange every tenth step."""
 
 SHARED = (
-    *("data", "model", "batch_size", "lr", "momentum", "weight_decay", "straggler", "sampling", "augment", "device"),
+    *(
+        "data",
+        "model",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "straggler",
+        "inject",
+        "sampling",
+        "augment",
+        "device",
+    ),
     *("epochs", "gradients"),
 )
 """The fields of ``TrainConfig`` that are options of a comparison too."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
+from typing import Any
+
 from mpitrain.collectives.world.ending import end_with_line
 
 EXIT_FAILURE = 1
@@ -19,3 +23,15 @@ def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> in
         code: The exit code.
     """
     return end_with_line(text, code, on_all_ranks=on_all_ranks, after_death=code == EXIT_FAILURE)
+
+
+def exit_code(result: Mapping[str, Any]) -> int:
+    """Return the exit code of a run: 0, ``EXIT_STOPPED``, or 128 + the number of SIGTERM or SIGINT.
+
+    Args:
+        result: Its result document.
+    """
+    if result["complete"]:
+        return 0
+    number = int(result["stopped_by"])
+    return EXIT_STOPPED if number == signal.SIGUSR1 else 128 + number

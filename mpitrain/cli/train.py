@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpitrain.cli.failure import EXIT_STOPPED, fail
+from mpitrain.cli.failure import exit_code, fail
 from mpitrain.cli.options import add_options
 from mpitrain.errors import UsageError
 from mpitrain.log import decoration, logger
@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     from mpitrain.trainer.loop import train
 
     result = train(plan, world, resume=args.resume)
-    if world.rank == 0:
+    if world.rank == world.leader:
         with decoration("the summary on standard output"):
             print_result(result, as_json=args.json)
             sys.stdout.flush()
-    return 0 if result["complete"] else EXIT_STOPPED
+    return exit_code(result)
 
 
 def configuration(args: argparse.Namespace) -> TrainConfig:
@@ -68,7 +68,7 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
 
 
 def print_result(result: dict[str, Any], *, as_json: bool) -> None:
-    """Print a result, and write the report of the run. Local; rank 0 only."""
+    """Print a result, and write the report of the run. Local; lead only."""
     folder = Path(result["out"]) if result["out"] else None
     if result["complete"]:
         print(_sentence(result))

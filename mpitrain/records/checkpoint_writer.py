@@ -1,8 +1,9 @@
 """The writer of checkpoints: a background thread of each rank, so that training waits for a snapshot only.
 
-A snapshot is the rank's part as an HDF5 file in memory. The thread writes it into a hidden folder; that of rank 0 waits
-until the parts of all ranks are there, and renames the folder. At most one snapshot is in memory: the next checkpoint
-first waits for the writing of the previous one.
+A snapshot is the rank's part as an HDF5 file in memory. The thread writes it into a hidden folder; that of the lead,
+the first rank alive, waits until the parts of all ranks are there, and renames the folder. If the lead dies before
+that, the checkpoint is lost, and the next lead removes the hidden folder. At most one snapshot is in memory: the next
+checkpoint first waits for the writing of the previous one.
 
 Only files pass between the threads: MPI is not called from them. A thread that cannot write renames and removes the
 hidden folder, which frees the room and tells the others; its rank raises the error at the next ``check`` or ``wait``.
@@ -16,13 +17,14 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpitrain.collectives.world.world import World
-from mpitrain.errors import UsageError
+from mpitrain.errors import RankFailed, UsageError
 from mpitrain.records import KEEP, hdf5_tree, part
 from mpitrain.records.checkpoint import complete, latest, remove_partial
 from mpitrain.records.durable import sync
@@ -51,6 +53,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._target = folder
         self._n_bytes = 0  # of all ranks' arrays
+        self._leads = False  # this rank renames the folder
+        self._is_published = False
         self._errno = 0  # of this rank's failure
         self._has_written = threading.Event()  # this rank's part, or failed to
         self._is_cancelled = threading.Event()
@@ -59,7 +63,7 @@ class CheckpointWriter:
         """Take a snapshot and start to write it. Collective; the previous checkpoint must have been waited for.
 
         Args:
-            step: The number in the checkpoint's name; a larger one is newer. Rank 0's counts.
+            step: The number in the checkpoint's name; a larger one is newer. The lead's counts.
             state: This rank's part. It may change as soon as the call returns.
 
         Raises:
@@ -70,14 +74,12 @@ class CheckpointWriter:
         number, image = 0, memoryview(b"")
         try:
             image = part.encode(state)
-            if self._world.rank == 0:
-                self._make_partial(step)
         except (OSError, MemoryError) as error:
             number = _number(error)
-        found = self._gather(number, hdf5_tree.n_array_bytes(state), step)
+        found = self._gather(number, hdf5_tree.n_array_bytes(state), step, first=lambda: self._make_partial(step))
         self._target, self._n_bytes = self._folder / f"step-{int(found[0, 2]):08d}", int(found[:, 1].sum())
         self._require_all(found[:, 0])
-        self._errno = 0
+        self._errno, self._is_published = 0, False
         self._has_written.clear()
         self._is_cancelled.clear()
         arguments = (self._partial, image, int(found[0, 2]))
@@ -94,7 +96,10 @@ class CheckpointWriter:
             raise self._failure(self._errno)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint is complete; return its folder, or None if none was started. Collective.
+        """Wait until the checkpoint is complete; return its folder. Collective.
+
+        Returns:
+            None if no checkpoint was started, or if the lead died before it was complete.
 
         Raises:
             UsageError: It could not be written; the same on all ranks.
@@ -103,10 +108,11 @@ class CheckpointWriter:
             return None
         self._has_written.wait()
         self._require_all(self._gather(self._errno)[:, 0])
-        self._thread.join()  # on rank 0, which publishes
+        self._thread.join()  # on the lead, which publishes
         self._thread = None
-        self._require_all(self._gather(self._errno)[:, 0])
-        return self._target
+        found = self._gather(self._errno, self._is_published)
+        self._require_all(found[:, 0])
+        return self._target if found[:, 1].any() else None
 
     def close(self) -> None:
         """Give up what is being written, after an error. Local."""
@@ -120,27 +126,41 @@ class CheckpointWriter:
         return self._target.with_name(f".{self._target.name}.partial")
 
     def _make_partial(self, step: int) -> None:
-        """Make the folder that all ranks write into, and remove those of interrupted saves. Local; rank 0 only."""
+        """Make the folder that all ranks write into, and remove those of interrupted saves. Local; lead only."""
         remove_partial(self._folder)
         (self._folder / f".step-{step:08d}.partial").mkdir(parents=True)
 
-    def _gather(self, *values: int) -> np.ndarray:
-        """Return some integers of each rank alive, (ranks, n) int64. Collective."""
-        mine = np.array(values, np.int64)
+    def _gather(self, number: int, *values: int, first: Callable[[], object] | None = None) -> np.ndarray:
+        """Return some integers of each rank alive, (ranks, n) int64. Collective.
+
+        Args:
+            number: The first of them: of an error, 0 without one.
+            values: The others.
+            first: Called on the lead before. The next rank is the lead, and it is called there, if the lead dies.
+        """
 
         def collective(comm: Any) -> np.ndarray:
+            own = number
+            if first is not None:
+                self._leads = comm.Get_rank() == 0
+                try:
+                    if self._leads and not number:
+                        first()
+                except OSError as error:
+                    own = _number(error)
+            mine = np.array([own, *values], np.int64)
             found = np.empty((comm.Get_size(), mine.size), np.int64)
             comm.Allgather(mine, found)
             return found
 
-        return self._world.run_on_survivors(collective)
+        return self._world.run_on_survivors(collective, "a checkpoint")
 
     def _require_all(self, numbers: np.ndarray) -> None:
         """Raise the first failure of any rank on all ranks, and remove what has been written. Local."""
         failed = numbers[numbers > 0]
         if failed.size or (numbers < 0).any():
             self.close()
-            if self._world.rank == 0:
+            if self._leads:
                 remove_partial(self._folder)
             raise self._failure(int(failed[0]) if failed.size else errno.EIO)
 
@@ -160,11 +180,12 @@ class CheckpointWriter:
                 part.write(partial / part.file_name(world.rank), image, step=step, rank=world.rank, n_ranks=world.size)
             finally:
                 del image
-                if world.rank == 0:
+                if self._leads:
                     self._has_written.set()
-            if world.rank == 0:
+            if self._leads:
                 self._wait_for_parts(partial)
                 _publish(partial, self._target, world.size, self._keep)
+                self._is_published = True
         except (OSError, MemoryError, _Abandoned) as error:
             number = _number(error) if partial.exists() and not isinstance(error, _Abandoned) else -1
             _abandon(partial)
@@ -173,7 +194,7 @@ class CheckpointWriter:
             self._has_written.set()
 
     def _wait_for_parts(self, partial: Path) -> None:
-        """Wait until every rank alive has written its part. In the thread of rank 0.
+        """Wait until every rank alive has written its part. In the thread of the lead.
 
         Raises:
             _Abandoned: Another rank has failed.
@@ -211,7 +232,8 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World, keep: int
     writer = CheckpointWriter(folder, world, keep)
     writer.start(step, state)
     path = writer.wait()
-    assert path is not None
+    if path is None:
+        raise RankFailed("the rank that was to complete the checkpoint died")
     return path
 
 
@@ -231,7 +253,7 @@ def _abandon(partial: Path) -> None:
 
 
 def _publish(partial: Path, target: Path, n_ranks: int, keep: int) -> None:
-    """Turn the parts of all ranks into a checkpoint and remove the oldest ones. Local; rank 0 only.
+    """Turn the parts of all ranks into a checkpoint and remove the oldest ones. Local; lead only.
 
     A resumed run may write a checkpoint of the same step again. The one that is there is complete under another name
     until the new one has taken its place.
@@ -254,7 +276,7 @@ def _publish(partial: Path, target: Path, n_ranks: int, keep: int) -> None:
 def _supply_missing(partial: Path, n_ranks: int) -> None:
     """Copy, for each rank that has died, the part of the next rank alive, from which it starts when resumed.
 
-    Local; rank 0 only.
+    Local; lead only.
     """
     files = [partial / part.file_name(rank) for rank in range(n_ranks)]
     written = {rank for rank, file in enumerate(files) if file.exists()}
@@ -264,6 +286,6 @@ def _supply_missing(partial: Path, n_ranks: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it complete or unfinished. Local; rank 0 only."""
+    """Remove a checkpoint; a crash leaves it complete or unfinished. Local; lead only."""
     unfinished = path.rename(path.with_name(f".{path.name}.old.partial"))
     shutil.rmtree(unfinished, ignore_errors=True)

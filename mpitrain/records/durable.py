@@ -17,6 +17,9 @@ from mpitrain.errors import UsageError, reason
 _CANNOT_RESERVE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
 _WRITE_BYTES = 2**26  # in one call: a signal or a failure is noticed between two
 
+injected_errno = 0
+"""Of the error with which every reservation of room fails, for tests; 0 for none."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -86,6 +89,8 @@ def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
     """
     if not n_bytes:
         return
+    if injected_errno:
+        raise OSError(injected_errno, os.strerror(injected_errno))
     try:
         os.posix_fallocate(descriptor, offset, n_bytes)
     except OSError as error:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from mpitrain.collectives.world.survivor_collectives import gather
 from mpitrain.collectives.world.world import World
 from mpitrain.records import checkpoint
 from mpitrain.records.checkpoint_writer import CheckpointWriter
-from mpitrain.trainer.control import require_leader
 from mpitrain.trainer.evaluation import Evaluations
 from mpitrain.trainer.run import Hook, Run
 
@@ -40,7 +40,6 @@ class Checkpoints(Hook):
         with run.clock.paused():
             run.optimizer.wait()
             run.world.barrier()
-            require_leader(run.world)
             self._write(run, _state_of(run))
 
     def on_step(self, run: Run) -> None:
@@ -50,8 +49,7 @@ class Checkpoints(Hook):
 
     def on_last_step(self, run: Run) -> None:
         """Copy the state before the last exchange: with a longer budget the run continues from there. Collective."""
-        has_moved = run.step != self._saved_at
-        has_any_moved = any(run.world.run_on_survivors(lambda comm: comm.allgather(has_moved)))
+        has_any_moved = bool(gather(run.world, [run.step != self._saved_at]).any())
         if run.folder is not None and run.is_complete and run.calendar.saves and has_any_moved:
             self._last = _state_of(run)
 

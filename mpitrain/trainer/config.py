@@ -16,6 +16,7 @@ from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
 from mpitrain.records import KEEP
+from mpitrain.trainer.faults import Fault
 from mpitrain.trainer.options import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -148,6 +149,16 @@ class TrainConfig:
         default_text="none",
         replaceable=True,
     )
+    inject: tuple[str, ...] = option(
+        (),
+        "a fault for a test or an experiment, such as kill:rank=2,step=50; may be given several times "
+        "(docs/reliability.md)",
+        metavar="FAULT",
+        default_text="none",
+        repeated=True,
+        collect=tuple,
+        replaceable=True,
+    )
     replica_size: int = option(
         1,
         "ranks that form one worker, each with mini-batches of its own",
@@ -177,6 +188,8 @@ class TrainConfig:
         if not given:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         check_ranges(self)
+        for text in self.inject:
+            Fault.parse(text)
         if self.straggler is not None and not (math.isfinite(self.straggler[1]) and self.straggler[1] >= 1):
             raise UsageError(f"--straggler RANK:FACTOR needs a factor of 1 or more, not {self.straggler[1]:g}")
 
@@ -198,7 +211,8 @@ class TrainConfig:
         path = run / "config.json"
         try:
             document = json.loads(path.read_text())["config"]
-            stored = cls(**{**document, "straggler": document["straggler"] and tuple(document["straggler"])})
+            straggler = document["straggler"] and tuple(document["straggler"])
+            stored = cls(**{**document, "straggler": straggler, "inject": ()})  # the faults have happened
         except (OSError, LookupError, TypeError, ValueError) as error:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({why})") from error

@@ -1,25 +1,26 @@
-"""Orders of rank 0 to save or to stop, sent to the other ranks without blocking.
+"""Orders of the lead to save or to stop, and requests of any rank to stop, sent without blocking.
 
-Ranks of a synchronous method step in lockstep: a broadcast tells them at every tenth step. Ranks of an asynchronous
-method poll a scoreboard instead, one-sided, a few times a second. Where a worker is a group of ranks, its first rank
-polls, and tells the group, which steps in lockstep, after every step. What a rank can tell from its own step number
-needs no order.
+Ranks of a synchronous method step in lockstep: a small all-reduce makes them agree, at every step that takes a tenth of
+a second, and at every tenth step where steps are short. Ranks of an asynchronous method poll a scoreboard instead,
+one-sided, fifty times a second. Where a worker is a group of ranks, its first rank polls, and tells the group, which
+steps in lockstep, after every step. What a rank can tell from its own step number needs no order.
+
+The lead is the first rank alive. The next one adopts the orders of a lead that has died.
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import dataclass
-from types import FrameType, TracebackType
 
 import numpy as np
 
 from mpitrain.collectives.rma.scoreboard import Scoreboard
+from mpitrain.collectives.world.survivor_collectives import maximum
 from mpitrain.collectives.world.world import World
-from mpitrain.errors import RankFailed
 
-STEPS_BETWEEN_BROADCASTS = 10
+MAX_STEPS_BETWEEN_AGREEMENTS = 10
+SECONDS_BETWEEN_AGREEMENTS = 0.1
 ORDER_POLL_SECONDS = 0.02
 
 
@@ -30,10 +31,11 @@ class Orders:
     save: bool = False
     stop: bool = False
     over: bool = False  # every rank has made its last step
+    signal: int = 0  # asks ranks in lockstep to save and stop
 
 
 class Control:
-    """The orders of rank 0. Collective to create and to free.
+    """The orders of the lead. Collective to create and to free.
 
     Args:
         world: The ranks.
@@ -43,34 +45,50 @@ class Control:
 
     def __init__(self, world: World, *, synchronous: bool, group: World | None = None) -> None:
         self._world, self._synchronous, self._group = world, synchronous, group
-        self._scoreboard = Scoreboard(world, ("saves", "stop", "finished", "over"))
-        self._saves, self._stop = 0, False  # ordered, as rank 0 knows and the others have heard
+        self._scoreboard = Scoreboard(world, ("saves", "stop", "finished", "over", "signal"))
+        self._saves, self._stop = 0, False  # ordered, as this rank knows
         self._saved = 0  # orders to save that this rank has followed
         self._polled = 0.0
+        self._signal = 0
+        self._agreed_at: tuple[int, float] | None = None  # the step and the time of the last agreement
+        self._next_agreement = 0
 
     @property
     def is_stopping(self) -> bool:
         """Whether this rank has received an order to stop."""
         return self._stop
 
+    @property
+    def signal(self) -> int:
+        """The number of a signal that has reached any rank, as the lead knows. Local; lead only."""
+        return max(self._signal, int(self._scoreboard.read_rank(self._world.rank)["signal"]))
+
+    def report_signal(self, number: int) -> None:
+        """Tell the lead that a signal has reached this rank. Local; repeat it, because the lead may change."""
+        self._signal = number
+        if not self._synchronous:
+            self._scoreboard.write_to(self._world.leader, signal=number)
+
     def order(self, *, save: bool = False, stop: bool = False) -> None:
-        """Give an order to all ranks. Local; rank 0 only."""
-        assert self._world.rank == 0
+        """Give an order to all ranks. Local; lead only."""
         self._saves += save
         self._stop = self._stop or stop
+        self._scoreboard.write(saves=self._saves, stop=self._stop)
+
+    def take_lead(self) -> None:
+        """Adopt the orders of the leads that have died. Local."""
+        self._read_orders()
         self._scoreboard.write(saves=self._saves, stop=self._stop)
 
     def listen(self, step: int) -> Orders:
         """Return the orders for this rank after its step number ``step``.
 
-        Collective at every tenth step if synchronous; otherwise collective over the group at every step, or local.
+        Collective at some steps, the same on all ranks, if synchronous; otherwise collective over the group at every
+        step, or local.
         """
         if self._synchronous:
-            if step % STEPS_BETWEEN_BROADCASTS:
-                return Orders()
-            orders = self._saves, self._stop
-            self._saves, self._stop = self._world.run_on_survivors(lambda comm: comm.bcast(orders))
-        elif self._group is None:
+            return Orders() if step < self._next_agreement else self._agree(step)
+        if self._group is None:
             self._poll()
         else:
             if self._group.rank == 0:
@@ -81,29 +99,48 @@ class Control:
             self._saves, self._stop = int(known[0]), bool(known[1])
         return self._followed()
 
-    def _followed(self, *, over: bool = False) -> Orders:
+    def _agree(self, step: int) -> Orders:
+        """Agree with all ranks on the orders, and on the step of the next agreement. Collective."""
+        mine = self._saves, self._stop, self._signal, -self._steps_until_next(step)
+        self._saves, stop, signal, negative = maximum(self._world, mine)
+        self._stop = bool(stop)
+        self._next_agreement = step - negative
+        self._agreed_at = step, time.perf_counter()
+        return self._followed(signal=signal)
+
+    def _steps_until_next(self, step: int) -> int:
+        """Return how many steps fit between two agreements, at the pace since the last one."""
+        if self._agreed_at is None:
+            return 1
+        before, began = self._agreed_at
+        step_seconds = (time.perf_counter() - began) / max(step - before, 1)
+        return max(min(int(SECONDS_BETWEEN_AGREEMENTS / max(step_seconds, 1e-9)), MAX_STEPS_BETWEEN_AGREEMENTS), 1)
+
+    def _followed(self, *, over: bool = False, signal: int = 0) -> Orders:
         """Return the orders that this rank follows now."""
-        orders = Orders(self._saves > self._saved, self._stop, over)
+        orders = Orders(self._saves > self._saved, self._stop, over, signal)
         self._saved = self._saves
         return orders
 
     def _poll(self) -> None:
-        """Read the orders of rank 0 if it is time again. Local."""
+        """Read the orders of the lead if it is time again. Local."""
         now = time.perf_counter()
-        if self._world.rank != 0 and now - self._polled >= ORDER_POLL_SECONDS:
+        if now - self._polled >= ORDER_POLL_SECONDS:
             self._polled = now
-            self._read_orders()
+            if self._world.rank != self._world.leader:
+                self._read_orders()
 
     def _read_orders(self) -> bool:
-        """Read the orders of rank 0; return whether all ranks have made their last step. Local.
+        """Read the orders of the lead and of those before it; return whether all ranks have made their last step.
 
-        Raises:
-            RankFailed: Rank 0 has died.
+        Local. The orders of a dead rank stay in the memory of its node.
         """
-        require_leader(self._world)
-        row = self._scoreboard.read_rank(0)
-        self._saves, self._stop = int(row["saves"]), bool(row["stop"])
-        return bool(row["over"])
+        over = False
+        for rank in range(self._world.leader + 1):
+            row = self._scoreboard.read_rank(rank)
+            self._saves, self._stop = max(self._saves, int(row["saves"])), self._stop or bool(row["stop"])
+            over = over or bool(row["over"])
+        return over
 
     def report_done(self) -> None:
         """Tell the others that this rank has made its last step. Local."""
@@ -116,7 +153,7 @@ class Control:
         """
         if self._synchronous:
             return Orders(over=True)
-        if self._world.rank == 0:
+        if self._world.rank == self._world.leader:
             has_finished = self._scoreboard.read()["finished"]
             has_finished[list(self._world.dead)] = True
             over = self._saves == self._saved and bool(has_finished.all())
@@ -131,42 +168,3 @@ class Control:
     def free(self) -> None:
         """Free the scoreboard. Collective."""
         self._scoreboard.free()
-
-
-def require_leader(world: World) -> None:
-    """Raise if rank 0 has died. Local; after a barrier, on all ranks or on none.
-
-    Raises:
-        RankFailed: Rank 0 has died and gives no more orders.
-    """
-    if 0 in world.dead:
-        raise RankFailed("rank 0, which leads the run, died: resume it from its newest checkpoint")
-
-
-class StopSignal:
-    """SIGUSR1 as a request to save a checkpoint and stop: batch systems send it ahead of the time limit.
-
-    A context manager that restores the previous handler on leaving.
-
-    Attributes:
-        received: Whether the signal has come.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before = signal.signal(signal.SIGUSR1, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def restore(self) -> None:
-        """Restore the previous handler."""
-        signal.signal(signal.SIGUSR1, self._before)
-
-    def __enter__(self) -> StopSignal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()

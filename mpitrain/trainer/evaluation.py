@@ -8,7 +8,8 @@ data first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +27,10 @@ from mpitrain.trainer.run import Hook, Point, Run
 
 BATCHNORM_SAMPLES = 2000
 BATCH = 500
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Point))
+N_LOGGED = 1024
+"""Evaluations that a lead leaves to the next one."""
 
 
 class Evaluator:
@@ -88,16 +93,54 @@ class Evaluator:
         return total_loss / n, n_right / n
 
 
+class PointLog:
+    """The newest evaluations of the lead, in memory that the others read after its death. Collective to create.
+
+    It lives until the process ends, and exists only where other ranks survive a death.
+
+    Args:
+        world: The ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rows: np.ndarray | None = None
+        if world.survives_failures and world.n_nodes == 1:
+            self._rows = world.shared_array((N_LOGGED + 1, len(FIELDS)), np.float64)
+
+    def write(self, points: Sequence[Point]) -> None:
+        """Store the newest points. Local; lead only."""
+        if self._rows is not None:
+            newest = points[-N_LOGGED:]
+            self._rows[0, 0] = 0
+            for row, point in zip(self._rows[1:], newest, strict=False):
+                row[:] = [getattr(point, name) for name in FIELDS]
+            self._rows[0, 0] = len(newest)
+
+    def read(self) -> list[Point]:
+        """Return the points that were stored last; none if the lead died while it stored them. Local."""
+        if self._rows is None:
+            return []
+        points = []
+        for row in self._rows[1 : 1 + int(self._rows[0, 0])]:
+            values: dict[str, Any] = {name: float(value) for name, value in zip(FIELDS, row, strict=True)}
+            values |= {name: int(values[name]) for name in ("step", "gradients", "bytes")}
+            points.append(Point(**values))
+        return points
+
+
 class Evaluations(Hook):
     """The evaluations of a run: at its start, on the way and at its end.
 
     Args:
         evaluator: This rank's.
+        world: The ranks.
         deferred: Whether vectors are stored during the run and evaluated at its end, on all ranks.
     """
 
-    def __init__(self, evaluator: Evaluator, *, deferred: bool) -> None:
+    def __init__(self, evaluator: Evaluator, world: World, *, deferred: bool) -> None:
         self._evaluator, self._deferred = evaluator, deferred
+        self._log = PointLog(world)
         self._last_seconds = 0.0
         self._snapshots: list[np.ndarray] = []  # vectors of the last points, which are not evaluated yet
         self._states: list[ModuleState] = []  # the rest of the model at these points
@@ -115,6 +158,13 @@ class Evaluations(Hook):
         if run.is_leader and run.calendar.evaluation_is_due(run.step, run.clock.seconds - self._last_seconds):
             self._evaluate(run)
 
+    def on_lead(self, run: Run) -> None:
+        """Continue with the evaluations of the lead that has died; vectors that it had stored are lost."""
+        run.points = [] if self._deferred else self._log.read()
+        self._last_seconds = run.points[-1].seconds if run.points else run.clock.seconds
+        if run.is_ending and run.is_complete:
+            self._evaluate_end(run)
+
     def on_end(self, run: Run) -> None:
         """Evaluate the end, and all stored vectors. Collective."""
         if not run.is_complete:
@@ -123,8 +173,7 @@ class Evaluations(Hook):
             self._evaluate_end(run)
         if self._deferred:
             points = run.points[len(run.points) - len(self._snapshots) :]
-            with run.world.waiting("the evaluations of the others"):
-                evaluate_deferred(points, self._snapshots, self._states, self._evaluator, run.world)
+            evaluate_deferred(points, self._snapshots, self._states, self._evaluator, run.world)
             self._snapshots.clear()
             self._states.clear()
             for point in points:
@@ -144,12 +193,13 @@ class Evaluations(Hook):
         if not run.is_leader:  # the part of a rank that had died may be a copy of rank 0's
             return
         run.points = [Point(**point) for point in state["points"]]
+        self._log.write(run.points)
         self._snapshots = state.get("snapshots", [])
         self._states = state.get("module_states", [self._evaluator.snapshot() for _ in self._snapshots])
         self._has_evaluated_end = state.get("has_evaluated_end", False)
 
     def _evaluate(self, run: Run) -> None:
-        """Evaluate the consensus, or store it for later, while the clock stands still. Local; rank 0 only."""
+        """Evaluate the consensus, or store it for later, while the clock stands still. Local; lead only."""
         with run.clock.paused():
             self._last_seconds = run.clock.seconds
             run.report_totals(in_full=True)
@@ -170,10 +220,11 @@ class Evaluations(Hook):
                 self._states.append(self._evaluator.snapshot())
             else:
                 point.test_loss, point.test_accuracy = self._evaluator.evaluate(vector)
+                self._log.write(run.points)
                 run.hooks.on_evaluation(run, point)
 
     def _evaluate_end(self, run: Run) -> None:
-        """Evaluate the end of the run, when no rank is in a step and the result is exact. Local; rank 0 only."""
+        """Evaluate the end of the run, when no rank is in a step and the result is exact. Local; lead only."""
         if run.points and run.points[-1].gradients == run.counters.totals().gradients:
             if self._has_evaluated_end:
                 return
@@ -188,18 +239,27 @@ class Evaluations(Hook):
 def evaluate_deferred(
     points: list[Point], vectors: list[np.ndarray], states: list[ModuleState], evaluator: Evaluator, world: World
 ) -> None:
-    """Evaluate the vectors of rank 0 on all ranks in turn, and complete their points. Collective.
+    """Evaluate the vectors of the lead on all ranks in turn, and complete their points. Collective.
 
     Args:
-        points, vectors, states: Those of rank 0; empty elsewhere.
+        points, vectors, states: Those of the lead; empty elsewhere.
         evaluator: Each rank's own.
         world: The ranks.
     """
-    comm = world.comm  # the ranks that are alive
+    found: np.ndarray = world.run_on_survivors(
+        lambda comm: _evaluate_on(comm, vectors, states, evaluator), "the evaluations of the others"
+    )
+    for point, (loss, accuracy) in zip(points, found, strict=False):
+        point.test_loss, point.test_accuracy = float(loss), float(accuracy)
+
+
+def _evaluate_on(comm: Any, vectors: list[np.ndarray], states: list[ModuleState], evaluator: Evaluator) -> np.ndarray:
+    """Return the loss and the accuracy of each vector of the first rank: (n, 2). Collective."""
     rank, size = comm.Get_rank(), comm.Get_size()
-    n_points = comm.bcast(len(points))
-    found = []
-    for k in range(n_points):
+    n_points = np.array([len(vectors)], np.int64)
+    comm.Bcast(n_points)
+    mine = np.zeros((int(n_points[0]), 2))
+    for k in range(len(mine)):
         worker = k % size
         if rank == 0 and worker != 0:
             comm.Send(vectors[k].view(np.uint8), worker, k)
@@ -209,7 +269,7 @@ def evaluate_deferred(
             if rank != 0:
                 comm.Recv(vector.view(np.uint8), 0, k)
             with evaluator.of_another(states[k] if rank == 0 else comm.recv(source=0, tag=k)):
-                found.append((k, *evaluator.evaluate(vector)))
-    for results in comm.gather(found) or []:
-        for k, loss, accuracy in results:
-            points[k].test_loss, points[k].test_accuracy = loss, accuracy
+                mine[k] = evaluator.evaluate(vector)
+    found = np.zeros_like(mine)
+    comm.Allreduce(mine, found)
+    return found

@@ -15,6 +15,8 @@ import torch
 
 from mpitrain import data, models
 from mpitrain.collectives.world.device import share_cores
+from mpitrain.collectives.world.survivor_collectives import broadcast
+from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.collectives.world.world import World
 from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError
@@ -29,13 +31,15 @@ from mpitrain.trainer.clock import Clock
 from mpitrain.trainer.commands import Commands
 from mpitrain.trainer.compiler import do_without_compiler
 from mpitrain.trainer.config import TrainConfig
-from mpitrain.trainer.control import Control, StopSignal, require_leader
+from mpitrain.trainer.control import Control
 from mpitrain.trainer.counters import Counters
 from mpitrain.trainer.evaluation import Evaluations, Evaluator
+from mpitrain.trainer.faults import Faults, check_ranks
 from mpitrain.trainer.metrics import MetricsFile, tables
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.progress import Progress, ProgressHook
 from mpitrain.trainer.run import Hook, Hooks, Run
+from mpitrain.trainer.stop_signal import StopSignal
 
 
 def train(
@@ -56,7 +60,7 @@ def train(
         hooks: Further hooks, called after an evaluation and before orders are given.
 
     Returns:
-        The result document (of ``RUN/result.json``), on every rank; without ``test_accuracy`` when SIGUSR1 stopped the
+        The result document (of ``RUN/result.json``), on every rank; without ``test_accuracy`` when a signal stopped the
         run before its end.
 
     Raises:
@@ -67,7 +71,10 @@ def train(
     out = plan.config.out
     folder = resume or (None if out is None else Path(out))
     # From here on a signal must not end a rank that is loading its data or writing its last checkpoint.
-    with StopSignal() as stop_signal, world.translated_errors(), runlock.held(folder, world):
+    with StopSignal(world.abort) as stop_signal, world.translated_errors(), runlock.held(folder, world) as lock:
+        if folder is not None:
+            watchdog.advice = f"resume with: mpitrain train --resume {folder}"
+        hooks = [*hooks, runlock.LockHook(lock)]
         run = _prepare(plan, world, stop_signal, resume=resume, dataset=dataset, hooks=hooks)
         try:
             return _train(run)
@@ -90,15 +97,18 @@ def _train(run: Run) -> dict[str, Any]:
         loss.backward()
         value = float(loss.detach())
         _straggle(run, time.perf_counter() - began)
+        run.faults.act(run.step + 1, time.perf_counter() - began, model)
         optimizer.step(loss)
         run.end_step(value, began, exchange_before)
         run.hooks.on_step(run)
     run.hooks.on_last_step(run)
+    run.is_ending = True
     if run.is_complete:
         run.world.barrier()  # no rank is reading the state for a checkpoint any more
         optimizer.finalize()
         run.publish()
         run.world.barrier()
+    run.look_for_lead()
     if run.is_leader:
         run.report_totals(in_full=True)
         if run.is_complete and run.budget.gradients is None:  # nobody knew before
@@ -125,14 +135,16 @@ def _straggle(run: Run, seconds: float) -> None:
 
 
 def _write_result(run: Run) -> dict[str, Any]:
-    """Write the result on rank 0, and return it on all ranks. Collective."""
-    document: dict[str, Any] = {}
-    if run.is_leader:
+    """Write the result on the lead, and return it on all ranks. Collective."""
+
+    def make() -> dict[str, Any]:
+        run.look_for_lead()
         document = result.document(run)
         if run.is_complete and run.folder is not None:
             runfolder.write_json(run.folder / "result.json", document)
-    found: dict[str, Any] = run.world.run_on_survivors(lambda comm: comm.bcast(document))
-    require_leader(run.world)
+        return document
+
+    found: dict[str, Any] = broadcast(run.world, make)
     return found
 
 
@@ -152,14 +164,14 @@ def _prepare(
     shape, n_classes, per_epoch = batches.dataset.shape, batches.dataset.n_classes, batches.steps_per_epoch
     model = models.build(config.model, shape=shape, n_classes=n_classes, seed=config.seed).to(world.device)
     batches.fit(model)
-    evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), deferred=config.defer_evaluation)
+    evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), world, deferred=config.defer_evaluation)
     folder = resume or runfolder.create(config, method.settings(), world)
     optimizer = _optimizer(plan, model, world)
     state = None if resume is None else checkpoints.load_newest(resume, world)
     step, seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
     columns, continue_from = tables(world.size, method.metrics), None if state is None else seconds
-    metrics_file = MetricsFile(folder, world.rank, columns, method.metrics, continue_from)
+    metrics_file = MetricsFile(folder, columns, method.metrics, continue_from)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
     progress = _progress(plan, budget, world, step=step, seconds=seconds)
@@ -175,6 +187,7 @@ def _prepare(
         budget=budget,
         calendar=plan.calendar(budget, steps_per_epoch=per_epoch),
         counters=counters,
+        faults=Faults(config.inject, world.rank),
         clock=Clock(seconds),
         hooks=Hooks([metrics_file, ProgressHook(progress), evaluations, *hooks, commands, saving]),
     )
@@ -195,6 +208,7 @@ def _check_world(config: TrainConfig, world: World) -> None:
     """
     if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
         raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
+    check_ranks(config.inject, world.size)
     check_replica_size(config.replica_size, world)
     share_cores(world.cores)
 

@@ -42,11 +42,10 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
 
 
 class MetricsFile(Hook):
-    """The metrics of a run; nothing on ranks other than 0 and without a folder.
+    """The metrics of a run; nothing on ranks other than the lead and without a folder.
 
     Args:
         run_folder: The folder of the run.
-        rank: This rank.
         wanted: The tables, from ``tables``.
         metrics: Names of the method's own metrics.
         continue_from: Seconds of the run that is resumed: later rows are dropped.
@@ -55,19 +54,23 @@ class MetricsFile(Hook):
     def __init__(
         self,
         run_folder: Path | None,
-        rank: int,
         wanted: dict[str, list[Any]],
         metrics: Sequence[str] = (),
         continue_from: float | None = None,
     ) -> None:
-        self._path = run_folder / "metrics.h5" if rank == 0 and run_folder is not None else None
+        self._path = None if run_folder is None else run_folder / "metrics.h5"
         self._wanted, self._names, self._continue_from = wanted, tuple(metrics), continue_from
         self._writer: MetricsWriter | None = None
 
     def on_start(self, run: Run) -> None:
         """Open the file. A resume that is refused before leaves its rows as they are."""
-        if self._path is not None:
+        if self._path is not None and run.is_leader:
             self._writer = _open(self._path, self._wanted, self._continue_from)
+
+    def on_lead(self, run: Run) -> None:
+        """Continue the file of a lead that has died, which may lack the rows of its last second."""
+        if self._path is not None:
+            self._writer = _open(self._path, self._wanted, None)
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
         """Append rows to all tables; to that of the workers, whose rows grow with their number, only in full."""

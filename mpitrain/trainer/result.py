@@ -9,7 +9,7 @@ from mpitrain.trainer.run import Run
 
 
 def document(run: Run) -> dict[str, Any]:
-    """Return the result document. Local; rank 0 only, after the last exchange."""
+    """Return the result document. Local; lead only, after the last exchange."""
     plan, config, world, totals = run.plan, run.plan.config, run.world, run.counters.totals()
     n_workers, seconds = plan.n_workers(world.size), run.clock.seconds
     found: dict[str, Any] = {
@@ -24,6 +24,7 @@ def document(run: Run) -> dict[str, Any]:
         "replica_size": config.replica_size,
         "wire": config.wire,
         "complete": run.is_complete,
+        "stopped_by": run.stopped_by,
     }
     if run.is_complete:
         found |= {"test_accuracy": run.points[-1].test_accuracy, "test_loss": run.points[-1].test_loss}

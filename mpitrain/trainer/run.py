@@ -1,6 +1,6 @@
 """A training run on one rank, and the interface of the hooks that accompany it.
 
-A hook overrides the events it wants, reads the run and, on rank 0, may end it:
+The lead is the first rank alive. A hook overrides the events it wants, reads the run and, on the lead, may end it:
 
     class StopEarly(Hook):
         def on_evaluation(self, run, point):
@@ -25,6 +25,7 @@ from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget, Calendar
 from mpitrain.trainer.clock import Clock
 from mpitrain.trainer.counters import Counters, Totals
+from mpitrain.trainer.faults import Faults
 from mpitrain.trainer.plan import RunPlan
 
 SECONDS_BETWEEN_TOTALS = 0.25
@@ -67,7 +68,7 @@ class Hook:
         """Act after a step. On all ranks, each after its own."""
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
-        """Act on the totals of all ranks. On rank 0, a few times a second, at evaluations and at the end.
+        """Act on the totals of all ranks. On the lead, a few times a second, at evaluations and at the end.
 
         Args:
             run: The run.
@@ -76,13 +77,16 @@ class Hook:
         """
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Act on an evaluation. On rank 0."""
+        """Act on an evaluation. On the lead."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """Act on a checkpoint that all ranks have written. On all ranks, at the same time.
 
         It was written while the run went on: the event comes before the next checkpoint, or at the end.
         """
+
+    def on_lead(self, run: Run) -> None:
+        """Act when this rank becomes the lead, because those before it have died."""
 
     def on_last_step(self, run: Run) -> None:
         """Act after this rank's last step and before the last exchange. On all ranks."""
@@ -125,6 +129,11 @@ class Hooks(Hook):
         for hook in self._hooks:
             hook.on_checkpoint(run, path)
 
+    def on_lead(self, run: Run) -> None:
+        """Forward the event."""
+        for hook in self._hooks:
+            hook.on_lead(run)
+
     def on_last_step(self, run: Run) -> None:
         """Forward the event."""
         for hook in self._hooks:
@@ -156,11 +165,15 @@ class Run:
         counters: The counters of all ranks.
         clock: The time of training.
         hooks: All hooks.
+        faults: The faults that this rank is asked to have.
         step: Steps made by this rank.
         compute_seconds: Seconds of this rank outside exchanges.
-        points: The evaluations so far; on rank 0.
+        points: The evaluations so far; on the lead.
         is_stopped: Whether this rank has followed an order to stop.
-        stop_requested: Whether a hook has asked for the end of the run; on rank 0.
+        is_leader: Whether this is the lead, which evaluates, records and gives orders.
+        is_ending: Whether the last exchange has been made.
+        stopped_by: The signal that has stopped the run before its end; 0 without one.
+        stop_requested: Whether a hook has asked for the end of the run; on the lead.
         is_complete: Whether the run has come to its end and was not interrupted; known after the last step.
     """
 
@@ -175,18 +188,26 @@ class Run:
     counters: Counters
     clock: Clock
     hooks: Hook
+    faults: Faults
     step: int = 0
     compute_seconds: float = 0.0
     points: list[Point] = field(default_factory=list)
+    is_leader: bool = False
+    is_ending: bool = False
     is_stopped: bool = False
+    stopped_by: int = 0
     stop_requested: bool = False
     is_complete: bool = False
     _reported: float = field(default=-1.0, repr=False)
 
-    @property
-    def is_leader(self) -> bool:
-        """Whether this is rank 0, which evaluates, records and gives orders."""
-        return self.world.rank == 0
+    def __post_init__(self) -> None:
+        self.is_leader = self.world.rank == self.world.leader
+
+    def look_for_lead(self) -> None:
+        """Take the lead if the ranks before this one have died. Local."""
+        if not self.is_leader and self.world.rank == self.world.leader:
+            self.is_leader = True
+            self.hooks.on_lead(self)
 
     @property
     def is_over(self) -> bool:
@@ -199,7 +220,7 @@ class Run:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def request_stop(self) -> None:
-        """End the run as if its budget were used up. Local; rank 0 only."""
+        """End the run as if its budget were used up. Local; lead only."""
         self.stop_requested = True
 
     def end_step(self, loss: float, began: float, exchange_before: float) -> None:
@@ -215,6 +236,7 @@ class Run:
         self.compute_seconds += time.perf_counter() - began - exchange
         self.counters.add_loss(loss)
         self.publish()
+        self.look_for_lead()
         if self.is_leader:
             self.report_totals()
 
@@ -229,7 +251,7 @@ class Run:
         )
 
     def report_totals(self, *, in_full: bool = False) -> None:
-        """Show the hooks the totals of all ranks, if it is time or ``in_full``. Local; rank 0 only."""
+        """Show the hooks the totals of all ranks, if it is time or ``in_full``. Local; lead only."""
         seconds = self.clock.seconds
         if in_full or seconds - self._reported >= SECONDS_BETWEEN_TOTALS:
             self._reported = seconds

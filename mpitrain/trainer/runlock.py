@@ -2,8 +2,8 @@
 
     RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
 
-Rank 0 creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. If it is
-killed the file remains. Another job takes it over
+The lead creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. If it is
+killed the file remains; if other ranks go on, the next lead takes it over. Another job takes it over
 
 - at once, if the owner was a process of this machine that is gone, or this SLURM job before it was requeued;
 - otherwise, once the file has not been touched for two minutes by the clock of the file system.
@@ -23,6 +23,7 @@ from typing import Any
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
+from mpitrain.trainer.run import Hook, Run
 
 NAME = "lock"
 FRESH_SECONDS = 120.0
@@ -31,27 +32,46 @@ SECONDS_TO_SETTLE = 0.2
 """The wait after a takeover, in which one that began at the same moment ends."""
 
 
+class LockHook(Hook):
+    """Takes the lock over from a lead that has died.
+
+    Args:
+        lock: This rank's, from ``held``; None in a run without a folder.
+    """
+
+    def __init__(self, lock: RunLock | None) -> None:
+        self._lock = lock
+
+    def on_lead(self, run: Run) -> None:
+        """Take the lock over."""
+        if self._lock is not None:
+            self._lock.acquire()
+
+
 @contextlib.contextmanager
-def held(folder: Path | None, world: World) -> Iterator[None]:
+def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
     """Hold the lock of a run folder, which is created if necessary; without a folder do nothing. Collective.
+
+    Yields:
+        The lock of this rank. Rank 0 has acquired it.
 
     Raises:
         UsageError: Another job holds the lock, or the folder cannot be used; on all ranks.
     """
     if folder is None:
-        yield
+        yield None
         return
     lock = RunLock(folder / NAME)
     runfolder.make_folder(folder, world, lock.acquire)
     try:
         runfolder.require_shared(folder, world)
-        yield
+        yield lock
     finally:
         lock.release()
 
 
 class RunLock:
-    """The lock file. Local; rank 0 only."""
+    """The lock file. Local; lead only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -19,7 +19,7 @@ class LoneWorld:
     def barrier(self) -> None:
         """Return at once."""
 
-    def run_on_survivors(self, collective: Callable[[Any], Any]) -> Any:
+    def run_on_survivors(self, collective: Callable[[Any], Any], what: str = "") -> Any:
         """Return the result of ``collective``, with this object as the communicator."""
         return collective(self)
 
@@ -30,6 +30,10 @@ class LoneWorld:
     def bcast(self, value: Any) -> Any:
         """Return the value."""
         return value
+
+    def Get_rank(self) -> int:
+        """Return 0: this is the first one alive."""
+        return 0
 
     def Get_size(self) -> int:
         """Return 1: all others have died."""

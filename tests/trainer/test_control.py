@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 
 import pytest
 
-from mpitrain.trainer.control import STEPS_BETWEEN_BROADCASTS, Control, StopSignal
+from mpitrain.trainer.control import MAX_STEPS_BETWEEN_AGREEMENTS, Control
 
 DETECTION_SECONDS = 30.0
 
@@ -58,13 +57,46 @@ def test_an_asynchronous_rank_receives_an_order_once_without_waiting(world, cont
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("control", ["synchronous"], indirect=True)
 def test_synchronous_ranks_receive_an_order_at_the_same_step(world, control):
+    n_steps = 3 * MAX_STEPS_BETWEEN_AGREEMENTS
     if world.rank == 0:
         control.order(save=True, stop=True)
         control.order(save=True, stop=True)
-    steps = [step for step in range(1, 3 * STEPS_BETWEEN_BROADCASTS) if control.listen(step).save]
-    assert steps == [STEPS_BETWEEN_BROADCASTS]
-    assert control.listen(3 * STEPS_BETWEEN_BROADCASTS).stop
+    saves = [control.listen(step).save for step in range(1, n_steps)]
+    assert sum(saves[: MAX_STEPS_BETWEEN_AGREEMENTS + 1]) == sum(saves) == 1
+    assert world.comm.allgather(saves) == [saves] * world.size
+    assert control.is_stopping
     assert control.rest().over
+
+
+@pytest.mark.ranks(1, 2, 3, 5)
+@pytest.mark.parametrize("control", ["synchronous"], indirect=True)
+@pytest.mark.parametrize("step_seconds", [0.0, 0.12], ids=["short", "long"])
+def test_synchronous_ranks_hear_of_a_signal_to_any_of_them_at_the_same_step(world, control, step_seconds):
+    """At once where a step takes a tenth of a second, and after ten shorter steps at most."""
+    for step in range(1, 14):
+        time.sleep(step_seconds)
+        control.listen(step)
+    if world.rank == world.size - 1:
+        control.report_signal(signal.SIGTERM)
+    heard = []
+    for step in range(14, 14 + MAX_STEPS_BETWEEN_AGREEMENTS):
+        time.sleep(step_seconds)
+        heard.append(control.listen(step).signal)
+    assert max(heard) == signal.SIGTERM
+    assert world.comm.allgather(heard) == [heard] * world.size
+    if step_seconds:
+        assert heard[0] == signal.SIGTERM
+
+
+@pytest.mark.ranks(1, 2, 3, 5)
+@pytest.mark.parametrize("control", ["asynchronous"], indirect=True)
+def test_the_lead_of_asynchronous_ranks_hears_of_a_signal_to_any_of_them(world, control):
+    world.barrier()
+    if world.rank == world.size - 1:
+        control.report_signal(signal.SIGINT)
+    world.barrier()
+    if world.rank == 0:
+        assert control.signal == signal.SIGINT
 
 
 @pytest.mark.ranks(1, 2, 3, 5)
@@ -83,15 +115,3 @@ def test_a_rank_that_is_done_follows_orders_until_all_are_done(world, control):
         assert time.perf_counter() - began < DETECTION_SECONDS
     # The slow rank took the order to save together with the one to stop, while it was still at work.
     assert saves == (world.rank != last or last == 0)
-
-
-def test_a_signal_is_recorded_and_its_handler_restored():
-    before = signal.getsignal(signal.SIGUSR1)
-    stop = StopSignal()
-    try:
-        assert not stop.received
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.received
-    finally:
-        stop.restore()
-    assert signal.getsignal(signal.SIGUSR1) is before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import time
@@ -48,8 +50,10 @@ def run_until(
             act(process)
             process.wait(ENDS_WITHIN_SECONDS)
             seconds = time.monotonic() - began
-            time.sleep(0.2)  # a process that has just been killed
-            assert not _session_members(process.pid), "a process was left behind"
+            deadline = time.monotonic() + ENDS_WITHIN_SECONDS  # of processes that have just been killed
+            while _session_members(process.pid):
+                assert time.monotonic() < deadline, "a process was left behind"
+                time.sleep(0.02)
         finally:
             _end_session(process)
     return Finished(process.returncode, out.read_text(errors="replace"), seconds, False)
@@ -69,6 +73,45 @@ def test_the_launcher_passes_the_signal_on_that_saves_and_stops(mpi: str, tmp_pa
     assert "Traceback" not in done.output
     assert len(checkpoints(run)) == 1
     assert not (run / "result.json").exists()
+
+
+def rank_pid(launcher: int, rank: int) -> int:
+    """Return the process number of a rank of this launch."""
+    for pid in _session_members(launcher):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if any(f"{name}={rank}".encode() in variables for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+            return pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.parametrize(("algorithm", "number"), [("easgd", signal.SIGTERM), ("allreduce", signal.SIGINT)])
+def test_a_signal_to_any_rank_saves_and_stops_all(algorithm: str, number: signal.Signals, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = command("--algorithm", algorithm, "--minutes", "100", "--checkpoint-every", "0", out=run)
+    done = run_until(
+        run.joinpath("metrics.h5").exists, lambda p: os.kill(rank_pid(p.pid, 1), number), arguments, "openmpi"
+    )
+    assert done.returncode == 128 + number, done.output
+    assert done.output.count(f"continue on 2 ranks with: mpitrain train --resume {run}") == 1
+    assert "Traceback" not in done.output
+    assert "was killed" not in done.output
+    assert len(checkpoints(run)) == 1
+    assert not (run / "result.json").exists()
+
+
+def test_a_rank_killed_by_the_host_is_named_with_the_way_to_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_until(
+        lambda: checkpoints(run),
+        lambda p: os.kill(rank_pid(p.pid, 0), signal.SIGKILL),
+        command(*FOR_EVER, out=run),
+        "openmpi",
+    )
+    assert done.returncode not in (0, 2, 3, 4), done.output
+    line = (
+        rf"rank 0 \(process \d+ on \S+\) was killed or crashed in step \d+: resume with: mpitrain train --resume {run}"
+    )
+    assert len(re.findall(line, done.output)) == 1, done.output
 
 
 @pytest.mark.parametrize("mpi", installed())

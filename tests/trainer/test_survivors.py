@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from support.launching import ROOT, Finished, launch, python
 
+from mpitrain.records.metrics import read_metrics
+
 pytestmark = pytest.mark.launches
 
 IN_TIME_SECONDS = 240.0  # a hang would last for ever
@@ -104,11 +106,26 @@ def test_a_run_of_ranks_that_wait_for_each_other_ends_with_the_reason(method: li
     assert "Traceback" not in done.output
 
 
-def test_a_run_without_rank_0_ends_with_the_reason() -> None:
-    done = train(3, 0, "--minutes", "100")
-    assert done.returncode == 1, done.output
-    assert "rank 0, which leads the run, died: resume it from its newest checkpoint" in done.output
+def test_the_next_rank_takes_the_lead_of_a_run_whose_rank_0_died(tmp_path: Path) -> None:
+    """It evaluates, saves, stores metrics and the result, and keeps the lock of the folder and earlier evaluations."""
+    run = tmp_path / "run"
+    options = ["--gradients", "2000", "--checkpoint-every", "100", "--evaluate-every", "10"]
+    done = train(3, 0, *options, "--out", str(run), "--json")
+    assert done.returncode == 0, done.output
+    assert done.output.count("rank 0 of 3 died") == 1
     assert "Traceback" not in done.output
+    result = json.loads((run / "result.json").read_text())
+    assert (result["died"], result["complete"], result["steps_of_ranks"][0]) == ([0], True, 29)
+    assert result == document_in(done.output)
+    assert result["gradients"] >= 2000
+    assert result["test_accuracy"] > 0.9
+    seconds = [point["seconds"] for point in result["evaluation"]]
+    assert seconds == sorted(seconds)
+    assert result["evaluation"][0]["step"] == 0
+    assert any(point["gradients"] > 1000 for point in result["evaluation"])
+    assert len(list(run.glob("checkpoints/step-*"))) == 2
+    assert not (run / "lock").exists()
+    assert read_metrics(run / "metrics.h5")["evaluation"]["gradients"][-1] == result["gradients"]
 
 
 def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_reports_the_reason() -> None:

@@ -44,6 +44,18 @@ class Scoreboard:
         for name, value in values.items():
             self._window.local[self._places[name]] = value
 
+    def write_to(self, rank: int, **values: float) -> None:
+        """Set some single values of another rank. Local."""
+        row = self._window.of(rank)
+        for name, value in values.items():
+            place = self._places[name]
+            assert isinstance(place, int)
+            if row is not None:
+                row[place] = value
+            else:
+                self._window.put(rank, np.array([value], np.float64), place)
+                self._window.flush(rank)
+
     def read(self) -> dict[str, np.ndarray]:
         """Return the present values of all ranks by name: (p,) of a single value, (p, n) of several. Local."""
         self._window.sync()

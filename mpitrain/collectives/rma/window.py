@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from mpitrain.collectives.topology.partition import split
 from mpitrain.collectives.world.shared_memory import check_free_memory_on_all
+from mpitrain.errors import RankFailed
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
@@ -133,9 +134,12 @@ class Window:
                 return
         self._direct.clear()
         self.plan = None
-        with self.world.waiting("the release of shared memory"):
-            if self._remote is not None:
-                self._remote.Unlock_all()
-                self._remote.Free()
-            self._shared.Unlock_all()
-            self._shared.Free()
+        try:
+            with self.world.waiting("the release of shared memory"), self.world.translated_errors():
+                if self._remote is not None:
+                    self._remote.Unlock_all()
+                    self._remote.Free()
+                self._shared.Unlock_all()
+                self._shared.Free()
+        except RankFailed:  # it has died since the barrier
+            return

@@ -203,7 +203,7 @@ class ULFMFaultTolerance(FaultTolerance):
             result: Any = None
             try:
                 result, succeeded = collective(self.comm), True
-            except MPI.Exception as error:
+            except Exception as error:  # a collective that is left half done may also deliver garbage
                 if not self._comes_from_death(error):
                     raise
                 self.comm.Revoke()  # others may wait in it
@@ -230,11 +230,12 @@ class ULFMFaultTolerance(FaultTolerance):
                 self.require_all()
             raise
 
-    def _comes_from_death(self, error: Any) -> bool:
-        """Return whether an MPI error comes from a death: not every collective says so in the error's class."""
+    def _comes_from_death(self, error: Exception) -> bool:
+        """Return whether an error comes from a death: not every collective says so in the error's class."""
         from mpi4py import MPI
 
-        if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
+        classes = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
+        if isinstance(error, MPI.Exception) and error.Get_error_class() in classes:
             return True
         n_known = self.size - self.comm.Get_size()  # when the communicator was made
         deadline = time.monotonic() + DETECTION_SECONDS

@@ -128,6 +128,10 @@ class Watchdog:
         self._row, self._status, self._reports_exits = status.row, status, reports_exits
         self._wakeup.wake()
 
+    def expect_exits(self) -> None:
+        """Report no further ends of other processes: somebody has asked for them. Local."""
+        self._reports_exits = False
+
     def announce_end(self) -> None:
         """Tell the node that this process ends by itself, and has said why if there is a reason. Local."""
         self._row[node_status.HAS_ENDED] = 1

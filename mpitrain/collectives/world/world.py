@@ -124,6 +124,12 @@ class World:
         """Whether no rank had died at the last ``run_on_survivors`` or ``barrier``; the same on all ranks. Local."""
         return self._fault_tolerance.is_whole
 
+    @property
+    def leader(self) -> int:
+        """The lowest rank not known to have died. Local."""
+        dead = self.dead
+        return next(rank for rank in range(self.size) if rank not in dead) if dead else 0
+
     def require_all(self) -> None:
         """Raise if a rank is dead. Local.
 

@@ -110,6 +110,18 @@ world.barrier()
 mpitrain.init(timeout=2)
 """
 
+LOCK_NEVER_RELEASED = """
+def compute():
+    locks.acquire(0, 0)
+    world.barrier()
+    time.sleep(1000)
+
+if world.rank == 0:
+    compute()
+world.barrier()
+locks.acquire(0, 0)
+"""
+
 # By name: a script, and what rank 0, 1, ... says; None if it cannot.
 SILENCES = {
     "fewer steps": (
@@ -127,10 +139,7 @@ SILENCES = {
         + 2 * [r"in step 20, waiting in a barrier for rank 0 \(process \d+, which a signal stopped in step 20\)"],
     ),
     "lock": (
-        (
-            "def compute():\n    locks.acquire(0, 0)\n    world.barrier()\n    time.sleep(1000)\n\n"
-            "if world.rank == 0:\n    compute()\nworld.barrier()\nlocks.acquire(0, 0)"
-        ),
+        LOCK_NEVER_RELEASED,
         [r"busy in step 20, at line \d+ of <string> \(compute\)"]
         + 2 * [r"in step 20, waiting in a lock for rank 0 \(busy in step 20\)"],
     ),
