@@ -85,7 +85,9 @@ class Rows:
             out[part] = np.add.reduce(block, axis=0, out=self._line[: block.shape[1]])
 
     def trimmed_mean(self, rows: np.ndarray, n_cut: int, out: Any) -> None:
-        """Compute the trimmed mean of each coordinate of the given rows, without the ``n_cut`` smallest and largest.
+        """Compute the trimmed mean of the given rows for each coordinate.
+
+        The ``n_cut`` smallest and the ``n_cut`` largest values of each coordinate are dropped.
 
         Args:
             rows: Indices of rows.

@@ -1,7 +1,7 @@
 """A worker that is a group of ranks with one model between them.
 
     rank      0   1   2 | 3   4   5 | ...       groups of k = 3 neighbours
-    worker        0     |     1     | ...       what the methods call p counts workers
+    worker        0     |     1     | ...       in a method, p is the number of workers
     head      0           3           ...       the only rank of a group that the method knows
 
 One step of a group:
@@ -10,14 +10,16 @@ One step of a group:
     2. the head makes the worker's step            exchange and local update, with that gradient
     3. x <- the head's x                           the other members read it in place
 
-So a group of k ranks with mini-batches of b is, to rounding, one rank with a mini-batch of k*b, whatever the method:
-only the head has the state of the method and of the local optimizer; the other members have the parameters it leaves.
+With any method, a group of k ranks with mini-batches of b is therefore equivalent to one rank with a mini-batch of
+k*b, up to rounding. Only the head holds the state of the method and of the local optimizer. The other members receive
+the parameters after each step.
 
 A group is data-parallel: every member has the whole model and samples of its own. A model that is split over the
 members would fit here too: step 1 would gather the members' parts of the gradient, and step 3 scatter the parameters.
 
-The other members can ask for what the method evaluates at any time, as the head can. A thread of the head answers, so
-that neither waits until the other reaches a certain point of its program.
+Every member can read the consensus, the parameters that the method evaluates, at any time. The other members request it
+from the head. A thread of the head answers, so a member need not wait for the head to reach a certain point of its
+program.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_for_user(path: Path, content: Buffer) -> None:
-    """Write a file for the user, in place of the one at ``path`` if there is one.
+    """Write a file that the user has asked for, and replace the file at ``path`` if there is one.
 
     Raises:
         UsageError: The file cannot be written; ``path`` is as it was.

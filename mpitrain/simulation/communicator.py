@@ -159,7 +159,7 @@ class SimulatedCommunicator:
         return split(n, len(node_ranks))[bisect_left(node_ranks, self.rank)]
 
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with this worker's slice and the addends of the sum in it. Collective."""
+        """Call ``fn`` with this worker's slice and the sum of all workers' vectors in that slice. Collective."""
         self._count_reduction(vector.local.nbytes)
         total = self._exchange(
             vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()), "allreduce", vector.local.nbytes

@@ -62,13 +62,13 @@ class Hook:
     """Callbacks for the events of a run. All ranks have the same hooks in the same order."""
 
     def on_start(self, run: Run) -> None:
-        """Act before the first step. On all ranks, at the same time."""
+        """Act before the first step. Called on all ranks at the same time."""
 
     def on_step(self, run: Run) -> None:
-        """Act after a step. On all ranks, each after its own."""
+        """Act after a step of this rank. Called on all ranks, which may be at different steps."""
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
-        """Act on the totals of all ranks. On the lead, a few times a second, at evaluations and at the end.
+        """Act on the totals of all ranks. Called on the lead a few times a second, at evaluations and at the end.
 
         Args:
             run: The run.
@@ -77,7 +77,7 @@ class Hook:
         """
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Act on an evaluation. On the lead."""
+        """Act on an evaluation. Called on the lead."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """Act on a checkpoint that all ranks have written. On all ranks, at the same time.

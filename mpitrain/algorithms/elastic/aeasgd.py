@@ -119,7 +119,9 @@ class RememberedCenter(AsynchronousCenter):
 
 
 class EarlyWorker(ElasticWorker):
-    """A worker that exchanges at the end of the first step whose gradient the spring balances.
+    """A worker that exchanges at the end of the first step in which the elastic force balances the gradient.
+
+    It exchanges at the ``period``-th step at the latest.
 
     Args:
         method: The hyper-parameters.

@@ -81,7 +81,7 @@ def drop_foreign(folder: Path) -> None:
 
 
 def protect(folder: Path) -> None:
-    """Make the files in a folder private, which libraries have written with the user's umask."""
+    """Make the files in a folder private: the libraries that write them apply the user's umask only."""
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another process has just replaced it
             path.chmod(0o700 if path.is_dir() else 0o600)
