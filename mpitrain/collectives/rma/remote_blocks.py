@@ -65,12 +65,14 @@ class Fetch:
         transfer: Its pending request.
         n_bytes: What travels.
         began: When it was requested, in seconds.
+        granted: Whether this rank has the lock.
     """
 
     block: RemoteBlock
     transfer: Transfer
     n_bytes: int
     began: float
+    granted: bool = False
 
 
 class RemoteBlocks:
@@ -158,18 +160,22 @@ class RemoteBlocks:
 
     def next_arrival(self, awaited: deque[int], encoded: bool) -> Block:
         """Wait for any of the blocks under way, and start to fetch more of those that are awaited. Local."""
-        fetch = self._granted()
+        self._start_more(awaited, encoded)
+        fetch = self._granted()  # its data follow: the link has room for another block
         self._start_more(awaited, encoded)
         return self._arrived(fetch)
 
     def _start_more(self, awaited: deque[int], encoded: bool) -> None:
         """Start to fetch blocks while the window is open: two at least, as one is worked on while another one comes."""
-        under_way = sum(fetch.n_bytes for fetch in self._fetches)
-        while awaited and len(self._fetches) < MOST_AWAITED:
+        requested = [fetch.n_bytes for fetch in self._fetches if not fetch.granted]
+        while awaited and len(requested) < MOST_AWAITED:
             n_bytes = self._memory.lengths[awaited[0]] * self._itemsize
-            if len(self._fetches) >= 2 and under_way + n_bytes > self.window.n_bytes:
+            if len(requested) >= 2 and sum(requested) + n_bytes > self.window.n_bytes:
                 break
-            under_way += n_bytes
+            requested.append(n_bytes)
+            # A block takes a round trip to come and another one to go.
+            if not self._free and len(self.staging) < 2 * (2 + self.window.n_bytes // n_bytes):
+                self._add_staging_buffers(1)
             self._start(awaited.popleft(), encoded)
 
     def release(self, block: Block, *, updated: bool) -> None:
@@ -233,6 +239,7 @@ class RemoteBlocks:
         fetch = self._fetches[first_granted([fetch.transfer for fetch in self._fetches])]
         waited = fetch.transfer.wait_for_lock()
         count_wait(self._statistics, waited)
+        fetch.granted = True
         if not fetch.transfer.was_taken:
             self.window.record_round_trip(time.perf_counter() - fetch.began)
         return fetch
@@ -247,8 +254,6 @@ class RemoteBlocks:
         return block
 
     def _staging_block(self, index: int) -> RemoteBlock:
-        if not self._free and len(self.staging) < 2 * (len(self._fetches) + 1):
-            self._add_staging_buffers(1)
         while not self._free:
             self._wait_for_store()
         buffer = self._free.popleft()
