@@ -68,6 +68,16 @@ def test_a_folder_that_hosts_do_not_share_is_named(cluster: Cluster) -> None:
     assert "epoch" not in output
 
 
+def test_a_host_with_little_shared_memory_is_named(cluster: Cluster) -> None:
+    cluster.check(["mount", "-o", "remount,size=2m", "/dev/shm"], host="host2")
+    try:
+        large = [word.replace("hidden=16", "hidden=2048x1024") for word in TRAIN]
+        output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=pmix", *large])
+    finally:
+        cluster.check(["mount", "-o", "remount,size=2g", "/dev/shm"], host="host2")
+    assert "9 MiB of shared memory are needed on host2, but /dev/shm has only 2 MiB free: enlarge it" in output
+
+
 def test_info_compares_the_hosts(cluster: Cluster) -> None:
     cluster.check(["mount", "-o", "remount,size=64m", "/dev/shm"], host="host4")
     for host in ("host3", "host4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
     free_bytes = status.f_bavail * status.f_frsize
     if n_bytes > free_bytes:
         raise UsageError(
-            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on this node, but {folder} has only "
+            f"{n_bytes / 2**20:.0f} MiB of shared memory are needed on {socket.gethostname()}, but {folder} has only "
             f"{free_bytes / 2**20:.0f} MiB free: enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g "
             f"{folder}), or use a smaller model or fewer ranks"
         )
