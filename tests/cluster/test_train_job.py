@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.cluster import Cluster
-from support.cluster_jobs import TrainJob, checkpoints, parameters
+from support.cluster_jobs import TrainJob, checkpoints, parameters, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -64,6 +64,19 @@ def test_a_lost_node_requeues_and_resumes(cluster: Cluster, undisturbed: TrainJo
     assert lost not in cluster.job(job.number).facts["NodeList"]
     cluster.start_slurmd(lost)
     cluster.wait_until_idle()
+
+
+def test_a_cancelled_run_is_saved_and_continues_when_it_is_submitted_again(
+    cluster: Cluster, undisturbed: TrainJob, expected: np.ndarray
+) -> None:
+    job = TrainJob(cluster, "cancelled", STEPS)
+    saved = job.wait_until_saved()
+    cluster.check(["scancel", str(job.number)])
+    assert job.end().state == "CANCELLED"
+    wait_until(lambda: not cluster.is_completing(job.number), text=lambda: job.output)
+    assert saved < checkpoints(job.run)[-1] < f"step-{STEPS:08d}", job.output
+    job.submit()
+    assert_finished(job, expected, restarts=0)
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused(cluster: Cluster) -> None:
