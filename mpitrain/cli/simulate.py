@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mpitrain.cli.options import add_options
+from mpitrain.log import logger
 from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import values_of
@@ -50,9 +52,24 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: An option is wrong.
     """
     given = vars(args)
+    if args.calibrate is not None:
+        given = _calibrated(given)
     study = StudyConfig(**values_of(given, StudyConfig))
     plan = RunPlan.of(TrainConfig(**values_of(given, TrainConfig, SHARED)))
     cluster = ClusterConfig(**values_of(given, ClusterConfig))
     from mpitrain.trainer import study as simulation
 
     return simulation.simulate(plan, study, cluster)
+
+
+def _calibrated(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with those that were not given fitted to a run."""
+    from mpitrain.trainer.calibration import calibrated
+
+    fitted = calibrated(Path(given["calibrate"]), given["cores"])
+    logger.info("calibrated: %s", ", ".join(f"{name}={value:.4g}" for name, value in _numbers(fitted)))
+    return {**given, **{name: value for name, value in fitted.items() if given[name] is None}}
+
+
+def _numbers(options: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in options.items() if isinstance(value, int | float)]

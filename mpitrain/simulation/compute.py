@@ -85,9 +85,10 @@ class Core:
             When the worker should call again, and the seconds that are left then.
         """
         others = any(other != rank for other in self._queue)
-        has_slice = rank == self._owner and (now < self._slice_end or not others)
+        is_over = now >= self._slice_end - TICK_SECONDS
+        has_slice = rank == self._owner and not (is_over and others)
         if now >= self._busy_until and (has_slice or not self._queue or self._queue[0] == rank):
-            if rank != self._owner or now >= self._slice_end:
+            if rank != self._owner or is_over:
                 self._owner, self._slice_end = rank, now + self._slice
             if rank in self._queue:
                 self._queue.remove(rank)

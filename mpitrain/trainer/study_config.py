@@ -37,6 +37,12 @@ class StudyConfig:
         metavar="N",
         default_text="all on one node",
     )
+    calibrate: str | None = option(
+        None,
+        "fit the time of a gradient, the network and the cores to a finished run; options that are given come first",
+        metavar="RUN",
+        default_text="none",
+    )
     step_seconds: float = option(0.01, "virtual time of a gradient, in seconds", parse=float, within=POSITIVE)
     jitter: float = option(
         0.0, "spread of the gradient times: standard deviation of their logarithm", parse=float, within=NON_NEGATIVE

@@ -14,8 +14,10 @@ from support import plain_sgd
 from support.plain_sgd import DATA, MODEL, STEPS
 
 from mpitrain.cli.main import main
+from mpitrain.records.metrics import MetricsWriter
 from mpitrain.trainer import study
 from mpitrain.trainer.cluster_config import ClusterConfig
+from mpitrain.trainer.metrics import tables
 from mpitrain.trainer.options import options_of
 from mpitrain.trainer.study_config import SHARED, StudyConfig
 
@@ -103,6 +105,23 @@ def workers_per_node(run: Run, monkeypatch: pytest.MonkeyPatch, **_: Any) -> Non
     run("--workers", "5", "--workers-per-node", "2")
     run("--workers", "5")
     assert [list(world.communicators[0].nodes) for world in worlds] == [[0, 0, 1, 1, 2], [0] * 5]
+
+
+def calibrate(run: Run, tmp_path: Path, **_: Any) -> None:
+    document = {
+        "algorithm": "allreduce",
+        "settings": {"overlap": False},
+        "seconds": 50.0,
+        "parameters": 10,
+        "steps_of_ranks": [100],
+        "shares": {"compute": 0.5, "exchange": 0.0},
+        "world": {"ranks_of_node": [1]},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(document))
+    with MetricsWriter(tmp_path / "metrics.h5", tables(1, ())) as metrics:
+        metrics.append("progress", exchanges=100)
+        metrics.append("staleness", histogram=np.zeros(33))
+    assert run("--calibrate", str(tmp_path), "--cores", "1")["seconds"] == close(STEPS * 50.0 / 100 * 0.5)
 
 
 def step_seconds(run: Run, **_: Any) -> None:
@@ -216,6 +235,7 @@ CASES: dict[str, Callable[..., None]] = {
     "seconds": seconds,
     "workers": workers,
     "workers_per_node": workers_per_node,
+    "calibrate": calibrate,
     "step_seconds": step_seconds,
     "jitter": jitter,
     "latency": latency,

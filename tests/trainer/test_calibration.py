@@ -1,0 +1,96 @@
+"""Fits of the simulator to a run whose constants are known."""
+
+import json
+import os
+import socket
+
+import numpy as np
+import pytest
+
+from mpitrain.cli.main import main
+from mpitrain.errors import UsageError
+from mpitrain.records.metrics import MetricsWriter
+from mpitrain.trainer.calibration import calibrated, measured, simulated_staleness, total_variation
+from mpitrain.trainer.metrics import tables
+
+
+def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1), histogram=None, host=None):
+    """A run of DOWNPOUR with 1000 steps and exchanges of each rank and a model of 1000 parameters."""
+    p = sum(ranks_of_node)
+    folder.mkdir()
+    with MetricsWriter(folder / "metrics.h5", tables(p, ())) as metrics:
+        metrics.append("progress", exchanges=1000 * p)
+        metrics.append("progress", seconds=seconds)  # as at an evaluation: the other columns are NaN
+        metrics.append("staleness", seconds=seconds, histogram=np.zeros(33) if histogram is None else histogram)
+    document = {
+        "algorithm": "downpour",
+        "settings": {"period": 1, "push_period": None, "fetch_period": None},
+        "seconds": seconds,
+        "steps_of_ranks": [1000] * p,
+        "parameters": 1000,
+        "shares": dict(zip(("compute", "exchange", "waiting"), shares, strict=True)),
+        "world": {"ranks_of_node": list(ranks_of_node), "hosts": [host or socket.gethostname()]},
+    }
+    (folder / "result.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_gradients_take_the_computing_share_of_a_step_times_the_cores_of_a_rank(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert calibrated(run, 8)["step_seconds"] == pytest.approx(0.02 * 0.6)
+    assert calibrated(run, 2)["step_seconds"] == pytest.approx(0.02 * 0.6 * 2 / 4)
+    assert calibrated(run)["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_exchanges_without_waiting_give_the_bandwidth_of_the_memory_or_of_the_network(tmp_path):
+    alone, apart = write_run(tmp_path / "alone"), write_run(tmp_path / "apart", ranks_of_node=(2, 2))
+    assert calibrated(alone, 8)["node_bandwidth"] == pytest.approx(4 * 1000 / (0.02 * 0.3))
+    assert "bandwidth" not in calibrated(alone, 8)
+    assert calibrated(apart, 8)["bandwidth"] == pytest.approx(4 * 1000 / (0.02 * 0.3))
+    assert calibrated(apart, 8)["workers_per_node"] == 2
+    assert measured(apart).nodes == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("slice_seconds", "jitter", "other"), [(4e-4, 0.3, 1e-2), (1e-2, 0.1, 4e-4)])
+def test_time_slice_and_jitter_reproduce_the_staleness(tmp_path, slice_seconds, jitter, other):
+    truth = measured(write_run(tmp_path / "truth", seconds=1.0))
+    cluster = calibrated(tmp_path / "truth", 2)
+    histogram = simulated_staleness(truth, cluster, slice_seconds, jitter)
+    found = calibrated(write_run(tmp_path / "run", seconds=1.0, histogram=1000 * histogram), 2)
+    again = simulated_staleness(truth, found, found["time_slice"], found["jitter"])
+    assert total_variation(histogram, again) < 0.15
+    assert total_variation(histogram, simulated_staleness(truth, cluster, other, jitter)) > 0.15
+
+
+def test_a_run_without_staleness_leaves_slice_and_jitter_as_they_are(tmp_path):
+    assert {"time_slice", "jitter"}.isdisjoint(calibrated(write_run(tmp_path / "run"), 2))
+
+
+def test_cores_of_another_machine_must_be_given(tmp_path):
+    run = write_run(tmp_path / "run", host="elsewhere")
+    with pytest.raises(UsageError, match="on another machine, so give the --cores"):
+        calibrated(run)
+    assert calibrated(run, 4)["cores"] == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"), [([1, 0], [1, 0], 0), ([1, 0], [0, 1], 1), ([1, 0], [0.5, 0.5], 0.5)]
+)
+def test_total_variation(one, other, distance):
+    assert total_variation(one, other) == distance
+
+
+def test_a_simulation_takes_the_fitted_options_that_are_not_given(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    words = ["simulate", "--algorithm", "allreduce", "--workers", "1", "--gradients", "5", "--json", "--cores", "8"]
+    for more, seconds in (([], 0.012), (["--step-seconds", "0.5"], 0.5)):
+        assert main([*words, "--calibrate", str(run), *more]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] == pytest.approx(5 * seconds)
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.h5"])
+def test_an_unfinished_run_is_refused_in_one_line(tmp_path, capsys, name):
+    run = write_run(tmp_path / "run")
+    (run / name).unlink()
+    assert main(["simulate", "--calibrate", str(run), "--cores", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
