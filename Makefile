@@ -85,6 +85,7 @@ bench: setup
 	    done; \
 	    record windows-$$mpi $$mpi jobs/local.sh 2 python -m benchmarks.micro.windows --most 64M --repeats 10; \
 	    record startup-$$mpi $$mpi $$python -m benchmarks.micro.startup --repeats 3 --imports 3; \
+	    record nodes-$$mpi $$mpi $$python -m benchmarks.network.nodes; \
 	    if [ "$$(id -u)" = 0 ]; then \
 	        record between-$$mpi $$mpi $$python -m benchmarks.network.hosts; \
 	    fi; \

@@ -34,6 +34,7 @@ TITLES = {
     "steps": "Training steps",
     "stragglers": "One slow rank",
     "startup": "Start",
+    "nodes": "More and more nodes",
     "between": "Between hosts",
     "compare": "Methods",
 }

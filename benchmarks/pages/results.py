@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ORDER = ("kernels", "collectives", "windows", "steps", "stragglers", "startup", "between", "compare")
+ORDER = ("kernels", "collectives", "windows", "steps", "stragglers", "startup", "nodes", "between", "compare")
 MPIS = ("openmpi", "mpich")
 MPI_NAMES = {"openmpi": "Open MPI", "mpich": "MPICH"}
 ON_GPU = "gpu-"

@@ -49,6 +49,7 @@ class SharedVector:
 
     Attributes:
         parts: (shards,) the slice of the vector that each shard is.
+        homes: (shards,) the rank in whose memory each shard is.
         staleness: Inside ``fn`` of ``update``: the number of updates of this shard by others since this worker's last
             pull; 0 before the first pull.
         tags: Inside ``fn`` of ``update``: (N_TAGS,) numbers that belong to the shard, to be changed in place.
@@ -70,6 +71,7 @@ class SharedVector:
         lengths = [length // rows for length in blocks.lengths]
         ends = np.cumsum(lengths)
         self.parts = [slice(int(end) - n, int(end)) for end, n in zip(ends, lengths, strict=True)]
+        self.homes = blocks.homes
         self.n = sum(lengths)
         self.staleness = 0
         self.tags = np.zeros(N_TAGS)
