@@ -88,6 +88,10 @@ def reason(error: BaseException) -> str:
     return os.strerror(number) if number else found.group(1) if found else str(error)
 
 
+class Diverged(RuntimeError):
+    """The end of a run whose loss stays NaN or infinite, in one line; the command line exits with code 5."""
+
+
 class RankFailed(RuntimeError):
     """The death of a rank without which an operation cannot complete.
 

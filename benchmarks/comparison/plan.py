@@ -111,7 +111,7 @@ def configurations(options: argparse.Namespace) -> dict[str, RunPlan]:
     methods = {name: create(name) for name in names}
     rates, settings = of_methods(comparison.lr_of, "--lr-of", names), of_methods(comparison.settings, "--set", names)
     common = values_of(vars(options), TrainConfig, SHARED)
-    common |= {"quiet": True, "defer_evaluation": True, "checkpoint_every": 0}
+    common |= {"quiet": True, "defer_evaluation": True, "checkpoint_every": 0, "on_nonfinite": "skip"}
     if comparison.seconds is not None:
         common["minutes"] = comparison.seconds / 60
     elif "gradients" not in common:

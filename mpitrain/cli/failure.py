@@ -12,6 +12,8 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
 """A run that SIGUSR1 has stopped and that --resume continues."""
+EXIT_DIVERGED = 5
+"""A run whose loss stays NaN or infinite (``--on-nonfinite stop``)."""
 
 
 def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> int:

@@ -14,9 +14,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mpitrain.cli.failure import EXIT_FAILURE, fail
+from mpitrain.cli.failure import EXIT_DIVERGED, EXIT_FAILURE, fail
 from mpitrain.cli.options import Parser
-from mpitrain.errors import RankFailed, UsageError
+from mpitrain.errors import Diverged, RankFailed, UsageError
 from mpitrain.version import __version__
 
 COMMANDS = {
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
     except UsageError as error:
         return fail(str(error), on_all_ranks=error.on_all_ranks)
+    except Diverged as error:
+        return fail(str(error), code=EXIT_DIVERGED)
     except RankFailed as error:
         return fail(str(error), code=EXIT_FAILURE)
     except BrokenPipeError:  # mpitrain algorithms | head

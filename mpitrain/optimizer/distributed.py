@@ -1,7 +1,7 @@
 """``DistributedOptimizer``: any torch optimizer, distributed by a method.
 
 It is a torch optimizer itself, with the parameter groups and the state of the one it wraps, so that learning-rate
-schedulers, gradient clipping, accumulation and parameter groups work as they do without it.
+schedulers, accumulation and parameter groups work as they do without it; ``clip_grad_norm_`` is a method of its own.
 """
 
 from __future__ import annotations
@@ -187,11 +187,36 @@ class DistributedOptimizer(LinkedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, as torch does, or to zero. Local."""
-        flat = self._open_parts.replica.flat
-        if set_to_none:
-            flat.release_gradients()
-        else:
-            flat.zero_gradients()
+        self._open_parts.stepper.zero_gradients(set_to_none=set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Clip the norm of the gradient with which ``step`` updates. Collective where a step averages gradients.
+
+        Call it on all ranks between ``backward`` and ``step``, after ``GradScaler.unscale_`` if there is a scaler.
+        Where a step uses the mean of all ranks' gradients (or another aggregate: ``robust``, ``safeguard``), it is
+        computed and clipped here, and ``step`` uses it. Where ranks update on their own, each clips its own gradient.
+        A group of ranks (``replica_size``) is in both cases like one rank, with the mean of its gradients.
+
+        As in torch, the gradient is multiplied by max_norm/(norm + 1e-6) if that is less than 1. With ``node_shared``
+        ``step`` multiplies, and ``parameter.grad`` stays this rank's own.
+
+        Args:
+            max_norm: The largest norm.
+            norm_type: The order of the norm, above 0; infinity stands for the largest absolute value.
+            error_if_nonfinite: Raise an error if the norm is not finite.
+
+        Returns:
+            The norm of all gradients before clipping, a tensor (): the same on all ranks with the same gradient, NaN if
+            they will leave out the step because a gradient is not finite.
+
+        Raises:
+            UsageError: ``max_norm`` is negative or NaN, or ``norm_type`` not above 0.
+            RuntimeError: The norm is not finite, with ``error_if_nonfinite``.
+        """
+        return self._open_parts.stepper.clip_gradients(float(max_norm), float(norm_type), error_if_nonfinite)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class FlatParameters:
         self._g = torch.zeros_like(self._host_g, device=device) if self.staged else self._host_g
         self._hooks: list[Any] = []
         self._warns_of_sparse = True
+        self._marked = -1  # the version of the gradients that was marked
         with torch.no_grad():
             for place in self._places:
                 view = place.view(self._x)
@@ -118,8 +120,24 @@ class FlatParameters:
             for view, grad in elsewhere:
                 n_nonfinite += self._copy(view, grad, counts=counts)
         if counts and not (was_collected and self.layout.may_be_fused) and not n_nonfinite:
-            n_nonfinite = int((~torch.isfinite(self._g)).sum())
+            n_nonfinite = self._count_nonfinite()
         return n_nonfinite
+
+    def _count_nonfinite(self) -> int:
+        """Return the number of non-finite elements of ``g``; without any, in one pass that only reads."""
+        if math.isfinite(float(self._g.sum(dtype=torch.promote_types(self._g.dtype, torch.float32)))):
+            return 0
+        return int((~torch.isfinite(self._g)).sum())
+
+    def mark_gradients(self) -> None:
+        """Note the gradients as they are now, all of them in ``g``."""
+        self._marked = self._g._version
+
+    def has_marked_gradients(self) -> bool:
+        """Return whether the gradients are those of ``mark_gradients``, unchanged."""
+        return self._marked == self._g._version and all(
+            place.parameter.grad is view for place, view in zip(self._places, self._gradients, strict=True)
+        )
 
     def watch_gradients(self, ready: Callable[[int], object], complete: Callable[[], object]) -> None:
         """Report gradients during every backward pass, until ``detach``.

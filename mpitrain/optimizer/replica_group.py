@@ -24,34 +24,28 @@ program.
 
 from __future__ import annotations
 
-import atexit
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base import gradients
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.communicator import Vector
 from mpitrain.collectives.world.background import threads_may_call_mpi
 from mpitrain.collectives.world.world import World
-from mpitrain.errors import RankFailed, UsageError
+from mpitrain.errors import UsageError
+from mpitrain.optimizer.consensus_server import ANSWER, ASK, ConsensusServer
 
 if TYPE_CHECKING:  # importing it starts MPI, and `check_replica_size` is called before that
     from mpitrain.collectives.mpi import MPICommunicator
     from mpitrain.collectives.rma.device_window import AnyWindow
-
-ASK, ANSWER = 23, 24
-"""Tags of a member's request and of the head's reply."""
-
-REQUEST_POLL_SECONDS = 2e-3
-"""Time between two polls for requests."""
 
 
 def check_replica_size(replica_size: int, world: World) -> None:
@@ -81,22 +75,24 @@ class GroupVectors:
     x: AnyWindow
     g: AnyWindow
 
-    def average(self, loss: float | None, *, skips: bool = False) -> tuple[float | None, bool]:
+    def average(self, *, skips: bool = False) -> bool:
         """Replace every member's ``g`` by the mean over the group. Collective over the group.
 
         Args:
-            loss: Of this rank's mini-batch, where the method asks for it; on all members or on none.
             skips: Whether this rank's gradient is not finite.
 
         Returns:
-            The mean of the members' losses, and whether any member's gradient is not finite.
+            Whether any member's gradient is not finite.
         """
         first = self.g.local[:1]
         if skips:
             first[...] = math.nan
         self.comm.allreduce(self.g, mean=True)
-        skips = not all(math.isfinite(float(element)) for element in first)
-        return None if loss is None else float(self.comm.gather([loss]).mean()), skips
+        return not all(math.isfinite(float(element)) for element in first)
+
+    def mean_loss(self, loss: float | None) -> float | None:
+        """Return the mean of the members' losses; None if there are none. Collective over the group with losses."""
+        return None if loss is None else float(self.comm.gather([loss]).mean())
 
 
 class ReplicaGroup:
@@ -190,16 +186,41 @@ class GroupHead(Worker):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Make the worker's step with the mean of the members' gradients. Collective over the group."""
-        kernels.copy(self._shared.g.local, self.g.local)
-        loss, self.skips = self._shared.average(loss, skips=skips)
-        kernels.copy(self.g.local, self._shared.g.local)
+        loss = self._shared.mean_loss(loss)
+        if not is_combined:
+            self._average(skips=skips)
         with self._busy:
-            found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=self.skips)
+            found_nonfinite = self._worker.step(
+                group_slices, local_update, loss, skips=self.skips, is_combined=is_combined
+            )
             self.skips = self._worker.skips
         self._share_parameters()
         return found_nonfinite
+
+    def clip_gradients(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        max_norm: float,
+        order: float,
+        *,
+        skips: bool = False,
+        is_combined: bool = False,
+    ) -> float:
+        """Clip the worker's gradient, computed from the mean of the members'. Collective over the group."""
+        if not is_combined:
+            self._average(skips=skips)
+        with self._busy:
+            norm = self._worker.clip_gradients(group_slices, max_norm, order, skips=self.skips, is_combined=is_combined)
+            self.skips = self._worker.skips
+        return float(self._shared.comm.gather([norm])[0, 0])
+
+    def _average(self, *, skips: bool) -> None:
+        kernels.copy(self._shared.g.local, self.g.local)
+        self.skips = self._shared.average(skips=skips)
+        kernels.copy(self.g.local, self._shared.g.local)
 
     def _share_parameters(self) -> None:
         # The members have read what was there before: they have been in an all-reduce since.
@@ -257,11 +278,32 @@ class GroupMember(Worker):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Contribute the gradient and receive the head's parameters. Collective over the group."""
-        _, self.skips = self._shared.average(loss, skips=skips)
+        self._shared.mean_loss(loss)
+        if not is_combined:
+            self.skips = self._shared.average(skips=skips)
         self._receive_parameters()
         return False
+
+    def clip_gradients(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        max_norm: float,
+        order: float,
+        *,
+        skips: bool = False,
+        is_combined: bool = False,
+    ) -> float:
+        """Contribute the gradient, and receive the norm from the head. Collective over the group."""
+        if not is_combined:
+            self.skips = self._shared.average(skips=skips)
+        norm = float(self._shared.comm.gather([0.0])[0, 0])
+        factor = gradients.clip_factor(norm, max_norm)
+        if factor < 1:
+            kernels.scale(self.g.local, factor)  # for who reads it: the step uses the head's
+        return norm
 
     def _receive_parameters(self) -> None:
         comm, own = self._shared.comm, self.x.local
@@ -299,42 +341,3 @@ class GroupMember(Worker):
 
     def load(self, state: State) -> None:
         """Do nothing: the head loads the worker's state."""
-
-
-class ConsensusServer:
-    """Answers the members of a group, in a thread of its head.
-
-    Args:
-        world: The group.
-        vector: (n,) the buffer of an answer.
-        answer: Fills it.
-        busy: Held meanwhile.
-    """
-
-    def __init__(self, world: World, vector: np.ndarray, answer: Callable[[Any], None], busy: threading.Lock) -> None:
-        self._world, self._comm, self._members = world, world.comm, range(1, world.size)
-        self._vector, self._answer, self._busy = vector, answer, busy
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="consensus-server", daemon=True)
-        self._thread.start()
-        atexit.register(self.stop)  # runs before MPI is finalized
-
-    def _run(self) -> None:
-        with suppress(RankFailed), self._world.translated_errors():  # the thread that makes the steps reports it
-            while not self._stopped.wait(REQUEST_POLL_SECONDS):
-                for member in self._members:
-                    self._serve(member)
-
-    def _serve(self, member: int) -> None:
-        if self._comm.Iprobe(member, ASK):
-            self._comm.Recv(np.empty(0, np.uint8), member, ASK)
-            with self._busy:
-                self._answer(self._vector)
-            self._comm.Send(self._vector.view(np.uint8), member, ANSWER)
-
-    def stop(self) -> None:
-        """End the thread. Local; safe to call again."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        atexit.unregister(self.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import is_
 from typing import Any
@@ -23,6 +24,7 @@ from mpitrain.optimizer.checks import (
 )
 from mpitrain.optimizer.flat import forget_copies
 from mpitrain.optimizer.fused_sgd import FusedSGD, is_plain_sgd
+from mpitrain.optimizer.gradients import Gradients
 from mpitrain.optimizer.local_replica import LocalReplica
 
 Loss = torch.Tensor | float | Callable[[], torch.Tensor]
@@ -156,9 +158,7 @@ class Stepper:
         self._foreign_writes = replica.foreign_writes
         self._update = update
         self._local_update = None if method.owns_update or replica.node_shared else update
-        self._collects_gradients = method.needs_gradient or replica.flat.staged or replica.size > 1
-        # On a GPU the number is waited for, so that methods whose workers do not wait go without it.
-        self._counts_nonfinite = method.needs_gradient and (method.is_synchronous or replica.flat.layout.may_be_fused)
+        self._gradients = Gradients(method, replica)
         self._has_reported = False
 
     def step(self, loss: Loss | None, scaling: Scaling | None = None) -> Any:
@@ -184,13 +184,7 @@ class Stepper:
         # 2. The gradients in one vector, and the settings of this step.
         if self._foreign_writes is not None:
             self._foreign_writes.check()
-        if scaling is not None or not self._collects_gradients:
-            self._flat.convert_sparse_gradients()
-        if scaling is not None:
-            scaling.unscale([place.parameter for place in self._flat.layout.places])
-        n_nonfinite = self._flat.collect_gradients(counts=self._counts_nonfinite) if self._collects_gradients else 0
-        skips = n_nonfinite > 0 or (scaling is not None and scaling.found_inf)
-        self._statistics.n_nonfinite += max(n_nonfinite, skips)
+        skips, is_combined = self._gradients.collect(scaling)
         self._flat.check_attached()
         self._frozen.check()
         group_slices = self._groups.slices()
@@ -198,7 +192,9 @@ class Stepper:
         # 3. The exchange, with the local update at the method's place in it.
         with self._boundary.exchanging(copies=True, counts=True):
             value = float(loss) if needs_loss and loss is not None else None
-            found_nonfinite = self._worker.step(group_slices, self._local_update, value, skips=skips)
+            found_nonfinite = self._worker.step(
+                group_slices, self._local_update, value, skips=skips, is_combined=is_combined
+            )
 
             # 4. The worker has replaced its own values that were not finite; the base optimizer's follow.
             if found_nonfinite and not self._worker.skips:
@@ -210,12 +206,41 @@ class Stepper:
 
         # 5. A step that is left out is reported: by the rank that caused it and, if all leave it out, by rank 0.
         if self._worker.skips:
-            if scaling is None:
-                self._report_skip(causes=skips)
-            elif not scaling.found_inf:
-                report_found_inf()
+            self._report_skip(scaling, causes=skips)
         self.accept_parameters()
         return loss
+
+    def clip_gradients(self, max_norm: float, order: float, error_if_nonfinite: bool) -> torch.Tensor:
+        """Scale the gradient of the step to a norm of at most ``max_norm``; see ``DistributedOptimizer``.
+
+        Collective where gradients are combined, else Local (or Collective over a group).
+        """
+        if not max_norm >= 0 or not order > 0:
+            raise UsageError(f"clip_grad_norm_ needs max_norm >= 0 and norm_type > 0, not {max_norm:g} and {order:g}")
+        layout = self._flat.layout
+        if not self._gradients.are_combined:
+            self._flat.convert_sparse_gradients()
+            parameters = [place.parameter for place in layout.places]
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, order, error_if_nonfinite)
+        group_slices = self._groups.slices()
+        skips, is_combined = self._gradients.collect(None)
+        with self._boundary.exchanging(copies=True, counts=True):
+            norm = self._worker.clip_gradients(group_slices, max_norm, order, skips=skips, is_combined=is_combined)
+        self._gradients.note_combined(skips=skips)
+        if error_if_nonfinite and not math.isfinite(norm):
+            raise RuntimeError(
+                f"the norm (of order {order:g}) of the gradient is not finite, so it cannot be clipped: "
+                "with error_if_nonfinite=False the step is left out or made with it"
+            )
+        return torch.tensor(norm, dtype=torch.promote_types(layout.torch_dtype, torch.float32), device=layout.device)
+
+    def zero_gradients(self, *, set_to_none: bool) -> None:
+        """Set all gradients to None or to zero, and forget that they were clipped. Local."""
+        self._gradients.forget()
+        if set_to_none:
+            self._flat.release_gradients()
+        else:
+            self._flat.zero_gradients()
 
     def accept_parameters(self) -> None:
         """Take the parameters as they are now as the result of a step or of loading. Local."""
@@ -223,10 +248,13 @@ class Stepper:
         if self._foreign_writes is not None:
             self._foreign_writes.accept()
 
-    def _report_skip(self, *, causes: bool) -> None:
-        """Log the first step that is left out."""
-        if causes or self._rank == 0:
-            all_skip = self._method.averages_gradients
+    def _report_skip(self, scaling: Scaling | None, *, causes: bool) -> None:
+        """Log the first step that is left out; with a gradient scaler, which expects such steps, notify that."""
+        if scaling is not None:
+            if not scaling.found_inf:
+                report_found_inf()
+        elif self._rank == 0 or (causes and not self._method.takes_gradients_early):  # else ``g`` is the mean already
+            all_skip = self._method.combines_gradients
             self._report_nonfinite(
                 "the gradient of a rank was not finite: all ranks leave out this step (%d non-finite elements so far)"
                 if all_skip

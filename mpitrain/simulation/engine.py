@@ -101,7 +101,7 @@ class Simulation:
                     group_slices,
                     update,
                     self._loss(worker) if self.method.needs_loss else None,
-                    skips=self.method.averages_gradients and not math.isfinite(norms.norm(worker.g.local)),
+                    skips=self.method.combines_gradients and not math.isfinite(norms.norm(worker.g.local)),
                 )
                 if found_nonfinite and velocity is not None:
                     kernels.keep_finite(velocity)

@@ -88,6 +88,20 @@ class TrainConfig:
         default_text="0.9, or the algorithm's own where it makes the update",
     )
     weight_decay: float = option(0.0, "L2 penalty added to the gradient", parse=float, within=NON_NEGATIVE)
+    clip_norm: float | None = option(
+        None,
+        "clip the gradient of a step to this norm: the mean of the ranks' gradients, or each rank's own",
+        parse=float,
+        within=POSITIVE,
+        metavar="NORM",
+        default_text="no clipping",
+    )
+    on_nonfinite: str = option(
+        "stop",
+        "after 20 losses of a rank in a row that are not finite: end the run with exit code 5 (stop), or go on (skip)",
+        choices=("stop", "skip"),
+        replaceable=True,
+    )
     average: str | None = option(
         None, "evaluate an average of the iterates: polyak or moving:RATE", metavar="KIND", default_text="no average"
     )

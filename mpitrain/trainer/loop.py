@@ -35,6 +35,7 @@ from mpitrain.trainer.control import Control
 from mpitrain.trainer.counters import Counters
 from mpitrain.trainer.evaluation import Evaluations, Evaluator
 from mpitrain.trainer.faults import Faults, check_ranks
+from mpitrain.trainer.loss_watch import LossWatch
 from mpitrain.trainer.metrics import MetricsFile, tables
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.progress import Progress, ProgressHook
@@ -85,6 +86,7 @@ def train(
 def _train(run: Run) -> dict[str, Any]:
     """Train, evaluate the end and write the result. Collective."""
     model, optimizer, batches = run.model, run.optimizer, run.batches
+    clip_norm, losses = run.plan.config.clip_norm, LossWatch(run.plan.config.on_nonfinite == "stop")
     model.train()
     run.world.barrier()
     run.clock.start()
@@ -98,7 +100,10 @@ def _train(run: Run) -> dict[str, Any]:
         value = float(loss.detach())
         _straggle(run, time.perf_counter() - began)
         run.faults.act(run.step + 1, time.perf_counter() - began, model)
+        if clip_norm is not None:
+            optimizer.clip_grad_norm_(clip_norm)
         optimizer.step(loss)
+        losses.add(value)
         run.end_step(value, began, exchange_before)
         run.hooks.on_step(run)
     run.hooks.on_last_step(run)

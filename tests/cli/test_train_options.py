@@ -22,6 +22,7 @@ from support.plain_sgd import DATA, MODEL, STEPS
 from mpitrain import data
 from mpitrain.cli import train as command
 from mpitrain.cli.main import main
+from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
 from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
 from mpitrain.records.checkpoint_writer import CheckpointWriter
@@ -96,9 +97,9 @@ def is_handed_over(name: str, text: str, value: Any) -> Callable[[Bench], None]:
     return check
 
 
-def is_given_to_mpi(*words: str, expected: tuple[str, str]) -> Callable[[Bench], None]:
+def is_given_to_mpi(*words: str, expected: tuple[str, str, float]) -> Callable[[Bench], None]:
     def check(bench: Bench) -> None:
-        def init(*arguments: str) -> None:
+        def init(*arguments: object) -> None:
             assert arguments == expected
             raise UsageError("seen")
 
@@ -277,6 +278,16 @@ def defer_evaluation(bench: Bench) -> None:
     assert len(during) == 2 * len(plain["evaluation"])
 
 
+def on_nonfinite(bench: Bench) -> None:
+    words = [*BASE, "--lr", "1e30", "--quiet", "--steps"]
+    assert main(["train", *words, "30"]) == 5
+    told = [line for line in bench.capsys.readouterr().err.splitlines() if line.startswith("mpitrain: error")]
+    assert len(told) == 1
+    assert "the loss has not been finite for 20 steps" in told[0]
+    assert main(["train", *words, "30", "--on-nonfinite", "skip"]) == 0
+    assert main(["train", *words, "10"]) == 0  # fewer losses than it takes
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -290,10 +301,13 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "lr": has_loss_of("--lr", "0.2", lr=0.2),
     "momentum": has_loss_of("--momentum", "0.5", momentum=0.5),
     "weight_decay": has_loss_of("--weight-decay", "0.3", weight_decay=0.3),
+    "clip_norm": has_loss_of("--clip-norm", "0.5", clip_norm=0.5),
+    "on_nonfinite": on_nonfinite,
     "average": has_loss_of("--average", "moving:0.3", average=0.3),
     "seed": has_loss_of("--seed", "5", seed=5),
-    "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto")),
-    "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged")),
+    "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto", DEFAULT_TIMEOUT_SECONDS)),
+    "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged", DEFAULT_TIMEOUT_SECONDS)),
+    "timeout": is_given_to_mpi("--timeout", "7", expected=("cpu", "auto", 7.0)),
     "out": out,
     "sampling": has_loss_of("--sampling", "sharded", sampling="sharded"),
     "augment": augment,

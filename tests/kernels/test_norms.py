@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpitrain.kernels.norms import BLOCK, distance, norm
+from mpitrain.kernels.norms import BLOCK, distance, norm, powers, powers_of_sum, root, total
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -50,3 +50,23 @@ def test_norms_allocate_no_vector(dtype):
     finally:
         tracemalloc.stop()
     assert peak < x.nbytes / 15
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, np.inf])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_norm_of_any_order_comes_from_the_powers_of_the_parts_of_a_sum(order, k):
+    addends = np.random.default_rng(k).normal(size=(k, 2 * BLOCK + 17)).astype(np.float32)
+    wanted = np.linalg.norm(addends.astype(np.float64).sum(axis=0), order)
+    found = [powers_of_sum(list(addends[:, part]), order) for part in (slice(0, 5), slice(5, 5), slice(5, None))]
+    assert root(total(found, order), order) == pytest.approx(wanted, rel=1e-13)
+    if k == 1:
+        assert root(powers(addends[0], order), order) == pytest.approx(wanted, rel=1e-13)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, np.inf])
+@pytest.mark.parametrize("at", [0, BLOCK + 3])
+def test_norms_of_any_order_keep_a_nan(order, at):
+    x = np.ones(3 * BLOCK, np.float32)
+    x[at] = np.nan
+    assert np.isnan(powers(x, order))
+    assert np.isnan(root(total([1.0, powers(x, order), 2.0], order), order))

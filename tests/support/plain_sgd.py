@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -26,6 +28,7 @@ def loss_after(
     lr: float = 0.05,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    clip_norm: float = math.inf,
     seed: int = 0,
     sampling: str = "independent",
     average: float | None = None,
@@ -34,6 +37,7 @@ def loss_after(
     """Return the mean cross entropy over the test set after some steps.
 
     Args:
+        clip_norm: The largest norm of a gradient.
         average: The rate of a moving average z <- z + rate*(x - z) that is evaluated.
         averaged: Whether the mean of all iterates is evaluated.
     """
@@ -46,9 +50,10 @@ def loss_after(
     for step in range(steps):
         x, y = dataset.batch(sampler.indices(*divmod(step, sampler.steps_per_epoch)))
         gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(net(x), y), parameters)
+        norm = float(torch.cat([g.reshape(-1) for g in gradients]).norm())
         with torch.no_grad():
             for p, v, g, z in zip(parameters, velocity, gradients, mean, strict=True):
-                v.mul_(momentum).add_(g + weight_decay * p)
+                v.mul_(momentum).add_(min(1.0, clip_norm / norm) * g + weight_decay * p)
                 p.sub_(lr * v)
                 z.add_((1 / (step + 1) if average is None else average) * (p - z))
     with torch.no_grad():

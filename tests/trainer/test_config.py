@@ -27,7 +27,7 @@ def test_there_is_one_budget(a, b):
             TrainConfig(**{a: 1, b: 1})
 
 
-@pytest.mark.parametrize("name", [*BUDGETS, "batch_size", "evaluate_every"])
+@pytest.mark.parametrize("name", [*BUDGETS, "batch_size", "evaluate_every", "clip_norm"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_values_that_must_be_above_zero(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be more than 0, not"):
@@ -52,6 +52,11 @@ def test_momentum_is_below_one(value):
 def test_a_straggler_is_slower(factor):
     with pytest.raises(UsageError, match="needs a factor of 1 or more"):
         TrainConfig(straggler=(0, factor))
+
+
+def test_a_run_that_diverges_stops_or_goes_on():
+    with pytest.raises(UsageError, match="unknown value 'ignore': it must be one of stop, skip"):
+        TrainConfig(on_nonfinite="ignore")
 
 
 def test_sampling_is_one_of_two():

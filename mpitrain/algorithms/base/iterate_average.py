@@ -130,9 +130,10 @@ class AveragedWorker(Worker):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Make the method's step, then z <- (1 - a)*z + a*x with the finite elements of x."""
-        found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=skips)
+        found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)
         self.skips = self._worker.skips
         self.t = self._worker.t
         source = self.x.local
@@ -143,6 +144,20 @@ class AveragedWorker(Worker):
             source = self._evaluated
         kernels.elastic_pull(self._average_of_iterates.local, source, self._average.rate_at(self.t))
         return found_nonfinite
+
+    def clip_gradients(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        max_norm: float,
+        order: float,
+        *,
+        skips: bool = False,
+        is_combined: bool = False,
+    ) -> float:
+        """Pass on to the method."""
+        norm = self._worker.clip_gradients(group_slices, max_norm, order, skips=skips, is_combined=is_combined)
+        self.skips = self._worker.skips
+        return norm
 
     def _averager(self) -> int:
         """Return the worker that averages the consensus, the first alive one; it takes over from one that has died."""

@@ -51,8 +51,8 @@ class Method(ABC):
             optimizer only provides learning rates and weight decays.
         needs_loss: Whether ``step`` must be given the loss.
         needs_gradient: Whether ``step`` needs the gradient in ``g``, for more than the local update.
-        averages_gradients: Whether a step averages the gradients of all workers: then all of them leave out a step in
-            which one gradient is not finite.
+        combines_gradients: Whether a step replaces the gradients of all workers by one, their mean or another
+            aggregate. If the aggregate is not finite all of them leave out the step.
         on_host: Whether the method computes with its vectors by other means than kernels, and so needs them in host
             memory. Parameters on a GPU are then copied there and back at every step.
         evaluates_history: Whether it evaluates an average over the past, which moves on while the workers rest.
@@ -70,7 +70,7 @@ class Method(ABC):
     owns_update: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
-    averages_gradients: ClassVar[bool] = False
+    combines_gradients: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0

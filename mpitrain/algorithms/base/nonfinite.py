@@ -9,6 +9,9 @@ import numpy as np
 
 from mpitrain import kernels
 
+STEPS_BETWEEN_CHECKS = 50
+"""Steps between two reads of the number of non-finite elements on a GPU, because a read waits for the GPU."""
+
 
 def is_finite(vector: Any) -> bool:
     """Whether all elements of a vector (n,) are finite."""
@@ -19,6 +22,25 @@ def replace_nonfinite(vector: Any, other: Any) -> None:
     """Replace the non-finite elements of ``vector`` (n,) by those of ``other`` (n,)."""
     own = kernels.to_host(vector)
     kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
+
+
+def repair(worker: Any) -> bool:
+    """Replace this worker's non-finite values with those of the consensus, if there are new ones. Local.
+
+    Args:
+        worker: A ``Worker``.
+
+    Returns:
+        Whether there were.
+    """
+    n_nonfinite: Any = worker.comm.statistics.n_nonfinite
+    if not isinstance(n_nonfinite, int | np.integer) and worker.t % STEPS_BETWEEN_CHECKS:
+        return False
+    before, worker.n_nonfinite = worker.n_nonfinite, int(n_nonfinite)
+    if worker.n_nonfinite == before:
+        return False
+    reset(worker.positions, worker.velocities, worker.consensus)
+    return True
 
 
 def reset(positions: Sequence[Any], velocities: Sequence[Any], consensus: Callable[[Any], object]) -> None:

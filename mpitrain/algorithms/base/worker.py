@@ -2,6 +2,7 @@
 
 One step, with the gradient already in ``g``::
 
+    combine_gradients  g becomes that of all workers, in methods whose workers make the same step
     before_update      exchanges whose gradient was taken before them (the default of the papers)
     the local update   x <- x - eta*g, by the torch optimizer; or by the method's own ``update`` (``owns_update``)
     after_update       exchanges after which the next gradient is computed
@@ -9,19 +10,14 @@ One step, with the gradient already in ``g``::
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
-from mpitrain.algorithms.base import nonfinite
+from mpitrain import kernels
+from mpitrain.algorithms.base import gradients, nonfinite
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.state import State, entries, restore
-
-STEPS_BETWEEN_CHECKS = 50
-"""Steps between two reads of the number of non-finite elements on a GPU, because a read waits for the GPU."""
 
 
 class Worker(ABC):
@@ -38,6 +34,8 @@ class Worker(ABC):
         group_slices: The parameter groups of the present step.
         loss: The loss of the present mini-batch, for methods that need it.
         skips: Whether the present step leaves out the local update, because a gradient is not finite.
+        has_common_gradient: Whether the present gradient is the same on all workers.
+        n_nonfinite: The number of non-finite elements at the last check.
         positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
         velocities: The worker's own vectors (n,) that are zero at rest.
     """
@@ -50,11 +48,11 @@ class Worker(ABC):
         self.learning_rate = 0.0
         self.group_slices: Sequence[ParamGroupSlice] = ()
         self.loss: float | None = None
-        self.skips = False
+        self.skips = self.has_common_gradient = False
         self._finalized_at = 0
         self.positions: tuple[Any, ...] = (self.x.local,)
         self.velocities: tuple[Any, ...] = ()
-        self._n_nonfinite = 0  # at the last check
+        self.n_nonfinite = 0
 
     def step(
         self,
@@ -63,6 +61,7 @@ class Worker(ABC):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Make one step with the gradient in ``g``.
 
@@ -74,13 +73,16 @@ class Worker(ABC):
             skips: Leave out the local update, because the gradient is not finite. The exchanges are made in any case,
                 so that workers that wait for each other stay in step. Where gradients are averaged all workers then
                 leave out this update.
+            is_combined: ``clip_gradients`` has combined the gradients of this step.
 
         Returns:
             Whether non-finite elements were found, and replaced in the worker's own vectors. The local update should
             then reset the non-finite elements of its own state.
         """
         self.use(group_slices)
-        self.loss, self.skips = loss, skips
+        self.loss = loss
+        if not is_combined:
+            gradients.combine(self, skips=skips)
         self.before_update()
         if self.skips:
             self.comm.statistics.n_nonfinite += not skips  # another worker's gradient; its own has been counted
@@ -90,26 +92,12 @@ class Worker(ABC):
             self.update_all(group_slices)
         self.after_update()
         self.t += 1
-        return self._resets_nonfinite()
+        return nonfinite.repair(self)
 
     def use(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """Note the parameter groups of a step, and eta, the largest of their learning rates."""
         self.group_slices = group_slices
         self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
-
-    def _resets_nonfinite(self) -> bool:
-        n_nonfinite: Any = self.comm.statistics.n_nonfinite
-        if not isinstance(n_nonfinite, int | np.integer) and self.t % STEPS_BETWEEN_CHECKS:
-            return False
-        before, self._n_nonfinite = self._n_nonfinite, int(n_nonfinite)
-        if self._n_nonfinite == before:
-            return False
-        self.reset_nonfinite()
-        return True
-
-    def reset_nonfinite(self) -> None:
-        """Replace this worker's non-finite values with those of the consensus. Local."""
-        nonfinite.reset(self.positions, self.velocities, self.consensus)
 
     def gradient_ready(self, layer: int) -> bool:
         """Note, during the backward pass, that the gradient of ``replica.layers[layer]`` is in ``g``. Local.
@@ -125,16 +113,41 @@ class Worker(ABC):
     def gradient_complete(self) -> None:  # noqa: B027 - optional
         """Note that the backward pass has ended: all of the gradient is in ``g``."""
 
-    def average_gradients(self) -> None:
-        """gbar = (1/p) sum_i g_i; skip the step if a worker's gradient is not finite. Collective.
+    def combine_gradients(self) -> None:  # noqa: B027 - optional
+        """Replace the gradient by that of all workers, in methods that declare ``combines_gradients``. Collective."""
 
-        The news travels with the sum: a worker that skips makes the first element NaN.
+    def clip_gradients(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        max_norm: float,
+        order: float,
+        *,
+        skips: bool = False,
+        is_combined: bool = False,
+    ) -> float:
+        """Combine the gradients before the step, and scale the result to a norm of at most ``max_norm``.
+
+        Collective in methods that declare ``combines_gradients``, else Local. The next step is then made with
+        ``is_combined``.
+
+        Args:
+            group_slices: Those of the step.
+            max_norm: The largest norm.
+            order: Of the norm; see ``gradients.norm``.
+            skips: See ``step``.
+            is_combined: The gradients have been combined already.
+
+        Returns:
+            The norm before, the same on all workers whose gradients are combined; NaN if the step is left out.
         """
-        first = self.g.local[:1]
-        if self.skips:
-            first[...] = math.nan
-        self.comm.allreduce(self.g, mean=True)
-        self.skips = not all(math.isfinite(float(element)) for element in first)
+        self.use(group_slices)
+        if not is_combined:
+            gradients.combine(self, skips=skips)
+        norm = gradients.norm(self, order)
+        factor = gradients.clip_factor(norm, max_norm)
+        if factor < 1:
+            kernels.scale(self.g.local, factor)
+        return norm
 
     def before_update(self) -> None:  # noqa: B027 - optional
         """Run between the gradient and the local update."""

@@ -17,6 +17,7 @@ from a rank that breaks the protocol.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,12 @@ class GradientSlices:
         self.mine = g.local[self.part]
         self.rows = Rows(comm.size + extra, self.mine.size, g.local.dtype)
         kernels.receive(self.rows.values[0, :0], g.local[:0])  # compiled before the first step
+
+    def exclude_own(self, excludes: bool) -> None:
+        """Show all workers that this one's gradient is not finite, though ``g`` may be. Local, before ``collect``."""
+        if excludes and np.isfinite(self._g.local[:1]).any():
+            self._g.local[:1] = math.nan
+            self._comm.statistics.n_nonfinite -= 1  # ``collect`` counts this element
 
     def collect(self, whose: Iterable[int]) -> np.ndarray:
         """Copy the slices of these workers. Collective; gradients must not change until ``total`` returns.

@@ -9,7 +9,7 @@
 
 for m workers, f of them Byzantine. The local update is any torch optimizer's, with the aggregate as its gradient; all
 workers use the same one, so that their parameters stay equal to the last bit. Every rule leaves out gradients that are
-not finite.
+not finite. A step in which none is finite is left out.
 
 Source: Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning, 2018, https://arxiv.org/abs/1803.01498
 (median, trimmed mean); Blanchard, El Mhamdi, Guerraoui, Stainer, Machine Learning with Adversaries, 2017,
@@ -70,6 +70,7 @@ class RobustSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
     communication: ClassVar[str] = COMMUNICATION
+    combines_gradients: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
 
     def tolerated(self, size: int) -> int:
@@ -103,9 +104,10 @@ class RobustWorker(Worker):
         self._n_byzantine = method.tolerated(self.comm.size)
         self._slices = GradientSlices(self.comm, self.g, self.n_extra)
 
-    def before_update(self) -> None:
-        """g <- rule(g_1, ..., g_m)"""
+    def combine_gradients(self) -> None:
+        """g <- rule(g_1, ..., g_m); skip the step if no gradient is finite."""
         slices, rule = self._slices, self._method.rule
+        slices.exclude_own(self.skips)
         n_bad = slices.collect(range(self.comm.size))
         if rule in ("mean", "median", "trimmed_mean"):
             finite = np.flatnonzero(slices.total(n_bad) == 0)
@@ -118,6 +120,7 @@ class RobustWorker(Worker):
             squares = found[self.comm.size :].reshape(k, k)
             slices.rows.weighted_sum(self._weights(squares, finite), slices.mine)
         slices.share()
+        self.has_common_gradient, self.skips = True, not len(finite)
 
     def consensus(self, out: Any) -> None:
         """Write this worker's parameters: all are equal. Local."""
@@ -151,9 +154,9 @@ class ClippingWorker(RobustWorker):
         super().__init__(method, replica)
         self._aggregate = self._slices.rows.values[-1]  # v
 
-    def before_update(self) -> None:
+    def combine_gradients(self) -> None:
         """v <- v + mean of the clipped differences from v"""
-        super().before_update()
+        super().combine_gradients()
         self._aggregate[...] = self._slices.mine
 
     def _weights(self, squares: np.ndarray, chosen: np.ndarray) -> np.ndarray:

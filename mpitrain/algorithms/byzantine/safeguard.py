@@ -29,7 +29,8 @@ Deviations:
 - Of several candidates for A_med the one with the most neighbours is used, the lowest rank among equals. If there is
   none (the threshold is too small) the guard excludes no worker in this step, and the step is counted in
   ``n_undecided``: using the one with the most neighbours would leave the decision to attackers that agree.
-- A gradient with a non-finite element is not used at all: its worker is excluded at once.
+- A gradient with a non-finite element is not used at all: its worker is excluded at once. If that holds for all of the
+  good set, the step is left out and the set stays as it is.
 - The local update is any torch optimizer's, with the mean as its gradient. An excluded worker still takes part in all
   steps; its gradient is ignored.
 - ``reset_good_every``, off by default, readmits all workers after so many long windows.
@@ -89,6 +90,7 @@ class SafeguardSGD(Method):
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
     communication: ClassVar[str] = COMMUNICATION
+    combines_gradients: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"short_window": 50, "long_window": 150})
     metrics: ClassVar[tuple[str, ...]] = ("n_good", "removed_at", "n_undecided")
@@ -134,9 +136,13 @@ class SafeguardWorker(Worker):
         self._xi = np.empty(BLOCK)
         kernels.scaled_add(mine[:0], self._xi[:0], 0.0)  # compiled before the first step
 
-    def before_update(self) -> None:
-        """g <- xi + mean of g_i over good; then good shrinks. Collective."""
+    def combine_gradients(self) -> None:
+        """g <- xi + mean of g_i over good; then good shrinks. Collective.
+
+        A step in which no good worker's gradient is finite is left out, and the good set stays as it is.
+        """
         self._begin_windows()
+        self._slices.exclude_own(self.skips)
         m, good, slices = self.comm.size, np.flatnonzero(self.good), self._slices
         n_bad = slices.collect(good)
         found = [n_bad]
@@ -153,6 +159,9 @@ class SafeguardWorker(Worker):
         slices.rows.weighted_sum(finite / max(int(finite.sum()), 1), slices.mine)
         self._add_noise()
         slices.share()
+        self.has_common_gradient, self.skips = True, not finite.any()
+        if self.skips:
+            return
         self.removed_at[self.good & ~remaining] = self.t
         self.good = remaining
 

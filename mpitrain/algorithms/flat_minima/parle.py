@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base import gradients
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
@@ -92,7 +93,7 @@ class EntropySGD(EntropyMethod):
     summary: ClassVar[str] = "an inner loop explores, an outer step follows its average into wide valleys"
     source: ClassVar[str] = "Chaudhari et al. 2016, arXiv 1611.01838"
     communication: ClassVar[str] = "2(p-1)/p"
-    averages_gradients: ClassVar[bool] = True
+    combines_gradients: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse",)
 
     def worker(self, replica: Replica) -> EntropyWorker:
@@ -207,9 +208,9 @@ class EntropyWorker(InnerLoopWorker):
         super().__init__(method, replica)
         kernels.keep_finite(self._position[:0])  # compiled before the first step
 
-    def before_update(self) -> None:
+    def combine_gradients(self) -> None:
         """gbar = (1/p) sum_i g_i. Collective."""
-        self.average_gradients()
+        gradients.average(self)
 
     def consensus(self, out: Any) -> None:
         """Write x, as of the last outer step. Local."""

@@ -115,11 +115,12 @@ class MeanGradientWorker(CenterWorker):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Accumulate the gradient at x before the local step moves x."""
         for group_slice in () if skips else group_slices:
             self._accumulate(group_slice)
-        return super().step(group_slices, local_update, loss, skips=skips)
+        return super().step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)
 
     def _accumulate(self, group_slice: ParamGroupSlice) -> None:
         """v <- v - eta*(g + decay*x)"""

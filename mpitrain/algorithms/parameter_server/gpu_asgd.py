@@ -93,6 +93,7 @@ class GPUASGDWorker(CenterWorker):
         loss: float | None = None,
         *,
         skips: bool = False,
+        is_combined: bool = False,
     ) -> bool:
         """Make a step; or, while waiting, check on client 0 and pull the center if it has finished or died."""
         if self._waits:
@@ -102,7 +103,7 @@ class GPUASGDWorker(CenterWorker):
                 self._waits = False  # the next gradient is taken at the model that it has now
             self.t += 1
             return False
-        found_nonfinite = super().step(group_slices, local_update, loss, skips=skips)
+        found_nonfinite = super().step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)
         self._made.local[0] = self.t
         return found_nonfinite
 

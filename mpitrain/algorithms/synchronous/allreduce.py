@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base import gradients
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import boolean
@@ -49,7 +50,8 @@ BLOCK = 1 << 18
 class AllReduceSGD(Method):
     """Every step uses the mean of all workers' gradients.
 
-    Gradient clipping done before ``step`` clips each worker's own gradient, before the mean; with ``overlap`` the mean.
+    ``DistributedOptimizer.clip_grad_norm_`` clips the mean. torch's ``clip_grad_norm_`` would clip each worker's own
+    gradient, before the mean; with ``overlap`` the mean.
 
     Args:
         overlap: Sum gradients while the backward pass computes the others. For networks: on one node the sums take the
@@ -68,7 +70,7 @@ class AllReduceSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
     communication: ClassVar[str] = "2(p-1)/p"
-    averages_gradients: ClassVar[bool] = True
+    combines_gradients: ClassVar[bool] = True
 
     @property
     def shares_parameters(self) -> bool:
@@ -90,9 +92,9 @@ class AllReduceSGD(Method):
 class AllReduceWorker(Worker):
     """A worker without state of its own."""
 
-    def before_update(self) -> None:
+    def combine_gradients(self) -> None:
         """gbar = (1/p) sum_i g_i"""
-        self.average_gradients()
+        gradients.average(self)
 
     def consensus(self, out: Any) -> None:
         """Write this worker's parameters: all are equal. Local."""
@@ -139,12 +141,13 @@ class EarlyWorker(AllReduceWorker):
         self._n_missing[:] = self._n_layers
         self._is_mean = True
 
-    def before_update(self) -> None:
+    def combine_gradients(self) -> None:
         """gbar = (1/p) sum_i g_i, unless ``g`` is the mean already."""
         if not self._is_mean:
             self.gradient_complete()
         self._is_mean = False
-        self.skips = not math.isfinite(norms.norm(self.g.local))  # the mean, and so the same on all workers
+        self.has_common_gradient, self.skips = True, False
+        self.skips = not math.isfinite(gradients.norm(self, 2))  # of the mean, and so the same on all workers
 
     def _begin(self) -> None:
         block = self._blocks[len(self._begun)]
@@ -178,11 +181,39 @@ class SlicedWorker(AllReduceWorker):
         n, mine = self.x.local.size, self._velocity.mine
         starts = self.comm.gather([mine.start if mine.start < mine.stop else 0])[:, 0].astype(np.intp)
         self._starts = np.unique(starts) if n else starts[:0]
+        self._factor = 1.0  # of the gradient
         neighbours = self.comm.nodes.count(self.comm.nodes[self.comm.rank])
         for kind in ("sgd", "momentum", "nesterov"):  # compiled before the first step
             kernels.mean_step(kind, neighbours if neighbours <= kernels.MAX_MEAN_GRADIENTS else 1).prepare(
                 self._velocity.values
             )
+
+    def combine_gradients(self) -> None:
+        """Do nothing: ``before_update`` makes the mean with the step."""
+        self._factor = 1.0
+
+    def clip_gradients(
+        self,
+        group_slices: Sequence[ParamGroupSlice],
+        max_norm: float,
+        order: float,
+        *,
+        skips: bool = False,
+        is_combined: bool = False,
+    ) -> float:
+        """Compute the norm of the mean from the gradients in place; the step multiplies by the factor. Collective."""
+        self.use(group_slices)
+        if not is_combined:
+            gradients.combine(self, skips=skips)
+        if self.skips:
+            self.g.local[self._starts] = math.nan
+        found: list[float] = []
+        self.comm.reduce_slices(self.g, lambda _, addends: found.append(norms.powers_of_sum(addends, order)))
+        nodes = self.comm.nodes
+        on_all = self.comm.gather([norms.total(found, order)])[[node == nodes[self.comm.rank] for node in nodes], 0]
+        norm = norms.root(norms.total(on_all, order), order) / self.comm.size * self._factor
+        self._factor *= gradients.clip_factor(norm, max_norm)
+        return norm
 
     def before_update(self) -> None:
         """Make gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective.
@@ -210,7 +241,7 @@ class SlicedWorker(AllReduceWorker):
 
     def _advance(self, group_slice: ParamGroupSlice, part: slice, addends: Sequence[Any]) -> None:
         """Make one step of torch.optim.SGD on a part of the slice."""
-        x, share = self.x.local[part], 1 / self.comm.size
+        x, share = self.x.local[part], self._factor / self.comm.size
         eta, decay = group_slice.learning_rate, group_slice.weight_decay
         if group_slice.momentum == 0:
             kernels.mean_step("sgd", len(addends))(x, *addends, share, eta, decay)

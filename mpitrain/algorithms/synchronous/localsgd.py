@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpitrain import kernels
+from mpitrain.algorithms.base import gradients
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
@@ -99,7 +100,7 @@ class PostLocalSGD(LocalSGD):
     source: ClassVar[str] = "Lin, Stich, Patel, Jaggi 2018, arXiv 1808.07217"
     communication: ClassVar[str] = "2(p-1)/p before the switch, 2(p-1)/(p*H) after it"
     needs_gradient: ClassVar[bool] = True
-    averages_gradients: ClassVar[bool] = True
+    combines_gradients: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"switch_step": 100})
 
     def worker(self, replica: Replica) -> PeriodicWorker:
@@ -118,14 +119,14 @@ class PostLocalWorker(PeriodicWorker):
         self._last_rate = 0.0
         kernels.keep_finite(self.x.local[:0])  # compiled before the first average
 
-    def before_update(self) -> None:
+    def combine_gradients(self) -> None:
         """gbar = (1/p) sum_i g_i, before the switch."""
         switch_step = self._method.switch_step
         switches = self.learning_rate < self._last_rate if switch_step is None else self.t >= switch_step
         self._is_local = self._is_local or switches
         self._last_rate = self.learning_rate
         if not self._is_local:
-            self.average_gradients()
+            gradients.average(self)
 
     def after_update(self) -> None:
         """Average the parameters when it is due, after the switch."""

@@ -1,0 +1,62 @@
+"""The mean of all workers' gradients, and the norm of the gradient of a step.
+
+The norm of a common gradient is computed in slices: worker k reads slice k, and all add the same numbers in the same
+order. So it is equal on all workers to the last bit, whatever their machines, and takes a p-th of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mpitrain.collectives.topology.partition import split
+from mpitrain.kernels import norms
+
+EPSILON = 1e-6
+"""Added to the norm by ``torch.nn.utils.clip_grad_norm_``, and so here."""
+
+
+def combine(worker: Any, *, skips: bool) -> None:
+    """Begin a step: replace the gradient by that of all workers, in methods that do. Collective there, else Local.
+
+    Args:
+        worker: A ``Worker``, as in the other functions here.
+        skips: Whether its own gradient is not finite.
+    """
+    worker.skips, worker.has_common_gradient = skips, False
+    worker.combine_gradients()
+
+
+def average(worker: Any) -> None:
+    """gbar = (1/p) sum_i g_i; skip the step if a worker's gradient is not finite. Collective.
+
+    The news travels with the sum: a worker that skips makes the first element NaN.
+    """
+    first = worker.g.local[:1]
+    if worker.skips:
+        first[...] = math.nan
+    worker.comm.allreduce(worker.g, mean=True)
+    worker.skips = not all(math.isfinite(float(element)) for element in first)
+    worker.has_common_gradient = True
+
+
+def norm(worker: Any, order: float) -> float:
+    """Return the norm of the gradient in ``g``: NaN if the step is left out. Collective if all have the same gradient.
+
+    Args:
+        worker: A ``Worker``, as in the other functions here.
+        order: p of the norm (sum |g_i|^p)^(1/p), above 0; infinity for the largest absolute value.
+    """
+    g, comm = worker.g.local, worker.comm
+    if worker.skips:
+        return math.nan
+    if not worker.has_common_gradient:
+        return norms.root(norms.powers(g, order), order)
+    found = comm.gather([norms.powers(g[split(g.size, comm.size)[comm.rank]], order)])
+    return norms.root(norms.total(found[:, 0], order), order)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return the factor that brings a gradient to a norm of at most ``max_norm``: 1 if it is below, or not finite."""
+    factor = max_norm / (norm + EPSILON)
+    return factor if factor < 1 else 1.0
