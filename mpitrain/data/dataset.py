@@ -53,6 +53,7 @@ class Dataset:
     test_labels: NDArray[np.int64]  # (n_test,)
     photographs: bool = False  # whether a shifted or reflected image keeps its class
     file: h5py.File | None = None
+    file_digest: str | None = None  # of the data file, as its import stored it
 
     @property
     def n_train(self) -> int:

@@ -29,6 +29,22 @@ def add(file: Any) -> None:
     file.write(_END.pack(_MAGIC, length, digest))
 
 
+def stored(path: Path) -> str | None:
+    """Return the digest that an import has stored, in hexadecimal, without reading the file; None if there is none.
+
+    HDF5 drops it when it changes the file.
+
+    Raises:
+        UsageError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            end = _read_end(file)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({reason(error)})") from error
+    return None if end is None else end[1].hex()
+
+
 def verify(path: Path) -> str:
     """Return the digest of a data file, in hexadecimal, once the file has been compared with it.
 
@@ -37,19 +53,27 @@ def verify(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - _END.size))
-            end = file.read(_END.size)
-            if len(end) < _END.size or not end.startswith(_MAGIC):
+            end = _read_end(file)
+            if end is None:
                 raise UsageError(
                     f"{path} has no digest: it was not made by 'mpitrain data import', or is damaged or changed since"
                 )
-            _, noted, digest = _END.unpack(end)
-            if noted + _END.size != length or _digest(file, noted) != digest:
+            noted, digest = end
+            if noted + _END.size != file.seek(0, os.SEEK_END) or _digest(file, noted) != digest:
                 raise UsageError(f"{path} is damaged: its contents do not match its digest; copy or import it again")
-            return str(digest.hex())
+            return digest.hex()
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({reason(error)})") from error
+
+
+def _read_end(file: BinaryIO) -> tuple[int, bytes] | None:
+    """Return the length of the HDF5 file and its digest; None if the file ends with something else."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _END.size))
+    end = file.read(_END.size)
+    if len(end) < _END.size or not end.startswith(_MAGIC):
+        return None
+    _, length, digest = _END.unpack(end)
+    return length, digest
 
 
 def _digest(file: BinaryIO, length: int) -> bytes:

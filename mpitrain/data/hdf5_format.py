@@ -59,7 +59,7 @@ class Header:
 def open_data(path: Path) -> h5py.File:
     """Open a data file for reading, without a lock: data files appear complete and are never changed."""
     if not path.exists():
-        raise UsageError(f"no data file {path}: check the path, or {REMEDY}")
+        raise UsageError(f"no data file {path}: check the path (--data), or {REMEDY}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a data file: {REMEDY}")
     try:

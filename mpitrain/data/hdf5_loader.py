@@ -28,7 +28,7 @@ def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify
     """
     if verify:
         all_ok(world, lambda: digest.verify(path) if world.local_rank == 0 else None)
-    file, header = all_ok(world, lambda: _open(path))
+    file, header, file_digest = all_ok(world, lambda: _open(path))
     preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
     storage = STORAGES[agree(world, STORAGES.index(preferred))]
     n_labels = header.n_train + header.n_test
@@ -61,14 +61,16 @@ def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify
         test_labels=labels["test"],
         photographs=header.dtype == np.uint8,
         file=None if storage == "shared" else file,
+        file_digest=file_digest,
     )
 
 
-def _open(path: Path) -> tuple[h5py.File, Header]:
+def _open(path: Path) -> tuple[h5py.File, Header, str | None]:
+    """Return an open data file, its description and the digest of its import. Local."""
     file = open_data(path)
     try:
         with reading(file):
-            return file, read_header(file)
+            return file, read_header(file), digest.stored(path)
     except BaseException:
         file.close()
         raise

@@ -39,7 +39,7 @@ from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.linked import LinkedOptimizer
 from mpitrain.optimizer.local_replica import LocalReplica, ReplicaOptions
 from mpitrain.optimizer.replica_group import check_replica_size
-from mpitrain.optimizer.state import OptimizerState, Owner
+from mpitrain.optimizer.state import OptimizerState, Owner, describe
 from mpitrain.optimizer.step import LocalUpdate, Loss, ParamGroups, Stepper
 
 _open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
@@ -158,7 +158,7 @@ class DistributedOptimizer(LinkedOptimizer):
             update,
             Stepper(method, replica, update, ParamGroups(base, method, replica), frozen),
             Evaluation(base, model, method, replica),
-            OptimizerState(owner, base, update, replica),
+            OptimizerState(owner, describe(layout, model), base, update, replica),
         )
         self.group: World | None = replica.group.world
         self.statistics: Statistics = replica.comm.statistics

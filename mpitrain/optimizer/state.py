@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +15,7 @@ import torch
 
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
+from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.local_replica import LocalReplica
 from mpitrain.optimizer.step import LocalUpdate
 
@@ -67,18 +71,33 @@ class Owner:
             )
 
 
+def describe(layout: FlatLayout, model: torch.nn.Module) -> list[str]:
+    """Return name and shape of each parameter of a layout, without the prefix that ``torch.compile`` adds."""
+    names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
+    return [f"{names[id(place.parameter)]} {tuple(place.parameter.shape)}" for place in layout.places]
+
+
 class OptimizerState:
     """Saves and loads one rank's part of the state: parameters, the base optimizer's state, the method's.
 
     Args:
         owner: What the state belongs to.
+        parameters: Name and shape of each parameter, in the order of the vector; see ``describe``.
         base: The base optimizer.
         update: Continues from a state of the base optimizer.
         replica: This rank's vectors and its worker.
     """
 
-    def __init__(self, owner: Owner, base: torch.optim.Optimizer, update: LocalUpdate, replica: LocalReplica) -> None:
-        self._owner, self._base, self._update, self._replica = owner, base, update, replica
+    def __init__(
+        self,
+        owner: Owner,
+        parameters: Sequence[str],
+        base: torch.optim.Optimizer,
+        update: LocalUpdate,
+        replica: LocalReplica,
+    ) -> None:
+        self._owner, self._parameters = owner, parameters
+        self._base, self._update, self._replica = base, update, replica
 
     def save(self) -> dict[str, Any]:
         """Return a copy of the state: tensors on the CPU, numbers and strings. Local."""
@@ -88,6 +107,7 @@ class OptimizerState:
         return {
             **vars(self._owner),
             "parameters": parameters,
+            "layout": "\n".join(self._parameters),
             "base": copy.deepcopy(self._base.state_dict()),  # torch returns its own tensors
             "method": method,
         }
@@ -99,12 +119,8 @@ class OptimizerState:
             UsageError: The state is of another owner or of another model.
         """
         self._owner.check(state)
+        self._check_model(state)
         x, comm, parameters = self._replica.group.x.local, self._replica.comm, as_array(state["parameters"])
-        if parameters.shape != x.shape:
-            raise UsageError(
-                f"the state holds {parameters.size} parameters and the model has {x.size}: "
-                "it was saved from another model"
-            )
         with self._replica.boundary.exchanging():
             comm.barrier()  # parameters that the node shares must not change while a rank still reads them
         self._update.load(copy.deepcopy(state["base"]))  # torch would go on in the tensors it is given
@@ -115,6 +131,25 @@ class OptimizerState:
             comm.barrier()
             self._load_worker({name: as_array(value) for name, value in state["method"].items()})
             comm.barrier()
+
+    def _check_model(self, state: dict[str, Any]) -> None:
+        """Check that a state is of a model with the same parameters.
+
+        Raises:
+            UsageError: With the first one that differs.
+        """
+        saved = state["layout"].split("\n") if "layout" in state else self._parameters  # earlier states lack it
+        for number, (there, here) in enumerate(zip_longest(saved, self._parameters, fillvalue="absent")):
+            if there != here:
+                raise UsageError(
+                    f"parameter number {number} is {there} in the state and {here} in this model: "
+                    "it was saved from another model"
+                )
+        n, n_here = math.prod(state["parameters"].shape), self._replica.group.x.local.size
+        if n != n_here:
+            raise UsageError(
+                f"the state holds {n} parameters and the model has {n_here}: it was saved from another model"
+            )
 
     def _load_worker(self, state: dict[str, Any]) -> None:
         try:

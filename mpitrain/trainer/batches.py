@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from mpitrain import data
+from mpitrain.collectives.world.agreement import require_equal
 from mpitrain.collectives.world.world import World
+from mpitrain.data.node_agreement import all_ok
 from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
@@ -34,11 +36,16 @@ class Batches:
         steps_per_epoch: Steps of each rank in an epoch.
         rng: The random generator of the augmentation.
         dtype: The type of the inputs; that of the model's parameters, once ``fit`` has seen the model.
+        identity: The content of the data set, which is the same on all nodes.
+
+    Raises:
+        UsageError: The data cannot be loaded, or differ between nodes.
     """
 
     def __init__(self, config: TrainConfig, world: World, dataset: data.Dataset | None = None) -> None:
         self._config, self._device = config, world.device
         self.dataset = dataset or data.load(config.data, world=world, sampling=config.sampling, verify=config.verify)
+        self.identity = _identity_on_all(self.dataset, world)
         if config.augment and not self.dataset.augmentable:
             raise UsageError(f"--augment needs photographs of 28x28 pixels or more, which {config.data} does not have")
         self._sampler = data.Sampler(
@@ -71,3 +78,16 @@ class Batches:
         if self._config.augment:
             x = data.augment(x, self.rng)
         return x.to(self._device, self.dtype), y.to(self._device)
+
+
+def _identity_on_all(dataset: data.Dataset, world: World) -> data.Identity:
+    """Return the identity of a data set, which the first rank of each node computes. Collective.
+
+    Raises:
+        UsageError: A node has other data, as when each has a file of its own; on all ranks.
+    """
+    own = all_ok(world, lambda: data.identity_of(dataset) if world.local_rank == 0 else None)
+    identity: data.Identity = world.allgather(own)[world.node_ranks[0]]
+    settings = {f"the data ({name})": str(value) for name, value in identity.to_json().items()}
+    require_equal(world.allgather, world.rank, settings, remedy="give every node a copy of the same file")
+    return identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mpitrain.collectives.world.survivor_collectives import gather
 from mpitrain.collectives.world.world import World
+from mpitrain.errors import UsageError
 from mpitrain.records import checkpoint
 from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer.evaluation import Evaluations
@@ -84,6 +86,7 @@ class Checkpoints(Hook):
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """Continue from this rank's part of a checkpoint. Collective."""
+        _check_buffers(run.model, state["buffers"])
         # A rank that had died continues from a copy of another rank's part.
         run.optimizer.load_state_dict({**state["optimizer"], "rank": run.world.rank})
         with torch.no_grad():
@@ -97,6 +100,22 @@ class Checkpoints(Hook):
             torch.cuda.set_rng_state(state["cuda_rng"], run.world.device)
         run.batches.rng.set_state(state["augment_rng"])
         self._evaluations.load_state(run, state)
+
+
+def _check_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Check that a model has the buffers that a checkpoint holds. Local.
+
+    Raises:
+        UsageError: With the first one that differs.
+    """
+    shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    saved_shapes = {name: tuple(buffer.shape) for name, buffer in saved.items()}
+    for name in {**saved_shapes, **shapes}:
+        there, here = saved_shapes.get(name, "absent"), shapes.get(name, "absent")
+        if there != here:
+            raise UsageError(
+                f"buffer {name} is {there} in the checkpoint and {here} in this model: it was saved from another model",
+            )
 
 
 def load_newest(folder: Path, world: World) -> dict[str, Any]:

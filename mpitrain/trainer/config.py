@@ -50,7 +50,9 @@ class TrainConfig:
         repeated=True,
         collect=parse_settings,
     )
-    data: str = option("digits", "digits, synthetic or FILE.h5")
+    data: str = option(
+        "digits", "digits, synthetic or FILE.h5; a resumed run takes another place of the same data", replaceable=True
+    )
     model: str = option("mlp", "mlp, cnn7, resnet20 or module:function")
     epochs: float | None = option(
         None,
@@ -218,6 +220,7 @@ class TrainConfig:
         Args:
             run: The folder of the run.
             changes: Values by field name; None changes nothing. A field that decides the result may only be repeated.
+                ``data`` may name another place of the same data, which ``train`` compares with those of the run.
 
         Raises:
             UsageError: ``run`` is not the folder of a run, or a change would make it another run.

@@ -24,6 +24,7 @@ from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.trainer import checkpoints, result, runfolder, runlock
+from mpitrain.trainer.agreement import require_equal_options
 from mpitrain.trainer.batches import Batches, cross_entropy
 from mpitrain.trainer.budget import Budget
 from mpitrain.trainer.checkpoints import Checkpoints
@@ -65,10 +66,13 @@ def train(
         run before its end.
 
     Raises:
-        UsageError: The configuration or the data is wrong; on the ranks that see it.
+        UsageError: The configuration or the data is wrong, on the ranks that see it; or the options differ between
+            ranks, on all ranks.
         RankFailed: A rank has died, and the others cannot continue without it.
     """
     plan = config if isinstance(config, RunPlan) else RunPlan.of(config)
+    require_equal_options(plan.config, resume, world)
+    _check_world(plan.config, world)
     out = plan.config.out
     folder = resume or (None if out is None else Path(out))
     # From here on a signal must not end a rank that is loading its data or writing its last checkpoint.
@@ -164,13 +168,14 @@ def _prepare(
 ) -> Run:
     """Load the data, build the model and its optimizer, and restore the newest checkpoint if asked to. Collective."""
     config, method = plan.config, plan.method
-    _check_world(config, world)
     batches = Batches(config, world, dataset)
+    if resume is not None:
+        runfolder.check_data(resume, config.data, batches.identity, world)
     shape, n_classes, per_epoch = batches.dataset.shape, batches.dataset.n_classes, batches.steps_per_epoch
     model = models.build(config.model, shape=shape, n_classes=n_classes, seed=config.seed).to(world.device)
     batches.fit(model)
     evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), world, deferred=config.defer_evaluation)
-    folder = resume or runfolder.create(config, method.settings(), world)
+    folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     optimizer = _optimizer(plan, model, world)
     state = None if resume is None else checkpoints.load_newest(resume, world)
     step, seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])

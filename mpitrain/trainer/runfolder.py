@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain.collectives.world.world import World
+from mpitrain.data import Identity
 from mpitrain.errors import UsageError
 from mpitrain.records.durable import replace_text
 from mpitrain.trainer.config import TrainConfig
@@ -33,8 +34,14 @@ MAX_NAMED = 4
 PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")
 
 
-def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path | None:
+def create(config: TrainConfig, settings: dict[str, Any], identity: Identity, world: World) -> Path | None:
     """Create the folder of a new run, if it has one, and write ``config.json``. Collective.
+
+    Args:
+        config: The options.
+        settings: The settings of the method, defaults included.
+        identity: Of the data set.
+        world: The ranks.
 
     Raises:
         UsageError: The folder holds a run already or cannot be created; on all ranks.
@@ -43,6 +50,7 @@ def create(config: TrainConfig, settings: dict[str, Any], world: World) -> Path 
         return None
     folder = Path(config.out)
     document = {"config": config.to_json(), "algorithm": config.algorithm, "settings": settings}
+    document["data"] = identity.to_json()
     document |= {"world": world.describe(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
     def describe() -> None:
@@ -123,8 +131,39 @@ def _appears(path: Path) -> bool:
         time.sleep(0.1)
 
 
+def check_data(folder: Path, name: str, identity: Identity, world: World) -> None:
+    """Check that a resumed run continues with the data that it began with, wherever they are now. Collective.
+
+    Args:
+        folder: Of the run.
+        name: The data set as the user names it.
+        identity: Of the data set.
+        world: The ranks.
+
+    Raises:
+        UsageError: It is another data set, or ``config.json`` does not hold what the run began with; on all ranks.
+    """
+    problem = None
+    if world.rank == 0:
+        path = folder / "config.json"
+        try:
+            began_with = Identity.of_json(json.loads(path.read_text())["data"])
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            problem = f"{path} does not describe the data of the run ({type(error).__name__}: {error}): start a new run"
+        else:
+            if difference := began_with.difference(identity):
+                problem = (
+                    f"--data {name} is not the data of the run {folder}: it has {difference}; name the file of the "
+                    "run with --data, or start a new run"
+                )
+    with world.waiting("the comparison of the data by rank 0", lambda: [0]):
+        problem = world.comm.bcast(problem)
+    if problem is not None:
+        raise UsageError(problem, on_all_ranks=True)
+
+
 def reopen(folder: Path, config: TrainConfig, world: World) -> None:
-    """Mark a resumed run as unfinished, and store its new budget. Local; no effect on ranks other than 0."""
+    """Mark a resumed run as unfinished, and store its new options. Local; no effect on ranks other than 0."""
     if world.rank != 0:
         return
     path = folder / "config.json"

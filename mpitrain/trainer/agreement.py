@@ -1,0 +1,40 @@
+"""The options of a run that all ranks must share: all of them, compared once before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpitrain.collectives.world.agreement import require_equal
+from mpitrain.collectives.world.world import World
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.options import flag_of, options_of
+
+
+def require_equal_options(config: TrainConfig, resume: Path | None, world: World) -> None:
+    """Check that all ranks were given the same options. Collective.
+
+    Args:
+        config: The options of this rank.
+        resume: The run that this rank continues; None for a new one.
+        world: The ranks.
+
+    Raises:
+        UsageError: On all ranks, with the first option that differs, its values and their ranks.
+    """
+    require_equal(world.allgather, world.rank, options_in_words(config, resume), remedy="start all ranks with the same")
+
+
+def options_in_words(config: TrainConfig, resume: Path | None) -> dict[str, str]:
+    """Return the value of each option as text, by the flag that sets it."""
+    texts = {"--resume": _text(resume)}
+    for name, declared in options_of(config).items():
+        value, flag = getattr(config, name), flag_of(name, declared)
+        if declared.collect is None:
+            texts[flag] = _text(value)
+        else:
+            texts |= {f"{flag} {key}": _text(value[key]) for key in sorted(value)}
+    return texts
+
+
+def _text(value: object) -> str:
+    return "not given" if value is None else str(value)
