@@ -34,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     for name, label in (("good.h5", 1), ("label.h5", 2)):
         with h5py.File(folder / name, "w") as file:
             hdf5_format.create(file, classes=["cat", "dog"], shape=(3, 28, 28), n=(200, 50))
+            for split in ("train", "test"):
+                file[split]["images"][...] = 0  # a file that stores less than it declares is refused for that
             file["train"]["labels"][7] = label
             file.attrs["mean"], file.attrs["std"] = np.full(3, 0.5), np.full(3, 0.2)
     content = (folder / "good.h5").read_bytes()
