@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mpitrain.collectives.world.agreement import require_equal
@@ -29,12 +30,14 @@ def options_in_words(config: TrainConfig, resume: Path | None) -> dict[str, str]
     texts = {"--resume": _text(resume)}
     for name, declared in options_of(config).items():
         value, flag = getattr(config, name), flag_of(name, declared)
-        if declared.collect is None:
-            texts[flag] = _text(value)
-        else:
+        if isinstance(value, Mapping):
             texts |= {f"{flag} {key}": _text(value[key]) for key in sorted(value)}
+        else:
+            texts[flag] = _text(value)
     return texts
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "not given"
     return "not given" if value is None else str(value)
