@@ -91,7 +91,7 @@ def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_when_asked(
 
 @pytest.mark.launches
 def test_one_rank_without_a_launcher_prints_nothing_else(tmp_path: Path) -> None:
-    _, stdout, stderr = split(0, tmp_path, "train", "--data", "synthetic:n=100", "--steps", "2", "--quiet", "--json")
+    _, stdout, stderr = split(0, tmp_path, "train", "--data", "synthetic:n=100", "--steps", "30", "--quiet", "--json")
     assert json.loads(stdout.splitlines()[-1])["ranks"] == 1
     assert stderr == ""
 
