@@ -91,9 +91,12 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path, lone):
         load(str(tmp_path / "folder.h5"), world=lone)
 
 
-@pytest.mark.parametrize("limits", [None, Limits(0, 0)], ids=["shared", "file"])
+LIMITS = {"shared": None, "private": Limits(0, 2**30), "file": Limits(0, 0)}
+
+
+@pytest.mark.parametrize("storage", LIMITS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_named_with_its_row(tmp_path, lone, value, limits):
+def test_a_value_that_is_not_finite_is_named_with_its_row(tmp_path, lone, value, storage):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         create(file, classes=["a", "b"], shape=(3,), n=(50, 5), dtype="float32")
         file.attrs["mean"], file.attrs["std"] = np.zeros(3), np.ones(3)
@@ -101,5 +104,15 @@ def test_a_value_that_is_not_finite_is_named_with_its_row(tmp_path, lone, value,
             for array in file[split].values():
                 array[:] = 0
         file["train/images"][37, 1] = value
-    with pytest.raises(UsageError, match=r"x.h5: train/images\[37\] (is -?(nan|inf) at 1|has NaN or infinity)"):
-        load(str(tmp_path / "x.h5"), world=lone, limits=limits).batch(np.arange(50))
+    names_the_row = pytest.raises(
+        UsageError, match=r"x.h5: train/images\[37\] (is -?(nan|inf) at 1|has NaN or infinity)"
+    )
+    if storage == "shared":  # read as a whole
+        with names_the_row:
+            load(str(tmp_path / "x.h5"), world=lone)
+        return
+    dataset = load(str(tmp_path / "x.h5"), world=lone, sampling="sharded", limits=LIMITS[storage])
+    assert dataset.storage == storage
+    assert len(dataset.batch(np.arange(37))[0]) == 37  # rows that are read without it
+    with names_the_row:
+        (dataset.stage if storage == "private" else dataset.batch)(np.arange(30, 50))

@@ -67,6 +67,9 @@ ANOTHER = {
     "checkpoint_every": 5,
     "straggler": (0, 2.0),
     "wire": "bfloat16",
+    "clip_norm": 1.0,
+    "on_nonfinite": "skip",
+    "inject": ("kill:rank=2,step=50",),
 }
 
 

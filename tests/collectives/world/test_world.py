@@ -234,3 +234,38 @@ def test_parts_of_parts_number_dead_ranks_as_their_own(world, monkeypatch):
                 part.require_all()
     for part in (last, odd, others):
         part.free()
+
+
+# What the last rank is started with, unlike the others.
+OTHER_STARTS = {
+    "device": ({"device": "cuda"}, {}, "", "the device differs between ranks: cpu on FIRST, cuda on LAST"),
+    "transport": ({"transport": "staged"}, {}, "", "the transport differs between ranks: auto on FIRST, staged on"),
+    "version": ({}, {}, "9.9", "the version of mpitrain differs between ranks: .* on FIRST, 9.9 on LAST"),
+    "path": (
+        {},
+        {"MPITRAIN_BETWEEN_NODES": "windows"},
+        "",
+        "MPITRAIN_BETWEEN_NODES differs between ranks: messages on",
+    ),
+    "nodes": ({}, {"MPITRAIN_EMULATED_NODES": "2"}, "", "MPITRAIN_EMULATED_NODES differs between ranks: 1 on FIRST, 2"),
+}
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(("arguments", "environment", "version", "line"), OTHER_STARTS.values(), ids=OTHER_STARTS)
+def test_a_rank_that_is_started_differently_is_named_on_all(world, monkeypatch, arguments, environment, version, line):
+    from mpitrain.collectives.world import launch
+
+    last = world.rank == world.size - 1
+    for name in ("MPITRAIN_BETWEEN_NODES", "MPITRAIN_EMULATED_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items() if last else ():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "__version__", version if last and version else launch.__version__)
+    first = {2: "rank 0", 3: "ranks 0, 1"}[world.size]
+    comm = world.comm.Dup()
+    pattern = line.replace("FIRST", first).replace("LAST", f"rank {world.size - 1}")
+    with pytest.raises(UsageError, match=f"^{pattern}.*; start all ranks with the same settings$") as caught:
+        launch.create_world(comm, **(arguments if last else {}))
+    assert caught.value.on_all_ranks
+    comm.Free()
