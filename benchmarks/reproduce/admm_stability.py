@@ -5,6 +5,9 @@ with 3 and 8 workers, over learning rates eta up to 0.01 and elastic coefficient
 it the center from the paper's start, 1000, at eta = 0.001 and rho = 2.5: ADMM falls first, as EASGD does, and then
 oscillates with a growing amplitude.
 
+Everything is measured on the toolkit's ADMM and EASGD in a simulated world: the matrix of a sweep is what one sweep of
+their workers makes of the states of a basis, and the trajectories are runs.
+
     python -m benchmarks.reproduce.admm_stability [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,13 @@ from matplotlib.colors import TwoSlopeNorm
 from numpy.typing import NDArray
 
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
+from benchmarks.reproduce.linear import basis, place
 from mpitrain import theory
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.elastic.admm import ADMM
+from mpitrain.algorithms.elastic.easgd import EASGD
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -30,19 +40,77 @@ ETA, RHO, START, WORKERS = 0.001, 2.5, 1000.0, 8  # of the trajectories
 EXPECTED = {1: (0.0, 0.0), 2: (0.0, 0.0), 3: (0.10, 0.20), 8: (0.28, 0.42)}
 
 
-def radii(sweep: Callable[[float, float], Array], etas: Array, rhos: Array) -> Array:
-    """Return the spectral radius of a sweep at each grid point, shape (rhos, etas)."""
-    stack = np.array([[sweep(eta, rho) for eta in etas] for rho in rhos])
-    radius: Array = np.abs(np.linalg.eigvals(stack)).max(axis=-1)
+METHODS: dict[str, Method] = {
+    "ADMM": ADMM(mode="round_robin", rho=RHO),
+    "EASGD": EASGD(rho=RHO, period=1),  # the moving rate is eta*rho
+}
+
+
+def begin(method: Method, p: int, curvature: Callable[[], Array | float], start: Array, eta: float) -> Simulation:
+    """Create p workers on f = h x^2 / 2, which make their turns in the order of their ranks."""
+    return Simulation(method, SimulatedWorld(p), lambda rank, x: curvature() * x, start, eta)
+
+
+def sweeps(name: str, p: int, n_points: int) -> Array:
+    """Return the matrix of a sweep at each point of the grid, shape (rhos, etas, states, states).
+
+    The states are (x_1, ..., x_p, c) for EASGD and (lam_1, ..., lam_p, x_1, ..., x_p) for ADMM, whose center is the
+    mean of x_j - lam_j. The method depends on eta*h and eta*rho. So with rho fixed one run at the learning rate
+    eta_i*rho_j/rho, with the coordinates' curvatures in proportion to eta_i, serves all points with the same i*j.
+    """
+    etas = LARGEST_ETA * np.arange(1, n_points + 1) / n_points
+    n_states = 2 * p if name == "ADMM" else p + 1
+    states = basis(n_states, n_points)
+    h = np.zeros(states.shape[1])
+    simulation = begin(METHODS[name], p, lambda: h, np.zeros(states.shape[1]), 0.0)
+    found = np.full((n_points, n_points, n_states, n_states), np.nan)
+    for product in sorted({i * j for i in range(1, n_points + 1) for j in range(1, n_points + 1)}):
+        eta = simulation.learning_rate = product * etas[0] * LARGEST_RHO / n_points / RHO
+        h[...] = np.tile(etas / eta, n_states)
+        if name == "ADMM":
+            contribution = states[p:] - states[:p]
+            place(simulation, states[p:], multiplier=states[:p], contribution=contribution, center=contribution.mean(0))
+        else:
+            place(simulation, states[:p], center=states[p])
+        simulation.run(1)
+        if name == "ADMM":
+            multipliers = [dict(worker.state())["multiplier"] for worker in simulation.workers]
+            after = np.vstack([multipliers, simulation.x()])
+        else:
+            after = np.vstack([simulation.x(), simulation.consensus()])
+        after = after.reshape(n_states, n_states, n_points)  # (row, column, eta)
+        for i in range(1, n_points + 1):
+            if product % i == 0 and product // i <= n_points:
+                found[product // i - 1, i - 1] = after[:, :, i - 1]
+    return found
+
+
+def radii(matrices: Array) -> Array:
+    """Return the spectral radius of each of (..., k, k) matrices."""
+    radius: Array = np.abs(np.linalg.eigvals(matrices)).max(axis=-1)
     return radius
 
 
-def trajectory(sweep: Array, start: Array, n_sweeps: int) -> Array:
-    """Return the center, the last entry of the state, after 0, 1, ..., n_sweeps sweeps."""
-    centers, state = [start[-1]], start
-    for _ in range(n_sweeps):
-        state = sweep @ state
-        centers.append(state[-1])
+def radii_in_theory(name: str, p: int, n_points: int) -> Array:
+    """Return the spectral radii of the paper's matrices at each grid point, shape (rhos, etas)."""
+    steps = np.arange(1, n_points + 1) / n_points
+    if name == "ADMM":
+        sweep: Callable[[float, float], Array] = partial(theory.round_robin_admm_matrix, p=p)
+    else:
+        sweep = lambda eta, rho: theory.round_robin_easgd_matrix(eta, eta * rho, p)  # noqa: E731
+    return radii(np.array([[sweep(eta, rho) for eta in LARGEST_ETA * steps] for rho in LARGEST_RHO * steps]))
+
+
+def trajectory(name: str, n_sweeps: int) -> Array:
+    """Return the center after 0, 1, ..., n_sweeps sweeps of all workers, which start where it does."""
+    simulation = begin(METHODS[name], WORKERS, lambda: 1.0, np.full(1, START), ETA)
+    centers = [START]
+
+    def watch(simulation: Simulation, rank: int) -> None:
+        if rank == WORKERS - 1:
+            centers.append(float(simulation.consensus()[0]))
+
+    simulation.run(n_sweeps, watch)
     return np.array(centers)
 
 
@@ -56,11 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     steps = np.arange(1, options.points + 1) / options.points
     etas, rhos = LARGEST_ETA * steps, LARGEST_RHO * steps
-    admm = {p: radii(lambda eta, rho: theory.round_robin_admm_matrix(eta, rho, p), etas, rhos) for p in EXPECTED}  # noqa: B023
-    easgd = {
-        p: radii(lambda eta, rho: theory.round_robin_easgd_matrix(eta, eta * rho, p), etas, rhos)  # noqa: B023
-        for p in EXPECTED
-    }
+    measured = {(name, p): radii(sweeps(name, p, options.points)) for name in METHODS for p in EXPECTED}
+    admm, easgd = ({p: measured[name, p] for p in EXPECTED} for name in METHODS)
     fractions = {p: float((admm[p] > 1).mean()) for p in EXPECTED}
     outcome.say(f"unstable part of a grid of {options.points} x {options.points}")
     outcome.say("workers      ADMM   EASGD   largest ADMM radius")
@@ -73,12 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     largest = max(float(radius.max()) for radius in easgd.values())
     outcome.criterion("EASGD is stable on all of the grid, largest radius minus 1", largest - 1, largest < 1)
+    for name in METHODS:
+        off = max(float(np.abs(measured[name, p] - radii_in_theory(name, p, options.points)).max()) for p in EXPECTED)
+        outcome.criterion(f"{name}: the radius is that of the paper's matrix, off by at most", off, off < 1e-6)
 
-    admm_start = np.concatenate([np.zeros(WORKERS), np.full(WORKERS + 1, START)])
-    admm_center = trajectory(theory.round_robin_admm_matrix(ETA, RHO, WORKERS), admm_start, options.sweeps)
-    easgd_center = trajectory(
-        theory.round_robin_easgd_matrix(ETA, ETA * RHO, WORKERS), np.full(WORKERS + 1, START), options.sweeps
-    )
+    admm_center, easgd_center = (trajectory(name, options.sweeps) for name in METHODS)
     swing = float(np.abs(admm_center[-options.sweeps // 6 :]).max())
     outcome.criterion(f"ADMM's center beyond twice its start, {START:g}, at the end", swing, swing > 2 * START)
     rest = float(np.abs(easgd_center[-1]))

@@ -8,7 +8,9 @@ Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pict
    is drawn too: what workers differ by is multiplied by 1 - eh - alpha, above 1 there.
 3. Two workers in a double well rest in different wells, the center on the saddle, as long as rho < 2/3.
 
-    python -m benchmarks.reproduce.input_spread [--samples 20000] [--steps 40000] [--out runs/reproduce] [--json]
+All of it is measured on the toolkit's all-reduce SGD and EASGD in a simulated world.
+
+    python -m benchmarks.reproduce.input_spread [--samples 20000] [--steps 15000] [--out runs/reproduce] [--json]
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
+from benchmarks.reproduce.linear import place
 from mpitrain import theory
+from mpitrain.algorithms import AllReduceSGD
+from mpitrain.algorithms.elastic.easgd import EASGD
+from mpitrain.simulation.engine import Simulation
+from mpitrain.simulation.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 
@@ -32,35 +39,77 @@ EH, BETA = 0.1, 0.9
 N_EASGD = 4
 RHOS = np.arange(1, 50) * 0.02  # 0.66 and 0.68 are next to 2/3
 WELL_START = (0.9, -0.899, 0.0)
-WELL_ETA = 0.05
+WELL_LARGEST_ETA = 0.4  # gradient descent in a well is stable below 1
+WELL_GROUPS = (RHOS < 0.1, (RHOS >= 0.1) & (RHOS < 0.3), RHOS >= 0.3)  # each with one moving rate
 
 
 def sampled_factor(shape: float, p: int, n: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Return E x_{t+1}^2 / E x_t^2 at the best learning rate and its standard error, from n mini-batches of p draws."""
+    """Return E x_{t+1}^2 / E x_t^2 at the best learning rate and its standard error, from n mini-batches of p draws.
+
+    Each of n coordinates takes one step from 1 with p workers, whose gradients are averaged.
+    """
     eta, _ = theory.spread_sgd_optimum(shape, shape, p)
-    squares = (1 - eta * rng.gamma(shape, 1 / shape, (n, p)).mean(axis=1)) ** 2
+    world = SimulatedWorld(p)
+    simulation = Simulation(
+        AllReduceSGD(), world, lambda rank, x: rng.gamma(shape, 1 / shape, n) * x, np.ones(n), learning_rate=eta
+    )
+    squares = simulation.run(1).consensus() ** 2
     return float(squares.mean()), float(squares.std() / np.sqrt(n))
 
 
-def simulated_rate(alpha: float, n_steps: int = 600) -> float:
-    """Return the late contraction per step of EASGD with equal workers, from a run of the algorithm itself."""
-    x, c, logs = np.ones(N_EASGD), 0.3, []
-    for _ in range(n_steps):
-        x, c = x - EH * x - alpha * (x - c), c + BETA / N_EASGD * float((x - c).sum())
-        norm = float(np.hypot(x[0], c))
-        x, c = np.full(N_EASGD, x[0] / norm), c / norm  # equal workers stay equal, rounding aside
-        logs.append(np.log(norm))
-    return float(np.exp(np.mean(logs[n_steps // 2 :])))
+def elastic(alpha: float, x: Array, c: Array) -> Simulation:
+    """Create synchronous workers at ``x`` (p, n) with their center at ``c`` (n,), on the quadratic with eh = EH."""
+    method = EASGD(moving_rate=alpha, center_rate=BETA / N_EASGD, period=1, synchronous=True)
+    simulation = Simulation(method, SimulatedWorld(N_EASGD), lambda rank, x: x, x, EH)
+    place(simulation, x, center=c)
+    return simulation
+
+
+def one_step(alpha: float) -> tuple[float, float]:
+    """Return the factors of a step of EASGD: the radius for mean and center, and that of the workers' differences.
+
+    Three coordinates start with the workers at 1, with the center at 1, and with two workers at 1 and -1.
+    """
+    x, c = np.zeros((N_EASGD, 3)), np.array([0.0, 1.0, 0.0])
+    x[:, 0] = 1.0
+    x[:2, 2] = 1.0, -1.0
+    simulation = elastic(alpha, x, c).run(1)
+    after, center = simulation.x(), simulation.consensus()
+    radius = theory.spectral_radius(np.array([after.mean(0)[:2], center[:2]]))
+    return radius, abs(float(after[0, 2] - after[1, 2])) / 2
+
+
+def simulated_rate(alpha: float, n_steps: int = 400) -> float:
+    """Return the late contraction per step of EASGD with equal workers, from a long run."""
+    simulation = elastic(alpha, np.ones((N_EASGD, 1)), np.full(1, 0.3))
+
+    def size() -> float:
+        return float(np.hypot(simulation.x()[0, 0], simulation.consensus()[0]))  # equal workers stay equal, bit for bit
+
+    half = n_steps // 2
+    simulation.run(half)
+    early = size()
+    simulation.run(half)
+    return float((size() / early) ** (1 / half))
 
 
 def double_well_ends(rhos: Array, n_steps: int) -> Array:
-    """Return where gradient descent on the elastic objective ends: (x_1, x_2, c) for each rho, shape (3, rhos)."""
-    s = np.repeat(np.array(WELL_START)[:, None], len(rhos), axis=1)
-    for _ in range(n_steps):
-        x, c = s[:2], s[2]
-        pull = rhos * (x - c)
-        s = s - WELL_ETA * np.vstack([theory.double_well_gradient(x) + pull, -pull.sum(axis=0)])
-    return s
+    """Return where EASGD ends in the double well: (x_1, x_2, c) for each rho, shape (3, rhos).
+
+    Workers and center move by the same eta*rho for all rhos of a group, each of which has a learning rate of its own.
+    """
+    ends = np.zeros((3, len(rhos)))
+    for group in WELL_GROUPS:
+        alpha = WELL_LARGEST_ETA * rhos[group].min()
+        eta, start = alpha / rhos[group], np.outer(WELL_START, np.ones(group.sum()))
+        method = EASGD(moving_rate=alpha, period=1, synchronous=True)
+        simulation = Simulation(
+            method, SimulatedWorld(2), lambda rank, x, eta=eta: eta * theory.double_well_gradient(x), start[:2], 1.0
+        )
+        place(simulation, start[:2], center=start[2])
+        simulation.run(n_steps)
+        ends[:, group] = np.vstack([simulation.x(), simulation.consensus()])
+    return ends
 
 
 def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
@@ -92,10 +141,9 @@ def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
 
 def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
     """Draw picture 2."""
-    best, radius = theory.optimal_moving_rate(EH, BETA)
-    alphas = np.linspace(-0.9, 0.6, 1501)
-    center = np.array([theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA)) for alpha in alphas])
-    apart = np.abs([theory.easgd_disagreement_factor(EH, alpha) for alpha in alphas])
+    best, _ = theory.optimal_moving_rate(EH, BETA)
+    alphas = np.linspace(-0.9, 0.6, 751)
+    center, apart = np.array([one_step(alpha) for alpha in alphas]).T
     found = float(alphas[np.argmin(center)])
     dots = np.array([-0.8, -0.6, best, -0.25, -0.1, 0.1, 0.225, 0.4])
     measured = [simulated_rate(alpha) for alpha in dots]
@@ -107,8 +155,12 @@ def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
     outcome.criterion(
         f"it is -(sqrt(beta)-sqrt(eh))^2 = {best:.3f}, off by", abs(found - best), abs(found - best) < 2e-3
     )
+    radius = float(center.min())
     outcome.criterion("there the mean converges faster than SGD, radius", radius, radius < 1 - EH)
     outcome.criterion("runs of the algorithm shrink as predicted, off by at most", error, error < 0.01)
+    wanted = [theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA)) for alpha in alphas]
+    off = float(np.abs(center - wanted).max())
+    outcome.criterion("a step of the workers has the radius of the thesis' matrix, off by at most", off, off < 1e-6)
     alone = float(np.interp(best, alphas, apart))
     outcome.criterion("the price: differences between workers grow there, factor", alone, alone > 1)
     axes.plot(alphas, center, color=COLOURS[0], label="mean and center")
@@ -155,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     made = parser(__doc__)
     made.add_argument("--samples", type=int, default=20_000, help="mini-batches sampled a point (default: %(default)s)")
-    made.add_argument("--steps", type=int, default=40_000, help="steps in the double well (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=15_000, help="steps in the double well (default: %(default)s)")
     options = made.parse_args(arguments)
     outcome = Outcome("input_spread", options)
     figure, ((left, middle, right),) = panels(3, width_inches=4.6)

@@ -31,7 +31,7 @@ WORKERS, PERIODS = 4, (1, 4, 16, 64)
 # momentum 0.99 makes EAMSGD's steps long.
 LEARNING_RATES = {"downpour": (0.1, 0.02, 0.005), "easgd": (0.4, 0.2, 0.04), "eamsgd": (0.05, 0.02, 0.01)}
 LABELS = {"downpour": "DOWNPOUR", "easgd": "EASGD", "eamsgd": "EAMSGD"}
-CURVE_POINTS = 20
+CURVE_POINTS = 16
 
 
 class Network:

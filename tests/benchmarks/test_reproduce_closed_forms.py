@@ -77,5 +77,6 @@ def test_the_helper_prints_criteria_and_plain_json(
 def test_the_measured_growth_is_the_radius(load: Callable[[str], ModuleType], q: float, n: int) -> None:
     from mpitrain import theory
 
-    per_round = load("benchmarks.reproduce.downpour_phase").growth(n, np.array([1.0]), q, np.ones(1), 400)[0]
+    phase = load("benchmarks.reproduce.downpour_phase")
+    per_round = phase.growth(phase.METHODS["DOWNPOUR"](1), n, np.array([q]), 400)[0]
     assert per_round == pytest.approx(theory.delayed_radius(q, n) ** n, rel=0.02)

@@ -27,8 +27,9 @@ however short, with its outer step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -69,6 +70,7 @@ class EntropyMethod(Method):
     scoping_batches: int | None = integer(390, "B, mini-batches of an epoch; none: no scoping", low=1, optional=True)
 
     owns_update: ClassVar[bool] = True
+    learning_rate_factor: ClassVar[float] = 2.0
 
     def coupling(self, start: float, cap: float, n_outer: int) -> float:
         """Return a coupling after ``n_outer`` outer steps: start * (1 + 1/(2B))^n_outer, at most ``cap``."""
@@ -95,6 +97,7 @@ class EntropySGD(EntropyMethod):
     communication: ClassVar[str] = "2(p-1)/p"
     combines_gradients: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse",)
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 20})
 
     def worker(self, replica: Replica) -> EntropyWorker:
         """Make a worker. Collective."""
@@ -122,6 +125,7 @@ class Parle(EntropyMethod):
     source: ClassVar[str] = "Chaudhari et al. 2017, arXiv 1707.00424"
     communication: ClassVar[str] = "2(p-1)/(p*L); 4(p-1)/(p*L) with reference=z"
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse", "rho_inverse")
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 
     def rho_inverse_at(self, t: int) -> float:
         """Return rinv in step t."""

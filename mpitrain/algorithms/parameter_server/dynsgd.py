@@ -46,7 +46,7 @@ class DynSGD(CenterMethod):
     summary: ClassVar[str] = "a parameter server that divides each commit by its staleness"
     source: ClassVar[str] = "Hermans 2017, CERN-THESIS-2017-103"
     needs_gradient: ClassVar[bool] = False
-    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 5})
+    short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 2})
 
     def worker(self, replica: Replica) -> CenterWorker:
         """Make a worker. Collective."""
