@@ -6,8 +6,8 @@ regression to the digits at a learning rate that one worker alone bears without 
 that of the center, on all images. It begins at ln 10.
 
 Equal machines come nearly in turn, and that does the harm: with steps of exponentially distributed length (the next one
-is anybody, most pulls are young) AGN does not diverge at the same learning rate. The last row of the table shows it. DynSGD,
-which divides a commit by its staleness, does not diverge either.
+is anybody, most pulls are young) AGN does not diverge at the same learning rate. The last row of the table shows it.
+DynSGD, which divides a commit by its staleness, does not diverge either.
 
     python -m benchmarks.reproduce.adag_rescue [--workers 16] [--lr 0.5] [--rounds 60] [--seeds 3] [--out DIR] [--json]
 """

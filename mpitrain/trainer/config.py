@@ -125,6 +125,14 @@ class TrainConfig:
         "each rank draws from the whole training set (independent) or from its part (sharded)",
         choices=("independent", "sharded"),
     )
+    clip_displacement: float | None = option(
+        None,
+        "bound on the Euclidean norm by which one worker moves the center, or a peer, in an exchange",
+        parse=float,
+        within=POSITIVE,
+        metavar="NORM",
+        default_text="no bound",
+    )
     verify: bool = option(
         False, "compare a data file with the digest of its import before training", parse=None, replaceable=True
     )

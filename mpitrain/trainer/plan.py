@@ -79,6 +79,11 @@ def _method(config: TrainConfig) -> Method:
     settings = dict(config.settings)
     if "node_shared" in settings_of(algorithms.METHODS.get(config.algorithm, Method)):
         settings.setdefault("node_shared", "true")
+    if config.clip_displacement is not None:
+        names = [name for name, kind in algorithms.METHODS.items() if "clip_displacement" in settings_of(kind)]
+        if config.algorithm in algorithms.METHODS and config.algorithm not in names:
+            raise UsageError(f"--clip-displacement is not for {config.algorithm}, but for {', '.join(names)}")
+        settings["clip_displacement"] = str(config.clip_displacement)
     method = algorithms.create(config.algorithm, settings)
     if not method.owns_update or config.momentum is None:
         return method

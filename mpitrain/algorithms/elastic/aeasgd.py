@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels, theory
+from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import Replica
@@ -51,6 +52,7 @@ class AEASGD(Method):
         period: tau (lambda in the thesis), local steps between two exchanges, at most.
         early_exchange: Exchange as soon as ||eta*g|| - ||eta*rho*(x - c)|| < eta. This takes one more vector of memory
             and two norms per step.
+        clip_displacement: C, the largest Euclidean norm by which one exchange moves the center (``base.clipping``).
 
     Example:
         >>> AEASGD().rates(4, 0.01)
@@ -60,6 +62,7 @@ class AEASGD(Method):
     rho: float = number(5.0, "elastic coefficient; the moving rate is eta*rho", low=0)
     period: int = integer(10, "tau, local steps between exchanges, at most", low=1)
     early_exchange: bool = boolean(False, "exchange when gradient and spring are in balance")
+    clip_displacement: float | None = clip_displacement()
 
     name: ClassVar[str] = "aeasgd"
     summary: ClassVar[str] = "asynchronous elastic averaging after tau steps, or when gradient and spring balance"
@@ -90,9 +93,10 @@ class AEASGD(Method):
 
     def worker(self, replica: Replica) -> ElasticWorker:
         """Make a worker. Collective."""
+        clip = Clip.of(self, replica.comm)
         if self.early_exchange:
-            return EarlyWorker(self, replica, RememberedCenter(replica.comm, replica.x.local))
-        return ElasticWorker(self, replica, AsynchronousCenter(replica.comm, replica.x.local))
+            return EarlyWorker(self, replica, RememberedCenter(replica.comm, replica.x.local, clip))
+        return ElasticWorker(self, replica, AsynchronousCenter(replica.comm, replica.x.local, clip=clip))
 
 
 class RememberedCenter(AsynchronousCenter):
@@ -101,13 +105,14 @@ class RememberedCenter(AsynchronousCenter):
     Args:
         comm: The communicator of the workers.
         start: (n,) the first values; worker 0's seed the center.
+        clip: The bound on what this worker moves the center.
 
     Attributes:
         seen: (n,) the center after this worker's last exchange.
     """
 
-    def __init__(self, comm: Communicator, start: Any) -> None:
-        super().__init__(comm, start)
+    def __init__(self, comm: Communicator, start: Any, clip: Clip | None = None) -> None:
+        super().__init__(comm, start, clip=clip)
         self.seen = wide_copy(start)
         comm.broadcast(self.seen)
         c = self.empty_shard(start)
@@ -115,7 +120,9 @@ class RememberedCenter(AsynchronousCenter):
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """Make both sides in one fused pass over x, c and ``seen``, shard by shard. Local."""
-        self.vector.update(lambda part, c: kernels.elastic_exchange_seen(x[part], c, self.seen[part], a_w, a_c))
+        self.vector.update(
+            self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange_seen(x[part], c, self.seen[part], a_w, a_c))
+        )
 
 
 class EarlyWorker(ElasticWorker):

@@ -7,9 +7,11 @@ rates that is the sum of all x_i and c: what the center gains is what the worker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.clipping import Clip
 from mpitrain.algorithms.base.nonfinite import replace_nonfinite
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.shared_rows import SharedRows
@@ -39,11 +41,12 @@ class AsynchronousCenter(SharedRows):
         comm: The communicator of the workers.
         start: (n,) the first values; worker 0's seed the center.
         order: The order of an exchange.
+        clip: The bound on what this worker moves the center.
     """
 
-    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
+    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi", clip: Clip | None = None) -> None:
         super().__init__(comm, {"center": start})
-        self._order = order
+        self._order, self._clip = order, clip
         # Compiled before the first exchange, so that it takes no longer than the others.
         x, c = start[:0].copy(), self.empty_shard(start)
         kernels.elastic_exchange(x, c, 0.0, 0.0)
@@ -53,7 +56,19 @@ class AsynchronousCenter(SharedRows):
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
         """Make both sides in one fused pass over x and c, shard by shard. Local."""
         a_w, a_c = jacobi_rates(self._order, a_w, a_c)
-        self.vector.update(lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c))
+        self.vector.update(self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c)))
+
+    def clipped(self, x: Any, a_c: float, visit: Callable[[slice, Any], int]) -> Callable[[slice, Any], int]:
+        """Return a visit to a shard that first limits ||x - c|| there to what moves the center by its bound."""
+        clip = self._clip
+        if clip is None or a_c == 0:
+            return visit
+
+        def clipped_visit(part: slice, c: Any) -> int:
+            clip.limit(x[part], c, clip.share_of(c, self.vector.n) / abs(a_c))
+            return visit(part, c)
+
+        return clipped_visit
 
     def displace(self, x: Any, a_w: float, a_c: float) -> None:
         """Update the center, and replace ``x``, a copy of the worker's, with the displacement to subtract. Local."""
@@ -65,7 +80,8 @@ class AsynchronousCenter(SharedRows):
 
     def push(self, x: Any, a_c: float) -> None:
         """c <- c + a_c*(x - c). Local."""
-        self.vector.update(lambda part, c: kernels.elastic_center(c, x[part], a_c, 1.0), pulls=False)
+        visit = self.clipped(x, a_c, lambda part, c: kernels.elastic_center(c, x[part], a_c, 1.0))
+        self.vector.update(visit, pulls=False)
 
 
 class SynchronousCenter:
@@ -77,12 +93,13 @@ class SynchronousCenter:
         comm: The communicator of the workers.
         start: (n,) the first values; worker 0's seed the center.
         order: The order of an exchange.
+        clip: The bound on what this worker moves the center.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_center",)
 
-    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi") -> None:
-        self._comm, self._order = comm, order
+    def __init__(self, comm: Communicator, start: Any, order: str = "jacobi", clip: Clip | None = None) -> None:
+        self._comm, self._order, self._clip = comm, order, clip
         self._kernel = kernels.elastic_sync_center_first if order == "center_first" else kernels.elastic_sync
         self._center = wide_copy(start)
         self._s = comm.vector(start.size, self._center.dtype)
@@ -97,6 +114,7 @@ class SynchronousCenter:
         """Make both sides in one fused pass. Collective."""
         if self._order == "worker_first":  # s after the workers' moves is (1 - a_w)*s + a_w*p*c
             a_w, a_c = jacobi_rates(self._order, a_w, a_c)
+        self._limit(x, a_c)
         self._sum(x)
         self._count(self._kernel(x, self._center, self._s.local, a_w, a_c, float(self._comm.size)))
 
@@ -106,12 +124,18 @@ class SynchronousCenter:
 
     def push(self, x: Any, a_c: float) -> None:
         """c <- c + a_c*(s - p*c). Collective."""
+        self._limit(x, a_c)
         self._sum(x)
         self._count(kernels.elastic_center(self._center, self._s.local, a_c, float(self._comm.size)))
 
     def read(self, out: Any) -> None:
         """Copy the center to ``out`` (n,). Local."""
         kernels.copy(out, self._center)
+
+    def _limit(self, x: Any, a_c: float) -> None:
+        """Limit ||x - c|| to what moves the center by its bound. Local."""
+        if self._clip is not None and a_c != 0:
+            self._clip.limit(x, self._center, self._clip.bound / abs(a_c))
 
     def _sum(self, x: Any) -> None:
         """s <- sum_i x_i, with c in place of the non-finite elements of x_i: these then pull no worker. Collective."""

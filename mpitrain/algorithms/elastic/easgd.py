@@ -66,6 +66,8 @@ class EASGD(ElasticMethod):
         super().__post_init__()
         if self.overlap and (self.synchronous or self.order != "jacobi"):
             raise UsageError(f"{self.name}: overlap is for asynchronous exchanges in jacobi order: leave it out")
+        if self.overlap and self.clip_displacement is not None:
+            raise UsageError(f"{self.name}: overlap moves the worker too late to clip it: leave out clip_displacement")
 
     def worker(self, replica: Replica) -> ElasticWorker:
         """Make a worker. Collective."""

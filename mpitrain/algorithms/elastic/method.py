@@ -28,10 +28,11 @@ Deviations: the orders of an asynchronous exchange and the separate rates are ou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, cast
 
 from mpitrain import theory
+from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import boolean, choice, integer, number
@@ -64,6 +65,8 @@ class ElasticMethod(Method):
         synchronous: All workers exchange at once and wait for each other.
         grad_point: ``pre``: the gradient of a step with an exchange is taken before it (the paper's order);
             ``post``: after it.
+        clip_displacement: C: the exchange of one worker moves the center by at most this Euclidean norm. A worker that
+            is further away than C/a_c is first brought to that distance (``base.clipping``).
     """
 
     moving_rate: float | None = number(None, "alpha; 0.9/p when not given", above=-2, below=2, optional=True)
@@ -77,6 +80,8 @@ class ElasticMethod(Method):
     period: int = integer(10, "tau, local steps between exchanges", low=1)
     synchronous: bool = boolean(False, "all workers exchange at once")
     grad_point: str = choice("pre", "gradient before or after the exchange", ("pre", "post"))
+    _: KW_ONLY
+    clip_displacement: float | None = clip_displacement()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +114,7 @@ class ElasticMethod(Method):
     def center(self, replica: Replica) -> Center:
         """Make the center, seeded by worker 0's parameters. Collective."""
         kind = SynchronousCenter if self.synchronous else AsynchronousCenter
-        return kind(replica.comm, replica.x.local, self.order)
+        return kind(replica.comm, replica.x.local, self.order, Clip.of(self, replica.comm))
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line for rates outside the region of stability on a quadratic. Nothing is clamped."""

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.mailbox_state import Inbox
 from mpitrain.algorithms.base.method import Method
@@ -34,6 +35,7 @@ from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer
 from mpitrain.algorithms.base.worker import PeriodicWorker
 from mpitrain.collectives.communicator import Communicator, Vector
+from mpitrain.kernels import norms
 
 COUNT = 1
 """The tag that counts the vectors summed in a mailbox."""
@@ -47,11 +49,14 @@ class GossipSGD(Method):
         direction: ``pull``: the receiver reads a vector; ``push``: the sender delivers it.
         period: tau, local steps between two exchanges of a worker.
         grad_point: ``pre``: the gradient of a step with an exchange is taken before it; ``post``: after it.
+        clip_displacement: C: a vector that is received moves a worker by at most this Euclidean norm, and so do its
+            local steps between two exchanges (``base.clipping``). The latter takes one more vector of memory.
     """
 
     direction: str = choice("pull", "who moves a vector: the receiver or the sender", ("pull", "push"))
     period: int = integer(1, "tau, local steps between exchanges", low=1)
     grad_point: str = choice("pre", "gradient before or after the exchange", ("pre", "post"))
+    clip_displacement: float | None = clip_displacement()
 
     name: ClassVar[str] = "gossip"
     summary: ClassVar[str] = "average with one random peer at a time"
@@ -67,7 +72,7 @@ class GossipSGD(Method):
     def worker(self, replica: Replica) -> GossipWorker:
         """Make a worker. Collective."""
         direction = Pull if self.direction == "pull" else Push
-        return GossipWorker(self, replica, direction(replica.comm, replica.x))
+        return GossipWorker(self, replica, direction(replica.comm, replica.x, Clip.of(self, replica.comm)))
 
 
 class GossipWorker(PeriodicWorker):
@@ -86,17 +91,32 @@ class GossipWorker(PeriodicWorker):
         self._rng = np.random.default_rng([replica.seed, self.comm.rank])
         self._direction = direction
         self.average_with: Callable[[int], None] = direction.average_with
+        self._clip = Clip.of(method, self.comm)
+        self._origin = self.x.local[:0] if self._clip is None else self.x.local.copy()  # after the last exchange
 
     def before_update(self) -> None:
         """Begin a step: peers that have averaged with x_i may do so again."""
         self._direction.begin_step()
         super().before_update()
 
+    def after_update(self) -> None:
+        """Limit what the local steps have changed since the last exchange."""
+        if self._clip is not None:
+            self._clip.limit(self.x.local, self._origin, self._clip.bound)
+        super().after_update()
+
     def exchange(self) -> None:
         """Average with a peer drawn uniformly from the others that are alive. Local."""
         peer = draw_peer(self.comm, self._rng)
         if peer is not None:
             self.average_with(peer)
+        if self._clip is not None:
+            kernels.copy(self._origin, self.x.local)
+
+    def after_load(self) -> None:
+        """Measure local steps from the vector that was loaded."""
+        if self._clip is not None:
+            kernels.copy(self._origin, self.x.local)
 
     def exchange_remaining(self) -> None:
         """Average with what is in the mailbox (push); a pull changes nothing that is evaluated. Local."""
@@ -116,12 +136,13 @@ class Pull:
     Args:
         comm: The communicator of the workers.
         x: (n,) this worker's vector.
+        clip: The bound on what a vector that is received moves this worker.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_version", "_versions_seen")
 
-    def __init__(self, comm: Communicator, x: Vector) -> None:
-        self._comm, self._x = comm, x
+    def __init__(self, comm: Communicator, x: Vector, clip: Clip | None = None) -> None:
+        self._comm, self._x, self._clip = comm, x, clip
         self._version = comm.numbers(1)
         self._versions_seen = np.full(comm.size, -1.0)
         self._peeked = np.zeros(1)
@@ -139,7 +160,11 @@ class Pull:
         x, statistics = self._x.local, self._comm.statistics
 
         def average(z: Any) -> None:
-            statistics.n_nonfinite += kernels.pair_average(x, z)
+            factor = 1.0 if self._clip is None else self._clip.factor(norms.distance(x, z) / 2, self._clip.bound)
+            if factor < 1:
+                statistics.n_nonfinite += kernels.weighted_average(x, z, factor / 2)
+            else:
+                statistics.n_nonfinite += kernels.pair_average(x, z)
 
         self._comm.read(self._x, peer, average)
         self._versions_seen[peer] = self._version_of(peer)
@@ -160,12 +185,13 @@ class Push:
     Args:
         comm: The communicator of the workers.
         vector: (n,) this worker's vector.
+        clip: The bound on what a vector that is received moves this worker.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_inbox",)
 
-    def __init__(self, comm: Communicator, vector: Vector) -> None:
-        x = vector.local
+    def __init__(self, comm: Communicator, vector: Vector, clip: Clip | None = None) -> None:
+        x, self._clip = vector.local, clip
         self._x, self._rank = x, comm.rank
         self._boxes = comm.mailboxes(x.size, x.dtype)
         self._inbox = Inbox(comm, self._boxes, x, COUNT, ("inbox", "inbox_count"))
@@ -192,6 +218,9 @@ class Push:
         tags[COUNT] = count + 1
 
     def _average(self, box: Any, tags: np.ndarray) -> int:
+        before = None if self._clip is None else self._x.copy()
         n_nonfinite = kernels.push_receive(self._x, box, tags[COUNT]) if tags[COUNT] else 0
+        if self._clip is not None and tags[COUNT]:
+            self._clip.limit(self._x, before, self._clip.bound * tags[COUNT])
         tags[COUNT] = 0
         return n_nonfinite

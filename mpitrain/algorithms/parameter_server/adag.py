@@ -121,4 +121,5 @@ class ScalingWorker(CenterWorker):
         self._steps = 0
 
     def _scale(self, part: slice, c: Any) -> int:
+        self.limit(part)
         return self._damped.scale(part, c, self._steps)

@@ -26,11 +26,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.clipping import Clip
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import choice, integer
 from mpitrain.algorithms.parameter_server.center import CenterMethod, CenterWorker
 from mpitrain.algorithms.parameter_server.commit import CommitRule, Displacement
 from mpitrain.collectives.rma.shared_vector import SharedVector
+from mpitrain.kernels import norms
 from mpitrain.theory import agn_warning
 
 
@@ -88,6 +90,12 @@ class AccumulatedSteps(CommitRule):
 
     def __init__(self, x: Any) -> None:
         self._x, self.accumulated = x, np.zeros_like(x)
+
+    def limit(self, part: slice, clip: Clip, radius: float) -> None:
+        """||v|| <= radius"""
+        v = self.accumulated[part]
+        if (factor := clip.factor(norms.norm(v), radius)) < 1:
+            v *= factor
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
         """c <- c + v/tau;  x <- c;  v <- 0"""

@@ -18,9 +18,10 @@ evaluated contains every step. A checkpoint is taken before that, so that a cont
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
+from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.shared_rows import SharedRows
@@ -36,7 +37,15 @@ It should be about 1/p; this is for some four workers.
 
 @dataclass(frozen=True)
 class CenterMethod(Method):
-    """A method with a center that each worker visits whenever it is due."""
+    """A method with a center that each worker visits whenever it is due.
+
+    Args:
+        clip_displacement: C: a commit moves the center by at most this Euclidean norm; a longer displacement is scaled
+            (``base.clipping``).
+    """
+
+    _: KW_ONLY
+    clip_displacement: float | None = clip_displacement()
 
     communication: ClassVar[str] = "2/tau (commit and pull)"
     metrics: ClassVar[tuple[str, ...]] = ("staleness",)
@@ -66,12 +75,19 @@ class CenterWorker(Worker):
         start = {name: rule.start(name, x) for name in rule.rows}
         self._rows = SharedRows(self.comm, start, tags=rule.tags, counts_pulls=True)
         self._center = self._rows.vector
+        self._clip = Clip.of(method, self.comm)
         self._empty = self._rows.empty_shard(x)
         self.visit(slice(0, 0), self._empty)  # compiled now
 
     def visit(self, part: slice, c: Any) -> int:
         """Commit to a shard and pull it, in one pass, under its lock; return the number of non-finite elements."""
+        self.limit(part)
         return self._rule(part, c, self._center, self._steps)
+
+    def limit(self, part: slice) -> None:
+        """Scale the commit to a shard if it exceeds ``clip_displacement``. Local."""
+        if self._clip is not None and part.stop > part.start:
+            self._rule.limit(part, self._clip, self._clip.share_of(range(part.start, part.stop), self._center.n))
 
     def after_update(self) -> None:
         """Commit and pull if it is due."""

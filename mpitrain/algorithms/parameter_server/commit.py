@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.clipping import Clip
 from mpitrain.collectives.rma.shared_vector import SharedVector
 
 
@@ -34,6 +35,10 @@ class CommitRule(ABC):
     def start(self, name: str, x: Any) -> Any:
         """Return the first values (n,) of a row, given the model's parameters ``x`` (n,)."""
         return x
+
+    @abstractmethod
+    def limit(self, part: slice, clip: Clip, radius: float) -> None:
+        """Scale what will be committed to a shard, so that it moves the center by at most ``radius``. Local."""
 
     @abstractmethod
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
@@ -73,6 +78,10 @@ class Displacement(CommitRule):
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
         """c <- c + a*(x - o);  x, o <- c"""
         return kernels.commit_and_pull(self.x[part], self.origin[part], c, self._rate(shared, steps))
+
+    def limit(self, part: slice, clip: Clip, radius: float) -> None:
+        """||x - o|| <= radius"""
+        clip.limit(self.x[part], self.origin[part], radius)
 
     def push(self, part: slice, c: Any) -> int:
         """c <- c + (x - o);  o <- x"""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mpitrain.algorithms.base.method import Interval
 from mpitrain.algorithms.base.replica import Replica
@@ -108,7 +108,12 @@ class DownpourWorker(CenterWorker):
         if pushes and pulls:
             self.commit()
         elif pushes:
-            self._center.update(self._push, pulls=False)
+            self._center.update(self._push_limited, pulls=False)
             self._steps = 0
         elif pulls:
             self._center.update(self._pull, pushes=False)
+
+    def _push_limited(self, part: slice, c: Any) -> int:
+        """Push to a shard without pulling it."""
+        self.limit(part)
+        return self._push(part, c)

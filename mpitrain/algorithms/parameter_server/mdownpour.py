@@ -25,11 +25,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.clipping import Clip
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import number
 from mpitrain.algorithms.parameter_server.center import CenterMethod, CenterWorker
 from mpitrain.algorithms.parameter_server.commit import CommitRule
 from mpitrain.collectives.rma.shared_vector import SharedVector
+from mpitrain.kernels import norms
 from mpitrain.theory import mdownpour_warning
 
 
@@ -85,6 +87,13 @@ class MomentumStep(CommitRule):
     def start(self, name: str, x: Any) -> Any:
         """Return the first values of a row: the velocity starts at 0."""
         return np.zeros_like(x) if name == "velocity" else x
+
+    def limit(self, part: slice, clip: Clip, radius: float) -> None:
+        """eta*||g|| <= (1 - delta)*radius: all the steps in which v remembers g move the center by radius."""
+        g = self._g[part]
+        eta = max(group_slice.learning_rate for group_slice in self.group_slices)
+        if (factor := clip.factor(eta * norms.norm(g) / (1 - self._momentum), radius)) < 1:
+            g *= factor
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
         """v <- delta*v - eta*g;  c <- c + v;  y <- c + delta*v"""

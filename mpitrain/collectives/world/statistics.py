@@ -31,6 +31,7 @@ class Statistics:
         n_exchanges: Exchanges started (an all-reduce, a visit to the center, a gossip message).
         n_nonfinite: Non-finite elements kept out of shared vectors; on a GPU a ``cuda.NonfiniteCount``, which ``int``
             converts.
+        n_clipped: Displacements that exceeded ``clip_displacement`` and were scaled.
         wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
         lock_wait_seconds: The part of ``wait_seconds`` spent waiting for locks.
         staleness: (33,) counts of visits to the center, by the number of updates by others since the last visit.
@@ -42,6 +43,7 @@ class Statistics:
     wire_bytes: int = 0
     n_exchanges: int = 0
     n_nonfinite: int = 0
+    n_clipped: int = 0
     wait_seconds: float = 0.0
     lock_wait_seconds: float = 0.0
     staleness: np.ndarray = field(default_factory=lambda: np.zeros(STALENESS_BINS, np.int64))

@@ -1,0 +1,74 @@
+"""A bound on what one worker may move a shared vector, or a peer, in one exchange.
+
+    x <- o + (x - o)*min(1, r/||x - o||)        the displacement x - o is scaled to the Euclidean norm r
+
+With ``clip_displacement`` = C the center of elastic averaging and of a parameter server moves by at most C in an
+exchange of one worker, and a gossiping worker by at most C per vector received. Where a vector lies in shards, one with
+m of the n elements has the bound C*sqrt(m/n), so that all of them together have C. Within the bound the arithmetic is
+that of the method; so are its fixed points and rates near them.
+
+This is for finite values that are far too large, such as the gradients of a damaged batch or of a rank with a wrong
+learning rate. It is no defence against an adversary, who can move the center by C in every exchange.
+
+Source: the projection of centered clipping, Karimireddy, He, Jaggi, Learning from history for Byzantine robust
+optimization, 2021, https://arxiv.org/abs/2012.10333, with the method's own reference in the place of the center.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mpitrain import kernels
+from mpitrain.algorithms.base.settings import number
+from mpitrain.collectives.communicator import Communicator
+from mpitrain.kernels import norms
+from mpitrain.log import ANY_RANK, logger
+
+
+def clip_displacement() -> Any:
+    """Declare the setting ``clip_displacement``."""
+    return number(None, "C, largest Euclidean norm by which an exchange moves the other side", above=0, optional=True)
+
+
+class Clip:
+    """The bound of one worker, and the record of what exceeded it.
+
+    Args:
+        bound: C.
+        comm: The communicator of the workers; ``statistics.n_clipped`` counts the displacements that were scaled.
+    """
+
+    def __init__(self, bound: float, comm: Communicator) -> None:
+        self.bound, self._statistics = bound, comm.statistics
+
+    @classmethod
+    def of(cls, method: Any, comm: Communicator) -> Clip | None:
+        """Return the bound that a method sets, or None."""
+        bound = getattr(method, "clip_displacement", None)
+        return None if bound is None else cls(bound, comm)
+
+    def share_of(self, part: Any, n: int) -> float:
+        """Return the bound C*sqrt(m/n) of a shard (m,) of ``n`` elements."""
+        return self.bound * math.sqrt(len(part) / max(n, 1))
+
+    def limit(self, x: Any, origin: Any, radius: float) -> None:
+        """Bring ``x`` (m,) to within ``radius`` of ``origin`` (m,). Local."""
+        factor = self.factor(norms.distance(x, origin), radius)
+        if factor < 1:
+            kernels.elastic_displacement(x, origin, factor, 0.0)  # x <- factor*(x - origin)
+            kernels.scaled_add(x, origin, 1.0)
+
+    def factor(self, distance: float, radius: float) -> float:
+        """Return by what to multiply a displacement of length ``distance``; count and log it if that is below 1.
+
+        A length that is not a number is left to the methods' handling of non-finite values.
+        """
+        if not distance > radius:
+            return 1.0
+        self._statistics.n_clipped += 1
+        n = self._statistics.n_clipped
+        if math.log10(n).is_integer():  # the first, the tenth, the hundredth
+            text = "a displacement of norm %.3g exceeds clip_displacement: scaled to %.3g (number %d on this rank)"
+            logger.warning(text, distance, radius, n, extra=ANY_RANK)
+        return radius / distance
