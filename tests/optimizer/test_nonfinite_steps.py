@@ -35,7 +35,7 @@ BASES = {
 }
 
 
-def train(world, method, base, steps, *, poison=None, scaler=None):
+def train(world, method, base, steps, *, poison=None, factor=1.0, scaler=None):
     """Return this rank's parameters after ``steps``, the numbers of its samples, and its optimizer's n_nonfinite."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
@@ -45,7 +45,7 @@ def train(world, method, base, steps, *, poison=None, scaler=None):
             optimizer.zero_grad()
             loss = model(x).square().mean()
             if poison in ((world.rank, step), (ALL, step)):
-                model.bias.register_hook(lambda g: g * torch.tensor([1.0, torch.nan, 1.0]))
+                model.bias.register_hook(lambda g: g * torch.tensor([factor, torch.nan, 1.0]))
             (loss if scaler is None else scaler.scale(loss)).backward()
             for parameter in model.parameters():
                 if parameter._backward_hooks:
@@ -101,6 +101,8 @@ def test_a_robust_step_leaves_out_the_rank_with_a_nan_and_is_made_by_all_ranks(w
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
     found, _ = train(world, AGGREGATING[case], "momentum", range(4), poison=(0, 2), scaler=scaler)
     assert torch.isfinite(found).all()
+    other, _ = train(world, AGGREGATING[case], "momentum", range(4), poison=(0, 2), factor=100.0, scaler=scaler)
+    assert torch.equal(found, other)  # not a part of that gradient is used
     assert all(np.array_equal(other, found.numpy()) for other in world.comm.allgather(found.numpy()))
     skipped, _ = train(world, AGGREGATING[case], "momentum", [0, 1, 3])
     assert not torch.allclose(found, skipped, rtol=0, atol=1e-4)
