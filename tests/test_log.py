@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpitrain import log
-from mpitrain.log import logger
+from mpitrain.log import decoration, logger
 
 LEVELS = (logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
@@ -80,3 +80,17 @@ def test_a_handler_of_an_application_that_drops_a_record_does_not_silence_it(
     finally:
         logging.getLogger().removeHandler(quiet)
     assert capsys.readouterr().err == "mpitrain: warning: a text\n"
+
+
+@pytest.mark.parametrize("error", [KeyError("c$5_{x$"), OSError(28, "No space left\non device"), ImportError("Qt")])
+def test_an_error_of_a_decoration_is_one_warning_and_no_more(error, capsys):
+    with decoration("the plot"):
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the plot is missing" in line
+    assert "the result is not affected" in line
+
+
+def test_a_decoration_does_not_keep_a_user_from_ending_the_run():
+    with pytest.raises(KeyboardInterrupt), decoration("the plot"):
+        raise KeyboardInterrupt
