@@ -44,9 +44,12 @@ def run(method, p, steps, **more):
 @every_method
 def test_an_unknown_setting_is_refused_and_the_known_ones_are_named(name):
     method = METHODS[name]
-    with pytest.raises(TypeError, match=f"{method.__name__} has no setting 'perod': ") as error:
-        method(perod=3)
+    with pytest.raises(TypeError, match=f"{method.__name__} has no setting 'xyzzy': ") as error:
+        method(xyzzy=3)
     assert all(key in str(error.value) for key in settings_of(method))
+    if "period" in settings_of(method):
+        with pytest.raises(TypeError, match="has no setting 'perod': did you mean period"):
+            method(perod=3)
 
 
 @every_method
