@@ -97,12 +97,11 @@ class Simulation:
                     break
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
                 comm.compute()
-                found_nonfinite = worker.step(
-                    group_slices,
-                    update,
-                    self._loss(worker) if self.method.needs_loss else None,
-                    skips=self.method.combines_gradients and not math.isfinite(norms.norm(worker.g.local)),
-                )
+                skips = self.method.combines_gradients and not math.isfinite(norms.norm(worker.g.local))
+                if skips:
+                    comm.statistics.n_nonfinite += np.count_nonzero(~np.isfinite(worker.g.local))
+                loss = self._loss(worker) if self.method.needs_loss else None
+                found_nonfinite = worker.step(group_slices, update, loss, skips=skips)
                 if found_nonfinite and velocity is not None:
                     kernels.keep_finite(velocity)
                 if after_step is not None:

@@ -81,6 +81,7 @@ GIVEN = {
     "device": "cuda",
     "epochs": 2.0,
     "gradients": 77,
+    "inject": "nan:rank=1,step=3",
 }
 
 
@@ -91,7 +92,7 @@ def test_every_shared_option_reaches_the_configuration(
     for name, value in GIVEN.items():
         flag = f"--{name.replace('_', '-')}"
         config = configurations("--algorithms", "allreduce", flag, *([] if value is True else [str(value)]))
-        expected = (1, 4.0) if name == "straggler" else value
+        expected = {"straggler": (1, 4.0), "inject": (value,)}.get(name, value)
         assert getattr(config["allreduce"], name) == expected != getattr(configurations()["allreduce"], name)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def sleep_when_idle() -> Path | None:
     if compiler is None:
         return None
     library.parent.mkdir(parents=True, exist_ok=True)
-    building = library.with_suffix(f".{os.getpid()}")  # other processes compile it as well
+    building = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}")  # others compile it at the same time
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(building), str(source)], check=True)
     building.replace(library)
     return library
