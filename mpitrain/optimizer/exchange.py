@@ -52,6 +52,12 @@ class ExchangeBoundary:
         """
         return Exchanging(self._flat, self._device, self.clock, copies, counts)
 
+    def wait_for_torch(self) -> None:
+        """Wait until the GPU, if there is one, has done what torch has started. Local."""
+        if self._device is not None:
+            with self.exchanging():
+                self._device.synchronize()
+
     def computing(self) -> Computing:
         """Return a context manager for the work of torch inside ``exchanging``; the clock is stopped."""
         return Computing(self._flat, self._device, self.clock)

@@ -21,6 +21,7 @@ class Gradients:
 
     def __init__(self, method: Method, replica: LocalReplica) -> None:
         self._flat, self._statistics, self._node_shared = replica.flat, replica.comm.statistics, replica.node_shared
+        self._boundary = replica.boundary
         self.are_combined = method.combines_gradients or replica.size > 1
         self._collects = method.needs_gradient or replica.flat.staged or replica.size > 1
         # On a GPU the number is waited for, so that methods whose workers do not wait go without it.
@@ -43,6 +44,8 @@ class Gradients:
         if scaling is not None:
             scaling.unscale([place.parameter for place in flat.layout.places])
         if not is_combined:
+            if self._counts_nonfinite:
+                self._boundary.wait_for_torch()
             n_nonfinite = flat.collect_gradients(counts=self._counts_nonfinite) if self._collects else 0
             skips = n_nonfinite > 0 or (scaling is not None and scaling.found_inf)
             self._statistics.n_nonfinite += max(n_nonfinite, skips)

@@ -41,7 +41,7 @@ class Ready:
         return found if found >= 0 else self._is_ready.find(1)
 
     def __contains__(self, rank: object) -> bool:
-        return isinstance(rank, int | np.integer) and bool(self._is_ready[rank])
+        return isinstance(rank, int | np.integer) and bool(self._is_ready[int(rank)])
 
     def __iter__(self) -> Iterator[int]:
         rank = self._is_ready.find(1)

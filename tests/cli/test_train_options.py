@@ -165,6 +165,7 @@ def augment(bench: Bench) -> None:
         hdf5_format.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(32, 8))
         for split in ("train", "test"):
             content[split]["images"][...] = draw.integers(0, 255, content[split]["images"].shape)
+            content[split]["labels"][...] = 0
         content.attrs["mean"], content.attrs["std"] = np.full(1, 0.5), np.full(1, 0.2)
     seen = []
 
@@ -288,6 +289,19 @@ def on_nonfinite(bench: Bench) -> None:
     assert main(["train", *words, "10"]) == 0  # fewer losses than it takes
 
 
+def clip_displacement(bench: Bench) -> None:
+    """The center moves by no more than the bound in each exchange: by less than without it."""
+    words = ["--algorithm", "easgd", "--set", "period=1"]
+    free, bounded = bench.run(*words), bench.run(*words, "--clip-displacement", "1e-3")
+    assert bounded["settings"]["clip_displacement"] == 1e-3
+    assert bounded["test_loss"] > free["test_loss"]
+
+
+def inject(bench: Bench) -> None:
+    assert bench.run()["n_nonfinite"] == 0
+    assert bench.run("--inject", "nan:rank=0,step=3")["n_nonfinite"] > 0
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -302,7 +316,9 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "momentum": has_loss_of("--momentum", "0.5", momentum=0.5),
     "weight_decay": has_loss_of("--weight-decay", "0.3", weight_decay=0.3),
     "clip_norm": has_loss_of("--clip-norm", "0.5", clip_norm=0.5),
+    "clip_displacement": clip_displacement,
     "on_nonfinite": on_nonfinite,
+    "inject": inject,
     "average": has_loss_of("--average", "moving:0.3", average=0.3),
     "seed": has_loss_of("--seed", "5", seed=5),
     "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto", DEFAULT_TIMEOUT_SECONDS)),

@@ -250,4 +250,4 @@ def test_a_member_that_is_no_image_is_not_read_whole(imported, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "cat/large.png" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert int(done.stdout.split()[-1]) < 600  # MiB
+    assert int(done.stdout.split()[-1]) < 900  # MiB, and the member has 1024

@@ -25,7 +25,10 @@ class Recording(AllReduceSGD):
         self.replicas.append(replica)
         worker = super().worker(replica)
         step = worker.step
-        worker.step = lambda slices, update, loss=None: (self.losses.append(loss), step(slices, update, loss))[1]
+        worker.step = lambda slices, update, loss=None, **more: (
+            self.losses.append(loss),
+            step(slices, update, loss, **more),
+        )[1]
         return worker
 
 

@@ -163,7 +163,7 @@ class Late(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
-@pytest.mark.parametrize("method", [EASGD(period=1, grad_point="post"), GossipSGD(period=1, grad_point="post")])
+@pytest.mark.parametrize("method", [EASGD(period=1, grad_point="post"), GossipSGD("push", period=1, grad_point="post")])
 def test_an_exchange_waits_for_the_compute_stream(world, method, where):
     with gpus(*where) as comm:
         model = mlp()

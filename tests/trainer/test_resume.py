@@ -143,6 +143,7 @@ def test_augmentation_draws_the_same_after_a_resume(world, go):
             hdf5_format.create(content, classes=["a", "b"], shape=(1, 28, 28), n=(64, 8))
             for split in ("train", "test"):
                 content[split]["images"][...] = draw.integers(0, 255, content[split]["images"].shape)
+                content[split]["labels"][...] = 0
             content.attrs["mean"], content.attrs["std"] = np.full(1, 0.5), np.full(1, 0.2)
     world.barrier()
     config = TrainConfig("allreduce", data=str(file), batch_size=8, augment=True)

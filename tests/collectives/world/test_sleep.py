@@ -29,7 +29,7 @@ def noted(*arguments):
 transfers.NativeMPI.watched = noted
 world = mpitrain.init()
 comm = MPICommunicator(world)
-vector = comm.shared_vector(2000, np.float32)
+vector = comm.shared_vector(70_000, np.float32)  # a shard on each rank
 
 def wakes():
     (thread,) = [t for t in threading.enumerate() if t.name == "mpi-progress"]
