@@ -98,8 +98,6 @@ class Simulation:
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
                 comm.compute()
                 skips = self.method.combines_gradients and not math.isfinite(norms.norm(worker.g.local))
-                if skips:
-                    comm.statistics.n_nonfinite += int(np.count_nonzero(~np.isfinite(worker.g.local)))
                 loss = self._loss(worker) if self.method.needs_loss else None
                 found_nonfinite = worker.step(group_slices, update, loss, skips=skips)
                 if found_nonfinite and velocity is not None:

@@ -18,7 +18,7 @@ from mpitrain.trainer.options import (
 
 SHARED = (
     *("algorithm", "settings", "data", "model", "batch_size", "lr", "momentum", "weight_decay", "average", "sampling"),
-    *("seed", "out", "epochs", "gradients", "clip_displacement"),
+    *("clip_displacement", "seed", "out", "epochs", "gradients"),
 )
 """The fields of ``TrainConfig`` that are options of ``mpitrain simulate`` too."""
 

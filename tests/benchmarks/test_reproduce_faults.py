@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from mpitrain import kernels
-from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.byzantine.safeguard import Window
 from mpitrain.algorithms.elastic.center import SynchronousCenter
 from mpitrain.algorithms.elastic.method import ElasticMethod
@@ -20,6 +19,7 @@ from mpitrain.algorithms.leader.worker import Following
 from mpitrain.algorithms.parameter_server import dynsgd
 from mpitrain.algorithms.parameter_server.adag import DampedDisplacement
 from mpitrain.algorithms.parameter_server.downpour import DownpourWorker
+from mpitrain.algorithms.synchronous.allreduce import AllReduceWorker
 
 Patch = pytest.MonkeyPatch
 
@@ -46,7 +46,7 @@ def freeze_easgd(patch: Patch) -> None:
 
 
 def sum_gradients(patch: Patch) -> None:
-    patch.setattr(Worker, "average_gradients", lambda self: self.comm.allreduce(self.g))
+    patch.setattr(AllReduceWorker, "combine_gradients", lambda self: self.comm.allreduce(self.g))
 
 
 def slow_center(patch: Patch) -> None:

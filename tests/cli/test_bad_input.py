@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
             hdf5_format.create(file, classes=["cat", "dog"], shape=(3, 28, 28), n=(200, 50))
             for split in ("train", "test"):
                 file[split]["images"][...] = 0  # a file that stores less than it declares is refused for that
+                file[split]["labels"][...] = 0
             file["train"]["labels"][7] = label
             file.attrs["mean"], file.attrs["std"] = np.full(3, 0.5), np.full(3, 0.2)
     content = (folder / "good.h5").read_bytes()

@@ -217,6 +217,11 @@ def evaluations(run: Run, **_: Any) -> None:
         assert point["test_loss"] == close(plain_sgd.loss_after(steps=point["gradients"]))
 
 
+def clip_displacement(run: Run, **_: Any) -> None:
+    words = ["--algorithm", "easgd", "--set", "period=1"]
+    assert run(*words, "--clip-displacement", "1e-3")["test_loss"] > run(*words)["test_loss"]
+
+
 CASES: dict[str, Callable[..., None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -224,6 +229,7 @@ CASES: dict[str, Callable[..., None]] = {
     "model": has_loss_of("--model", "mlp:hidden=5", model="mlp:hidden=5"),
     "batch_size": has_loss_of("--batch-size", "8", batch_size=8),
     "lr": has_loss_of("--lr", "0.2", lr=0.2),
+    "clip_displacement": clip_displacement,
     "momentum": has_loss_of("--momentum", "0.5", momentum=0.5),
     "weight_decay": has_loss_of("--weight-decay", "0.3", weight_decay=0.3),
     "average": has_loss_of("--average", "moving:0.3", average=0.3),

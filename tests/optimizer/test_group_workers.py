@@ -57,7 +57,7 @@ class Recorder(Worker):
     def _record(self, name):
         self.calls.append((name, self._busy.locked()))
 
-    def step(self, group_slices, local_update, loss=None, *, skips=False):
+    def step(self, group_slices, local_update, loss=None, *, skips=False, is_combined=False):
         self._record("step")
         self.seen = self.g.local.copy(), loss
         self.x.local[...] = 5

@@ -68,6 +68,7 @@ ANOTHER = {
     "straggler": (0, 2.0),
     "wire": "bfloat16",
     "clip_norm": 1.0,
+    "clip_displacement": 1.0,
     "on_nonfinite": "skip",
     "inject": ("kill:rank=2,step=50",),
 }

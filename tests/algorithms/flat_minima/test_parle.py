@@ -207,7 +207,7 @@ def test_a_replica_that_is_not_finite_is_left_out():
     assert statistics(parle, "n_nonfinite")[::2] == [0, 0]
     entropy = simulate(EntropySGD(period=2), 3, start=START, eta=0.1, gradient=gradient).run(8)
     assert np.array_equal(entropy.x(), np.tile(START, (3, 1)))  # it averages gradients: all leave out the step
-    assert statistics(entropy, "n_nonfinite") == [8, 8, 8]
+    assert statistics(entropy, "n_nonfinite")[::2] == [8, 8]  # its own elements a rank counts when it collects them
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])
