@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import subprocess
 import sys
 import zipfile
@@ -12,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from support.damage import damaged
 
 from mpitrain.cli.main import main
 from mpitrain.data import digest, image_import, load
@@ -150,21 +150,6 @@ def test_a_file_without_a_digest_is_not_verified(data_file, lone, capsys):
     with pytest.raises(UsageError, match="has no digest"):
         load(str(data_file), world=lone, verify=True)
     assert main(["data", "verify", str(data_file)]) == 2
-
-
-def damaged(content, seed):
-    """Return the content with some bytes flipped or zeroed, or without its end."""
-    draw = random.Random(seed)
-    content = bytearray(content)
-    at = draw.randrange(len(content))
-    if seed % 3 == 0:
-        content[at] ^= 1 << draw.randrange(8)
-    elif seed % 3 == 1:
-        n = min(draw.choice((1, 16, 512, 4096)), len(content) - at)
-        content[at : at + n] = bytes(b ^ 0xA5 for b in content[at : at + n])
-    else:
-        del content[at:]
-    return bytes(content)
 
 
 @pytest.mark.parametrize("seed", range(100))

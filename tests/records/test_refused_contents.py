@@ -1,11 +1,11 @@
 """Metrics and checkpoints that reach outside themselves, declare what they do not hold, or are damaged."""
 
-import random
 import shutil
 
 import h5py
 import numpy as np
 import pytest
+from support.damage import damaged
 from support.lone_world import LoneWorld
 
 from mpitrain import UsageError
@@ -70,21 +70,6 @@ def test_a_state_that_is_not_in_the_part_is_refused(tmp_path, change):
     part.write(folder / part.file_name(0), image, step=1, rank=0, n_ranks=1)
     with pytest.raises(UsageError, match=r"is no readable checkpoint .*value"):
         checkpoint.load(folder, LoneWorld())
-
-
-def damaged(content, seed):
-    """Return the content with some bytes flipped or zeroed, or without its end."""
-    draw = random.Random(seed)
-    content = bytearray(content)
-    at = draw.randrange(len(content))
-    if seed % 3 == 0:
-        content[at] ^= 1 << draw.randrange(8)
-    elif seed % 3 == 1:
-        n = min(draw.choice((1, 16, 512, 4096)), len(content) - at)
-        content[at : at + n] = bytes(b ^ 0xA5 for b in content[at : at + n])
-    else:
-        del content[at:]
-    return bytes(content)
 
 
 def test_a_hundred_damaged_checkpoints_are_never_loaded(tmp_path):

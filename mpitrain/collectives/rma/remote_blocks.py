@@ -130,9 +130,7 @@ class RemoteBlocks:
 
     def acquire(self, index: int, prefetch: int | None, encoded: bool) -> Block:
         """Lock and fetch a block; once the lock is granted, prefetch another one. Local."""
-        self._abandon_all_but(index)
-        if not self._fetches:
-            self._start(index, encoded)
+        self.prefetch(index, encoded)
         fetch = self._granted()
         if prefetch is not None:
             self._start(prefetch, encoded)
@@ -149,9 +147,8 @@ class RemoteBlocks:
 
         A block may still be on its way home afterwards; ``wait`` waits for the last one.
         """
-        self._abandon_all_but(None)
-        began, n_bytes = time.perf_counter(), 0
-        awaited = deque(order)
+        self.abandon()
+        began, awaited = time.perf_counter(), deque(order)
         self._start_more(awaited, encoded)
         for _ in order:
             yield Arrival(self, awaited, updated=updated, encoded=encoded)
