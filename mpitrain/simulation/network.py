@@ -152,7 +152,7 @@ def _rounds(n: int) -> int:
 
 
 class Resource:
-    """Something that serves one user at a time: an adapter, an uplink, a processor, a lock.
+    """A resource that serves one user at a time: an adapter, an uplink, a processor, a lock.
 
     Users may ask in any order; each gets the first free time that is long enough.
     """

@@ -38,7 +38,7 @@ VISITS = 200
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished run tells about its cluster.
+    """The figures of a finished run that describe its cluster.
 
     Attributes:
         algorithm, settings: The method.

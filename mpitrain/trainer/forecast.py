@@ -37,7 +37,7 @@ CLOSE = 1.25
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of a method.
+    """The expected time and communication of a method.
 
     Attributes:
         algorithm: Its name.

@@ -21,7 +21,7 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """Where the parameters of a layer lie in the flat vector.
+    """The place of a layer's parameters in the flat vector.
 
     Attributes:
         weight, bias: Slices of the vector; without a bias None.

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class ExceptionHook:
-    """What happens after an uncaught exception: one line for a ``UsageError``, a traceback for others; all ranks end.
+    """The end after an uncaught exception: one line for a ``UsageError``, a traceback for others; all ranks end.
 
     Without it, the other ranks would wait for this one until the queue's time limit.
 
