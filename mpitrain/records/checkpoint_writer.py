@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._n_bytes = 0  # of all ranks' arrays
         self._leads = False  # this rank renames the folder
         self._is_published = False
-        self._errno = 0  # of this rank's failure
+        self._errno = 0  # of this rank's failure; below 0: of another rank's
         self._has_written = threading.Event()  # this rank's part, or failed to
         self._is_cancelled = threading.Event()
 
@@ -89,10 +89,12 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raise if this rank could not write its part. Local.
 
+        A checkpoint that another rank could not write raises on that rank here, and on all ranks in ``wait``.
+
         Raises:
             UsageError: It could not; the checkpoint is given up.
         """
-        if self._errno:
+        if self._errno > 0:
             raise self._failure(self._errno)
 
     def wait(self) -> Path | None:

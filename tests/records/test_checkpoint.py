@@ -461,6 +461,17 @@ def test_a_rank_that_cannot_write_notices_at_its_next_step(world, mpi_tmp_path, 
     world.barrier()
 
 
+def test_a_failure_of_another_rank_is_not_reported_as_that_of_this_rank(tmp_path):
+    """The other rank has removed the folder. It names the error; this rank learns of it when all wait."""
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, LoneWorld(0, 2), 2)
+    writer.start(1, {"x": 1})
+    shutil.rmtree(writer._partial)
+    writer._thread.join(60)
+    writer.check()
+    with pytest.raises(UsageError, match="cannot write a checkpoint"):
+        writer.wait()
+
+
 @pytest.mark.parametrize("keep", [1, 3])
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, keep):
     for step in range(1, 6):
