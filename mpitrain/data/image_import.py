@@ -82,6 +82,10 @@ class Assignment:
     labels: NDArray[np.int64]
     is_test: NDArray[np.bool_]
 
+    def by_name(self, names: list[str]) -> dict[str, tuple[int, int]]:
+        """Return (label, split) of each image file; split 1 is the test set."""
+        return {name: (int(label), int(test)) for name, label, test in zip(names, self.labels, self.is_test)}
+
 
 def import_images(
     source: Path,
@@ -115,9 +119,7 @@ def import_images(
     assigned = _assign(source, survey.names, test_fraction, seed)
     height, width = size or survey.sizes.most_common(1)[0][0][::-1]
     shape = (3 if survey.coloured else 1, height, width)
-    by_name = {
-        name: (int(label), int(test)) for name, label, test in zip(survey.names, assigned.labels, assigned.is_test)
-    }
+    by_name = assigned.by_name(survey.names)
     n_test = int(assigned.is_test.sum())
 
     def fill(output: ContainedFile) -> tuple[_Writer, list[str]]:

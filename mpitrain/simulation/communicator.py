@@ -9,32 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.mailboxes import Mailboxes
-from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD, SharedVector
-from mpitrain.collectives.topology.partition import shards, split
+from mpitrain.collectives.topology.partition import split
 from mpitrain.collectives.world.background import Started
 from mpitrain.collectives.world.fault_tolerance import of_part
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.simulation.memory import BlockMemory, SimulatedBlocks, SimulatedVector
+from mpitrain.simulation.peer_memory import Layout, SimulatedPeerMemory
 from mpitrain.simulation.scheduler import Group, Scheduler
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the memory of a simulated world is divided.
-
-    Args:
-        nodes: (size,) the node of each worker.
-        largest_shard: The most elements in a shard; small shards let a small vector have many of them.
-        smallest_shard: The least elements in the share of an owner, where there are fewer owners than workers.
-        interleave_locks: Give way before every lock, so that the visits of two workers to the shards of a vector
-            interleave as they do between ranks.
-    """
-
-    nodes: tuple[int, ...]
-    largest_shard: int = LARGEST_SHARD
-    smallest_shard: int = SMALLEST_SHARD
-    interleave_locks: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +28,11 @@ class SimulatedPending:
     wait: Callable[[], None]
 
 
-class SimulatedCommunicator:
+class SimulatedCommunicator(SimulatedPeerMemory):
     """Implements ``Communicator`` for one simulated worker.
+
+    ``SimulatedPeerMemory`` has the methods that allocate and read memory; here are the collective and the background
+    ones.
 
     Args:
         scheduler: Runs the workers.
@@ -67,11 +50,7 @@ class SimulatedCommunicator:
         rank: int,
         statistics: Statistics | None = None,
     ) -> None:
-        self.rank, self.size = rank, len(group.ranks)
-        self.nodes = group.nodes
-        self.statistics = statistics or Statistics()
-        self._scheduler, self._layout, self._group = scheduler, layout, group
-        self._world_rank = group.ranks[rank]
+        super().__init__(scheduler, layout, group, rank, statistics)
         self._counted_exchanges = self._counted_bytes = 0  # up to the last step
 
     @property
@@ -91,51 +70,6 @@ class SimulatedCommunicator:
         group: Group = self._exchange(color, make_groups)[color]
         rank = bisect_left(group.ranks, self._world_rank)
         return SimulatedCommunicator(self._scheduler, self._layout, group, rank, self.statistics)
-
-    def vector(self, n: int, dtype: Any) -> SimulatedVector:
-        """Allocate a vector of zeros that peers can read. Collective."""
-        arrays = self._exchange(None, lambda _: [np.zeros(n, dtype) for _ in range(self.size)])
-        return SimulatedVector(arrays, self.rank)
-
-    def numbers(self, n: int) -> SimulatedVector:
-        """Allocate a few float64 numbers that peers can read. Collective."""
-        return self.vector(n, np.float64)
-
-    def node_vector(self, n: int, dtype: Any) -> SimulatedVector:
-        """Allocate a vector of zeros for each node, shared by its workers and readable by peers. Collective."""
-
-        def make_arrays(_: list[None]) -> list[np.ndarray]:
-            array_of = {node: np.zeros(n, dtype) for node in set(self.nodes)}
-            return [array_of[node] for node in self.nodes]
-
-        return SimulatedVector(self._exchange(None, make_arrays), self.rank)
-
-    def publish(self, vector: Any) -> None:
-        """Do nothing: peers always see a vector as it is. Local."""
-
-    def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the current vector of a peer. Local; not counted as an exchange."""
-        self._scheduler.schedule.peer_read(self._world_rank, self._group.ranks[peer], vector.arrays[peer].nbytes)
-        fn(vector.arrays[peer])
-
-    def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate one vector of zeros, or ``rows`` updated together, sharded over the workers. Collective."""
-
-        def make_memory(_: list[None]) -> BlockMemory:
-            parts = shards(n, self.nodes, self._layout.largest_shard, smallest=-(-self._layout.smallest_shard // rows))
-            return BlockMemory(tuple(part.owner for part in parts), tuple(rows * part.size for part in parts), dtype)
-
-        blocks = self._blocks(make_memory)
-        return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
-
-    def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate ``slots`` vectors at every worker, which others read or update under their locks. Collective."""
-
-        def make_memory(_: list[None]) -> BlockMemory:
-            homes = tuple(rank for rank in range(self.size) for _ in range(slots))
-            return BlockMemory(homes, (n,) * len(homes), dtype)
-
-        return Mailboxes(self._blocks(make_memory), self.rank, slots, self.statistics)
 
     def allreduce(self, vector: Any, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector, or a part of it, by the sum or mean over all workers. Collective."""
@@ -218,19 +152,7 @@ class SimulatedCommunicator:
         self._counted_exchanges, self._counted_bytes = n_exchanges, n_bytes
         self._scheduler.give_way()
 
-    def free(self) -> None:
-        """Do nothing: there are no windows to free. Collective."""
-
-    def _exchange(self, value: Any, combine: Callable[[list[Any]], Any], kind: str = "set-up", n_bytes: int = 0) -> Any:
-        return self._scheduler.exchange(self._group, self.rank, value, combine, kind, n_bytes)
-
     def _count_reduction(self, n_bytes: int) -> None:
         """Count an all-reduce of that many bytes, of which a ring sends 2*(p - 1)/p."""
         self.statistics.n_exchanges += 1
         self.statistics.bytes_sent += 2 * (self.size - 1) * n_bytes // self.size
-
-    def _blocks(self, make_memory: Callable[[list[None]], BlockMemory]) -> SimulatedBlocks:
-        """Allocate blocks of zeros. Collective."""
-        memory = self._exchange(None, make_memory)
-        interleave = self._layout.interleave_locks
-        return SimulatedBlocks(memory, self._scheduler, self._group.ranks, self._world_rank, interleave=interleave)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD
-from mpitrain.simulation.communicator import Layout, SimulatedCommunicator
+from mpitrain.simulation.communicator import SimulatedCommunicator
+from mpitrain.simulation.peer_memory import Layout
 from mpitrain.simulation.scheduler import Scheduler
 from mpitrain.simulation.schedules import RoundRobin, Schedule
 

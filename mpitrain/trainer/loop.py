@@ -168,9 +168,7 @@ def _prepare(
 ) -> Run:
     """Load the data, build the model and its optimizer, and restore the newest checkpoint if asked to. Collective."""
     config, method = plan.config, plan.method
-    batches = Batches(config, world, dataset)
-    if resume is not None:
-        runfolder.check_data(resume, config.data, batches.identity, world)
+    batches = _load_data(config, world, resume=resume, dataset=dataset)
     shape, n_classes, per_epoch = batches.dataset.shape, batches.dataset.n_classes, batches.steps_per_epoch
     model = models.build(config.model, shape=shape, n_classes=n_classes, seed=config.seed).to(world.device)
     batches.fit(model)
@@ -208,6 +206,14 @@ def _prepare(
         runfolder.reopen(resume, config, world)
     run.publish()
     return run
+
+
+def _load_data(config: TrainConfig, world: World, *, resume: Path | None, dataset: data.Dataset | None) -> Batches:
+    """Load the data, and refuse them if the run to resume was trained on other data. Collective."""
+    batches = Batches(config, world, dataset)
+    if resume is not None:
+        runfolder.check_data(resume, config.data, batches.identity, world)
+    return batches
 
 
 def _check_world(config: TrainConfig, world: World) -> None:
