@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mpitrain.algorithms.base.method import Method
-from mpitrain.algorithms.base.settings import settings_of
+from mpitrain.algorithms.base.settings import values_of_texts
 from mpitrain.algorithms.byzantine.robust import RobustSGD
 from mpitrain.algorithms.byzantine.safeguard import SafeguardSGD
 from mpitrain.algorithms.elastic.admm import ADMM
@@ -34,7 +34,7 @@ from mpitrain.algorithms.synchronous.dasgd import DaSGD
 from mpitrain.algorithms.synchronous.diloco import DiLoCo
 from mpitrain.algorithms.synchronous.localsgd import LocalSGD, PostLocalSGD
 from mpitrain.algorithms.synchronous.slowmo import SlowMo
-from mpitrain.errors import UsageError, suggestion, unknown
+from mpitrain.errors import UsageError, unknown
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (
@@ -96,12 +96,4 @@ def create(name: str, settings: Mapping[str, str] | None = None) -> Method:
     """
     if name not in METHODS:
         raise UsageError(unknown("algorithm", name, METHODS, otherwise="see mpitrain algorithms"))
-    declared, values = settings_of(METHODS[name]), {}
-    for key, text in (settings or {}).items():
-        if key not in declared:
-            raise UsageError(f"{name} has no setting {key!r}: {suggestion(key, declared)}")
-        try:
-            values[key] = declared[key].parse(text)
-        except ValueError as refused:
-            raise UsageError(f"{name}: {key} {refused}") from None
-    return METHODS[name](**values)
+    return METHODS[name](**values_of_texts(METHODS[name], name, settings or {}))

@@ -1,9 +1,6 @@
 """Models by name, with equal initial weights on every rank."""
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError, unknown
 from mpitrain.models.batchnorm import has_batchnorm, reestimate
 from mpitrain.models.cnn7 import CNN7
+from mpitrain.models.imported import imported
 from mpitrain.models.mlp import MLP
 from mpitrain.models.resnet import ResNet20
 
@@ -50,7 +48,7 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
                 raise UsageError(f"{head} takes no options, but was given '{rest}': write {head}")
             arguments |= read_options(rest)
     elif rest:
-        function = _import(head, rest)
+        function = imported("model", name, otherwise=f"use one of {', '.join(MODELS)}")
         arguments = _accepted(name, function, {"shape": shape, "n_classes": n_classes, "seed": seed})
     else:
         raise UsageError(unknown("model", name, MODELS, otherwise="module:function for your own model"))
@@ -61,23 +59,6 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module: return the model")
     return model
-
-
-def _import(module_name: str, attribute: str) -> Callable[..., Any]:
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # missing in a console script; it stays for imports inside the function
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise UsageError(
-            f"model {module_name}:{attribute} cannot be imported ({type(error).__name__}: {error}): check the "
-            f"name, run in the folder of the module, or use one of {', '.join(MODELS)}"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        where = getattr(module, "__file__", None)
-        raise UsageError(f"module {module_name} ({where}) has no function '{attribute}': check its name")
-    return function
 
 
 def _accepted(name: str, function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

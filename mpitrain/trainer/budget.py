@@ -35,6 +35,12 @@ class Budget:
         self.seconds = None if config.minutes is None else 60 * config.minutes
         self._countdown = Countdown(self.gradients) if self.steps is None and self.gradients is not None else None
 
+    def steps_of_rank(self, n_ranks: int) -> int | None:
+        """Return the steps of a rank in the run, on average where ranks make different numbers; None with a time."""
+        if self.steps is not None or self.gradients is None:
+            return self.steps
+        return -(-self.gradients // n_ranks)
+
     def is_over(self, step: int) -> bool:
         """Return whether a rank that has made ``step`` steps is done."""
         return self.steps is not None and step >= self.steps

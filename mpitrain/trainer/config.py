@@ -29,12 +29,13 @@ from mpitrain.trainer.options import (
     parse_settings,
     straggler,
 )
+from mpitrain.trainer.update_options import UpdateOptions
 
 DEFAULT_EPOCHS = 10.0
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(UpdateOptions):
     """Everything that decides a run.
 
     Each field declares its option; at most one budget may be given. ``momentum`` None means 0.9, or the method's own
@@ -81,15 +82,20 @@ class TrainConfig:
         replaceable=True,
     )
     batch_size: int = option(32, "samples in a mini-batch of each rank", parse=int, within=POSITIVE)
-    lr: float = option(0.05, "learning rate of the local SGD", parse=float, within=NON_NEGATIVE)
+    lr: float = option(0.05, "learning rate of the local optimizer", parse=float, within=NON_NEGATIVE)
     momentum: float | None = option(
         None,
         "momentum of the local SGD",
         parse=float,
         within=BELOW_ONE,
-        default_text="0.9, or the algorithm's own where it makes the update",
+        default_text="0.9 with sgd, or the algorithm's own where it makes the update",
     )
-    weight_decay: float = option(0.0, "L2 penalty added to the gradient", parse=float, within=NON_NEGATIVE)
+    weight_decay: float = option(
+        0.0,
+        "L2 penalty, added to the gradient; adamw and lion instead shrink the weights by lr*weight_decay per step",
+        parse=float,
+        within=NON_NEGATIVE,
+    )
     clip_norm: float | None = option(
         None,
         "clip the gradient of a step to this norm: the mean of the ranks' gradients, or each rank's own",
@@ -219,7 +225,10 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON document."""
-        return {**dataclasses.asdict(self), "settings": dict(self.settings)}
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def of_run(cls, run: Path, **changes: Any) -> TrainConfig:
@@ -242,12 +251,14 @@ class TrainConfig:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({why})") from error
         changes = {name: value for name, value in changes.items() if value is not None}
-        for key, value in changes.pop("settings", {}).items():
-            _refuse_change(f"--set {key}", value, stored.settings.get(key))
         declared = options_of(cls)
-        for name, value in changes.items():
-            if not declared[name].replaceable:
-                _refuse_change(flag_of(name, declared[name]), value, getattr(stored, name))
+        for name, value in list(changes.items()):
+            flag, before = flag_of(name, declared[name]), getattr(stored, name)
+            if isinstance(value, Mapping):
+                for key in changes.pop(name):
+                    _refuse_change(f"{flag} {key}", value[key], before.get(key))
+            elif not declared[name].replaceable:
+                _refuse_change(flag, value, before)
         if any(name in changes for name in BUDGETS):
             changes = {**dict.fromkeys(BUDGETS), **changes}
         return dataclasses.replace(stored, **changes)

@@ -36,6 +36,7 @@ from mpitrain.trainer.control import Control
 from mpitrain.trainer.counters import Counters
 from mpitrain.trainer.evaluation import Evaluations, Evaluator
 from mpitrain.trainer.faults import Faults, check_ranks
+from mpitrain.trainer.learning_rate import LearningRate
 from mpitrain.trainer.loss_watch import LossWatch
 from mpitrain.trainer.metrics import MetricsFile, tables
 from mpitrain.trainer.plan import RunPlan
@@ -182,6 +183,8 @@ def _prepare(
     metrics_file = MetricsFile(folder, columns, method.metrics, continue_from)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
+    curve = plan.rate_curve(budget, n_ranks=world.size)
+    hooks = [*([] if curve is None else [LearningRate(curve)]), *hooks]
     progress = _progress(plan, budget, world, step=step, seconds=seconds)
     saving = Checkpoints(evaluations, saved_at=None if state is None else step)
     commands = Commands(control, stop_signal, saving)
@@ -234,9 +237,7 @@ def _optimizer(plan: RunPlan, model: torch.nn.Module, world: World) -> Distribut
     config = plan.config
     torch.manual_seed(torch_seed(config.seed * 100_003 + world.rank))  # of dropout: each rank has its own
     do_without_compiler()
-    base = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=plan.base_momentum, weight_decay=config.weight_decay
-    )
+    base = plan.optimizer.make(model.parameters(), plan.rates)
     return DistributedOptimizer(
         base,
         model,

@@ -94,7 +94,8 @@ def option(default: Any, help: str, **declaration: Any) -> Any:
 
 def options_of(config: Any) -> dict[str, Option]:
     """Return the options that a dataclass, or an instance of one, declares, by field name."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(config) if "option" in f.metadata}
+    ordered = sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)  # those of bases follow
+    return {f.name: f.metadata["option"] for f in ordered if "option" in f.metadata}
 
 
 def default_of(config: type[Any], name: str) -> Any:
@@ -149,19 +150,28 @@ def number_for_rank(form: str) -> Callable[[str], tuple[int, float]]:
 straggler = number_for_rank("RANK:FACTOR, such as 1:4")
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """Return ``["key=value", ...]`` as a dictionary.
+def pairs(flag: str, example: str) -> Callable[[Sequence[str]], dict[str, str]]:
+    """Return a function that turns ``["key=value", ...]`` into a dictionary.
 
-    Raises:
-        UsageError: A text has no key or no equals sign.
+    It raises a UsageError for a text without a key or an equals sign.
+
+    Args:
+        flag, example: The option and a value of it, for the message.
     """
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set takes KEY=VALUE, such as --set period=10, not {pair!r}")
-        settings[key.strip()] = value.strip()
-    return settings
+
+    def parse(texts: Sequence[str]) -> dict[str, str]:
+        found = {}
+        for text in texts:
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                raise UsageError(f"{flag} takes KEY=VALUE, such as {flag} {example}, not {text!r}")
+            found[key.strip()] = value.strip()
+        return found
+
+    return parse
+
+
+parse_settings = pairs("--set", "period=10")
 
 
 def values_of(given: Mapping[str, Any], config: type[Any], names: Sequence[str] | None = None) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from mpitrain.algorithms import Method
 from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.settings import settings_of
 from mpitrain.errors import UsageError
+from mpitrain.trainer import optimizers, schedules
 from mpitrain.trainer.budget import Budget, Calendar
 from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.optimizers import LocalOptimizer, Rates
+from mpitrain.trainer.schedules import RateCurve, Schedule
 
 DEFAULT_MOMENTUM = 0.9
 
@@ -23,29 +26,46 @@ class RunPlan:
         config: The options.
         method: The method with its settings.
         average: The average of the iterates that is evaluated instead of the method's own vector; None for none.
-        base_momentum: The momentum of the local SGD: 0 where the method makes the update itself.
+        base_momentum: The momentum of the local SGD: 0 where the method makes the update itself, and with an optimizer
+            that has none.
+        optimizer: The local optimizer.
+        schedule: The learning rate over the steps of a rank.
     """
 
     config: TrainConfig
     method: Method
     average: Average | None
     base_momentum: float
+    optimizer: LocalOptimizer
+    schedule: Schedule
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunPlan:
         """Return the plan of a configuration.
 
         Raises:
-            UsageError: The method does not exist or refuses its settings, or the average does.
+            UsageError: The method, the optimizer, the schedule or the average does not exist, or refuses its settings
+                or another option.
         """
         method = _method(config)
-        momentum = DEFAULT_MOMENTUM if config.momentum is None else config.momentum
+        optimizer = _optimizer(config, method)
+        momentum = config.momentum
+        if momentum is None:
+            momentum = DEFAULT_MOMENTUM if optimizer.name == "sgd" else 0.0
         return cls(
             config=config,
             method=method,
             average=None if config.average is None else Average.parse(config.average),
             base_momentum=0.0 if method.owns_update else momentum,
+            optimizer=optimizer,
+            schedule=_schedule(config),
         )
+
+    @property
+    def rates(self) -> Rates:
+        """The numbers with which the local optimizer begins."""
+        is_users_own = self.optimizer.name == "imported" and self.config.momentum is None
+        return Rates(self.config.lr, None if is_users_own else self.base_momentum, self.config.weight_decay)
 
     def n_workers(self, n_ranks: int) -> int:
         """Return the number of workers that ranks form."""
@@ -65,6 +85,16 @@ class RunPlan:
         return Budget(
             self.config, steps_per_epoch=steps_per_epoch, n_ranks=n_ranks, synchronous=self.method.is_synchronous
         )
+
+    def rate_curve(self, budget: Budget, *, n_ranks: int) -> RateCurve | None:
+        """Return the factor of the learning rate at each step; None if it is always 1.
+
+        Raises:
+            UsageError: The warm-up is as long as the run.
+        """
+        if self.schedule == schedules.Constant() and not self.config.warmup:
+            return None
+        return RateCurve(self.schedule, self.config.warmup, budget.steps_of_rank(n_ranks))
 
     def calendar(self, budget: Budget, *, steps_per_epoch: int) -> Calendar:
         """Return when the run is evaluated and saved on the way."""
@@ -92,3 +122,35 @@ def _method(config: TrainConfig) -> Method:
     if "momentum" in config.settings:
         raise UsageError(f"{method.name}: give --momentum or --set momentum=..., not both")
     return algorithms.create(config.algorithm, {**settings, "momentum": str(config.momentum)})
+
+
+def _optimizer(config: TrainConfig, method: Method) -> LocalOptimizer:
+    """Return the local optimizer.
+
+    Raises:
+        UsageError: The method makes the update itself, or the optimizer refuses a setting.
+    """
+    optimizer = optimizers.create(config.optimizer, config.optimizer_settings)
+    if method.owns_update and optimizer != optimizers.SGD():
+        given = "--optimizer" if config.optimizer != "sgd" else "--optimizer-set"
+        raise UsageError(f"{method.name} makes the update itself: remove {given}, or choose another --algorithm")
+    if config.momentum is not None and not optimizer.has_momentum:
+        raise UsageError(f"{optimizer.name} has no momentum: remove --momentum (its settings: --optimizer-set)")
+    if isinstance(optimizer, optimizers.SGD) and optimizer.nesterov and (config.momentum == 0 or optimizer.dampening):
+        raise UsageError("sgd: nesterov needs a --momentum above 0, and no dampening")
+    return optimizer
+
+
+def _schedule(config: TrainConfig) -> Schedule:
+    """Return the schedule of the learning rate.
+
+    Raises:
+        UsageError: It refuses a setting, or needs to know the number of steps.
+    """
+    schedule = schedules.create(config.schedule, config.schedule_settings)
+    if config.minutes is not None and schedule.needs_total:
+        raise UsageError(
+            f"--schedule {config.schedule} needs the number of steps: give --steps, --epochs or --gradients instead of "
+            "--minutes"
+        )
+    return schedule

@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from support import plain_sgd, small_models
 from support.plain_sgd import DATA, MODEL, STEPS
 
@@ -27,7 +28,9 @@ from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
 from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer import batches, loop
+from mpitrain.trainer import budget as budget_module
 from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.lion import Lion
 from mpitrain.trainer.options import options_of
 
 pytestmark = pytest.mark.ranks(1)
@@ -302,6 +305,30 @@ def inject(bench: Bench) -> None:
     assert bench.run("--inject", "nan:rank=0,step=3")["n_nonfinite"] > 0
 
 
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, momentum=0.9)
+
+
+def runs_as(*words: str, loop: Callable[..., Any], **expected: Any) -> Callable[[Bench], None]:
+    """The result is that of a torch optimizer in a plain loop, and that of the run in two parts, bit for bit."""
+
+    def check(bench: Bench) -> None:
+        found = bench.run(*words)
+        assert found["test_loss"] == close(plain_sgd.loss_of_loop(loop, **expected))
+        assert found["test_loss"] != close(plain_sgd.loss_after())
+        bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+        folder = str(bench.folder / "run")
+        whole = ["--steps", str(STEPS)]
+        bench.monkeypatch.setattr(budget_module.Budget, "is_over", lambda budget, step: step >= STEPS - 3)
+        bench.run(*words, "--out", folder)
+        bench.monkeypatch.undo()
+        main(["train", "--resume", folder, *whole, "--quiet", "--json"])
+        resumed = json.loads(bench.capsys.readouterr().out.splitlines()[-1])
+        assert (resumed["steps"], resumed["test_loss"]) == (STEPS, found["test_loss"])
+
+    return check
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -320,6 +347,17 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "on_nonfinite": on_nonfinite,
     "inject": inject,
     "average": has_loss_of("--average", "moving:0.3", average=0.3),
+    "optimizer": runs_as("--optimizer", "adamw", loop=lambda p: torch.optim.AdamW(p, weight_decay=0)),
+    "optimizer_settings": runs_as(
+        *("--optimizer", "lion", "--optimizer-set", "beta1=0.6", "--optimizer-set", "beta2=0.7"),
+        *("--weight-decay", "0.1"),
+        loop=lambda p: Lion(p, betas=(0.6, 0.7), weight_decay=0.1),
+    ),
+    "schedule": runs_as("--schedule", "linear", loop=sgd, rate=lambda t: 1 - t / STEPS),
+    "schedule_settings": runs_as(
+        "--schedule", "step", "--schedule-set", "step_size=2", loop=sgd, rate=lambda t: 0.1 ** (t // 2)
+    ),
+    "warmup": runs_as("--warmup", "5", loop=sgd, rate=lambda t: min((t + 1) / 5, 1)),
     "seed": has_loss_of("--seed", "5", seed=5),
     "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto", DEFAULT_TIMEOUT_SECONDS)),
     "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged", DEFAULT_TIMEOUT_SECONDS)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -62,4 +63,34 @@ def loss_after(
                 p.copy_(z)
         x = dataset.normalisation.apply(dataset.test_images.select(np.arange(dataset.n_test)))
         y = torch.from_numpy(dataset.test_labels)
+        return float(torch.nn.functional.cross_entropy(net(x), y))
+
+
+def loss_of_loop(
+    make: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+    *,
+    rate: Callable[[int], float] = lambda step: 1.0,
+    steps: int = STEPS,
+    lr: float = 0.05,
+) -> float:
+    """Return the mean cross entropy over the test set after some steps of a torch optimizer.
+
+    Args:
+        make: Makes the optimizer of the parameters.
+        rate: The factor of the learning rate at each step, from 0.
+        steps: Their number.
+        lr: The learning rate.
+    """
+    dataset = load()
+    net = models.build(MODEL, shape=dataset.shape, n_classes=dataset.n_classes, seed=0)
+    optimizer, sampler = make(net.parameters()), data.Sampler(dataset.n_train, 16)
+    for step in range(steps):
+        x, y = dataset.batch(sampler.indices(*divmod(step, sampler.steps_per_epoch)))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate(step)
+        optimizer.step()
+    with torch.no_grad():
+        ((x, y),) = dataset.test_batches(dataset.n_test)
         return float(torch.nn.functional.cross_entropy(net(x), y))

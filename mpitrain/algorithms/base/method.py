@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from mpitrain.algorithms.base.replica import Replica
-from mpitrain.algorithms.base.settings import settings_of
+from mpitrain.algorithms.base.settings import check_settings
 from mpitrain.algorithms.base.worker import Worker
-from mpitrain.errors import UsageError, suggestion
+from mpitrain.errors import suggestion
 
 LEAST_PERIODS = 3
 """Periods that a run should have at least. With fewer, its last exchange decides what is evaluated."""
@@ -86,11 +86,7 @@ class Method(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, setting in settings_of(self).items():
-            try:
-                setting.check(getattr(self, name))
-            except ValueError as refused:
-                raise UsageError(f"{self.name}: {name} {refused}") from None
+        check_settings(self, self.name)
 
     def settings(self) -> dict[str, Any]:
         """Return the hyper-parameters by name."""

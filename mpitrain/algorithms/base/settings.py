@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpitrain.errors import nearest
+from mpitrain.errors import UsageError, nearest, suggestion
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -220,6 +220,45 @@ def settings_of(declaring: Any) -> dict[str, Setting]:
     """Return the settings that a dataclass (or an instance of one) declares, by name."""
     fields = dataclasses.fields(declaring)
     return {field.name: field.metadata["setting"] for field in fields if "setting" in field.metadata}
+
+
+def check_settings(declared: Any, name: str) -> None:
+    """Check the settings of an instance of a dataclass that declares them.
+
+    Args:
+        declared: The instance.
+        name: Its name in a message.
+
+    Raises:
+        UsageError: With the first value that is not accepted.
+    """
+    for key, setting in settings_of(declared).items():
+        try:
+            setting.check(getattr(declared, key))
+        except ValueError as refused:
+            raise UsageError(f"{name}: {key} {refused}") from None
+
+
+def values_of_texts(declaring: type[Any], name: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of settings that the command line gives as text.
+
+    Args:
+        declaring: The dataclass that declares the settings.
+        name: Its name in a message.
+        texts: For example ``{"period": "10"}``.
+
+    Raises:
+        UsageError: There is no such setting (the message names a similar one), or a text is not a value of its type.
+    """
+    declared, values = settings_of(declaring), {}
+    for key, text in texts.items():
+        if key not in declared:
+            raise UsageError(f"{name} has no setting {key!r}: {suggestion(key, declared)}")
+        try:
+            values[key] = declared[key].parse(text)
+        except ValueError as refused:
+            raise UsageError(f"{name}: {key} {refused}") from None
+    return values
 
 
 def _field(setting: Setting) -> Any:
