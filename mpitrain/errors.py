@@ -29,12 +29,12 @@ EXIT_TIMEOUT = 4
 class UsageError(ValueError):
     """A mistake of the user, not of mpitrain.
 
-    Its text is one line that names the mistake and the way out. The command line prints that line on one rank and exits
-    with code 2; all other exceptions show a traceback.
+    The text is one line that names the mistake and a remedy. The command line prints this line on one rank and exits
+    with code 2. All other exceptions show a traceback.
 
     Args:
         text: The line.
-        on_all_ranks: Whether every rank is sure to raise it, so that rank 0 can speak for all.
+        on_all_ranks: Whether all ranks raise the same error. If so, only rank 0 prints it.
     """
 
     def __init__(self, text: str, *, on_all_ranks: bool = False) -> None:
@@ -49,13 +49,13 @@ def unknown(what: str, value: str, known: Iterable[str], *, otherwise: str = "")
         what: The kind of name, such as ``algorithm``.
         value: The name that was given.
         known: The names that exist.
-        otherwise: Where the names are listed, or what else is accepted.
+        otherwise: The end of the message: where the names are listed, or what else is accepted.
     """
     return f"unknown {what} {value!r}: {suggestion(value, known, otherwise=otherwise)}"
 
 
 def suggestion(value: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """Return ``did you mean NAME?`` if one of the known names is similar; else all of them, if they are few.
+    """Return ``did you mean NAME?`` if a known name is similar; otherwise list the known names, if they are few.
 
     Args:
         value, known, otherwise: See ``unknown``.
@@ -68,19 +68,19 @@ def suggestion(value: str, known: Iterable[str], *, otherwise: str = "") -> str:
 
 
 def nearest(value: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to a misspelt one, in any case; None if none is similar."""
+    """Return the known name that is most similar to a misspelt one, ignoring case; None if none is similar."""
     plain = {name.casefold().replace("_", "-"): name for name in reversed(list(known))}
     close = difflib.get_close_matches(value.casefold().replace("_", "-"), plain, n=1)
     return plain[close[0]] if close else None
 
 
 def printable(text: str) -> str:
-    """Return a text for a terminal, with control characters as escapes: names in files may contain any."""
+    """Return a text with its control characters escaped, so that a terminal can show it."""
     return text.translate(_CONTROL)
 
 
 def reason(error: BaseException) -> str:
-    """Return why a file cannot be used, in a few words, where HDF5 writes a hundred."""
+    """Return in a few words why a file cannot be used; HDF5's own messages are long."""
     if isinstance(error, MemoryError):
         return "not enough memory"
     number = getattr(error, "errno", None)
@@ -89,11 +89,11 @@ def reason(error: BaseException) -> str:
 
 
 class Diverged(RuntimeError):
-    """The end of a run whose loss stays NaN or infinite, in one line; the command line exits with code 5."""
+    """The error that ends a run whose loss stays NaN or infinite; the command line exits with code 5."""
 
 
 class RankFailed(RuntimeError):
     """The death of a rank without which an operation cannot complete.
 
-    Raised only where the launcher lets the other ranks survive (``world.fault_tolerance``); elsewhere they end too.
+    It is raised only if the launcher lets the other ranks survive (``world.fault_tolerance``). Otherwise all ranks end.
     """

@@ -29,17 +29,17 @@ _LABELS = {logging.WARNING: ": warning", logging.ERROR: ": error"}
 
 
 class LineFormatter(logging.Formatter):
-    """One line with the program's name, the kind of message and, unless it is 0, the rank."""
+    """The format of log messages: one line with the program's name, the level and the rank (unless it is 0)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return the line for a record."""
         rank = getattr(record, "rank", 0)
         where = f" (rank {rank})" if rank else ""
         return f"mpitrain{_LABELS.get(record.levelno, '')}{where}: {printable(record.getMessage())}"
 
 
 class StderrHandler(logging.Handler):
-    """Writes to the current ``sys.stderr``, unless a handler of the application shows the record on the terminal."""
+    """A handler that writes to ``sys.stderr``, unless the application itself shows the record on the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record and flush it."""
@@ -63,7 +63,7 @@ def _is_shown_by_application(record: logging.LogRecord) -> bool:
 
 
 def set_rank(rank: int) -> None:
-    """Set the rank of this process, which is 0 at first. Local."""
+    """Set the rank that log messages show; it is 0 at first. Local."""
     _RankFilter.rank = rank
 
 
@@ -83,7 +83,7 @@ logger = logging.getLogger("mpitrain")
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal; a closed one, or none at all, is not."""
+    """Return whether a stream is a terminal; False for None and for a closed stream."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError, OSError):
@@ -92,10 +92,10 @@ def is_terminal(stream: Any) -> bool:
 
 @contextlib.contextmanager
 def decoration(what: str) -> Iterator[None]:
-    """Log a warning for an error inside the block: plots, tables and bars never fail a run. Local.
+    """Turn an error inside the block into a logged warning, so that a plot or a progress bar never ends a run. Local.
 
     Args:
-        what: The part that is then missing, for the message.
+        what: The part that is missing after an error, for the message.
     """
     try:
         yield

@@ -20,12 +20,12 @@ from mpitrain.errors import printable
 
 @dataclass(frozen=True)
 class Importer:
-    """One format.
+    """A format from which data can be imported.
 
     Attributes:
-        summary: What the format is, for the help.
-        add_options: Adds its options, beyond source and target.
-        run: Imports.
+        summary: The description of the format, for the help.
+        add_options: A function that adds the options of the format.
+        run: A function that imports the data.
     """
 
     summary: str
@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Import or verify, and print one line about the data file; return the exit code."""
+    """Import or verify a data file, and print a line about it; return the exit code."""
     if args.action == "verify":
         found = digest.verify(args.file)
         print(printable(f"{args.file}: its contents match its digest (SHA-256 {found})"))

@@ -17,22 +17,19 @@ EXIT_DIVERGED = 5
 
 
 def fail(text: str, *, on_all_ranks: bool = False, code: int = EXIT_USAGE) -> int:
-    """Report a problem once, and end all ranks; return the exit code.
+    """Print a problem once and end all ranks; in a single process, return the exit code.
 
     Args:
-        text: One line.
-        on_all_ranks: Whether every rank is sure to find the problem, as with a wrong argument: only rank 0 reports it.
+        text: The problem, in one line.
+        on_all_ranks: Whether all ranks have the same problem, for example an invalid argument. If so, only rank 0
+            prints it.
         code: The exit code.
     """
     return end_with_line(text, code, on_all_ranks=on_all_ranks, after_death=code == EXIT_FAILURE)
 
 
 def exit_code(result: Mapping[str, Any]) -> int:
-    """Return the exit code of a run: 0, ``EXIT_STOPPED``, or 128 + the number of SIGTERM or SIGINT.
-
-    Args:
-        result: Its result document.
-    """
+    """Return the exit code of a run: 0, ``EXIT_STOPPED``, or 128 + the number of SIGTERM or SIGINT."""
     if result["complete"]:
         return 0
     number = int(result["stopped_by"])

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the facts on rank 0; return the exit code. Collective."""
+    """Print the facts about MPI, GPUs and machine on rank 0; return the exit code. Collective."""
     world = init(args.device)
     probes = probe_hosts(world.comm, world.hosts, gpu_names(), again=args.probe)
     facts = world.comm.gather(inspection.facts_here(world))
@@ -122,7 +122,7 @@ def _probe_section(probes: Sequence[Probe]) -> list[str]:
 
 
 def table(probe: Probe) -> list[str]:
-    """Return a line for each operation with a column for each kind of memory, and why operations were not tried."""
+    """Return the results of the probe as lines: one per operation, with a column per kind of memory, then remarks."""
     memories = list(next(iter(probe.outcomes.values())))
     rows = [["", *memories]]
     rows += [[operation, *(_cell(row[memory]) for memory in memories)] for operation, row in probe.outcomes.items()]

@@ -143,7 +143,7 @@ def by_host(facts: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
 
 
 def host_table(facts: Sequence[RankFacts]) -> list[str]:
-    """Return the lines of a table with a row for each host; cells that differ from the first host's are marked."""
+    """Return the lines of a table with a row for each host. Cells that differ from the first host's are marked."""
     rows = [_row(ranks) for ranks in by_host(facts).values()]
     marked = ("ranks", "cores", "bound to", "GPUs", "MPI", "launcher", "/dev/shm free", "interfaces")
     compared = {name: rows[0][name] for name in marked if name not in ("/dev/shm free", "interfaces")}
@@ -174,10 +174,10 @@ def _row(ranks: Sequence[RankFacts]) -> dict[str, str]:
 
 
 def verdicts(facts: Sequence[RankFacts], *, threads: str) -> list[str]:
-    """Return a line for each thing that will hurt a run, with what to do.
+    """Return a line for each problem that will affect a run, with a remedy.
 
     Args:
-        facts: Of all ranks.
+        facts: The facts of all ranks.
         threads: The thread level of MPI: multiple, serialized or single.
     """
     hosts = by_host(facts)

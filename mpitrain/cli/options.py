@@ -12,13 +12,14 @@ from mpitrain.trainer.options import Option, default_of, flag_of, options_of
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, on one rank, as all of mpitrain does.
+    """An argument parser that reports an error as one line, on one rank.
 
-    Each parser refuses unknown options itself, so that the message points to the help of the sub-command.
+    The parser of a sub-command refuses unknown options itself, so that the message refers to the help of the
+    sub-command.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse arguments; unknown ones are an error."""
+        """Parse arguments; an unknown argument is an error."""
         found, unknown_words = super().parse_known_args(args, namespace)
         if unknown_words:
             word = unknown_words[0]
@@ -51,9 +52,9 @@ def add_options(
         parser: The parser. The options of a mutually exclusive group may come from several dataclasses.
         config: The dataclass.
         names: The fields to add, in this order; all by default.
-        help: Texts in place of the declared ones, by field name.
-        keep_defaults: Whether an option that is not given has the field's default. Otherwise it is None, so that a
-            resumed run can tell which options were given.
+        help: Help texts that replace the declared ones, by field name.
+        keep_defaults: Whether an option that is not given has the default of the field. Otherwise it is None, which
+            shows a resumed run that the option was not given.
     """
     declared = options_of(config)
     for name in declared if names is None else names:

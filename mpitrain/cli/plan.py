@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table and a recommendation; return the exit code.
 
     Raises:
-        UsageError: An option is wrong.
+        UsageError: An option is invalid.
     """
     config = ForecastConfig(**values_of(vars(args), ForecastConfig))
     found = forecasts(config)

@@ -49,7 +49,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Return the result of the simulation that a command line describes.
 
     Raises:
-        UsageError: An option is wrong.
+        UsageError: An option is invalid.
     """
     given = vars(args)
     if args.calibrate is not None:

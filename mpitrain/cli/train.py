@@ -55,7 +55,7 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
     """Return the configuration from a command line, with defaults from the resumed run if there is one.
 
     Raises:
-        UsageError: An option is invalid, or would change what the resumed run computes.
+        UsageError: An option is invalid, or would change the result of the resumed run.
     """
     given = values_of(vars(args), TrainConfig)
     if args.resume is None:

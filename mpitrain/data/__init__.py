@@ -43,12 +43,14 @@ def load(
     Args:
         name: `digits`, `synthetic` (with options: `synthetic:n=10000,shape=3x32x32,classes=10`), or the path of an HDF5
             file.
-        world: The ranks, and the memory that those of a node share.
-        sampling: The way samples will be drawn, "independent" or "sharded", which decides where a large file is kept.
-        seed: The seed of synthetic data, not of the run: runs with different seeds may learn the same data.
-        split_seed: Decides which fifth of the digits is the test set.
-        limits: The memory that the data may take on a node; measured by default.
-        verify: Read a data file once and compare it with the digest of its import first; no effect on other data.
+        world: The ranks, with memory that the ranks of a node share.
+        sampling: The way in which samples will be drawn, "independent" or "sharded". It determines where the images of
+            a large file are stored.
+        seed: The seed of synthetic data. It differs from the seed of the run, so that several runs can use the same
+            data.
+        split_seed: The seed that selects the fifth of the digits that is the test set.
+        limits: The memory that the data may occupy on a node; by default half of the free memory.
+        verify: Whether to compare a data file with its stored digest before it is used; no effect on other data.
     """
     if sampling not in MODES:
         raise UsageError(unknown("sampling", sampling, MODES))

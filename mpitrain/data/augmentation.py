@@ -11,13 +11,14 @@ from torch.nn import functional
 
 
 def augment(images: Tensor, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Return a new batch in which every image is cropped and reflected at random. Local.
+    """Return a new batch with randomly cropped and reflected images. Local.
 
     Args:
         images: (b, C, H, W) float32, normalised, on any device.
-        generator: The random generator, on the CPU; the caller seeds and saves one for each rank.
-        padding: Pixels added on each side before the crop to the original size; 0 for no crop.
-        flip: Whether to reflect half of the images; unsuitable for digits.
+        generator: The random generator, on the CPU. Each rank needs its own.
+        padding: The number of pixels that are added on each side before an image is cropped to its original size. With
+            0, images are not cropped.
+        flip: Whether to reflect half of the images, which is unsuitable for digits.
 
     Returns:
         A tensor of the same shape, dtype and device.

@@ -29,7 +29,7 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 @dataclass(frozen=True)
 class Place:
-    """The class and the set of a file, according to its path."""
+    """The class and the set (training or test) that the path of a file names."""
 
     is_test: bool | None  # None: the source is not split
     label: str
@@ -38,12 +38,12 @@ class Place:
 def files(source: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, BinaryIO]]:
     """Yield the paths and streams of the files in a folder or archive, in a fixed order, without hidden files.
 
-    Each file in an archive is read as a whole, so that damage is found here. A stream is valid until the next one is
-    requested. A wanted file of more than ``MAX_MEMBER_BYTES`` in an archive is refused, and no more of it is read.
+    A stream is valid until the next one is requested. A file in an archive is read completely at once, so damage is
+    found here. A file in an archive that is larger than ``MAX_MEMBER_BYTES`` is refused.
 
     Args:
         source: The folder or archive.
-        is_wanted: Whether to read the file of a name; the others are passed over.
+        is_wanted: A function that returns whether to read the file with a given name.
     """
 
     def reads(name: str) -> bool:
@@ -67,7 +67,7 @@ def files(source: Path, is_wanted: Callable[[str], bool] = lambda name: True) ->
 
 
 def places(names: Sequence[str]) -> list[Place]:
-    """Return the class and the set that each path names, given all paths."""
+    """Return the class and the set that each path names; the paths of all files are needed to tell."""
     paths = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
     while paths and len({path[0] for path in paths}) == 1 and min(map(len, paths)) > 2:
         paths = [path[1:] for path in paths]

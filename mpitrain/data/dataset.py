@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def augmentable(self) -> bool:
-        """Whether `augment` is suitable: photographs of at least 28x28 pixels."""
+        """Whether `augment` is suitable, because the images are photographs of at least 28x28 pixels."""
         return self.photographs and len(self.shape) == 3 and min(self.shape[1:]) >= 28
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:
@@ -80,17 +80,17 @@ class Dataset:
         return self.normalisation.apply(self.train_images.select(indices)), torch.from_numpy(self.train_labels[indices])
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Prepare for batches of the given indices; call with `sampler.shard(epoch)` before a sharded epoch. Local.
+        """Prepare for batches of the given indices. Local.
 
-        Private storage of a file reads the samples at once; otherwise each batch would be read from the file. Other
-        storages need no preparation.
+        With sharded sampling, call it with `sampler.shard(epoch)` before each epoch. If this rank reads its samples
+        from a file into private memory, they are read here, all at once. Otherwise the call has no effect.
         """
         self.train_images.stage(indices)
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """Yield the test set in order; the last batch may be smaller. Local.
 
-        With `size` callers, caller `rank` gets every `size`-th batch.
+        If `size` ranks share the test set, rank `rank` gets every `size`-th batch.
         """
         for start in range(rank * batch_size, self.n_test, size * batch_size):
             indices = np.arange(start, min(start + batch_size, self.n_test))
@@ -100,10 +100,10 @@ class Dataset:
             )
 
     def train_batches(self, batch_size: int, limit: int) -> Iterator[Batch]:
-        """Yield a fixed random subset of at most `limit` training samples in full batches, for BatchNorm. Local.
+        """Yield full batches of a fixed random subset of at most `limit` training samples, for BatchNorm. Local.
 
         The subset is the same on every rank and at every call. It is shuffled because files are often sorted by class.
-        Fewer samples than a batch form one batch.
+        If there are fewer samples than a batch needs, they form a single batch.
         """
         limit = min(limit, self.n_train)
         batch_size = min(batch_size, limit)

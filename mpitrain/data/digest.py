@@ -22,7 +22,7 @@ _BLOCK_BYTES = 2**22
 
 
 def add(file: Any) -> None:
-    """Append the digest to a complete binary file, open for reading and writing."""
+    """Append the digest to a complete data file, which is open for reading and writing."""
     length = file.seek(0, os.SEEK_END)
     digest = _digest(file, length)
     file.seek(length)
@@ -30,9 +30,9 @@ def add(file: Any) -> None:
 
 
 def stored(path: Path) -> str | None:
-    """Return the digest that an import has stored, in hexadecimal, without reading the file; None if there is none.
+    """Return the digest that the import has stored in the file, in hexadecimal; None without one.
 
-    HDF5 drops it when it changes the file.
+    The contents are not read. If HDF5 changes the file later, it removes the digest.
 
     Raises:
         UsageError: The file cannot be read.
@@ -46,10 +46,10 @@ def stored(path: Path) -> str | None:
 
 
 def verify(path: Path) -> str:
-    """Return the digest of a data file, in hexadecimal, once the file has been compared with it.
+    """Compare a data file with its stored digest, and return the digest in hexadecimal.
 
     Raises:
-        UsageError: The file was changed or damaged, has no digest, or cannot be read.
+        UsageError: The file differs from its digest, has no digest, or cannot be read.
     """
     try:
         with path.open("rb") as file:

@@ -57,7 +57,7 @@ class Header:
 
 
 def open_data(path: Path) -> h5py.File:
-    """Open a data file for reading, without a lock: data files appear complete and are never changed."""
+    """Open a data file for reading. No lock is needed, since a data file appears complete and never changes."""
     if not path.exists():
         raise UsageError(f"no data file {path}: check the path (--data), or {REMEDY}")
     if path.is_dir():
@@ -90,7 +90,7 @@ def _checked(file: h5py.File) -> h5py.File:
 
 @contextmanager
 def reading(file: h5py.File) -> Iterator[None]:
-    """Replace errors of HDF5 about damaged contents by a `UsageError` of one line."""
+    """Convert HDF5's errors about damaged contents to a `UsageError` of one line."""
     path = str(file.filename)
     try:
         yield
@@ -103,7 +103,7 @@ def reading(file: h5py.File) -> Iterator[None]:
 
 
 def read_header(file: h5py.File) -> Header:
-    """Return the validated description of a file; labels are not read."""
+    """Return the validated description of a file. Labels are not read."""
     path = file.filename
     kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
     if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
@@ -145,7 +145,7 @@ def read_header(file: h5py.File) -> Header:
 
 
 def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: int) -> None:
-    """Raise `UsageError` for the first label that names no class, with its row."""
+    """Raise `UsageError` for the first label that is not a class; the message names its row."""
     if labels.min() >= 0 and labels.max() < n_classes:
         return
     row = int(np.flatnonzero((labels < 0) | (labels >= n_classes))[0])
@@ -156,13 +156,13 @@ def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: in
 
 
 def check_finite(path: str, name: str, first: int, images: NDArray[Any]) -> None:
-    """Raise `UsageError` for the first image of a block that has NaN or infinity, with its row and its pixel.
+    """Raise `UsageError` for the first image with a NaN or an infinity; the message names its row and pixel.
 
     Args:
         path: The file.
         name: The dataset, such as ``train/images``.
         first: The row of the first image.
-        images: (n, ...) the block.
+        images: (n, ...) consecutive images.
     """
     if images.dtype.kind != "f" or np.isfinite(images).all():
         return
@@ -175,9 +175,9 @@ def check_finite(path: str, name: str, first: int, images: NDArray[Any]) -> None
 def create(
     file: h5py.File, *, classes: Sequence[str], shape: tuple[int, ...], n: Iterable[int], dtype: str = "uint8"
 ) -> None:
-    """Create the layout of a data file for n = (N, M) images.
+    """Create the datasets of a data file for n = (training, test) images.
 
-    The caller fills in images, labels, and the attributes mean and std.
+    The caller fills in the images, the labels, and the attributes ``mean`` and ``std``.
     """
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION

@@ -23,8 +23,8 @@ LABEL_BYTES = 2**28
 def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify: bool = False) -> Dataset:
     """Return the data set of a data file. Collective over the node.
 
-    `storage.py` says where its images are kept. With `verify`, the first rank of the node reads the whole file once and
-    compares it with its digest before anything of it is used.
+    `storage.py` determines where the images are stored. With `verify`, the first rank of the node first compares the
+    whole file with its digest.
     """
     if verify:
         all_ok(world, lambda: digest.verify(path) if world.local_rank == 0 else None)

@@ -34,13 +34,13 @@ MOST_LABELS = WHOLE_BYTES // 8
 
 @dataclass(frozen=True)
 class Identity:
-    """The content of a data set, apart from its name and place.
+    """A description of the content of a data set, independent of its name and place.
 
     Attributes:
-        train, test: The numbers of samples.
-        shape: Of one image.
+        train, test: The numbers of training and test samples.
+        shape: The shape of one image.
         classes: The number of classes.
-        digest: SHA-256 of the content, in hexadecimal; of a sample of it if it is large.
+        digest: The SHA-256 digest of the content, in hexadecimal. If the content is large, only a sample of it is used.
         file_digest: SHA-256 of the data file, as its import stored it; None if there is none.
     """
 

@@ -12,7 +12,7 @@ def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner
     Args:
         text: The text after the colon; may be empty.
         known: A parser for the value of each key, which raises `ValueError` for invalid text.
-        owner: The name before the colon, for error messages.
+        owner: The text before the colon, for error messages.
 
     Returns:
         The values of the given keys only.
@@ -42,7 +42,7 @@ def positive(text: str) -> int:
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Parse whole numbers above zero joined by x: `3x32x32`."""
+    """Parse positive whole numbers separated by x, such as `3x32x32`."""
     try:
         return tuple(positive(part) for part in text.split("x"))
     except ValueError:
@@ -50,7 +50,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def choice(*names: str) -> Callable[[str], str]:
-    """Return a parser of one of the given names."""
+    """Return a function that accepts one of the given names."""
 
     def read(text: str) -> str:
         if text not in names:
@@ -61,7 +61,7 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of a number x with low <= x < high."""
+    """Return a function that parses a number x with low <= x < high."""
 
     def read(text: str) -> float:
         try:

@@ -35,12 +35,12 @@ TORCH_SEEDS = 2**63
 
 
 def torch_seed(number: int) -> int:
-    """Return a seed that torch accepts, from any whole number; small ones are unchanged."""
+    """Return a seed in torch's range for any whole number; a number in this range is returned unchanged."""
     return number % TORCH_SEEDS
 
 
 class Sampler:
-    """The batches of one worker, and its position in them.
+    """The sequence of batches of one worker, and the present position in it.
 
     Args:
         n: The number of training samples.

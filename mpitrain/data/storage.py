@@ -33,14 +33,14 @@ MAX_READ_BYTES = 2**24  # the most that one call reads
 
 @dataclass(frozen=True)
 class Limits:
-    """The memory that data may take on this node."""
+    """The memory that data may occupy on this node."""
 
     shared_bytes: int  # node-shared
     private_bytes: int  # of all ranks of the node together
 
     @classmethod
     def measure(cls) -> "Limits":
-        """Return half of the free memory; the limit of this process's control group counts too."""
+        """Return half of the free memory, taking the limit of this process's control group into account."""
         memory_bytes = _free_memory_bytes()
         try:
             shm = os.statvfs("/dev/shm")
@@ -51,14 +51,14 @@ class Limits:
 
 
 def choose(total_bytes: int, *, sampling: str, size: int, local_size: int, limits: Limits) -> str:
-    """Return the storage of a file's training images. Pure.
+    """Choose where the training images of a file are stored. Pure.
 
     Args:
         total_bytes: The size of all images and labels.
         sampling: "independent" or "sharded".
         size: The number of ranks.
         local_size: The number of ranks on this node.
-        limits: The memory that the data may take.
+        limits: The memory that the data may occupy.
     """
     if total_bytes <= limits.shared_bytes:
         return "shared"
@@ -68,18 +68,18 @@ def choose(total_bytes: int, *, sampling: str, size: int, local_size: int, limit
 
 
 def share_of(n: int, index: int, count: int, align: int = 1) -> tuple[int, int]:
-    """Return the rows [start, stop) of rank `index` of `count`.
+    """Divide rows among `count` ranks, and return the rows [start, stop) of rank `index`.
 
-    Bounds are multiples of `align`, so that no chunk is read twice.
+    The bounds are multiples of `align`, so that no chunk of the file is read twice.
     """
     n_blocks = -(-n // align)
     return min(n_blocks * index // count * align, n), min(n_blocks * (index + 1) // count * align, n)
 
 
 def runs(indices: NDArray[np.int64], *, max_gap: int, max_length: int) -> Iterator[tuple[int, int]]:
-    """Divide sorted indices into runs [i, j) whose rows are read at once.
+    """Divide sorted indices into runs [i, j); the rows of a run are read in one operation.
 
-    Adjacent indices of a run are at most `max_gap` rows apart, and a run spans at most `max_length` rows.
+    Adjacent indices in a run differ by at most `max_gap`, and a run spans at most `max_length` rows.
     """
     starts = np.concatenate([[0], np.flatnonzero(np.diff(indices) > max_gap) + 1, [len(indices)]])
     for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -90,7 +90,7 @@ def runs(indices: NDArray[np.int64], *, max_gap: int, max_length: int) -> Iterat
 
 
 class Images(Protocol):
-    """Images (n, C, H, W) or (n, d), uint8 or float32, in any storage."""
+    """Images (n, C, H, W) or (n, d), in uint8 or float32, wherever they are stored."""
 
     def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Return a new array of the images at `indices`, in that order. Local."""
@@ -131,7 +131,7 @@ class FileImages:
         self._buffer: NDArray[Any] = np.empty((0, *source.shape[1:]), source.dtype)  # the images at _staged
 
     def select(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Select images from private memory if all are staged, else from the file. Local."""
+        """Select images from private memory if all of them are there, else from the file. Local."""
         if len(self._staged):
             places = np.minimum(np.searchsorted(self._staged, indices), len(self._staged) - 1)
             if (self._staged[places] == indices).all():
@@ -142,7 +142,7 @@ class FileImages:
         return images
 
     def stage(self, indices: NDArray[np.int64]) -> None:
-        """Read images into private memory, in place of those staged before. Local."""
+        """Read images into private memory; they replace those of the previous call. Local."""
         if not self.staging:
             return
         staged = np.unique(indices)

@@ -31,7 +31,7 @@ Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], NDArray[n
 
 @dataclass(frozen=True)
 class Spec:
-    """The data set that the options describe."""
+    """The options of a synthetic data set."""
 
     n_train: int
     n_test: int
@@ -54,27 +54,29 @@ class Spec:
 
     @property
     def n(self) -> int:
-        """Samples of both sets."""
+        """The number of samples in both sets together."""
         return self.n_train + self.n_test
 
     @property
     def d(self) -> int:
-        """Coordinates of a sample."""
+        """The number of coordinates of a sample."""
         return math.prod(self.shape)
 
 
 def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> Dataset:
     """Return samples drawn from a formula. Collective over the node.
 
-    kind=clusters: x = m_y + z with z ~ N(0, 1) per coordinate and centers m drawn so that two of them are about
-    separation * sqrt(2) apart, whatever the dimension; the smaller the separation, the more classes overlap.
-    kind=teacher: x = z and y = argmax of a random two-layer tanh network; it can be learned, and no label is noise.
+    With kind=clusters, x = m_y + z: m_y is the center of class y, and z is standard normal noise. Two centers are about
+    separation * sqrt(2) apart in any dimension, so classes overlap more if the separation is smaller.
+
+    With kind=teacher, x = z, and y is the largest output of a random two-layer tanh network. These labels contain no
+    noise.
 
     Args:
         options: `n` training and `test` test samples, `shape`, `classes`, `kind`, `separation`.
         world: The ranks of the node, which share the memory.
         seed: The seed of the centers or the teacher, and of the samples.
-        limits: The memory that the data may take.
+        limits: The memory that the data may occupy.
     """
     spec = Spec.parse(options)
     n_bytes = spec.n * (4 * spec.d + 8)

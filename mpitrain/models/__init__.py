@@ -22,20 +22,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn7": CNN7, "resnet
 
 
 def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn.Module:
-    """Build a model, with equal weights on all ranks that pass equal arguments. Local.
+    """Build a model. Local.
 
-    The global random state is not changed.
+    Equal arguments give equal weights on all ranks. The global random state does not change.
 
     Args:
-        name: A name in `MODELS`, possibly with options such as `mlp:hidden=256x128`; or `module:function`, a function
-            or class to import, also from the working directory. It is called with those of shape, n_classes and seed
-            that it accepts.
+        name: A name in `MODELS`, possibly with options, such as `mlp:hidden=256x128`. Or `module:function` for a
+            function or class that is imported, also from the working directory. It is called with those of the
+            arguments shape, n_classes and seed that it accepts.
         shape: The shape of one input: (C, H, W) or (d,).
         n_classes: The number of outputs.
         seed: The seed of the initial weights.
 
     Raises:
-        UsageError: There is no such model, or it cannot be built with these arguments.
+        UsageError: The model does not exist, or cannot be built with these arguments.
     """
     head, _, rest = name.partition(":")
     function: Callable[..., Any]

@@ -19,15 +19,16 @@ def has_batchnorm(model: nn.Module) -> bool:
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
-    """Replace running statistics by plain averages over `batches`, computed with the model's current weights. Local.
+    """Replace the running statistics of BatchNorm layers by averages over `batches`. Local.
 
-    Only BatchNorm layers run in training mode; dropout is off. Modes and momenta are restored afterwards, also after an
-    error. A model without running statistics is left alone, and no batch is read.
+    The averages are computed with the model's current weights. Meanwhile, BatchNorm layers are in training mode and all
+    other layers in evaluation mode, so dropout is off. Modes and momenta are restored afterwards, also after an error.
+    For a model without running statistics, no batch is read.
 
     Args:
         model: The model, on any device.
-        batches: Images, or (images, labels), on any device. All batches have equal weight, so they should be of one
-            size.
+        batches: Batches of images, or of (images, labels), on any device. They should have the same size, because all
+            batches have the same weight.
 
     Raises:
         ValueError: There is no batch.

@@ -16,7 +16,7 @@ BLOCKS_PER_STAGE = 3  # 6 n + 2 layers
 
 
 class Block(nn.Module):
-    """A residual block y = relu(x' + F(x)): F has two convolutions, and x' = x if the shape is unchanged."""
+    """A residual block y = relu(s(x) + F(x)): F has two convolutions; s is the identity if the shapes match."""
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()

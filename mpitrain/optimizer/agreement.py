@@ -22,16 +22,16 @@ def check_equal(
 ) -> None:
     """Compare method, model and optimizer of all ranks. Collective.
 
-    Values of parameters may differ: all ranks begin with those of rank 0. Learning rates and the other numbers of the
-    parameter groups must be equal if the method needs it (``Method.needs_equal_updates``); otherwise rank 0 warns.
+    The values of the parameters may differ, because all ranks start with those of rank 0. The learning rates and the
+    other settings of the parameter groups must be equal if ``Method.needs_equal_updates``; otherwise rank 0 warns.
 
     Args:
-        base, model, method: Of this rank.
+        base, model, method: The base optimizer, the model and the method of this rank.
         world: All ranks.
         options: Other arguments that must be equal, by name.
 
     Raises:
-        UsageError: On all ranks, with the first difference, its values and their ranks.
+        UsageError: The ranks differ. All ranks raise it; the message names the first difference.
     """
     settings = {**_of_method(method), **{name: str(value) for name, value in options.items()}, **_of_model(base, model)}
     numbers = dict(_of_groups(base))

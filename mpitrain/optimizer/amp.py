@@ -19,10 +19,10 @@ MOST_FRAMES = 12
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scaler's part in one step.
+    """The scale factor and the findings of a ``GradScaler`` for one step.
 
     Attributes:
-        grad_scale: The factor that the gradients contain; None if they contain none.
+        grad_scale: The factor by which the gradients are scaled; None if they are not scaled.
         found_inf: Whether the scaler has found an infinite or NaN gradient on this rank.
     """
 
@@ -31,7 +31,7 @@ class Scaling:
 
     @classmethod
     def of(cls, optimizer: Any) -> Scaling:
-        """Return the scaler's part in a step of ``optimizer``, from the attributes that the scaler sets."""
+        """Return the scale and the findings that the scaler has stored in attributes of ``optimizer``."""
         found_inf = getattr(optimizer, "found_inf", None)
         return cls(getattr(optimizer, "grad_scale", None), found_inf is not None and bool(found_inf))
 
@@ -43,10 +43,11 @@ class Scaling:
 
 
 def report_found_inf() -> None:
-    """Let the scaler that makes this step lower its scale: another rank has found an infinity. Local.
+    """Tell the scaler of this rank that another rank has found an infinity. Local.
 
-    The scale is then the same on all ranks, as with gradients that are summed before the scaler sees them. The scaler
-    passes copies of its findings, so they are looked up in its frame. Without it scales may differ, which is harmless.
+    The scaler then lowers its scale, so the scale is the same on all ranks. The scaler gives the optimizer only copies
+    of its findings; this function finds the originals in the scaler's stack frame. If it cannot find them, the scales
+    may differ, which is harmless.
     """
     frame: Any = sys._getframe()
     for _ in range(MOST_FRAMES):

@@ -27,7 +27,7 @@ def check_kinds(base: object, model: object, method: object) -> None:
     """Check the types of the arguments. Local.
 
     Raises:
-        UsageError: With what would be right.
+        UsageError: An argument has the wrong type; the message names the right one.
     """
     if isinstance(base, torch.nn.Module) or isinstance(model, torch.optim.Optimizer):
         raise UsageError("the base optimizer comes first, then the model: DistributedOptimizer(base, model, method)")
@@ -47,7 +47,7 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
     """Refuse a base optimizer that does not fit the model or the method. Local.
 
     Raises:
-        UsageError: With what would be right.
+        UsageError: The message names a base optimizer that fits.
     """
     of_model = {id(p) for p in model.parameters()}
     if any(id(p) not in of_model for p in _parameters(base)):
@@ -73,10 +73,10 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
 
 
 def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parameter]) -> None:
-    """Refuse parameters that another optimizer has moved into its vector. Local.
+    """Refuse parameters that another DistributedOptimizer has moved into its vector. Local.
 
     Raises:
-        UsageError: With what to do first.
+        UsageError: The message says how to release them.
     """
     own = {id(p) for p in _parameters(base)}
     if any(id(p) in own for p in in_use):
@@ -87,10 +87,12 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
 
 
 def check_memory(base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Refuse trainable parameters that share memory with another parameter or a buffer: each is to move. Local.
+    """Refuse trainable parameters that share memory with another parameter or with a buffer. Local.
+
+    They would no longer share it after each has been moved into the vector.
 
     Raises:
-        UsageError: With what to do instead.
+        UsageError: The message says how to tie parameters instead.
     """
     moved = {id(parameter) for parameter in _parameters(base) if parameter.requires_grad}
     placed = [(*_extent(tensor), name, tensor) for name, tensor in state_tensors(model) if _is_in_memory(tensor)]
@@ -117,7 +119,7 @@ def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None
     """Refuse parameters that are not on this rank's GPU. Local.
 
     Raises:
-        UsageError: With what to do first.
+        UsageError: The message says how to move them.
     """
     wanted = torch.device(world.device)
     other = next((p.device for p in parameters if p.device != wanted), None)
@@ -126,11 +128,14 @@ def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None
 
 
 class FrozenParameters:
-    """The parameters of a base optimizer that are frozen when it is distributed. They are not in the vector.
+    """The parameters that do not require a gradient when the DistributedOptimizer is created.
+
+    They are not part of the vector.
 
     Args:
-        base: The optimizer. Gradients left from before are dropped: ``base.step()`` would use them.
-        model: Has the names.
+        base: The base optimizer. Old gradients of its frozen parameters are removed, since ``base.step()`` would use
+            them.
+        model: The model, for the names of the parameters.
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
@@ -140,10 +145,10 @@ class FrozenParameters:
             parameter.grad = None
 
     def check(self) -> None:
-        """Check that no frozen parameter has been made trainable since: no rank would exchange it.
+        """Check that no frozen parameter has become trainable, since no rank would exchange it.
 
         Raises:
-            UsageError: With what to do instead.
+            UsageError: A frozen parameter has become trainable.
         """
         for parameter in self._frozen:
             if parameter.requires_grad:
@@ -159,7 +164,7 @@ class DirectStepGuard:
     """A hook that warns once when the base optimizer is stepped directly.
 
     Args:
-        base: The optimizer, which has this object as a hook until ``stop``.
+        base: The base optimizer, on which the hook is installed until ``stop``.
     """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
@@ -178,7 +183,7 @@ class DirectStepGuard:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Suspend the warning inside the block, in which the DistributedOptimizer steps the base optimizer."""
+        """Suspend the warning inside the block, where the DistributedOptimizer itself steps the base optimizer."""
         before, self._is_silent = self._is_silent, True
         try:
             yield
@@ -199,7 +204,7 @@ def _has_own_step(base: torch.optim.Optimizer) -> bool:
 
 
 def has_hooks(base: torch.optim.Optimizer) -> bool:
-    """Return whether calls of ``base.step()`` do more than the step: hooks, or a method of the object's own."""
+    """Return whether ``base.step()`` does more than its class defines: it has hooks, or the object's own ``step``."""
     post = base._optimizer_step_post_hooks.values()
     is_ours = all(isinstance(hook, DirectStepGuard) for hook in post)
     return bool(base._optimizer_step_pre_hooks) or not is_ours or not _has_own_step(base)

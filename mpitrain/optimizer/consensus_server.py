@@ -21,13 +21,13 @@ REQUEST_POLL_SECONDS = 2e-3
 
 
 class ConsensusServer:
-    """Answers the members of a group, in a thread of its head.
+    """A thread of the head of a replica group that sends the consensus to members of the group.
 
     Args:
-        world: The group.
-        vector: (n,) the buffer of an answer.
-        answer: Fills it.
-        busy: Held meanwhile.
+        world: The ranks of the group.
+        vector: (n,) the buffer for an answer.
+        answer: Writes the consensus to the buffer.
+        busy: A lock that the thread holds while it answers.
     """
 
     def __init__(self, world: World, vector: np.ndarray, answer: Callable[[Any], None], busy: threading.Lock) -> None:

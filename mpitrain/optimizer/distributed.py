@@ -59,63 +59,60 @@ class _Parts:
 
 
 class DistributedOptimizer(LinkedOptimizer):
-    """A torch optimizer whose steps exchange parameters or gradients with other ranks. Collective to make.
+    """A torch optimizer whose steps exchange parameters or gradients with other ranks. Collective to create.
 
-    Every rank makes one, at the same point of the program. All ranks begin with rank 0's parameters and buffers. The
-    trainable parameters that ``base`` holds are moved into one flat vector, and only they are exchanged. Buffers
-    (BatchNorm statistics) stay each rank's own: re-estimate them with ``mpitrain.reestimate_batchnorm``, inside
-    ``consensus()``, before an averaged model is evaluated.
+    All ranks create it at the same point of the program. They start with the parameters and buffers of rank 0. The
+    trainable parameters of ``base`` are moved into one flat vector, and only they are exchanged. Buffers, such as
+    BatchNorm statistics, stay local to each rank. Before you evaluate an averaged model, re-estimate these statistics
+    with ``mpitrain.reestimate_batchnorm``, inside ``consensus()``.
 
-    Where the method works with the gradient itself (``needs_gradient``), a parameter without a gradient is updated as
-    if its gradient were zero, while torch would leave it out: weight decay and momentum act on it. Put parameters that
-    must not change into a parameter group with learning rate 0.
+    If the method declares ``needs_gradient``, a missing gradient counts as zero: weight decay and momentum still change
+    the parameter, which torch would leave unchanged. To keep a parameter constant, put it into a parameter group with
+    learning rate 0.
 
-    From then on torch computes with this rank's share of the node's cores, unless OMP_NUM_THREADS or
-    ``torch.set_num_threads`` sets their number.
+    The constructor sets the number of torch's threads to this rank's share of the cores of the node. It does not do so
+    if ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` has set the number.
 
-    Each rank has its own parameters, which a script may change by hand, as it may with one process. Under
-    ``AllReduceSGD(node_shared=True)`` around a plain ``torch.optim.SGD`` on the host, the ranks of a node share one
-    copy, and each keeps the momentum of its part, which is therefore not in ``state``. There a change by hand is
-    refused at the next step.
-
-    ``close`` leaves the consensus in the model: what ``consensus()`` shows, on every rank.
+    By default, each rank has its own parameters, and a script may change them directly. With
+    ``AllReduceSGD(node_shared=True)`` and a plain ``torch.optim.SGD`` on the host, the ranks of a node share one copy
+    of the parameters. A script must then not change them directly; the next step would raise an error. Each rank keeps
+    the momentum of one part of the vector, and ``state`` does not contain it.
 
     Args:
-        base: A torch optimizer over parameters of ``model``, other than LBFGS, which computes several gradients per
-            step, and SparseAdam. Methods that make the update themselves (EAMSGD) need a plain ``torch.optim.SGD``
-            without momentum, and take learning rates and weight decays from it. Sparse gradients are converted to
-            dense ones. A scheduler may be made on ``base`` or on this optimizer, before or after.
+        base: A torch optimizer over parameters of ``model``. ``LBFGS`` and ``SparseAdam`` are not supported. Methods
+            that make the local update themselves (``EAMSGD``) need a plain ``torch.optim.SGD`` without momentum; they
+            use its learning rates and weight decays. Sparse gradients are converted to dense ones. A scheduler may be
+            created on ``base`` or on this optimizer.
         model: The model, already on ``world.device``. Do not move or convert it afterwards.
-        method: For example ``mpitrain.EASGD(period=10)``.
-        world: From ``mpitrain.init()``, which is called when ``world`` is not given.
-        seed: Of the method's random choices (gossip partners); the same on all ranks.
-        average: A running average that is evaluated instead of what the method evaluates, such as
-            ``mpitrain.Average("polyak")``.
-        replica_size: Number of ranks k that are one worker: neighbours by rank, with the mean of their gradients. A
-            group with mini-batches of b is one worker with a mini-batch of k*b.
-        wire: Format of float32 vectors between nodes: ``"float32"``, unchanged; ``"bfloat16"`` or ``"float16"``, 2
-            bytes per element; or ``"int8"``, 1 byte for changes of a center and 2 for everything else. A center stays
-            float32 in memory. What its changes lose on the wire is sent with the next ones (error feedback), but a
-            checkpoint does not hold what is still to be sent. What a sum of gradients loses is lost. Mailboxes
-            (gossip) and background all-reduces (``dasgd``) are sent unchanged.
-        fitness: Returns the loss of the model, as it is when called, on data held out from training; for methods that
-            rank workers by it (neuroevolution). It is called without gradients; it should set the model's mode.
+        method: The method, for example ``mpitrain.EASGD(period=10)``.
+        world: The ranks, as returned by ``mpitrain.init()``. By default, the constructor calls ``mpitrain.init()``.
+        seed: The seed of the method's random choices, for example of peers; the same on all ranks.
+        average: A running average of the iterates, such as ``mpitrain.Average("polyak")``. It becomes the consensus.
+        replica_size: The number k of neighbouring ranks that form one worker. They average their gradients. With a
+            mini-batch of b samples per rank, the worker has a mini-batch of k*b samples.
+        wire: The format of float32 vectors that are sent between nodes. ``"float32"`` sends them unchanged.
+            ``"bfloat16"`` and ``"float16"`` use 2 bytes per element. ``"int8"`` uses 1 byte for changes of a center and
+            2 bytes for everything else. A center stays float32 in memory. The rounding error of a change of the center
+            is added to the next change; a checkpoint does not contain this error. The rounding error of a sum of
+            gradients is lost. Mailboxes (gossip) and background all-reduces (``dasgd``) are sent unchanged.
+        fitness: A function that returns the loss of the model on held-out data, for methods that rank workers by it
+            (``neuroevolution``). It is called without gradients, and must set the mode of the model itself.
 
     Attributes:
         world: All ranks.
         method: The method.
-        group: The ranks that are one worker with this one and make every step together; None where each rank is one.
-        statistics: What this rank has exchanged so far, also inside its group.
-        exchange_seconds: Time spent in ``step`` outside the local update, waiting included.
+        group: The ranks that form one worker with this rank; None if each rank is a worker.
+        statistics: Counters of this rank's exchanges, including those inside its group.
+        exchange_seconds: The time spent in ``step`` outside the local update, including waiting.
 
     Example:
         >>> optimizer = DistributedOptimizer(base, model, mpitrain.EASGD(period=10))  # doctest: +SKIP
         >>> optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()  # doctest: +SKIP
 
     Raises:
-        UsageError: Arguments of another kind; parameters that are not floating point or of several types; a base
-            optimizer that does not fit the method; models that differ between ranks; a number of ranks that cannot be
-            divided into groups; a wire format where vectors cross nodes without messages.
+        UsageError: An argument has the wrong type. Or the parameters are not of one floating-point type, the base
+            optimizer does not fit the method, the models of the ranks differ, the number of ranks is not a multiple of
+            ``replica_size``, or ``wire`` cannot be used between these nodes.
     """
 
     _step_supports_amp_scaling = True  # a GradScaler calls ``step`` on all ranks, see ``amp``
@@ -178,7 +175,7 @@ class DistributedOptimizer(LinkedOptimizer):
 
     @property
     def exchange_seconds(self) -> float:
-        """The time spent in ``step`` outside the local update, waiting included."""
+        """The time spent in ``step`` outside the local update, including waiting."""
         return self._exchange_clock.seconds
 
     @exchange_seconds.setter
@@ -193,28 +190,30 @@ class DistributedOptimizer(LinkedOptimizer):
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:
-        """Clip the norm of the gradient with which ``step`` updates. Collective where a step averages gradients.
+        """Clip the norm of the gradient that ``step`` uses. Collective if the method averages gradients.
 
-        Call it on all ranks between ``backward`` and ``step``, after ``GradScaler.unscale_`` if there is a scaler.
-        Where a step uses the mean of all ranks' gradients (or another aggregate: ``robust``, ``safeguard``), it is
-        computed and clipped here, and ``step`` uses it. Where ranks update on their own, each clips its own gradient.
-        A group of ranks (``replica_size``) is in both cases like one rank, with the mean of its gradients.
+        Call it on all ranks between ``backward`` and ``step``. If there is a ``GradScaler``, call ``scaler.unscale_``
+        first.
 
-        As in torch, the gradient is multiplied by max_norm/(norm + 1e-6) if that is less than 1. With ``node_shared``
-        ``step`` multiplies, and ``parameter.grad`` stays this rank's own.
+        If the method averages gradients, or combines them in another way (``robust``, ``safeguard``), this call
+        combines them and clips the result, and ``step`` uses this result. Otherwise each rank clips its own gradient. A
+        group of ranks (``replica_size``) counts as one rank whose gradient is the mean over the group.
+
+        As in torch, the gradient is multiplied by max_norm/(norm + 1e-6) if this factor is less than 1. With
+        ``node_shared``, the multiplication takes place in ``step``, and ``parameter.grad`` does not change.
 
         Args:
             max_norm: The largest norm.
             norm_type: The order of the norm, above 0; infinity stands for the largest absolute value.
-            error_if_nonfinite: Raise an error if the norm is not finite.
+            error_if_nonfinite: Whether to raise an error if the norm is not finite.
 
         Returns:
-            The norm of all gradients before clipping, a tensor (): the same on all ranks with the same gradient, NaN if
-            they will leave out the step because a gradient is not finite.
+            The norm before clipping, as a scalar tensor. It is NaN if the ranks will skip the step because a gradient
+            is not finite. If the method averages gradients, it is the same on all ranks.
 
         Raises:
-            UsageError: ``max_norm`` is negative or NaN, or ``norm_type`` not above 0.
-            RuntimeError: The norm is not finite, with ``error_if_nonfinite``.
+            UsageError: ``max_norm`` is negative or NaN, or ``norm_type`` is not above 0.
+            RuntimeError: The norm is not finite, and ``error_if_nonfinite`` is set.
         """
         return self._open_parts.stepper.clip_gradients(float(max_norm), float(norm_type), error_if_nonfinite)
 
@@ -222,15 +221,15 @@ class DistributedOptimizer(LinkedOptimizer):
     def step(  # type: ignore[override]
         self, loss: Loss | None = None, *, closure: Callable[[], torch.Tensor] | None = None
     ) -> Any:
-        """Exchange and update. Collective for synchronous methods, Local for the others (or Collective over a group).
+        """Exchange and update. Collective for synchronous methods, else Local (or Collective over a replica group).
 
         Args:
-            loss: Of this mini-batch; only methods that rank workers by it need it. A closure that computes it again
-                is called first, as with any torch optimizer.
-            closure: The same, by the name that torch gives it.
+            loss: The loss of this mini-batch. Only methods that rank workers by their loss need it. A closure that
+                computes the loss is called first, as in torch.
+            closure: The same closure, under the name that torch uses.
 
         Returns:
-            ``loss``, or what the closure returned.
+            ``loss``, or the value that the closure returned.
         """
         parts = self._open_parts
         if parts.evaluation.is_shown:
@@ -244,24 +243,24 @@ class DistributedOptimizer(LinkedOptimizer):
     def consensus(self) -> AbstractContextManager[None]:
         """Load the consensus (center, average, leader) into the model inside a ``with`` block. Local.
 
-        At the end of the block the model has its own parameters again, and the buffers that it had before
-        (``reestimate_batchnorm`` changes them). A single rank may enter at any time, while the others keep training.
-        The consensus is exact between two barriers.
+        A rank may enter the block at any time, while the others keep training. The consensus is exact only between two
+        barriers. At the end of the block, the model has its own parameters and buffers again.
 
-        Tensors taken from the model inside the block (a ``state_dict``) stay as they are. References to the values that
-        were taken before it (``parameter.detach()``, ``parameter.data``) show the rank's own parameters.
+        A tensor that you take from the model inside the block (by ``state_dict``) keeps the consensus after the block.
+        A tensor that you took before the block (by ``parameter.detach()`` or ``parameter.data``) shows this rank's own
+        parameters, also inside the block.
         """
         return self._open_parts.evaluation.consensus()
 
     def consensus_state_dict(self, module: torch.nn.Module | None = None) -> dict[str, Any]:
         """Return the ``state_dict`` of the model with the consensus as its parameters. Local.
 
-        The tensors are copies that nothing else refers to, so they can be kept, changed or saved. Buffers are this
-        rank's; inside ``consensus()``, also those that ``reestimate_batchnorm`` has estimated there.
+        The tensors are copies, so they can be kept, changed or saved. The buffers are those of this rank. Inside
+        ``consensus()`` they include the statistics that ``reestimate_batchnorm`` has estimated.
 
         Args:
-            module: A part of the model, or a module that contains the model, such as a compiled one; by default the
-                model.
+            module: A submodule of the model, or a module that contains the model, such as a compiled one; by default
+                the model itself.
 
         Raises:
             UsageError: ``module`` has parameters that the model does not have.
@@ -273,19 +272,19 @@ class DistributedOptimizer(LinkedOptimizer):
         return self._open_parts.evaluation.consensus_vector()
 
     def metrics(self) -> dict[str, float]:
-        """Return the method's numbers about this worker, by the names in ``method.metrics``. Local.
+        """Return the metrics of this rank's worker, by the names in ``method.metrics``. Local.
 
-        On a rank that is not the first of its group they are NaN.
+        In a replica group, only the first rank has the values; the others return NaN.
         """
         return self._open_parts.replica.worker.metrics()
 
     def spread(self, vector: np.ndarray) -> tuple[float, float]:
         """Return the root mean square distance of the workers from a vector (n,), and the elastic energy. Local.
 
-        The current parameters of up to 32 surviving workers, evenly spread over the ranks, are read.
+        The call reads the current parameters of at most 32 living workers, evenly spread over the ranks.
 
         Raises:
-            UsageError: On a rank that is not the first of its group: it cannot reach the other workers.
+            UsageError: This rank is not the first of its replica group, so it cannot reach the other workers.
         """
         return self._open_parts.evaluation.spread(vector)
 
@@ -295,20 +294,19 @@ class DistributedOptimizer(LinkedOptimizer):
             self._parts.stepper.wait()
 
     def finalize(self) -> None:
-        """Make the exchange that is due at the end of a run. Collective for synchronous methods, Local for the others.
+        """Make the last exchange of a run. Collective for synchronous methods, else Local.
 
-        Many methods evaluate a vector that moves once per period: a center, or the outcome of an outer step. After this
-        call it contains the steps of all ranks, also those of a period that has just begun. Call it once, at the end,
-        on all ranks between two barriers. A second call without steps in between does nothing. To stop in order to
-        continue later, save the state without this call.
+        Many methods change the consensus only once per period. After this call, the consensus contains the steps of all
+        ranks, including those of an unfinished period. Call it once on all ranks, at the end, between two barriers.
+        Another call without steps in between does nothing. Do not call it if you only save the state to continue later.
         """
         self._open_parts.stepper.finalize()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the state: its parameters, the base optimizer's state, the method's. Local.
 
-        Each rank saves its own part and loads it again. For asynchronous methods call ``wait`` and then a barrier
-        on all ranks first; otherwise the parts belong to different moments.
+        Each rank saves and loads its own part. For an asynchronous method, first call ``wait`` and then a barrier on
+        all ranks; otherwise the parts belong to different moments.
         """
         return self._open_parts.state.save()
 
@@ -316,8 +314,8 @@ class DistributedOptimizer(LinkedOptimizer):
         """Continue from this rank's part of a state. Collective.
 
         Raises:
-            UsageError: The state belongs to another rank, number of ranks, model or method, or was saved with settings
-                under which the method stores other entries.
+            UsageError: The state belongs to another rank, number of ranks, model or method. Or it was saved with
+                settings for which the method stores different entries.
         """
         parts = self._open_parts
         parts.state.load(state_dict)
@@ -326,8 +324,8 @@ class DistributedOptimizer(LinkedOptimizer):
     def close(self) -> None:
         """Leave the consensus in the model, and free the shared memory. Collective; safe to call again.
 
-        Every rank's model then holds what its ``consensus()`` shows, in memory of its own and without gradients.
-        Buffers stay as they are.
+        Afterwards, the model of every rank holds the consensus in ordinary memory, without gradients. Buffers do not
+        change.
         """
         parts = self._parts
         if parts is None:

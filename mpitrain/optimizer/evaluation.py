@@ -22,12 +22,12 @@ MOST_MEASURED = 32
 
 
 class Evaluation:
-    """Evaluates the method as this rank sees it.
+    """The consensus of a method, as this rank sees it.
 
     Args:
         base: The base optimizer, for the learning rate.
-        model: Holds the consensus inside ``consensus``.
-        method: What is evaluated.
+        model: The model that holds the consensus inside ``consensus``.
+        method: The method to evaluate.
         replica: This rank's vectors and its worker.
 
     Attributes:
@@ -60,7 +60,7 @@ class Evaluation:
                 self.is_shown = False
 
     def state_dict(self, module: torch.nn.Module | None) -> dict[str, Any]:
-        """Return copies of the state of a module whose parameters are the consensus. Local.
+        """Return a copy of the state of a module, with the consensus as its parameters. Local.
 
         Raises:
             UsageError: The module has parameters that the model does not have.
@@ -74,7 +74,7 @@ class Evaluation:
             return {name: _copied(value) for name, value in module.state_dict().items()}
 
     def final_consensus(self) -> Any:
-        """Return the consensus (n,) when all ranks have made their last step. Collective."""
+        """Return the consensus (n,) after all ranks have made their last step. Collective."""
         replica = self._replica
         if self._scratch is None:
             self._scratch = np.zeros_like(replica.group.x.local)
@@ -100,7 +100,7 @@ class Evaluation:
         """Return the root mean square distance of the workers from ``vector`` (n,), and the elastic energy. Local.
 
         Raises:
-            UsageError: On a rank that is not the first of its group.
+            UsageError: This rank is not the first of its replica group.
         """
         group = self._replica.group
         comm = group.workers

@@ -22,20 +22,22 @@ from mpitrain.optimizer.flat import FlatParameters
 
 @dataclass(slots=True)
 class Stopwatch:
-    """A number of seconds that several measurements add to."""
+    """A sum of measured times, in seconds."""
 
     seconds: float = 0.0
 
 
 class ExchangeBoundary:
-    """The boundary around the work of a worker, and around the local update inside that work.
+    """The boundary between the work of torch and the work of a worker.
+
+    It copies vectors, orders GPU streams and measures time wherever a step passes from one to the other.
 
     Args:
         flat: The parameters and gradients.
-        device: The GPU that the worker's vectors are on; None where they are in host memory.
+        device: The GPU that holds the worker's vectors; None if they are in host memory.
 
     Attributes:
-        clock: The time of exchanges that count.
+        clock: The total time of the exchanges that count.
     """
 
     def __init__(self, flat: FlatParameters, device: Gpu | None) -> None:
@@ -46,27 +48,28 @@ class ExchangeBoundary:
         """Return a context manager for the work of the worker.
 
         Args:
-            copies: The block reads gradients or changes parameters. Where the model is on a GPU and the worker's
-                vectors in host memory, they are copied there before the block and back after it.
-            counts: Add the block's time to the clock, without that of ``computing`` inside it.
+            copies: Whether the block reads gradients or changes parameters. If the model is on a GPU and the worker's
+                vectors are in host memory, they are copied to the host before the block and to the GPU after it.
+            counts: Whether to add the time of the block to the clock, without the time of ``computing`` blocks inside
+                it.
         """
         return Exchanging(self._flat, self._device, self.clock, copies, counts)
 
     def wait_for_torch(self) -> None:
-        """Wait until the GPU, if there is one, has done what torch has started. Local."""
+        """Wait until the GPU, if there is one, has finished the work that torch has started. Local."""
         if self._device is not None:
             with self.exchanging():
                 self._device.synchronize()
 
     def computing(self) -> Computing:
-        """Return a context manager for the work of torch inside ``exchanging``; the clock is stopped."""
+        """Return a context manager for the work of torch inside ``exchanging``; the clock stops meanwhile."""
         return Computing(self._flat, self._device, self.clock)
 
 
 class Exchanging:
     """The context manager of ``ExchangeBoundary.exchanging``.
 
-    This and ``Computing`` are classes because generators would slow the steps of small models by some percent.
+    It is a class, like ``Computing``, because a generator would slow down the steps of small models by a few percent.
     """
 
     __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_stream")
@@ -119,18 +122,18 @@ class Computing:
 
 
 class EarlyGradients:
-    """Tells a worker during the backward pass which gradients are in the vector.
+    """Notifications to a worker, during the backward pass, of gradients that are complete.
 
     Args:
-        worker: Of a method that ``takes_gradients_early``.
-        boundary: Around what the worker does with them.
+        worker: The worker of a method that declares ``takes_gradients_early``.
+        boundary: The boundary around the work of the worker.
     """
 
     def __init__(self, worker: Worker, boundary: ExchangeBoundary) -> None:
         self._worker, self._boundary = worker, boundary
 
     def ready(self, layer: int) -> None:
-        """Report that a layer's gradient is in the vector."""
+        """Report that the gradient of a layer is in the vector."""
         if self._worker.gradient_ready(layer):
             with self._boundary.exchanging():
                 self._worker.begin_ready()

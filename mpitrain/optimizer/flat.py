@@ -23,18 +23,19 @@ from mpitrain.optimizer.module_state import state_tensors
 class FlatParameters:
     """Parameters and gradients that live in two vectors, until ``detach``.
 
-    The constructor moves the parameters into ``x`` (n,) with their values, and sets their gradients to views into ``g``
-    (n,), zeroed. Where the parameters are on a GPU and ``x`` and ``g`` in host memory, the tensors become views into
-    vectors on the GPU, and ``to_host`` and ``to_device`` copy between the two.
+    The constructor copies the parameters to ``x`` (n,) and makes them views of ``x``. It makes their gradients views of
+    ``g`` (n,), which it sets to zero. If the parameters are on a GPU and ``x`` and ``g`` are in host memory, the
+    tensors become views of two vectors on the GPU. ``to_host`` and ``to_device`` then copy between the GPU and the
+    host.
 
     Args:
-        layout: Of the parameters.
-        x, g: (n,) zeros, in host memory or in that of the parameters' GPU.
-        staged: Keep copies although the parameters are on the host.
+        layout: The positions of the parameters in the vectors.
+        x, g: (n,) zeros, in host memory or on the GPU of the parameters.
+        staged: Whether to use separate vectors even if the parameters are on the host.
 
     Attributes:
-        layout: Of the parameters.
-        staged: Whether ``x`` and ``g`` are copies of the vectors that the tensors view.
+        layout: The positions of the parameters in the vectors.
+        staged: Whether the tensors are views of separate vectors, of which ``x`` and ``g`` are copies.
     """
 
     def __init__(self, layout: FlatLayout, x: Any, g: Any, *, staged: bool = False) -> None:
@@ -68,13 +69,13 @@ class FlatParameters:
         return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
     def to_host(self) -> None:
-        """Copy parameters and gradients to ``x`` and ``g``, where those are copies."""
+        """Copy parameters and gradients to ``x`` and ``g``, if ``staged``."""
         if self.staged:
             self._host_x.copy_(self._x)
             self._host_g.copy_(self._g)
 
     def to_device(self) -> None:
-        """Copy ``x`` and ``g`` to the parameters and gradients, where those are copies."""
+        """Copy ``x`` and ``g`` to the parameters and gradients, if ``staged``."""
         if self.staged:
             self._x.copy_(self._host_x)
             self._g.copy_(self._host_g)
@@ -86,17 +87,17 @@ class FlatParameters:
             place.parameter.grad = view
 
     def release_gradients(self) -> None:
-        """Set all gradients to None: the next backward pass stores its own instead of adding to old ones."""
+        """Set all gradients to None: the next backward pass then stores new ones instead of adding to the old ones."""
         for place in self._places:
             place.parameter.grad = None
 
     def collect_gradients(self, *, counts: bool = False) -> int:
-        """Copy gradients that were allocated elsewhere into ``g``, and set missing ones to zero.
+        """Copy gradients that are not in ``g`` into ``g``, and set missing ones to zero.
 
-        Autograd allocates gradients elsewhere after ``release_gradients`` or ``model.zero_grad()``.
+        After ``release_gradients`` or ``model.zero_grad()``, autograd allocates gradients outside ``g``.
 
         Args:
-            counts: Count the non-finite elements, on the host in the pass that copies.
+            counts: Whether to count the non-finite elements. On the host, this needs no extra pass.
 
         Returns:
             The number of non-finite elements; 0 if they are not counted.
@@ -130,11 +131,11 @@ class FlatParameters:
         return int((~torch.isfinite(self._g)).sum())
 
     def mark_gradients(self) -> None:
-        """Note the gradients as they are now, all of them in ``g``."""
+        """Mark the present gradients, all of which are in ``g``."""
         self._marked = self._g._version
 
     def has_marked_gradients(self) -> bool:
-        """Return whether the gradients are those of ``mark_gradients``, unchanged."""
+        """Return whether the gradients have not changed since ``mark_gradients``."""
         return self._marked == self._g._version and all(
             place.parameter.grad is view for place, view in zip(self._places, self._gradients, strict=True)
         )
@@ -202,12 +203,12 @@ class FlatParameters:
 
     @contextmanager
     def swapped_parameters(self, vector: Any, *, copies: bool = False) -> Iterator[None]:
-        """Make ``vector`` (n,) the parameters inside the block; the model's own vector is left as it is.
+        """Use ``vector`` (n,) as the parameters inside the block; ``x`` does not change.
 
         Args:
-            vector: Where ``x`` is.
-            copies: The parameters are copies in memory of their own, which may be kept after the block. Otherwise they
-                are views into the vector.
+            vector: The values, in the same memory (host or GPU) as ``x``.
+            copies: Whether the parameters are copies that may be kept after the block; otherwise they are views of
+                ``vector``.
         """
         self._point_to(vector, copies=copies)
         try:
@@ -227,10 +228,10 @@ class FlatParameters:
         forget_copies()
 
     def detach(self, vector: Any = None) -> None:
-        """Give the parameters memory of their own again, without gradients.
+        """Move the parameters back into ordinary memory, without gradients.
 
         Args:
-            vector: (n,) their values, where ``x`` is; by default those that they have.
+            vector: (n,) the values of the parameters, in the same memory as ``x``; by default their present values.
         """
         for hook in self._hooks:
             hook.remove()
@@ -242,7 +243,7 @@ class FlatParameters:
         """Refuse parameters whose memory was replaced (``model.to``, ``model.half``).
 
         Raises:
-            UsageError: With what to do instead.
+            UsageError: The message says what to do instead.
         """
         if [parameter.data_ptr() for parameter in self._nonempty] != self._addresses:
             raise UsageError(
@@ -252,7 +253,7 @@ class FlatParameters:
 
 
 def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:
-    """Call ``fn`` with the bytes of every parameter and buffer of a model, and store what ``fn`` writes there."""
+    """Call ``fn`` with the bytes of each parameter and buffer of a model, and store the bytes as ``fn`` leaves them."""
     with torch.no_grad():
         for _, tensor in state_tensors(model):
             if tensor.numel() == 0:
@@ -263,9 +264,9 @@ def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], Non
 
 
 def forget_copies() -> None:
-    """Empty torch's caches of values that are computed from parameters, because the parameters have changed.
+    """Clear torch's caches of values that depend on the parameters.
 
-    An open ``autocast`` region keeps parameters cast to 16 bits, and ``parametrize.cached()`` parametrized weights.
+    An open ``autocast`` region caches parameters cast to 16 bits; ``parametrize.cached()`` caches parametrized weights.
     """
     torch.clear_autocast_cache()
     parametrize = sys.modules.get("torch.nn.utils.parametrize")
@@ -274,7 +275,7 @@ def forget_copies() -> None:
 
 
 def as_tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor over an array's memory."""
+    """Return a tensor that shares the memory of an array."""
     if is_device(array):
         tensor: torch.Tensor = torch.from_dlpack(  # type: ignore[attr-defined]
             array.view(np.uint16) if dtype == torch.bfloat16 else array

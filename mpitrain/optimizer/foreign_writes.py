@@ -14,15 +14,16 @@ from mpitrain.optimizer.layout import FlatLayout
 
 
 class ForeignWrites:
-    """Finds parameters that were changed since the last step.
+    """A check for parameters that anything but the optimizer has changed since the last step.
 
-    A change by hand of shared parameters takes place once per rank of the node, and while other ranks compute with
-    them. Two things show it: the version counter of a tensor, which torch increases with every change in place, and a
-    few elements of each parameter, which also show changes through ``parameter.data`` and by other ranks.
+    If a script changes parameters that the ranks of a node share, the change takes place once per rank, while other
+    ranks compute with them. The check uses two signs of a change. The first is the version counter of a tensor, which
+    torch increases with every change in place. The second is a few elements of each parameter; they also show changes
+    through ``parameter.data`` and changes by other ranks.
 
     Args:
-        model: Has the names of the parameters.
-        layout: Of the parameters.
+        model: The model, for the names of the parameters.
+        layout: The positions of the parameters in the vector.
         x: (n,) the parameters.
     """
 
@@ -37,7 +38,7 @@ class ForeignWrites:
         self.accept()
 
     def accept(self) -> None:
-        """Take the present values as those that the optimizer has left. Local; when no rank changes parameters."""
+        """Accept the present values as the result of the optimizer. Local; call it while no rank changes parameters."""
         self._versions = self._present_versions()
         self._samples = self._bits[self._positions]
 
@@ -46,7 +47,7 @@ class ForeignWrites:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Ignore changes inside the block, in which the parameters are not those that the node shares."""
+        """Ignore changes inside the block, where the parameters are not the shared ones."""
         before = self._present_versions()
         try:
             yield
@@ -55,10 +56,10 @@ class ForeignWrites:
             self._versions = [known + after - begun for known, begun, after in rows]
 
     def check(self) -> None:
-        """Check that nobody has changed a parameter. Local; before any rank can begin the next update.
+        """Check that only the optimizer has changed parameters. Local; call it before any rank begins the next update.
 
         Raises:
-            UsageError: With the name of the parameter and what to do.
+            UsageError: A parameter was changed; the message names it and a remedy.
         """
         versions = self._present_versions()
         is_same = self._bits[self._positions] == self._samples

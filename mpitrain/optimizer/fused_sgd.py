@@ -16,7 +16,9 @@ from mpitrain.optimizer.layout import FlatLayout
 
 
 def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
-    """Return whether our kernels have the equations of ``base.step()`` and nothing depends on the call itself."""
+    """Return whether the fused kernels can replace ``base.step()``: same equations, and no options or hooks that change
+    it.
+    """
     return (
         type(base) is torch.optim.SGD
         and not has_hooks(base)
@@ -25,12 +27,12 @@ def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
 
 
 class FusedSGD:
-    """The steps of a plain SGD on parameters that lie in a flat vector.
+    """Steps of a plain SGD on parameters in a flat vector.
 
     Args:
-        base: A plain SGD.
-        layout: Of its parameters, which are on the host, float32 or float64.
-        x: (n,) the vector that they lie in.
+        base: A plain SGD whose parameters are on the host, in float32 or float64.
+        layout: The positions of the parameters in the vector.
+        x: (n,) the vector.
     """
 
     def __init__(self, base: torch.optim.Optimizer, layout: FlatLayout, x: np.ndarray) -> None:
@@ -43,7 +45,7 @@ class FusedSGD:
             kernel.prepare(x)
 
     def step(self) -> None:
-        """Do what ``base.step()`` does."""
+        """Make the step that ``base.step()`` would make."""
         if self._v is None and any(group["momentum"] for group in self._base.param_groups):
             velocity = torch.from_numpy(np.zeros_like(self._x))
             self._v = velocity.numpy()

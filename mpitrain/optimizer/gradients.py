@@ -12,11 +12,11 @@ class Gradients:
     """This rank's gradients between the backward pass and the step.
 
     Args:
-        method: Of the worker.
+        method: The method of the worker.
         replica: This rank's vectors.
 
     Attributes:
-        are_combined: Whether a step is made with the gradient of several ranks.
+        are_combined: Whether the method combines the gradients of several ranks.
     """
 
     def __init__(self, method: Method, replica: LocalReplica) -> None:
@@ -29,10 +29,10 @@ class Gradients:
         self._is_combined = self._skips = False  # of the gradients that ``note_combined`` has marked
 
     def collect(self, scaling: Scaling | None) -> tuple[bool, bool]:
-        """Bring the gradients into the vector, unless clipping has done so. Local.
+        """Copy the gradients into the vector, unless clipping has already done so. Local.
 
         Args:
-            scaling: What a gradient scaler has found; None without one.
+            scaling: The scale and the findings of a gradient scaler; None without one.
 
         Returns:
             Whether this rank's gradient is not finite, and whether the gradients have been combined since the last
@@ -53,12 +53,12 @@ class Gradients:
         return skips, is_combined
 
     def note_combined(self, *, skips: bool) -> None:
-        """Note that the vector holds the combined gradient, until it is changed. Local."""
+        """Note that the vector holds the combined gradient, until it changes. Local."""
         self._is_combined, self._skips = True, skips
         self._flat.mark_gradients()
 
     def forget(self) -> None:
-        """Forget what ``note_combined`` has noted: the next step combines gradients. Local."""
+        """Undo ``note_combined``, so that the next step combines gradients. Local."""
         self._is_combined = self._skips = False
 
     def _was_combined(self) -> bool:

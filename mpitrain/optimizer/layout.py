@@ -42,8 +42,8 @@ class FlatLayout:
         groups: ``optimizer.param_groups``.
 
     Attributes:
-        n: Elements of the vector, padding included.
-        n_parameters: Elements of the parameters.
+        n: The length of the vector, including padding.
+        n_parameters: The number of elements of the parameters, without padding.
         dtype: NumPy's type of the elements.
         torch_dtype: torch's type of the elements.
         places: The position of each parameter.
@@ -51,7 +51,7 @@ class FlatLayout:
         layers: One slice for each parameter tensor, without padding.
 
     Raises:
-        UsageError: No trainable parameters, parameters that are not floating point, or of several types.
+        UsageError: There are no trainable parameters, or they are not all of the same floating-point type.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -79,7 +79,7 @@ class FlatLayout:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether fused kernels can make the local update: on the host, not in 16 bits (torch rounds more often)."""
+        """Whether fused kernels can make the local update: the parameters are on the host and do not have 16 bits."""
         return self.device.type == "cpu" and self.torch_dtype.itemsize >= 4
 
 

@@ -25,7 +25,7 @@ class _Linked:
 
 
 class LinkedOptimizer(torch.optim.Optimizer):
-    """An optimizer without groups and state of its own.
+    """An optimizer that shares the parameter groups and the state of another optimizer.
 
     A scheduler of either optimizer changes both, also after ``base.load_state_dict``.
 
@@ -43,10 +43,10 @@ class LinkedOptimizer(torch.optim.Optimizer):
         self._base = base
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse the group once the optimizer is made: the flat vector has its size.
+        """Refuse to add a group, because the length of the flat vector is fixed.
 
         Raises:
-            UsageError: With what to do instead.
+            UsageError: The message says what to do instead.
         """
         if isinstance(self._base, torch.optim.Optimizer):
             raise UsageError(TOO_LATE_FOR_GROUPS)

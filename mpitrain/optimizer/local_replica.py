@@ -39,15 +39,14 @@ class LocalReplica:
     """This rank's copy of the model and its worker.
 
     Attributes:
-        comm: All ranks.
-        group: The ranks that are one worker with this one, and the vectors.
-        flat: The model's parameters and gradients, which live in the group's vectors.
-        boundary: Around everything that the worker does.
-        worker: Exchanges the vectors by the method.
-        size: Ranks of the group.
-        fuses_update: Kernels make the local update instead of the base optimizer, which is a plain SGD on the host.
-        foreign_writes: Finds changes by hand, where the workers of a node share one vector of parameters and make the
-            local update on it; None where each worker has its own.
+        comm: The communicator of all ranks.
+        group: The ranks that form one worker with this rank, and their vectors.
+        flat: The model's parameters and gradients, which live in the vectors of the group.
+        boundary: The boundary between the work of torch and the work of the worker.
+        worker: The worker of the method.
+        size: The number of ranks in the group.
+        fuses_update: Whether fused kernels make the local update instead of the base optimizer.
+        foreign_writes: The check for direct changes of shared parameters; None if each worker has its own parameters.
     """
 
     comm: MPICommunicator
@@ -75,7 +74,7 @@ class LocalReplica:
         world: World,
         options: ReplicaOptions,
     ) -> LocalReplica:
-        """Move the model into vectors, with the values it has on rank 0, and make its worker. Collective."""
+        """Move the model into vectors, with the parameters of rank 0, and create its worker. Collective."""
         size = options.replica_size
         device = world.gpu if size == 1 and not method.on_host else None
         comm = MPICommunicator(world, on_host=device is None, wire=options.wire)
@@ -102,10 +101,10 @@ class LocalReplica:
         return cls(comm, group, flat, boundary, worker, size, fuses and not node_shared, foreign_writes)
 
     def close(self, vector: Any) -> None:
-        """Give the parameters memory of their own with the values of a vector, and the shared memory back. Collective.
+        """Move the parameters back into ordinary memory, and free the shared memory. Collective.
 
         Args:
-            vector: (n,) where the worker's vectors are.
+            vector: (n,) the values for the parameters, in the same memory as the worker's vectors.
         """
         with self.boundary.exchanging():
             self.flat.detach(vector)

@@ -18,13 +18,13 @@ _SIMPLE = (bool, int, float, str)
 
 
 def state_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of every parameter and buffer; ``state_dict`` lacks buffers that are not persistent."""
+    """Yield the name and the tensor of every parameter and buffer, including buffers that ``state_dict`` omits."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def snapshot(model: torch.nn.Module) -> ModuleState:
-    """Return copies of a model's buffers, and of its modules' attributes that are tensors, numbers or strings."""
+    """Return a copy of a model's buffers, and of the tensors, numbers and strings among its modules' attributes."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     attributes = {
         f"{prefix}.{name}".lstrip("."): value.detach().clone() if isinstance(value, torch.Tensor) else value
@@ -51,12 +51,12 @@ def _place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
 
 
 def copy_with(model: torch.nn.Module, parameters: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> torch.nn.Module:
-    """Return a deep copy of a model in which other parameters stand in place of some of its own.
+    """Return a deep copy of a model in which some parameters are replaced.
 
-    Tensors with a gradient function that the last forward pass has left in the modules are copied without it.
+    Tensors that the last forward pass has left in the modules are copied without their gradient function.
 
     Raises:
-        UsageError: The model holds something that cannot be copied.
+        UsageError: The model holds an object that cannot be copied.
     """
     memo: dict[int, Any] = {id(ours): theirs for ours, theirs in parameters.items()}
     for module in model.modules():

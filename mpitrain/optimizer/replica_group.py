@@ -52,7 +52,7 @@ def check_replica_size(replica_size: int, world: World) -> None:
     """Refuse a replica size that does not divide the number of ranks.
 
     Raises:
-        UsageError: With what would be right.
+        UsageError: The message names sizes that do.
     """
     if replica_size < 1 or world.size % replica_size:
         raise UsageError(
@@ -63,12 +63,12 @@ def check_replica_size(replica_size: int, world: World) -> None:
 
 @dataclass(frozen=True)
 class GroupVectors:
-    """The vectors that the members of a group exchange among themselves.
+    """The vectors that the members of a group exchange with each other.
 
     Attributes:
-        comm: The members.
-        x, g: (n,) vectors of parameters and gradients. On a member other than the head, its tensors live here; the
-            head's must be where the other heads reach them.
+        comm: The communicator of the members.
+        x, g: (n,) vectors of parameters and gradients. The tensors of a member live here. Those of the head live
+            elsewhere, where the heads of other groups can reach them.
     """
 
     comm: MPICommunicator
@@ -82,7 +82,7 @@ class GroupVectors:
             skips: Whether this rank's gradient is not finite.
 
         Returns:
-            Whether any member's gradient is not finite.
+            Whether the gradient of any member is not finite.
         """
         first = self.g.local[:1]
         if skips:
@@ -91,23 +91,27 @@ class GroupVectors:
         return not all(math.isfinite(float(element)) for element in first)
 
     def mean_loss(self, loss: float | None) -> float | None:
-        """Return the mean of the members' losses; None if there are none. Collective over the group with losses."""
+        """Return the mean of the members' losses, or None if the members have no loss. Collective over the group with
+        losses.
+        """
         return None if loss is None else float(self.comm.gather([loss]).mean())
 
 
 class ReplicaGroup:
-    """The ranks that are one worker, as one of them sees them. Collective over all ranks to make.
+    """The ranks that form one worker, as one of them sees them. Collective over all ranks to create.
+
+    The first rank of the group is its head, and runs the method's worker.
 
     Args:
-        comm: All ranks.
-        size: Ranks of a worker, k; with 1 each rank is a worker, at no cost.
-        n: Elements of the model's vector.
-        dtype: Of the elements.
-        node_shared: The workers of a node share one ``x``; only with a size of 1.
+        comm: The communicator of all ranks.
+        size: The number k of ranks per worker. With k = 1, each rank is a worker, at no cost.
+        n: The number of elements of the model's vector.
+        dtype: The type of the elements.
+        node_shared: Whether the workers of a node share one ``x``; only with a size of 1.
 
     Attributes:
-        workers: The communicator of the workers' heads, which the method gets; None on other members.
-        world: The ranks of this group; None where each rank is a worker.
+        workers: The communicator of the heads, which the method uses; None on other members.
+        world: The ranks of this group; None if each rank is a worker.
         x, g: (n,) vectors for this rank's parameters and gradients.
     """
 
@@ -132,11 +136,11 @@ class ReplicaGroup:
             self.g = self.workers.vector(n, dtype)
 
     def worker(self, make: Callable[[MPICommunicator], Worker], metrics: Sequence[str]) -> Worker:
-        """Return this rank's worker, which may be called at every rank. Collective.
+        """Return an object with the interface of a worker, on every rank. Collective.
 
         Args:
-            make: Makes the method's worker from the communicator of the workers; called on heads only.
-            metrics: Names of the method's metrics.
+            make: Creates the method's worker from the communicator of the heads; called on heads only.
+            metrics: The names of the method's metrics.
         """
         if self.workers is None:
             assert self._shared is not None
@@ -158,7 +162,9 @@ class ReplicaGroup:
             self._shared.comm.broadcast(out)
 
     def close(self) -> None:
-        """Stop answering members, and release the vectors. Local; call it when no member can ask any more."""
+        """Stop the thread that answers members, and release the vectors. Local; call it after the last request of a
+        member.
+        """
         if self._consensus_server is not None:
             self._consensus_server.stop()
             self._consensus_server = None
@@ -167,12 +173,12 @@ class ReplicaGroup:
 
 
 class GroupHead(Worker):
-    """The head's part in a group: the method's worker, with the group's gradient.
+    """The worker of a group, as the head calls it: the method's worker with the mean gradient of the group.
 
     Args:
-        worker: Of the method, perhaps with an average.
-        shared: What the members exchange.
-        busy: Held while the worker changes or is read. The thread that answers members takes it too.
+        worker: The method's worker, possibly wrapped by an average.
+        shared: The vectors that the members exchange.
+        busy: A lock that is held while the worker changes or is read. The thread that answers members also uses it.
     """
 
     def __init__(self, worker: Worker, shared: GroupVectors, busy: threading.Lock) -> None:
@@ -209,7 +215,7 @@ class GroupHead(Worker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> float:
-        """Clip the worker's gradient, computed from the mean of the members'. Collective over the group."""
+        """Clip the worker's gradient, which is computed from the mean over the group. Collective over the group."""
         if not is_combined:
             self._average(skips=skips)
         with self._busy:
@@ -260,11 +266,11 @@ class GroupHead(Worker):
 
 
 class GroupMember(Worker):
-    """A member's part in a group, when it is not the head: it has no state of the method.
+    """The worker of a group, as a member other than the head calls it. It has no state of the method.
 
     Args:
-        shared: What the members exchange.
-        metrics: Names of the method's metrics.
+        shared: The vectors that the members exchange.
+        metrics: The names of the method's metrics.
     """
 
     def __init__(self, shared: GroupVectors, metrics: Sequence[str]) -> None:
@@ -315,7 +321,7 @@ class GroupMember(Worker):
         """Request the consensus from the head, and write it to ``out`` (n,). Local.
 
         Raises:
-            UsageError: This MPI lets only one thread of a rank call it.
+            UsageError: This MPI does not allow several threads of a rank to call it.
         """
         if not threads_may_call_mpi():
             raise UsageError(
@@ -332,12 +338,12 @@ class GroupMember(Worker):
         self._receive_parameters()
 
     def metrics(self) -> dict[str, float]:
-        """Return NaN for every metric: only the head has numbers. Local."""
+        """Return NaN for every metric, because only the head has the values. Local."""
         return dict.fromkeys(self._metrics, math.nan)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield nothing: the head has the worker's state."""
+        """Yield nothing, because the head has the worker's state."""
         yield from ()
 
     def load(self, state: State) -> None:
-        """Do nothing: the head loads the worker's state."""
+        """Do nothing, because the head loads the worker's state."""

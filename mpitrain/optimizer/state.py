@@ -24,14 +24,14 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class Owner:
-    """The owner of a state, which is saved with the state.
+    """The description of the rank and the run to which a state belongs; it is saved with the state.
 
     Attributes:
-        algorithm: Name of the method.
+        algorithm: The name of the method.
         rank: The rank of this process.
         ranks: The number of ranks.
         replica_size: The number of ranks per worker.
-        node_shared: The method keeps the base optimizer's momentum, and the ranks of a node share parameters.
+        node_shared: Whether the ranks of a node share parameters. The method then keeps the base optimizer's momentum.
     """
 
     algorithm: str
@@ -41,10 +41,10 @@ class Owner:
     node_shared: bool
 
     def check(self, state: dict[str, Any]) -> None:
-        """Check that a state has this owner.
+        """Check that a state belongs to this owner.
 
         Raises:
-            UsageError: With what would be right.
+            UsageError: It does not; the message names the difference.
         """
         if "algorithm" not in state:
             raise UsageError(
@@ -72,19 +72,19 @@ class Owner:
 
 
 def describe(layout: FlatLayout, model: torch.nn.Module) -> list[str]:
-    """Return name and shape of each parameter of a layout, without the prefix that ``torch.compile`` adds."""
+    """Return the name and shape of each parameter of a layout, without the prefix that ``torch.compile`` adds."""
     names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
     return [f"{names[id(place.parameter)]} {tuple(place.parameter.shape)}" for place in layout.places]
 
 
 class OptimizerState:
-    """Saves and loads one rank's part of the state: parameters, the base optimizer's state, the method's.
+    """The saving and loading of one rank's part of the state: parameters, base optimizer and method.
 
     Args:
-        owner: What the state belongs to.
-        parameters: Name and shape of each parameter, in the order of the vector; see ``describe``.
+        owner: The owner of the state.
+        parameters: The name and shape of each parameter, in the order of the vector; see ``describe``.
         base: The base optimizer.
-        update: Continues from a state of the base optimizer.
+        update: The local update, which loads the state of the base optimizer.
         replica: This rank's vectors and its worker.
     """
 
@@ -116,7 +116,7 @@ class OptimizerState:
         """Continue from a state. Collective.
 
         Raises:
-            UsageError: The state is of another owner or of another model.
+            UsageError: The state belongs to another owner or another model.
         """
         self._owner.check(state)
         self._check_model(state)
@@ -179,7 +179,7 @@ def _copy(value: Any) -> Any:
 
 
 def as_array(value: Any) -> Any:
-    """Return a tensor as an array over its memory, and anything else as it is (states once held arrays)."""
+    """Return a tensor as an array that shares its memory; return anything else unchanged (old states hold arrays)."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()

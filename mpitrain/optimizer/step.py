@@ -31,10 +31,10 @@ Loss = torch.Tensor | float | Callable[[], torch.Tensor]
 
 
 class LocalUpdate:
-    """The step of the base optimizer, which changes this rank's parameters alone.
+    """The step of the base optimizer, which changes the parameters of this rank only.
 
     Args:
-        base: The base optimizer. Until ``stop``, a direct step of this optimizer causes a warning.
+        base: The base optimizer. Until ``stop``, stepping it directly causes a warning.
         replica: This rank's vectors.
     """
 
@@ -58,7 +58,10 @@ class LocalUpdate:
         self._base.load_state_dict(state)
 
     def reset_nonfinite(self) -> None:
-        """Zero non-finite elements of the base optimizer's state; in a momentum they would spoil all later steps."""
+        """Set non-finite elements of the base optimizer's state to zero.
+
+        A NaN in a momentum, for example, would spoil all later steps.
+        """
         with self._boundary.computing():
             for state in self._base.state.values():
                 for value in state.values():
@@ -75,7 +78,7 @@ class ParamGroups:
 
     Args:
         base: The base optimizer.
-        method: Of the worker.
+        method: The method of the worker.
         replica: This rank's vectors.
     """
 
@@ -92,7 +95,8 @@ class ParamGroups:
         """Return the groups with their current settings.
 
         Raises:
-            UsageError: The base optimizer was changed in a way that must precede the DistributedOptimizer.
+            UsageError: The base optimizer has been changed in a way that is only allowed before the
+                DistributedOptimizer is created.
         """
         groups = self._base.param_groups
         if len(groups) != len(self._parts):
@@ -139,14 +143,14 @@ class ParamGroups:
 
 
 class Stepper:
-    """Makes the steps of one rank.
+    """The steps of one rank.
 
     Args:
-        method: Of the worker.
+        method: The method of the worker.
         replica: This rank's vectors and its worker.
-        update: The base optimizer's step.
+        update: The step of the base optimizer.
         groups: The base optimizer's parameter groups.
-        frozen: Parameters that must stay frozen.
+        frozen: The parameters that must stay frozen.
     """
 
     def __init__(
@@ -162,14 +166,14 @@ class Stepper:
         self._has_reported = False
 
     def step(self, loss: Loss | None, scaling: Scaling | None = None) -> Any:
-        """Exchange and update. Collective for synchronous methods, Local for the others (or Collective over a group).
+        """Exchange and update. Collective for synchronous methods, else Local (or Collective over a replica group).
 
         Args:
-            loss: Of the mini-batch, or a closure that computes it.
-            scaling: What a gradient scaler has found; None without one.
+            loss: The loss of the mini-batch, or a closure that computes it.
+            scaling: The scale and the findings of a gradient scaler; None without one.
 
         Returns:
-            ``loss``, or what it returned when it is a closure.
+            ``loss``, or the value that the closure returned.
         """
         watchdog.begin_step()
 
@@ -211,9 +215,9 @@ class Stepper:
         return loss
 
     def clip_gradients(self, max_norm: float, order: float, error_if_nonfinite: bool) -> torch.Tensor:
-        """Scale the gradient of the step to a norm of at most ``max_norm``; see ``DistributedOptimizer``.
+        """Clip the gradient of the step to a norm of at most ``max_norm``; see ``DistributedOptimizer``.
 
-        Collective where gradients are combined, else Local (or Collective over a group).
+        Collective if the method combines gradients, else Local (or Collective over a replica group).
         """
         if not max_norm >= 0 or not order > 0:
             raise UsageError(f"clip_grad_norm_ needs max_norm >= 0 and norm_type > 0, not {max_norm:g} and {order:g}")
@@ -243,7 +247,7 @@ class Stepper:
             self._flat.zero_gradients()
 
     def accept_parameters(self) -> None:
-        """Take the parameters as they are now as the result of a step or of loading. Local."""
+        """Accept the present parameters as the result of a step or of loading. Local."""
         forget_copies()
         if self._foreign_writes is not None:
             self._foreign_writes.accept()
@@ -273,7 +277,9 @@ class Stepper:
             self._worker.wait()
 
     def finalize(self) -> None:
-        """Make the worker's last exchange. Collective for synchronous methods, else Local (or over a group)."""
+        """Make the worker's last exchange. Collective for synchronous methods, else Local (or Collective over a replica
+        group).
+        """
         with self._boundary.exchanging(copies=True):
             self._worker.finalize(self._groups.slices())
         self.accept_parameters()

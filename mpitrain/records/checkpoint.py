@@ -39,7 +39,7 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
     Rank 0 lists the checkpoints, because ranks may see different ones on a slow network file system.
 
     Raises:
-        UsageError: There is no checkpoint, or another number of ranks wrote it; the same on all ranks.
+        UsageError: There is no checkpoint, or a different number of ranks wrote it. All ranks raise it.
     """
     if world.rank == 0:
         remove_partial(folder)
@@ -87,7 +87,7 @@ def load(path: Path, world: World) -> dict[str, Any]:
     """Return this rank's part of a checkpoint. Local.
 
     Raises:
-        UsageError: Another number of ranks wrote the checkpoint, or this rank's part cannot be read.
+        UsageError: A different number of ranks wrote the checkpoint, or this rank's part cannot be read.
     """
     _require_ranks(path, _n_parts(path), world)
     try:
@@ -131,7 +131,7 @@ def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, the oldest first; a replaced one comes before the one that replaces it."""
+    """Return the complete checkpoints, the oldest first. A checkpoint comes before a newer one with the same name."""
     found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 

@@ -40,7 +40,7 @@ class _Abandoned(Exception):
 
 
 class CheckpointWriter:
-    """The writer of one rank.
+    """The background writer of one rank's parts of checkpoints.
 
     Args:
         folder: The folder of all checkpoints of the run, ``RUN/checkpoints``.
@@ -60,15 +60,15 @@ class CheckpointWriter:
         self._is_cancelled = threading.Event()
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Take a snapshot and start to write it. Collective; the previous checkpoint must have been waited for.
+        """Take a snapshot and start to write it. Collective; call ``wait`` for the previous checkpoint first.
 
         Args:
-            step: The number in the checkpoint's name; a larger one is newer. The lead's counts.
+            step: The number in the name of the checkpoint; a larger one is newer. The lead's number is used.
             state: This rank's part. It may change as soon as the call returns.
 
         Raises:
-            UsageError: There is no room in memory, or no folder; the same on all ranks.
-            TypeError: The state holds an object that a checkpoint cannot hold; on that rank.
+            UsageError: Memory is insufficient, or the folder does not exist. All ranks raise it.
+            TypeError: The state of this rank contains an object that cannot be saved.
         """
         assert self._thread is None
         number, image = 0, memoryview(b"")
@@ -89,22 +89,23 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raise if this rank could not write its part. Local.
 
-        A checkpoint that another rank could not write raises on that rank here, and on all ranks in ``wait``.
+        If another rank could not write its part, this rank learns of it in ``wait``.
 
         Raises:
-            UsageError: It could not; the checkpoint is given up.
+            UsageError: This rank could not write its part. The checkpoint is abandoned.
         """
         if self._errno > 0:
             raise self._failure(self._errno)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint is complete; return its folder. Collective.
+        """Wait until the checkpoint is complete. Collective.
 
         Returns:
-            None if no checkpoint was started, or if the lead died before it was complete.
+            The folder of the checkpoint; None if no checkpoint was started, or if the lead has died before it was
+            complete.
 
         Raises:
-            UsageError: It could not be written; the same on all ranks.
+            UsageError: The checkpoint could not be written. All ranks raise it.
         """
         if self._thread is None:
             return None
@@ -117,7 +118,7 @@ class CheckpointWriter:
         return self._target if found[:, 1].any() else None
 
     def close(self) -> None:
-        """Give up what is being written, after an error. Local."""
+        """Abandon a checkpoint that is still being written, after an error. Local."""
         self._is_cancelled.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
@@ -220,7 +221,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World, keep: int
 
     Args:
         folder: The folder of all checkpoints of the run, ``RUN/checkpoints``.
-        step: The number in the checkpoint's name; a larger one is newer.
+        step: The number in the name of the checkpoint; a larger one is newer.
         state: This rank's part.
         world: The ranks.
         keep: The number of checkpoints to keep.
@@ -229,7 +230,7 @@ def save(folder: Path, step: int, state: dict[str, Any], world: World, keep: int
         The folder of the complete checkpoint.
 
     Raises:
-        UsageError: The checkpoint cannot be written, for lack of room or another reason; the same on all ranks.
+        UsageError: The checkpoint cannot be written, for example because the disk is full. All ranks raise it.
     """
     writer = CheckpointWriter(folder, world, keep)
     writer.start(step, state)

@@ -16,7 +16,7 @@ from mpitrain.records.durable import Buffer
 
 
 class ContainedFile:
-    """A new file, for ``h5py.File(file, "w")``.
+    """A new file for ``h5py.File(file, "w")`` that notes failures of the disk instead of raising them inside HDF5.
 
     Args:
         path: The file to create.
@@ -27,16 +27,16 @@ class ContainedFile:
         self._failure: OSError | None = None
 
     def check(self) -> None:
-        """Raise the first failure, if there was one."""
+        """Raise the error of the first failure, if there was one."""
         if self._failure is not None:
             raise self._failure
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a place in the file, which need not exist yet."""
+        """Move to a position in the file, possibly beyond its end."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the place in the file."""
+        """Return the position in the file."""
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
@@ -71,13 +71,13 @@ class ContainedFile:
         return size
 
     def flush(self) -> None:
-        """Do nothing: nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
     def sync(self) -> None:
         """Write the file to the disk.
 
         Raises:
-            OSError: This, or something before, has failed.
+            OSError: This call or an earlier one has failed.
         """
         self.check()
         os.fsync(self._file.fileno())

@@ -24,14 +24,14 @@ Buffer = bytes | bytearray | memoryview
 
 
 def replace_file(path: Path, parts: Iterable[Buffer]) -> None:
-    """Write a file, in place of the one at ``path`` if there is one.
+    """Write a file atomically, replacing the file at ``path`` if there is one.
 
     Args:
         path: The file; its folder must exist.
-        parts: The contents, one after the other.
+        parts: The contents, in parts that are concatenated.
 
     Raises:
-        OSError: The file cannot be written; ``path`` is as it was, and nothing else is left.
+        OSError: The file cannot be written. ``path`` is unchanged, and no temporary file is left.
     """
     views = [memoryview(part).cast("B") for part in parts]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -54,19 +54,19 @@ def replace_file(path: Path, parts: Iterable[Buffer]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file for the user, in place of the one at ``path`` if there is one.
+    """Write a text file for the user, replacing the file at ``path`` if there is one.
 
     Raises:
-        UsageError: The file cannot be written; ``path`` is as it was.
+        UsageError: The file cannot be written. ``path`` is unchanged.
     """
     replace_for_user(path, text.encode(errors="backslashreplace"))
 
 
 def replace_for_user(path: Path, content: Buffer) -> None:
-    """Write a file that the user has asked for, and replace the file at ``path`` if there is one.
+    """Write a file for the user, replacing the file at ``path`` if there is one.
 
     Raises:
-        UsageError: The file cannot be written; ``path`` is as it was.
+        UsageError: The file cannot be written. ``path`` is unchanged.
     """
     try:
         replace_file(path, [content])
@@ -75,17 +75,17 @@ def replace_for_user(path: Path, content: Buffer) -> None:
 
 
 def remedy(error: OSError) -> str:
-    """Return what a user may do about a file that cannot be written."""
+    """Return a remedy for a file that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some room, or choose a folder on another disk"
     return "choose a folder that can be written"
 
 
 def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
-    """Reserve room for a part of a file and extend the file to its end.
+    """Reserve disk space for a part of a file, and extend the file to the end of this part.
 
     Raises:
-        OSError: There is no room.
+        OSError: The disk is full.
     """
     if not n_bytes:
         return
@@ -99,7 +99,7 @@ def reserve(descriptor: int, offset: int, n_bytes: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Write a file or the entries of a folder to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

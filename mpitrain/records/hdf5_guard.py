@@ -27,14 +27,14 @@ ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError
 
 
 class RefusedContents(ValueError):
-    """Contents of an HDF5 file that are not the file's own, or larger than the file can hold."""
+    """The error for an HDF5 file that refers to other files, or claims contents larger than itself."""
 
 
 def check_contents(file: h5py.File) -> None:
-    """Check everything in a file.
+    """Check all objects in a file.
 
     Raises:
-        RefusedContents: A link, external or virtual data, or a size that the file cannot hold.
+        RefusedContents: The file contains a link, external or virtual data, or a size that it cannot hold.
     """
     seen: set[int] = set()
     pending: list[tuple[str, h5py.h5g.GroupID, int]] = [("", file.id, 0)]
@@ -58,10 +58,10 @@ def check_contents(file: h5py.File) -> None:
 
 
 def check_stored(dataset: h5py.Dataset) -> None:
-    """Check that all elements of an array are stored, so that none reads as a fill value.
+    """Check that all elements of an array are stored; HDF5 would replace missing ones by a fill value.
 
     Raises:
-        RefusedContents: Some are not.
+        RefusedContents: Some elements are not stored.
     """
     if not dataset.size:
         return

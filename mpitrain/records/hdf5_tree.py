@@ -34,7 +34,7 @@ def write_tree(group: h5py.Group, value: Any) -> None:
     """Write a state into an empty group.
 
     Raises:
-        TypeError: The state holds an object of another type.
+        TypeError: The state contains an object of a type that cannot be saved.
     """
     if isinstance(value, dict):
         group.attrs[_KIND] = "dict"

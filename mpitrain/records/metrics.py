@@ -63,10 +63,10 @@ HOLES_BYTES = 2**20  # the end of a file, which may have holes where HDF5 has no
 
 
 class MetricsWriter:
-    """The only writer of a metrics file; appends rows to its tables and continues a file that exists.
+    """The only writer of a metrics file. It appends rows to tables, and continues an existing file.
 
-    Rows are buffered in memory and written at most every `flush_seconds`, all tables at once: writing a row of 13
-    fields takes a millisecond. A killed writer loses its buffered rows.
+    Writing a row of 13 fields takes a millisecond. Rows are therefore buffered, and written together at intervals of at
+    least `flush_seconds`. A killed writer loses its buffered rows.
 
     Example:
         >>> tables = {"progress": ["step", "loss"], "staleness": ["step", ("histogram", (33,))]}
@@ -168,7 +168,7 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write all buffered rows, so that readers see them; drop them if there is no room."""
+        """Write all buffered rows, so that readers see them. If the disk is full, the rows are lost."""
         self._flushed_at = time.monotonic()
         try:
             if not self._is_broken:
@@ -219,7 +219,7 @@ class MetricsWriter:
         self._has_warned = True
 
     def truncate_after(self, table: str, column: str, value: float) -> None:
-        """Drop the rows of `table` whose `column` is above `value` or NaN, such as those after a checkpoint.
+        """Remove the rows of `table` in which `column` is above `value` or NaN, such as those after a checkpoint.
 
         Example:
             >>> for table in ("progress", "evaluation"):
@@ -251,10 +251,11 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:
-    """Return all tables of a metrics file, whose writer may be running, finished or killed.
+    """Return all tables of a metrics file. Its writer may still be running.
 
     Returns:
-        table -> field -> float64 array of shape (rows,) or (rows, k), with as many rows in all fields of a table.
+        A dictionary from tables to fields to float64 arrays (rows,) or (rows, k). All fields of a table have the same
+        number of rows.
 
     Raises:
         UsageError: The file is missing or cannot be read as metrics.

@@ -26,10 +26,10 @@ _BLOCK_BYTES = 2**22
 
 
 class Seal(NamedTuple):
-    """The end of a part.
+    """The last bytes of the file of a part, with which its completeness is checked.
 
     Attributes:
-        magic: Names the format.
+        magic: The name of the format.
         n_bytes: The length of the HDF5 file before the seal.
         step: The step of the checkpoint.
         rank: The rank that loads the part.
@@ -55,10 +55,10 @@ def file_name(rank: int) -> str:
 
 
 def encode(state: Any) -> memoryview:
-    """Return a state as an HDF5 file in memory: a copy, which later changes of the state do not reach.
+    """Copy a state to an HDF5 file in memory, and return the file.
 
     Raises:
-        TypeError: The state holds an object of a type that a checkpoint cannot hold.
+        TypeError: The state contains an object of a type that cannot be saved.
     """
     image = BytesIO()
     with h5py.File(image, "w") as root:
@@ -67,10 +67,10 @@ def encode(state: Any) -> memoryview:
 
 
 def write(path: Path, image: memoryview, *, step: int, rank: int, n_ranks: int) -> None:
-    """Write a part: the file appears complete, with its seal.
+    """Write a part and its seal. The file appears only when it is complete.
 
     Raises:
-        OSError: It cannot be written; nothing is left.
+        OSError: The part cannot be written. No file is left.
     """
     seal = Seal(_MAGIC, len(image), step, rank, n_ranks).of(zlib.crc32(image))
     durable.replace_file(path, [image, _SEAL.pack(*seal)])
@@ -80,7 +80,7 @@ def copy(source: Path, target: Path, rank: int) -> None:
     """Write a copy of a part for another rank.
 
     Raises:
-        OSError: It cannot be written, or ``source`` is damaged.
+        OSError: The copy cannot be written, or ``source`` is damaged.
     """
     with source.open("rb", buffering=0) as file:
         try:
@@ -93,10 +93,10 @@ def copy(source: Path, target: Path, rank: int) -> None:
 
 
 def read_seal(path: Path) -> Seal:
-    """Return the seal of a part, without a check of the rest of the file.
+    """Return the seal of a part, without checking the rest of the file.
 
     Raises:
-        OSError, ValueError: There is none.
+        OSError, ValueError: The file has no seal.
     """
     with path.open("rb", buffering=0) as file:
         return _seal(file)
@@ -106,7 +106,7 @@ def read(path: Path, rank: int) -> tuple[Seal, Any]:
     """Return the seal and the state of a part.
 
     Raises:
-        Exception: Of any type, as HDF5 raises them: the file is not what was written.
+        Exception: The file is damaged. HDF5 raises errors of many types.
     """
     with path.open("rb", buffering=0) as file:
         seal = _checked_seal(file)

@@ -16,17 +16,17 @@ def require_equal_options(config: TrainConfig, resume: Path | None, world: World
 
     Args:
         config: The options of this rank.
-        resume: The run that this rank continues; None for a new one.
+        resume: The folder of the run to resume; None for a new run.
         world: The ranks.
 
     Raises:
-        UsageError: On all ranks, with the first option that differs, its values and their ranks.
+        UsageError: The options differ. All ranks raise it; the message names the first difference.
     """
     require_equal(world.allgather, world.rank, options_in_words(config, resume), remedy="start all ranks with the same")
 
 
 def options_in_words(config: TrainConfig, resume: Path | None) -> dict[str, str]:
-    """Return the value of each option as text, by the flag that sets it."""
+    """Return a dictionary from the flag of each option to its value, as text."""
     texts = {"--resume": _text(resume)}
     for name, declared in options_of(config).items():
         value, flag = getattr(config, name), flag_of(name, declared)

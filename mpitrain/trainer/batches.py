@@ -14,7 +14,7 @@ from mpitrain.trainer.config import TrainConfig
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy, in at least 32 bits.
+    """Return the mean cross entropy, computed in float32 or float64.
 
     Args:
         logits: (b, classes), of any floating-point type.
@@ -35,8 +35,8 @@ class Batches:
         dataset: Training and test samples.
         steps_per_epoch: Steps of each rank in an epoch.
         rng: The random generator of the augmentation.
-        dtype: The type of the inputs; that of the model's parameters, once ``fit`` has seen the model.
-        identity: The content of the data set, which is the same on all nodes.
+        dtype: The type of the inputs. After ``fit``, it is the type of the model's parameters.
+        identity: The sizes and the digest of the data set; they are the same on all nodes.
 
     Raises:
         UsageError: The data cannot be loaded, or differ between nodes.
@@ -62,7 +62,7 @@ class Batches:
         self._staged: int | None = None
 
     def fit(self, model: torch.nn.Module) -> None:
-        """Give the inputs the floating-point type of the model's parameters. Local."""
+        """Set the type of the inputs to that of the model's parameters. Local."""
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), self.dtype)
 
     def draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

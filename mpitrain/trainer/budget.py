@@ -20,9 +20,9 @@ class Budget:
         synchronous: Whether all ranks make the same number of steps.
 
     Attributes:
-        steps: Steps of each rank, where a rank can tell by itself that it is done; else None, and rank 0 says when.
-        gradients: Gradients of all ranks in total, where the number is known in advance.
-        seconds: Seconds of training, where that is the budget.
+        steps: The number of steps of each rank; None if only rank 0 can tell that the run is over.
+        gradients: The number of gradients of all ranks in total; None if it is not known in advance.
+        seconds: The seconds of training; None if the budget is not a time.
     """
 
     def __init__(self, config: TrainConfig, *, steps_per_epoch: int, n_ranks: int, synchronous: bool) -> None:
@@ -46,12 +46,12 @@ class Budget:
         return self.steps is not None and step >= self.steps
 
     def is_over_for_all(self, seconds: float, now: float, count_gradients: Callable[[], int]) -> bool:
-        """Return whether a budget that only rank 0 watches is used up.
+        """Return whether the budget is used up. Call it on rank 0, if only rank 0 can tell.
 
         Args:
             seconds: Seconds of training.
-            now: A clock that never stands still: gradients that others compute while rank 0 evaluates count.
-            count_gradients: Called only if gradients are the budget and the remaining ones may have been made by now.
+            now: The time on a clock that runs during evaluations too, since other ranks compute gradients then.
+            count_gradients: Returns the number of gradients. It is called only if the budget may be used up.
         """
         if self.seconds is not None:
             return seconds >= self.seconds
@@ -59,12 +59,12 @@ class Budget:
 
 
 class Calendar:
-    """The moments of evaluations and checkpoints during a run; its end is evaluated and saved in any case.
+    """The steps after which a run is evaluated and saved. The end of the run is evaluated and saved in any case.
 
     Args:
         config: The options of the run.
         budget: The end of the run.
-        steps_per_epoch: Steps of each rank in an epoch, which is the default interval.
+        steps_per_epoch: The steps of each rank in an epoch; the default interval is one epoch.
     """
 
     def __init__(self, config: TrainConfig, budget: Budget, *, steps_per_epoch: int) -> None:
@@ -79,7 +79,7 @@ class Calendar:
         return self._checkpoint_every != 0
 
     def evaluation_is_due(self, step: int, seconds_since_last: float) -> bool:
-        """Return whether rank 0 evaluates after this step."""
+        """Return whether an evaluation follows this step."""
         if self._budget.is_over(step):
             return False
         if self._evaluate_seconds is not None:
@@ -87,16 +87,17 @@ class Calendar:
         return step % self._evaluate_every == 0
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """Return whether there is a checkpoint after this step."""
+        """Return whether a checkpoint follows this step."""
         return self.saves and not self._budget.is_over(step) and step % self._checkpoint_every == 0
 
 
 class Countdown:
-    """A test of whether all ranks in total have made ``goal`` gradients, which counts them seldom.
+    """A test of whether all ranks together have made ``goal`` gradients, with as few counts as possible.
 
-    A count takes a message to and from every rank of other nodes, and rank 0 waits for them. After a count the next one
-    follows no sooner than the remaining gradients could be made at twice the pace of all counts or of the last two, but
-    after no more time than counting has gone on for: the first steps are slow.
+    A count costs a message to every rank of the other nodes and back, and rank 0 waits for the replies. From the past
+    pace, the test therefore estimates how long the remaining gradients take at least, and does not count again before
+    that time has passed. The estimate is twice the faster of two paces: the average, and that between the last two
+    counts. Because the first steps are slow, the pause is never longer than the time since the first count.
     """
 
     def __init__(self, goal: int) -> None:
@@ -105,7 +106,7 @@ class Countdown:
         self._next = 0.0
 
     def is_over(self, now: float, count: Callable[[], int]) -> bool:
-        """Return whether the goal is reached, as far as is known. Local."""
+        """Return whether the newest count has reached the goal. Local."""
         if self._counts and now < self._next:
             return False
         made = count()

@@ -41,13 +41,14 @@ class Measured:
     """The figures of a finished run that describe its cluster.
 
     Attributes:
-        algorithm, settings: The method.
+        algorithm, settings: The method and its settings.
         nodes: (ranks,) the node of each rank.
-        step_seconds: Time between two steps of a rank.
-        compute_share, exchange_share: Fractions of it; the rest is waiting.
-        exchanges_per_step: Exchanges of a rank.
-        vector_bytes: The size of the model's vector.
-        staleness: (33,) frequencies of the staleness of visits; None if there were none.
+        step_seconds: The time between two steps of a rank.
+        compute_share, exchange_share: The fractions of this time that a rank computes and exchanges. The rest is
+            waiting.
+        exchanges_per_step: The number of exchanges of a rank per step.
+        vector_bytes: The size of the model's vector, in bytes.
+        staleness: (33,) the histogram of the staleness of visits to the center; None without visits.
     """
 
     algorithm: str
@@ -90,14 +91,15 @@ def measured(run: Path) -> Measured:
 
 
 def calibrated(run: Path, cores: int | None = None) -> dict[str, Any]:
-    """Return the options of ``mpitrain simulate`` that are fitted to a run, by the names of their fields.
+    """Fit options of ``mpitrain simulate`` to a run, and return them by the names of their fields.
 
     Args:
         run: The folder of the run.
-        cores: Cores of each node of the run; by default those of this machine, if the run was here.
+        cores: The cores of each node of the run. If the run was on this machine, the default is the cores of this
+            machine.
 
     Raises:
-        UsageError: The run cannot be read, or its cores are unknown.
+        UsageError: The run cannot be read, or its number of cores is unknown.
     """
     found = measured(run)
     per_node = max(found.nodes.count(node) for node in set(found.nodes))
@@ -132,12 +134,12 @@ def _fit_staleness(found: Measured, options: Mapping[str, Any]) -> dict[str, flo
 
 
 def total_variation(one: Any, other: Any) -> float:
-    """Return the total variation distance of two frequency distributions (bins,): 0 if equal, 1 if disjoint."""
+    """Return the total variation distance of two histograms (bins,): 0 if they are equal, 1 if they are disjoint."""
     return float(np.abs(np.asarray(one) - np.asarray(other)).sum() / 2)
 
 
 def simulated_staleness(found: Measured, options: Mapping[str, Any], slice_seconds: float, jitter: float) -> np.ndarray:
-    """Return the frequencies (33,) of the staleness in a simulation of the run's method on a short vector."""
+    """Simulate the run's method on a short vector, and return the histogram (33,) of the staleness."""
     n = 16
     network = Network(
         bandwidth=options.get("bandwidth", float("inf")) * 4 * n / found.vector_bytes,

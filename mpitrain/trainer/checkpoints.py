@@ -20,12 +20,12 @@ from mpitrain.trainer.run import Hook, Run
 class Checkpoints(Hook):
     """The checkpoints of a run.
 
-    Each rank writes its part: the state of the optimizer and of the random generators, counters and evaluations. All
-    ranks stop for a snapshot; they train on while it is written.
+    Each rank writes its part: the state of the optimizer and of the random generators, the counters and the
+    evaluations. All ranks stop for a snapshot, and continue while it is written to disk.
 
     Args:
         evaluations: The hook that evaluates the run.
-        saved_at: This rank's step in the checkpoint from which the run continues, if it does.
+        saved_at: This rank's step in the checkpoint from which the run continues; None in a new run.
     """
 
     def __init__(self, evaluations: Evaluations, saved_at: int | None = None) -> None:
@@ -38,7 +38,7 @@ class Checkpoints(Hook):
         return run.folder is not None and run.calendar.checkpoint_is_due(run.step)
 
     def save(self, run: Run) -> None:
-        """Stop all ranks for a snapshot, while the clock stands still, and start to write it. Collective."""
+        """Stop all ranks and the clock for a snapshot, and start to write it. Collective."""
         with run.clock.paused():
             run.optimizer.wait()
             run.world.barrier()
@@ -50,13 +50,13 @@ class Checkpoints(Hook):
             self._writer.check()
 
     def on_last_step(self, run: Run) -> None:
-        """Copy the state before the last exchange: with a longer budget the run continues from there. Collective."""
+        """Copy the state before the last exchange, so that the run can continue with a longer budget. Collective."""
         has_any_moved = bool(gather(run.world, [run.step != self._saved_at]).any())
         if run.folder is not None and run.is_complete and run.calendar.saves and has_any_moved:
             self._last = _state_of(run)
 
     def on_end(self, run: Run) -> None:
-        """Write the state before the last exchange, with the vector and the evaluation of the end. Collective."""
+        """Write the state before the last exchange, and the consensus and the evaluation after it. Collective."""
         if self._last is not None:
             if run.is_leader:
                 self._last["consensus"] = run.optimizer.consensus_vector().copy()
@@ -65,7 +65,7 @@ class Checkpoints(Hook):
         self._complete(run)
 
     def close(self) -> None:
-        """Give up a checkpoint that is being written, after an error. Local."""
+        """Abandon a checkpoint that is still being written, after an error. Local."""
         if self._writer is not None:
             self._writer.close()
 

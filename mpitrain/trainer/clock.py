@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds of training. Stands still until ``start``, in ``paused`` and after ``stop``.
+    """A clock that measures the seconds of training.
+
+    It stands still before ``start``, inside ``paused`` and after ``stop``.
 
     Args:
-        seconds: Seconds of the run that is continued.
+        seconds: The time at the start; in a resumed run, the time of the checkpoint.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -33,7 +35,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock for the duration of the context."""
+        """Stop the clock inside the block."""
         was_running = self._since is not None
         self.stop()
         try:

@@ -26,7 +26,7 @@ def pauses(text: str) -> tuple[float, float]:
     """Parse ``RATE:SECONDS``.
 
     Raises:
-        UsageError: The text has another form.
+        UsageError: The text does not have this form.
     """
     rate, _, seconds = text.partition(":")
     try:
@@ -45,7 +45,7 @@ def _bandwidth(help: str) -> Any:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The cluster of a simulation. Each field declares its option; all but the first need ``--network loggp``."""
+    """The cluster of a simulation. Each field declares an option; all but the first need ``--network loggp``."""
 
     network: str = option(
         "private",
@@ -103,7 +103,7 @@ class ClusterConfig:
         """Return the constants of the network.
 
         Args:
-            latency, bandwidth: Between nodes.
+            latency, bandwidth: The latency and the bandwidth between nodes.
         """
         return Network(
             latency=latency,

@@ -16,11 +16,11 @@ PROGRESS_POLL_SECONDS = 1.0
 
 
 class Commands(Hook):
-    """Orders to save and to stop, given by the lead and followed by all ranks.
+    """The hook by which the lead orders all ranks to save or to stop.
 
     Args:
-        control: The way from the lead to the others, and from any rank that gets a signal to the lead.
-        stop_signal: The request of a batch system or a user to save and stop.
+        control: Transmits orders from the lead to the ranks, and signals from any rank to the lead.
+        stop_signal: The signal by which a batch system or a user requests to save and stop.
         checkpoints: The hook that saves.
     """
 
@@ -101,7 +101,7 @@ class Commands(Hook):
                     wait.restart()
 
     def on_end(self, run: Run) -> None:
-        """Free the control: no more orders are given. Collective."""
+        """Free ``control``, because there are no more orders. Collective."""
         # While ranks wait in a barrier, they answer requests at once: the lead may still evaluate the end.
         run.world.barrier()
         self._gives_orders = False

@@ -18,7 +18,7 @@ MARK = "__dynamo_disable"
 
 
 def do_without_compiler() -> None:
-    """Mark the methods of optimizers, unless the compiler has been imported."""
+    """Exclude the methods of optimizers from ``torch.compile``, unless the compiler has been imported already."""
     if COMPILER in sys.modules:
         return
     for method in vars(torch.optim.Optimizer).values():

@@ -36,10 +36,11 @@ DEFAULT_EPOCHS = 10.0
 
 @dataclass(frozen=True)
 class TrainConfig(UpdateOptions):
-    """Everything that decides a run.
+    """The options of a run.
 
-    Each field declares its option; at most one budget may be given. ``momentum`` None means 0.9, or the method's own
-    default when the method makes the update itself. ``config.json`` stores the fields under their names.
+    Each field declares an option, and ``config.json`` stores its value under the name of the field. At most one budget
+    may be given. If ``momentum`` is None, the momentum is 0.9, or the default of a method that makes the local update
+    itself.
     """
 
     algorithm: str = option("easgd", "name of the method; see mpitrain algorithms", metavar="NAME")
@@ -232,15 +233,15 @@ class TrainConfig(UpdateOptions):
 
     @classmethod
     def of_run(cls, run: Path, **changes: Any) -> TrainConfig:
-        """Return the configuration of an existing run, with some fields changed (a longer budget).
+        """Return the configuration of an existing run, with some fields changed, for example a longer budget.
 
         Args:
             run: The folder of the run.
-            changes: Values by field name; None changes nothing. A field that decides the result may only be repeated.
-                ``data`` may name another place of the same data, which ``train`` compares with those of the run.
+            changes: New values by field name; None keeps the value. Fields that affect the result must keep their
+                values. ``data`` may name another place of the same data; ``train`` compares the data.
 
         Raises:
-            UsageError: ``run`` is not the folder of a run, or a change would make it another run.
+            UsageError: ``run`` is not the folder of a run, or a change would affect the result.
         """
         path = run / "config.json"
         try:

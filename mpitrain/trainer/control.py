@@ -26,7 +26,7 @@ ORDER_POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """The orders that a rank follows now."""
+    """The orders that are in force on a rank."""
 
     save: bool = False
     stop: bool = False
@@ -35,12 +35,12 @@ class Orders:
 
 
 class Control:
-    """The orders of the lead. Collective to create and to free.
+    """The transmission of orders from the lead to all ranks. Collective to create and to free.
 
     Args:
         world: The ranks.
-        synchronous: Whether the method's ranks step in lockstep.
-        group: The ranks that form one worker with this one; None where each rank is a worker.
+        synchronous: Whether the method is synchronous.
+        group: The ranks that form one worker with this rank; None if each rank is a worker.
     """
 
     def __init__(self, world: World, *, synchronous: bool, group: World | None = None) -> None:
@@ -60,11 +60,11 @@ class Control:
 
     @property
     def signal(self) -> int:
-        """The number of a signal that has reached any rank, as the lead knows. Local; lead only."""
+        """The number of a signal that a rank has reported; 0 without one. Local; lead only."""
         return max(self._signal, int(self._scoreboard.read_rank(self._world.rank)["signal"]))
 
     def report_signal(self, number: int) -> None:
-        """Tell the lead that a signal has reached this rank. Local; repeat it, because the lead may change."""
+        """Tell the lead that this rank has received a signal. Local; repeat the call, because the lead may change."""
         self._signal = number
         if not self._synchronous:
             self._scoreboard.write_to(self._world.leader, signal=number)
@@ -83,8 +83,8 @@ class Control:
     def listen(self, step: int) -> Orders:
         """Return the orders for this rank after its step number ``step``.
 
-        Collective at some steps, the same on all ranks, if synchronous; otherwise collective over the group at every
-        step, or local.
+        For synchronous methods, the call is Collective at certain steps, which are the same on all ranks. For other
+        methods, it is Collective over the replica group, or Local without a group.
         """
         if self._synchronous:
             return Orders() if step < self._next_agreement else self._agree(step)
@@ -149,7 +149,7 @@ class Control:
     def rest(self) -> Orders:
         """Sleep briefly, and return the orders for a rank that has made its last step. Local.
 
-        The ranks of a synchronous method make their last step at the same time; others may be slower.
+        The ranks of an asynchronous method do not make their last step at the same time.
         """
         if self._synchronous:
             return Orders(over=True)

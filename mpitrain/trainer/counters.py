@@ -20,16 +20,16 @@ METHOD_PREFIX = "method_"
 
 
 class Totals:
-    """Sums over all ranks, from one read of the scoreboard.
+    """Sums over all ranks, from one reading of the scoreboard.
 
     Args:
-        scoreboard: (p,) of each counter, (p, bins) of each histogram.
-        dead: Ranks whose loss is left out.
+        scoreboard: The counters (p,) and histograms (p, bins) of all ranks, by name.
+        dead: The ranks whose loss is left out.
 
     Attributes:
-        scoreboard: The argument.
-        loss: The mean over the ranks that have made a step.
-        shares: Fractions of the ranks' time.
+        scoreboard: See the argument.
+        loss: The mean loss of the ranks that have made a step.
+        shares: The fractions of the ranks' time that they computed, exchanged and waited.
     """
 
     def __init__(self, scoreboard: dict[str, np.ndarray], dead: Collection[int] = ()) -> None:
@@ -51,7 +51,7 @@ class Counters:
     Args:
         world: The ranks.
         metrics: Names of the method's own metrics.
-        loss: The running mean of this rank's loss, in a run that is continued.
+        loss: The running mean of this rank's loss to start from, in a resumed run.
     """
 
     def __init__(self, world: World, metrics: Sequence[str] = (), loss: float = float("nan")) -> None:
@@ -74,8 +74,8 @@ class Counters:
         """Publish this rank's counters. Local.
 
         Args:
-            step: Steps made.
-            compute, exchange: Seconds so far; those of exchanges include waiting.
+            step: The number of steps of this rank.
+            compute, exchange: The seconds of computation and of exchanges so far; exchanges include waiting.
             statistics: The statistics of the exchanges.
             metrics: The method's own metrics of this worker.
         """
@@ -94,7 +94,7 @@ class Counters:
         )
 
     def totals(self) -> Totals:
-        """Return the sums over all ranks as they are now. Local."""
+        """Return the present sums over all ranks. Local."""
         return Totals(self._scoreboard.read(), self._world.dead)
 
     def free(self) -> None:

@@ -34,7 +34,7 @@ N_LOGGED = 1024
 
 
 class Evaluator:
-    """Loss and accuracy of parameter vectors on the test set.
+    """The computation of loss and accuracy on the test set, for any parameter vector.
 
     Args:
         model: The model, before a DistributedOptimizer moves its parameters.
@@ -94,9 +94,9 @@ class Evaluator:
 
 
 class PointLog:
-    """The newest evaluations of the lead, in memory that the others read after its death. Collective to create.
+    """A copy of the lead's newest evaluations, which other ranks can read after its death. Collective to create.
 
-    It lives until the process ends, and exists only where other ranks survive a death.
+    The memory is never freed. It is allocated only if ranks can survive the death of another rank.
 
     Args:
         world: The ranks.
@@ -118,7 +118,7 @@ class PointLog:
             self._rows[0, 0] = len(newest)
 
     def read(self) -> list[Point]:
-        """Return the points that were stored last; none if the lead died while it stored them. Local."""
+        """Return the points that were stored last, or none if the lead died while it stored them. Local."""
         if self._rows is None:
             return []
         points = []
@@ -130,12 +130,12 @@ class PointLog:
 
 
 class Evaluations(Hook):
-    """The evaluations of a run: at its start, on the way and at its end.
+    """The evaluations at the start, during and at the end of a run.
 
     Args:
-        evaluator: This rank's.
+        evaluator: The evaluator of this rank.
         world: The ranks.
-        deferred: Whether vectors are stored during the run and evaluated at its end, on all ranks.
+        deferred: Whether the run only stores vectors, which all ranks evaluate at its end.
     """
 
     def __init__(self, evaluator: Evaluator, world: World, *, deferred: bool) -> None:
@@ -147,7 +147,7 @@ class Evaluations(Hook):
         self._has_evaluated_end = False  # the last point is the end of the run, after the last exchange
 
     def on_start(self, run: Run) -> None:
-        """Evaluate the start, unless the run is continued."""
+        """Evaluate the start, unless the run is resumed."""
         self._last_seconds = run.clock.seconds
         if run.is_leader and not run.points:
             self._evaluate(run)
@@ -159,7 +159,7 @@ class Evaluations(Hook):
             self._evaluate(run)
 
     def on_lead(self, run: Run) -> None:
-        """Continue with the evaluations of the lead that has died; vectors that it had stored are lost."""
+        """Take over the evaluations of the dead lead; the vectors that it had stored for later are lost."""
         run.points = [] if self._deferred else self._log.read()
         self._last_seconds = run.points[-1].seconds if run.points else run.clock.seconds
         if run.is_ending and run.is_complete:
@@ -242,8 +242,8 @@ def evaluate_deferred(
     """Evaluate the vectors of the lead on all ranks in turn, and complete their points. Collective.
 
     Args:
-        points, vectors, states: Those of the lead; empty elsewhere.
-        evaluator: Each rank's own.
+        points, vectors, states: The lead's points, vectors and model states; empty on other ranks.
+        evaluator: The evaluator of this rank.
         world: The ranks.
     """
     found: np.ndarray = world.run_on_survivors(

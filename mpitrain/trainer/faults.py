@@ -39,15 +39,15 @@ OPTIONAL = {"kill": ("after",), "hang": ("step",), "disk-full": ("rank",)}
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault.
+    """A fault to inject.
 
     Attributes:
         kind: One of ``NEEDED``.
-        rank: The rank; None for all.
-        step: The step of that rank, from 1.
-        factor: How much slower, 1 or more.
-        seconds: How long a hang lasts.
-        after: The seconds from the gradient to a kill.
+        rank: The rank; None for all ranks.
+        step: The step of this rank, counted from 1.
+        factor: The factor by which a slow rank is slower, at least 1.
+        seconds: The duration of a hang.
+        after: The seconds between the gradient and a kill.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Fault:
         """Return the fault that a text such as ``kill:rank=2,step=50`` describes.
 
         Raises:
-            UsageError: There is no such kind, or its parameters are not these.
+            UsageError: The kind does not exist, or does not have these parameters.
         """
         kind, _, rest = text.partition(":")
         if kind not in NEEDED:
@@ -90,10 +90,10 @@ def _optional(kind: str) -> str:
 
 
 def check_ranks(texts: Sequence[str], size: int) -> None:
-    """Check that there are the ranks that faults name.
+    """Check that the ranks that faults name exist.
 
     Raises:
-        UsageError: There are fewer.
+        UsageError: A rank does not exist.
     """
     for text in texts:
         rank = Fault.parse(text).rank
@@ -102,7 +102,7 @@ def check_ranks(texts: Sequence[str], size: int) -> None:
 
 
 class Faults:
-    """The faults of one rank.
+    """The injected faults of one rank.
 
     Args:
         texts: The faults of all ranks.
@@ -114,12 +114,12 @@ class Faults:
         self._faults = [fault for fault in faults if fault.rank in (None, rank)]
 
     def act(self, step: int, seconds: float, model: Any) -> None:
-        """Have the faults of a step, between its gradient and its exchange. Local.
+        """Inject the faults of a step, between its gradient and its exchange. Local.
 
         Args:
-            step: The step, from 1.
-            seconds: What its computation took.
-            model: With the gradient.
+            step: The step, counted from 1.
+            seconds: The duration of its computation.
+            model: The model, which holds the gradient.
         """
         for fault in self._faults:
             if fault.kind == "slow":

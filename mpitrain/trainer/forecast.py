@@ -43,10 +43,10 @@ class Forecast:
         algorithm: Its name.
         settings: Its settings.
         is_synchronous: Whether its workers wait for each other.
-        epoch_seconds: Time in which all ranks together compute the gradients of an epoch.
-        computing_share: Fraction of the ranks' time in which they compute gradients.
-        communication_share: The rest: messages, locks and waiting for others.
-        bytes_per_step: Bytes that a rank sends and receives in a step, on average.
+        epoch_seconds: The time in which all ranks together compute the gradients of an epoch.
+        computing_share: The fraction of the ranks' time in which they compute gradients.
+        communication_share: The fraction for messages, locks and waiting; the two shares add up to 1.
+        bytes_per_step: The mean number of bytes that a rank sends and receives in a step.
         warnings: A line for each setting outside the region in which the method is known to be stable.
     """
 
@@ -83,7 +83,7 @@ def forecasts(config: ForecastConfig) -> list[Forecast]:
 
 
 def forecast(method: Method, config: ForecastConfig) -> Forecast:
-    """Return what to expect of one method."""
+    """Return the forecast of one method."""
     p, n = config.ranks, min(config.parameters, ELEMENTS)
     factor = config.parameters / n
     nodes = [rank // config.ranks_per_node for rank in range(p)]
@@ -113,10 +113,10 @@ def forecast(method: Method, config: ForecastConfig) -> Forecast:
 
 
 def recommendation(found: Sequence[Forecast]) -> str:
-    """Return which of the forecasts to pick, and why, in one sentence.
+    """Return a sentence that recommends one of the forecasts.
 
-    Among the methods inside their stability region, a synchronous one is preferred while it is not much slower than the
-    fastest: after as many gradients its loss is usually the lowest.
+    Only methods inside their stability region are candidates. A synchronous method is preferred if it is not much
+    slower than the fastest method, because it usually has the lowest loss after the same number of gradients.
     """
     stable = [one for one in found if one.is_stable]
     if not stable:
@@ -138,7 +138,7 @@ def _ratio(one: Forecast, fastest: Forecast) -> str:
 
 
 def shard_sizes(nodes: Sequence[int]) -> tuple[int, int]:
-    """Return the elements of an owner's share, at least, and of a shard, at most, of real ranks on these nodes."""
+    """Return the smallest share of an owner and the largest shard, in elements, that real ranks on these nodes use."""
     if len(set(nodes)) == 1:
         return SMALLEST_SHARD, LARGEST_SHARD
     return SMALLEST_REMOTE_SHARD, LARGEST_REMOTE_SHARD

@@ -27,7 +27,7 @@ COMPARED = (
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Parse names of methods with commas between them.
+    """Parse names of methods, separated by commas.
 
     Raises:
         UsageError: A method does not exist.
@@ -41,7 +41,7 @@ def names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ForecastConfig:
-    """A model, a cluster and the methods to compare on it. Each field declares its option."""
+    """A model, a cluster and the methods to compare on it. Each field declares an option."""
 
     parameters: int = option(1_000_000, "parameters of the model, float32", parse=int, within=POSITIVE)
     step_seconds: float = option(0.1, "time of a gradient, in seconds", parse=float, within=POSITIVE)

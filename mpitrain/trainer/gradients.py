@@ -13,10 +13,10 @@ from mpitrain.trainer.stacked_perceptron import SIZE, StackedPerceptron, linear_
 
 
 class ModelGradient:
-    """A function ``gradient(rank, x)`` of a worker's next mini-batch at parameters x (n,).
+    """A function ``gradient(rank, x)`` that returns the gradient of a worker's next mini-batch at parameters x (n,).
 
-    Buffers of the model are common to all workers. The gradients of several workers are computed together where the
-    model is a perceptron on the host.
+    All workers share the buffers of the model. If the model is a perceptron on the host, the gradients of several
+    workers are computed together.
 
     Args:
         model: The model, whose parameters are moved into a vector.
@@ -26,8 +26,8 @@ class ModelGradient:
     Attributes:
         start: (n,) float32, the initial parameters.
         layers: The slice of each parameter tensor.
-        losses: (p,) loss of each worker's last mini-batch.
-        largest_batch: The number of workers whose gradients ``batch`` computes together, at most.
+        losses: (p,) the loss of each worker's last mini-batch.
+        largest_batch: The largest number of workers for which ``batch`` can compute the gradients together.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: data.Dataset, samplers: list[data.Sampler]) -> None:
@@ -58,9 +58,9 @@ class ModelGradient:
         """Compute the gradients of several workers, each on its next mini-batch.
 
         Args:
-            ranks: The workers, k of them.
-            xs: Their parameters, (n,) each.
-            out: (k, n) for the gradients.
+            ranks: The k workers.
+            xs: The parameters (n,) of each of them.
+            out: (k, n) the gradients, as a result.
         """
         if self._stacked is None:
             for k, (rank, x) in enumerate(zip(ranks, xs, strict=True)):

@@ -56,20 +56,19 @@ def train(
     """Train a model according to a configuration. Collective.
 
     Args:
-        config: The options, or the plan that was built from them; the same on all ranks.
+        config: The options, or a plan created from them; the same on all ranks.
         world: The ranks.
-        resume: The folder of a run to continue from its newest checkpoint.
-        dataset: The data set of ``config.data``, if it is loaded already: several runs of one process share it.
-        hooks: Further hooks, called after an evaluation and before orders are given.
+        resume: The folder of a run; training continues from its newest checkpoint.
+        dataset: The data set of ``config.data``, if it is loaded already. Several runs of one process can share it.
+        hooks: Additional hooks. They are called after an evaluation, and before the lead orders checkpoints.
 
     Returns:
-        The result document (of ``RUN/result.json``), on every rank; without ``test_accuracy`` when a signal stopped the
-        run before its end.
+        The contents of ``RUN/result.json``, on every rank. They lack ``test_accuracy`` if a signal has stopped the run
+        early.
 
     Raises:
-        UsageError: The configuration or the data is wrong, on the ranks that see it; or the options differ between
-            ranks, on all ranks.
-        RankFailed: A rank has died, and the others cannot continue without it.
+        UsageError: The configuration or the data are invalid, or the options differ between ranks.
+        RankFailed: A rank has died, and the other ranks cannot continue without it.
     """
     plan = config if isinstance(config, RunPlan) else RunPlan.of(config)
     require_equal_options(plan.config, resume, world)

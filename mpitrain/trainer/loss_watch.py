@@ -12,17 +12,17 @@ method that replaces a rank's non-finite values, ends such a row."""
 
 
 class LossWatch:
-    """Counts the losses of a rank in a row that are not finite.
+    """A count of the consecutive non-finite losses of a rank.
 
     Args:
-        stops: Whether to end the run at ``MOST_IN_A_ROW``.
+        stops: Whether to end the run when the count reaches ``MOST_IN_A_ROW``.
     """
 
     def __init__(self, stops: bool) -> None:
         self._stops, self._in_a_row = stops, 0
 
     def add(self, loss: float) -> None:
-        """Note the loss of a mini-batch. Local.
+        """Add the loss of a mini-batch. Local.
 
         Raises:
             Diverged: The losses stay NaN or infinite.

@@ -42,13 +42,13 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
 
 
 class MetricsFile(Hook):
-    """The metrics of a run; nothing on ranks other than the lead and without a folder.
+    """The hook that writes ``metrics.h5``. It does nothing on ranks other than the lead, or without a run folder.
 
     Args:
         run_folder: The folder of the run.
         wanted: The tables, from ``tables``.
         metrics: Names of the method's own metrics.
-        continue_from: Seconds of the run that is resumed: later rows are dropped.
+        continue_from: The training time of the checkpoint to resume, in seconds. Later rows are removed.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class MetricsFile(Hook):
         self._writer: MetricsWriter | None = None
 
     def on_start(self, run: Run) -> None:
-        """Open the file. A resume that is refused before leaves its rows as they are."""
+        """Open the file. If a resume is refused before this call, the file does not change."""
         if self._path is not None and run.is_leader:
             self._writer = _open(self._path, self._wanted, self._continue_from)
 
     def on_lead(self, run: Run) -> None:
-        """Continue the file of a lead that has died, which may lack the rows of its last second."""
+        """Continue the file of the dead lead; the rows of its last second may be missing."""
         if self._path is not None:
             self._writer = _open(self._path, self._wanted, None)
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
-        """Append rows to all tables; to that of the workers, whose rows grow with their number, only in full."""
+        """Append rows to all tables. The table of the workers, whose rows are long, gets a row only if ``in_full``."""
         if self._writer is None:
             return
         seconds, batch_size = run.clock.seconds, run.plan.config.batch_size
@@ -108,7 +108,7 @@ class MetricsFile(Hook):
             )
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Append the evaluation, and the spread of the workers to the progress."""
+        """Append the evaluation, and the distance of the workers from the consensus."""
         if self._writer is None:
             return
         spread = {name: getattr(point, name) for name in ("consensus_distance", "elastic_energy")}

@@ -19,12 +19,12 @@ from mpitrain.errors import UsageError, unknown
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes.
+    """The valid numbers of an option.
 
     Attributes:
-        text: The range as it appears in a message: "must be TEXT".
-        holds: Whether a number lies in it.
-        finite: Whether infinity is refused. NaN always is.
+        text: The range, in words that follow "must be" in a message.
+        holds: A function that returns whether a number lies in the range.
+        finite: Whether infinity is refused. NaN is always refused.
     """
 
     text: str
@@ -49,18 +49,18 @@ class Option:
 
     Attributes:
         help: A phrase without a full stop; the default is added to it.
-        parse: Converts the text of the command line; None for a switch, which takes no text.
-        within: The numbers allowed.
-        choices: The values allowed.
-        checks_choices: Whether callers from Python are limited to the choices too.
-        metavar: What the usage line shows in place of the value.
-        default_text: The default in words, where the value does not say it.
-        flag: The option's name, where it is not the field's.
-        group: Options of the same group exclude each other.
+        parse: A function that converts the text of the command line; None for a switch without a value.
+        within: The valid numbers.
+        choices: The valid values.
+        checks_choices: Whether values from Python code must also be among the choices.
+        metavar: The placeholder for the value in the usage line.
+        default_text: The default in words, if the value alone is not clear.
+        flag: The name of the option, if it differs from that of the field.
+        group: The name of a group of options of which only one may be given.
         repeated: Whether the option may be given several times.
-        collect: Turns the values of a repeated option into the field's value.
-        replaceable: Whether a resumed run may be given another value: it does not change what the run computes.
-        on_command_line: Whether there is such an option; otherwise the field is for callers from Python.
+        collect: A function that converts the values of a repeated option to the value of the field.
+        replaceable: Whether a resumed run may have a different value, because it does not affect the result.
+        on_command_line: Whether the option exists on the command line. If not, only Python code can set the field.
     """
 
     help: str
@@ -93,7 +93,7 @@ def option(default: Any, help: str, **declaration: Any) -> Any:
 
 
 def options_of(config: Any) -> dict[str, Option]:
-    """Return the options that a dataclass, or an instance of one, declares, by field name."""
+    """Return the options that a dataclass (or an instance) declares, by field name."""
     ordered = sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)  # those of bases follow
     return {f.name: f.metadata["option"] for f in ordered if "option" in f.metadata}
 
@@ -105,12 +105,12 @@ def default_of(config: type[Any], name: str) -> Any:
 
 
 def flag_of(name: str, declared: Option) -> str:
-    """Return an option as it is typed: ``--batch-size`` for ``batch_size``."""
+    """Return the flag of an option, such as ``--batch-size`` for ``batch_size``."""
     return declared.flag or f"--{name.replace('_', '-')}"
 
 
 def destination_of(name: str, declared: Option) -> str:
-    """Return the attribute of parsed arguments that holds the option's value."""
+    """Return the name of the attribute of ``argparse``'s result that holds the value of an option."""
     return flag_of(name, declared)[2:].replace("-", "_")
 
 
@@ -118,7 +118,7 @@ def check_ranges(config: Any) -> None:
     """Check every value of a configuration against the range and the choices of its option.
 
     Raises:
-        UsageError: A value is outside; None never is.
+        UsageError: A value is invalid. None is always valid.
     """
     for name, declared in options_of(config).items():
         value, flag = getattr(config, name), flag_of(name, declared)
@@ -131,10 +131,10 @@ def check_ranges(config: Any) -> None:
 
 
 def number_for_rank(form: str) -> Callable[[str], tuple[int, float]]:
-    """Return a parser of a rank and a number with a colon between them.
+    """Return a function that parses ``RANK:NUMBER``.
 
     Args:
-        form: The form and an example, for the message to a user who gave something else.
+        form: The form and an example, for the error message.
     """
 
     def parse(text: str) -> tuple[int, float]:
@@ -175,10 +175,10 @@ parse_settings = pairs("--set", "period=10")
 
 
 def values_of(given: Mapping[str, Any], config: type[Any], names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the fields of a dataclass among the values that a command line gave.
+    """Return the values from a command line that belong to the fields of a dataclass.
 
     Args:
-        given: Values by the names of ``destination_of``; None stands for an option that was not given.
+        given: The values by the names of ``destination_of``. None means that the option was not given.
         config: The dataclass.
         names: The fields to return; all by default.
     """

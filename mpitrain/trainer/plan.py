@@ -20,12 +20,12 @@ DEFAULT_MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The options of a run and the objects that follow from them, without MPI and torch.
+    """The options of a run and the objects created from them. It needs neither MPI nor torch.
 
     Attributes:
         config: The options.
         method: The method with its settings.
-        average: The average of the iterates that is evaluated instead of the method's own vector; None for none.
+        average: The average of the iterates to evaluate; None to evaluate the method's own consensus.
         base_momentum: The momentum of the local SGD: 0 where the method makes the update itself, and with an optimizer
             that has none.
         optimizer: The local optimizer.
@@ -68,11 +68,11 @@ class RunPlan:
         return Rates(self.config.lr, None if is_users_own else self.base_momentum, self.config.weight_decay)
 
     def n_workers(self, n_ranks: int) -> int:
-        """Return the number of workers that ranks form."""
+        """Return the number of workers that so many ranks form."""
         return n_ranks // self.config.replica_size
 
     def warnings(self, n_workers: int) -> list[str]:
-        """Return a line for each setting outside the region in which the method is proved to work."""
+        """Return a line for each setting outside the region in which the method is proven to converge."""
         return list(self.method.warnings(n_workers, self.config.lr))
 
     def budget_warnings(self, n_workers: int, steps: float) -> list[str]:
@@ -81,7 +81,7 @@ class RunPlan:
         return [*own, *(() if self.average is None else self.average.budget_warnings(steps))]
 
     def budget(self, *, steps_per_epoch: int, n_ranks: int) -> Budget:
-        """Return when the run ends."""
+        """Return the end of the run."""
         return Budget(
             self.config, steps_per_epoch=steps_per_epoch, n_ranks=n_ranks, synchronous=self.method.is_synchronous
         )
@@ -97,7 +97,7 @@ class RunPlan:
         return RateCurve(self.schedule, self.config.warmup, budget.steps_of_rank(n_ranks))
 
     def calendar(self, budget: Budget, *, steps_per_epoch: int) -> Calendar:
-        """Return when the run is evaluated and saved on the way."""
+        """Return the times of evaluations and checkpoints."""
         return Calendar(self.config, budget, steps_per_epoch=steps_per_epoch)
 
 

@@ -27,7 +27,7 @@ COLUMNS_UNDER_LAUNCHER = 110
 
 
 def ends_in_terminal() -> bool:
-    """Return whether standard error, of this process or of the launcher it is piped to, is a terminal."""
+    """Return whether standard error is a terminal, directly or through a pipe to the launcher."""
     if is_terminal(sys.stderr):
         return True
     process = os.getppid()
@@ -43,15 +43,15 @@ def ends_in_terminal() -> bool:
 
 
 class Progress:
-    """A bar over gradients, or over seconds when the budget is a time. Silent where ``show`` is false.
+    """A progress bar over gradients, or over seconds if the budget is a time. It prints nothing if ``show`` is false.
 
-    A terminal shows one bar that is redrawn; the log of a batch system gets a line every 15 seconds.
+    On a terminal, the bar is redrawn. In the log of a batch system, a line appears every 15 seconds.
 
     Args:
         name: The name of the run, before the bar.
-        gradients: The budget in gradients of all ranks, if that is the budget.
-        seconds: The budget in seconds, otherwise.
-        done: The part of the budget that a resumed run has used.
+        gradients: The budget in gradients of all ranks; None if the budget is a time.
+        seconds: The budget in seconds, if it is a time.
+        done: The part of the budget that a resumed run has used already.
         show: Whether this rank draws the bar.
     """
 
@@ -99,7 +99,10 @@ class Progress:
             self._print(f"{self._name}: {done / max(self._total, 1e-9):4.0%}  {seconds:7.1f} s  {status}")
 
     def note(self, text: str, *, last: bool = False) -> None:
-        """Print a line, above the bar if there is one. A line soon after another is dropped unless it is the last."""
+        """Print a line above the bar.
+
+        Without a bar, a line that follows another one too soon is dropped, except for the last line.
+        """
         now = time.monotonic()
         if self._show and (last or now - self._last_note >= SECONDS_BETWEEN_NOTES):
             self._last_note = now
@@ -110,7 +113,7 @@ class Progress:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is and end its line."""
+        """Stop redrawing the bar, and end its line."""
         if self._bar is not None:
             with self._guarded():
                 self._bar.refresh()
@@ -128,7 +131,7 @@ class Progress:
 
 
 class ProgressHook(Hook):
-    """The progress of a run, on rank 0."""
+    """The hook that shows the progress of a run on rank 0."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -145,7 +148,7 @@ class ProgressHook(Hook):
         )
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Print a line, except for the start of the run."""
+        """Print a line for the evaluation, unless it is that of the start."""
         if run.step:
             self._progress.note(
                 f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "

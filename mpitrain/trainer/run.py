@@ -33,18 +33,18 @@ SECONDS_BETWEEN_TOTALS = 0.25
 
 @dataclass
 class Point:
-    """An evaluation, and the state of the run at its moment.
+    """An evaluation, and the state of the run at that time.
 
     Attributes:
-        seconds: Seconds of training.
-        step: Steps of rank 0.
-        gradients, bytes: Totals over all ranks.
-        epoch: Epochs of rank 0.
-        consensus_distance: Distance of the workers' parameters from the evaluated vector: the root of the mean square
-            over the workers (over some of them, where there are many).
+        seconds: The seconds of training.
+        step: The number of steps of rank 0.
+        gradients, bytes: The total numbers over all ranks.
+        epoch: The number of epochs of rank 0.
+        consensus_distance: The root mean square distance of the workers' parameters from the evaluated vector. If there
+            are many workers, the mean is over some of them.
         elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
-        test_loss: Mean cross entropy over the test set.
-        test_accuracy: 0 to 1.
+        test_loss: The mean cross entropy over the test set.
+        test_accuracy: The accuracy on the test set, from 0 to 1.
     """
 
     seconds: float
@@ -73,29 +73,29 @@ class Hook:
         Args:
             run: The run.
             totals: The totals.
-            in_full: Whether this is an evaluation or the end, when details per worker are worth their space.
+            in_full: Whether to record details of each worker. True at evaluations and at the end.
         """
 
     def on_evaluation(self, run: Run, point: Point) -> None:
         """Act on an evaluation. Called on the lead."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """Act on a checkpoint that all ranks have written. On all ranks, at the same time.
+        """Act on a checkpoint that all ranks have written. Called on all ranks at the same time.
 
-        It was written while the run went on: the event comes before the next checkpoint, or at the end.
+        Because a checkpoint is written in the background, the event occurs before the next checkpoint, or at the end.
         """
 
     def on_lead(self, run: Run) -> None:
-        """Act when this rank becomes the lead, because those before it have died."""
+        """Act when this rank becomes the lead, because all ranks before it have died."""
 
     def on_last_step(self, run: Run) -> None:
-        """Act after this rank's last step and before the last exchange. On all ranks."""
+        """Act after this rank's last step and before the last exchange. Called on all ranks."""
 
     def on_end(self, run: Run) -> None:
-        """Act after the last exchange and before the result is written. On all ranks, at the same time."""
+        """Act after the last exchange and before the result is written. Called on all ranks at the same time."""
 
     def close(self) -> None:
-        """Release resources, after errors as well. On all ranks; local."""
+        """Release resources, also after an error. Called on all ranks; Local."""
 
 
 class Hooks(Hook):
@@ -155,26 +155,26 @@ class Run:
     """One run on one rank.
 
     Attributes:
-        plan: The options and what follows from them.
+        plan: The options, and the objects created from them.
         world: The ranks.
-        folder: The run's folder, if it has one.
-        batches: The mini-batches of this rank.
-        model: The model that is trained.
+        folder: The folder of the run; None without one.
+        batches: The training data of this rank.
+        model: The model to train.
         optimizer: The distributed optimizer of its parameters.
-        budget, calendar: When the run ends, is evaluated and saved.
+        budget, calendar: The end of the run, and the times of evaluations and checkpoints.
         counters: The counters of all ranks.
         clock: The time of training.
         hooks: All hooks.
-        faults: The faults that this rank is asked to have.
-        step: Steps made by this rank.
-        compute_seconds: Seconds of this rank outside exchanges.
-        points: The evaluations so far; on the lead.
+        faults: The faults to inject on this rank.
+        step: The number of steps of this rank.
+        compute_seconds: The time that this rank has spent outside exchanges.
+        points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
-        is_leader: Whether this is the lead, which evaluates, records and gives orders.
+        is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
         is_ending: Whether the last exchange has been made.
-        stopped_by: The signal that has stopped the run before its end; 0 without one.
-        stop_requested: Whether a hook has asked for the end of the run; on the lead.
-        is_complete: Whether the run has come to its end and was not interrupted; known after the last step.
+        stopped_by: The number of the signal that has stopped the run early; 0 without one.
+        stop_requested: Whether a hook has requested the end of the run. On the lead only.
+        is_complete: Whether the run has used up its budget. Known after the last step.
     """
 
     plan: RunPlan
@@ -204,7 +204,7 @@ class Run:
         self.is_leader = self.world.rank == self.world.leader
 
     def look_for_lead(self) -> None:
-        """Take the lead if the ranks before this one have died. Local."""
+        """Become the lead if all ranks before this one have died. Local."""
         if not self.is_leader and self.world.rank == self.world.leader:
             self.is_leader = True
             self.hooks.on_lead(self)
@@ -224,12 +224,12 @@ class Run:
         self.stop_requested = True
 
     def end_step(self, loss: float, began: float, exchange_before: float) -> None:
-        """Count a step that has been made. Local.
+        """Count a step. Local.
 
         Args:
             loss: The loss of the mini-batch.
             began: ``time.perf_counter()`` at the beginning of the step.
-            exchange_before: The optimizer's seconds of exchanges then.
+            exchange_before: The optimizer's ``exchange_seconds`` at the beginning of the step.
         """
         self.step += 1
         exchange = self.optimizer.exchange_seconds - exchange_before
@@ -251,7 +251,7 @@ class Run:
         )
 
     def report_totals(self, *, in_full: bool = False) -> None:
-        """Show the hooks the totals of all ranks, if it is time or ``in_full``. Local; lead only."""
+        """Pass the totals of all ranks to the hooks, if enough time has passed or if ``in_full``. Local; lead only."""
         seconds = self.clock.seconds
         if in_full or seconds - self._reported >= SECONDS_BETWEEN_TOTALS:
             self._reported = seconds

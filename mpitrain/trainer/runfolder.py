@@ -35,16 +35,16 @@ PACKAGES = ("torch", "numpy", "mpi4py", "numba", "h5py")
 
 
 def create(config: TrainConfig, settings: dict[str, Any], identity: Identity, world: World) -> Path | None:
-    """Create the folder of a new run, if it has one, and write ``config.json``. Collective.
+    """Create the folder of a new run and write ``config.json``; do nothing in a run without a folder. Collective.
 
     Args:
         config: The options.
-        settings: The settings of the method, defaults included.
+        settings: The settings of the method, including defaults.
         identity: Of the data set.
         world: The ranks.
 
     Raises:
-        UsageError: The folder holds a run already or cannot be created; on all ranks.
+        UsageError: The folder already contains a run, or cannot be created. All ranks raise it.
     """
     if config.out is None:
         return None
@@ -68,7 +68,7 @@ def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
     """Create a folder and call ``first``, which checks or fills it, on rank 0. Collective.
 
     Raises:
-        UsageError: ``first`` raised it, or the folder cannot be used; on all ranks.
+        UsageError: ``first`` has raised it, or the folder cannot be used. All ranks raise it.
     """
     problem = None
     if world.rank == 0:
@@ -86,10 +86,10 @@ def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
 
 
 def require_shared(folder: Path, world: World) -> None:
-    """Check that every rank sees the folder of the run that rank 0 sees. Collective.
+    """Check that the folder of the run is the same folder on every rank. Collective.
 
     Raises:
-        UsageError: Some rank does not see it, for example because it lies on a disk of its own node; on all ranks.
+        UsageError: A rank does not see the folder, for example because each node has its own disk. All ranks raise it.
     """
     token = folder / f".shared-{uuid.uuid4().hex}"
     problem = None
@@ -132,7 +132,7 @@ def _appears(path: Path) -> bool:
 
 
 def check_data(folder: Path, name: str, identity: Identity, world: World) -> None:
-    """Check that a resumed run continues with the data that it began with, wherever they are now. Collective.
+    """Check that a resumed run uses the same data as before, wherever the data are now. Collective.
 
     Args:
         folder: Of the run.
@@ -141,7 +141,7 @@ def check_data(folder: Path, name: str, identity: Identity, world: World) -> Non
         world: The ranks.
 
     Raises:
-        UsageError: It is another data set, or ``config.json`` does not hold what the run began with; on all ranks.
+        UsageError: The data differ, or ``config.json`` does not describe them. All ranks raise it.
     """
     problem = None
     if world.rank == 0:
@@ -163,7 +163,7 @@ def check_data(folder: Path, name: str, identity: Identity, world: World) -> Non
 
 
 def reopen(folder: Path, config: TrainConfig, world: World) -> None:
-    """Mark a resumed run as unfinished, and store its new options. Local; no effect on ranks other than 0."""
+    """Mark a resumed run as unfinished, and store its new options. Local; ranks other than 0 do nothing."""
     if world.rank != 0:
         return
     path = folder / "config.json"
@@ -175,7 +175,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document atomically.
 
     Raises:
-        UsageError: It cannot be written; the file is as it was.
+        UsageError: The document cannot be written. The old file does not change.
     """
     replace_text(path, to_json(document, indent=2) + "\n")
 

@@ -33,30 +33,30 @@ SECONDS_TO_SETTLE = 0.2
 
 
 class LockHook(Hook):
-    """Takes the lock over from a lead that has died.
+    """The hook that takes over the lock of the run folder when the lead has died.
 
     Args:
-        lock: This rank's, from ``held``; None in a run without a folder.
+        lock: The lock, as returned by ``held``; None in a run without a folder.
     """
 
     def __init__(self, lock: RunLock | None) -> None:
         self._lock = lock
 
     def on_lead(self, run: Run) -> None:
-        """Take the lock over."""
+        """Take over the lock."""
         if self._lock is not None:
             self._lock.acquire()
 
 
 @contextlib.contextmanager
 def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
-    """Hold the lock of a run folder, which is created if necessary; without a folder do nothing. Collective.
+    """Hold the lock of a run folder inside the block, and create the folder if necessary. Collective.
 
     Yields:
-        The lock of this rank. Rank 0 has acquired it.
+        The lock object of this rank. Rank 0 has acquired the lock. None without a folder.
 
     Raises:
-        UsageError: Another job holds the lock, or the folder cannot be used; on all ranks.
+        UsageError: Another job holds the lock, or the folder cannot be used. All ranks raise it.
     """
     if folder is None:
         yield None
@@ -80,10 +80,10 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock, or take it over.
+        """Acquire the lock, or take it over from a process that has ended.
 
         Raises:
-            UsageError: Another job holds it.
+            UsageError: Another job holds the lock.
         """
         try:
             with self._path.open("x") as file:
@@ -135,7 +135,7 @@ class RunLock:
 
 
 def describe() -> dict[str, Any]:
-    """Return the description of this process for the file."""
+    """Return the description of this process that the lock file contains."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -148,7 +148,7 @@ def describe() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the owner of a lock file; empty if the file is incomplete or gone."""
+    """Return the owner that a lock file names; empty if the file is incomplete or does not exist."""
     try:
         owner = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_gone(owner: dict[str, Any]) -> bool:
-    """Return whether an owner is known to have ended, however fresh its file is."""
+    """Return whether the owner of a lock file is known to have ended."""
     here = describe()
     if owner.get("machine") == here["machine"]:
         return _started(owner.get("pid", 0)) != owner.get("started")

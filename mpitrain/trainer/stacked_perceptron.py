@@ -21,11 +21,11 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """The place of a layer's parameters in the flat vector.
+    """The position of a layer's parameters in the flat vector.
 
     Attributes:
-        weight, bias: Slices of the vector; without a bias None.
-        n_in, n_out: Widths.
+        weight, bias: The slices of the vector; ``bias`` is None in a layer without a bias.
+        n_in, n_out: The numbers of inputs and outputs.
         is_rectified: Whether a ReLU follows.
     """
 
@@ -37,11 +37,11 @@ class LinearLayer:
 
 
 def linear_layers(model: nn.Module, parts: Sequence[slice]) -> list[LinearLayer] | None:
-    """Return the layers of a perceptron: linear layers with nothing but ReLU between; None for any other model.
+    """Return the linear layers of a perceptron; None if the model contains anything but linear layers and ReLU.
 
     Args:
         model: The model.
-        parts: Where each of its parameters lies in the flat vector.
+        parts: The slice of each of its parameters in the flat vector.
     """
     sequence = model.layers if type(model) is MLP else model
     if type(sequence) is not nn.Sequential:
@@ -63,10 +63,10 @@ def linear_layers(model: nn.Module, parts: Sequence[slice]) -> list[LinearLayer]
 
 
 class StackedPerceptron:
-    """The loss and the gradient of k workers' perceptrons, each on a mini-batch of its own.
+    """The losses and gradients of the perceptrons of k workers, each on its own mini-batch.
 
     Args:
-        layers: Of the model, from ``linear_layers``.
+        layers: The layers of the model, from ``linear_layers``.
         n: The number of parameters.
     """
 
@@ -81,10 +81,10 @@ class StackedPerceptron:
         """Compute the gradients of the mean cross entropy.
 
         Args:
-            xs: k parameter vectors (n,), at most ``SIZE``.
-            inputs: (k*b, ...) the mini-batches of the workers, one after the other.
-            labels: (k*b,) their classes.
-            out: (k, n) float32, for the gradients.
+            xs: The parameter vectors (n,) of k <= ``SIZE`` workers.
+            inputs: (k*b, ...) the mini-batches of the workers, concatenated.
+            labels: (k*b,) the classes of the inputs.
+            out: (k, n) float32, the gradients, as a result.
 
         Returns:
             (k,) the losses.

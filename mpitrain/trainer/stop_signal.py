@@ -20,16 +20,17 @@ ENDINGS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """SIGUSR1, SIGTERM and SIGINT as requests to save a checkpoint and stop; one rank that gets one is enough.
+    """A context manager that turns SIGUSR1, SIGTERM and SIGINT into requests to save a checkpoint and stop.
 
-    A second SIGTERM or SIGINT ends all ranks at once, with exit code 128 + its number, even while this rank waits in
-    MPI: a thread sees it. A context manager that restores the previous handlers on leaving.
+    It is enough if one rank receives the signal. A second SIGTERM or SIGINT ends all ranks at once, with exit code 128
+    + the number of the signal. A thread handles it, so this works even while the rank waits in MPI. At the end of the
+    block, the previous handlers are restored.
 
     Args:
         end: Ends all ranks with an exit code.
 
     Attributes:
-        number: Of the last signal that has come; 0 before.
+        number: The number of the last signal; 0 if there was none.
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:

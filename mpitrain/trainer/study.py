@@ -38,7 +38,7 @@ LOSS_MEMORY = 0.95
 
 
 class OneProcess:
-    """The part of a ``World`` that loading data needs, without MPI."""
+    """A world of one process without MPI, with the attributes that loading data needs."""
 
     rank, size, local_rank, local_size, node = 0, 1, 0, 1, 0
 
@@ -47,19 +47,19 @@ class OneProcess:
         return np.zeros(shape, dtype)
 
     def node_barrier(self) -> None:
-        """Return at once: there is no other process."""
+        """Do nothing, because there is no other process."""
 
 
 @dataclass(frozen=True)
 class Laboratory:
-    """A simulation and the objects that measure it.
+    """A simulation, and the objects with which it is measured.
 
     Attributes:
         simulation: The workers.
         clock: Their virtual time.
         gradient: The gradients of the model, with the losses of the mini-batches.
-        evaluator: Evaluates vectors on the test set.
-        n_train: Training samples.
+        evaluator: The evaluator of vectors on the test set.
+        n_train: The number of training samples.
     """
 
     simulation: Simulation
@@ -73,9 +73,9 @@ def simulate(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig | None = 
     """Simulate a run.
 
     Args:
-        plan: The options that a simulation shares with a real run, and what follows from them.
-        study: The workers and their time.
-        cluster: The network; by default each worker has a link of its own.
+        plan: The options that a simulation shares with a real run.
+        study: The options of the workers and their virtual time.
+        cluster: The options of the network; by default, each worker has its own link.
 
     Returns:
         The result document.
@@ -118,7 +118,7 @@ def _laboratory(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig) -> La
 
 
 def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSchedule:
-    """Return the virtual time of the workers, on their own links or on a cluster."""
+    """Return the virtual clock of workers that have their own links or share the network of a cluster."""
     if cluster.network == "private":
         return VirtualTime(
             study.step_seconds_of_workers(),

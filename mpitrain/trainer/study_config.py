@@ -25,7 +25,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The workers of a simulation, their time and the network. Each field declares its option."""
+    """The workers of a simulation, their speed and the network. Each field declares an option."""
 
     seconds: float | None = option(None, "seconds of virtual time", parse=float, within=POSITIVE, group="budget")
     workers: int = option(16, "number of workers", parse=int, within=POSITIVE)
@@ -100,14 +100,14 @@ class StudyConfig:
             raise UsageError("--death must leave a worker alive")
 
     def step_seconds_of_workers(self) -> list[float]:
-        """Return the virtual time of each worker's gradient."""
+        """Return the virtual time that each worker takes for a gradient, in seconds."""
         seconds = [self.step_seconds] * self.workers
         for rank, factor in self.straggler:
             seconds[rank] *= factor
         return seconds
 
     def starts_of_workers(self) -> list[float]:
-        """Return when each worker begins."""
+        """Return the virtual time at which each worker begins, in seconds."""
         seconds = [0.0] * self.workers
         for rank, start in self.join:
             seconds[rank] = start

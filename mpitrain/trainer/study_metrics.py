@@ -17,7 +17,7 @@ from mpitrain.trainer.metrics import tables
 
 
 class StudyMetrics:
-    """``config.json``, ``metrics.h5`` and, at the end, ``result.json``.
+    """The files of a simulation: ``config.json``, ``metrics.h5`` and, at the end, ``result.json``.
 
     Args:
         folder: A new folder.
@@ -25,7 +25,7 @@ class StudyMetrics:
         config: The options of the run.
 
     Raises:
-        UsageError: The folder holds a run, or cannot be made.
+        UsageError: The folder already contains a run, or cannot be created.
     """
 
     def __init__(self, folder: Path, simulation: Simulation, config: TrainConfig) -> None:
@@ -41,10 +41,10 @@ class StudyMetrics:
         self._writer = MetricsWriter(folder / "metrics.h5", tables(simulation.world.size, self._names))
 
     def add_evaluation(self, point: Mapping[str, float], loss: float) -> None:
-        """Append an evaluation, with the state of the workers at its moment.
+        """Append an evaluation, and the present state of the workers.
 
         Args:
-            point: A row of the result's ``evaluation``.
+            point: The evaluation, as a row of ``evaluation`` in the result.
             loss: The running mean of the loss.
         """
         workers = self._simulation.workers
