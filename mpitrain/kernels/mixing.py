@@ -106,7 +106,7 @@ def weighted_mix(k: int) -> Kernel:
 def sum_into(k: int) -> Kernel:
     """Return the kernel ``out = a * (z1 + ... + zk)``, summed in this order.
 
-    On the host `reduce_sum` is faster for many vectors.
+    For many vectors, `reduce_sum` is faster on the host.
     """
     _check_count(k)
     names = [f"z{j}" for j in range(1, k + 1)]
@@ -124,7 +124,7 @@ def sum_into(k: int) -> Kernel:
 def sum_everywhere(k: int) -> Kernel:
     """Return the kernel ``zj = a * (z1 + ... + zk)`` for every j.
 
-    On the host `reduce_broadcast` is faster for many vectors.
+    For many vectors, `reduce_broadcast` is faster on the host.
     """
     _check_count(k)
     names = [f"z{j}" for j in range(1, k + 1)]

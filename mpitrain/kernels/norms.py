@@ -22,7 +22,7 @@ BLOCK: Final = 2048  # elements: 16 KiB of float64, half of the smallest first-l
 
 
 def norm(x: Any) -> float:
-    """Return the Euclidean norm of ``x`` (n,): NaN or infinite if an element is."""
+    """Return the Euclidean norm of ``x`` (n,). It is not finite if an element is not finite."""
     return _root_of_squares(x, None)
 
 
@@ -32,9 +32,9 @@ def distance(x: Any, y: Any) -> float:
 
 
 def powers(x: Any, order: float) -> float:
-    """Return the sum of ``|x_i|^order`` over ``x`` (n,); for an infinite order the largest ``|x_i|``.
+    """Return the sum of ``|x_i|^order`` over ``x`` (n,). If the order is infinite, return the largest ``|x_i|``.
 
-    The norm of a vector in several parts is ``root(total([powers(part, order), ...], order), order)``.
+    The norm of a vector that consists of several parts is ``root(total([powers(part, order), ...], order), order)``.
     """
     if order == 2:
         return _root_of_squares(x, None, takes_root=False)
@@ -42,7 +42,7 @@ def powers(x: Any, order: float) -> float:
 
 
 def powers_of_sum(addends: Sequence[Any], order: float) -> float:
-    """Return ``powers`` of the sum of some vectors, all (n,) and of one dtype, which is not stored."""
+    """Return ``powers`` of the sum of some vectors, without storing the sum. They are all (n,) and of one dtype."""
     vectors = [gpu.to_host(vector) for vector in addends]
     block, found = np.empty(BLOCK), 0.0
     with np.errstate(invalid="ignore", over="ignore"):
@@ -64,13 +64,13 @@ def powers_of_sum(addends: Sequence[Any], order: float) -> float:
 
 
 def total(found: Any, order: float) -> float:
-    """Return the ``powers`` of a vector from those of its parts, added in their order."""
+    """Return the ``powers`` of a vector from the ``powers`` of its parts, added in the order of the parts."""
     values = np.asarray(found, np.float64)
     return float(values.max(initial=0.0)) if math.isinf(order) else float(np.add.reduce(values))
 
 
 def root(power: float, order: float) -> float:
-    """Return a norm from its ``powers``."""
+    """Return the norm of a vector from its ``powers``."""
     return power if math.isinf(order) else float(np.sqrt(power)) if order == 2 else float(np.power(power, 1 / order))
 
 

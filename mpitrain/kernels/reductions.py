@@ -33,9 +33,10 @@ def reduce_sum(out: Any, sources: Sequence[Any], scale: float = 1.0) -> None:
     """Compute ``out = scale * (sources[0] + sources[1] + ...)``; `out` may be one of the sources.
 
     Args:
-        out: (n,), any dtype the kernels support, changed in place.
-        sources: 1 to 64 vectors like `out`. 16-bit ones are summed in float32 and rounded once.
-        scale: 1/k makes it a mean.
+        out: (n,) the result, of any dtype that the kernels support.
+        sources: 1 to 64 vectors of the same length and dtype as `out`. 16-bit vectors are summed in float32 and rounded
+            once.
+        scale: The scale; 1/k gives the mean.
 
     Raises:
         ValueError: The vectors differ in length or dtype.
@@ -72,7 +73,7 @@ def reduce_broadcast(targets: Sequence[Any], scale: float = 1.0) -> None:
 
 
 def source(name: str, k: int, storage: Storage) -> str:
-    """Return the Python source of `reduce_sum` or `reduce_broadcast` for k vectors, with ``SIGNATURE``, its types."""
+    """Return the Python source of `reduce_sum` or `reduce_broadcast` for k vectors, including its ``SIGNATURE``."""
     compute = compute_type([storage])
     broadcast = name == "reduce_broadcast"
     vector, vectors = f"{storage.numba}[::1]", f"UniTuple({storage.numba}[::1], {k})"

@@ -65,7 +65,7 @@ class Rows:
         self._line = np.empty(BLOCK)
 
     def squared_distances(self, rows: np.ndarray) -> np.ndarray:
-        """Return the squared Euclidean distances between the given rows: (k, k) float64, 0 for other rows."""
+        """Return the squared Euclidean distances between the given rows: (k, k) float64, with 0 for all other rows."""
         k, n_chosen = len(self.values), len(rows)
         squares = np.zeros((n_chosen, n_chosen))
         with np.errstate(over="ignore"):  # an infinite distance is a valid answer
@@ -78,7 +78,7 @@ class Rows:
         return distances
 
     def weighted_sum(self, weights: np.ndarray, out: Any) -> None:
-        """Compute ``out = sum_i weights[i]*values[i]`` (n,), summed in this order; rows of weight 0 are not read."""
+        """Compute ``out = sum_i weights[i]*values[i]`` (n,), in the order of the rows, without rows of weight 0."""
         rows = np.flatnonzero(weights)
         for part, block in self._blocks(rows):
             block *= weights[rows, None]
@@ -90,9 +90,9 @@ class Rows:
         The ``n_cut`` smallest and the ``n_cut`` largest values of each coordinate are dropped.
 
         Args:
-            rows: Indices of rows.
-            n_cut: How many values to drop at either end.
-            out: (n,), receives the means.
+            rows: The indices of the rows.
+            n_cut: The number of values to drop at each end.
+            out: (n,) the means, as a result.
         """
         n_left = len(rows) - 2 * n_cut
         for part, block in self._blocks(rows):

@@ -103,8 +103,8 @@ def mean_step(kind: str, k: int) -> Kernel:
     """Return a step of torch.optim.SGD with the gradient ``g = a * (z1 + ... + zk)``, which is never stored.
 
     Args:
-        kind: ``sgd`` (arrays x z1...zk), ``momentum`` or ``nesterov`` (arrays x v z1...zk).
-        k: The number of gradients, 1 to 8. The scalar a comes before those of the step.
+        kind: ``sgd``, with the arrays x z1...zk; ``momentum`` or ``nesterov``, with the arrays x v z1...zk.
+        k: The number of gradients, 1 to 8. The scalar a is the first scalar of a call.
 
     Raises:
         ValueError: k is out of range.

@@ -13,13 +13,13 @@ from mpitrain.report.style import COLOURS
 def plot_forecast(
     path: Path, names: Sequence[str], epoch_seconds: Sequence[float], computing_shares: Sequence[float]
 ) -> None:
-    """Draw a bar for each method and write a PNG file.
+    """Draw a bar for each method, and write the plot to a PNG file.
 
     Args:
         path: The file.
         names: The methods, from top to bottom.
         epoch_seconds: The time of an epoch.
-        computing_shares: The fraction of it in which gradients are computed.
+        computing_shares: The fraction of the time of an epoch in which gradients are computed.
     """
     figure = Figure(figsize=(7, 1 + 0.35 * len(names)), layout="constrained")
     axes = figure.subplots()

@@ -27,10 +27,11 @@ CAPTIONS = {
 
 
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
-    """Draw all plots that the runs have data for, and write report.md beside them.
+    """Draw all plots for which the runs have data, and write report.md to the same folder.
 
     Returns:
-        The summaries of the runs (`runs`), the paths of the `files` and, for two runs, their `temporal_efficiency`.
+        A dictionary with the summaries of the runs (`runs`), the paths of the `files` and, for two runs, their
+        `temporal_efficiency`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,9 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run], out: Path) -> list[str]:
-    """Draw all plots that the runs have data for into the folder ``out``; return the names of their files.
+    """Draw all plots for which the runs have data into the folder ``out``; return the names of the files.
 
-    A plot that cannot be drawn is missing, with a warning.
+    If a plot cannot be drawn, a warning is logged.
     """
     drawn: list[str] = []
     with decoration("plots"), style_of_plots() as plots:
@@ -64,9 +65,10 @@ def draw(runs: Sequence[Run], out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def style_of_plots() -> Iterator[ModuleType]:
-    """Import the plots, and draw inside the block, whatever the user has set for figures of their own.
+    """Import the plots, and draw inside the block with matplotlib's defaults instead of the user's settings.
 
-    A notebook sets MPLBACKEND for its children; files need no such backend, which may not even be installed here.
+    ``MPLBACKEND`` is ignored too: a notebook sets it to a backend that is not needed for files and may not be
+    installed.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
@@ -88,7 +90,7 @@ def _efficiency(a: Run, b: Run) -> float | None:
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """Return remarks on the table, one line each."""
+    """Return the remarks on the table, as lines."""
     lines = [
         f"{one['run']} has no result: it is running or was stopped; its numbers are from its metrics so far.  "
         for one in document["runs"]

@@ -29,7 +29,7 @@ PathLike = str | os.PathLike[str]
 
 
 def own_style() -> AbstractContextManager[None]:
-    """Return a context in which matplotlib draws with its defaults, and takes no part of a name for mathematics."""
+    """Return a context in which matplotlib uses its defaults, and does not interpret ``$`` in a name as mathematics."""
     style = {name: value for name, value in rcParamsDefault.items() if "backend" not in name}
     return rc_context({**style, "text.parse_math": False})
 
@@ -43,9 +43,9 @@ MOST_WORKERS = 8  # lines of a panel
 
 
 def running_median(x: Column, y: Column) -> tuple[Column, Column]:
-    """Smooth `y` by the median over a window of a twentieth of its length, at no more than N_POINTS points.
+    """Smooth `y` by a running median, and return at most N_POINTS points.
 
-    A short curve is not smoothed.
+    The window is a twentieth of the curve. A short curve is not smoothed.
     """
     half = len(y) // 40
     centers = np.unique(np.linspace(0, len(y) - 1, min(len(y), N_POINTS)).astype(int)) if len(y) else np.empty(0, int)
@@ -81,7 +81,7 @@ def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_consensus(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw the workers' distance from the evaluated parameters, and the elastic energy if any, against gradients."""
+    """Draw the distance of the workers from the consensus against gradients, and the elastic energy if there is one."""
     rows = [("consensus_distance", "distance of the workers"), ("elastic_energy", "elastic energy")]
     rows = [row for row in rows if any((_spread(run, row[0])[1] > 0).any() for run in runs)]
     if not rows:
@@ -112,7 +112,7 @@ def _spread(run: Run, name: str) -> tuple[Column, Column]:
 def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
     """Draw the methods' own metrics (the leader, push weights, removed workers) against time.
 
-    Each metric of each run has a panel, each worker a line.
+    Each metric of a run has a panel. Each worker is a line in the panel.
     """
     panels = [
         (run, name, values)
@@ -148,7 +148,7 @@ def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw the shares of time: one stacked bar per group, the mean of its runs."""
+    """Draw the shares of time: a stacked bar for each group, with the mean over its runs."""
     bars = []
     for one in series_of(runs):
         shares = [run.shares() for run in one.runs if run.shares()]
@@ -181,9 +181,10 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
 
 
 def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw the staleness of exchanges: one histogram per group, the sum of its runs.
+    """Draw the staleness of exchanges: a histogram for each group, summed over its runs.
 
-    Both measures are drawn: the number of updates by others in between, and the distance they moved the center.
+    There are two measures of staleness: the number of updates by other workers since the last visit, and the distance
+    by which these updates have moved the center.
     """
     histograms = []
     for one in series_of(runs):

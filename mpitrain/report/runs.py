@@ -22,12 +22,13 @@ from mpitrain.records.metrics import Column, read_metrics
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """The contents of one run folder.
 
     Attributes:
         label: The name of the run in tables and plots.
-        group: The name that runs of one method with several seeds share; plots show their median and range.
-        metrics: table -> field -> column, as `read_metrics` returns it.
+        group: The name of the group of the run: runs that differ only in their seeds. Plots show the median and the
+            range of a group.
+        metrics: The tables of metrics, as `read_metrics` returns them.
         result: The contents of result.json; empty if the run has not finished.
         config: The contents of config.json.
     """
@@ -39,11 +40,11 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, table: str, name: str) -> Column:
-        """Return a column of the metrics, or an empty one if the run has none."""
+        """Return a column of the metrics; empty if the run does not have it."""
         return self.metrics.get(table, {}).get(name, np.empty(0))
 
     def curve(self, table: str, x: str, y: str) -> tuple[Column, Column]:
-        """Return two columns of a table, sorted by x, without the rows in which either is not finite."""
+        """Return two columns of a table, sorted by x, without rows that are not finite."""
         a, b = self.column(table, x), self.column(table, y)
         if not (len(a) and len(b)):
             return np.empty(0), np.empty(0)
@@ -52,12 +53,12 @@ class Run:
         return a[finite][order], b[finite][order]
 
     def total(self, counter: str) -> float:
-        """Return the largest value of a counter in the progress and evaluation tables, or NaN without one."""
+        """Return the largest value of a counter in the progress and evaluation tables; NaN if there is none."""
         values = np.concatenate([self.column(table, counter) for table in ("progress", "evaluation")])
         return float(np.nanmax(values)) if np.isfinite(values).any() else np.nan
 
     def shares(self) -> dict[str, float]:
-        """Return the shares of the time of the whole run; empty if they were not measured."""
+        """Return the fractions of time for computing, exchanging and waiting; empty if they were not measured."""
         if self.result.get("shares"):
             return {name: float(self.result["shares"].get(name, 0)) for name in SHARES}
         seconds = self.column("progress", "seconds")
@@ -75,7 +76,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
     """Return the run in `folder`.
 
     Raises:
-        UsageError: The folder does not exist, has no run, or has a damaged file.
+        UsageError: The folder does not exist, does not contain a run, or contains a damaged file.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: give the folder that `mpitrain train --out` was given")
@@ -89,7 +90,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in `folders`, labelled by the shortest ends of their paths that differ."""
+    """Return the runs in `folders`. The label of a run is the end of its path, as long as needed to be unique."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UsageError("a run was given twice: name each folder once")

@@ -25,7 +25,7 @@ PLOT, PAGE = "scaling.png", "scaling.md"
 
 
 def scaling(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each algorithm and number of ranks and nodes, sorted; unfinished runs are left out.
+    """Return a sorted list with a row for each combination of method, ranks and nodes, without unfinished runs.
 
     Raises:
         UsageError: No run has finished.
@@ -77,7 +77,7 @@ def write_scaling(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     """Draw the plot and write the page.
 
     Returns:
-        The rows (`scaling`), the labels of unfinished runs, and the paths of the `files`.
+        A dictionary with the rows (`scaling`), the labels of unfinished runs, and the paths of the `files`.
 
     Raises:
         UsageError: No run has finished, or the folder cannot be created.

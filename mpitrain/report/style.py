@@ -27,7 +27,7 @@ CLIMB_PERCENT = 12  # of the evaluations, the initial climb that an axis of accu
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: the runs of a group, and their style."""
+    """A line of a plot: the runs of a group, and the style in which they are drawn."""
 
     label: str
     runs: tuple[Run, ...]
@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Quantity:
-    """The quantity of an axis: its column, its label and its units (factor, name)."""
+    """The quantity on an axis: its column in the metrics, its label, and its units as (factor, name)."""
 
     column: str
     label: str
@@ -68,8 +68,8 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
 def scale_x(axes: Axes, x: Quantity, ends: Sequence[float]) -> None:
     """Label and scale an x axis.
 
-    The unit is the largest of which the longest run has at least 3. The axis is logarithmic for bytes of runs whose
-    ends differ by a factor of 10.
+    The unit is the largest one in which the end of the longest run is at least 3. An axis of bytes is logarithmic if
+    the ends of the runs differ by a factor of 10 or more.
 
     Args:
         axes: The axes to change.
@@ -104,7 +104,11 @@ class _Multiples(MaxNLocator):
 
 
 def scale_y(axes: Axes, y: str, values: Column) -> None:
-    """Scale a y axis: percent without the initial climb for accuracies, logarithmic for values over a factor of 5."""
+    """Scale a y axis.
+
+    Accuracies are shown in percent, without their initial increase. Other values are shown on a logarithmic axis if
+    they vary by more than a factor of 5.
+    """
     if y == "test_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         bottom, top = axes.get_ylim()
@@ -127,7 +131,7 @@ def _plain_log_ticks(axis: Axis, smallest: float, largest: float, factor: float)
 
 
 def tidy(axes: Axes) -> None:
-    """Draw a faint grid and no frame."""
+    """Remove the frame, and draw a faint grid."""
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -135,7 +139,7 @@ def tidy(axes: Axes) -> None:
 
 
 def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> None:
-    """Draw a legend above the plots, in as many columns as fit."""
+    """Draw a legend above the plots, with as many columns as fit."""
     labels = [one.label + (f" (median and range of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
     lines = [Line2D([], [], color=one.colour, linestyle=one.dash, linewidth=2) for one in series]
     longest_inches = 0.085 * max(map(len, labels)) + 0.7

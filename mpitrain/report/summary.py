@@ -12,7 +12,7 @@ from mpitrain.report.runs import Run
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """Return the numbers of a run's row in the report; None for those that it does not record."""
+    """Return the numbers of a run for its row in the report. A number that the run has not recorded is None."""
     result = run.result
     _, accuracies = run.curve("evaluation", "seconds", "test_accuracy")
     _, losses = run.curve("evaluation", "seconds", "test_loss")
@@ -48,15 +48,16 @@ Curve = tuple[Sequence[float] | Column, Sequence[float] | Column]
 
 
 def temporal_efficiency(a: Curve, b: Curve) -> float:
-    """Return the temporal efficiency of run a over run b in a rising metric (Hermans, CERN-THESIS-2017-103).
+    """Return the temporal efficiency of run a relative to run b (Hermans, CERN-THESIS-2017-103).
+
+    It compares the areas under two curves of a metric that grows, such as the accuracy:
 
         E(a, b) = int_0^m f_a dt / int_0^m f_b dt,    m = min(T_a, T_b),    f(0) = the first measured value
 
-    Both integrals are exact for the straight lines between the measurements.
+    Between two measurements, f is interpolated linearly.
 
     Args:
-        a: Increasing seconds, and the metric (an accuracy) at each.
-        b: The same of run b.
+        a, b: For each run, the seconds in ascending order, and the metric at each of them.
 
     Raises:
         ValueError: A curve is empty, or the integral of b is not positive.

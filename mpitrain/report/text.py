@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 
 def table(columns: Mapping[str, Sequence[str]], left: Collection[str] = ()) -> list[str]:
-    """Return the lines of a Markdown table whose columns are aligned in plain text too.
+    """Return the lines of a Markdown table, with columns that are also aligned in plain text.
 
     Args:
-        columns: The cells of each column by its heading, as many for all.
+        columns: The cells of each column, by its heading. All columns have the same length.
         left: The columns to align to the left.
     """
     widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(n_bytes: float | None) -> str:
-    """Format a size in B, kB, MB or GB, which are powers of ten."""
+    """Format a size in B, kB, MB or GB, where 1 kB is 1000 B."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes is not None and n_bytes >= factor:
             return f"{n_bytes / factor:.3g} {unit}"

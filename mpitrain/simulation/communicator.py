@@ -31,15 +31,15 @@ class SimulatedPending:
 class SimulatedCommunicator(SimulatedPeerMemory):
     """Implements ``Communicator`` for one simulated worker.
 
-    ``SimulatedPeerMemory`` has the methods that allocate and read memory; here are the collective and the background
-    ones.
+    The base class ``SimulatedPeerMemory`` has the methods that allocate and read memory. This class adds the collective
+    operations and the operations in the background.
 
     Args:
         scheduler: Runs the workers.
-        layout: Of the world's memory.
-        group: The workers that this one communicates with.
-        rank: Its rank in the group.
-        statistics: Counters to add to; new ones by default.
+        layout: The layout of the memory of the world.
+        group: The workers that this worker communicates with.
+        rank: The rank of this worker in the group.
+        statistics: The counters of exchanges; new ones by default.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         return of_part(self._scheduler.dead, self._group.ranks)
 
     def split(self, color: int) -> SimulatedCommunicator:
-        """Return a communicator of the workers that give the same ``color``. Collective."""
+        """Return a communicator of the workers that pass the same ``color``. Collective."""
 
         def make_groups(colors: list[int]) -> dict[int, Group]:
             members: dict[int, list[int]] = {}
@@ -88,7 +88,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         self._exchange(mine, add, "allreduce", mine.nbytes)
 
     def slice_of(self, n: int) -> slice:
-        """Return this worker's slice of a vector of ``n`` elements, which the workers of a node divide. Local."""
+        """Return this worker's slice of a vector of ``n`` elements; the workers of a node divide the vector. Local."""
         node_ranks = self._group.ranks_of_nodes[self.nodes[self.rank]]
         return split(n, len(node_ranks))[bisect_left(node_ranks, self.rank)]
 
@@ -105,12 +105,12 @@ class SimulatedCommunicator(SimulatedPeerMemory):
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> SimulatedPending:
         """Start an all-reduce. Collective.
 
-        It is made when all workers wait for it, of the vectors, which they must not change until then.
+        The simulation performs it when all workers have called ``wait``. Until then, the vectors must not change.
         """
         return SimulatedPending(lambda: self.allreduce(vector, mean=mean))
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Call ``fn`` at once; the worker sees at its next step that it is done. Local."""
+        """Call ``fn`` immediately; the worker finds it completed at its next step. Local."""
         fn()
         return Started()
 
@@ -119,17 +119,17 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         self._scheduler.wait_until(self._world_rank, condition, self._group)
 
     def broadcast(self, array: Any, root: int = 0) -> None:
-        """Copy the root's array to every worker's. Collective."""
+        """Copy the root's array to the array of every worker. Collective."""
         array[...] = self._exchange(array, lambda arrays: arrays[root].copy(), "tree", array.nbytes)
 
     def reduce(self, array: Any, root: int = 0) -> None:
-        """Add every worker's array to the root's. Collective."""
+        """Replace the root's array by the sum of all workers' arrays. Collective."""
         total = self._exchange(array, lambda arrays: sum(arrays[1:], arrays[0].copy()), "tree", array.nbytes)
         if self.rank == root:
             array[...] = total
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
-        """Return a few numbers of each worker on all of them: (size, len(values)) float64. Collective."""
+        """Return a few numbers of each worker to all workers: (size, len(values)) float64. Collective."""
         mine = np.array(values, np.float64)
         gathered: np.ndarray = self._exchange(mine, np.stack, "gather", mine.nbytes)
         return gathered.copy()
@@ -139,7 +139,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         self._exchange(None, lambda _: None, "barrier")
 
     def compute(self) -> None:
-        """Spend the time of a gradient, in which others run. Local."""
+        """Let virtual time pass for a gradient, while other workers run. Local."""
         while self._scheduler.schedule.computing(self._world_rank):
             self._scheduler.give_way()
 

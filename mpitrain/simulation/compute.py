@@ -16,14 +16,15 @@ class ComputeTime:
 
     Args:
         means: (p,) mean duration of a gradient of each worker without pauses, in seconds.
-        jitter: s; the factor is log-normal, ln J ~ N(-s^2/2, s^2), with mean 1.
-        measured: Durations of a real run; the factor is one of them, drawn at random, over their mean.
-        pauses_per_second, pause_seconds: Pauses of that length interrupt a worker as a Poisson process: another job,
-            the operating system, a garbage collection.
+        jitter: The parameter s of the random factor J, which is log-normal with mean 1: ln J ~ N(-s^2/2, s^2).
+        measured: The durations in a real run. If they are given, the factor is a randomly drawn duration divided by
+            their mean.
+        pauses_per_second, pause_seconds: The mean number of pauses and their length. Pauses are a Poisson process; they
+            model another job, the operating system or a garbage collection.
         seed: The seed.
 
     Attributes:
-        spent: (p,) seconds of all gradients drawn so far.
+        spent: (p,) the total seconds of the gradients drawn so far.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ComputeTime:
         self._rngs = [np.random.default_rng([seed, 7, rank]) for rank in range(self._means.size)]
 
     def draw(self, rank: int) -> float:
-        """Return the duration of a worker's next gradient; it does not depend on what other workers draw."""
+        """Return the duration of a worker's next gradient. It does not depend on the durations of other workers."""
         rng, seconds = self._rngs[rank], float(self._means[rank])
         if self._factors.size:
             seconds *= float(self._factors[rng.integers(self._factors.size)])
@@ -58,10 +59,10 @@ class ComputeTime:
 
 
 class Core:
-    """A core that several workers share, one after the other for a time slice each.
+    """A core that several workers share in time slices.
 
-    A worker keeps the core while it computes and its slice lasts, or longer if nobody else wants it. It loses the core
-    while it waits for others.
+    A worker keeps the core until its time slice ends, and longer if no other worker needs the core. It releases the
+    core when it waits for others.
 
     Args:
         slice_seconds: The time slice.
@@ -74,15 +75,15 @@ class Core:
         self._queue: deque[int] = deque()
 
     def run(self, rank: int, now: float, left: float) -> tuple[float, float]:
-        """Compute, or wait for the core. Called in the order of ``now``.
+        """Let a worker compute on the core, or wait for it. Calls must be in the order of ``now``.
 
         Args:
             rank: The worker.
-            now: Its clock.
-            left: Seconds of computation that it wants.
+            now: The time on the worker's clock.
+            left: The seconds of computation that it needs.
 
         Returns:
-            When the worker should call again, and the seconds that are left then.
+            The time of the worker's next call, and the seconds of computation that it will still need then.
         """
         others = any(other != rank for other in self._queue)
         is_over = now >= self._slice_end - TICK_SECONDS
@@ -101,6 +102,6 @@ class Core:
         return max(now, self._busy_until) + later, left
 
     def keep(self, rank: int, until: float) -> None:
-        """Let the worker keep the core while it works on memory until then, if it has the core."""
+        """Let the worker keep the core, if it has the core, while it accesses memory until the given time."""
         if rank == self._owner:
             self._busy_until = max(self._busy_until, until)

@@ -32,15 +32,19 @@ class Simulation:
     Args:
         method: The method and its hyper-parameters.
         world: The workers and their schedule.
-        gradient: Computes the gradient of each worker; one with a method ``batch`` those of several together.
-        start: Initial parameters, (n,) of all workers or (p, n) with a row for each. Shared state is worker 0's.
+        gradient: A function that computes the gradient of a worker. If it has a method ``batch``, this method computes
+            the gradients of several workers together.
+        start: The initial parameters: (n,) for all workers, or (p, n) with a row for each. Shared state starts from
+            worker 0.
         learning_rate: The learning rate eta.
-        weight_decay: The coefficient of the parameters that is added to the gradient.
-        momentum: The momentum of the local SGD, for methods that do not own the update; checkpoints omit its velocity.
+        weight_decay: The weight decay: this multiple of the parameters is added to the gradient.
+        momentum: The momentum of the local SGD, for methods that do not make the local update themselves. Checkpoints
+            do not contain its velocity.
         seed: The seed of the method's random choices.
         layers, fitness: The model's layers and fitness, as in ``Replica``.
-        loss: ``loss(rank, x)`` of the mini-batch, for methods that need it; by default the norm of the gradient.
-        average: An average of the iterates, evaluated in place of the method's consensus.
+        loss: A function ``loss(rank, x)`` that returns the loss of the mini-batch, for methods that need it. The
+            default is the norm of the gradient.
+        average: An average of the iterates, which replaces the method's consensus.
     """
 
     method: Method
@@ -82,9 +86,9 @@ class Simulation:
         """Run every worker for a number of steps, or until the schedule ends.
 
         Args:
-            steps: The steps of each worker.
+            steps: The number of steps of each worker.
             after_step: Called with this object and the worker's rank after each step.
-            is_over: Whether a worker makes no more steps; asked before each.
+            is_over: A function that returns whether a worker has finished; called before each step.
         """
         gradients = ahead_of_time(self.gradient, [worker.x.local for worker in self.workers])
 
@@ -112,7 +116,7 @@ class Simulation:
         return self
 
     def finalize(self) -> Simulation:
-        """Make the exchange of every alive worker that is due at the end of a run."""
+        """Make the last exchange of a run, for every living worker."""
 
         def program(comm: SimulatedCommunicator) -> None:
             worker = self.workers[comm.rank]
@@ -133,7 +137,7 @@ class Simulation:
         return np.stack([worker.x.local for worker in self.workers])
 
     def consensus(self, rank: int = 0) -> np.ndarray:
-        """Return the vector (n,) that the method evaluates, as one worker sees it."""
+        """Return the consensus (n,), as one worker sees it."""
         out = np.zeros_like(self.workers[rank].x.local)
         self.workers[rank].consensus(out)
         return out

@@ -21,20 +21,20 @@ class BatchedGradient(Protocol):
     """A gradient that can be computed for several workers at once.
 
     Attributes:
-        largest_batch: The number of workers in a batch, at most.
+        largest_batch: The largest number of workers in a batch.
     """
 
     largest_batch: int
 
     def batch(self, ranks: list[int], xs: list[np.ndarray], out: np.ndarray) -> None:
-        """Compute the next gradient of each of k workers at its parameters xs[k] (n,), into ``out`` (k, n)."""
+        """Compute the next gradients of k workers at their parameters ``xs``, (n,) each, into ``out`` (k, n)."""
 
 
 class OneByOne:
-    """Gradients computed when they are needed.
+    """Gradients that are computed one at a time, when they are needed.
 
     Args:
-        gradient: Computes one.
+        gradient: The function that computes a gradient.
     """
 
     def __init__(self, gradient: Gradient) -> None:
@@ -49,11 +49,13 @@ class OneByOne:
 
 
 class AheadOfTime:
-    """Gradients computed in batches of the workers that have announced their next one.
+    """Gradients that are computed in batches, before they are needed.
+
+    A worker announces when its parameters are final, so that its next gradient can be part of a batch.
 
     Args:
-        gradient: Computes a batch.
-        xs: The parameters of each worker, which do not move. All workers are announced at first.
+        gradient: The object that computes a batch.
+        xs: The array with the parameters of each worker. At first, all workers are announced.
     """
 
     def __init__(self, gradient: BatchedGradient, xs: Sequence[np.ndarray]) -> None:
@@ -62,7 +64,7 @@ class AheadOfTime:
         self._rows: dict[int, np.ndarray] = {}  # gradients computed and not yet taken
 
     def announce(self, rank: int) -> None:
-        """Note that the worker's parameters stay as they are until it takes its next gradient."""
+        """Announce that the worker's parameters will not change before its next gradient."""
         self._announced[rank] = None
 
     def __call__(self, rank: int, x: np.ndarray) -> np.ndarray:
@@ -83,7 +85,7 @@ class AheadOfTime:
 
 
 def ahead_of_time(gradient: Any, xs: Sequence[np.ndarray]) -> OneByOne | AheadOfTime:
-    """Return the gradients of workers with parameters ``xs``, computed in batches where that is possible."""
+    """Return an object that computes the gradients of workers at ``xs``, in batches if ``gradient`` can do so."""
     if isinstance(gradient, BatchedGradient) and gradient.largest_batch > 1:
         return AheadOfTime(gradient, xs)
     return OneByOne(gradient)

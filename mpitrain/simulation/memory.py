@@ -31,12 +31,12 @@ class BlockMemory:
     Args:
         homes: The rank that owns each block.
         lengths: The number of elements of each block.
-        dtype: Of the elements.
+        dtype: The type of the elements.
 
     Attributes:
-        data: The blocks, zero at first.
-        tags: (blocks, N_TAGS) the numbers stored with each block.
-        versions: How often each block has been updated.
+        data: The arrays of the blocks, zero at first.
+        tags: (blocks, N_TAGS) the numbers that are stored with each block.
+        versions: The number of updates of each block.
     """
 
     homes: tuple[int, ...]
@@ -59,10 +59,10 @@ class SimulatedBlocks(Blocks):
 
     Args:
         memory: The blocks.
-        scheduler: Is told which blocks are read without a lock, which have changed, and when visits begin and end.
-        ranks: World ranks of the workers that share the blocks.
-        rank: World rank of this worker.
-        interleave: Whether to let others run before each lock is acquired.
+        scheduler: The scheduler, which is notified of reads and changes, and of the begin and end of visits.
+        ranks: The world ranks of the workers that share the blocks.
+        rank: The world rank of this worker.
+        interleave: Whether to let other workers run before each lock is acquired.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SimulatedBlocks(Blocks):
         self._ranks, self._rank, self._number = ranks, rank, id(memory)
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
-        """Return a block; no other worker runs until it is released."""
+        """Lock and return a block. No other worker runs until it is released."""
         memory, scheduler = self._memory, self._scheduler
         home = self._ranks[self.homes[index]]
         if self._interleave:
@@ -87,7 +87,7 @@ class SimulatedBlocks(Blocks):
         return Block(index, data, memory.tags[index], memory.versions[index])
 
     def release(self, block: Block, *, updated: bool) -> None:
-        """Release a block and count the update, if there was one."""
+        """Release a block. If it was updated, increase its version."""
         index, scheduler = block.index, self._scheduler
         if updated:
             self._memory.versions[index] += 1
@@ -104,4 +104,4 @@ class SimulatedBlocks(Blocks):
         out[:] = self._memory.tags[index]
 
     def free(self) -> None:
-        """Do nothing: there are no windows to free."""
+        """Do nothing, because there are no windows to free."""

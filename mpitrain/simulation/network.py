@@ -30,20 +30,21 @@ KEPT = 4096
 
 @dataclass(frozen=True)
 class Network:
-    """The constants of a cluster. Times in seconds, bandwidths in bytes per second.
+    """The constants of a cluster. Times are in seconds, bandwidths in bytes per second.
 
     Attributes:
-        latency: L, of a message between nodes.
-        overhead: o, of the processor that sends or receives a message.
-        gap: g, the least time between two messages of an adapter.
-        bandwidth: 1/G, of a node's adapter in each direction.
-        node_latency: Of an access to a vector in the memory of the node, with its lock.
-        node_bandwidth: Of a pass over such a vector.
-        rack_nodes: Consecutive nodes that share an uplink to the other racks; 0 for one rack.
-        uplink: Bandwidth of that uplink in each direction.
-        service: Of the processor at a shard's home for each request.
-        service_bandwidth: Of that processor for the bytes that it sends and stores.
-        request_bytes: Size of a message without a vector.
+        latency: L, the latency of a message between nodes.
+        overhead: o, the time of a processor to send or receive a message.
+        gap: g, the shortest time between two messages of an adapter.
+        bandwidth: 1/G, the bandwidth of a node's adapter in each direction.
+        node_latency: The latency of an access to a vector in the memory of the node, including its lock.
+        node_bandwidth: The bandwidth of a pass over such a vector.
+        rack_nodes: The number of consecutive nodes in a rack, which share an uplink to other racks; 0 for a single
+            rack.
+        uplink: The bandwidth of this uplink in each direction.
+        service: The time of the processor at a shard's home for each request.
+        service_bandwidth: The bandwidth at which this processor sends and stores data.
+        request_bytes: The size of a message without a vector.
     """
 
     latency: float = 0.0
@@ -62,8 +63,8 @@ class Network:
         """Return the seconds from sending a message to its arrival on an idle network.
 
         Args:
-            n_bytes: Its size.
-            bandwidth: Of the slowest part of its way; by default an adapter's.
+            n_bytes: The size of the message.
+            bandwidth: The bandwidth of the slowest link on its way; by default that of an adapter.
         """
         slowest = self.bandwidth if bandwidth is None else min(self.bandwidth, bandwidth)
         return self.latency + 2 * self.overhead + max(self.gap, n_bytes / slowest)
@@ -75,30 +76,31 @@ class Network:
     def allreduce(self, n_bytes: float, nodes: Sequence[int]) -> float:
         """Return the seconds of an all-reduce between the first and the last step of its algorithm.
 
-        The ranks of a node add their vectors in its memory. Between n nodes it takes the faster of
+        The ranks of a node add their vectors in its memory. Between n nodes, the faster of two algorithms is used:
 
             ring                 2*(n - 1)*(L + 2*o + max(g, m/n*G))
             recursive doubling   ceil(log2 n)*(L + 2*o + max(g, m*G))
 
-        where G is that of the uplink's share in the steps that cross racks.
+        In steps that cross racks, G is that of the share of the uplink.
 
         Args:
-            n_bytes: m, the size of the vector.
+            n_bytes: The size m of the vector.
             nodes: (ranks,) the node of each rank.
         """
         distinct, inside = self._inside(n_bytes, nodes)
         return inside + min(self.ring(n_bytes, distinct), self.doubling(n_bytes, distinct))
 
     def ring(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of a ring all-reduce between nodes, given once each; neighbours in a rack follow."""
+        """Return the seconds of a ring all-reduce between distinct nodes, of which those of a rack are consecutive."""
         n = len(nodes)
         crosses = len({self.rack(node) for node in nodes}) > 1
         return 2 * (n - 1) * self.message(n_bytes / max(n, 1), self.uplink if crosses else None)
 
     def doubling(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of an all-reduce by recursive doubling between nodes, given once each.
+        """Return the seconds of an all-reduce between distinct nodes by recursive doubling.
 
-        In step k the node at position i exchanges with the one at i XOR 2^k; all that leave a rack share its uplink.
+        In step k, the node at position i exchanges with the node at position i XOR 2^k. Messages that leave a rack
+        share its uplink.
         """
         seconds, distance = 0.0, 1
         while distance < len(nodes):
@@ -119,7 +121,7 @@ class Network:
         return inside + _rounds(len(distinct)) * self.message(n_bytes, self.uplink if crosses else None)
 
     def gather(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of an all-gather of ``n_bytes`` of each rank, whose messages double in size."""
+        """Return the seconds of an all-gather of ``n_bytes`` per rank. Messages double in size from step to step."""
         distinct, inside = self._inside(n_bytes * len(nodes), nodes)
         per_node = n_bytes * len(nodes) / max(len(distinct), 1)
         return inside + sum(self.message(per_node * 2**k) for k in range(_rounds(len(distinct))))
@@ -130,7 +132,7 @@ class Network:
         return inside + _rounds(len(distinct)) * self.message(0)
 
     def collective(self, kind: str, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of a collective: ``allreduce``, ``tree``, ``gather``, ``barrier``; 0 for ``set-up``."""
+        """Return the seconds of a collective of a kind of ``Schedule.all_met``; 0 for ``set-up``."""
         if kind == "set-up" or len(nodes) < 2:
             return 0.0
         if kind == "barrier":
@@ -154,7 +156,7 @@ def _rounds(n: int) -> int:
 class Resource:
     """A resource that serves one user at a time: an adapter, an uplink, a processor, a lock.
 
-    Users may ask in any order; each gets the first free time that is long enough.
+    Reservations may be made in any order. Each gets the first free interval that is long enough.
     """
 
     def __init__(self) -> None:
@@ -162,7 +164,7 @@ class Resource:
         self._ends: list[float] = []
 
     def reserve(self, earliest: float, seconds: float) -> float:
-        """Occupy the resource for a time that begins at ``earliest`` or as soon as it is free; return the beginning."""
+        """Reserve the resource from ``earliest`` on, or as soon as it is free; return the beginning."""
         start, k = earliest, bisect_right(self._ends, earliest)
         while k < len(self._starts) and self._starts[k] < start + seconds:
             start = self._ends[k]
@@ -205,10 +207,10 @@ class Fabric:
         Args:
             source, target: The ranks.
             n_bytes: The size of the message.
-            at: When the sender begins.
+            at: The time at which the sender begins.
 
         Returns:
-            When the sender's processor and adapter are done with it, and when the receiver has it.
+            The time at which the sender's processor and adapter are free again, and the time of arrival.
         """
         network, a, b = self.network, self._nodes[source], self._nodes[target]
         if a == b:
@@ -229,7 +231,9 @@ class Fabric:
         return sent, end + network.latency + network.overhead
 
     def serve(self, rank: int, n_bytes: float, at: float) -> float:
-        """Let the processor at a rank's node serve a request that arrives then; return when it is done."""
+        """Let the processor of a rank's node serve a request that arrives at the given time; return the end of the
+        service.
+        """
         seconds = self.network.service + n_bytes / self.network.service_bandwidth
         return self._resource("processor", rank).reserve(at, seconds) + seconds
 

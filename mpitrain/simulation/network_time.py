@@ -18,18 +18,18 @@ from mpitrain.simulation.schedules import ClockSchedule, Watched
 
 
 class NetworkTime(ClockSchedule):
-    """The worker whose clock is furthest behind, on a cluster with shared links, servers and cores.
+    """A schedule that runs the worker with the smallest clock, on a cluster with shared links, servers and cores.
 
     Args:
         compute: The durations of gradients.
         network: The constants of the network.
         nodes: (p,) the node of each worker.
-        cores: Cores of a node, which its workers share; None: each has one.
-        slice_seconds: Time slice of a core with several workers.
-        starts: (p,) when each worker joins; all at 0 by default.
+        cores: The number of cores of a node, which its workers share; None if each worker has its own core.
+        slice_seconds: The time slice of a core with several workers.
+        starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
-        clocks: (p,) the seconds of virtual time that each worker has used.
+        clocks: (p,) the virtual time of each worker, in seconds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NetworkTime(ClockSchedule):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let operations take no time, for an evaluation."""
+        """Let operations inside the block take no time, for an evaluation."""
         self._is_paused = True
         try:
             yield
@@ -62,7 +62,7 @@ class NetworkTime(ClockSchedule):
             self._is_paused = False
 
     def computing(self, rank: int) -> bool:
-        """Advance the worker's clock by its gradient or a part of it; return whether it is not ready yet."""
+        """Advance the worker's clock by its gradient, or a part of it; return whether the gradient is unfinished."""
         left, core = self._left[rank], self._cores[rank]
         if left == 0:
             self._left[rank] = None
@@ -78,7 +78,7 @@ class NetworkTime(ClockSchedule):
         return True
 
     def asking(self, rank: int, block: Watched, home: int) -> bool:
-        """Advance the worker's clock to the time at which its request arrives; return whether it has not arrived."""
+        """Advance the worker's clock to the arrival of its request; return whether the request is still under way."""
         if self._is_paused or self._asked[rank] == block:
             return False
         now, prefetched = float(self.clocks[rank]), self._prefetched[rank]
@@ -89,7 +89,7 @@ class NetworkTime(ClockSchedule):
         return True
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
-        """Advance the worker's clock to the time at which it has the lock and the data of a block."""
+        """Advance the worker's clock to the time at which it has received the lock and the data of a block."""
         if self._is_paused:
             return
         self._asked[rank] = None
@@ -103,7 +103,7 @@ class NetworkTime(ClockSchedule):
             self._prefetched[rank] = following, received
 
     def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
-        """Advance the worker's clock by the release of a block, and note when others can have the lock."""
+        """Advance the worker's clock by the release of a block, and note when the lock is free again."""
         if self._is_paused:
             return
         now = float(self.clocks[rank])
@@ -117,7 +117,10 @@ class NetworkTime(ClockSchedule):
         self._set(rank, done)
 
     def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
-        """Advance the worker's clock by a read of a peer's vector, which needs no lock and no processor there."""
+        """Advance the worker's clock by a read of a peer's vector.
+
+        The read needs neither a lock nor the peer's processor.
+        """
         if self._is_paused:
             return
         if self._fabric.is_local(rank, peer):
@@ -127,7 +130,7 @@ class NetworkTime(ClockSchedule):
         self._set(rank, self._fabric.send(peer, rank, n_bytes, arrived)[1])
 
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
-        """Advance the clocks of these workers to the end of a collective, which begins when the last one arrives."""
+        """Advance the clocks of the workers to the end of a collective. It begins when the last worker arrives."""
         members = list(ranks)
         cost = self._network.collective(kind, n_bytes, [self._nodes[rank] for rank in members])
         self.clocks[members] = self.clocks[members].max() + cost

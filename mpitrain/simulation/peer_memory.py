@@ -18,14 +18,15 @@ from mpitrain.simulation.scheduler import Group, Scheduler
 
 @dataclass(frozen=True)
 class Layout:
-    """How the memory of a simulated world is divided.
+    """The division of the memory of a simulated world into shards.
 
     Args:
         nodes: (size,) the node of each worker.
-        largest_shard: The most elements in a shard; small shards let a small vector have many of them.
-        smallest_shard: The least elements in the share of an owner, where there are fewer owners than workers.
-        interleave_locks: Give way before every lock, so that the visits of two workers to the shards of a vector
-            interleave as they do between ranks.
+        largest_shard: The largest number of elements in a shard. A small value gives a small vector many shards.
+        smallest_shard: The smallest number of elements per owner. A short vector therefore has fewer owners than
+            workers.
+        interleave_locks: Whether other workers may run before every lock. The visits of two workers to the shards of a
+            vector then interleave, as they do between ranks.
     """
 
     nodes: tuple[int, ...]
@@ -35,14 +36,14 @@ class Layout:
 
 
 class SimulatedPeerMemory:
-    """Allocates memory that the workers of a group reach: the counterpart of ``PeerMemory``.
+    """The memory that the workers of a group can access: the simulated counterpart of ``PeerMemory``.
 
     Args:
         scheduler: Runs the workers.
-        layout: Of the world's memory.
+        layout: The layout of the memory of the world.
         group: The workers that share the memory.
-        rank: Rank of this worker in the group.
-        statistics: Counters to add to; new ones by default.
+        rank: The rank of this worker in the group.
+        statistics: The counters of exchanges; new ones by default.
 
     Attributes:
         rank: Rank of this worker in the group.
@@ -84,7 +85,7 @@ class SimulatedPeerMemory:
         return SimulatedVector(self._exchange(None, make_arrays), self.rank)
 
     def publish(self, vector: Any) -> None:
-        """Do nothing: peers always see a vector as it is. Local."""
+        """Do nothing, because peers always see the present values. Local."""
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the current vector of a peer. Local; not counted as an exchange."""
@@ -92,7 +93,7 @@ class SimulatedPeerMemory:
         fn(vector.arrays[peer])
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate one vector of zeros, or ``rows`` updated together, sharded over the workers. Collective."""
+        """Allocate a vector of zeros in shards, or ``rows`` vectors that are updated together. Collective."""
 
         def make_memory(_: list[None]) -> BlockMemory:
             parts = shards(n, self.nodes, self._layout.largest_shard, smallest=-(-self._layout.smallest_shard // rows))
@@ -102,7 +103,7 @@ class SimulatedPeerMemory:
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate ``slots`` vectors at every worker, which others read or update under their locks. Collective."""
+        """Allocate ``slots`` vectors at every worker, each with a lock under which others access it. Collective."""
 
         def make_memory(_: list[None]) -> BlockMemory:
             homes = tuple(rank for rank in range(self.size) for _ in range(slots))
@@ -111,7 +112,7 @@ class SimulatedPeerMemory:
         return Mailboxes(self._blocks(make_memory), self.rank, slots, self.statistics)
 
     def free(self) -> None:
-        """Do nothing: there are no windows to free. Collective."""
+        """Do nothing, because there are no windows to free. Collective."""
 
     def _exchange(self, value: Any, combine: Callable[[list[Any]], Any], kind: str = "set-up", n_bytes: int = 0) -> Any:
         return self._scheduler.exchange(self._group, self.rank, value, combine, kind, n_bytes)

@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class OpenCollective:
-    """A collective that some workers of a group have not left.
+    """A collective in progress.
 
     Attributes:
-        values: What each worker has contributed, by group rank.
-        n_absent: Workers that have not contributed yet.
-        n_present: Workers that have not collected the result.
+        values: The contribution of each worker, by group rank.
+        n_absent: The number of workers that have not contributed yet.
+        n_present: The number of workers that have not received the result yet.
         result: The combined value, once all have contributed.
     """
 
@@ -42,14 +42,14 @@ class OpenCollective:
 
 @dataclass(eq=False)
 class Group:
-    """Workers that call collectives with each other. ``Scheduler.group`` makes one.
+    """The workers of a communicator. ``Scheduler.group`` creates a group.
 
     Attributes:
-        ranks: World ranks of the workers, in the order of their group ranks.
+        ranks: The world ranks of the workers, in the order of their group ranks.
         nodes: The node of each worker.
         ranks_of_nodes: The group ranks on each node, ascending.
-        n_collectives: (size,) the collectives that each worker has called in the current run.
-        open: The collectives that not all workers have left, by number.
+        n_collectives: (size,) the number of collectives that each worker has called in the current run.
+        open: The collectives in progress, by number.
     """
 
     ranks: tuple[int, ...]
@@ -65,21 +65,21 @@ class Group:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all collectives; the next one is the first of a run."""
+        """Discard all collectives in progress, at the beginning of a run."""
         self.n_collectives = [0] * len(self.ranks)
         self.open = {}
 
 
 class Scheduler:
-    """Runs the workers of a simulated world, one at a time.
+    """The scheduler of a simulated world. It runs one worker at a time.
 
     Args:
         size: The number of workers.
-        schedule: Decides which worker runs next whenever one gives way.
+        schedule: The schedule, which chooses the next worker whenever a worker gives way.
 
     Attributes:
-        dead: World ranks of the workers that have died.
-        n_locked: Locks that the running worker holds; while it has one, no other runs.
+        dead: The world ranks of the workers that have died.
+        n_locked: The number of locks that the running worker holds. No other worker runs while it holds one.
     """
 
     def __init__(self, size: int, schedule: Schedule) -> None:
@@ -97,18 +97,18 @@ class Scheduler:
         self._reading: set[Watched] | None = None  # blocks that the condition being checked has read
 
     def group(self, ranks: Sequence[int], nodes: Sequence[int]) -> Group:
-        """Return a new group of workers, given by their world ranks, ascending, and the node of each world rank."""
+        """Return a new group of workers, from their world ranks in ascending order and the nodes of all world ranks."""
         self._groups.append(Group(tuple(ranks), [nodes[rank] for rank in ranks]))
         return self._groups[-1]
 
     def run(self, program: Callable[[int], T]) -> list[T]:
-        """Run ``program(rank)`` as every worker, until all have returned or the schedule ends.
+        """Run ``program(rank)`` for every worker, until all have returned or the schedule ends the run.
 
         Returns:
-            The result of each worker's program; None for workers that did not finish.
+            The result of each worker's program; None for a worker that has not finished.
 
         Raises:
-            RuntimeError: Every unfinished worker waits for something that no worker will do.
+            RuntimeError: Deadlock: all unfinished workers wait for each other.
         """
         self._hub = getcurrent()
         # A run ended by its script or by an exception may have left workers in a collective: they no longer exist.
@@ -135,14 +135,14 @@ class Scheduler:
         return results
 
     def kill(self, rank: int) -> None:
-        """End a worker: it never runs again, its memory stays, and workers that wait for it raise ``RankFailed``."""
+        """Let a worker die: it never runs again. Workers that wait for it raise ``RankFailed``. Its memory stays."""
         self.dead |= {rank}
         self._unfinished.discard(rank)
         self._ready.discard(rank)
         self._wake_all()  # every waiting worker runs once more and checks for the dead
 
     def give_way(self) -> None:
-        """Let the schedule decide which worker runs next. Called by a worker."""
+        """Let the schedule choose the worker that runs next. Called by a worker."""
         if self._hub is not None and getcurrent() is not self._hub:
             self._hub.switch()
 
@@ -150,8 +150,8 @@ class Scheduler:
         """Let other workers run until the condition holds. Called by a worker.
 
         Args:
-            rank: World rank of the calling worker.
-            condition: Becomes true by what other workers do.
+            rank: The world rank of the calling worker.
+            condition: A condition that other workers can make true.
             group: The workers that may make it true.
 
         Raises:
@@ -166,12 +166,15 @@ class Scheduler:
             self.give_way()
 
     def read(self, block: Watched) -> None:
-        """Note that a block is read: a condition that does so is checked again when the block changes."""
+        """Note that a block is read.
+
+        If a condition reads it, the condition is checked again after the block has changed.
+        """
         if self._reading is not None:
             self._reading.add(block)
 
     def changed(self, block: Watched) -> None:
-        """Note that a block has changed, so that conditions that depend on it are checked before the next turn."""
+        """Note that a block has changed. Conditions that depend on it are checked before the next worker runs."""
         if self._watchers:
             self._polled |= self._watchers.pop(block, set())
 
@@ -188,10 +191,10 @@ class Scheduler:
 
         Args:
             group: The workers that take part.
-            rank: Group rank of the calling worker.
-            value: Its contribution.
+            rank: The group rank of the calling worker.
+            value: The contribution of this worker.
             combine: Called once, by the last worker to arrive, with the values in the order of the group ranks.
-            kind, n_bytes: For ``Schedule.all_met``.
+            kind, n_bytes: See ``Schedule.all_met``.
 
         Raises:
             RankFailed: A worker of the group has died.

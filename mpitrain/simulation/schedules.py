@@ -12,9 +12,9 @@ import numpy as np
 
 
 class Ready:
-    """The workers that can run, a set of ranks in ascending order.
+    """The workers that can run, as a sorted set of ranks.
 
-    Adding, removing, membership and ``after`` take a time that hardly depends on the number of workers.
+    The cost of each operation hardly depends on the number of workers.
 
     Args:
         size: The number of workers; none is ready at first.
@@ -25,7 +25,7 @@ class Ready:
         self._n = 0
 
     def add(self, ranks: Iterable[int]) -> None:
-        """Add workers; those that are ready already stay so."""
+        """Add workers. Workers that are ready already stay ready."""
         for rank in ranks:
             self._n += not self._is_ready[rank]
             self._is_ready[rank] = 1
@@ -36,7 +36,7 @@ class Ready:
         self._is_ready[rank] = 0
 
     def after(self, rank: int) -> int:
-        """Return the first ready worker above ``rank``, or else the first of all."""
+        """Return the first ready worker above ``rank``; if there is none, the first ready worker."""
         found = self._is_ready.find(1, rank + 1)
         return found if found >= 0 else self._is_ready.find(1)
 
@@ -61,22 +61,22 @@ Watched = tuple[int, int]
 
 
 class Schedule(Protocol):
-    """Decides which worker runs next, and is told what the workers do, which may take time."""
+    """A rule that chooses the worker that runs next. It is notified of all operations, and may let them take time."""
 
     def choose(self, ready: Ready) -> int | None:
-        """Return one of the ready workers, of which there is at least one, or None to end the run."""
+        """Return a ready worker, or None to end the run. There is at least one ready worker."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
-        """Note that a worker has finished a local step, with the exchanges it made and the bytes it sent in it."""
+        """Note that a worker has finished a local step, with the numbers of exchanges and of bytes sent."""
 
     def computing(self, rank: int) -> bool:
-        """Spend time on the worker's gradient; return whether others should run before it calls again."""
+        """Let time pass for the worker's gradient; return whether others should run before the worker calls again."""
 
     def asking(self, rank: int, block: Watched, home: int) -> bool:
-        """Spend time on asking for the lock of a block; return whether others should run before it calls again."""
+        """Let time pass for the request of a lock; return whether others should run before the worker calls again."""
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
-        """Note that a worker acquires the lock of a block, at its home rank, and then that of the following one."""
+        """Note that a worker acquires the lock of a block at its home rank, and which block it will visit next."""
 
     def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
         """Note that a worker releases a block."""
@@ -85,19 +85,21 @@ class Schedule(Protocol):
         """Note that a worker has read a vector of another one."""
 
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
-        """Note that these workers have completed a collective, which lets none of them be ahead of another.
+        """Note that these workers have completed a collective, so that their clocks agree.
 
         Args:
             ranks: The workers.
             kind: ``allreduce``, ``tree`` (a broadcast or reduction), ``gather``, ``barrier``, or ``set-up``.
-            n_bytes: The size of the vector; in a gather, of one worker's part.
+            n_bytes: The size of the vector; in a gather, the size of one worker's part.
         """
 
     def released(self, rank: int) -> None:
-        """Note that the worker that ran last has made true the condition for which this one waits."""
+        """Note that the worker that ran last has made the condition of this waiting worker true."""
 
     def ready_again(self, ranks: Iterable[int]) -> None:
-        """Note that these workers can run, for another reason than ``all_met`` or ``released``: a start, a death."""
+        """Note that these workers can run again after a start or a death (after ``all_met`` and ``released`` they can
+        too).
+        """
 
 
 class _Instant:
@@ -138,7 +140,7 @@ class _Timeless(_Instant):
 
 
 class RoundRobin(_Timeless):
-    """0, 1, ..., p-1, 0, 1, ...: the schedule of Zhang's round-robin analysis (arXiv 1412.6651, section 4)."""
+    """The schedule 0, 1, ..., p-1, 0, 1, ... of Zhang's round-robin analysis (arXiv 1412.6651, section 4)."""
 
     def __init__(self) -> None:
         self._last = -1
@@ -150,7 +152,7 @@ class RoundRobin(_Timeless):
 
 
 class RandomOrder(_Timeless):
-    """A worker drawn uniformly from the ready ones at each turn."""
+    """A schedule that draws the next worker uniformly from the ready ones."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -161,20 +163,20 @@ class RandomOrder(_Timeless):
 
 
 class Scripted(_Timeless):
-    """The given workers in the given order; the run ends with the script.
+    """A schedule given as a list of workers; the run ends with the list.
 
     Args:
-        ranks: One worker for each turn, which lasts until the worker gives way.
+        ranks: The workers. Each runs until it gives way.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = iter(ranks)
 
     def choose(self, ready: Ready) -> int | None:
-        """Return the next worker of the script.
+        """Return the next worker of the list.
 
         Raises:
-            ValueError: The script names a worker that waits or has finished.
+            ValueError: This worker waits or has finished.
         """
         rank = next(self._ranks, None)
         if rank is not None and rank not in ready:
@@ -183,10 +185,10 @@ class Scripted(_Timeless):
 
 
 class ClockSchedule(_Instant):
-    """A schedule that lets the worker run whose clock is furthest behind.
+    """A schedule that runs the worker with the smallest clock.
 
     Args:
-        clocks: (p,) where the clocks start, in seconds.
+        clocks: (p,) the initial clocks, in seconds.
 
     Attributes:
         clocks: (p,) the seconds of virtual time that each worker has used.
@@ -198,7 +200,7 @@ class ClockSchedule(_Instant):
         self._last = 0
 
     def choose(self, ready: Ready) -> int:
-        """Return the ready worker with the smallest clock, the one of lowest rank among equals."""
+        """Return the ready worker with the smallest clock; among equal clocks, the one with the lowest rank."""
         self._last = self._turns.earliest(ready)
         return self._last
 
@@ -206,7 +208,7 @@ class ClockSchedule(_Instant):
         """Do nothing."""
 
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
-        """Set the clocks of these workers to the latest of them."""
+        """Set the clocks of these workers to the largest of them."""
         self.clocks[list(ranks)] = self.clocks[list(ranks)].max()
         self._turns.add(ranks)
 
@@ -216,7 +218,7 @@ class ClockSchedule(_Instant):
         self._turns.add((rank,))
 
     def ready_again(self, ranks: Iterable[int]) -> None:
-        """Let these workers be chosen, at the time that their clocks show."""
+        """Add these workers to those that can be chosen."""
         self._turns.add(ranks)
 
     @contextmanager
@@ -226,22 +228,21 @@ class ClockSchedule(_Instant):
 
 
 class VirtualTime(ClockSchedule):
-    """The worker whose virtual clock is furthest behind, with a private link for each.
+    """A schedule that runs the worker with the smallest clock; each worker has its own network link.
 
-    A step of worker i that makes k exchanges and sends m bytes advances the worker's clock by
+    A step with k exchanges and m bytes advances the clock of worker i by
 
         step_seconds[i]*J + k*latency_seconds + m/bytes_per_second,    ln J ~ N(-jitter^2/2, jitter^2)
 
-    Each worker has a link of its own, so that no worker is delayed by the bytes of another.
+    Because links are not shared, no worker is delayed by the traffic of another.
 
     Args:
-        step_seconds: (p,) mean duration of a local step of each worker; that of a worker 4 times slower is 4 times as
-            long.
-        latency_seconds: Latency of an exchange.
-        bytes_per_second: Bandwidth of a worker's link.
-        jitter: Standard deviation of the logarithm of a step's duration; the mean stays ``step_seconds``.
+        step_seconds: (p,) the mean duration of a local step of each worker.
+        latency_seconds: The latency of an exchange.
+        bytes_per_second: The bandwidth of a worker's link.
+        jitter: The standard deviation of the logarithm of a step's duration. It does not change the mean.
         seed: The seed of the jitter.
-        starts: (p,) when each worker joins; all at 0 by default.
+        starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
         clocks: (p,) the seconds of virtual time that each worker has used.
@@ -272,13 +273,13 @@ class VirtualTime(ClockSchedule):
 
 
 class ClockQueue:
-    """Workers by their clocks; a turn costs the logarithm of their number.
+    """A priority queue of workers, ordered by their clocks. An operation costs O(log p).
 
-    An entry is valid while the worker's clock shows its time. One that is found while its worker waits is dropped: the
-    worker is added again when it need not wait any more.
+    An entry holds the clock at the time of ``add``, and is ignored if the clock has changed since. An entry of a worker
+    that waits is dropped; the worker is added again when it can run.
 
     Args:
-        clocks: (p,) seconds, which others advance.
+        clocks: (p,) the clocks in seconds, which others advance.
     """
 
     def __init__(self, clocks: np.ndarray) -> None:
@@ -286,15 +287,15 @@ class ClockQueue:
         self._entries = [(float(clock), rank) for rank, clock in enumerate(clocks)]
 
     def add(self, ranks: Iterable[int]) -> None:
-        """Add workers whose clocks have moved, or that can run again."""
+        """Add workers whose clocks have changed, or that can run again."""
         for rank in ranks:
             heapq.heappush(self._entries, (float(self._clocks[rank]), rank))
 
     def earliest(self, among: Container[int]) -> int:
-        """Return the worker of these with the smallest clock, the one of lowest rank among equals.
+        """Return the worker with the smallest clock among the ready ones; among equal clocks, the lowest rank.
 
         Raises:
-            IndexError: None of them has been added.
+            IndexError: No ready worker has been added.
         """
         while True:
             clock, rank = self._entries[0]
@@ -304,11 +305,11 @@ class ClockQueue:
 
 
 class Until:
-    """Another schedule that ends the run as soon as a condition holds, wherever the workers are.
+    """A schedule that follows another one, and ends the run as soon as a condition holds.
 
     Args:
-        schedule: The schedule until then.
-        is_over: The condition, checked before each turn.
+        schedule: The other schedule.
+        is_over: The condition, checked before each choice.
     """
 
     def __init__(self, schedule: Schedule, is_over: Callable[[], bool]) -> None:
@@ -319,5 +320,5 @@ class Until:
         return getattr(self._schedule, name)
 
     def choose(self, ready: Ready) -> int | None:
-        """Return the other schedule's choice, or None once the condition holds."""
+        """Return the choice of the other schedule, or None if the condition holds."""
         return None if self._is_over() else self._schedule.choose(ready)

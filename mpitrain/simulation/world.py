@@ -19,13 +19,13 @@ class SimulatedWorld:
 
     Args:
         size: The number of workers.
-        schedule: Decides which worker runs next whenever one gives way; round robin by default.
+        schedule: The schedule, which chooses the next worker whenever a worker gives way; by default round robin.
         interleave_locks, largest_shard, smallest_shard: See ``Layout``.
-        nodes: (size,) the node of each worker; by default all share one.
+        nodes: (size,) the node of each worker; by default all workers share a node.
 
     Attributes:
-        communicators: One for each worker, by rank.
-        scheduler: Runs the workers.
+        communicators: The communicator of each worker, by rank.
+        scheduler: The scheduler that runs the workers.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class SimulatedWorld:
         return self.scheduler.dead
 
     def run(self, program: Callable[[SimulatedCommunicator], T]) -> list[T]:
-        """Run ``program(communicator)`` as every worker, until all have returned or the schedule ends.
+        """Run ``program(communicator)`` for every worker, until all have returned or the schedule ends the run.
 
         Returns:
-            The result of each worker's program; None for workers that did not finish.
+            The result of each worker's program; None for a worker that has not finished.
 
         Raises:
-            RuntimeError: Every unfinished worker waits for something that no worker will do.
+            RuntimeError: Deadlock: all unfinished workers wait for each other.
         """
         return self.scheduler.run(lambda rank: program(self.communicators[rank]))
 
     def kill(self, rank: int) -> None:
-        """End a worker: it never runs again, its memory stays, and workers that wait for it raise ``RankFailed``."""
+        """Let a worker die: it never runs again. Workers that wait for it raise ``RankFailed``. Its memory stays."""
         self.scheduler.kill(rank)

@@ -29,7 +29,10 @@ def _check(p: int, tau: int = 1) -> None:
 
 
 def downpour_bound(p: int) -> float:
-    """Return the q below which the round-robin recursion is stable: 2 sin(pi/(2(2p-1))); 2, 1, .618, .445, ..."""
+    """Return 2 sin(pi/(2(2p-1))), the value of q below which the recursion is stable: 2, 1, .618, .445, ...
+
+    q is the fraction of the center's error that a push removes, and the p workers push in round-robin order.
+    """
     _check(p)
     return (
         1.0 if p == 2 else 2 * math.sin(math.pi / (2 * (2 * p - 1)))
@@ -46,7 +49,7 @@ def delayed_matrix(q: float, p: int) -> Matrix:
 
 
 def delayed_radius(q: float, p: int) -> float:
-    """Return the spectral radius of the recursion per push; below 1 exactly if 0 < q < ``downpour_bound(p)``."""
+    """Return the spectral radius of ``delayed_matrix``. It is below 1 exactly if 0 < q < ``downpour_bound(p)``."""
     return spectral_radius(delayed_matrix(q, p))
 
 
@@ -56,28 +59,34 @@ def downpour_q(eh: float, tau: int) -> float:
 
 
 def agn_q(eh: float, tau: int) -> float:
-    """Return q with accumulated gradient normalisation: (1 - (1-eh)^tau) / tau, at most min(eh, 1/tau) if eh <= 1."""
+    """Return the fraction of the error that a push of AGN removes: (1 - (1-eh)^tau) / tau.
+
+    AGN is accumulated gradient normalization. For eh <= 1 the result is at most min(eh, 1/tau).
+    """
     return downpour_q(eh, tau) / tau
 
 
 def dynsgd_q(eh: float, tau: int, p: int) -> float:
-    """Return q with DynSGD, which divides a push of staleness p-1 by p: stable for all p and tau if 0 < eh < 1."""
+    """Return the fraction of the error that a push of DynSGD removes: (1 - (1-eh)^tau) / p.
+
+    DynSGD divides a push of staleness p-1 by p. It is stable for all p and tau if 0 < eh < 1.
+    """
     return downpour_q(eh, tau) / p
 
 
 def downpour_is_stable(eh: float, p: int, tau: int) -> bool:
-    """Return whether round-robin DOWNPOUR converges on the quadratic: 0 < q < bound."""
+    """Return whether round-robin DOWNPOUR converges on the quadratic: 0 < q < ``downpour_bound(p)``."""
     return 1 - downpour_bound(p) < (1 - eh) ** tau < 1  # in terms of 1 - q, which is exact where q rounds to 1
 
 
 def downpour_largest_eh(p: int, tau: int) -> float:
-    """Return the eh below which DOWNPOUR is stable: 1 - (1-bound)^(1/tau); 2 for a single worker."""
+    """Return the value of eh below which DOWNPOUR is stable: 1 - (1-bound)^(1/tau), or 2 for a single worker."""
     _check(p, tau)
     return 2.0 if p == 1 else 1 - (1 - min(downpour_bound(p), 1.0)) ** (1 / tau)
 
 
 def downpour_largest_period(p: int, eh: float) -> float:
-    """Return the largest tau such that DOWNPOUR is stable for all periods up to tau: 0 if there is none, or inf."""
+    """Return the largest tau for which DOWNPOUR is stable at all periods up to tau; it may be 0 or infinite."""
     _check(p)
     if not 0 < eh < 2:
         return 0
@@ -91,7 +100,7 @@ def downpour_largest_period(p: int, eh: float) -> float:
 
 
 def agn_safe_period(p: int) -> int:
-    """Return the smallest tau from which AGN is stable for every 0 < eh <= 1: the first with 1/tau <= bound.
+    """Return the smallest tau for which AGN is stable for every 0 < eh <= 1: the first with 1/tau <= bound.
 
     It is about 0.64 p. Hermans' rule of thumb, (p + number of layers)/2, grows similarly.
     """
@@ -99,19 +108,19 @@ def agn_safe_period(p: int) -> int:
 
 
 def agn_largest_eh(p: int, tau: int) -> float:
-    """Return the eh <= 1 below which AGN is stable: 1 - (1 - tau*bound)^(1/tau)."""
+    """Return the value of eh, at most 1, below which AGN is stable: 1 - (1 - tau*bound)^(1/tau)."""
     _check(p, tau)
     pushed = tau * downpour_bound(p)
     return 1.0 if pushed >= 1 else 1 - (1 - pushed) ** (1 / tau)
 
 
 def mdownpour_matrix(eh: float, delta: float, p: int) -> Matrix:
-    """Return one update of momentum at the master on (c, v, y_k, ..., y_{k-p+1}), shape (p+2, p+2).
+    """Return the matrix of an update of MDOWNPOUR on (c, v, y_k, ..., y_{k-p+1}), shape (p+2, p+2).
 
         v <- delta*v - eh*y_{k-p+1};   c <- c + v;   y_{k+1} = c + delta*v
 
-    Workers pull y. This is MDOWNPOUR of arXiv 1412.6651 in its look-ahead form, in round-robin order: gradients are p-1
-    updates old. Its eigenvalues for delta = 0 are those of ``delayed_matrix(eh, p)``, for p = 1 those of
+    The workers pull y. This is MDOWNPOUR of arXiv 1412.6651 in its look-ahead form. In round-robin order, gradients are
+    p-1 updates old. For delta = 0, the eigenvalues are those of ``delayed_matrix(eh, p)``; for p = 1, they are those of
     ``msgd_matrix``. Derived for this project.
     """
     _check(p)
@@ -124,10 +133,10 @@ def mdownpour_matrix(eh: float, delta: float, p: int) -> Matrix:
 
 
 def mdownpour_largest_eh(p: int, delta: float) -> float:
-    """Return the eh up to which round-robin MDOWNPOUR is stable, for 0 <= delta < 1.
+    """Return the value of eh up to which round-robin MDOWNPOUR is stable, for 0 <= delta < 1.
 
-    The first crossing of radius 1, found by bisection. Delay and momentum compound: with 8 workers and momentum 0.9 it
-    is a hundredth of that of one worker without momentum.
+    It is the smallest eh at which the spectral radius is 1, found by bisection. Delay and momentum compound: with 8
+    workers and momentum 0.9, the result is a hundredth of that for one worker without momentum.
     """
     if not 0 <= delta < 1:
         raise UsageError(f"momentum must be in [0, 1), not {delta:g}")
@@ -141,7 +150,7 @@ def mdownpour_largest_eh(p: int, delta: float) -> float:
 
 
 def implicit_momentum(p: int) -> float:
-    """Return the implicit momentum of asynchrony among p workers, 1 - 1/p, with step eta/p (Mitliagkas et al. 2016)."""
+    """Return 1 - 1/p, the implicit momentum of p asynchronous workers with step eta/p (Mitliagkas et al. 2016)."""
     _check(p)
     return 1 - 1 / p
 
@@ -156,11 +165,12 @@ def implicit_momentum_matrix(eh: float, p: int) -> Matrix:
 
 
 def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
-    """Return E x_0 = 1, ..., E x_n with gradients of random age l, P(l) = (1/p)(1-1/p)^l, none from before the start.
+    """Return the means E x_0 = 1, ..., E x_n if the age l of a gradient is random: P(l) = (1/p)(1-1/p)^l.
 
         E x_{t+1} = E x_t - eh sum_{l<=t} P(l) E x_{t-l},   shape (n_steps + 1,)
 
-    It obeys ``implicit_momentum_matrix`` exactly, with x_{-1} = x_0. Derived for this project.
+    There are no gradients from before the start. The means obey ``implicit_momentum_matrix`` exactly, with x_{-1} =
+    x_0. Derived for this project.
     """
     probability = (1 / p) * (1 - 1 / p) ** np.arange(n_steps + 1)
     x = np.ones(n_steps + 1)
@@ -170,9 +180,10 @@ def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
 
 
 def elastic_equilibrium(h: float, rho: float, minimum: float, center: float) -> float:
-    """Return where elastic force and gradient cancel for a fixed center: (h x* + rho c)/(h + rho).
+    """Return (h x* + rho c)/(h + rho), the point at which elastic force and gradient cancel for a fixed center.
 
-    Further local steps there are wasted: the equilibrium condition of Hermans' thesis, for f = h (x - x*)^2 / 2.
+    At this point, further local steps have no effect. This is the equilibrium condition of Hermans' thesis for f = h (x
+    - x*)^2 / 2.
     """
     return (h * minimum + rho * center) / (h + rho)
 

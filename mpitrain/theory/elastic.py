@@ -24,11 +24,11 @@ GradPoint = Literal["pre", "post"]
 
 
 def easgd_matrix(eh: float, alpha: float, beta: float, tau: int = 1) -> Matrix:
-    """Return one period of synchronous EASGD on (mean of x_i, c), shape (2, 2).
+    """Return the matrix of a period of synchronous EASGD on (mean of x_i, c), shape (2, 2).
 
         diag((1-eh)^(tau-1), 1) @ [[1-eh-alpha, alpha], [beta, 1-beta]]
 
-    The exchange belongs to the first of the tau steps. Elastic symmetry is beta = p*alpha. Derived for this project
+    The exchange is part of the first of the tau steps. Elastic symmetry means beta = p*alpha. Derived for this project
     from eq. 5 and 6 of arXiv 1412.6651.
     """
     exchange = np.array([[1 - eh - alpha, alpha], [beta, 1 - beta]])
@@ -36,7 +36,9 @@ def easgd_matrix(eh: float, alpha: float, beta: float, tau: int = 1) -> Matrix:
 
 
 def easgd_full_matrix(eh: float, alpha: float, p: int, beta: float | None = None, tau: int = 1) -> Matrix:
-    """Return one period of synchronous EASGD on (x_1, ..., x_p, c), shape (p+1, p+1); ``beta`` defaults to p*alpha.
+    """Return the matrix of a period of synchronous EASGD on (x_1, ..., x_p, c), shape (p+1, p+1).
+
+    The default of ``beta`` is p*alpha.
 
         x_i <- x_i - eh*x_i - alpha*(x_i - c);   c <- (1-beta)*c + beta*mean(x_i);   then tau-1 steps of SGD
 
@@ -50,20 +52,20 @@ def easgd_full_matrix(eh: float, alpha: float, p: int, beta: float | None = None
 
 
 def easgd_disagreement_factor(eh: float, alpha: float, tau: int = 1) -> float:
-    """Return the factor of x_i - mean(x_i) per period: (1-eh)^(tau-1) * (1-eh-alpha)."""
+    """Return the factor by which x_i - mean(x_i) changes in a period: (1-eh)^(tau-1) * (1-eh-alpha)."""
     return (1 - eh) ** (tau - 1) * (1 - eh - alpha)
 
 
 def easgd_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
-    """Return whether synchronous EASGD with tau = 1 converges on the quadratic: the exact region.
+    """Return whether synchronous EASGD with tau = 1 converges on the quadratic.
 
-    With a = eh+alpha+beta and q = eh*beta the mean and the center converge iff
+    The region is exact. With a = eh+alpha+beta and q = eh*beta, the mean and the center converge if and only if
 
         q > 0,   a > q,   4 - 2a + q > 0, which is (2-eh)(2-beta) > 2*alpha
 
-    and two or more workers converge to each other iff |1-eh-alpha| < 1. For alpha >= 0 and eh, beta > 0 this is the
-    thesis' region, (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 it is not: there the binding
-    conditions are a > q and eh > -alpha. Derived for this project (Jury's criterion).
+    Two or more workers converge to each other if and only if |1-eh-alpha| < 1. For alpha >= 0 and eh, beta > 0, these
+    conditions are those of the thesis: (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 they differ:
+    the active conditions are a > q and eh > -alpha. Derived for this project (Jury's criterion).
 
     Args:
         eh: Step size times curvature.
@@ -76,14 +78,14 @@ def easgd_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
 
 
 def easgd_mean(t: int, eh: float, alpha: float, p: int, x_start: ArrayLike, c_start: float) -> float:
-    """Return E[c_t] of synchronous EASGD with beta = p*alpha and tau = 1; the minimum is at 0, ``x_start`` is (p,).
+    """Return E[c_t] of synchronous EASGD with beta = p*alpha and tau = 1, from ``x_start`` (p,), with the minimum at 0.
 
         E[c_t] = G^t c_0 + (G^t - F^t)/(G - F) * alpha*u_0
         G, F = 1 - (a -+ sqrt(a^2 - 4 eh p alpha))/2,   a = eh + (p+1)*alpha
         alpha*u_0 = alpha*sum_i(x_i) - (1 - eh - alpha - F)*c_0
 
-    The lemma of arXiv 1412.6651 has u_0 = sum_i(x_i - alpha/(1-p*alpha-F) c_0), from memory; the form here has
-    the same value without its division by zero at alpha = 0. Equal to the powers of ``easgd_matrix``.
+    The lemma of arXiv 1412.6651 (from memory) has u_0 = sum_i(x_i - alpha/(1-p*alpha-F) c_0). The form here has the
+    same value, and no division by zero at alpha = 0. It equals the powers of ``easgd_matrix``.
     """
     a = eh + (p + 1) * alpha
     root = math.hypot(
@@ -96,13 +98,13 @@ def easgd_mean(t: int, eh: float, alpha: float, p: int, x_start: ArrayLike, c_st
 
 
 def easgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, alpha: float, tau: int = 1) -> tuple[float, Matrix]:
-    """Return the fixed point of synchronous EASGD if worker i has f_i(x) = h_i (x - b_i)^2 / 2: c*, and x_i* (p,).
+    """Return the fixed point (c*, x* of shape (p,)) of synchronous EASGD if f_i(x) = h_i (x - b_i)^2 / 2.
 
         k_i = A_i alpha / (1 - A_i (1 - eta h_i - alpha)),   A_i = (1 - eta h_i)^(tau-1)
         c* = sum_i (1-k_i) b_i / sum_i (1-k_i),   x_i* = b_i + k_i (c* - b_i)  (before the exchange)
 
-    For tau = 1 the weights are those of the Moreau envelopes, h_i rho/(h_i + rho) with rho = alpha/eta. So c* is the
-    minimum of sum f_i only if all h_i are equal. Derived for this project.
+    f_i is the loss of worker i. For tau = 1 the weights are those of the Moreau envelopes, h_i rho/(h_i + rho) with rho
+    = alpha/eta. Therefore c* is the minimum of sum f_i only if all h_i are equal. Derived for this project.
     """
     h, b = np.asarray(h, float), np.asarray(b, float)
     local = (1 - eta * h) ** (tau - 1)
@@ -112,7 +114,9 @@ def easgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, alpha: float, tau:
 
 
 def eamsgd_matrix(eh: float, alpha: float, beta: float, delta: float, tau: int = 1) -> Matrix:
-    """Return one period of synchronous EAMSGD on (mean of v_i, mean of x_i, c), shape (3, 3), dh = delta*(1-eh).
+    """Return the matrix of a period of synchronous EAMSGD on (mean of v_i, mean of x_i, c), shape (3, 3).
+
+    With dh = delta*(1-eh):
 
         v <- dh*v - eh*x;   x <- x + v_new - alpha*(x - c);   c <- (1-beta)*c + beta*x
         [[dh, -eh, 0], [dh, 1-eh-alpha, alpha], [0, beta, 1-beta]],   then tau-1 steps with alpha = beta = 0
@@ -126,14 +130,14 @@ def eamsgd_matrix(eh: float, alpha: float, beta: float, delta: float, tau: int =
 
 
 def optimal_moving_rate(eh: float, beta: float) -> tuple[float, float]:
-    """Return the alpha that minimises the spectral radius of ``easgd_matrix`` for given eh and beta, and the radius.
+    """Return the alpha that minimizes the spectral radius of ``easgd_matrix`` for given eh and beta, and this radius.
 
         alpha* = -(sqrt(beta) - sqrt(eh))^2 <= 0,   radius* = 1 - sqrt(eh*beta)
 
     At beta = 1 and alpha = -dh the eigenvalues are those of Nesterov's momentum with delta*(1-eh) = dh: a negative
-    moving rate acts as momentum. It is optimal for the mean of the workers only. Their differences are multiplied by
-    1-eh-alpha, above 1 unless eh > -alpha, so several workers profit only with equal starts and equal gradients.
-    Thesis, abstract and chapter 5; derived for this project.
+    moving rate acts as momentum. This alpha is optimal for the mean of the workers only. The differences of the workers
+    are multiplied by 1-eh-alpha, which is above 1 unless eh > -alpha. Several workers therefore profit only if they
+    have equal starts and equal gradients. Thesis, abstract and chapter 5; derived for this project.
     """
     if eh <= 0 or beta <= 0:
         raise UsageError(f"the optimal moving rate needs positive eh and beta, not {eh:g} and {beta:g}")
@@ -149,15 +153,17 @@ def elastic_order_matrix(
     grad_point: GradPoint = "pre",
     tau: int = 1,
 ) -> Matrix:
-    """Return one period of an elastic exchange in any order on (mean of x_i, c), shape (2, 2).
+    """Return the matrix of a period with an elastic exchange in the given order, on (mean of x_i, c), shape (2, 2).
 
         jacobi        both sides from the old values
         center_first  c <- c + beta*(x - c), then x <- x - alpha*(x - c_new)
         worker_first  x <- x - alpha*(x - c), then c <- c + beta*(x_new - c)
 
-    ``pre``: the gradient of the old x is part of the worker's assignment, and tau-1 steps of SGD follow. ``post``: the
-    exchange alone, then tau steps. EASGD is (jacobi, pre); synchronous DOWNPOUR center_first with alpha = 1, beta = p,
-    post; averaging and Local SGD the same with beta = 1. Thesis, chapter 6, for the idea; derived for this project.
+    With ``pre``, the worker's assignment includes the gradient of the old x, and tau-1 steps of SGD follow. With
+    ``post``, the exchange is made alone, and tau steps follow.
+
+    EASGD is (jacobi, pre). Synchronous DOWNPOUR is (center_first, post) with alpha = 1 and beta = p. Local SGD is the
+    same with beta = 1. The idea is from chapter 6 of the thesis; derived for this project.
     """
     e = eh if grad_point == "pre" else 0.0
     worker, center = np.array([1 - e - alpha, alpha]), np.array([beta, 1 - beta])

@@ -23,28 +23,34 @@ def _check(p: int) -> None:
 
 
 def pull_contraction(p: int) -> float:
-    """Return E[V']/V of a round in which each worker averages itself with a peer it reads: (p-2)(2p-3)/(4(p-1)^2)."""
+    """Return E[V']/V of a round of pulls, where V = sum_i (x_i - mean)^2: (p-2)(2p-3)/(4(p-1)^2).
+
+    In a round of pulls, each worker reads a random peer and moves to the average of the two.
+    """
     _check(p)
     return (p - 2) * (2 * p - 3) / (4 * (p - 1) ** 2)
 
 
 def pull_mean_variance(p: int) -> float:
-    """Return Var(mean')/V of a round of pulls: (p-2)/(4p(p-1)^2).
+    """Return the variance that a round of pulls adds to the mean, divided by V: (p-2)/(4p(p-1)^2).
 
-    The mean is conserved in expectation, and exactly for p = 2.
+    The mean is conserved in expectation. For p = 2, it is conserved exactly.
     """
     _check(p)
     return (p - 2) / (4 * p * (p - 1) ** 2)
 
 
 def push_contraction(p: int) -> float:
-    """Return E[V']/V of a round in which each worker sends to a peer and averages with the k received vectors.
+    """Return E[V']/V of a round of pushes, where V = sum_i (x_i - mean)^2.
+
+    In a round of pushes, each worker sends its vector to a random peer, then averages its own vector and the k that it
+    has received:
 
         x_i <- (x_i + sum of received) / (1 + k)
         E[V']/V = 1 - r - (1-r)^p - (E[w^2] - 1)/(p-1),   r = 1/(p-1)
 
-    w = 1/(1+k_own) + 1/(1+k_target) is the weight of a worker's old vector in the new sum. Exact for every p. Pushing
-    contracts more slowly than pulling.
+    w = 1/(1+k_own) + 1/(1+k_target) is the weight of a worker's old vector in the new sum. The result is exact for
+    every p. Pushing contracts more slowly than pulling.
     """
     _check(p)
     r = 1 / (p - 1)
@@ -52,7 +58,10 @@ def push_contraction(p: int) -> float:
 
 
 def push_mean_variance(p: int) -> float:
-    """Return Var(mean')/V of a round of pushes: (E[w^2] - 1)/(p(p-1)), with w of ``push_contraction``."""
+    """Return the variance that a round of pushes adds to the mean, divided by V: (E[w^2] - 1)/(p(p-1)).
+
+    w is that of ``push_contraction``.
+    """
     _check(p)
     return (_push_weight_square(p) - 1) / (p * (p - 1))
 
@@ -74,8 +83,8 @@ def _binomial(n: int, r: float) -> list[tuple[int, float]]:
 
 
 def exponential_graph_error(p: int) -> float:
-    """Return max |(W_K ... W_1)_ij - 1/p| of the one-peer exponential graph: its distance from averaging in one period.
+    """Return max |(W_K ... W_1)_ij - 1/p| for the one-peer exponential graph with K mixing matrices W.
 
-    Exactly 0 if p is a power of two.
+    This is the distance of one period from exact averaging. It is 0 if p is a power of two.
     """
     return float(np.abs(period_matrix(one_peer_exponential(p)) - 1 / p).max())

@@ -23,7 +23,7 @@ LEADER_TRAP = 1 / 4
 
 
 def follower_factor(eh: float, lam: float) -> float:
-    """Return the factor of follower - leader per step on a quadratic, with a pull of ``lam`` per step: 1 - eh - lam."""
+    """Return 1 - eh - lam, the factor per step of the distance to the leader, if a step pulls by ``lam``."""
     return 1 - eh - lam
 
 
@@ -33,10 +33,10 @@ def follower_is_stable(eh: float, lam: float) -> bool:
 
 
 def trapped_follower(lam: float, eta: float) -> float | None:
-    """Return where a follower stays in the other well while the leader is at 1; None if it escapes.
+    """Return the point where a follower stays trapped in the well at -1 while the leader is at 1; None if it escapes.
 
-    x - x^3 = (lam/eta)(x - 1) has, besides 1, the roots of x^2 + x + lam/eta = 0, which exist for lam/eta <= 1/4. The
-    lower one is stable.
+    Besides 1, the equation x - x^3 = (lam/eta)(x - 1) has the roots of x^2 + x + lam/eta = 0. They exist for lam/eta <=
+    1/4. The lower root is stable.
     """
     discriminant = 1 - 4 * lam / eta
     return None if discriminant < 0 else (-1 - math.sqrt(discriminant)) / 2
@@ -51,8 +51,8 @@ def double_well_gradient(x: ArrayLike) -> Matrix:
 def trapped_easgd(rho: float) -> tuple[float, float, float] | None:
     """Return the critical point (s, -s, 0) of the elastic objective of two workers in the double well, s = sqrt(1-rho).
 
-    It exists for rho < 1, else the result is None. It is a strict local minimum, at which EASGD stays, exactly if
-    rho < 2/3.
+    It exists for rho < 1; otherwise the result is None. If and only if rho < 2/3, it is a strict local minimum, in
+    which EASGD stays.
     """
     if rho >= 1:
         return None

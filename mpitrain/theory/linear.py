@@ -14,12 +14,14 @@ Matrix = NDArray[np.float64]
 
 
 def spectral_radius(matrix: ArrayLike) -> float:
-    """Return the largest eigenvalue modulus of a square matrix: the method converges below 1 and diverges above."""
+    """Return the largest modulus of the eigenvalues of a square matrix. A method converges if it is below 1."""
     return float(np.abs(np.linalg.eigvals(np.asarray(matrix))).max())
 
 
 def stationary_covariance(matrix: ArrayLike, noise: ArrayLike) -> Matrix:
-    """Return the stationary covariance S of s' = M s + xi: S = M S M^T + Q, all (n, n), with Q = Cov(xi).
+    """Return the stationary covariance S of the recursion s' = M s + xi, where Q = Cov(xi).
+
+    S, M and Q are (n, n), and S = M S M^T + Q.
 
     Raises:
         UsageError: The spectral radius of M is not below 1, so S does not exist.

@@ -26,7 +26,9 @@ def allreduce_variance(eta: float, h: float, sigma: float, p: int) -> float:
 
 
 def msgd_matrix(eh: float, delta: float) -> Matrix:
-    """Return one step of SGD with Nesterov momentum on (v, x), shape (2, 2), with dh = delta*(1-eh).
+    """Return the matrix of a step of SGD with Nesterov momentum on (v, x), shape (2, 2).
+
+    With dh = delta*(1-eh):
 
         v <- delta*v - eta*g(x + delta*v);   x <- x + v
         [[dh, -eh], [dh, 1-eh]]
@@ -60,7 +62,9 @@ def critical_momentum(eh: float) -> tuple[float, float]:
 
 
 def easgd_center_variance(eta: float, h: float, sigma: float, p: int, alpha: float, beta: float | None = None) -> float:
-    """Return the stationary variance of the center of synchronous EASGD, tau = 1; ``beta`` defaults to p*alpha.
+    """Return the stationary variance of the center of synchronous EASGD with tau = 1.
+
+    The default of ``beta`` is p*alpha.
 
         Var(c) = beta^2 eta^2 (sigma^2/p) * (2-a+q) / ((a-q) * q * (4-2a+q)),   a = eh+alpha+beta, q = eh*beta
 
@@ -73,12 +77,14 @@ def easgd_center_variance(eta: float, h: float, sigma: float, p: int, alpha: flo
 
 
 def easgd_worker_variance(eta: float, h: float, sigma: float, p: int, alpha: float, beta: float | None = None) -> float:
-    """Return the stationary variance of a worker of synchronous EASGD, tau = 1: mean plus disagreement.
+    """Return the stationary variance of a worker of synchronous EASGD with tau = 1.
+
+    It is the sum of the variance of the mean and that of the difference from the mean:
 
         Var(mean x) = eta^2 (sigma^2/p) * ((1+(1-beta)^2)(2-a+q) - 2(1-beta)(2-a)) / ((a-q) * q * (4-2a+q))
         Var(x_i - mean x) = eta^2 sigma^2 (1-1/p) / (1 - (1-eh-alpha)^2)
 
-    with a and q as in ``easgd_center_variance``. Derived for this project.
+    a and q are those of ``easgd_center_variance``. Derived for this project.
     """
     eh, beta = eta * h, p * alpha if beta is None else beta
     a, q = eh + alpha + beta, eh * beta
@@ -88,7 +94,7 @@ def easgd_worker_variance(eta: float, h: float, sigma: float, p: int, alpha: flo
 
 
 def easgd_center_variance_limit(eh: float, beta: float, sigma: float, h: float) -> float:
-    """Return the limit of p*Var(c) of synchronous EASGD as p grows with beta fixed (alpha = beta/p vanishes).
+    """Return the limit of p*Var(c) of synchronous EASGD as p grows while beta = p*alpha stays fixed.
 
         beta*eh/((2-beta)(2-eh)) * (2-beta-eh+beta*eh)/(beta+eh-beta*eh) * sigma^2/h^2
 
@@ -99,10 +105,10 @@ def easgd_center_variance_limit(eh: float, beta: float, sigma: float, h: float) 
 
 
 def averaged_center_variance(h: float, sigma: float, p: int, n_steps: int) -> float:
-    """Return the variance of the average of n_steps centers, for many steps: sigma^2/(p h^2 n_steps).
+    """Return the asymptotic variance of the average of n_steps centers: sigma^2/(p h^2 n_steps).
 
-    It depends on neither eta nor alpha: the average of the center is asymptotically efficient (Polyak and Juditsky
-    1992; the lemma of arXiv 1412.6651).
+    It depends on neither eta nor alpha, because the average of the center is asymptotically efficient (Polyak and
+    Juditsky 1992; the lemma of arXiv 1412.6651).
     """
     return sigma**2 / (p * h**2 * n_steps)
 
@@ -127,13 +133,13 @@ def easgd_error_bound(
 
 
 def spread_sgd_factor(eta: float, shape: float, rate: float, p: int) -> float:
-    """Return E x_{t+1}^2 / E x_t^2 of SGD with f(x) = u x^2/2, u the mean of p draws from Gamma(shape, rate).
+    """Return E x_{t+1}^2 / E x_t^2 of SGD on f(x) = u x^2/2, where u is the mean of p draws from Gamma(shape, rate).
 
         r(eta) = 1 - 2 eta shape/rate + eta^2 shape (p*shape+1) / (p rate^2)
 
-    Below 1 exactly for eta < ``spread_sgd_bound``. p is the mini-batch size, or the number of all-reduce workers. A
-    smaller shape means a wider spread of the inputs. Model from memory of the thesis, chapter 5; derived for this
-    project.
+    The factor r is below 1 exactly if eta < ``spread_sgd_bound``. p is the mini-batch size, or the number of all-reduce
+    workers. A smaller shape means a wider spread of the inputs. The model is from chapter 5 of the thesis, from memory;
+    the factor was derived for this project.
     """
     return 1 - 2 * eta * shape / rate + eta**2 * shape * (p * shape + 1) / (p * rate**2)
 
@@ -149,10 +155,12 @@ def spread_sgd_optimum(shape: float, rate: float, p: int) -> tuple[float, float]
 
 
 def easgd_second_moment(eta: float, alpha: float, beta: float, p: int, shape: float, rate: float) -> Matrix:
-    """Return one step of synchronous EASGD on (E x_i^2, E x_i x_j, E x_i c, E c^2) with multiplicative noise, (4, 4).
+    """Return the matrix (4, 4) of a step of synchronous EASGD with multiplicative noise, on second moments.
 
-    Each worker draws its own u ~ Gamma(shape, rate), of mean mu = shape/rate and variance var = shape/rate^2. With
-    m1 = 1 - eta*mu - alpha and m2 = m1^2 + eta^2 var:
+    The moments are A = E x_i^2, B = E x_i x_j, C = E x_i c and D = E c^2.
+
+    Each worker draws its own curvature u ~ Gamma(shape, rate), with mean mu = shape/rate and variance var =
+    shape/rate^2. With m1 = 1 - eta*mu - alpha and m2 = m1^2 + eta^2 var:
 
         A' = m2 A + 2 alpha m1 C + alpha^2 D
         B' = m1^2 B + 2 alpha m1 C + alpha^2 D
@@ -174,5 +182,5 @@ def easgd_second_moment(eta: float, alpha: float, beta: float, p: int, shape: fl
 
 
 def easgd_is_mean_square_stable(eta: float, alpha: float, beta: float, p: int, shape: float, rate: float) -> bool:
-    """Return whether all second moments vanish: the radius of ``easgd_second_moment`` is below 1."""
+    """Return whether all second moments converge to 0: the spectral radius of ``easgd_second_moment`` is below 1."""
     return spectral_radius(easgd_second_moment(eta, alpha, beta, p, shape, rate)) < 1

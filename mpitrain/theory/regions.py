@@ -48,7 +48,7 @@ def agn_warning(p: int, tau: int) -> str | None:
 
 
 def mdownpour_warning(p: int, delta: float) -> str | None:
-    """Return a warning about MDOWNPOUR with p workers: their delay compounds with the momentum at the master."""
+    """Return a warning about MDOWNPOUR with p workers, whose delay compounds with the momentum of the center."""
     largest = mdownpour_largest_eh(p, delta)
     if largest >= LEAST_EH:
         return None
@@ -60,9 +60,9 @@ def mdownpour_warning(p: int, delta: float) -> str | None:
 def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchronous: bool = True) -> str | None:
     """Return a warning about EASGD or EAMSGD with p workers, moving rate alpha and center rate beta (default p*alpha).
 
-    A negative alpha acts as momentum. Otherwise synchronous workers need (2-eh)(2-beta) > 2*alpha, and workers in
-    round-robin order the same with beta/p, for every p; there is a warning if this holds for no eh, or only below
-    0.05. Finally, with beta > 1 the center overshoots the mean of the workers when they exchange at the same time.
+    There are three warnings. A negative alpha acts as momentum. For a positive alpha, stability requires (2-eh)(2-beta)
+    > 2*alpha, with beta/p in place of beta if workers take turns; there is a warning if this holds for no eh, or only
+    for eh below 0.05. With beta > 1, the center overshoots the mean of workers that exchange at the same time.
     """
     symmetric = beta is None
     beta = p * alpha if beta is None else beta
@@ -89,7 +89,8 @@ def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchron
 def slowmo_warning(alpha: float, beta: float) -> str | None:
     """Return a warning about SlowMo with slow learning rate alpha and slow momentum beta.
 
-    It is stable for 0 < alpha(1-q) < 2(1+beta), and q approaches 0 for long periods.
+    SlowMo is stable for 0 < alpha(1-q) < 2(1+beta). In a period, local steps multiply the error by q, which approaches
+    0 for long periods.
     """
     bound = 2 * (1 + beta)
     if 0 < alpha < bound:
@@ -103,7 +104,8 @@ def slowmo_warning(alpha: float, beta: float) -> str | None:
 def diloco_warning(alpha: float, delta: float) -> str | None:
     """Return a warning about DiLoCo with outer learning rate alpha and outer Nesterov momentum delta.
 
-    It is stable for 0 < alpha(1-q) < 2(1+delta)/(1+2 delta), and q approaches 0 for long periods.
+    DiLoCo is stable for 0 < alpha(1-q) < 2(1+delta)/(1+2 delta). In a period, local steps multiply the error by q,
+    which approaches 0 for long periods.
     """
     bound = 2 * (1 + delta) / (1 + 2 * delta)
     if 0 < alpha < bound:

@@ -13,21 +13,22 @@ from mpitrain.theory.linear import Matrix
 
 
 def round_robin_easgd_step(eh: float, alpha: float) -> Matrix:
-    """Return one worker's turn on (x_i, c): [[1-eh-alpha, alpha], [alpha, 1-alpha]], symmetric, shape (2, 2)."""
+    """Return the symmetric matrix of a worker's turn on (x_i, c): [[1-eh-alpha, alpha], [alpha, 1-alpha]]."""
     return np.array([[1 - eh - alpha, alpha], [alpha, 1 - alpha]])
 
 
 def round_robin_easgd_bound(eh: float) -> float:
     """Return the largest alpha at which round-robin EASGD is stable: (4-2eh)/(4-eh), for 0 <= eh <= 2 and every p.
 
-    For 0 <= alpha up to the bound no turn increases the norm, because turns are symmetric, and so no sequence of turns
-    does. Beyond it a single turn does, although a whole sweep may still be stable. arXiv 1412.6651, section 3.3.
+    For alpha between 0 and the bound, no turn increases the norm, because its matrix is symmetric. Therefore no
+    sequence of turns increases the norm. Beyond the bound, a single turn may increase it, although a whole sweep may
+    still be stable. arXiv 1412.6651, section 3.3.
     """
     return (4 - 2 * eh) / (4 - eh)
 
 
 def round_robin_easgd_matrix(eh: float, alpha: float, p: int) -> Matrix:
-    """Return one sweep of round-robin EASGD on (x_1, ..., x_p, c), shape (p+1, p+1)."""
+    """Return the matrix of a sweep of round-robin EASGD on (x_1, ..., x_p, c), shape (p+1, p+1)."""
     sweep = np.eye(p + 1)
     for i in range(p):
         sweep[[i, p]] = round_robin_easgd_step(eh, alpha) @ sweep[[i, p]]
@@ -35,15 +36,15 @@ def round_robin_easgd_matrix(eh: float, alpha: float, p: int) -> Matrix:
 
 
 def round_robin_admm_matrix(eta: float, rho: float, p: int, h: float = 1.0) -> Matrix:
-    """Return one sweep of linearised ADMM on (lam_1, ..., lam_p, x_1, ..., x_p, c), shape (2p+1, 2p+1).
+    """Return the matrix of a sweep of linearized ADMM on (lam_1, ..., lam_p, x_1, ..., x_p, c), shape (2p+1, 2p+1).
 
-    Worker i computes in this order, with multipliers scaled by rho:
+    In its turn, worker i computes the following. The multipliers lam are scaled by rho.
 
         lam_i <- lam_i - (x_i - c)
         x_i   <- (x_i - eta*h*x_i + eta*rho*(lam_i + c)) / (1 + eta*rho)
         c     <- (1/p) sum_j (x_j - lam_j)
 
-    Structure as in arXiv 1412.6651, section 3.3; the exact form is from memory of it and was derived again for this
+    The structure is that of arXiv 1412.6651, section 3.3. The exact form is from memory, and was derived again for this
     project.
     """
     sweep = np.eye(2 * p + 1)

@@ -17,15 +17,15 @@ from mpitrain.theory.linear import Matrix, spectral_radius
 def local_sgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, tau: int) -> float:
     """Return the fixed point of Local SGD if worker i has f_i(x) = h_i (x - b_i)^2 / 2.
 
-    It is the mean of b_i with weights 1-(1-eta h_i)^tau. For tau = 1 it is the minimum of sum f_i; for many steps all
-    weights approach 1, however flat a worker's function is.
+    It is the mean of b_i with weights 1-(1-eta h_i)^tau. For tau = 1, it is the minimum of sum f_i. For large tau, all
+    weights approach 1.
     """
     weights = 1 - (1 - eta * np.asarray(h, float)) ** tau
     return float(weights @ np.asarray(b, float) / weights.sum())
 
 
 def slowmo_matrix(eh: float, tau: int, alpha: float, beta: float) -> Matrix:
-    """Return one round of SlowMo on (eta*u, x), shape (2, 2): slow momentum as a displacement, and parameters.
+    """Return the matrix of a round of SlowMo on (eta*u, x), shape (2, 2), where u is the slow momentum.
 
         u <- beta*u + (x - average)/eta;   x <- x - alpha*eta*u;   [[beta, 1-q], [-alpha*beta, 1-alpha(1-q)]]
 
@@ -45,7 +45,7 @@ def slowmo_is_stable(eh: float, tau: int, alpha: float, beta: float) -> bool:
 
 
 def diloco_matrix(eh: float, tau: int, alpha: float, delta: float) -> Matrix:
-    """Return one round of DiLoCo with inner SGD on (buffer, theta), shape (2, 2).
+    """Return the matrix of a round of DiLoCo with inner SGD on (buffer, theta), shape (2, 2).
 
         buffer <- delta*buffer + D;   theta <- theta - alpha*(D + delta*buffer);   D = theta - average = (1-q) theta
         [[delta, 1-q], [-alpha delta^2, 1-alpha(1-q)(1+delta)]]
@@ -61,7 +61,7 @@ def diloco_matrix(eh: float, tau: int, alpha: float, delta: float) -> Matrix:
 
 
 def diloco_radius(eh: float, tau: int, alpha: float, delta: float) -> float:
-    """Return the spectral radius of ``diloco_matrix``. On an easy quadratic outer momentum slows convergence."""
+    """Return the spectral radius of ``diloco_matrix``."""
     return spectral_radius(diloco_matrix(eh, tau, alpha, delta))
 
 
@@ -71,7 +71,7 @@ def diloco_is_stable(eh: float, tau: int, alpha: float, delta: float) -> bool:
 
 
 def parle_inner_fixed_point(h: float, coupling: float, x: float) -> float:
-    """Return the fixed point of Parle's inner loop, coupling = 1/gamma: y* = coupling*x/(h + coupling)."""
+    """Return the fixed point of Parle's inner loop, y* = coupling*x/(h + coupling), where coupling = 1/gamma."""
     return coupling * x / (h + coupling)
 
 

@@ -12,11 +12,11 @@ from mpitrain.errors import UsageError
 
 
 def safeguard_detection_step(drift: float, threshold: float, n_good: int, window: int | None = None) -> int | None:
-    """Return the step, counted from 1 after a reset of the sums, at which a worker of constant drift is removed.
+    """Return the step at which a worker of constant drift is removed, counted from 1 after a reset of the sums.
 
-    Each step adds drift/n_good to the distance between the worker's sum and the median's. The worker is removed at the
-    first step at which this exceeds 2*threshold, floor(2*threshold*n_good/drift) + 1. The result is None if the window
-    ends before.
+    Each step adds drift/n_good to the distance between the sum of the worker and that of the median. The worker is
+    removed at the first step at which this distance exceeds 2*threshold. This is step floor(2*threshold*n_good/drift) +
+    1. The result is None if the window ends before this step.
 
     Args:
         drift: The norm of the worker's gradient minus that of the honest workers.

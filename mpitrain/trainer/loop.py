@@ -169,9 +169,7 @@ def _prepare(
     """Load the data, build the model and its optimizer, and restore the newest checkpoint if asked to. Collective."""
     config, method = plan.config, plan.method
     batches = _load_data(config, world, resume=resume, dataset=dataset)
-    shape, n_classes, per_epoch = batches.dataset.shape, batches.dataset.n_classes, batches.steps_per_epoch
-    model = models.build(config.model, shape=shape, n_classes=n_classes, seed=config.seed).to(world.device)
-    batches.fit(model)
+    model, per_epoch = _build_model(config, batches, world), batches.steps_per_epoch
     evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), world, deferred=config.defer_evaluation)
     folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     optimizer = _optimizer(plan, model, world)
@@ -216,6 +214,14 @@ def _load_data(config: TrainConfig, world: World, *, resume: Path | None, datase
     if resume is not None:
         runfolder.check_data(resume, config.data, batches.identity, world)
     return batches
+
+
+def _build_model(config: TrainConfig, batches: Batches, world: World) -> torch.nn.Module:
+    """Build the model for the data on the rank's device, and fit the type of the inputs to the model. Local."""
+    dataset = batches.dataset
+    model = models.build(config.model, shape=dataset.shape, n_classes=dataset.n_classes, seed=config.seed)
+    batches.fit(model.to(world.device))
+    return model
 
 
 def _check_world(config: TrainConfig, world: World) -> None:
