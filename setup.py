@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
         "mpi4py>=4.0",
+        "networkx>=3.2",
         "numba>=0.61",
         "numpy>=2.0",
         "pillow>=10",

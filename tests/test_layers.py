@@ -63,6 +63,7 @@ LIBRARIES = {
     "h5py": ("records", "data"),
     "matplotlib": ("report",),
     "mpi4py": ("collectives",),
+    "networkx": ("collectives.topology", "algorithms.gossip"),
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),

@@ -30,29 +30,26 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
 from mpitrain.algorithms.base.mailbox_state import Inbox
-from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.replica import Replica
-from mpitrain.algorithms.base.settings import choice
 from mpitrain.algorithms.base.worker import Worker
-from mpitrain.collectives.topology.graphs import Topology, topology
+from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
+from mpitrain.collectives.topology.graphs import Topology
 
 AVERAGED = 1
 """The tag that counts the averagings of others with a mailbox since its owner renewed its copy."""
 
-TOPOLOGIES = ("bipartite_exponential", "exponential", "ring", "torus", "star", "complete")
-"""Connected graphs that exist for any number of workers; the direction of an edge makes no difference."""
-
 
 @dataclass(frozen=True)
-class ADPSGD(Method):
+class ADPSGD(GraphMethod):
     """Asynchronous decentralized SGD: no worker waits for another, and no straggler slows the others down.
 
     Args:
-        topology: The graph of neighbours, from which peers are drawn.
+        topology: The graph of neighbours, from which peers are drawn: a name, a file or a networkx graph. The direction
+            of an edge makes no difference.
     """
 
-    topology: str = choice("bipartite_exponential", "the graph of neighbours", TOPOLOGIES)
+    topology: Any = graph("bipartite_exponential", "the graph of neighbours")
 
     name: ClassVar[str] = "adpsgd"
     summary: ClassVar[str] = "average with one random neighbour, which gets the mean too; nobody waits"
@@ -66,9 +63,8 @@ class ADPSGD(Method):
         """False: no worker waits for another."""
         return False
 
-    def graph(self, size: int) -> Topology:
-        """Return the graph between ``size`` workers."""
-        return topology(self.topology, size)
+    def _is_connected(self, found: Topology) -> bool:
+        return found.is_weakly_connected
 
     def worker(self, replica: Replica) -> ADPSGDWorker:
         """Make a worker. Collective."""

@@ -21,39 +21,32 @@ from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
-from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
-from mpitrain.algorithms.base.settings import choice
 from mpitrain.algorithms.base.worker import Worker
+from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
 from mpitrain.algorithms.gossip.neighbours import Neighbours
-from mpitrain.collectives.topology.graphs import Topology, topology
 from mpitrain.collectives.topology.mixing import mixing_matrix
-
-TOPOLOGIES = ("ring", "torus", "grid", "star", "complete", "bipartite_exponential")
-"""Undirected graphs that exist for any number of workers."""
 
 
 @dataclass(frozen=True)
-class DPSGD(Method):
+class DPSGD(GraphMethod):
     """Decentralized parallel SGD: workers proceed in step, but each waits for its neighbours only.
 
     For clusters in which no network link should carry more than a few models per step, whatever the number of workers.
 
     Args:
-        topology: The graph of neighbours. With fewer neighbours there is less to send, and workers differ more.
+        topology: The graph of neighbours, which must be undirected: a name, a file or a networkx graph. With fewer
+            neighbours there is less to send, and workers differ more.
     """
 
-    topology: str = choice("ring", "the graph, with weights W", TOPOLOGIES)
+    topology: Any = graph("ring", "the graph, with weights W; undirected")
 
     name: ClassVar[str] = "dpsgd"
     summary: ClassVar[str] = "average with the neighbours in a graph, in step with them"
     source: ClassVar[str] = "Lian, Zhang, Zhang, Hsieh, Zhang, Liu 2017, arXiv 1705.09056"
     communication: ClassVar[str] = "the number of neighbours (ring: 2) received and as many sent"
     needs_gradient: ClassVar[bool] = False
-
-    def graph(self, size: int) -> Topology:
-        """Return the graph between ``size`` workers, which is symmetric at every step."""
-        return topology(self.topology, size)
+    is_undirected: ClassVar[bool] = True
 
     def worker(self, replica: Replica) -> DPSGDWorker:
         """Make a worker. Collective."""

@@ -27,46 +27,32 @@ OSGP; here it is bounded: a message is received as soon as it is there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count, takewhile
 from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
-from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
-from mpitrain.algorithms.base.settings import choice, integer
+from mpitrain.algorithms.base.settings import integer
 from mpitrain.algorithms.base.worker import Worker
+from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
 from mpitrain.algorithms.gossip.neighbours import Neighbours
-from mpitrain.collectives.topology.graphs import Topology, topology
-
-TWO_PEERS = "two_peer_exponential"
-
-TOPOLOGIES = ("one_peer_exponential", TWO_PEERS, "exponential", "ring", "grid", "complete")
-"""Connected graphs that exist for any number of workers."""
-
-
-def two_peer_exponential(size: int) -> Topology:
-    """Return the directed graph with two peers per step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
-    hops = list(takewhile(lambda hop: hop < size, (3**k for k in count()))) or [1]
-    steps = tuple(
-        tuple(tuple(sorted({(i + hop) % size, (i + 2 * hop) % size} - {i})) for i in range(size)) for hop in hops
-    )
-    return Topology(TWO_PEERS, size, steps)
+from mpitrain.collectives.topology.graphs import Topology
 
 
 @dataclass(frozen=True)
-class StochasticGradientPush(Method):
+class StochasticGradientPush(GraphMethod):
     """SGP: synchronous like all-reduce, but each worker sends to one other worker per step and waits for one.
 
     For slow networks: the cost of a step does not grow with the number of workers.
 
     Args:
-        topology: The directed graph. With more peers per step there is more to send, and workers differ less.
+        topology: The directed graph: a name, a file or a networkx graph. With more peers per step there is more to
+            send, and workers differ less.
         overlap: The number of steps by which a message may be late (OSGP); 0: workers wait for the messages of this
             step. Every step of overlap takes one more vector of memory.
     """
 
-    topology: str = choice("one_peer_exponential", "who sends to whom", TOPOLOGIES)
+    topology: Any = graph("one_peer_exponential", "the directed graph along which workers push")
     overlap: int = integer(0, "tau, how many steps late a message may be taken", low=0)
 
     name: ClassVar[str] = "sgp"
@@ -75,10 +61,6 @@ class StochasticGradientPush(Method):
     communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
     needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
-
-    def graph(self, size: int) -> Topology:
-        """Return the directed graph between ``size`` workers."""
-        return two_peer_exponential(size) if self.topology == TWO_PEERS else topology(self.topology, size)
 
     def worker(self, replica: Replica) -> SGPWorker:
         """Make a worker. Collective."""

@@ -2,17 +2,20 @@
 
 Sources: the exponential graphs are those of Assran, Loizou, Ballas, Rabbat, "Stochastic Gradient Push for Distributed
 Deep Learning", 2019, https://arxiv.org/abs/1811.10792; a bipartite graph is what keeps AD-PSGD free of deadlock in
-Lian, Zhang, Zhang, Liu, "Asynchronous Decentralized Parallel SGD", 2018, https://arxiv.org/abs/1710.06952.
+Lian, Zhang, Zhang, Liu, "Asynchronous Decentralized Parallel SGD", 2018, https://arxiv.org/abs/1710.06952; the
+symmetric exponential graph is that of BlueFog (Ying, Yuan, Chen, Hu, Pan, Yin, 2021, https://arxiv.org/abs/2111.04287).
 
 A topology is a tuple of steps and a step is a tuple of out-neighbours per rank; it repeats after its last step. An edge
 i -> j means that the vector of i reaches j: i pushes to j, or j pulls from i. No rank is its own neighbour; the share
 that a rank keeps is a matter of the weights (`mixing.py`). Different here: the bipartite exponential graph is defined
 for odd sizes too, where one rank pauses per step.
 
-    ring         i <-> i+1                                exponential            i -> i+1, i+2, i+4, ...
-    grid, torus  rows x columns, without and with wrap    one_peer_exponential   i -> i+2^k at step k
-    hypercube    i <-> i xor 2^k                          bipartite_exponential  odd i <-> one even rank per step
-    star         all ranks <-> center                     complete, erdos_renyi  all pairs, random pairs
+    ring           i <-> i+1                                 exponential            i -> i+1, i+2, i+4, ...
+    directed_ring  i -> i+1                                  symmetric_exponential  i <-> i+1, i+4, i+16, ...
+    grid, torus    rows x columns, without and with wrap     one_peer_exponential   i -> i+2^k at step k
+    hypercube      i <-> i xor 2^k                           two_peer_exponential   i -> i+3^k, i+2*3^k at step k
+    star           all ranks <-> center                      bipartite_exponential  odd i <-> one even rank per step
+    complete       all pairs                                 erdos_renyi            random pairs
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from types import MappingProxyType
 
 from numpy.random import Generator
@@ -61,6 +65,9 @@ class Topology:
                         f"below {self.size}, sorted and each once"
                     )
 
+    def __repr__(self) -> str:
+        return f"Topology({self.name!r}, size={self.size}, digest={self.digest})"
+
     @property
     def period(self) -> int:
         """The number of steps after which the graph repeats."""
@@ -94,6 +101,13 @@ class Topology:
         """Whether the vector of every rank reaches all ranks over the periods: the union is strongly connected."""
         forward = self.union.steps[0]
         return all(len(_reach(step)) == self.size for step in (forward, _reverse(forward)))
+
+    @property
+    def is_weakly_connected(self) -> bool:
+        """Whether the graph is connected if every edge counts in both directions."""
+        forward = self.union.steps[0]
+        both = tuple((*there, *back) for there, back in zip(forward, _reverse(forward), strict=True))
+        return len(_reach(both)) == self.size
 
     @property
     def digest(self) -> str:
@@ -155,6 +169,11 @@ def ring(size: int) -> Topology:
     return _static("ring", size, lambda i: ((i - 1) % size, (i + 1) % size))
 
 
+def directed_ring(size: int) -> Topology:
+    """Return the directed ring: i sends to i + 1."""
+    return _static("directed_ring", size, lambda i: [(i + 1) % size])
+
+
 def complete(size: int) -> Topology:
     """Return the complete graph: edges between all pairs of ranks."""
     return _static("complete", size, lambda i: range(size))
@@ -208,10 +227,26 @@ def exponential(size: int) -> Topology:
     return _static("exponential", size, lambda i: [(i + h) % size for h in _doublings(size)])
 
 
+def symmetric_exponential(size: int, base: int = 4) -> Topology:
+    """Return the symmetric exponential graph: i exchanges with i +- 1, i +- base, i +- base^2, ..., up to size / 2."""
+    if not isinstance(base, int) or base < 2:
+        raise ValueError(f"the base of a symmetric exponential graph is a whole number of 2 or more, not {base}")
+    hops = list(takewhile(lambda hop: hop <= size // 2, (base**k for k in count())))
+    name = "symmetric_exponential" + (f":{base}" if base != 4 else "")
+    return _static(name, size, lambda i: [(i + sign * hop) % size for hop in hops for sign in (1, -1)])
+
+
 def one_peer_exponential(size: int) -> Topology:
     """Return the one-peer exponential graph: i sends to i + 2^(k mod K) at step k, K = floor(log2(size - 1)) + 1."""
     steps = [_sorted([(i + h) % size] for i in range(size)) for h in _doublings(size) or [0]]
     return Topology("one_peer_exponential", size, tuple(steps))
+
+
+def two_peer_exponential(size: int) -> Topology:
+    """Return the directed graph with two peers per step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
+    hops = list(takewhile(lambda hop: hop < size, (3**k for k in count()))) or [1]
+    steps = tuple(_sorted([(i + hop) % size, (i + 2 * hop) % size] for i in range(size)) for hop in hops)
+    return Topology("two_peer_exponential", size, steps)
 
 
 def bipartite_exponential(size: int) -> Topology:
@@ -249,8 +284,10 @@ def erdos_renyi(size: int, probability: float = 0.5, seed: int = 0) -> Topology:
     )
 
 
-_STATIC = (ring, complete, star, grid, torus, hypercube, exponential, erdos_renyi)
-_VARYING = (one_peer_exponential, bipartite_exponential)
+_STATIC = (
+    ring, directed_ring, complete, star, grid, torus, hypercube, exponential, symmetric_exponential, erdos_renyi
+)  # fmt: skip
+_VARYING = (one_peer_exponential, two_peer_exponential, bipartite_exponential)
 TOPOLOGIES = MappingProxyType({constructor.__name__: constructor for constructor in (*_STATIC, *_VARYING)})
 
 

@@ -11,11 +11,11 @@ from support.quadratic import load, same_bits, simulate, slope, states, statisti
 
 from mpitrain.algorithms import ADPSGD
 from mpitrain.algorithms.base.replica import ParamGroupSlice
-from mpitrain.algorithms.gossip.adpsgd import TOPOLOGIES
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted
 
 H, B = np.array([0.5, 1.0, 2.0, 0.8, 1.4, 0.3]), np.array([1.0, -2.0, 0.5, 3.0, 0.1, -0.7])
 COMPLETE = ADPSGD(topology="complete")
+TOPOLOGIES = ("bipartite_exponential", "exponential", "directed_ring", "torus", "star", "complete")
 
 
 def positions(everyones):

@@ -31,7 +31,8 @@ from mpitrain.collectives.topology.mixing import (
 )
 
 ANY_SIZE = sorted(set(TOPOLOGIES) - {"hypercube"})
-EVERY = [(name, size) for name in ANY_SIZE for size in range(1, 18)] + [("hypercube", 2**k) for k in range(6)]
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17)
+EVERY = [(name, size) for name in ANY_SIZE for size in SIZES] + [("hypercube", 2**k) for k in range(6)]
 every = pytest.mark.parametrize(("name", "size"), EVERY)
 
 # The digraph of unequal degrees on which x alone goes wrong: 0 -> 1, 2, 3; 1 -> 2; 2 -> 3; 3 -> 0.

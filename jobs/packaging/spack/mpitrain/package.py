@@ -26,6 +26,7 @@ class PyMpitrain(PythonPackage):
     depends_on("py-matplotlib@3.9:", type=("build", "run"))
     depends_on("py-ml-dtypes@0.5:", type=("build", "run"))
     depends_on("py-mpi4py@4.0:", type=("build", "run"))
+    depends_on("py-networkx@3.2:", type=("build", "run"))
     depends_on("py-numba@0.61:", type=("build", "run"))
     depends_on("py-numpy@2.0:", type=("build", "run"))
     depends_on("py-pillow@10:", type=("build", "run"))
