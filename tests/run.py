@@ -56,6 +56,7 @@ CORES = len(os.sched_getaffinity(0))
 PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
 # Launches on ranks that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two fill the cores.
 LANES = min(2, CORES)
+MOST_WORK_FIRST = (3, 2, 5, 1, 4)  # numbers of ranks: a long launch that starts last leaves a lane empty
 PASSED, FAILED = ("passed", "xfailed"), ("failed", "error", "errors", "xpassed")
 
 
@@ -148,30 +149,42 @@ def run(
             extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
         )
 
+    def report(this: Launch, finished: Finished) -> None:
+        verdicts[this] = verdict = judge(finished, may_be_empty=selective)
+        if verbose or not verdict.good:
+            print(finished.output.rstrip())
+        print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
+
     began = time.monotonic()
     verdicts: dict[Launch, Verdict] = {}
-    for at_once in groups(launches):
-        with ThreadPoolExecutor(LANES) as pool:
-            try:
-                for this, finished in zip(at_once, pool.map(finished_of, at_once), strict=True):
-                    verdict = judge(finished, may_be_empty=selective)
-                    verdicts[this] = verdict
-                    if verbose or not verdict.good:
-                        print(finished.output.rstrip())
-                    print(f"{this} {', '.join([verdict.closing, *verdict.trouble]).strip(', ')}", flush=True)
-            except KeyboardInterrupt:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
-                pool.shutdown(wait=False, cancel_futures=True)
-                end_all()  # each launch leads a session of its own, which the signal does not reach
-                raise
-    return summarize(verdicts, time.monotonic() - began)
+    lanes, lane_of_cluster = ThreadPoolExecutor(LANES), ThreadPoolExecutor(1)
+    try:
+        cluster_launches, *one_by_one = groups(launches)
+        finished_cluster = lane_of_cluster.map(finished_of, cluster_launches)
+        for at_once in one_by_one:
+            for this, finished in zip(at_once, lanes.map(finished_of, at_once), strict=True):
+                report(this, finished)
+        for this, finished in zip(cluster_launches, finished_cluster, strict=True):
+            report(this, finished)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
+        for pool in (lanes, lane_of_cluster):
+            pool.shutdown(wait=False, cancel_futures=True)
+        end_all()  # each launch leads a session of its own, which the signal does not reach
+        raise
+    return summarize({this: verdicts[this] for this in launches}, time.monotonic() - began)
 
 
-def groups(launches: Sequence[Launch]) -> list[list[Launch]]:
-    """Return the single process, which fills the cores, and the other launches, which share them."""
+def groups(launches: Sequence[Launch]) -> tuple[list[Launch], list[Launch], list[Launch]]:
+    """Return the cluster, the single process, and the launches on ranks, most work first.
+
+    The cluster waits for SLURM most of the time and runs beside all others. The single process fills the cores, and the
+    launches on ranks share them.
+    """
+    cluster_launches = [this for this in launches if this.selection == CLUSTER]
     single = [this for this in launches if not this.n_ranks and this.selection != CLUSTER]
-    others = [this for this in launches if this not in single]
-    return [group for group in (single, others) if group]
+    on_ranks = sorted((this for this in launches if this.n_ranks), key=lambda this: MOST_WORK_FIRST.index(this.n_ranks))
+    return cluster_launches, single, on_ranks
 
 
 def summarize(verdicts: dict[Launch, Verdict], seconds: float) -> int:

@@ -14,6 +14,7 @@ from run import (
     groups,
     judge,
     planned,
+    run,
     summarize,
 )
 from support.launching import Finished, environment, is_launched, launch, python, sleep_when_idle
@@ -129,12 +130,35 @@ def test_the_table_has_the_counts_and_the_seconds_of_every_launch(capsys: pytest
     ]
 
 
-def test_the_single_process_runs_before_the_launches_on_ranks() -> None:
-    launches = [Launch("openmpi", 2), Launch("openmpi", 0), Launch("mpich", 2), Launch("openmpi", 3)]
-    single, on_ranks = groups(launches)
-    assert single == [Launch("openmpi", 0)]
-    assert on_ranks == [Launch("openmpi", 2), Launch("mpich", 2), Launch("openmpi", 3)]
-    assert groups(on_ranks) == [on_ranks]
+def test_the_cluster_has_a_lane_of_its_own_and_the_single_process_comes_before_ranks() -> None:
+    launches = planned("test", ["openmpi", "mpich"], [0, *LAUNCHED_RANKS], selective=False, has_cluster=True)
+    cluster, single, on_ranks = groups(launches)
+    assert cluster == [Launch("openmpi", 0, CLUSTER)]
+    assert single == [Launch("openmpi", 0, WITHOUT_CLUSTER)]
+    assert {*cluster, *single, *on_ranks} == set(launches)
+    assert len(on_ranks) == len(launches) - 2
+    assert [this.n_ranks for this in on_ranks[:2]] == [3, 3]
+    assert groups(on_ranks) == ([], [], on_ranks)
+
+
+def test_every_launch_runs_once_and_the_table_is_in_the_order_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches = planned("test", ["openmpi", "mpich"], [0, *LAUNCHED_RANKS], selective=False, has_cluster=True)
+    began: list[tuple[str, int, bool]] = []
+
+    def launch_nothing(n_ranks: int, command: list[str], *, mpi: str, **more: object) -> Finished:
+        began.append((mpi, n_ranks, command[-len(CLUSTER) :] == list(CLUSTER)))
+        return finished("4 passed in 0.10s\n")
+
+    monkeypatch.setattr("run.launch", launch_nothing)
+    assert run(launches, [], timeout_seconds=1.0, selective=False) == 0
+    assert sorted(began) == sorted((this.mpi, this.n_ranks, this.selection == CLUSTER) for this in launches)
+    table = capsys.readouterr().out.partition("seconds\n")[2].splitlines()
+    assert [line.split("  ")[0].split() for line in table[: len(launches)]] == [
+        str(this).split()[:1] for this in launches
+    ]
+    assert table[len(launches)].split()[:2] == ["together", str(4 * len(launches))]
 
 
 @pytest.mark.skipif(sleep_when_idle() is None, reason="no C++ compiler")

@@ -1,5 +1,6 @@
 """The handwritten digits that scikit-learn includes."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def load_digits(*, split_seed: int) -> Dataset:
     Args:
         split_seed: The seed that selects the fifth of each class that is the test set.
     """
-    table = _read_table()
+    table = _table()
     images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 8, 8)
     labels = table[:, -1].astype(np.int64)
     is_test = stratified_split(labels, 0.2, split_seed)
@@ -37,6 +38,14 @@ def load_digits(*, split_seed: int) -> Dataset:
         test_images=MemoryImages(images[is_test]),
         test_labels=labels[is_test],
     )
+
+
+@functools.cache
+def _table() -> NDArray[np.float64]:
+    """Return the table of `_read_table`, which takes longer to read than many a run of a test."""
+    table = _read_table()
+    table.setflags(write=False)
+    return table
 
 
 def _read_table() -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ it has lost a node.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -195,7 +196,9 @@ def _finite(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that affect a run."""
-    found = {"mpitrain": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
-    return found
+    return {"mpitrain": __version__, "python": platform.python_version(), **_versions_of_packages()}
+
+
+@functools.cache
+def _versions_of_packages() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}

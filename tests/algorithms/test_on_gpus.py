@@ -19,15 +19,18 @@ LAYERS = (slice(0, 20), slice(20, N))
 gradient = slope(H, B)
 
 ON_GPUS = [(name, method) for name, method in variants() if not method.on_host]
-SYNCHRONOUS = [pytest.param(method, id=name) for name, method in ON_GPUS if method.is_synchronous]
-ASYNCHRONOUS = [pytest.param(method, id=name) for name, method in ON_GPUS if not method.is_synchronous]
-
-
-def overlaps(param):
-    return getattr(param.values[0], "overlap", False)
-
-
+FIRST = list({method.name: name for name, method in reversed(ON_GPUS)}.values())  # a variant of each method
 WHERE = [(1, transport) for transport in TRANSPORTS] + [(2, "staged")]
+
+
+def on_gpus(*, synchronous):
+    """Return all variants in one place, and a variant of each method in all other places."""
+    return [
+        pytest.param(method, where, id=f"{name}-{where[0]}-{where[1]}")
+        for name, method in ON_GPUS
+        for where in WHERE
+        if method.is_synchronous == synchronous and (where == WHERE[0] or name in FIRST)
+    ]
 
 
 class Run:
@@ -73,8 +76,7 @@ class Run:
 
 
 @pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize("method", SYNCHRONOUS)
-@pytest.mark.parametrize("where", WHERE, ids=str)
+@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=True))
 def test_a_synchronous_method_makes_the_same_steps(world, method, where):
     with ranks(where[0]) as comm:
         wanted = Run(method, comm).steps(STEPS).found()
@@ -85,8 +87,7 @@ def test_a_synchronous_method_makes_the_same_steps(world, method, where):
 
 
 @pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("method", ASYNCHRONOUS)
-@pytest.mark.parametrize("where", WHERE, ids=str)
+@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=False))
 def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
     """The result of several ranks depends on their order; that of one rank equals the host's."""
     with gpus(*where) as comm:
@@ -105,7 +106,9 @@ def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
 
 
 @pytest.mark.ranks(1)
-@pytest.mark.parametrize("method", [param for param in (*SYNCHRONOUS, *ASYNCHRONOUS) if not overlaps(param)])
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, id=name) for name, method in ON_GPUS if not getattr(method, "overlap", False)]
+)
 def test_a_state_from_device_memory_continues_in_host_memory_and_back(world, method):
     """Run one rank, so that the run after a checkpoint equals the uninterrupted one."""
     with ranks(1) as comm:

@@ -76,7 +76,7 @@ def comm(request, monkeypatch):
         yield communicator
 
 
-@pytest.mark.ranks(1, 2, 3, 4)
+@pytest.mark.ranks(2, 4)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("set_to_none", [True, False])

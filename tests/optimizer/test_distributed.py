@@ -283,8 +283,16 @@ def test_state_of_another_model_is_refused(world):
         refused("another model", lambda: optimizer.load_state_dict(state))
 
 
-@pytest.mark.parametrize("method", [AllReduceSGD(), EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        (AllReduceSGD(), torch.bfloat16),
+        (EASGD(period=1), torch.bfloat16),
+        (EAMSGD(momentum=0.5, period=1), torch.float64),
+        (GossipSGD(), torch.float32),
+    ],
+    ids=["allreduce-bfloat16", "easgd-bfloat16", "eamsgd-float64", "gossip-float32"],
+)
 def test_models_of_every_type_train(world, method, dtype):
     model = mlp(dtype)
     before = loss_of(model).item()

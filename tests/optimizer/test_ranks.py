@@ -26,7 +26,7 @@ from mpitrain.collectives.world.agreement import ranks_in_words
 from mpitrain.log import logger
 
 # The first optimizer imports a large part of torch, which is slow where ranks share a core.
-pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
+pytestmark = [pytest.mark.ranks(1, 2, 3), pytest.mark.time_limit(180)]
 
 
 SHARED = AllReduceSGD(node_shared=True)

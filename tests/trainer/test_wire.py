@@ -22,13 +22,10 @@ pytestmark = pytest.mark.time_limit(180)
 
 
 @pytest.mark.ranks(3)  # two on one node, one on the other
-@pytest.mark.parametrize(
-    ("name", "wire"),
-    [("easgd", "int8"), ("adownpour", "bfloat16"), ("allreduce", "int8")],
-)
+@pytest.mark.parametrize(("name", "wire"), [("easgd", "int8"), ("allreduce", "bfloat16")])
 def test_the_digits_are_learned(name, wire, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
-    config = TrainConfig(name, wire=wire, epochs=20, batch_size=16, out=str(folder), quiet=True)
+    config = TrainConfig(name, wire=wire, epochs=8, batch_size=16, out=str(folder), quiet=True)
     with ranks(2) as comm:
         result = train(config, comm.world)
     assert result["test_accuracy"] >= 0.9
@@ -43,7 +40,7 @@ def step(optimizer, model, rank):
     optimizer.step()
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("wire", FORMATS)
 def test_ranks_in_step_stay_equal(wire, monkeypatch):
     from mpitrain.collectives import allreduce

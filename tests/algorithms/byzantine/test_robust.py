@@ -166,7 +166,7 @@ def test_the_order_of_events_does_not_matter(rule):
     assert same_bits(step(method, g, steps=4), step(method, g, steps=4, schedule=RandomOrder(9)))
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("rule", RULES)
 def test_ranks_do_what_simulated_workers_do(world, rule):

@@ -348,7 +348,7 @@ def test_warnings_name_a_setting():
     assert not list(SafeguardSGD("single", short_window=20, long_window=10).warnings(8, 0.1))
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.time_limit(180)
 def test_ranks_do_what_simulated_workers_do(world):
     p, n, steps = world.size, 70, 14

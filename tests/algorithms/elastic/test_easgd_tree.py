@@ -13,7 +13,7 @@ from mpitrain.algorithms import EASGD, EASGDTree
 from mpitrain.algorithms.elastic.easgd_tree import Edge, branch, levels, most_children
 from mpitrain.simulation.schedules import RandomOrder, RoundRobin, Scripted, VirtualTime
 
-ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+ALL = pytest.mark.ranks(3, 5)
 H, B = [0.5, 1.0, 2.0, 4.0, 0.3], [1.0, -2.0, 0.5, 3.0, -1.0]
 SCHEMES = ["multi-scale", "up-down"]
 

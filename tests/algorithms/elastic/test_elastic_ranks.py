@@ -7,7 +7,7 @@ from support.quadratic import simulate, slope
 
 from mpitrain.algorithms import AEASGD, EAMSGD, EASGD
 
-pytestmark = [pytest.mark.ranks(1, 2, 3, 4, 5), pytest.mark.time_limit(180)]
+pytestmark = [pytest.mark.ranks(1, 2, 3), pytest.mark.time_limit(180)]
 
 on_nodes = pytest.mark.parametrize("n_nodes", [1, 2])
 GRADIENT = slope(np.array([0.5, 1.0, 2.0, 0.8, 1.4]), np.array([1.0, -2.0, 0.5, 3.0, 0.1]))

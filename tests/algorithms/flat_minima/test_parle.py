@@ -224,7 +224,7 @@ def test_replicas_diverge_exactly_where_the_warning_begins(factor):
     assert [len(lines) for lines in told] == [0, int(factor > 1)]
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("reference", ["x", "z"])
 def test_between_ranks_springs_leave_the_mean_to_the_gradients(world, n_nodes, reference):

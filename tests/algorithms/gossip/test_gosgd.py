@@ -166,7 +166,7 @@ def test_consensus_is_the_mean_of_all():
     np.testing.assert_allclose(simulation.consensus(2), simulation.x().mean(0), rtol=1e-14)
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_mass_is_conserved_between_ranks(world, n_nodes):
     start = np.random.default_rng(world.rank).normal(size=2000)

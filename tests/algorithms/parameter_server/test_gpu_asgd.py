@@ -153,7 +153,7 @@ def numbers(model):
     return model.x.detach().numpy().copy()
 
 
-@pytest.mark.ranks(1, 2, 3, 4)
+@pytest.mark.ranks(1, 3)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("k", [1, 2])
 def test_groups_join_when_the_first_has_finished(world, k):

@@ -116,7 +116,7 @@ def test_nonfinite_values_never_reach_the_center(bad):
     assert statistics(simulation, "n_nonfinite") == [0, 10, 0]
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 def test_ranks_push_every_gradient_once(world):
     # v_k = delta^0 g_k + delta g_{k-1} + ...: with equal gradients the center is the same in any order.
     delta, n_steps, c, v = 0.5, 20, 0.0, 0.0

@@ -119,7 +119,7 @@ def test_age_of_a_pull_survives_a_checkpoint(p, seed, before):
     assert np.array_equal(whole.x(), resumed.x())
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("method", [Downpour(), DynSGD(period=2), ADAG(period=3)], ids=lambda method: method.name)
 def test_staleness_between_ranks_adds_up_to_the_commits_of_the_others(world, method):
     with OnRank(world, method, np.zeros(1000), eta=0.1) as rank:

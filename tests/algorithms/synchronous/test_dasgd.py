@@ -126,7 +126,7 @@ def test_a_delay_of_a_period_is_cut_with_a_warning():
     assert "period=4" in told
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_between_ranks_the_mean_follows_the_mean_gradient_step(world, n_nodes, dtype):
@@ -142,7 +142,7 @@ def test_between_ranks_the_mean_follows_the_mean_gradient_step(world, n_nodes, d
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 if dtype == np.float64 else 1e-4)
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 def test_between_ranks_a_run_continues_with_an_average_under_way(world):
     with ranks(1) as comm:
         start = np.random.default_rng(7).normal(size=300)

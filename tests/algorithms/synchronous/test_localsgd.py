@@ -126,7 +126,7 @@ def test_post_local_switches_when_the_learning_rate_first_falls(rates, first_loc
         assert is_apart == (t >= first_local)
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("method", [LocalSGD(period=3), PostLocalSGD(period=3, switch_step=4)])
 def test_between_ranks_the_mean_follows_the_mean_gradient_step(world, n_nodes, method):

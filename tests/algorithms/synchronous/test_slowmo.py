@@ -134,7 +134,7 @@ def test_a_slow_learning_rate_that_is_unstable_for_every_period_gives_a_warning(
     assert "3" in told
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_between_ranks_a_round_is_the_papers(world, n_nodes):
     with ranks(n_nodes) as comm:

@@ -81,7 +81,7 @@ def test_blocks_of_any_number_of_pieces_arrive_whole(comm, more, n_pieces):
     assert len(seen) == comm.size
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3)
 def test_a_visit_interrupted_between_two_blocks_leaves_the_next_visit_intact(comm, largest_shards):
     """A visit to another block first releases the prefetched one."""
     largest_shards(64)
@@ -115,7 +115,7 @@ class CountedRequests:
         return self._progress.store(home, *arguments)
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3)
 def test_a_visit_to_a_short_vector_is_one_fetch_and_one_store(comm, smallest_shards):
     """However many ranks there are, and on the node of its only shard there is none."""
     smallest_shards(1 << 15)
@@ -129,7 +129,7 @@ def test_a_visit_to_a_short_vector_is_one_fetch_and_one_store(comm, smallest_sha
     comm.barrier()
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3)
 def test_the_requests_of_a_visit_do_not_wait_for_each_other(comm, largest_shards):
     """All blocks of other nodes are requested before the first one is stored, as far as the window allows."""
     largest_shards(64)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+ALL = pytest.mark.ranks(1, 2, 3, 5)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_name_may_have_several_values(world):
     scoreboard.free()
 
 
-@pytest.mark.ranks(2, 3, 4, 5)
+@pytest.mark.ranks(2, 3, 5)
 def test_the_values_of_other_nodes_are_fetched_concurrently(monkeypatch, two_nodes):
     from mpitrain.collectives.rma.scoreboard import Scoreboard
 
