@@ -31,8 +31,10 @@ def numbers(method):
 
 
 ALL_VARIANTS = [pytest.param(method, id=name) for name, method in variants()]
+FIRST_VARIANTS = list({param.values[0].name: param for param in reversed(ALL_VARIANTS)}.values())[::-1]
 NUMBERS = [pytest.param(m, k, s, id=f"{n}-{k}") for n, m in METHODS.items() for k, s in numbers(m).items()]
 every_variant = pytest.mark.parametrize("method", ALL_VARIANTS)
+first_variants = pytest.mark.parametrize("method", FIRST_VARIANTS)  # one of each method
 every_method = pytest.mark.parametrize("name", METHODS)
 every_number = pytest.mark.parametrize(("method", "key", "setting"), NUMBERS)
 
@@ -100,6 +102,7 @@ def test_numbers_outside_their_range_are_refused_with_the_range(method, key, set
 
 
 @every_number
+@settings(max_examples=10)
 @given(data=st.data())
 def test_numbers_inside_their_range_are_accepted_and_parsed(method, key, setting, data):
     low, high, above, below = (getattr(setting, bound) for bound in BOUNDS)
@@ -175,9 +178,18 @@ def test_unknown_names_are_refused_and_the_known_ones_are_named():
         assert all(key in str(refused.value) for key in settings_of(method))
 
 
-@every_variant
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 5])
+@first_variants
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_any_number_of_workers_runs_and_comes_to_rest(method, p):
+    check_that_workers_come_to_rest(method, p)
+
+
+@every_variant
+def test_workers_of_every_variant_come_to_rest(method):
+    check_that_workers_come_to_rest(method, 5)
+
+
+def check_that_workers_come_to_rest(method, p):
     # Alike workers on one quadratic: whatever is exchanged, and however late, all of it ends at the minimum.
     end = simulate(method, p, start=STARTS[0], eta=0.1, gradient=slope(1.0, 0.7), largest_shard=8).run(600)
     np.testing.assert_allclose(end.x(), 0.7, atol=1e-3)
@@ -220,7 +232,7 @@ def test_warnings_are_single_lines(name, p):
 
 
 @every_variant
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(before=st.integers(0, 7), after=st.integers(1, 7), p=st.integers(1, 4))
 def test_state_reproduces_the_rest_of_the_run_at_any_step(method, before, after, p):
     whole = run(method, p, before, seed=1)
@@ -321,7 +333,7 @@ def test_consensus_is_local(method):
 
 @every_variant
 def test_steady_state_allocates_no_vector(method):
-    n = 1_000_000
+    n = 200_000
     gradients = np.random.default_rng(1).normal(size=(2, n)).astype(np.float32)
     simulation = simulate(
         method, 2, start=np.zeros(n, np.float32), eta=0.01, gradient=lambda rank, x: gradients[rank]
@@ -335,7 +347,7 @@ def test_steady_state_allocates_no_vector(method):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < out.nbytes / 50
+    assert peak < out.nbytes / 10
 
 
 @every_variant

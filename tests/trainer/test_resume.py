@@ -99,6 +99,17 @@ def test_a_resumed_synchronous_run_equals_an_uninterrupted_one(world, go, config
     assert parts["bytes_sent"] == whole["bytes_sent"]
 
 
+@pytest.mark.ranks(2)
+def test_the_seconds_of_computing_and_exchanging_go_on_after_a_resume(world, go):
+    config = TrainConfig(algorithm="allreduce", model="support.small_models:watched")
+    go(config, "run", steps=30)
+    before = checkpoint.load(checkpoint.latest(go.folder / "run" / "checkpoints"), world)
+    go(config, "run", resume=True, steps=31)
+    after = checkpoint.load(checkpoint.latest(go.folder / "run" / "checkpoints"), world)
+    for name in ("seconds", "compute_seconds", "exchange_seconds"):
+        assert after[name] > before[name] > 0, name
+
+
 TINY = {"data": "synthetic:n=96,shape=64,classes=10", "model": "support.small_models:watched", "batch_size": 8}
 RANDOM = {
     **{name: TrainConfig(name, **TINY, lr=0.01 * METHODS[name].learning_rate_factor) for name in METHODS},
