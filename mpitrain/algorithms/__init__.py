@@ -85,14 +85,14 @@ __all__ = [
 
 
 def create(name: str, settings: Mapping[str, str] | None = None) -> Method:
-    """Make a method from its name in the registry and its settings as text, as the command line gives them.
+    """Create a method from its name and its settings, both given as text on the command line.
 
     Args:
-        name: For example ``easgd``.
-        settings: For example ``{"period": "10"}``.
+        name: The name of the method, for example ``easgd``.
+        settings: The settings, for example ``{"period": "10"}``.
 
     Raises:
-        UsageError: The name or a setting is unknown (the message names a similar one), or a value is not accepted.
+        UsageError: The name or a setting is unknown, or a value is invalid.
     """
     if name not in METHODS:
         raise UsageError(unknown("algorithm", name, METHODS, otherwise="see mpitrain algorithms"))

@@ -41,7 +41,7 @@ SETTINGS_HEAD = "| setting | default | range | meaning |\n|---|---|---|---|\n"
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Return the declarations of each method by name, ready for JSON."""
+    """Return the description of each method by its name, as JSON types."""
     return {
         name: {
             "class": method.__name__,

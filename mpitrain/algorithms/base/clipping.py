@@ -32,11 +32,11 @@ def clip_displacement() -> Any:
 
 
 class Clip:
-    """The bound of one worker, and the record of what exceeded it.
+    """The bound on the displacements by one worker, and a count of those that exceed it.
 
     Args:
-        bound: C.
-        comm: The communicator of the workers; ``statistics.n_clipped`` counts the displacements that were scaled.
+        bound: The bound C.
+        comm: The communicator of the workers. Its ``statistics.n_clipped`` counts the scaled displacements.
     """
 
     def __init__(self, bound: float, comm: Communicator) -> None:
@@ -44,7 +44,7 @@ class Clip:
 
     @classmethod
     def of(cls, method: Any, comm: Communicator) -> Clip | None:
-        """Return the bound that a method sets, or None."""
+        """Return the bound of a method, or None if it has none."""
         bound = getattr(method, "clip_displacement", None)
         return None if bound is None else cls(bound, comm)
 
@@ -53,16 +53,17 @@ class Clip:
         return self.bound * math.sqrt(len(part) / max(n, 1))
 
     def limit(self, x: Any, origin: Any, radius: float) -> None:
-        """Bring ``x`` (m,) to within ``radius`` of ``origin`` (m,). Local."""
+        """Move ``x`` (m,) towards ``origin`` (m,) until their distance is at most ``radius``. Local."""
         factor = self.factor(norms.distance(x, origin), radius)
         if factor < 1:
             kernels.elastic_displacement(x, origin, factor, 0.0)  # x <- factor*(x - origin)
             kernels.scaled_add(x, origin, 1.0)
 
     def factor(self, distance: float, radius: float) -> float:
-        """Return by what to multiply a displacement of length ``distance``; count and log it if that is below 1.
+        """Return the factor that scales a displacement of length ``distance`` to the bound, at most 1.
 
-        A length that is not a number is left to the methods' handling of non-finite values.
+        A factor below 1 is counted and logged. If ``distance`` is NaN, the factor is 1: methods handle non-finite
+        values elsewhere.
         """
         if not distance > radius:
             return 1.0

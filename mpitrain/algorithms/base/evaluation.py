@@ -16,7 +16,7 @@ Read = Callable[[int, Callable[[Any], object]], object]
 
 
 def mean_of_workers(comm: Communicator, vector: Vector, out: Any) -> None:
-    """Write the mean of the present vectors of all alive workers to ``out`` (n,). Local."""
+    """Write the mean of the present vectors of all living workers to ``out`` (n,). Local."""
     mean_of(alive_ranks(comm), lambda peer, fn: comm.read(vector, peer, fn), out)
 
 
@@ -25,9 +25,9 @@ def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int
 
     Args:
         peers: The ranks to average over.
-        read: Calls a function with the vector of one of them.
-        out: In any precision; the sum is made in float32 at least.
-        weight_of: Returns a peer's weight; called just before its vector is read.
+        read: A function that calls another function with the vector of a peer.
+        out: (n,) the result, in any precision. The sum is computed at least in float32.
+        weight_of: A function that returns the weight of a peer. It is called just before the peer's vector is read.
     """
     dtype = kernels.accumulator(out.dtype)
     total = out if out.dtype == dtype else np.zeros_like(out, dtype=dtype)

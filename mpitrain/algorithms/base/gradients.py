@@ -17,20 +17,20 @@ EPSILON = 1e-6
 
 
 def combine(worker: Any, *, skips: bool) -> None:
-    """Begin a step: replace the gradient by that of all workers, in methods that do. Collective there, else Local.
+    """Begin a step: combine the gradients of all workers if the method does so. Collective in this case, else Local.
 
     Args:
         worker: A ``Worker``, as in the other functions here.
-        skips: Whether its own gradient is not finite.
+        skips: Whether the gradient of this worker is not finite.
     """
     worker.skips, worker.has_common_gradient = skips, False
     worker.combine_gradients()
 
 
 def average(worker: Any) -> None:
-    """gbar = (1/p) sum_i g_i; skip the step if a worker's gradient is not finite. Collective.
+    """Compute gbar = (1/p) sum_i g_i; skip the step if the gradient of any worker is not finite. Collective.
 
-    The news travels with the sum: a worker that skips makes the first element NaN.
+    A worker with a non-finite gradient sets its first element to NaN. The sum then tells all workers to skip the step.
     """
     first = worker.g.local[:1]
     if worker.skips:
@@ -41,11 +41,11 @@ def average(worker: Any) -> None:
 
 
 def norm(worker: Any, order: float) -> float:
-    """Return the norm of the gradient in ``g``: NaN if the step is left out. Collective if all have the same gradient.
+    """Return the norm of the gradient, or NaN if the step is skipped. Collective if all workers have the same gradient.
 
     Args:
         worker: A ``Worker``, as in the other functions here.
-        order: p of the norm (sum |g_i|^p)^(1/p), above 0; infinity for the largest absolute value.
+        order: The order p > 0 of the norm (sum |g_i|^p)^(1/p); infinity stands for the largest absolute value.
     """
     g, comm = worker.g.local, worker.comm
     if worker.skips:
@@ -57,6 +57,6 @@ def norm(worker: Any, order: float) -> float:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """Return the factor that brings a gradient to a norm of at most ``max_norm``: 1 if it is below, or not finite."""
+    """Return the factor that scales a gradient to a norm of at most ``max_norm``. It is 1 if the norm is not finite."""
     factor = max_norm / (norm + EPSILON)
     return factor if factor < 1 else 1.0

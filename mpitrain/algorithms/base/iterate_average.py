@@ -34,14 +34,14 @@ DEFAULT_RATE = 0.001
 
 @dataclass(frozen=True)
 class Average:
-    """A kind of running average.
+    """The settings of a running average of the iterates.
 
     Args:
-        kind: ``polyak``: the mean of all iterates; ``moving``: an exponential moving average.
-        rate: a, the rate of the moving average; its memory is about 1/a steps.
-        source: ``workers``: every worker averages its own parameters, and the mean of these averages is evaluated; it
-            costs one pass over the vector per step. ``consensus``: the first alive worker averages what the method
-            evaluates, at each of its own steps; with a center that is a read of all shards, with gossip of all workers.
+        kind: ``polyak`` for the mean of all iterates, ``moving`` for an exponential moving average.
+        rate: The rate a of the moving average, whose memory is about 1/a steps.
+        source: With ``workers``, every worker averages its own parameters, and the mean of these averages is evaluated.
+            This costs one pass over the vector per step. With ``consensus``, the first living worker averages the
+            consensus at each of its own steps. This costs a read of the center, or of all workers in a gossip method.
 
     Example:
         >>> Average("moving", 0.01).rate_at(7)
@@ -67,7 +67,7 @@ class Average:
         """Parse the value of ``--average``: ``KIND[:RATE][:consensus]``.
 
         Raises:
-            UsageError: The text is something else.
+            UsageError: The text does not have this form.
         """
         kind, *rest = text.split(":")
         source = SOURCES[0]
@@ -84,11 +84,11 @@ class Average:
         return cls(kind, rate, source)
 
     def rate_at(self, t: int) -> float:
-        """Return a_t of step t = 1, 2, ..."""
+        """Return the rate a_t of step t = 1, 2, ..."""
         return 1.0 / t if self.kind == "polyak" else self.rate
 
     def budget_warnings(self, steps: float) -> Iterator[str]:
-        """Yield a line if a moving average cannot follow the parameters in a run of ``steps`` local steps."""
+        """Yield a warning if the moving average is too slow for a run of ``steps`` local steps."""
         if self.kind == "moving" and steps * self.rate < LEAST_PERIODS:
             rate = min(LEAST_PERIODS / max(steps, 1), 1)
             yield (
@@ -97,7 +97,7 @@ class Average:
             )
 
     def wrap(self, worker: Worker, replica: Replica) -> Worker:
-        """Return a worker that makes the steps of ``worker`` and averages. Collective."""
+        """Return a worker that makes the steps of ``worker`` and updates the average. Collective."""
         return AveragedWorker(self, worker, replica)
 
 
@@ -106,8 +106,8 @@ class AveragedWorker(Worker):
 
     Args:
         average: The kind of average.
-        worker: The worker of the method, which does not know of the average.
-        replica: The replica that the worker was made from.
+        worker: The worker of the method.
+        replica: The replica with which the worker was created.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_worker", "_average_of_iterates")
@@ -181,7 +181,7 @@ class AveragedWorker(Worker):
         self._worker.gradient_complete()
 
     def consensus(self, out: Any) -> None:
-        """Write the average: the mean of all workers', or that of the first alive worker. Local."""
+        """Write the mean of all workers' averages, or the average of the first living worker. Local."""
         if self._evaluated is not None:
             self.comm.read(self._average_of_iterates, alive_ranks(self.comm)[0], lambda z: kernels.copy(out, z))
             return
@@ -192,7 +192,7 @@ class AveragedWorker(Worker):
         self._worker.wait()
 
     def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
-        """Pass on to the method. Local, or Collective where the method is synchronous."""
+        """Pass on to the method. Collective for synchronous methods, else Local."""
         self._worker.finalize(group_slices)
 
     def metrics(self) -> dict[str, float]:

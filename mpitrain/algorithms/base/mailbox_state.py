@@ -14,14 +14,14 @@ from mpitrain.collectives.rma.mailboxes import Mailboxes
 
 
 class Inbox:
-    """This worker's mailbox in which others leave vectors, with the number that belongs to them.
+    """The state of this worker's mailbox: a vector from other workers, and a number that belongs to it.
 
     Args:
         comm: The communicator of the workers.
-        boxes: Their mailboxes, with one slot.
+        boxes: The mailboxes of all workers, with one slot.
         like: (n,) a vector of the same type.
-        tag: The index of the number among the tags.
-        names: The entries of a checkpoint for the vector and the number.
+        tag: The index of the number among the tags of the mailbox.
+        names: The names of the vector and of the number in a checkpoint.
     """
 
     def __init__(self, comm: Communicator, boxes: Mailboxes, like: Any, tag: int, names: tuple[str, str]) -> None:
@@ -53,11 +53,11 @@ class Inbox:
 
 
 class Published:
-    """The vector that this worker published last, in its mailboxes with two slots.
+    """The state of the vector that this worker published last, in mailboxes with two slots.
 
     Args:
         comm: The communicator of the workers.
-        boxes: Their mailboxes.
+        boxes: The mailboxes of all workers.
         like: (n,) a vector of the same type.
     """
 
@@ -75,5 +75,5 @@ class Published:
         yield "published", published
 
     def load(self, state: State) -> None:
-        """Publish it again. Local; peers see it after a barrier."""
+        """Publish the vector again. Local; peers see it after a barrier."""
         self._boxes.publish(state["published"])

@@ -25,12 +25,12 @@ LEAST_PERIODS = 3
 
 @dataclass(frozen=True)
 class Interval:
-    """How often a worker exchanges.
+    """The interval between two exchanges of a worker.
 
     Attributes:
-        steps: Local steps between two exchanges, or those after which an average has followed.
-        setting: The setting that decides.
-        advice: Returns the text of a value with which it would be that many steps.
+        steps: The number of local steps between two exchanges, or in which a moving average follows.
+        setting: The name of the setting that determines it.
+        advice: A function that returns the value of the setting for a given number of steps, as text.
     """
 
     steps: float
@@ -40,26 +40,27 @@ class Interval:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """The hyper-parameters of one method. Subclasses are frozen dataclasses whose fields are ``base.settings``.
+    """The settings of a method. Subclasses are frozen dataclasses; their fields are declared with ``base.settings``.
 
     Attributes:
         name: The name in the registry and on the command line.
-        summary: One line for ``mpitrain algorithms``.
-        source: Authors, title, year, where.
-        communication: What a worker sends and receives per step, in vectors of the model's size.
-        owns_update: Whether the method makes the local update itself. Then ``update`` is called, and the torch
-            optimizer only provides learning rates and weight decays.
+        summary: A description in one line.
+        source: The paper: authors, title, year, place.
+        communication: The data that a worker sends and receives per step, in vectors of the model's size.
+        owns_update: Whether the method makes the local update itself, in ``update``. The torch optimizer then only
+            provides learning rates and weight decays.
         needs_loss: Whether ``step`` must be given the loss.
-        needs_gradient: Whether ``step`` needs the gradient in ``g``, for more than the local update.
-        combines_gradients: Whether a step replaces the gradients of all workers by one, their mean or another
-            aggregate. If the aggregate is not finite all of them leave out the step.
-        on_host: Whether the method computes with its vectors by other means than kernels, and so needs them in host
-            memory. Parameters on a GPU are then copied there and back at every step.
-        evaluates_history: Whether it evaluates an average over the past, which moves on while the workers rest.
-        learning_rate_factor: How much larger its learning rate should be than that of SGD with momentum 0.9; a default
-            for comparisons, which nothing applies by itself.
-        short_run: Settings for runs of a few hundred steps, which are shorter than the papers' periods and windows;
-            for comparisons, like the factor.
+        needs_gradient: Whether the method itself uses the gradient in ``g``, apart from the local update.
+        combines_gradients: Whether a step replaces the gradients of all workers by their mean or another aggregate. If
+            the aggregate is not finite, all workers skip the step.
+        on_host: Whether the vectors must be in host memory, because the method computes with more than kernels.
+            Parameters on a GPU are then copied to the host and back at every step.
+        evaluates_history: Whether the consensus is an average over the past. It may change even while no worker makes a
+            step.
+        learning_rate_factor: The recommended learning rate, divided by that of SGD with momentum 0.9. Only comparisons
+            use it.
+        short_run: The recommended settings for runs of a few hundred steps, which are shorter than the periods in the
+            papers. Only comparisons use them.
         metrics: The names of the values that ``Worker.metrics`` returns.
     """
 
@@ -89,58 +90,58 @@ class Method(ABC):
         check_settings(self, self.name)
 
     def settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters by name."""
+        """Return the settings by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether workers wait for each other in ``step``: then all of them must make the same number of steps."""
+        """Whether workers wait for each other in ``step``. If so, they must all make the same number of steps."""
         return True
 
     @property
     def needs_equal_updates(self) -> bool:
-        """Whether all workers need equal learning rates, momenta and other numbers of the parameter groups."""
+        """Whether the settings of the parameter groups, such as learning rates, must be equal on all workers."""
         return self.is_synchronous
 
     @property
     def shares_parameters(self) -> bool:
         """Whether the workers of a node may share one copy of the parameters, which are equal after every step.
 
-        They do so where the local update is that of torch.optim.SGD; the worker then makes the update. A method offers
-        this as a setting ``node_shared`` that is off by default: what a script does to shared parameters by hand would
-        be done once per rank. ``mpitrain train`` turns it on.
+        They share it if the local update is that of torch.optim.SGD; the worker then makes the update. The setting
+        ``node_shared`` of a method controls this. It is off by default, because a direct change of shared parameters by
+        a script would take place once per rank. ``mpitrain train`` turns it on.
         """
         return False
 
     @property
     def takes_gradients_early(self) -> bool:
-        """Whether the worker is told during the backward pass which parts of the gradient are in ``g``.
+        """Whether the worker is notified during the backward pass when a part of the gradient is in ``g``.
 
-        After ``gradient_complete`` the parameters' gradient is what the worker has left in ``g``.
+        After ``gradient_complete``, ``g`` as the worker has left it is the gradient of the parameters.
         """
         return False
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield one line for each setting outside the region in which the method is proved to work.
+        """Yield a line for each setting outside the region in which the method is proven to converge.
 
-        Each line names the bound and a value inside it.
+        Each line names the bound, and a value inside the region.
 
         Args:
             size: The number of workers.
-            learning_rate: eta at the start of the run.
+            learning_rate: The learning rate eta at the start of the run.
         """
         yield from ()
 
     def interval(self, size: int) -> Interval:
-        """Return how often one of ``size`` workers exchanges; by the setting ``period`` if there is one."""
+        """Return the interval between two exchanges of a worker, by default from the setting ``period``."""
         return Interval(float(getattr(self, "period", None) or 1))
 
     def budget_warnings(self, size: int, steps: float) -> Iterator[str]:
-        """Yield a line if a run has fewer than three of the method's periods, with a period that would fit.
+        """Yield a warning if a run is shorter than three periods of the method; it names a period that fits.
 
         Args:
             size: The number of workers.
-            steps: Local steps of each worker in the run.
+            steps: The number of local steps of each worker in the run.
         """
         interval = self.interval(size)
         if interval.steps > 1 and steps < LEAST_PERIODS * interval.steps:
@@ -155,7 +156,7 @@ class Method(ABC):
 
         Args:
             size: The number of workers.
-            learning_rate: eta.
+            learning_rate: The learning rate eta.
         """
         return 0.0
 

@@ -25,13 +25,13 @@ def replace_nonfinite(vector: Any, other: Any) -> None:
 
 
 def repair(worker: Any) -> bool:
-    """Replace this worker's non-finite values with those of the consensus, if there are new ones. Local.
+    """If there are new non-finite values in this worker's vectors, replace them with those of the consensus. Local.
 
     Args:
         worker: A ``Worker``.
 
     Returns:
-        Whether there were.
+        Whether there were new non-finite values.
     """
     n_nonfinite: Any = worker.comm.statistics.n_nonfinite
     if not isinstance(n_nonfinite, int | np.integer) and worker.t % STEPS_BETWEEN_CHECKS:
@@ -47,9 +47,9 @@ def reset(positions: Sequence[Any], velocities: Sequence[Any], consensus: Callab
     """Replace the non-finite elements of a worker's own vectors. Local.
 
     Args:
-        positions: Vectors (n,) in the place of the model; they take what the method evaluates.
-        velocities: Vectors that are zero at rest; they take zeros.
-        consensus: Writes what the method evaluates to a vector (n,).
+        positions: Vectors (n,) of parameters; their non-finite elements become those of the consensus.
+        velocities: Vectors (n,) such as momenta; their non-finite elements become zero.
+        consensus: A function that writes the consensus to a vector (n,).
     """
     if not all(is_finite(vector) for vector in positions):
         evaluated = np.zeros_like(positions[0])

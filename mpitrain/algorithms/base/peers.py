@@ -9,13 +9,13 @@ from mpitrain.collectives.topology.graphs import uniform_peer
 
 
 def alive_ranks(comm: Communicator) -> list[int]:
-    """Return the workers not known to have died, in ascending order. Local."""
+    """Return the workers that are alive, as far as is known, in ascending order. Local."""
     dead = comm.dead
     return [rank for rank in range(comm.size) if rank not in dead]
 
 
 def draw_peer(comm: Communicator, rng: np.random.Generator) -> int | None:
-    """Draw a worker uniformly from the others that are alive; return None if there is none. Local."""
+    """Draw a worker uniformly from the other living workers; return None if there is none. Local."""
     if not comm.dead:
         return uniform_peer(rng, comm.rank, comm.size) if comm.size > 1 else None
     others = [rank for rank in alive_ranks(comm) if rank != comm.rank]
@@ -23,9 +23,9 @@ def draw_peer(comm: Communicator, rng: np.random.Generator) -> int | None:
 
 
 def saves_shared_state(comm: Communicator) -> bool:
-    """Whether this worker's part of a checkpoint holds the shared state: the first alive worker's does. Local.
+    """Whether this worker's part of a checkpoint contains the shared state. True for the first living worker. Local.
 
-    When the checkpoint is loaded all workers are alive, and a worker that had died gets the part of the next one that
-    had not. So worker 0 always gets the shared state.
+    When the checkpoint is loaded, all workers are alive again. A worker that had died loads the part of the next living
+    worker. Therefore worker 0 always loads the shared state.
     """
     return comm.rank == 0 if not comm.dead else comm.rank == alive_ranks(comm)[0]

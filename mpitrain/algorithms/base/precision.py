@@ -10,7 +10,7 @@ from mpitrain import kernels
 
 
 def wide_copy(vector: Any) -> Any:
-    """Return a copy of a vector (n,) in float32 at least, so that small changes are not rounded away."""
+    """Return a copy of a vector (n,) in at least float32, so that small changes are not lost by rounding."""
     copied = np.zeros_like(vector, dtype=kernels.accumulator(vector.dtype))
     kernels.copy(copied, vector)
     return copied

@@ -14,10 +14,10 @@ class ParamGroupSlice:
     """A part of the flat vector that is updated with the same settings (a parameter group of torch).
 
     Attributes:
-        part: Where it lies in the vector.
-        learning_rate: eta.
-        weight_decay: The L2 coefficient.
-        momentum, nesterov: Those of torch.optim.SGD, for workers that make its step.
+        part: The slice of the vector.
+        learning_rate: The learning rate eta.
+        weight_decay: The coefficient of the L2 penalty.
+        momentum, nesterov: The options of torch.optim.SGD, for workers that make its step.
     """
 
     part: slice
@@ -29,15 +29,17 @@ class ParamGroupSlice:
 
 @dataclass(frozen=True)
 class Replica:
-    """One copy of the model, as flat vectors, and the other workers.
+    """A copy of the model, as flat vectors, with everything else that a worker needs.
 
     Attributes:
         comm: The communicator of the workers.
         x: (n,) the parameters that the model holds; equal on all workers at the start.
         g: (n,) the gradient, once it is computed.
-        seed: The run's seed; a worker draws from (seed, rank).
-        layers: The position of each parameter tensor in the vector, in order. When it is empty the vector is one layer.
-        fitness: The loss of parameters (n,) on held-out data, the same function on all workers; None without such data.
+        seed: The seed of the run. A worker seeds its generator with (seed, rank).
+        layers: The slice of each parameter tensor in the vector, in order. If it is empty, the vector counts as one
+            layer.
+        fitness: A function that returns the loss of parameters (n,) on held-out data, the same on all workers; None
+            without such data.
         node_shared: Whether the workers of a node share one ``x``; only for methods that declare it.
     """
 

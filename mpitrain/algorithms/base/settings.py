@@ -22,12 +22,12 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "n
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(ABC):
-    """One hyper-parameter.
+    """The declaration of a setting of a method.
 
     Attributes:
-        default: The paper's value.
-        help: One line, with the paper's symbol.
-        optional: Whether None is a value.
+        default: The default, usually the value in the paper.
+        help: A description in one line, with the symbol of the paper.
+        optional: Whether None is valid.
     """
 
     default: Any
@@ -35,7 +35,7 @@ class Setting(ABC):
     optional: bool = False
 
     def parse(self, text: str) -> Any:
-        """Return the value of ``text`` from the command line; ``none`` is None.
+        """Return the value that a text from the command line stands for; ``none`` stands for None.
 
         Raises:
             ValueError: The text is not a value of this type. The message reads "must be ...".
@@ -48,7 +48,7 @@ class Setting(ABC):
             raise ValueError(f"must be {self._kind}, not {text!r}") from None
 
     def check(self, value: Any) -> None:
-        """Accept a value.
+        """Check a value.
 
         Raises:
             ValueError: The value has the wrong type or is out of range. The message reads "must be ...".
@@ -58,7 +58,7 @@ class Setting(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the values it may have, in words."""
+        """Return a description of the valid values."""
 
     _kind: ClassVar[str]
 
@@ -80,11 +80,11 @@ class Setting(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Bounded(Setting):
-    """A number with a range.
+    """A setting that is a number in a range.
 
     Attributes:
-        low, high: Bounds that are values themselves.
-        above, below: Bounds that are not.
+        low, high: The bounds of the range, if they are valid values themselves.
+        above, below: The bounds of the range, if they are not valid.
     """
 
     low: float | None = None
@@ -117,7 +117,7 @@ class Bounded(Setting):
 
 @dataclass(frozen=True, kw_only=True)
 class Integer(Bounded):
-    """A whole number."""
+    """A setting that is a whole number."""
 
     _kind: ClassVar[str] = "a whole number"
     _types: ClassVar[tuple[type, ...]] = (int,)
@@ -128,7 +128,7 @@ class Integer(Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Bounded):
-    """A finite real number."""
+    """A setting that is a finite real number."""
 
     _kind: ClassVar[str] = "a number"
     _types: ClassVar[tuple[type, ...]] = (int, float)
@@ -139,7 +139,7 @@ class Number(Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Boolean(Setting):
-    """A switch."""
+    """A setting that is true or false."""
 
     _kind: ClassVar[str] = "true or false"
 
@@ -156,7 +156,7 @@ class Boolean(Setting):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Setting):
-    """One of a few words.
+    """A setting with a few words as valid values.
 
     Attributes:
         choices: The words.
@@ -227,10 +227,10 @@ def check_settings(declared: Any, name: str) -> None:
 
     Args:
         declared: The instance.
-        name: Its name in a message.
+        name: The name of the instance for the message.
 
     Raises:
-        UsageError: With the first value that is not accepted.
+        UsageError: A value is invalid; the message names the first one.
     """
     for key, setting in settings_of(declared).items():
         try:
@@ -240,15 +240,15 @@ def check_settings(declared: Any, name: str) -> None:
 
 
 def values_of_texts(declaring: type[Any], name: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of settings that the command line gives as text.
+    """Convert settings from text on the command line to values.
 
     Args:
         declaring: The dataclass that declares the settings.
-        name: Its name in a message.
-        texts: For example ``{"period": "10"}``.
+        name: The name of the dataclass for messages.
+        texts: The settings, for example ``{"period": "10"}``.
 
     Raises:
-        UsageError: There is no such setting (the message names a similar one), or a text is not a value of its type.
+        UsageError: A setting does not exist, or a text is not a valid value.
     """
     declared, values = settings_of(declaring), {}
     for key, text in texts.items():

@@ -14,15 +14,17 @@ from mpitrain.collectives.communicator import Communicator
 
 
 class SharedRows:
-    """The named rows of a shared vector. Collective to create.
+    """The rows of a shared vector, with names. Collective to create.
 
-    Worker 0 seeds them. A checkpoint holds them once: in the part of the first worker that is alive.
+    Worker 0 sets their first values. In a checkpoint, only the part of the first living worker contains them.
 
     Args:
         comm: The communicator of the workers.
-        start: The first values (n,) of each row, by the name of its checkpoint entry. The rows are in float32 at least.
-        tags: The name of the entry for the numbers that belong to each shard; None if the method uses none.
-        counts_pulls: Whether the ages of this worker's pulls are part of its state. All rows then count as just pulled.
+        start: The first values (n,) of each row, by the name that the row has in a checkpoint. The rows are at least
+            float32.
+        tags: The name in a checkpoint for the numbers that belong to each shard; None without such numbers.
+        counts_pulls: Whether the state includes the age of this worker's last pull of each shard. At first, all ages
+            are 0.
 
     Attributes:
         vector: The shared vector.
@@ -38,7 +40,7 @@ class SharedRows:
         self._seed(start, 0)
 
     def empty_shard(self, like: Any) -> Any:
-        """Return a shard without elements, in the memory of ``like``, to compile kernels with. Local."""
+        """Return an empty shard in the memory (host or GPU) of ``like``, with which kernels are compiled. Local."""
         rows = len(self._names)
         return np.zeros_like(like, dtype=self._dtype, shape=(rows, 0) if rows > 1 else (0,))
 
@@ -51,7 +53,7 @@ class SharedRows:
         self.vector.write(values, row)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield the ages of this worker's pulls and, on one worker, the rows and their tags. Local."""
+        """Yield the ages of this worker's pulls. On one worker, also yield the rows and their tags. Local."""
         if self._counts_pulls:
             yield "lags", self.vector.lags()
         if saves_shared_state(self._comm):
@@ -63,7 +65,7 @@ class SharedRows:
                 yield self._tags, self.vector.read_tags()
 
     def load(self, state: State) -> None:
-        """Seed the rows from worker 0's part of a checkpoint. Collective."""
+        """Set the rows from worker 0's part of a checkpoint. Collective."""
         self._seed(state, state["lags"] if self._counts_pulls else None, None if self._tags is None else self._tags)
 
     def _seed(self, values: State, lags: Any, tags: str | None = None) -> None:

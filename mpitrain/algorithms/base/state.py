@@ -33,7 +33,7 @@ State = Mapping[str, Any]
 
 
 def entries(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the value of everything that the object declares as persistent."""
+    """Yield the name and the value of each attribute that the object declares as persistent."""
     for attribute in _declared(type(owner)):
         value, name = getattr(owner, attribute), attribute.lstrip("_")
         if isinstance(value, np.random.Generator):
@@ -50,7 +50,7 @@ def entries(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def restore(owner: Any, state: State) -> None:
-    """Load everything that the object declares as persistent. Collective if one of its collaborators is.
+    """Load the attributes that the object declares as persistent. Collective if loading one of them is Collective.
 
     Raises:
         KeyError: An entry is missing.

@@ -21,23 +21,24 @@ from mpitrain.algorithms.base.state import State, entries, restore
 
 
 class Worker(ABC):
-    """One worker of a method.
+    """The running state of a method on one rank.
 
     Args:
         replica: The vectors and the communicator to work with.
 
     Attributes:
-        persistent: The attributes that a checkpoint holds besides ``x``; each class declares its own (``base.state``).
-        comm, x, g: Those of the replica.
-        t: The worker's clock: the local steps it has made.
-        learning_rate: eta of the present step.
+        persistent: The names of the attributes that a checkpoint contains besides ``x``. Each class declares its own
+            (``base.state``).
+        comm, x, g: The communicator, the parameters and the gradient of the replica.
+        t: The number of local steps of this worker.
+        learning_rate: The learning rate eta of the present step.
         group_slices: The parameter groups of the present step.
         loss: The loss of the present mini-batch, for methods that need it.
-        skips: Whether the present step leaves out the local update, because a gradient is not finite.
+        skips: Whether the present step skips the local update, because a gradient is not finite.
         has_common_gradient: Whether the present gradient is the same on all workers.
         n_nonfinite: The number of non-finite elements at the last check.
-        positions: The worker's own vectors (n,) that lie where the model does; ``x`` is the first.
-        velocities: The worker's own vectors (n,) that are zero at rest.
+        positions: The worker's own vectors (n,) of parameters; ``x`` is the first.
+        velocities: The worker's own vectors (n,) such as momenta, in which a non-finite element becomes zero.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("t", "_finalized_at")
@@ -66,18 +67,18 @@ class Worker(ABC):
         """Make one step with the gradient in ``g``.
 
         Args:
-            group_slices: Learning rate and weight decay of each part of the vector. Methods with one eta for the whole
-                vector use the largest rate, since parts with learning rate 0 do not move.
-            local_update: Updates ``x`` in place; None when the method owns the update.
+            group_slices: The learning rate and the weight decay of each part of the vector. Methods with one eta for
+                the whole vector use the largest learning rate.
+            local_update: A function that updates ``x`` in place; None if the method makes the update itself.
             loss: The loss of the mini-batch, for methods that rank workers by it.
-            skips: Leave out the local update, because the gradient is not finite. The exchanges are made in any case,
-                so that workers that wait for each other stay in step. Where gradients are averaged all workers then
-                leave out this update.
-            is_combined: ``clip_gradients`` has combined the gradients of this step.
+            skips: Whether to skip the local update, because the gradient is not finite. The exchanges take place in any
+                case, since other workers may wait for them. If the method averages gradients, all workers skip the
+                update.
+            is_combined: Whether ``clip_gradients`` has combined the gradients of this step.
 
         Returns:
-            Whether non-finite elements were found, and replaced in the worker's own vectors. The local update should
-            then reset the non-finite elements of its own state.
+            Whether non-finite elements were found and replaced in the worker's vectors. If so, the local update should
+            reset the non-finite elements of its own state, too.
         """
         self.use(group_slices)
         self.loss = loss
@@ -95,12 +96,12 @@ class Worker(ABC):
         return nonfinite.repair(self)
 
     def use(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """Note the parameter groups of a step, and eta, the largest of their learning rates."""
+        """Store the parameter groups of a step, and the largest of their learning rates as eta."""
         self.group_slices = group_slices
         self.learning_rate = max(group_slice.learning_rate for group_slice in group_slices)
 
     def gradient_ready(self, layer: int) -> bool:
-        """Note, during the backward pass, that the gradient of ``replica.layers[layer]`` is in ``g``. Local.
+        """Take note that the gradient of ``replica.layers[layer]`` is in ``g``. Local; called in the backward pass.
 
         Returns:
             Whether ``begin_ready`` should be called.
@@ -111,10 +112,10 @@ class Worker(ABC):
         """Start the communication of the gradients that are in ``g`` so far. Local."""
 
     def gradient_complete(self) -> None:  # noqa: B027 - optional
-        """Note that the backward pass has ended: all of the gradient is in ``g``."""
+        """Take note that the backward pass has ended, so that the whole gradient is in ``g``."""
 
     def combine_gradients(self) -> None:  # noqa: B027 - optional
-        """Replace the gradient by that of all workers, in methods that declare ``combines_gradients``. Collective."""
+        """Combine the gradients of all workers, in methods that declare ``combines_gradients``. Collective."""
 
     def clip_gradients(
         self,
@@ -127,18 +128,19 @@ class Worker(ABC):
     ) -> float:
         """Combine the gradients before the step, and scale the result to a norm of at most ``max_norm``.
 
-        Collective in methods that declare ``combines_gradients``, else Local. The next step is then made with
-        ``is_combined``.
+        Collective in methods that declare ``combines_gradients``, else Local. Pass ``is_combined=True`` to the next
+        step.
 
         Args:
-            group_slices: Those of the step.
+            group_slices: The parameter groups of the step.
             max_norm: The largest norm.
-            order: Of the norm; see ``gradients.norm``.
+            order: The order of the norm; see ``gradients.norm``.
             skips: See ``step``.
-            is_combined: The gradients have been combined already.
+            is_combined: Whether the gradients have been combined already.
 
         Returns:
-            The norm before, the same on all workers whose gradients are combined; NaN if the step is left out.
+            The norm before clipping; NaN if the step is skipped. If gradients are combined, it is the same on all
+            workers.
         """
         self.use(group_slices)
         if not is_combined:
@@ -150,19 +152,19 @@ class Worker(ABC):
         return norm
 
     def before_update(self) -> None:  # noqa: B027 - optional
-        """Run between the gradient and the local update."""
+        """Act between the gradient and the local update."""
 
     def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """Make the local update, in methods that own it."""
+        """Make the local update, in methods that declare ``owns_update``."""
         for group_slice in group_slices:
             self.update(group_slice)
 
     def update(self, group_slice: ParamGroupSlice) -> None:
-        """Make the local update of one part of the vector, in methods that own it."""
+        """Make the local update of one part of the vector, in methods that declare ``owns_update``."""
         raise NotImplementedError(f"{type(self).__name__} declares owns_update and has no update")
 
     def after_update(self) -> None:  # noqa: B027 - optional
-        """Run after the local update."""
+        """Act after the local update."""
 
     @abstractmethod
     def consensus(self, out: Any) -> None:
@@ -172,7 +174,9 @@ class Worker(ABC):
         """Wait for this worker's background operations on shared memory. Local."""
 
     def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
-        """Make the exchange that is due at the end of a run, once. Collective for synchronous methods, else Local.
+        """Make the last exchange of a run. Collective for synchronous methods, else Local.
+
+        A second call without steps in between does nothing.
 
         Args:
             group_slices: The parameter groups to use if this worker has made no step since it was loaded.
@@ -185,14 +189,14 @@ class Worker(ABC):
         self.exchange_remaining()
 
     def exchange_remaining(self) -> None:  # noqa: B027 - optional
-        """Exchange the local steps that no exchange has seen yet; a period may end early. Called by ``finalize``."""
+        """Exchange the local steps since the last exchange, before the period has ended. Called by ``finalize``."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the present value of each of the method's ``metrics``. Local and cheap."""
+        """Return the present values of the method's ``metrics``. Local and cheap."""
         return {}
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name and the value of everything that a checkpoint holds besides ``x``. Local."""
+        """Yield the names and the values that a checkpoint contains besides ``x``. Local."""
         self.wait()
         yield from entries(self)
 
@@ -215,7 +219,7 @@ class PeriodicWorker(Worker):
     """A worker that exchanges every tau steps, before or after the gradient (``grad_point``).
 
     Args:
-        method: Has the settings ``period`` (tau) and ``grad_point``.
+        method: The method, with the settings ``period`` (tau) and ``grad_point``.
         replica: The vectors and the communicator to work with.
     """
 
@@ -224,12 +228,12 @@ class PeriodicWorker(Worker):
         self._method = method
 
     def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this exchange."""
+        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
         if self._method.grad_point == "pre" and self.t % self._method.period == 0:
             self.exchange()
 
     def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this exchange."""
+        """Exchange if grad_point = post: the next gradient will be computed after this exchange."""
         if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
             self.exchange()
 
@@ -247,4 +251,4 @@ class PeriodicWorker(Worker):
 
     @abstractmethod
     def exchange(self) -> None:
-        """Exchange once. Local, or Collective where the method is synchronous."""
+        """Exchange once. Collective for synchronous methods, else Local."""

@@ -26,22 +26,25 @@ Attack = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def sign_flip(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """Send -g_i."""
+    """Return the attack -g_i."""
     return -own
 
 
 def zero(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """Send 0."""
+    """Return the attack 0."""
     return np.zeros_like(own)
 
 
 def scaled_negative(factor: float = 0.4) -> Attack:
-    """Return the attack -factor*g_i, small enough to stay within a safeguard's thresholds (``safeguard attack``)."""
+    """Return the attack -factor*g_i. With a small factor, a safeguard does not detect it (``safeguard attack``)."""
     return lambda own, honest: -factor * own
 
 
 def variance(z: float = 0.3) -> Attack:
-    """Return the attack mean - z*std of the honest gradients, by coordinate: rarely an outlier, always on one side."""
+    """Return the attack mean - z*std of the honest gradients, per coordinate.
+
+    It is rarely an outlier, but always deviates to the same side.
+    """
 
     def shifted(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
         return np.broadcast_to(honest.mean(axis=0) - z * honest.std(axis=0), own.shape)
@@ -50,10 +53,12 @@ def variance(z: float = 0.3) -> Attack:
 
 
 class Delayed:
-    """The attack g_i of ``delay`` steps before; until then the present g_i.
+    """The attack that sends an old gradient: the g_i of ``delay`` steps before.
+
+    In the first steps, it sends the present gradient.
 
     Args:
-        delay: D, steps; 1000 in the paper.
+        delay: The delay D in steps; 1000 in the paper.
     """
 
     def __init__(self, delay: int = 1000) -> None:
@@ -66,15 +71,15 @@ class Delayed:
 
 
 def flip_labels(labels: np.ndarray, n_classes: int = 10) -> np.ndarray:
-    """Return n_classes - 1 - l for each label l."""
+    """Return the false label n_classes - 1 - l for each label l."""
     return n_classes - 1 - labels
 
 
 class Attacked:
     """A gradient function ``gradient(rank, x)`` with Byzantine workers, for synchronous methods.
 
-    In each step the first call computes the gradients of all workers, at its own ``x``: in a synchronous method all are
-    equal.
+    The first call of a step computes the gradients of all workers at its own ``x``. In a synchronous method, all
+    workers have the same ``x``.
 
     Args:
         gradient: The ``gradient(rank, x)`` of an honest worker.

@@ -37,11 +37,11 @@ class GradientSlices:
     Args:
         comm: The communicator of the workers.
         g: (n,) the gradient of each worker.
-        extra: Further rows, for the method's own vectors that are compared with gradients.
+        extra: The number of additional rows, for vectors of the method that are compared with gradients.
 
     Attributes:
-        part: The position of the slice.
-        mine: This worker's gradient there, which becomes the aggregate.
+        part: The slice.
+        mine: This worker's gradient in the slice; the method replaces it by the aggregate.
         rows: (size + extra, length) one row per worker; 0 where a gradient is not finite.
     """
 
@@ -53,13 +53,13 @@ class GradientSlices:
         kernels.receive(self.rows.values[0, :0], g.local[:0])  # compiled before the first step
 
     def exclude_own(self, excludes: bool) -> None:
-        """Show all workers that this one's gradient is not finite, though ``g`` may be. Local, before ``collect``."""
+        """Mark this worker's gradient as not finite, for all workers. Local; call it before ``collect``."""
         if excludes and np.isfinite(self._g.local[:1]).any():
             self._g.local[:1] = math.nan
             self._comm.statistics.n_nonfinite -= 1  # ``collect`` counts this element
 
     def collect(self, whose: Iterable[int]) -> np.ndarray:
-        """Copy the slices of these workers. Collective; gradients must not change until ``total`` returns.
+        """Copy the slices of the given workers. Collective; gradients must not change until ``total`` returns.
 
         Returns:
             (size,) the number of non-finite elements of each worker, in this slice.
@@ -72,11 +72,11 @@ class GradientSlices:
         return n_bad
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum over all slices of numbers found in each, the same bits on every worker. Collective."""
+        """Return the sum of numbers over all slices, with the same bits on every worker. Collective."""
         return np.add.reduce(self._comm.gather(values.tolist()), axis=0)
 
     def share(self) -> None:
-        """Replace every worker's gradient by the aggregate, whose slices are in ``mine``. Collective."""
+        """Replace every worker's gradient by the aggregate; each worker has a slice of it in ``mine``. Collective."""
         self._g.local[: self.part.start] = 0
         self._g.local[self.part.stop :] = 0
         self._comm.allreduce(self._g)

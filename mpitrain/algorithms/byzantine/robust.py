@@ -48,14 +48,14 @@ WEISZFELD_TOLERANCE = 1e-6
 class RobustSGD(Method):
     """All-reduce SGD with a robust rule in place of the mean, for workers that may send wrong gradients.
 
-    Each step is judged by itself, so an error that is small compared with the noise of a step is not detected, even if
-    it is steady; ``SafeguardSGD`` detects it.
+    The rule considers each step separately. It therefore cannot detect a steady error that is small compared with the
+    noise of a step. ``SafeguardSGD`` can.
 
     Args:
-        rule: The rule; see above.
-        n_byzantine: f, the number of bad workers to expect (trimmed mean, Krum); by default the largest that Krum
-            allows, 2f + 2 < m.
-        clip_radius: r of centered clipping; by default the median of the distances from v.
+        rule: The name of the rule; see the description of the module.
+        n_byzantine: The expected number f of bad workers, for the trimmed mean and Krum. The default is the largest
+            number that Krum allows: 2f + 2 < m.
+        clip_radius: The radius r of centered clipping. The default is the median of the distances from v.
     """
 
     rule: str = choice("median", "how one gradient is made of all", RULES)
@@ -77,7 +77,7 @@ class RobustSGD(Method):
         """Return f for ``size`` workers.
 
         Raises:
-            UsageError: The rule does not work with as many bad workers.
+            UsageError: The rule cannot tolerate so many bad workers.
         """
         if self.n_byzantine is None:
             return max((size - 3) // 2, 0)
@@ -94,7 +94,7 @@ class RobustSGD(Method):
 
 
 class RobustWorker(Worker):
-    """A worker with a slice of all gradients."""
+    """A worker that computes the aggregate in its slice of the vector."""
 
     n_extra = 0  # rows after those of the gradients
 
@@ -105,7 +105,7 @@ class RobustWorker(Worker):
         self._slices = GradientSlices(self.comm, self.g, self.n_extra)
 
     def combine_gradients(self) -> None:
-        """g <- rule(g_1, ..., g_m); skip the step if no gradient is finite."""
+        """Compute g <- rule(g_1, ..., g_m); skip the step if no gradient is finite. Collective."""
         slices, rule = self._slices, self._method.rule
         slices.exclude_own(self.skips)
         n_bad = slices.collect(range(self.comm.size))
@@ -123,7 +123,7 @@ class RobustWorker(Worker):
         self.has_common_gradient, self.skips = True, not len(finite)
 
     def consensus(self, out: Any) -> None:
-        """Write this worker's parameters: all are equal. Local."""
+        """Write this worker's parameters, which are equal on all workers. Local."""
         out[...] = self.x.local
 
     def _middle(self, chosen: np.ndarray) -> None:
@@ -145,7 +145,7 @@ class RobustWorker(Worker):
 
 
 class ClippingWorker(RobustWorker):
-    """Centered clipping: the row after the gradients is this worker's slice of v."""
+    """A worker with centered clipping. The row after those of the gradients is this worker's slice of v."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_aggregate",)
     n_extra = 1
@@ -155,7 +155,7 @@ class ClippingWorker(RobustWorker):
         self._aggregate = self._slices.rows.values[-1]  # v
 
     def combine_gradients(self) -> None:
-        """v <- v + mean of the clipped differences from v"""
+        """Compute v <- v + mean of the clipped differences from v. Collective."""
         super().combine_gradients()
         self._aggregate[...] = self._slices.mine
 
@@ -170,7 +170,7 @@ class ClippingWorker(RobustWorker):
 
 
 def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
-    """Return weights (m,): 1 for the vector that Krum selects, the first of equals, from squared distances (m, m)."""
+    """Return weights (m,): 1 for the vector that Krum selects, else 0. The argument is the squared distances (m, m)."""
     m = len(squares)
     n_nearest = max(m - n_byzantine - 2, 1)
     nearest = np.sort(squares, axis=1)[:, 1 : 1 + n_nearest]  # without itself
@@ -180,9 +180,9 @@ def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
 def geometric_median(squares: np.ndarray) -> np.ndarray:
     """Return the weights (m,) of the geometric median of m vectors, from their squared distances (m, m).
 
-    Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i|| needs the weights of y only:
-    for y = sum_i w_i g_i with sum_i w_i = 1, ||y - g_j||^2 = sum_i w_i D_ij - (1/2) sum_ik w_i w_k D_ik.
-    A vector at an infinite distance has weight 0.
+    Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i|| needs only the weights of y: for y = sum_i w_i
+    g_i with sum_i w_i = 1, ||y - g_j||^2 = sum_i w_i D_ij - (1/2) sum_ik w_i w_k D_ik. A vector at an infinite distance
+    has weight 0.
     """
     m = len(squares)
     near = np.isfinite(squares).sum(axis=1) * 2 > m
@@ -204,6 +204,6 @@ def geometric_median(squares: np.ndarray) -> np.ndarray:
 
 
 def clipping(distances: np.ndarray, radius: float | None) -> np.ndarray:
-    """Return (m,) c_i = min(1, r/distance_i); r is the median of the distances if it is None."""
+    """Return the factors c_i = min(1, r/distance_i), (m,). If r is None, it is the median of the distances."""
     r = float(np.median(distances)) if radius is None else radius
     return np.minimum(1.0, np.divide(r, distances, out=np.ones_like(distances), where=distances > 0))

@@ -60,19 +60,20 @@ from mpitrain.kernels.robust import BLOCK, Rows
 
 @dataclass(frozen=True)
 class SafeguardSGD(Method):
-    """All-reduce SGD that detects workers whose gradients are wrong, even slightly, and continues without them.
+    """All-reduce SGD that detects workers with wrong gradients and continues without them, even if the error is small.
 
     Args:
-        guards: ``double``: a short and a long window; ``single``: the long one only.
-        short_window: T0, steps; an epoch in the paper.
-        long_window: T1, steps; 6 epochs in the paper, 3 for the single guard. Automatic thresholds detect a bias of z
-            standard deviations only in windows of more than 8*(tolerance/z)^2 steps.
-        short_threshold: Th0; automatic by default.
-        long_threshold: Th1; automatic by default.
+        guards: ``double`` for a short and a long window, ``single`` for the long window only.
+        short_window: The length T0 of the short window in steps; an epoch in the paper.
+        long_window: The length T1 of the long window in steps; 6 epochs in the paper, or 3 with a single guard. With
+            automatic thresholds, a bias of z standard deviations is detected only in windows of more than
+            8*(tolerance/z)^2 steps.
+        short_threshold: The threshold Th0; by default automatic.
+        long_threshold: The threshold Th1; by default automatic.
         tolerance: The automatic threshold as a multiple of the distance between honest workers; larger values exclude
             fewer honest workers and detect fewer others.
-        noise: nu, the standard deviation of the noise added to the gradient (to leave saddle points).
-        reset_good_every: Long windows after which all workers are good again; by default never.
+        noise: The standard deviation nu of the noise that is added to the gradient, to leave saddle points.
+        reset_good_every: The number of long windows after which all workers count as good again; by default never.
     """
 
     guards: str = choice("double", "a short and a long window, or the long one only", ("double", "single"))
@@ -111,12 +112,12 @@ class SafeguardSGD(Method):
 
 
 class SafeguardWorker(Worker):
-    """A worker with its slice of the running sums and the good set, which is the same on all workers.
+    """A worker with its slice of the running sums, and the set of good workers.
 
     Attributes:
-        good: (m,) whether each worker is in the good set.
-        removed_at: (m,) the step in which each worker left it; -1 for those still in it.
-        n_undecided: How often a guard found no majority.
+        good: (m,) whether each worker is in the good set, which is the same on all workers.
+        removed_at: (m,) the step in which each worker was removed from the good set; -1 if it is still good.
+        n_undecided: The number of times that a guard found no majority.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("good", "removed_at", "n_undecided", "_windows", "_rng")
@@ -137,9 +138,9 @@ class SafeguardWorker(Worker):
         kernels.scaled_add(mine[:0], self._xi[:0], 0.0)  # compiled before the first step
 
     def combine_gradients(self) -> None:
-        """g <- xi + mean of g_i over good; then good shrinks. Collective.
+        """Compute g <- xi + mean of g_i over the good workers, then remove bad workers from the good set. Collective.
 
-        A step in which no good worker's gradient is finite is left out, and the good set stays as it is.
+        If no good worker has a finite gradient, the step is skipped, and the good set does not change.
         """
         self._begin_windows()
         self._slices.exclude_own(self.skips)
@@ -170,7 +171,7 @@ class SafeguardWorker(Worker):
         out[...] = self.x.local
 
     def metrics(self) -> dict[str, float]:
-        """Return the size of the good set, the step in which this worker left it (or -1), and n_undecided. Local."""
+        """Return the size of the good set, the step in which this worker was removed or -1, and n_undecided. Local."""
         return {
             "n_good": float(self.good.sum()),
             "removed_at": float(self.removed_at[self.comm.rank]),
@@ -199,20 +200,20 @@ class SafeguardWorker(Worker):
 
 
 class Window:
-    """One guard: the running sums A_i of all workers, in one slice, and its threshold.
+    """A guard: the running sums A_i of all workers' gradients in one slice, and the threshold.
 
     Args:
         m: The number of workers.
-        like: (length of the slice,) a vector of the gradients' type; sums are in float32 at least.
-        length: T, steps.
-        threshold: Th; automatic if None.
+        like: (length of the slice,) a vector of the gradients' type. The sums are at least float32.
+        length: The length T of the window in steps.
+        threshold: The threshold Th; automatic if None.
         tolerance: The tolerance of the automatic threshold.
 
     Attributes:
-        sums: (m, length of the slice) the A_i.
-        n_steps: s, the number of gradients in each sum.
-        radius: r of the last step.
-        last_radius: r at the end of the window before.
+        sums: (m, length of the slice) the running sums A_i.
+        n_steps: The number s of gradients in each sum.
+        radius: The radius r of the last step.
+        last_radius: The radius r at the end of the previous window.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("sums", "n_steps", "radius", "last_radius")
@@ -226,15 +227,15 @@ class Window:
         kernels.accumulate(self.sums[0, :0], like[:0], 0.0)  # compiled before the first step
 
     def begin(self) -> None:
-        """A_i <- 0"""
+        """Set A_i <- 0."""
         self.sums[...] = 0
         self.n_steps, self.last_radius = 0, self.radius
 
     def add(self, good: np.ndarray, gradients: np.ndarray) -> np.ndarray:
-        """A_i <- A_i + g_i/|good|
+        """Compute A_i <- A_i + g_i/|good|.
 
         Returns:
-            (m,) the number of elements of each sum that are not finite.
+            (m,) the number of non-finite elements in each sum.
         """
         n_bad = np.zeros(len(gradients))
         self.n_steps += 1
@@ -243,11 +244,11 @@ class Window:
         return n_bad
 
     def squared_distances(self, good: np.ndarray) -> np.ndarray:
-        """Return the squared distances (m, m) between the sums of the good workers, in this slice."""
+        """Return the squared distances (m, m) between the sums of the good workers in this slice."""
         return self._rows.squared_distances(good)
 
     def close(self, distances: np.ndarray, good: np.ndarray) -> np.ndarray | None:
-        """Return (m,) which of the good workers are within 2*Th of A_med; None if there is no A_med."""
+        """Return which good workers are within 2*Th of the median A_med, (m,) bool; None if there is no median."""
         threshold = self._threshold
         if threshold is None:
             self.radius = majority_radius(distances, good)
@@ -257,12 +258,14 @@ class Window:
 
 
 def median_worker(distances: np.ndarray, good: np.ndarray, threshold: float) -> int | None:
-    """Return the worker with the most good ones within ``threshold``; None if these, itself included, are at most m/2.
+    """Return the worker with the most good workers within ``threshold``, or None without a majority.
+
+    There is a majority if these workers, including itself, are more than m/2.
 
     Args:
-        distances: (m, m) between the sums.
+        distances: (m, m) the distances between the sums.
         good: (m,) whether each worker is in the good set.
-        threshold: Th.
+        threshold: The threshold Th.
     """
     n_near = np.where(good, ((distances <= threshold) & good).sum(axis=1), 0)
     first = int(np.argmax(n_near))
@@ -270,11 +273,11 @@ def median_worker(distances: np.ndarray, good: np.ndarray, threshold: float) -> 
 
 
 def majority_radius(distances: np.ndarray, good: np.ndarray) -> float:
-    """Return r, the median over good workers of the radius that contains more than m/2 good ones, itself included.
+    """Return the median radius r of the good workers.
 
-    With at most m/2 - 1 attackers it is at least the smallest distance of two honest workers and at most the largest:
-    the ball about an honest worker contains another honest one, and more than m/2 workers are honest, whose radii are
-    not larger.
+    The radius of a worker is that of the smallest ball around it that contains more than m/2 good workers, including
+    itself. With at most m/2 - 1 attackers, r lies between the smallest and the largest distance of two honest workers.
+    The ball of an honest worker contains another honest worker, and more than m/2 workers are honest.
     """
     n_others = len(good) // 2
     if good.sum() <= n_others:

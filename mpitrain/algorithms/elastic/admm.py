@@ -67,17 +67,17 @@ MOST_MODELLED = 32
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Workers agree exactly, by multipliers that remember how far each was from the center.
+    """Consensus ADMM: multipliers add up each worker's distance from the center, until all workers agree exactly.
 
-    When the workers' data differ ADMM has no bias, where EASGD has one; its noise is larger, and it is less stable.
+    If the workers have different data, ADMM has no bias, in contrast to EASGD. It has more noise and is less stable.
 
     Args:
-        mode: ``async``: workers make their turns in any order; ``round_robin``: one after the other; ``sync``: all at
-            once.
+        mode: The order of the workers' turns: ``async`` for any order, ``round_robin`` for one after the other,
+            ``sync`` for all at once.
         rho: The penalty on the distance between a worker and the center.
-        arrivals: K, for ``async``: contributions after which the center is recomputed.
-        max_delay: T_max, for ``async``: turns by which a worker may be ahead of any other; the workers then wait for
-            each other. Unbounded by default.
+        arrivals: With ``async``, the number K of contributions after which the center is recomputed.
+        max_delay: With ``async``, the number T_max of turns by which a worker may be ahead of any other before it
+            waits. The default is unbounded.
     """
 
     mode: str = choice("async", "who makes its turn when", ("async", "round_robin", "sync"))
@@ -101,7 +101,7 @@ class ADMM(Method):
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether workers wait for each other: unless they are asynchronous without a bound on the delay."""
+        """Whether workers wait for each other. Only asynchronous workers without a bound on the delay do not wait."""
         return self.mode != "async" or self.max_delay is not None
 
     def elastic_coefficient(self, size: int, learning_rate: float) -> float:
@@ -109,7 +109,7 @@ class ADMM(Method):
         return self.rho
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for a penalty with which workers in turn drift apart in the flat directions of a loss."""
+        """Yield a warning about a penalty with which round-robin workers drift apart in flat directions of the loss."""
         p = min(size, MOST_MODELLED)
         if self.mode == "sync" or _is_stable_in_turn(p, learning_rate * self.rho):
             return
@@ -146,9 +146,9 @@ class ADMMWorker(Worker):
 
 
 class SynchronousADMMWorker(ADMMWorker):
-    """A worker with a copy of the center; one all-reduce per step makes it the mean of the contributions.
+    """A worker with a copy of the center. An all-reduce per step makes it the mean of the contributions.
 
-    Where a contribution is not finite the old center takes its place.
+    Non-finite elements of a contribution are replaced by those of the old center.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_center",)
@@ -161,13 +161,13 @@ class SynchronousADMMWorker(ADMMWorker):
         self.update(ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
 
     def update(self, group_slice: ParamGroupSlice) -> None:
-        """Move lam_i and x_i, and write this worker's contribution to the next center in the place of the center."""
+        """Update lam_i and x_i, and overwrite the copy of the center with the contribution to the next one."""
         part, eta, decay = group_slice.part, group_slice.learning_rate, group_slice.weight_decay
         x, lam, c, g = self.x.local[part], self._multiplier[part], self._center.local[part], self.g.local[part]
         self.comm.statistics.n_nonfinite += kernels.admm_local(x, lam, c, g, eta, self._method.rho, decay)
 
     def after_update(self) -> None:
-        """c <- (1/p) sum_j (x_j - lam_j)"""
+        """Compute c <- (1/p) sum_j (x_j - lam_j). Collective."""
         self.comm.allreduce(self._center, mean=True)
 
     def consensus(self, out: Any) -> None:
@@ -176,9 +176,9 @@ class SynchronousADMMWorker(ADMMWorker):
 
 
 class TurnADMMWorker(ADMMWorker):
-    """A worker that makes its turns alone. The center is shared; with K > 1 a second row holds the next center.
+    """A worker that makes its turns alone, with a shared center. With K > 1, a second row holds the next center.
 
-    Workers see by one-sided reads of each other's clocks whose turn it is: a clock counts the turns of its worker.
+    Each worker has a clock that counts its turns. Workers read each other's clocks to find out whose turn it is.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_contribution", "_clock", "_rows")
@@ -207,17 +207,17 @@ class TurnADMMWorker(ADMMWorker):
             self.comm.wait_until(self._may_begin)
 
     def update(self, group_slice: ParamGroupSlice) -> None:
-        """Note the parameter group: the shards of the center do not end where groups do."""
+        """Store the parameter group. The update follows in ``after_update``, by shards."""
         self._group_slices.append(group_slice)
 
     def after_update(self) -> None:
-        """Make all three assignments at once, shard by shard."""
+        """Make the three assignments of a turn together, shard by shard."""
         self._center.update(self._visit)
         self._group_slices.clear()
         self._clock.local[0] = self.t + 1
 
     def exchange_remaining(self) -> None:
-        """Recompute the center, if fewer than K contributions have arrived since it was. Local."""
+        """Recompute the center, even if fewer than K contributions have arrived since the last time. Local."""
         if self._n_rows > 1:
             self._center.update(self._recompute)
 
@@ -232,9 +232,9 @@ class TurnADMMWorker(ADMMWorker):
         self._center.read(out)
 
     def after_load(self) -> None:
-        """Forget the clocks seen so far, and repair the mean if a worker had died. Collective.
+        """Discard the clocks read so far, and recompute the mean if a worker had died. Collective.
 
-        Such a worker begins with the contribution of another one, so the mean of the contributions is a different one.
+        Such a worker starts with the contribution of another worker, which changes the mean of the contributions.
         """
         self._seen = [0.0] * self.comm.size
         total = self._contribution.copy()

@@ -42,17 +42,17 @@ from mpitrain.kernels import norms
 
 @dataclass(frozen=True)
 class AEASGD(Method):
-    """Workers explore on their own for a number of steps, then exchange with the center; always asynchronous.
+    """Asynchronous elastic averaging with the elastic coefficient as its parameter.
 
-    This is EASGD parametrised by the elastic coefficient, with the gradient after the exchange. ``early_exchange`` is
-    for workers that would otherwise stay where gradient and spring balance.
+    AEASGD is EASGD with a gradient that is computed after the exchange. ``early_exchange`` is for workers that would
+    otherwise stop at the point where gradient and elastic force are in balance.
 
     Args:
         rho: The elastic coefficient; the moving rate eta*rho follows the learning rate.
-        period: tau (lambda in the thesis), local steps between two exchanges, at most.
-        early_exchange: Exchange as soon as ||eta*g|| - ||eta*rho*(x - c)|| < eta. This takes one more vector of memory
-            and two norms per step.
-        clip_displacement: C, the largest Euclidean norm by which one exchange moves the center (``base.clipping``).
+        period: The largest number tau of local steps between two exchanges (lambda in the thesis).
+        early_exchange: Whether to exchange as soon as ||eta*g|| - ||eta*rho*(x - c)|| < eta. This needs one more vector
+            of memory, and two norms per step.
+        clip_displacement: The largest Euclidean norm C by which an exchange moves the center (``base.clipping``).
 
     Example:
         >>> AEASGD().rates(4, 0.01)
@@ -73,7 +73,7 @@ class AEASGD(Method):
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]
-        """Whether the gradient is compared with the spring."""
+        """Whether the gradient is compared with the elastic force."""
         return self.early_exchange
 
     @property
@@ -100,15 +100,15 @@ class AEASGD(Method):
 
 
 class RememberedCenter(AsynchronousCenter):
-    """A center that keeps the values with which this worker left it. Collective to create.
+    """A center with a copy of its values after this worker's last exchange. Collective to create.
 
     Args:
         comm: The communicator of the workers.
-        start: (n,) the first values; worker 0's seed the center.
-        clip: The bound on what this worker moves the center.
+        start: (n,) the first values; those of worker 0 are used.
+        clip: The bound on the displacement of the center by this worker.
 
     Attributes:
-        seen: (n,) the center after this worker's last exchange.
+        seen: (n,) the copy.
     """
 
     def __init__(self, comm: Communicator, start: Any, clip: Clip | None = None) -> None:
@@ -119,16 +119,16 @@ class RememberedCenter(AsynchronousCenter):
         kernels.elastic_exchange_seen(start[:0].copy(), c, c.copy(), 0.0, 0.0)  # compiled before the first exchange
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
-        """Make both sides in one fused pass over x, c and ``seen``, shard by shard. Local."""
+        """Make both sides of an exchange in one fused pass over x, c and ``seen``, shard by shard. Local."""
         self.vector.update(
             self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange_seen(x[part], c, self.seen[part], a_w, a_c))
         )
 
 
 class EarlyWorker(ElasticWorker):
-    """A worker that exchanges at the end of the first step in which the elastic force balances the gradient.
+    """A worker that exchanges after the first step in which the elastic force balances the gradient.
 
-    It exchanges at the ``period``-th step at the latest.
+    It exchanges after ``period`` steps at the latest.
 
     Args:
         method: The hyper-parameters.
@@ -145,7 +145,7 @@ class EarlyWorker(ElasticWorker):
         self._is_due = False
 
     def before_update(self) -> None:
-        """Decide whether this step exchanges: ||eta*g|| - ||eta*rho*(x - c)|| < eta, or it is the tau-th."""
+        """Decide whether this step exchanges: ||eta*g|| - ||eta*rho*(x - c)|| < eta, or tau steps have been made."""
         eta, rho = self.learning_rate, self._method.rho
         self._n_local += 1
         self._is_due = self._n_local >= self._method.period or (

@@ -22,20 +22,22 @@ class Center(Protocol):
     """The center variable, as one worker sees it."""
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
-        """Make both sides of an exchange, in the center's order."""
+        """Make both sides of an exchange, in the order with which the center was created."""
 
     def pull(self, x: Any, a_w: float) -> None:
         """Make the worker's side: x <- x - a_w*(x - c)."""
 
     def push(self, x: Any, a_c: float) -> None:
-        """Make the center's side: c <- c + a_c*(x - c), or the sum of that over all workers."""
+        """Make the center's side: c <- c + a_c*(x - c). If all workers exchange at once, the sum over all workers is
+        added.
+        """
 
     def read(self, out: Any) -> None:
         """Copy the center to ``out`` (n,). Local."""
 
 
 class AsynchronousCenter(SharedRows):
-    """A shared vector with moving rates, which each worker visits alone. Collective to create.
+    """A center in a shared vector, with which each worker exchanges on its own. Collective to create.
 
     Args:
         comm: The communicator of the workers.

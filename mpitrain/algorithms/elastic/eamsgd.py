@@ -28,13 +28,14 @@ from mpitrain.algorithms.elastic.method import ElasticMethod, ElasticWorker
 
 @dataclass(frozen=True)
 class EAMSGD(ElasticMethod):
-    """Elastic averaging with momentum, asynchronous unless ``synchronous`` is set.
+    """Elastic averaging with Nesterov momentum, asynchronous unless ``synchronous`` is set.
 
-    The method makes the momentum step itself: the torch optimizer provides learning rates and weight decays and must be
-    a plain ``torch.optim.SGD`` without momentum.
+    The method makes the local update itself. The torch optimizer must be a plain ``torch.optim.SGD`` without momentum;
+    it only provides learning rates and weight decays.
 
     Args:
-        momentum: delta; 0.99 in the paper. The learning rate should be about ten times smaller than that of SGD.
+        momentum: The momentum delta; 0.99 in the paper. The learning rate should be about ten times smaller than that
+            of SGD.
 
     The other arguments are ``ElasticMethod``'s.
     """
@@ -65,13 +66,13 @@ class EAMSGDWorker(ElasticWorker):
         self.update(ParamGroupSlice(slice(0, 0), 0.0))  # compiled before the first step
 
     def update(self, group_slice: ParamGroupSlice) -> None:
-        """v <- delta*v - eta*g;  x <- x + v;  y <- x + delta*v"""
+        """Compute v <- delta*v - eta*g; x <- x + v; y <- x + delta*v."""
         part, eta, decay = group_slice.part, group_slice.learning_rate, group_slice.weight_decay
         x, v, y = self._position[part], self._velocity[part], self.x.local[part]
         kernels.eamsgd_step(x, v, self.g.local[part], y, eta, self._method.momentum, decay)
 
     def exchange(self) -> None:
-        """Exchange x as EASGD does; after the momentum step the look-ahead moves with it."""
+        """Exchange x as EASGD does. An exchange after the momentum step also moves the look-ahead y."""
         super().exchange()
         if not self._is_pre:
             self._look_ahead()

@@ -43,11 +43,13 @@ from mpitrain.errors import UsageError
 
 @dataclass(frozen=True)
 class EASGD(ElasticMethod):
-    """Elastic averaging SGD, asynchronous unless ``synchronous`` is set. The arguments are ``ElasticMethod``'s.
+    """Elastic averaging SGD, asynchronous unless ``synchronous`` is set.
+
+    The arguments are those of ``ElasticMethod``, and:
 
     Args:
-        overlap: Exchange in the background, for slow networks; takes one more vector of memory. Only for asynchronous
-            exchanges in jacobi order.
+        overlap: Whether to exchange in the background, for slow networks. This needs one more vector of memory. It is
+            only possible for asynchronous exchanges in jacobi order.
 
     Example:
         >>> EASGD(moving_rate=0.9 / 4, period=10).period
@@ -99,7 +101,7 @@ class OverlappedWorker(ElasticWorker):
         super().before_update()
 
     def exchange(self) -> None:
-        """Start an exchange, after the end of the one before. Local."""
+        """Start an exchange, after the previous exchange has ended. Local."""
         self._background.start(*self._rates())
 
     def _exchange_at_rest(self) -> None:
@@ -108,7 +110,7 @@ class OverlappedWorker(ElasticWorker):
         self._background.apply()
 
     def wait(self) -> None:
-        """Wait until this worker has left the center; its own move is made later. Local."""
+        """Wait until the background exchange has updated the center. The worker's own side follows later. Local."""
         self._background.wait()
 
     def consensus(self, out: Any) -> None:
@@ -118,7 +120,7 @@ class OverlappedWorker(ElasticWorker):
 
 
 class BackgroundExchange:
-    """One elastic exchange at a time, in the background.
+    """An elastic exchange in the background, one at a time.
 
     Args:
         comm: The communicator of the workers.
@@ -139,13 +141,13 @@ class BackgroundExchange:
         kernels.copy(empty, empty.copy())
 
     def start(self, a_w: float, a_c: float) -> None:
-        """s_i <- x_i;  E_i = a_w*(s_i - c),  c <- c + a_c*(s_i - c) in the background. Local."""
+        """Copy s_i <- x_i; in the background, compute E_i = a_w*(s_i - c) and c <- c + a_c*(s_i - c). Local."""
         self.apply()
         kernels.copy(self._moved, self._position)
         self.started = self._comm.start(lambda: self._center.displace(self._moved, a_w, a_c))
 
     def apply(self) -> None:
-        """x_i <- x_i - E_i, if there is an exchange. Local; waits for its end."""
+        """Compute x_i <- x_i - E_i, if there is an exchange. Local; waits for the end of the exchange."""
         if self.started is not None:
             self.started.wait()
             self.started = None
@@ -163,7 +165,7 @@ class BackgroundExchange:
             yield "under_way", self._moved
 
     def load(self, state: State) -> None:
-        """Restore an exchange that the center has made and the worker has not. Local."""
+        """Restore an exchange that the center has applied, but the worker has not. Local."""
         self.wait()
         self.started = None
         if "under_way" in state:

@@ -67,18 +67,21 @@ Members = tuple[int, ...]
 
 @dataclass(frozen=True)
 class EASGDTree(Method):
-    """Elastic averaging for many workers: each is tied to a nearby center, and the centers to each other.
+    """Asynchronous elastic averaging over a tree of centers, for many workers.
 
-    No node has more than d+1 neighbours, and most of the traffic stays on a machine. Asynchronous.
+    Each worker exchanges with a nearby center, and each center with its parent. No node of the tree has more than d+1
+    neighbours, and most messages stay within a machine.
 
     Args:
-        degree: d, the largest number of children of an inner node. By default the tree follows the machines: one inner
-            node for each machine with several workers, and the root above them.
-        scheme: The slow edges: ``multi-scale``: those between inner nodes; ``up-down``: all edges, downwards.
-        period: tau_1, local steps between two messages of a fast edge.
-        slow_period: tau_2, local steps between two messages of a slow edge.
-        moving_rate: alpha; by default 0.9/(d+1), where d is the largest number of children in the tree.
-        grad_point: ``pre``: the gradient of a step with an exchange is taken before it; ``post``: after it.
+        degree: The largest number d of children of an inner node. By default, the tree follows the machines: there is
+            one inner node for each machine with several workers, and a root above them.
+        scheme: The edges that are slow. With ``multi-scale``, these are the edges between inner nodes; with
+            ``up-down``, all edges in the downward direction.
+        period: The number tau_1 of local steps between two messages over a fast edge.
+        slow_period: The number tau_2 of local steps between two messages over a slow edge.
+        moving_rate: The moving rate alpha; by default 0.9/(d+1), where d is the largest number of children in the tree.
+        grad_point: Whether the gradient of a step with an exchange is computed before (``pre``) or after (``post``) the
+            exchange.
     """
 
     degree: int | None = integer(None, "d, children of an inner node; by machine when not given", low=2, optional=True)
@@ -101,21 +104,21 @@ class EASGDTree(Method):
         return False
 
     def periods(self, *, of_leaf: bool) -> tuple[int, int]:
-        """Return the local steps between messages (up, down) on the edge of a node and its parent."""
+        """Return the local steps between messages (up, down) on the edge between a node and its parent."""
         if self.scheme == "up-down":
             return self.period, self.slow_period
         tau = self.period if of_leaf else self.slow_period
         return tau, tau
 
     def interval(self, size: int) -> Interval:
-        """Return the local steps between two messages towards the root, over the slowest edge of a known tree."""
+        """Return the local steps between two messages towards the root, over the slowest edge."""
         has_inner_edges = self.degree is not None and size > self.degree
         if self.scheme == "multi-scale" and has_inner_edges and self.slow_period > self.period:
             return Interval(self.slow_period, "slow_period")
         return Interval(self.period)
 
     def alpha(self, branches: Sequence[Sequence[Members]]) -> float:
-        """Return the moving rate in a tree."""
+        """Return the moving rate for a given tree."""
         return BETA / (most_children(branches) + 1) if self.moving_rate is None else self.moving_rate
 
     def worker(self, replica: Replica) -> EASGDTreeWorker:
@@ -124,11 +127,12 @@ class EASGDTree(Method):
 
 
 def levels(size: int, degree: int | None, nodes: Sequence[int]) -> list[list[int]]:
-    """Return the group of each worker, level by level, from above the leaves to the root, where all are in one group.
+    """Return the group of each worker at each level of the tree, from the parents of the leaves up to the root.
 
     Args:
         size: The number of workers.
-        degree: The number of groups of a level that form one of the next; None: machines first, then all.
+        degree: The number of groups that form a group of the next level. With None, the first level groups the workers
+            of a machine, and the second is the root.
         nodes: (size,) the machine of each worker.
     """
     if degree is None:
@@ -140,11 +144,11 @@ def levels(size: int, degree: int | None, nodes: Sequence[int]) -> list[list[int
 
 
 def branch(rank: int, groups: Sequence[Sequence[int]]) -> list[Members]:
-    """Return the nodes from a leaf to the root, ends included, without nodes that have a single child.
+    """Return the nodes from a leaf to the root, including both, without nodes that have a single child.
 
     Args:
         rank: The rank of the leaf.
-        groups: The groups of each level, as from ``levels``.
+        groups: The groups of each level, from ``levels``.
     """
     above: list[Members] = [(rank,)]
     for group in groups:
@@ -155,17 +159,17 @@ def branch(rank: int, groups: Sequence[Sequence[int]]) -> list[Members]:
 
 
 def most_children(branches: Sequence[Sequence[Members]]) -> int:
-    """Return the largest number of children of an inner node, from the branches of all leaves."""
+    """Return the largest number of children of an inner node, given the branches of all leaves."""
     edges = {edge for one in branches for edge in pairwise(one)}
     return max(Counter(parent for _, parent in edges).values())
 
 
 class InnerNode(AsynchronousCenter):
-    """A vector in the memory of the workers below it, seeded by the first of them. Collective to create.
+    """An inner node of the tree: a vector that the workers below it share. Collective to create.
 
     Args:
         comm: The communicator of these workers.
-        start: (n,) the first values.
+        start: (n,) the first values; those of the first worker are used.
     """
 
     def __init__(self, comm: Communicator, start: Any) -> None:
@@ -177,27 +181,27 @@ class InnerNode(AsynchronousCenter):
         compile_halves(c, c.copy(), c.copy())
 
     def answer(self, message: Any, alpha: float) -> None:
-        """Receive a message (n,) and replace it by this node's own, sent before. Local."""
+        """Receive a message (n,), and overwrite it with this node's own message, made before the receipt. Local."""
         self.vector.update(lambda part, x: kernels.elastic_exchange(message[part], x, 1.0, alpha), pulls=False)
 
     def load(self, state: State) -> None:
-        """Seed the node from the checkpoint, or from the first worker's parameters if no part holds it. Collective.
+        """Set the node from the checkpoint, or from the first worker's parameters if no part contains it. Collective.
 
-        A worker that had died gets the part of another one, which may have had fewer nodes above it.
+        A worker that had died loads the part of another worker, which may have had fewer nodes above it.
         """
         super().load({"center": self._start} if "center" not in state else state)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The connection between a node and its parent, as one of the workers below serves it.
+    """The connection between a node and its parent, as seen by one of the workers that serve it in turn.
 
     Attributes:
-        lower: The node; None for the leaf itself.
-        upper: Its parent.
-        turn: k, the index of this worker among those below the node.
-        n_turns: m, the number of workers below the node.
-        periods: tau upwards and downwards.
+        lower: The node; None if it is the leaf.
+        upper: The parent of the node.
+        turn: The index k of this worker among those below the node.
+        n_turns: The number m of workers below the node.
+        periods: The periods upwards and downwards.
     """
 
     lower: InnerNode | None
@@ -207,13 +211,13 @@ class Edge:
     periods: tuple[int, int]
 
     def due(self, t: int) -> tuple[bool, bool]:
-        """Return whether this worker carries a message (up, down) at its local step t."""
+        """Return whether this worker carries messages (up, down) at its local step t."""
         up, down = (t % tau == 0 and t // tau % self.n_turns == self.turn for tau in self.periods)
         return up, down
 
 
 class EASGDTreeWorker(Worker):
-    """A leaf, which also serves the edges from there to the root; the model holds x_i."""
+    """A worker at a leaf, which also carries messages over the edges between the leaf and the root."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_nodes",)
 
@@ -243,17 +247,17 @@ class EASGDTreeWorker(Worker):
         return nodes
 
     def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this step's messages."""
+        """Carry messages if grad_point = pre: the gradient was computed before."""
         if self._method.grad_point == "pre":
             self._serve(self.t)
 
     def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this step's messages."""
+        """Carry messages if grad_point = post: the next gradient will be computed afterwards."""
         if self._method.grad_point == "post":
             self._serve(self.t + 1)
 
     def exchange_remaining(self) -> None:
-        """Carry a message over each edge, from the leaf up to the root: the root hears of all leaves. Local."""
+        """Carry a message over each edge from the leaf up to the root, so that the root includes all leaves. Local."""
         for edge in self._edges:
             if edge.lower is None:
                 self._exchange(edge.upper, up=True, down=False)

@@ -52,21 +52,21 @@ ORDERS = ("jacobi", "center_first", "worker_first")
 
 @dataclass(frozen=True)
 class ElasticMethod(Method):
-    """Hyper-parameters of the methods with an elastic center.
+    """The settings of the methods with an elastic center.
 
     Args:
-        moving_rate: alpha, the worker's moving rate; 0.9/p by default. It stays fixed when the learning rate decays. A
-            negative value acts as momentum on the workers' mean and needs a positive ``center_rate``.
-        rho: The elastic coefficient; alpha = eta*rho then follows the learning rate. Give one of the two.
-        center_rate: a_c, the center's moving rate per worker; by default the worker's (elastic symmetry).
-        order: ``jacobi``: both sides move from the old values; ``center_first``, ``worker_first``: that side moves
-            first, and the other one sees its new value (Gauss-Seidel).
-        period: tau, local steps between two exchanges.
-        synchronous: All workers exchange at once and wait for each other.
-        grad_point: ``pre``: the gradient of a step with an exchange is taken before it (the paper's order);
-            ``post``: after it.
-        clip_displacement: C: the exchange of one worker moves the center by at most this Euclidean norm. A worker that
-            is further away than C/a_c is first brought to that distance (``base.clipping``).
+        moving_rate: The moving rate alpha of the worker; by default 0.9/p. It does not change when the learning rate
+            decays. A negative value acts as momentum on the mean of the workers, and needs a positive ``center_rate``.
+        rho: The elastic coefficient, as an alternative to ``moving_rate``: alpha = eta*rho follows the learning rate.
+        center_rate: The moving rate a_c of the center per worker; by default that of the worker (elastic symmetry).
+        order: With ``jacobi``, both sides move from the old values. With ``center_first`` or ``worker_first``, that
+            side moves first, and the other side uses its new value (Gauss-Seidel).
+        period: The number tau of local steps between two exchanges.
+        synchronous: Whether all workers exchange at once and wait for each other.
+        grad_point: Whether the gradient of a step with an exchange is computed before (``pre``, as in the paper) or
+            after (``post``) the exchange.
+        clip_displacement: The largest Euclidean norm C by which an exchange of a worker moves the center. A worker
+            further away than C/a_c is first moved to this distance (``base.clipping``).
     """
 
     moving_rate: float | None = number(None, "alpha; 0.9/p when not given", above=-2, below=2, optional=True)
@@ -112,12 +112,12 @@ class ElasticMethod(Method):
         return alpha, alpha if self.center_rate is None else self.center_rate
 
     def center(self, replica: Replica) -> Center:
-        """Make the center, seeded by worker 0's parameters. Collective."""
+        """Create the center, with the parameters of worker 0. Collective."""
         kind = SynchronousCenter if self.synchronous else AsynchronousCenter
         return kind(replica.comm, replica.x.local, self.order, Clip.of(self, replica.comm))
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for rates outside the region of stability on a quadratic. Nothing is clamped."""
+        """Yield a warning about rates outside the region of stability on a quadratic. They are used nevertheless."""
         a_w, a_c = self.rates(size, learning_rate)
         found = (
             self._jacobi_warning(size, a_w)
@@ -151,7 +151,7 @@ class ElasticMethod(Method):
 
 
 def rho_of(size: int, learning_rate: float) -> str:
-    """Return what a warning about moving rates adds when rho is set."""
+    """Return the text that a warning about moving rates adds if rho is set."""
     if learning_rate <= 0:
         return ""
     return f"; as rho that is {BETA / size / learning_rate:.3g} at learning rate {learning_rate:g}"
@@ -161,10 +161,10 @@ class ElasticWorker(Worker):
     """A worker that is tied to a center; the model holds x_i.
 
     Args:
-        method: Has ``period``, ``grad_point``, ``order`` and ``rates(size, learning_rate)``.
+        method: The method, with ``period``, ``grad_point``, ``order`` and ``rates(size, learning_rate)``.
         replica: The vectors and the communicator to work with.
         center: The center.
-        position: (n,) the vector that is exchanged, x_i; the model's parameters by default.
+        position: (n,) the vector x_i to exchange; by default the parameters of the model.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_center",)
@@ -178,12 +178,12 @@ class ElasticWorker(Worker):
         self._is_split = method.order == "worker_first" and self._is_pre
 
     def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this exchange."""
+        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
         if self._is_pre and self.t % self._method.period == 0:
             self.exchange()
 
     def after_update(self) -> None:
-        """Exchange if grad_point = post, or make the center's half of a split exchange."""
+        """Exchange if grad_point = post, or make the center's side of an exchange that the local update has split."""
         if not self._is_pre:
             if (self.t + 1) % self._method.period == 0:
                 self.exchange()
@@ -191,7 +191,7 @@ class ElasticWorker(Worker):
             self._center.push(self._position, self._rates()[1])
 
     def exchange(self) -> None:
-        """Exchange once; make only the worker's half if the local update lies between the two."""
+        """Exchange once. If the local update lies between the two sides, make only the worker's side."""
         a_w, a_c = self._rates()
         if self._is_split:
             self._center.pull(self._position, a_w)
@@ -200,14 +200,14 @@ class ElasticWorker(Worker):
 
     @property
     def n_local_steps(self) -> int:
-        """The number of local steps that the center has not seen, between two steps."""
+        """The number of local steps since the last exchange, between two steps."""
         period = int(self._method.period)
         if not self._is_pre:
             return self.t % period
         return (self.t - 1) % period + (not self._is_split)
 
     def exchange_remaining(self) -> None:
-        """Make both sides of an exchange if there have been local steps since the last one."""
+        """Make both sides of an exchange, if there have been local steps since the last exchange."""
         if self.n_local_steps:
             self._exchange_at_rest()
 

@@ -46,19 +46,20 @@ from mpitrain.algorithms.synchronous.outer_optimizer import average
 
 @dataclass(frozen=True)
 class EntropyMethod(Method):
-    """The hyper-parameters of the methods with an inner loop.
+    """The settings of the methods with an inner loop.
 
-    The learning rate and the weight decays of the torch optimizer are those of the outer loop (eta) and of the
-    gradient; the optimizer must be a plain ``torch.optim.SGD`` without momentum.
+    The torch optimizer must be a plain ``torch.optim.SGD`` without momentum. Its learning rate is that of the outer
+    loop (eta), and its weight decay is part of the gradient.
 
     Args:
-        period: L, inner steps per outer step.
-        inner_rate: eta_in; it does not follow the schedule of eta.
-        momentum: delta, of both loops.
-        averaging: a, the weight of the past in z.
-        gamma_inverse: ginv, of the spring between y and x, at the start of the run.
+        period: The number L of inner steps per outer step.
+        inner_rate: The inner learning rate eta_in. It does not follow the schedule of eta.
+        momentum: The momentum delta of both loops.
+        averaging: The weight a of the past in the average z.
+        gamma_inverse: The coupling ginv between y and x at the start of the run.
         gamma_inverse_cap: The largest value of ginv.
-        scoping_batches: B, mini-batches per epoch; None: the couplings stay constant.
+        scoping_batches: The number B of mini-batches per epoch, with which the couplings grow. With None, they stay
+            constant.
     """
 
     period: int = integer(25, "L, inner steps an outer step", low=1)
@@ -86,9 +87,9 @@ class EntropyMethod(Method):
 
 @dataclass(frozen=True)
 class EntropySGD(EntropyMethod):
-    """SGD that prefers wide valleys: it explores for L steps, then steps towards the average of these iterates.
+    """SGD that prefers wide valleys: L inner steps, then an outer step towards the average of these iterates.
 
-    On several workers every gradient is the mean of all. The arguments are ``EntropyMethod``'s.
+    With several workers, every gradient is the mean over the workers. The arguments are those of ``EntropyMethod``.
     """
 
     name: ClassVar[str] = "entropysgd"
@@ -106,12 +107,12 @@ class EntropySGD(EntropyMethod):
 
 @dataclass(frozen=True)
 class Parle(EntropyMethod):
-    """Replicas that each run Entropy-SGD and pull each other together once per L gradients.
+    """Several replicas of Entropy-SGD that are coupled to their mean once per L gradients.
 
     Args:
-        rho_inverse: rinv, of the spring between x_a and r, at the start of the run.
+        rho_inverse: The coupling rinv between x_a and r at the start of the run.
         rho_inverse_cap: The largest value of rinv.
-        reference: r is the mean of all ``x`` (the paper) or of all ``z`` (the authors' code).
+        reference: The vectors whose mean is r: ``x`` (the paper) or ``z`` (the authors' code).
 
     The other arguments are ``EntropyMethod``'s.
     """
@@ -132,7 +133,10 @@ class Parle(EntropyMethod):
         return self.coupling(self.rho_inverse, self.rho_inverse_cap, t // self.period)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for an unstable difference of replicas: a Nesterov step with eta*(rinv + c), 0 <= c <= 1."""
+        """Yield a warning if the difference of replicas is unstable under the outer step.
+
+        The difference follows a Nesterov step with step size eta*(rinv + c), where 0 <= c <= 1.
+        """
         bound = 2 * (1 + self.momentum) / (1 + 2 * self.momentum)
         largest = (
             self.rho_inverse_cap if self.scoping_batches is not None else min(self.rho_inverse, self.rho_inverse_cap)
@@ -196,7 +200,7 @@ class InnerLoopWorker(Worker):
             self.outer_step(self.group_slices)
 
     def outer_step(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """x <- x - eta*(x - z): without a spring to other replicas, x is its own reference. Local."""
+        """Compute x <- x - eta*(x - z). Local; there is no coupling to other replicas."""
         for group_slice in group_slices:
             self._outer_update(group_slice, self._position, 0.0)
 
@@ -206,23 +210,23 @@ class InnerLoopWorker(Worker):
 
 
 class EntropyWorker(InnerLoopWorker):
-    """A worker of a replica that all workers share: every worker has a copy."""
+    """A worker with a copy of the single replica."""
 
     def __init__(self, method: EntropySGD, replica: Replica) -> None:
         super().__init__(method, replica)
         kernels.keep_finite(self._position[:0])  # compiled before the first step
 
     def combine_gradients(self) -> None:
-        """gbar = (1/p) sum_i g_i. Collective."""
+        """Compute gbar = (1/p) sum_i g_i. Collective."""
         gradients.average(self)
 
     def consensus(self, out: Any) -> None:
-        """Write x, as of the last outer step. Local."""
+        """Write x after the last outer step. Local."""
         kernels.copy(out, self._position)
 
 
 class ParleWorker(InnerLoopWorker):
-    """A worker with its own replica and a copy of r, which is bit-identical on all workers."""
+    """A worker with its own replica, and a copy of r with the same bits on all workers."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_reference",)
 

@@ -42,7 +42,7 @@ AVERAGED = 1
 
 @dataclass(frozen=True)
 class ADPSGD(GraphMethod):
-    """Asynchronous decentralized SGD: no worker waits for another, and no straggler slows the others down.
+    """Asynchronous decentralized SGD, in which a slow worker does not delay the others.
 
     Args:
         topology: The graph of neighbours, from which peers are drawn: a name, a file or a networkx graph. The direction
@@ -92,14 +92,14 @@ class ADPSGDWorker(Worker):
         self.comm.barrier()
 
     def before_update(self) -> None:
-        """Average with a neighbour drawn uniformly from those that are alive. Local."""
+        """Average with a neighbour that is drawn uniformly from the living neighbours. Local."""
         dead = self.comm.dead
         neighbours = [peer for peer in self._neighbours if peer not in dead]
         if neighbours:
             self.average_with(neighbours[int(self._rng.integers(len(neighbours)))])
 
     def average_with(self, peer: int) -> None:
-        """x_i, x_j <- (x_i + x_j)/2, under the locks of both. Local."""
+        """Compute x_i, x_j <- (x_i + x_j)/2, under the locks of both. Local."""
         me = self.comm.rank
         first, second = min(me, peer), max(me, peer)
 
@@ -113,7 +113,7 @@ class ADPSGDWorker(Worker):
         self._boxes.update(first, with_one, pulls=True)
 
     def after_update(self) -> None:
-        """x_i <- x_i + the displacement of y_i by the local update;  y_i <- x_i"""
+        """Add the local update of y_i to x_i, then copy y_i <- x_i. Local."""
 
         def move(x: Any, tags: np.ndarray) -> int:
             self._staleness, tags[AVERAGED] = float(tags[AVERAGED]), 0.0
@@ -122,13 +122,13 @@ class ADPSGDWorker(Worker):
         self._boxes.update(self.comm.rank, move)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of the alive workers' x, each as it was at one moment. Local; exact while the workers rest."""
+        """Write the mean of the living workers' x. Local; exact while no worker changes its x."""
         mean_of(alive_ranks(self.comm), lambda peer, fn: self._boxes.read(peer, lambda x, _: fn(x)), out)
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of averagings by others that the last gradient did not see. Local."""
+        """Return how often others averaged with x_i while the last gradient was computed. Local."""
         return {"staleness": self._staleness}
 
     def after_load(self) -> None:
-        """y_i <- what the model holds. Local."""
+        """Copy the parameters of the model to y_i. Local."""
         self._y[...] = self.x.local

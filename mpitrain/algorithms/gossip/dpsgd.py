@@ -30,9 +30,9 @@ from mpitrain.collectives.topology.mixing import mixing_matrix
 
 @dataclass(frozen=True)
 class DPSGD(GraphMethod):
-    """Decentralized parallel SGD: workers proceed in step, but each waits for its neighbours only.
+    """Decentralized parallel SGD, in which each worker waits for its neighbours only.
 
-    For clusters in which no network link should carry more than a few models per step, whatever the number of workers.
+    A network link carries only a few models per step, independent of the number of workers.
 
     Args:
         topology: The graph of neighbours, which must be undirected: a name, a file or a networkx graph. With fewer
@@ -68,7 +68,7 @@ class DPSGDWorker(Worker):
         kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
-        """x_i <- sum_j W_ij x_j, as a running weighted mean over the neighbours. Waits for them."""
+        """Compute x_i <- sum_j W_ij x_j, as a running weighted mean over the neighbours. Waits for the neighbours."""
         x, row = self.x.local, self._rows[self.t % len(self._rows)]
         met = row[self.comm.rank]
 
@@ -81,5 +81,5 @@ class DPSGDWorker(Worker):
         self._neighbours.receive(average)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)

@@ -39,13 +39,13 @@ WEIGHT = 1
 
 @dataclass(frozen=True)
 class GoSGD(Method):
-    """Gossip by weighted push, asynchronous.
+    """Asynchronous gossip by weighted pushes, which conserve the weighted mean.
 
-    For workers of uneven speed on a slow network: exchanges are rare and one-sided and keep the weighted mean.
+    It suits slow networks and workers of different speeds, because exchanges are rare and one-sided.
 
     Args:
-        probability: p_ex, the probability of a push in a step.
-        grad_point: ``pre``: the gradient of a step is taken before the exchange; ``post``: after it.
+        probability: The probability p_ex of a push in a step.
+        grad_point: Whether the gradient of a step is computed before (``pre``) or after (``post``) the exchange.
     """
 
     probability: float = number(0.01, "p_ex, of a push in a step", above=0, high=1)
@@ -89,12 +89,12 @@ class GoSGDWorker(Worker):
         kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
-        """grad_point = pre: the gradient was taken before this exchange."""
+        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
         if self._method.grad_point == "pre":
             self.exchange()
 
     def after_update(self) -> None:
-        """grad_point = post: the next gradient is taken after this exchange."""
+        """Exchange if grad_point = post: the next gradient will be computed after this exchange."""
         if self._method.grad_point == "post":
             self.exchange()
 
@@ -109,11 +109,11 @@ class GoSGDWorker(Worker):
         self._boxes.update(self.comm.rank, self._drain)
 
     def exchange_remaining(self) -> None:
-        """Read the mailbox: the messages under way arrive. Local."""
+        """Read the mailbox, so that messages under way are included. Local."""
         self._boxes.update(self.comm.rank, self._drain)
 
     def push_to(self, peer: int) -> None:
-        """Send (x_i, w_i/2), keep w_i/2. Local."""
+        """Send (x_i, w_i/2), and keep the weight w_i/2. Local."""
         self._push_weight /= 2
         self._boxes.update(peer, self._leave)
 
@@ -135,7 +135,7 @@ class GoSGDWorker(Worker):
         return kernels.weighted_average(self.x.local, box, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)
 
     def metrics(self) -> dict[str, float]:

@@ -43,14 +43,15 @@ COUNT = 1
 
 @dataclass(frozen=True)
 class GossipSGD(Method):
-    """Gossip by pull or push, asynchronous.
+    """Asynchronous gossip with one random peer at a time.
 
     Args:
-        direction: ``pull``: the receiver reads a vector; ``push``: the sender delivers it.
-        period: tau, local steps between two exchanges of a worker.
-        grad_point: ``pre``: the gradient of a step with an exchange is taken before it; ``post``: after it.
-        clip_displacement: C: a vector that is received moves a worker by at most this Euclidean norm, and so do its
-            local steps between two exchanges (``base.clipping``). The latter takes one more vector of memory.
+        direction: ``pull`` if the receiver reads a vector, ``push`` if the sender delivers it.
+        period: The number tau of local steps between two exchanges of a worker.
+        grad_point: Whether the gradient of a step with an exchange is computed before (``pre``) or after (``post``) the
+            exchange.
+        clip_displacement: The largest Euclidean norm C by which a received vector moves a worker (``base.clipping``).
+            It also limits the local steps between two exchanges, which needs one more vector of memory.
     """
 
     direction: str = choice("pull", "who moves a vector: the receiver or the sender", ("pull", "push"))
@@ -81,7 +82,7 @@ class GossipWorker(PeriodicWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        direction: How a vector gets from one worker to another.
+        direction: The exchange, a ``Pull`` or a ``Push``.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_rng", "_direction")
@@ -95,18 +96,18 @@ class GossipWorker(PeriodicWorker):
         self._origin = self.x.local[:0] if self._clip is None else self.x.local.copy()  # after the last exchange
 
     def before_update(self) -> None:
-        """Begin a step: peers that have averaged with x_i may do so again."""
+        """Begin a step. Peers that have averaged with x_i may do so again."""
         self._direction.begin_step()
         super().before_update()
 
     def after_update(self) -> None:
-        """Limit what the local steps have changed since the last exchange."""
+        """Limit the displacement by the local steps since the last exchange."""
         if self._clip is not None:
             self._clip.limit(self.x.local, self._origin, self._clip.bound)
         super().after_update()
 
     def exchange(self) -> None:
-        """Average with a peer drawn uniformly from the others that are alive. Local."""
+        """Average with a peer that is drawn uniformly from the other living workers. Local."""
         peer = draw_peer(self.comm, self._rng)
         if peer is not None:
             self.average_with(peer)
@@ -114,29 +115,29 @@ class GossipWorker(PeriodicWorker):
             kernels.copy(self._origin, self.x.local)
 
     def after_load(self) -> None:
-        """Measure local steps from the vector that was loaded."""
+        """Set the origin of the displacement by local steps to the loaded vector."""
         if self._clip is not None:
             kernels.copy(self._origin, self.x.local)
 
     def exchange_remaining(self) -> None:
-        """Average with what is in the mailbox (push); a pull changes nothing that is evaluated. Local."""
+        """Average with the vectors in the mailbox (push); a pull would not change the consensus. Local."""
         self._direction.receive()
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)
 
 
 class Pull:
-    """A pull exchange: read the present vector of a peer. Collective to create.
+    """A pull exchange, which reads the present vector of a peer. Collective to create.
 
-    A worker counts the steps in which its vector changes, each as it begins. A pull reads that version after the
-    vector: a vector that is averaged with later has a larger version, and so is another one.
+    Each worker counts the steps that it has begun, as the version of its vector. A pull reads the vector and then its
+    version, and does not average with the same version twice.
 
     Args:
         comm: The communicator of the workers.
         x: (n,) this worker's vector.
-        clip: The bound on what a vector that is received moves this worker.
+        clip: The bound on the displacement of this worker by a received vector.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_version", "_versions_seen")
@@ -150,11 +151,11 @@ class Pull:
         comm.barrier()
 
     def begin_step(self) -> None:
-        """Count a step, in which this worker's vector will change. Local."""
+        """Count a step, because this worker's vector will change in it. Local."""
         self._version.local[0] += 1
 
     def average_with(self, peer: int) -> None:
-        """x_i <- (x_i + x_j)/2, unless this x_j has been averaged with already"""
+        """Compute x_i <- (x_i + x_j)/2, unless this worker has averaged with the same x_j before. Local."""
         if self._version_of(peer) == self._versions_seen[peer]:
             return
         x, statistics = self._x.local, self._comm.statistics
@@ -172,7 +173,7 @@ class Pull:
         statistics.bytes_sent += x.nbytes
 
     def receive(self) -> None:
-        """Do nothing: there are no messages."""
+        """Do nothing, because there are no messages."""
 
     def _version_of(self, peer: int) -> float:
         self._comm.read(self._version, peer, partial(np.copyto, self._peeked))
@@ -185,7 +186,7 @@ class Push:
     Args:
         comm: The communicator of the workers.
         vector: (n,) this worker's vector.
-        clip: The bound on what a vector that is received moves this worker.
+        clip: The bound on the displacement of this worker by a received vector.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_inbox",)
@@ -198,10 +199,10 @@ class Push:
         kernels.push_receive(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def begin_step(self) -> None:
-        """Do nothing: what was sent does not change."""
+        """Do nothing, because sent vectors do not change."""
 
     def average_with(self, peer: int) -> None:
-        """Send x_i, then x_i <- (x_i + sum of the k vectors received)/(1 + k)"""
+        """Send x_i, then compute x_i <- (x_i + sum of the k received vectors)/(1 + k). Local."""
         self._boxes.update(peer, self._leave)
         self.receive()
 

@@ -45,11 +45,11 @@ Receive = Callable[[int, Any, float], int | None]
 
 
 class Neighbours:
-    """The messages of one worker. Collective to create.
+    """The messages between a worker and its neighbours in a graph. Collective to create.
 
     Args:
         comm: The communicator of the workers.
-        graph: The graph at each step.
+        graph: The graph, which may differ from step to step.
         like: (n,) a vector of the size and type of the messages.
         overlap: The number of steps by which a message may be late.
     """
@@ -62,7 +62,7 @@ class Neighbours:
         self._due: list[tuple[int, int]] = []  # (step, sender) of the messages still to receive, in order
 
     def out_degree(self, t: int) -> int:
-        """Return the number of workers that receive this one's message of step t."""
+        """Return the number of workers that receive this worker's message of step t."""
         return len(self._graph.out_neighbours(self._comm.rank, t))
 
     def post(self, vector: Any, weight: float = 1.0) -> None:
@@ -84,7 +84,8 @@ class Neighbours:
 
         Args:
             fn: Processes a message.
-            overlap: The number of steps by which a message may be late now, if not as usual.
+            overlap: The number of steps by which a message may be late in this call, if it differs from the usual
+                number.
         """
         t, later = self._t - 1 - (self._overlap if overlap is None else overlap), []
         for step, sender in self._due:
@@ -122,7 +123,7 @@ class Neighbours:
         return max(float(self._boxes.peek(receiver, slot)[RECEIVED]) for slot in range(self._slots))
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield the messages that neighbours may still receive, and which ones this worker still has to receive. Local.
+        """Yield the messages that neighbours may still receive, and a list of those that this worker expects. Local.
 
         All workers must have made the same number of steps.
         """
@@ -136,7 +137,7 @@ class Neighbours:
             yield "messages", np.stack([kernels.to_host(self._copy(step % self._slots)) for step in self._late_steps()])
 
     def load(self, state: State) -> None:
-        """Put the messages back. Local; peers see them after a barrier."""
+        """Restore the messages. Local; peers see them after a barrier."""
         self._t = int(state["posted"])
         self._due = [(step, sender) for step, sender in json.loads(state["due"])]
         rows = {step % self._slots: state["messages"][k] for k, step in enumerate(self._late_steps())}

@@ -41,9 +41,9 @@ from mpitrain.collectives.topology.graphs import Topology
 
 @dataclass(frozen=True)
 class StochasticGradientPush(GraphMethod):
-    """SGP: synchronous like all-reduce, but each worker sends to one other worker per step and waits for one.
+    """Synchronous push-sum gossip, in which each worker sends to one worker per step and waits for one (SGP).
 
-    For slow networks: the cost of a step does not grow with the number of workers.
+    It suits slow networks, because the cost of a step does not grow with the number of workers.
 
     Args:
         topology: The directed graph: a name, a file or a networkx graph. With more peers per step there is more to
@@ -68,7 +68,7 @@ class StochasticGradientPush(GraphMethod):
 
 
 class SGPWorker(Worker):
-    """A worker with a push weight; the model holds z, and the numerator x = w*z during the local update."""
+    """A worker with a push weight w. The model holds z; during the local update, it holds x = w*z."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_push_weight", "_shown", "_neighbours")
 
@@ -87,12 +87,12 @@ class SGPWorker(Worker):
         self.comm.barrier()
 
     def before_update(self) -> None:
-        """x_i = w_i z_i"""
+        """Compute x_i = w_i z_i. Local."""
         if self._push_weight != 1.0:
             kernels.scale(self.x.local, self._push_weight)
 
     def after_update(self) -> None:
-        """Push z_i = x_i/w_i with a share of w_i, then average with the messages. Waits for the in-neighbours."""
+        """Push z_i = x_i/w_i with a share of w_i, then average with received messages. Waits for the in-neighbours."""
         z = self.x.local
         if self._push_weight != 1.0:
             kernels.debias(z, z, self._push_weight)
@@ -105,7 +105,7 @@ class SGPWorker(Worker):
             self._shown.local[0] = self._push_weight
 
     def exchange_remaining(self) -> None:
-        """Receive the messages under way, if they may be late. Waits for the in-neighbours."""
+        """Receive the messages that are still under way. Waits for the in-neighbours."""
         self._neighbours.receive(self._add, overlap=0)
         self._shown.local[0] = self._push_weight
 
@@ -115,7 +115,7 @@ class SGPWorker(Worker):
         return kernels.weighted_average(self.x.local, z, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """Write the current sum_i x_i/sum_i w_i. Local; exact while no worker is in a step."""
+        """Write the present sum_i x_i/sum_i w_i. Local; exact while no worker is in a step."""
         weights: list[float] = []
 
         def weight_of(peer: int) -> float:

@@ -18,7 +18,7 @@ CLOCK, STAMP, LOSS = range(3)
 
 
 def copy_loss(to: np.ndarray, shown: np.ndarray) -> None:
-    """Copy only the loss from the numbers that a worker publishes."""
+    """Copy the loss from the numbers that a worker publishes."""
     to[LOSS] = shown[LOSS]
 
 
@@ -41,7 +41,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
         self.comm.barrier()
 
     def exchange(self, clock: int) -> None:
-        """Publish when a new round begins; make a pull when the others have published. Local."""
+        """Publish at the beginning of a new round, and make the pull when the other workers have published. Local."""
         self._shown.local[CLOCK] = clock
         self._poll()
         total = int(self._scoreboard[:, CLOCK].sum())

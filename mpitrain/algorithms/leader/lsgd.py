@@ -55,19 +55,24 @@ PERIODS_OF_ALL = 4
 
 @dataclass(frozen=True)
 class LSGD(Method):
-    """Workers follow the best worker: none is drawn to an average that is worse than all of them.
+    """Leader SGD: each worker is pulled towards the best worker instead of an average.
+
+    The average of several workers can be worse than each of them; the best worker cannot.
 
     Args:
-        pull: lambda, towards the leader of the group.
-        global_pull: lambda_G, towards the leader of all.
-        period: tau; by default a quarter of tau_G, or 4.
-        global_period: tau_G, at least tau; by default four times tau.
-        group_size: l, workers per group, by rank (the last group has the rest); 0: a group is a node, like the paper's
-            servers.
-        continuous_pull: Also pull after every local step, by lambda/tau and lambda_G/tau_G, towards the leaders'
-            parameters of the last exchange.
-        synchronous: All workers exchange at once and wait for each other.
-        grad_point: ``post``: the exchange follows the local step; ``pre``: it is between the gradient and the step.
+        pull: The pull lambda towards the leader of the group.
+        global_pull: The pull lambda_G towards the leader of all workers.
+        period: The number tau of steps between pulls towards the leader of the group. The default is a quarter of
+            tau_G, or 4.
+        global_period: The number tau_G >= tau of steps between pulls towards the leader of all workers. The default is
+            four times tau.
+        group_size: The number l of consecutive workers in a group; the last group may be smaller. With 0, a group is a
+            node, as in the paper.
+        continuous_pull: Whether to pull also after every local step, by lambda/tau and lambda_G/tau_G, towards the
+            leaders' parameters of the last exchange.
+        synchronous: Whether all workers exchange at once and wait for each other.
+        grad_point: Whether the exchange follows the local update (``post``), or lies between the gradient and the
+            update (``pre``).
     """
 
     pull: float = number(0.1, "lambda, the pull towards the leader of the group", low=0, high=1)
@@ -106,7 +111,7 @@ class LSGD(Method):
 
     @property
     def tau(self) -> int:
-        """Local steps between two pulls towards the leader of the group."""
+        """The number of local steps between two pulls towards the leader of the group."""
         if self.period is not None:
             return self.period
         return PERIOD if self.global_period is None else max(self.global_period // PERIODS_OF_ALL, 1)

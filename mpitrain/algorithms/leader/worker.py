@@ -21,16 +21,16 @@ NO_LEADER = -1
 
 @dataclass(eq=False)
 class Following:
-    """One of a worker's two pulls, with its leader.
+    """A pull of a worker towards a leader. Each worker has two: for its group and for all workers.
 
     Attributes:
         members: The ranks among which the leader is chosen, ascending.
-        rate: lambda, or lambda_G.
-        period: tau, or tau_G.
-        leader_parameters: (n,) z, the leader's parameters at the last exchange, if they are kept; else (0,).
+        rate: The pull lambda or lambda_G.
+        period: The period tau or tau_G.
+        leader_parameters: (n,) the leader's parameters z at the last exchange; (0,) if they are not needed.
         leader: The rank of the leader at the last exchange.
-        round: Asynchronous: how often the total of all steps has passed the period, as this worker has seen it.
-        pending: Asynchronous: whether the pull of this round is still to come.
+        round: The number of periods in the total of all workers' steps, as this worker has seen it (asynchronous only).
+        pending: Whether the pull of this round is still to come (asynchronous only).
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("leader", "leader_parameters", "round", "pending")
@@ -44,7 +44,7 @@ class Following:
     pending: bool = False
 
     def choose(self, losses: np.ndarray) -> None:
-        """Make the member with the lowest of the losses (p,) the leader, among equals the first."""
+        """Choose the member with the lowest of the losses (p,) as the leader; among equal losses, the first member."""
         best = int(self.members[np.argmin(losses[self.members])])
         self.leader = best if np.isfinite(losses[best]) else NO_LEADER
 
@@ -69,7 +69,7 @@ class LSGDWorker(Worker):
         kernels.copy(x[:0].copy(), x[:0])
 
     def before_update(self) -> None:
-        """Note the loss. grad_point = pre: the gradient was taken before this exchange."""
+        """Store the loss, and exchange if grad_point = pre."""
         self._losses[self.t % self._losses.size] = self.loss
         if self._method.grad_point == "pre":
             self.exchange(self.t)
@@ -87,17 +87,17 @@ class LSGDWorker(Worker):
 
     @abstractmethod
     def exchange(self, clock: int) -> None:
-        """Follow the leaders if it is due; ``clock`` is the number of local steps before the exchange."""
+        """Make the pulls that are due; ``clock`` is the number of local steps before the exchange."""
 
     def mean_loss(self) -> float:
-        """Return the mean loss of the last tau mini-batches, or of all if there are fewer; infinite if not finite."""
+        """Return the mean loss of the last tau mini-batches, or of all if fewer; inf if it is not finite."""
         mean = float(self._losses[: self.t + 1].mean())
         return mean if math.isfinite(mean) else math.inf
 
     def pulls(self, due: Sequence[Following]) -> list[tuple[int, float]]:
-        """Return the leader and the rate of each pull that is due; two pulls to one worker are merged into the first.
+        """Return the leader and the rate of each pull that is due.
 
-        The rate is 0 where there is nothing to do.
+        Two pulls towards the same worker are merged into the first. The rate of a pull that has no effect is 0.
         """
         planned = [(f.leader, 0.0 if f.leader in (NO_LEADER, self.comm.rank) else f.rate) for f in due]
         if len(planned) == 2 and planned[0][0] == planned[1][0]:
@@ -107,18 +107,18 @@ class LSGDWorker(Worker):
         return planned
 
     def follow(self, leader: int, rate: float, z: Any) -> int:
-        """x <- x - rate*(x - z), z being the leader's parameters, which are kept for the small pulls."""
+        """Compute x <- x - rate*(x - z), and store the leader's parameters z for the small pulls of every step."""
         for following in (self._group, self._all):
             if following.leader == leader and following.leader_parameters.size:
                 kernels.copy(following.leader_parameters, z)
         return kernels.weighted_average(self.x.local, z, rate)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)
 
     def metrics(self) -> dict[str, float]:
-        """Return the group's leader at the last exchange (-1: none), and how often that was this worker. Local."""
+        """Return the leader of the group at the last exchange, or -1, and how often it was this worker. Local."""
         return {"leader": float(self._group.leader), "leads": float(self._leads)}
 
 

@@ -41,15 +41,16 @@ from mpitrain.collectives.rma.shared_vector import SharedVector
 
 @dataclass(frozen=True)
 class ADAG(CenterMethod):
-    """AGN for high learning rates and many workers: coordinates that others have just changed are hardly changed again.
+    """AGN with commits that are damped in coordinates that other workers have just changed.
+
+    It suits high learning rates and many workers.
 
     Args:
-        period: tau, local steps between two exchanges.
-        gamma: The squared distance that halves a commit, once the center has moved by it in a coordinate; smaller
-            values are more cautious.
-        placement: Where the factor is computed. ``A`` or ``B``, which are the same here: at the center; ``C``: at the
-            worker, with a second visit.
-        normalise: Divide the commit by its number of local steps, as AGN does.
+        period: The number tau of local steps between two exchanges.
+        gamma: The squared distance in a coordinate of the center that halves a commit. Smaller values damp more.
+        placement: The place where the factor is computed: at the center with ``A`` or ``B``, which are the same here;
+            at the worker with ``C``, in a second visit.
+        normalise: Whether to divide the commit by its number of local steps, as AGN does.
     """
 
     period: int = integer(15, "tau, local steps between exchanges", low=1)
@@ -71,7 +72,7 @@ class ADAG(CenterMethod):
 
 
 class DampedDisplacement(Displacement):
-    """Commits a displacement, damped by how far the center has moved since the last pull.
+    """The rule that damps a displacement by the distance that the center has moved since the last pull.
 
     Args:
         x: (n,) the model's parameters.
@@ -87,11 +88,11 @@ class DampedDisplacement(Displacement):
         return kernels.adag_commit(self.x[part], self.origin[part], c, self._share(steps), self._inverse_gamma)
 
     def scale(self, part: slice, c: Any, steps: int) -> int:
-        """x <- D / ((c - o)^2/gamma + 1), the commit, until it is pushed;  o <- c"""
+        """Compute the commit x <- D / ((c - o)^2/gamma + 1), and set o <- c."""
         return kernels.adag_scale(self.x[part], self.origin[part], c, self._share(steps), self._inverse_gamma)
 
     def push_scaled(self, part: slice, c: Any) -> int:
-        """c <- c + x;  x, o <- o + x"""
+        """Push the commit: c <- c + x; x, o <- o + x."""
         return kernels.adag_push(self.x[part], self.origin[part], c)
 
     def _share(self, steps: int) -> float:
@@ -100,7 +101,7 @@ class DampedDisplacement(Displacement):
 
 
 class ScalingWorker(CenterWorker):
-    """Placement C: the worker scales its commit, by the center as it was pulled just before.
+    """A worker with placement C: it scales its commit itself, using the center that it has pulled just before.
 
     Args:
         method: The hyper-parameters.

@@ -39,10 +39,10 @@ CLOCK = 0
 
 @dataclass(frozen=True)
 class AveragedDownpour(Method):
-    """The hyper-parameters that both methods have.
+    """The common settings of ADownpour and MVADownpour.
 
     Args:
-        period: tau, local steps between two exchanges.
+        period: The number tau of local steps between two exchanges.
     """
 
     period: int = integer(1, "tau, local steps between exchanges", low=1)
@@ -61,7 +61,7 @@ class AveragedDownpour(Method):
 
     @abstractmethod
     def averaging_rate(self, t: float) -> float:
-        """Return a_t for a shard that has seen t commits."""
+        """Return the averaging rate a_t for a shard with t commits."""
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
         """Yield a line for settings outside DOWNPOUR's bound."""
@@ -76,9 +76,10 @@ class AveragedDownpour(Method):
 
 @dataclass(frozen=True)
 class ADownpour(AveragedDownpour):
-    """DOWNPOUR that evaluates the mean of all centers so far: less noise, and a long memory of the start.
+    """DOWNPOUR that evaluates the mean of all its centers so far.
 
-    The arguments are ``AveragedDownpour``'s.
+    The mean has less noise than the center, but a long memory of the start. The arguments are those of
+    ``AveragedDownpour``.
     """
 
     name: ClassVar[str] = "adownpour"
@@ -94,9 +95,9 @@ class MVADownpour(AveragedDownpour):
     """DOWNPOUR that evaluates a moving average of its centers.
 
     Args:
-        rate: a; the memory of the average is about 1/a commits.
+        rate: The averaging rate a; the memory of the average is about 1/a commits.
 
-    The other arguments are ``AveragedDownpour``'s.
+    The other arguments are those of ``AveragedDownpour``.
     """
 
     rate: float = number(0.001, "a, of the moving average", above=0, high=1)
@@ -106,7 +107,7 @@ class MVADownpour(AveragedDownpour):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"rate": 0.01})
 
     def interval(self, size: int) -> Interval:
-        """Return the local steps of a worker after which the average has followed the center: 1/a commits by all."""
+        """Return the local steps of a worker in which all workers make 1/a commits, so that the average follows."""
         return Interval(
             self.period / (self.rate * size),
             "rate",
@@ -119,7 +120,7 @@ class MVADownpour(AveragedDownpour):
 
 
 class AveragedDisplacement(Displacement):
-    """Commits a displacement and updates the average, which lies beside the center, under the same lock.
+    """The rule that commits a displacement, and updates the average under the same lock.
 
     Args:
         x: (n,) the model's parameters.

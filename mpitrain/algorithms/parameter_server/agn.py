@@ -38,11 +38,14 @@ from mpitrain.theory import agn_warning
 
 @dataclass(frozen=True)
 class AGN(CenterMethod):
-    """DOWNPOUR for many workers and long periods: a commit does not grow with the number of local steps.
+    """DOWNPOUR with commits that are divided by the number of local steps.
+
+    It suits many workers and long periods.
 
     Args:
-        period: tau, local steps between two exchanges; 10 to 40 in the papers.
-        normalise: ``displacement``: commit the mean of the local optimizer's steps; ``gradient``: that of plain SGD's.
+        period: The number tau of local steps between two exchanges; 10 to 40 in the papers.
+        normalise: ``displacement`` to commit the mean of the local optimizer's steps, ``gradient`` to commit the mean
+            of the steps that plain SGD would make.
     """
 
     period: int = integer(15, "tau, local steps between exchanges", low=1)
@@ -59,7 +62,7 @@ class AGN(CenterMethod):
         return self.normalise == "gradient"
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for a period that is too short for the number of workers."""
+        """Yield a warning about a period that is too short for the number of workers."""
         text = agn_warning(size, self.period)
         if text is not None:
             yield text
@@ -72,12 +75,12 @@ class AGN(CenterMethod):
 
 
 def inverse_steps(shared: SharedVector, steps: int) -> float:
-    """Return 1/tau; at the end of a run the number of local steps may be smaller than tau."""
+    """Return the inverse of the number of local steps, which is tau except for the last commit of a run."""
     return 1 / max(steps, 1)
 
 
 class AccumulatedSteps(CommitRule):
-    """Commits v = -sum eta*g since the last pull.
+    """The rule that commits v = -sum eta*g, summed since the last pull.
 
     Args:
         x: (n,) the model's parameters.
@@ -92,7 +95,7 @@ class AccumulatedSteps(CommitRule):
         self._x, self.accumulated = x, np.zeros_like(x)
 
     def limit(self, part: slice, clip: Clip, radius: float) -> None:
-        """||v|| <= radius"""
+        """Scale v so that ||v|| <= radius."""
         v = self.accumulated[part]
         if (factor := clip.factor(norms.norm(v), radius)) < 1:
             v *= factor
@@ -103,7 +106,7 @@ class AccumulatedSteps(CommitRule):
 
 
 class MeanGradientWorker(CenterWorker):
-    """A worker that accumulates plain SGD's steps beside local steps of any kind.
+    """A worker that accumulates the steps of plain SGD, whatever its local optimizer is.
 
     Args:
         method: The hyper-parameters.

@@ -37,11 +37,11 @@ It should be about 1/p; this is for some four workers.
 
 @dataclass(frozen=True)
 class CenterMethod(Method):
-    """A method with a center that each worker visits whenever it is due.
+    """The base class of parameter servers without a server process: each worker visits a shared center.
 
     Args:
-        clip_displacement: C: a commit moves the center by at most this Euclidean norm; a longer displacement is scaled
-            (``base.clipping``).
+        clip_displacement: The largest Euclidean norm C by which a commit moves the center. A longer displacement is
+            scaled (``base.clipping``).
     """
 
     _: KW_ONLY
@@ -57,12 +57,12 @@ class CenterMethod(Method):
 
 
 class CenterWorker(Worker):
-    """A worker of a parameter server, which it visits every ``period`` local steps.
+    """A worker that visits the center every ``period`` local steps.
 
     Args:
-        method: Has the setting ``period``, unless ``is_due`` needs none.
+        method: The method. It has the setting ``period``, unless a subclass overrides ``is_due``.
         replica: The vectors and the communicator to work with.
-        rule: What a visit does.
+        rule: The rule of commits and pulls.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_steps", "_rule", "_rows")
@@ -80,7 +80,7 @@ class CenterWorker(Worker):
         self.visit(slice(0, 0), self._empty)  # compiled now
 
     def visit(self, part: slice, c: Any) -> int:
-        """Commit to a shard and pull it, in one pass, under its lock; return the number of non-finite elements."""
+        """Commit to a locked shard and pull it, in one pass; return the number of non-finite elements."""
         self.limit(part)
         return self._rule(part, c, self._center, self._steps)
 
@@ -96,7 +96,7 @@ class CenterWorker(Worker):
             self.commit()
 
     def is_due(self) -> bool:
-        """Return whether to visit the center after this step."""
+        """Return whether this step ends with a visit to the center."""
         return self._steps >= int(self._method.period)
 
     def commit(self) -> None:
@@ -105,7 +105,7 @@ class CenterWorker(Worker):
         self._steps = 0
 
     def exchange_remaining(self) -> None:
-        """Commit the steps of an unfinished period. Local."""
+        """Commit the local steps of an unfinished period. Local."""
         if self._steps:
             self.commit()
 
@@ -114,5 +114,5 @@ class CenterWorker(Worker):
         self._rows.read(out, self._rule.evaluated_row)
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of commits by others between the last visit and the one before. Local."""
+        """Return the staleness: the number of commits by other workers between the last two visits. Local."""
         return {"staleness": float(self._center.staleness)}

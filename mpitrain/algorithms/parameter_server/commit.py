@@ -18,13 +18,13 @@ from mpitrain.collectives.rma.shared_vector import SharedVector
 
 
 class CommitRule(ABC):
-    """The rule of one worker.
+    """The rule by which a worker commits to the center and pulls it.
 
     Attributes:
-        persistent: The attributes that a checkpoint holds, as in ``Worker``.
-        rows: The vectors in the shared memory, by the names of their checkpoint entries; the first is the center.
-        evaluated_row: The index of the row that is evaluated.
-        tags: The name of the entry for the numbers that belong to each shard; None if the rule uses none.
+        persistent: The names of the attributes that a checkpoint contains, as in ``Worker``.
+        rows: The names of the shared vectors in a checkpoint. The first is the center.
+        evaluated_row: The index of the shared vector that is the consensus.
+        tags: The name in a checkpoint for the numbers that belong to each shard; None without such numbers.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ()
@@ -33,12 +33,12 @@ class CommitRule(ABC):
     tags: ClassVar[str | None] = None
 
     def start(self, name: str, x: Any) -> Any:
-        """Return the first values (n,) of a row, given the model's parameters ``x`` (n,)."""
+        """Return the first values (n,) of a shared vector, given the model's parameters ``x`` (n,)."""
         return x
 
     @abstractmethod
     def limit(self, part: slice, clip: Clip, radius: float) -> None:
-        """Scale what will be committed to a shard, so that it moves the center by at most ``radius``. Local."""
+        """Scale the next commit to a shard so that it moves the shard by at most ``radius``. Local."""
 
     @abstractmethod
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
@@ -60,14 +60,14 @@ Rate = Callable[[SharedVector, int], float]
 
 
 class Displacement(CommitRule):
-    """Commits d = x - o, what the local steps have changed since the last pull: c <- c + a*d;  x, o <- c.
+    """The rule that commits the displacement d = x - o since the last pull: c <- c + a*d; x, o <- c.
 
     Args:
         x: (n,) the model's parameters.
-        rate: Returns a for the shard that is visited; 1 by default.
+        rate: A function that returns the rate a for the visited shard; by default 1.
 
     Attributes:
-        origin: (n,) o, the values of the last pull.
+        origin: (n,) the values o of the last pull.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("origin",)
@@ -80,13 +80,13 @@ class Displacement(CommitRule):
         return kernels.commit_and_pull(self.x[part], self.origin[part], c, self._rate(shared, steps))
 
     def limit(self, part: slice, clip: Clip, radius: float) -> None:
-        """||x - o|| <= radius"""
+        """Scale x - o so that ||x - o|| <= radius."""
         clip.limit(self.x[part], self.origin[part], radius)
 
     def push(self, part: slice, c: Any) -> int:
-        """c <- c + (x - o);  o <- x"""
+        """Push the displacement: c <- c + (x - o); o <- x."""
         return kernels.commit_only(self.x[part], self.origin[part], c)
 
     def pull(self, part: slice, c: Any) -> int:
-        """x, o <- c, keeping what has not been committed"""
+        """Pull the center: x, o <- c, and add the displacement that has not been committed to x."""
         return kernels.pull_only(self.x[part], self.origin[part], c)

@@ -32,12 +32,15 @@ from mpitrain.theory import downpour_warning
 
 @dataclass(frozen=True)
 class Downpour(CenterMethod):
-    """Asynchronous SGD with a parameter server: the plainest form, and the first to become unstable with many workers.
+    """Asynchronous SGD with a parameter server, in its simplest form.
+
+    With many workers, it becomes unstable earlier than its variants.
 
     Args:
-        period: tau, local steps between two exchanges; 1 is best, 16 and more are unstable in the papers.
-        push_period: n_push, local steps between two pushes; the period by default.
-        fetch_period: n_fetch, local steps between two pulls; the period by default.
+        period: The number tau of local steps between two exchanges. In the papers, 1 is best, and 16 or more is
+            unstable.
+        push_period: The number n_push of local steps between two pushes; by default the period.
+        fetch_period: The number n_fetch of local steps between two pulls; by default the period.
     """
 
     period: int = integer(1, "tau, local steps between exchanges", low=1)
@@ -57,12 +60,12 @@ class Downpour(CenterMethod):
 
     @property
     def n_push(self) -> int:
-        """Local steps between two pushes."""
+        """The number of local steps between two pushes."""
         return self.period if self.push_period is None else self.push_period
 
     @property
     def n_fetch(self) -> int:
-        """Local steps between two pulls."""
+        """The number of local steps between two pulls."""
         return self.period if self.fetch_period is None else self.fetch_period
 
     def interval(self, size: int) -> Interval:
@@ -75,7 +78,7 @@ class Downpour(CenterMethod):
         return Interval(max(self.n_push, self.n_fetch), name)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for settings outside the round-robin bound."""
+        """Yield a warning about settings outside the stability bound for round-robin workers."""
         text = downpour_warning(size, self.n_push)
         if text is not None:
             yield text
@@ -91,7 +94,7 @@ class DownpourWorker(CenterWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        displacement: What this worker commits.
+        displacement: The rule by which this worker commits.
     """
 
     def __init__(self, method: Downpour, replica: Replica, displacement: Displacement) -> None:
@@ -101,7 +104,7 @@ class DownpourWorker(CenterWorker):
             compiled(slice(0, 0), self._empty)
 
     def after_update(self) -> None:
-        """Push and pull when due; if both are due, in one visit, so that the pull sees the push."""
+        """Push and pull when due. If both are due, one visit does both, and the pull includes the push."""
         self._steps += 1
         pushes = (self.t + 1) % self._method.n_push == 0
         pulls = (self.t + 1) % self._method.n_fetch == 0

@@ -32,12 +32,13 @@ from mpitrain.collectives.rma.shared_vector import SharedVector
 
 @dataclass(frozen=True)
 class DynSGD(CenterMethod):
-    """A parameter server that scales a commit down by the number of other commits since its worker's last pull.
+    """A parameter server that divides a commit by its staleness.
 
-    Each shard of the center is a server with its own clock.
+    The staleness is the number of commits by other workers since the worker's last pull. Each shard of the center has
+    its own count.
 
     Args:
-        period: tau, local steps between two exchanges; 1 and 10 in the thesis.
+        period: The number tau of local steps between two exchanges; 1 and 10 in the thesis.
     """
 
     period: int = integer(10, "tau, local steps between exchanges", low=1)
@@ -54,5 +55,5 @@ class DynSGD(CenterMethod):
 
 
 def inverse_staleness(shared: SharedVector, steps: int) -> float:
-    """Return 1/(s+1), s being the staleness of the shard that is visited."""
+    """Return 1/(s+1), where s is the staleness of the visited shard."""
     return 1 / (shared.staleness + 1)

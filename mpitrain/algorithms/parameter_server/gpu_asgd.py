@@ -37,11 +37,11 @@ from mpitrain.theory import downpour_warning
 
 @dataclass(frozen=True)
 class GPUASGD(CenterMethod):
-    """A parameter server whose clients join after one of them has trained alone for some steps.
+    """A parameter server with a warm start: client 0 trains alone for some steps before the other clients join.
 
     Args:
-        period: n_sync, mini-batches between two exchanges of a client (the paper's n_fetch = n_push).
-        warm_start_steps: Steps that client 0 makes alone; 0 is the paper's cold start.
+        period: The number n_sync of mini-batches between two exchanges of a client (n_fetch = n_push in the paper).
+        warm_start_steps: The number of steps that client 0 makes alone; 0 is the cold start of the paper.
     """
 
     period: int = integer(4, "n_sync, mini-batches between exchanges", low=1)
@@ -67,12 +67,12 @@ class GPUASGD(CenterMethod):
 
 
 class GPUASGDWorker(CenterWorker):
-    """A client that waits for the end of the warm start, unless it is client 0, then commits and pulls.
+    """A client that waits for the end of the warm start (unless it is client 0), then commits and pulls.
 
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        displacement: What this client commits.
+        displacement: The rule by which this client commits.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_waits",)
@@ -95,7 +95,7 @@ class GPUASGDWorker(CenterWorker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> bool:
-        """Make a step; or, while waiting, check on client 0 and pull the center if it has finished or died."""
+        """Make a step. While waiting, instead check client 0, and pull the center if it has finished or died."""
         if self._waits:
             self.comm.read(self._made, 0, partial(np.copyto, self._seen))
             if self._seen[0] >= self._method.warm_start_steps or 0 in self.comm.dead:
@@ -113,6 +113,9 @@ class GPUASGDWorker(CenterWorker):
         return ends or super().is_due()
 
     def after_load(self) -> None:
-        """Show the steps of client 0 again. Client 0, if it had died and has another client's part, does not wait."""
+        """Publish the steps of client 0 again.
+
+        If client 0 had died, it has loaded the part of another client, and does not wait.
+        """
         self._made.local[0] = self.t
         self._waits = self._waits and self.comm.rank > 0

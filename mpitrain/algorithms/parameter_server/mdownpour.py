@@ -37,13 +37,13 @@ from mpitrain.theory import mdownpour_warning
 
 @dataclass(frozen=True)
 class MDownpour(CenterMethod):
-    """A parameter server that makes a momentum step with each worker's gradient as it arrives.
+    """A parameter server that makes a Nesterov momentum step with each gradient that arrives.
 
-    Workers push at every step: there is no period to set. The torch optimizer provides learning rates and weight decays
-    and must be a plain ``torch.optim.SGD`` without momentum.
+    Workers push at every step, so there is no period. The torch optimizer must be a plain ``torch.optim.SGD`` without
+    momentum; it only provides learning rates and weight decays.
 
     Args:
-        momentum: delta, Nesterov momentum of the center; the paper uses 0.99 with very small learning rates.
+        momentum: The Nesterov momentum delta of the center. The paper uses 0.99 with very small learning rates.
     """
 
     momentum: float = number(0.5, "delta, Nesterov momentum of the center", low=0, below=1)
@@ -56,7 +56,7 @@ class MDownpour(CenterMethod):
     learning_rate_factor: ClassVar[float] = 0.5
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for a momentum that is unstable with the delay among the workers."""
+        """Yield a warning about a momentum that is unstable with this number of workers."""
         text = mdownpour_warning(size, self.momentum)
         if text is not None:
             yield text
@@ -67,12 +67,12 @@ class MDownpour(CenterMethod):
 
 
 class MomentumStep(CommitRule):
-    """The server's momentum step with this worker's gradient; the velocity is stored with the center.
+    """The rule that makes a momentum step of the center. The velocity is stored with the center.
 
     Args:
-        x: (n,) the model's parameters, y.
+        x: (n,) the model's parameters y.
         g: (n,) the gradient.
-        momentum: delta.
+        momentum: The momentum delta.
 
     Attributes:
         group_slices: The parameter groups of the present step.
@@ -85,11 +85,15 @@ class MomentumStep(CommitRule):
         self.group_slices: list[ParamGroupSlice] = [ParamGroupSlice(slice(0, 0), 0.0)]  # to compile with
 
     def start(self, name: str, x: Any) -> Any:
-        """Return the first values of a row: the velocity starts at 0."""
+        """Return the first values of a shared vector. The velocity starts at 0."""
         return np.zeros_like(x) if name == "velocity" else x
 
     def limit(self, part: slice, clip: Clip, radius: float) -> None:
-        """eta*||g|| <= (1 - delta)*radius: all the steps in which v remembers g move the center by radius."""
+        """Scale g so that eta*||g|| <= (1 - delta)*radius.
+
+        A gradient acts in the momentum steps that follow, too. Together, these steps then move the center by at most
+        ``radius``.
+        """
         g = self._g[part]
         eta = max(group_slice.learning_rate for group_slice in self.group_slices)
         if (factor := clip.factor(eta * norms.norm(g) / (1 - self._momentum), radius)) < 1:
@@ -115,7 +119,7 @@ class MDownpourWorker(CenterWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        rule: The server's step.
+        rule: The momentum step.
     """
 
     def __init__(self, method: MDownpour, replica: Replica, rule: MomentumStep) -> None:
@@ -123,13 +127,13 @@ class MDownpourWorker(CenterWorker):
         self._group_slices = rule.group_slices
 
     def before_update(self) -> None:
-        """Forget the parameter groups of the step before."""
+        """Discard the parameter groups of the previous step."""
         self._group_slices.clear()
 
     def update(self, group_slice: ParamGroupSlice) -> None:
-        """Note the parameter group: one visit makes the server's step for all groups, shard by shard."""
+        """Store the parameter group. The visit to the center makes the step for all groups, shard by shard."""
         self._group_slices.append(group_slice)
 
     def is_due(self) -> bool:
-        """Return True: the center is visited at every step."""
+        """Return True, because the center is visited at every step."""
         return True

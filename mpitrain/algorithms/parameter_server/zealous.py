@@ -37,7 +37,7 @@ class ZealousDownpour(CenterMethod):
     """DOWNPOUR with an adaptive period: workers exchange at every step until the center is busy.
 
     Args:
-        period: tau, the largest number of local steps between two exchanges.
+        period: The largest number tau of local steps between two exchanges.
     """
 
     period: int = integer(10, "tau, the most local steps between exchanges", low=1)
@@ -67,7 +67,7 @@ class ZealousWorker(CenterWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        displacement: What this worker commits.
+        displacement: The rule by which this worker commits.
     """
 
     def __init__(self, method: ZealousDownpour, replica: Replica, displacement: Displacement) -> None:
@@ -77,7 +77,7 @@ class ZealousWorker(CenterWorker):
         self.comm.barrier()
 
     def is_due(self) -> bool:
-        """Return whether the center is free or tau steps have been made."""
+        """Return whether no other worker is at the center, or tau steps have been made."""
         return super().is_due() or not self.is_busy()
 
     def is_busy(self) -> bool:

@@ -59,18 +59,20 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class NeuroevolutionSGD(Method):
-    """A population of models, one per worker, that train alone; children of the best replace unfit and similar ones.
+    """An evolving population of models, one per worker.
 
-    For a search with several models at once rather than for training one model faster: there is no communication
-    between the ends of generations. Our reconstruction of a paper of which we know the abstract only.
+    The models train separately for a generation. Then children of the best models replace unfit models and models that
+    are too similar. This is a search with several models, not a faster training of one model. It is a reconstruction of
+    a paper of which only the abstract was available.
 
     Args:
-        period: Local steps per generation; an epoch is a good length.
-        similarity: theta, above which two individuals' updates (or clusters of them) are too similar.
-        elite_fraction: The fraction of the population that is always kept, at least one individual.
-        unfit_fraction: The fraction of the population that is replaced for its fitness alone: the least fit survivors.
-        crossover: ``convex``: a point between the parents; ``uniform``: each layer from one of them.
-        mutation: sigma, relative to the root mean square of the parents' update of a layer.
+        period: The number of local steps per generation. An epoch is a good length.
+        similarity: The similarity theta above which the updates of two models (or clusters of models) are too similar.
+        elite_fraction: The fraction of the population that is always kept, at least one model.
+        unfit_fraction: The fraction of the population that is replaced because of low fitness.
+        crossover: ``convex`` for a point between the parents, ``uniform`` for each layer from one of the parents.
+        mutation: The standard deviation sigma of mutations, relative to the root mean square of the parents' updates of
+            a layer.
     """
 
     period: int = integer(100, "local steps of a generation", low=1)
@@ -92,7 +94,7 @@ class NeuroevolutionSGD(Method):
 
     @property
     def needs_equal_updates(self) -> bool:
-        """No: individuals may search with learning rates of their own."""
+        """Whether all workers need equal learning rates. They do not: a search may use different ones."""
         return False
 
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
@@ -162,7 +164,7 @@ class NeuroevolutionWorker(Worker):
             self._end_generation()
 
     def exchange_remaining(self) -> None:
-        """Choose the best individual of an unfinished generation; none is replaced. Collective."""
+        """Choose the best individual of an unfinished generation, without replacing any. Collective."""
         n_steps = self.t % self._method.period
         if n_steps:
             fitness = self._losses / n_steps if self._fitness_of is None else float(self._fitness_of(self.x.local))
@@ -177,7 +179,7 @@ class NeuroevolutionWorker(Worker):
         self.comm.read(self.x, self._best, copy_parent)
 
     def metrics(self) -> dict[str, float]:
-        """Return this individual's fitness in the last generation (at first inf), and the number suppressed. Local."""
+        """Return this individual's fitness in the last generation, and the number of suppressed individuals. Local."""
         return {"fitness": self._fitness, "suppressed": float(self._suppressed)}
 
     def _end_generation(self) -> None:
@@ -229,7 +231,7 @@ class NeuroevolutionWorker(Worker):
 
 
 class Sketcher:
-    """A compression of x - start to a few numbers per layer that keeps inner products in expectation.
+    """A random projection of x - start to k numbers per layer, which conserves inner products in expectation.
 
     Element e of a layer is added to number (e mod k) with a random sign.
 
@@ -267,7 +269,10 @@ def blocks(layer: slice, length: int = BLOCK) -> Iterator[slice]:
 
 
 def mean_cosine(sketches: np.ndarray) -> np.ndarray:
-    """Return the mean over layers (N, N) of the cosines of sketches (N, layers, k); layers at rest have cosine 0."""
+    """Return the cosines between sketches (N, layers, k), averaged over the layers: (N, N).
+
+    The cosine of a layer that has not changed is 0.
+    """
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(sketches, axis=2, keepdims=True)
         unit = np.where((lengths > 0) & np.isfinite(lengths), sketches / lengths, 0.0)
@@ -275,11 +280,13 @@ def mean_cosine(sketches: np.ndarray) -> np.ndarray:
 
 
 def clusters(similarities: np.ndarray, theta: float) -> list[list[int]]:
-    """Return clusters by average linkage, cut at theta: the two most similar are merged while above theta.
+    """Cluster individuals by average linkage, and return the clusters.
+
+    The two most similar clusters are merged while their similarity is above theta.
 
     Args:
-        similarities: (N, N) between individuals.
-        theta: Two clusters stay apart when the mean similarity between their members is theta or less.
+        similarities: (N, N) the similarities between individuals.
+        theta: The largest mean similarity between two different clusters.
     """
     found = [[k] for k in range(len(similarities))]
     while len(found) > 1:
@@ -300,8 +307,8 @@ def make_plan(
 
     Args:
         fitness: (N,) losses; an individual without a finite loss is the least fit and is replaced.
-        similarities: (N, N) between individuals.
-        method: Has theta and the fractions.
+        similarities: (N, N) the similarities between individuals.
+        method: The method, with theta and the fractions.
         rng: A generator in the same state on all workers.
     """
     n = len(fitness)

@@ -48,17 +48,17 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class AllReduceSGD(Method):
-    """Every step uses the mean of all workers' gradients.
+    """Synchronous SGD: every step uses the mean of all workers' gradients.
 
-    ``DistributedOptimizer.clip_grad_norm_`` clips the mean. torch's ``clip_grad_norm_`` would clip each worker's own
-    gradient, before the mean; with ``overlap`` the mean.
+    To clip the mean, call ``DistributedOptimizer.clip_grad_norm_``. torch's ``clip_grad_norm_`` clips each worker's own
+    gradient before the mean is computed, except with ``overlap``.
 
     Args:
-        overlap: Sum gradients while the backward pass computes the others. For networks: on one node the sums take the
-            cores (or the GPU) from the backward pass.
-        node_shared: Let the workers of a node share one copy of the parameters. It saves memory and time where only the
-            optimizer changes parameters; ``mpitrain train`` sets it. It has an effect around a plain
-            ``torch.optim.SGD`` on the host, and none together with ``overlap``.
+        overlap: Whether to sum gradients while the backward pass computes the others. This helps on a network. On one
+            node, the sums would compete with the backward pass for the cores or the GPU.
+        node_shared: Whether the workers of a node share one copy of the parameters, which saves memory and time. Only
+            the optimizer may then change parameters. It needs a plain ``torch.optim.SGD`` on the host, and has no
+            effect together with ``overlap``. ``mpitrain train`` sets it.
     """
 
     overlap: bool = boolean(False, "sum gradients while the backward pass computes the others")
@@ -79,7 +79,7 @@ class AllReduceSGD(Method):
 
     @property
     def takes_gradients_early(self) -> bool:
-        """Whether the worker is told during the backward pass which gradients are in ``g``: with ``overlap``."""
+        """Whether the worker is notified of gradients during the backward pass: with ``overlap``."""
         return self.overlap
 
     def worker(self, replica: Replica) -> AllReduceWorker:
@@ -97,7 +97,7 @@ class AllReduceWorker(Worker):
         gradients.average(self)
 
     def consensus(self, out: Any) -> None:
-        """Write this worker's parameters: all are equal. Local."""
+        """Write this worker's parameters, which are equal on all workers. Local."""
         out[...] = self.x.local
 
 
@@ -118,12 +118,12 @@ class EarlyWorker(AllReduceWorker):
         self.comm.allreduce(self.g, mean=True, part=slice(0, 0))  # compiled before the first step
 
     def gradient_ready(self, layer: int) -> bool:
-        """Note a gradient; return whether the next block is now complete. Local."""
+        """Take note of a gradient; return whether the next block is now complete. Local."""
         self._n_missing[self._block_of[layer]] -= 1
         return self._next_is_complete()
 
     def begin_ready(self) -> None:
-        """Start to sum this block and those complete ones that waited for it. Local."""
+        """Start the sum of this block, and of complete blocks that follow it. Local."""
         while self._next_is_complete():
             self._begin()
 
@@ -142,7 +142,7 @@ class EarlyWorker(AllReduceWorker):
         self._is_mean = True
 
     def combine_gradients(self) -> None:
-        """gbar = (1/p) sum_i g_i, unless ``g`` is the mean already."""
+        """Compute gbar = (1/p) sum_i g_i, unless ``g`` already is the mean. Collective."""
         if not self._is_mean:
             self.gradient_complete()
         self._is_mean = False
@@ -155,12 +155,12 @@ class EarlyWorker(AllReduceWorker):
 
 
 def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) -> list[slice]:
-    """Cut a vector into blocks, the last first, each starting with a layer; the block at the start may be smaller.
+    """Divide a vector into blocks that begin at layers, and return them from the last to the first.
 
     Args:
-        layers: The position of each layer, in order; elements between two layers belong to the first.
+        layers: The slice of each layer, in order. Elements between two layers belong to the first of them.
         n: The number of elements of the vector.
-        at_least: The smallest number of elements of a block.
+        at_least: The smallest number of elements in a block. Only the first block of the vector may be smaller.
     """
     blocks, stop = [], n
     for start in [layer.start for layer in reversed(layers[1:])]:
@@ -171,7 +171,7 @@ def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) 
 
 
 class SlicedWorker(AllReduceWorker):
-    """A worker that makes the step of torch.optim.SGD for its slice of the parameters that the node shares."""
+    """A worker that makes the step of torch.optim.SGD for its slice of the shared parameters of the node."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_velocity",)
 
@@ -189,7 +189,7 @@ class SlicedWorker(AllReduceWorker):
             )
 
     def combine_gradients(self) -> None:
-        """Do nothing: ``before_update`` makes the mean with the step."""
+        """Do nothing, because ``before_update`` computes the mean together with the step."""
         self._factor = 1.0
 
     def clip_gradients(
@@ -201,7 +201,7 @@ class SlicedWorker(AllReduceWorker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> float:
-        """Compute the norm of the mean from the gradients in place; the step multiplies by the factor. Collective."""
+        """Compute the norm of the mean gradient. The step applies the factor. Collective."""
         self.use(group_slices)
         if not is_combined:
             gradients.combine(self, skips=skips)
@@ -216,9 +216,10 @@ class SlicedWorker(AllReduceWorker):
         return norm
 
     def before_update(self) -> None:
-        """Make gbar = (1/p) sum_i g_i and the step with it, in one pass. Collective.
+        """Compute gbar = (1/p) sum_i g_i and make the step, in one pass. Collective.
 
-        A worker that skips the step makes the first element of every slice NaN.
+        A worker with a non-finite gradient sets the first element of every slice to NaN, so that all workers skip the
+        step.
         """
         if self.skips:
             self.g.local[self._starts] = math.nan
@@ -237,7 +238,7 @@ class SlicedWorker(AllReduceWorker):
         self.comm.reduce_slices(self.g, advance)
 
     def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
-        """Do nothing: ``before_update`` has made the step."""
+        """Do nothing, because ``before_update`` has made the step."""
 
     def _advance(self, group_slice: ParamGroupSlice, part: slice, addends: Sequence[Any]) -> None:
         """Make one step of torch.optim.SGD on a part of the slice."""
@@ -260,7 +261,7 @@ class VelocitySlice:
         x: (n,) the parameters.
 
     Attributes:
-        mine: The position of the slice.
+        mine: The slice of this worker.
         values: (length of the slice,) the momentum.
     """
 
@@ -275,7 +276,7 @@ class VelocitySlice:
         yield "velocity", self.values
 
     def load(self, state: State) -> None:
-        """Collect this worker's slice from those of all workers, which may have been cut differently. Collective."""
+        """Assemble this worker's slice from the saved slices of all workers. Their bounds may differ. Collective."""
         held = state["velocity"]
         for root, (start, size) in enumerate(self._comm.gather([state["slice_start"], held.size]).astype(int)):
             values = held.copy() if root == self._comm.rank else np.empty(size, held.dtype)

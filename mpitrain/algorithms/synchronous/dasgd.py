@@ -34,12 +34,12 @@ from mpitrain.collectives.communicator import Communicator, Pending
 
 @dataclass(frozen=True)
 class DaSGD(Method):
-    """Local SGD for slow networks: the average of all workers is computed while they continue, and mixed in later.
+    """Local SGD for slow networks: the average is computed while the workers continue, and applied later.
 
     Args:
-        period: tau, local steps between the starts of two averages.
-        delay: d, local steps that an average may take. There is one all-reduce at a time, so that d is at most tau-1; a
-            longer delay is cut to that.
+        period: The number tau of local steps between the starts of two averages.
+        delay: The number d of local steps that an average may take. Since there is only one all-reduce at a time, d is
+            limited to tau-1.
     """
 
     period: int = integer(8, "tau, local steps between two averages", low=1)
@@ -54,11 +54,11 @@ class DaSGD(Method):
 
     @property
     def steps_late(self) -> int:
-        """d, cut so that an average arrives before the next one starts."""
+        """The delay d, limited so that an average arrives before the next one starts."""
         return min(self.delay, self.period - 1)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for a delay that is cut."""
+        """Yield a warning about a delay that is limited."""
         if self.delay > self.steps_late:
             yield f"delay={self.delay} is cut to {self.steps_late}: it must be below period={self.period}"
 
@@ -77,7 +77,7 @@ class DaSGDWorker(PeriodicWorker):
         self._delayed = DelayedAverage(self.comm, self.x.local)
 
     def after_update(self) -> None:
-        """Start an average when it is due, and mix it in d steps later."""
+        """Start an average when it is due, and apply it d steps later."""
         super().after_update()
         if self._delayed.started is not None and (self.t + 1) % self._method.period == self._method.steps_late:
             self._delayed.correct(self.x.local)
@@ -87,17 +87,17 @@ class DaSGDWorker(PeriodicWorker):
         self._delayed.start(self.x.local)
 
     def exchange_remaining(self) -> None:
-        """Mix in the average under way; the mean of all workers, which is evaluated, does not change by it."""
+        """Apply the average that is under way. The consensus, which is the mean of all workers, does not change."""
         if self._delayed.started is not None:
             self._delayed.correct(self.x.local)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)
 
 
 class DelayedAverage:
-    """The snapshot s_i and the mean of all snapshots. Collective to create.
+    """The snapshot s_i of this worker, and the mean of all snapshots. Collective to create.
 
     Args:
         comm: The communicator of the workers.
@@ -120,7 +120,7 @@ class DelayedAverage:
         self._start()
 
     def correct(self, x: Any) -> None:
-        """x_i <- x_i + (mean_j s_j - s_i), when the all-reduce has ended. Collective."""
+        """Wait for the all-reduce, then compute x_i <- x_i + (mean_j s_j - s_i). Collective."""
         assert self.started is not None
         self.started.wait()
         self.started = None
@@ -132,7 +132,7 @@ class DelayedAverage:
         self.started = self._comm.start_allreduce(self._mean, mean=True)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield the snapshot if its average is under way. Local: the all-reduce is not disturbed."""
+        """Yield the snapshot if its average is under way. Local; the all-reduce continues."""
         if self.started is not None:
             yield "snapshot", self._snapshot
 

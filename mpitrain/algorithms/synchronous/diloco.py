@@ -35,14 +35,15 @@ from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
 @dataclass(frozen=True)
 class DiLoCo(Method):
-    """Local SGD for slow networks: hundreds of steps between two exchanges, then a step of an outer optimizer.
+    """Local SGD with an outer optimizer, for slow networks.
 
-    theta is evaluated, which moves once per round. A run should have at least three rounds.
+    A round has hundreds of inner steps and one outer step. The consensus theta changes once per round, so a run should
+    have at least three rounds.
 
     Args:
-        outer_learning_rate: eta_out, of the outer step.
-        outer_momentum: m, Nesterov momentum of the outer step.
-        period: H, inner steps per round.
+        outer_learning_rate: The learning rate eta_out of the outer step.
+        outer_momentum: The Nesterov momentum m of the outer step.
+        period: The number H of inner steps per round.
     """
 
     outer_learning_rate: float = number(0.7, "eta_out, of the outer step", above=0)
@@ -59,7 +60,7 @@ class DiLoCo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line if eta_out >= 2*(1+m)/(1+2*m): unstable where a round ends near the minimum (q -> 0)."""
+        """Yield a warning if eta_out >= 2*(1+m)/(1+2*m), which is unstable if rounds end near the minimum (q -> 0)."""
         found = theory.diloco_warning(self.outer_learning_rate, self.outer_momentum)
         if found is not None:
             yield found
@@ -80,7 +81,7 @@ class DiLoCoWorker(PeriodicWorker):
         kernels.outer_nesterov(*self._outer.empty, 0.0, 0.0)  # compiled before the first round
 
     def exchange(self) -> None:
-        """b <- m*b + D;  theta <- theta - eta_out*(D + m*b);  x_i <- theta. Collective."""
+        """Compute b <- m*b + D; theta <- theta - eta_out*(D + m*b); x_i <- theta. Collective."""
         outer, method = self._outer, self._method
         d = outer.pseudogradient()
         self.comm.statistics.n_nonfinite += kernels.outer_nesterov(
@@ -88,5 +89,5 @@ class DiLoCoWorker(PeriodicWorker):
         )
 
     def consensus(self, out: Any) -> None:
-        """Write theta, as of the last round. Local."""
+        """Write theta after the last round. Local."""
         kernels.copy(out, self._outer.theta)

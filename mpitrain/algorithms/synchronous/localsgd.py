@@ -39,10 +39,10 @@ from mpitrain.algorithms.synchronous.outer_optimizer import average
 
 @dataclass(frozen=True)
 class LocalSGD(Method):
-    """Workers train on their own and average their parameters every ``period`` steps.
+    """Local SGD: workers train separately and average their parameters every ``period`` steps.
 
     Args:
-        period: H, local steps between two averages.
+        period: The number H of local steps between two averages.
 
     Example:
         >>> LocalSGD(period=4).period
@@ -75,7 +75,7 @@ class LocalWorker(PeriodicWorker):
         average(self.comm, self.x)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)
 
 
@@ -83,12 +83,13 @@ class LocalWorker(PeriodicWorker):
 class PostLocalSGD(LocalSGD):
     """All-reduce SGD while the learning rate is high, local SGD after it has fallen.
 
-    Any decrease of the learning rate counts, so that a schedule that falls at every step (cosine) switches at once: set
-    ``switch_step`` then.
+    By default, the first decrease of the learning rate is the switch. Set ``switch_step`` for a schedule that decreases
+    at every step, such as cosine: it would switch at once.
 
     Args:
-        period: H, local steps between two averages, after the switch.
-        switch_step: Synchronous steps before the switch; by default until the learning rate falls for the first time.
+        period: The number H of local steps between two averages, after the switch.
+        switch_step: The number of synchronous steps before the switch; by default until the first decrease of the
+            learning rate.
     """
 
     switch_step: int | None = integer(
@@ -109,7 +110,7 @@ class PostLocalSGD(LocalSGD):
 
 
 class PostLocalWorker(PeriodicWorker):
-    """A worker that is synchronous at first and local after the switch, for good; the model holds x_i."""
+    """A worker that averages gradients before the switch, and parameters after it. The model holds x_i."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_is_local", "_last_rate")
 
@@ -120,7 +121,7 @@ class PostLocalWorker(PeriodicWorker):
         kernels.keep_finite(self.x.local[:0])  # compiled before the first average
 
     def combine_gradients(self) -> None:
-        """gbar = (1/p) sum_i g_i, before the switch."""
+        """Compute gbar = (1/p) sum_i g_i, before the switch. Collective."""
         switch_step = self._method.switch_step
         switches = self.learning_rate < self._last_rate if switch_step is None else self.t >= switch_step
         self._is_local = self._is_local or switches
@@ -143,5 +144,5 @@ class PostLocalWorker(PeriodicWorker):
         average(self.comm, self.x)
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' present parameters. Local; exact while the workers rest."""
+        """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
         mean_of_workers(self.comm, self.x, out)

@@ -22,7 +22,7 @@ from mpitrain.collectives.communicator import Communicator, Vector
 
 
 def average(comm: Communicator, vector: Vector) -> None:
-    """Replace every worker's vector by the mean of the finite ones, or by NaN if none is finite. Collective."""
+    """Replace every worker's vector by the mean of the finite vectors, or by NaN if none is finite. Collective."""
     n_nonfinite = kernels.keep_finite(vector.local)
     if n_nonfinite:
         vector.local[...] = 0
@@ -30,9 +30,9 @@ def average(comm: Communicator, vector: Vector) -> None:
 
 
 def average_present(comm: Communicator, vector: Vector, n_nonfinite: int) -> None:
-    """Replace every worker's vector by the mean over the workers whose ``n_nonfinite`` is 0. Collective.
+    """Replace every worker's vector by the mean over the workers with ``n_nonfinite`` = 0. Collective.
 
-    The vectors of the other workers are zeros.
+    The vectors of the other workers must be zero.
     """
     comm.statistics.n_nonfinite += n_nonfinite
     n_present = int(comm.gather([n_nonfinite == 0]).sum())
@@ -46,18 +46,18 @@ def average_present(comm: Communicator, vector: Vector, n_nonfinite: int) -> Non
 
 
 class OuterParameters:
-    """theta, from which a round starts, with its momentum; every worker's copy is equal to the last bit.
+    """The outer parameters theta, from which a round starts, and their momentum. Collective to create.
 
-    Collective to create.
+    The copies on all workers have the same bits.
 
     Args:
         comm: The communicator of the workers.
-        x: (n,) the model's parameters; worker 0's are the first theta.
+        x: (n,) the model's parameters; those of worker 0 are the first theta.
 
     Attributes:
         theta: (n,) the outer parameters.
         momentum: (n,) the outer optimizer's buffer.
-        empty: The arguments of an outer step without elements, to compile its kernel with.
+        empty: Empty arguments of an outer step, with which its kernel can be compiled.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("theta", "momentum")
@@ -72,7 +72,7 @@ class OuterParameters:
         kernels.outer_gradient(self._pseudogradient.local[:0], self.theta[:0], x[:0])  # compiled before the first round
 
     def pseudogradient(self) -> Any:
-        """Return D (n,), the mean of theta - x_i over the workers that are finite. Collective."""
+        """Return the pseudogradient D (n,): the mean of theta - x_i over the workers with finite x_i. Collective."""
         d = self._pseudogradient.local
         n_nonfinite = kernels.outer_gradient(d, self.theta, self._x)
         if n_nonfinite:

@@ -34,12 +34,12 @@ from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
 @dataclass(frozen=True)
 class SlowMo(Method):
-    """Local SGD with a momentum on the average of each round.
+    """Local SGD with a slow momentum over the averages of the rounds.
 
     Args:
-        slow_learning_rate: alpha; usually 1.
-        slow_momentum: beta; usually 0 to 0.7, larger with more workers.
-        period: tau, local steps per round.
+        slow_learning_rate: The slow learning rate alpha; usually 1.
+        slow_momentum: The slow momentum beta; usually 0 to 0.7, larger with more workers.
+        period: The number tau of local steps per round.
     """
 
     slow_learning_rate: float = number(1.0, "alpha, of the slow step", above=0)
@@ -56,7 +56,7 @@ class SlowMo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 12})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line if alpha >= 2*(1+beta): unstable where a round ends near the minimum (q -> 0)."""
+        """Yield a warning if alpha >= 2*(1+beta), which is unstable if rounds end near the minimum (q -> 0)."""
         found = theory.slowmo_warning(self.slow_learning_rate, self.slow_momentum)
         if found is not None:
             yield found
@@ -67,7 +67,7 @@ class SlowMo(Method):
 
 
 class SlowMoWorker(PeriodicWorker):
-    """A worker with u, an average of gradients, and theta, the paper's x0; the model holds x_i."""
+    """A worker with the slow momentum u and the outer parameters theta (x0 in the paper). The model holds x_i."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_outer", "_sum_of_rates")
 
@@ -78,13 +78,13 @@ class SlowMoWorker(PeriodicWorker):
         kernels.slow_momentum(*self._outer.empty, 0.0, 0.0, 0.0)  # compiled before the first round
 
     def after_update(self) -> None:
-        """Add up the learning rates of the round; at its end make the outer step."""
+        """Add the learning rate to the sum of the round; at the end of the round, make the outer step."""
         self._sum_of_rates += self.learning_rate
         self._n_rates += 1
         super().after_update()
 
     def exchange(self) -> None:
-        """u <- beta*u + D/gamma;  x0 <- x0 - alpha*gamma*u;  x_i <- x0. Nothing moves if gamma = 0. Collective."""
+        """Compute u <- beta*u + D/gamma; x0 <- x0 - alpha*gamma*u; x_i <- x0, unless gamma = 0. Collective."""
         outer, alpha, beta = self._outer, self._method.slow_learning_rate, self._method.slow_momentum
         d = outer.pseudogradient()
         gamma = self._sum_of_rates / self._n_rates
@@ -99,5 +99,5 @@ class SlowMoWorker(PeriodicWorker):
         self._n_rates = self.n_local_steps
 
     def consensus(self, out: Any) -> None:
-        """Write x0, as of the last round. Local."""
+        """Write x0 after the last round. Local."""
         kernels.copy(out, self._outer.theta)
