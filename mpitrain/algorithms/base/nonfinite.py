@@ -25,7 +25,7 @@ def replace_nonfinite(vector: Any, other: Any) -> None:
 
 
 def repair(worker: Any) -> bool:
-    """If there are new non-finite values in this worker's vectors, replace them with those of the consensus. Local.
+    """Replace new non-finite values in this worker's vectors with those of the consensus. Local.
 
     Args:
         worker: A ``Worker``.
