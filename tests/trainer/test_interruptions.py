@@ -114,7 +114,7 @@ def test_a_rank_killed_by_the_host_is_named_with_the_way_to_resume(tmp_path: Pat
     assert len(re.findall(line, done.output)) == 1, done.output
 
 
-@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("mpi", installed()[-1:])
 def test_an_interrupt_ends_all_ranks(mpi: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = run_until(lambda: checkpoints(run), lambda p: p.send_signal(signal.SIGINT), command(*FOR_EVER, out=run), mpi)
@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_all_and_the_newest_checkpoint_is_good(tmp_path: Path
     assert (run / "result.json").exists()
 
 
-@pytest.mark.parametrize("mpi", installed())
+@pytest.mark.parametrize("mpi", installed()[-1:])
 def test_an_exception_in_a_model_on_one_rank_ends_all_with_its_traceback(mpi: str, tmp_path: Path) -> None:
     arguments = command(
         "--model", "support.small_models:raises_at_step_3_of_rank_1", "--minutes", "100", out=tmp_path / "run"

@@ -50,12 +50,20 @@ def wait(process):
     return json.loads(out)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder with the compiled kernels of the script."""
+    folder = tmp_path_factory.mktemp("compiled") / "cache"
+    wait(start(MPITRAIN_CACHE_DIR=folder))
+    return folder
+
+
 def files(root):
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
 def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_path):
-    counts = [wait(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(4)]]
+    counts = [wait(process) for process in [start(MPITRAIN_CACHE_DIR=tmp_path) for _ in range(3)]]
     assert all(sum(count.values()) == 3 for count in counts)
     assert any(count["compiled"] for count in counts)
     before = files(tmp_path)
@@ -65,11 +73,11 @@ def test_processes_that_compile_at_once_agree_and_the_next_compiles_nothing(tmp_
     assert files(tmp_path) == before
 
 
-def test_a_damaged_source_is_rewritten(tmp_path):
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
-    for path in tmp_path.rglob("*.py"):
+def test_a_damaged_source_is_rewritten(tmp_path, compiled):
+    root = Path(shutil.copytree(compiled, tmp_path / "cache"))
+    for path in root.rglob("*.py"):
         path.write_text("raise SystemExit('half a file')")
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
+    wait(start(MPITRAIN_CACHE_DIR=root))
 
 
 def test_the_first_writable_folder_is_used(tmp_path):
@@ -109,10 +117,9 @@ def test_the_next_folder_is_used_if_the_first_is_full(tmp_path, which):
     assert not [path for path in full.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
 
 
-def test_kernels_in_a_full_folder_are_used(tmp_path):
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
-    head = FULL.format(full=str(tmp_path), which="")
-    assert wait(start(head, MPITRAIN_CACHE_DIR=tmp_path)) == {"compiled": 0, "loaded": 3}
+def test_kernels_in_a_full_folder_are_used(compiled):
+    head = FULL.format(full=str(compiled), which="")
+    assert wait(start(head, MPITRAIN_CACHE_DIR=compiled)) == {"compiled": 0, "loaded": 3}
 
 
 def test_kernels_compile_in_memory_without_a_writable_folder(tmp_path):
@@ -174,11 +181,11 @@ def test_a_kernel_is_recompiled_for_another_cpu_another_version_and_other_option
 FORGED = "raise SystemExit('the code of another user ran')\n"
 
 
-@pytest.mark.parametrize("which", ["the folder", "a parent"])
-@pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, which, mode):
+@pytest.mark.parametrize(("which", "mode"), [("the folder", 0o770), ("a parent", 0o707)])
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, compiled, which, mode):
     root = tmp_path / "shared" / "cache"
-    wait(start(MPITRAIN_CACHE_DIR=root))
+    cache_folder.make_private(root.parent)
+    shutil.copytree(compiled, root)
     for path in root.rglob("*.py"):
         path.write_text(FORGED)
     before = files(root)
@@ -191,6 +198,16 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, which, mode):
     assert "can be written by others" in err
     assert files(root) == before
     assert list((tmp_path / "xdg").rglob("*.nbc"))
+
+
+@pytest.mark.parametrize("which", ["the folder", "a parent"])
+@pytest.mark.parametrize("mode", [0o770, 0o707], ids=oct)
+def test_a_folder_that_others_can_write_to_is_objected_to(tmp_path, which, mode):
+    root = tmp_path / "shared" / "cache"
+    cache_folder.make_private(root)
+    assert cache_folder.objection(root) is None
+    (root if which == "the folder" else root.parent).chmod(mode)
+    assert "can be written by others" in cache_folder.objection(root)
 
 
 def test_a_sticky_parent_is_trusted(tmp_path):
@@ -221,22 +238,22 @@ def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch, which):
 
 
 @pytest.mark.parametrize("suffix", [".py", ".nbi"])
-def test_files_that_others_can_write_are_replaced(tmp_path, suffix):
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
-    for path in tmp_path.rglob(f"*{suffix}"):
+def test_files_that_others_can_write_are_replaced(tmp_path, compiled, suffix):
+    root = Path(shutil.copytree(compiled, tmp_path / "cache"))
+    for path in root.rglob(f"*{suffix}"):
         path.write_text(FORGED)
         path.chmod(0o666)
         os.utime(path, (cache._SOURCE_TIME, cache._SOURCE_TIME))
-    assert sum(wait(start(MPITRAIN_CACHE_DIR=tmp_path)).values()) == 3
-    assert not [path for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077]
+    assert sum(wait(start(MPITRAIN_CACHE_DIR=root)).values()) == 3
+    assert not [path for path in root.rglob("*") if path.stat().st_mode & 0o077]
 
 
-def test_a_forged_source_of_the_same_size_and_time_is_not_run(tmp_path):
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
-    for path in tmp_path.rglob("*.py"):
+def test_a_forged_source_of_the_same_size_and_time_is_not_run(tmp_path, compiled):
+    root = Path(shutil.copytree(compiled, tmp_path / "cache"))
+    for path in root.rglob("*.py"):
         path.write_text(FORGED.ljust(path.stat().st_size))
         os.utime(path, (cache._SOURCE_TIME, cache._SOURCE_TIME))
-    wait(start(MPITRAIN_CACHE_DIR=tmp_path))
+    wait(start(MPITRAIN_CACHE_DIR=root))
 
 
 def test_the_cache_of_numba_for_all_programs_is_not_used(tmp_path):
