@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpitrain.data.storage import Images
 
-Batch = tuple[Tensor, Tensor]  # (b, ...) float32, (b,) int64, on the CPU
+Batch = tuple[Tensor, Tensor]  # (b, ...) float32, and (b,) int64 labels or (b, k) float32 targets, on the CPU
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Normalisation:
 class Dataset:
     """Training and test samples, the same on every rank. `mpitrain.data.load` returns one.
 
+    Its labels are class numbers, or real-valued targets if there are no classes.
+
     All methods are local.
     """
 
@@ -48,9 +50,9 @@ class Dataset:
     normalisation: Normalisation
     storage: str  # of the training images: "shared", "private" or "file"
     train_images: Images
-    train_labels: NDArray[np.int64]  # (n_train,)
+    train_labels: NDArray[Any]  # (n_train,) int64, or (n_train, k) float32
     test_images: Images
-    test_labels: NDArray[np.int64]  # (n_test,)
+    test_labels: NDArray[Any]  # (n_test,) or (n_test, k)
     photographs: bool = False  # whether a shifted or reflected image keeps its class
     file: h5py.File | None = None
     file_digest: str | None = None  # of the data file, as its import stored it
@@ -67,8 +69,13 @@ class Dataset:
 
     @property
     def n_classes(self) -> int:
-        """The number of classes."""
+        """The number of classes; 0 with real-valued targets."""
         return len(self.classes)
+
+    @property
+    def n_outputs(self) -> int:
+        """The numbers that a model returns for a sample: the classes, or k."""
+        return self.n_classes or int(self.train_labels.shape[1])
 
     @property
     def augmentable(self) -> bool:

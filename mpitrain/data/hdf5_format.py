@@ -10,6 +10,11 @@
       classes          names, in the order of the labels; of more than 1000 classes, a dataset of this name instead
       mean, std        (C,) or (d,) float64, of the training images; for uint8 images, of pixel / 255
 
+For regression there are real-valued targets in place of labels and classes:
+
+    train/targets  (N,) or (N, k) floating point, finite
+    test/targets   (M,) or (M, k)
+
 Uncompressed: decoded images hardly compress, and a run reads each of them many times.
 """
 
@@ -32,6 +37,7 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 2**17  # read for a single image; smaller chunks slow down reading all images
 SUFFIXES = (".h5", ".hdf5")
 SPLITS = ("train", "test")
+LABELS, TARGETS = "labels", "targets"
 MOST_ATTRIBUTE_NAMES = 1000
 """The most names in an attribute, for which HDF5 has 64 KiB with 16 bytes for each."""
 
@@ -46,7 +52,7 @@ class Header:
     n_test: int
     shape: tuple[int, ...]  # of one image: (C, H, W) or (d,)
     dtype: np.dtype[Any]  # uint8 or float32
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # none with real-valued targets
     mean: NDArray[np.float64]  # (shape[0],)
     std: NDArray[np.float64]  # (shape[0],)
 
@@ -108,10 +114,10 @@ def read_header(file: h5py.File) -> Header:
     kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
     if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
         raise UsageError(f"{path} is {kind} version {version}, not {FORMAT} version {FORMAT_VERSION}: {REMEDY}")
-    names = _dataset(file, "classes")[:] if "classes" in file else _attribute(file, "classes")
-    classes = tuple(_text(name) for name in np.atleast_1d(names))
+    kind = answers(file)
+    classes = _classes(file) if kind == LABELS else ()
     mean, std = (_numbers(file, name) for name in ("mean", "std"))
-    images, labels = ({split: _dataset(file, f"{split}/{name}") for split in SPLITS} for name in ("images", "labels"))
+    images, labels = ({split: _dataset(file, f"{split}/{name}") for split in SPLITS} for name in ("images", kind))
 
     shape, dtype = images["train"].shape[1:], images["train"].dtype
     if len(shape) not in (1, 3) or dtype not in (np.uint8, np.float32):
@@ -125,7 +131,9 @@ def read_header(file: h5py.File) -> Header:
                 f"{path}: test/images is of {images['test'].shape[1:]} {images['test'].dtype}, train/images of {shape} "
                 f"{dtype}: make them alike"
             )
-        if labels[split].shape != (n,) or labels[split].dtype.kind not in "iu":
+        if kind == TARGETS:
+            _check_targets(path, split, labels["train"], labels[split], n)
+        elif labels[split].shape != (n,) or labels[split].dtype.kind not in "iu":
             raise UsageError(
                 f"{path}: {split}/labels is {labels[split].shape} {labels[split].dtype}: store ({n},) int64, one label "
                 "for each image"
@@ -142,6 +150,30 @@ def read_header(file: h5py.File) -> Header:
                 f"{path}: attribute {name} must be {shape[0]} finite numbers, std above 0: store that of train/images"
             )
     return Header(images["train"].shape[0], images["test"].shape[0], shape, dtype, classes, mean, std)
+
+
+def answers(file: h5py.File) -> str:
+    """Return the name of what a model is to answer: ``labels`` of classes, or real-valued ``targets``."""
+    return TARGETS if f"{SPLITS[0]}/{TARGETS}" in file else LABELS
+
+
+def _classes(file: h5py.File) -> tuple[str, ...]:
+    names = _dataset(file, "classes")[:] if "classes" in file else _attribute(file, "classes")
+    return tuple(_text(name) for name in np.atleast_1d(names))
+
+
+def _check_targets(path: str, split: str, train: h5py.Dataset, targets: h5py.Dataset, n: int) -> None:
+    """Raise `UsageError` unless the targets of a split are n rows of as many numbers as those of the training set."""
+    if (
+        len(targets.shape) > 2
+        or targets.shape != (n, *train.shape[1:])
+        or targets.dtype.kind != "f"
+        or not targets.size
+    ):
+        raise UsageError(
+            f"{path}: {split}/targets is {targets.shape} {targets.dtype}: store ({n},) or ({n}, k) float32, one row "
+            "for each image and k as in train/targets"
+        )
 
 
 def check_labels(path: str, split: str, labels: NDArray[np.int64], n_classes: int) -> None:
@@ -173,11 +205,18 @@ def check_finite(path: str, name: str, first: int, images: NDArray[Any]) -> None
 
 
 def create(
-    file: h5py.File, *, classes: Sequence[str], shape: tuple[int, ...], n: Iterable[int], dtype: str = "uint8"
+    file: h5py.File,
+    *,
+    classes: Sequence[str] = (),
+    shape: tuple[int, ...],
+    n: Iterable[int],
+    dtype: str = "uint8",
+    n_targets: int = 0,
 ) -> None:
     """Create the datasets of a data file for n = (training, test) images.
 
-    The caller fills in the images, the labels, and the attributes ``mean`` and ``std``.
+    The caller fills in the images, the labels (or targets, with ``n_targets`` numbers each), and the attributes
+    ``mean`` and ``std``.
     """
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
@@ -185,14 +224,18 @@ def create(
     texts = np.array(names, dtype=h5py.string_dtype())
     if len(names) > MOST_ATTRIBUTE_NAMES:
         file["classes"] = texts
-    else:
+    elif names:
         file.attrs["classes"] = texts
     chunk = max(1, min(256, CHUNK_BYTES // (math.prod(shape) * np.dtype(dtype).itemsize)))
     for split, n_split in zip(SPLITS, n, strict=True):
         group = file.create_group(split)
         rows = max(1, min(chunk, n_split))
         group.create_dataset("images", (n_split, *shape), dtype, chunks=(rows, *shape), maxshape=(None, *shape))
-        group.create_dataset("labels", (n_split,), "int64", chunks=(max(1, min(n_split, 2**14)),), maxshape=(None,))
+        rows = max(1, min(n_split, 2**14))
+        if n_targets:
+            group.create_dataset(TARGETS, (n_split, n_targets), "float32", chunks=(rows, n_targets))
+        else:
+            group.create_dataset(LABELS, (n_split,), "int64", chunks=(rows,), maxshape=(None,))
 
 
 def _refused(path: str, error: RefusedContents) -> UsageError:

@@ -11,10 +11,23 @@ from numpy.typing import NDArray
 
 from mpitrain.data import digest
 from mpitrain.data.dataset import Dataset, Normalisation
-from mpitrain.data.hdf5_format import SPLITS, Header, check_finite, check_labels, open_data, read_header, reading
+from mpitrain.data.hdf5_format import (
+    LABELS,
+    SPLITS,
+    TARGETS,
+    Header,
+    check_finite,
+    check_labels,
+    open_data,
+    read_header,
+    reading,
+)
 from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
 from mpitrain.errors import UsageError
+
+ANSWERS: dict[str, np.dtype[Any]] = {LABELS: np.dtype(np.int64), TARGETS: np.dtype(np.float32)}
+"""The type of labels and of targets in memory."""
 
 LABEL_BYTES = 2**28
 """Labels of this size are read on every node, even if the images are not."""
@@ -36,15 +49,20 @@ def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify
         raise UsageError(f"{path}: its {n_labels} labels do not fit into the memory of this node: use more memory")
 
     images: dict[str, Images] = {}
-    labels: dict[str, NDArray[np.int64]] = {}
+    labels: dict[str, NDArray[Any]] = {}
+    answer = LABELS if header.classes else TARGETS
     for split in SPLITS:
         if storage == "shared":
             images[split] = MemoryImages(_read_shared(file[f"{split}/images"], world))
-            labels[split] = _read_shared(file[f"{split}/labels"], world, np.dtype(np.int64))
+            labels[split] = _read_shared(file[f"{split}/{answer}"], world, ANSWERS[answer])
         else:
             images[split] = FileImages(file[f"{split}/images"], staging=storage == "private" and split == "train")
-            labels[split] = all_ok(world, partial(_read_labels, file, split))
-        check_labels(str(path), split, labels[split], len(header.classes))
+            labels[split] = all_ok(world, partial(_read_labels, file, f"{split}/{answer}"))
+        if header.classes:
+            check_labels(str(path), split, labels[split], len(header.classes))
+        else:
+            check_finite(str(path), f"{split}/{answer}", 0, labels[split])
+            labels[split] = labels[split].reshape(len(labels[split]), -1)
     if storage == "shared":
         file.close()
 
@@ -76,9 +94,9 @@ def _open(path: Path) -> tuple[h5py.File, Header, str | None]:
         raise
 
 
-def _read_labels(file: h5py.File, split: str) -> NDArray[np.int64]:
+def _read_labels(file: h5py.File, name: str) -> NDArray[Any]:
     with reading(file):
-        labels: NDArray[np.int64] = file[f"{split}/labels"][:].astype(np.int64)
+        labels: NDArray[Any] = file[name][:].astype(ANSWERS[name.partition("/")[2]])
         return labels
 
 

@@ -13,6 +13,9 @@ SGP: shards).
       permutation of the epoch   |-- global batch 0 --|-- global batch 1 --|-- ... --|left out|
                                  | r=0 | r=1 | r=2    | r=0 | r=1 | r=2    |
 
+Workers with batches of different sizes b_r take slices of their own size from a global batch of B = sum b_r samples,
+and p*b stands for B.
+
 In both modes an epoch is n // (p*b) steps of each worker. An epoch of all workers computes the gradients of about n
 samples, the unit in which methods are compared; an independent worker has seen the whole set after p epochs. If p*b is
 more than n, an independent epoch is one step, and sharding is refused.
@@ -21,7 +24,7 @@ Fixed shards would let each rank keep its part of the data, but would break the 
 sharpest test of a synchronous method; `storage.py` says how data is kept that does not fit into memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +52,19 @@ class Sampler:
         size: The number of workers, p.
         seed: The run's seed, the same on every rank.
         mode: "independent" or "sharded".
+        all_sizes: The batch size of each worker, where they differ.
     """
 
     def __init__(
-        self, n: int, batch_size: int, *, rank: int = 0, size: int = 1, seed: int = 0, mode: str = "independent"
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        seed: int = 0,
+        mode: str = "independent",
+        all_sizes: Sequence[int] | None = None,
     ) -> None:
         if mode not in MODES:
             raise UsageError(unknown("sampling", mode, MODES))
@@ -60,16 +72,21 @@ class Sampler:
             raise UsageError(f"batch size {batch_size}, seed {seed}: use a batch size above 0 and a seed of at least 0")
         if batch_size > n:
             raise UsageError(f"a batch of {batch_size} out of {n} training samples: use --batch-size {n} or less")
-        if mode == "sharded" and size * batch_size > n:
+        sizes = [batch_size] * size if all_sizes is None else list(all_sizes)
+        total = sum(sizes)
+        if mode == "sharded" and total > n:
             smaller = f"--batch-size {n // size} or less, " if n >= size else ""
             raise UsageError(
-                f"{size} workers with batches of {batch_size} need {size * batch_size} samples per step, "
+                f"{size} workers with batches of {batch_size} need {total} samples per step, "
                 f"but there are only {n}: "
                 f"use {smaller}fewer workers, or independent sampling"
             )
         assert 0 <= rank < size
         self.n, self.batch_size, self.rank, self.size, self.seed, self.mode = n, batch_size, rank, size, seed, mode
-        self.steps_per_epoch = max(1, n // (size * batch_size))
+        assert len(sizes) == size
+        assert sizes[rank] == batch_size
+        self.steps_per_epoch = max(1, n // total)
+        self._total, self._offset = total, sum(sizes[:rank])
         self.epoch = 0
         self.step = 0  # within the epoch
         self._permutations: dict[int, NDArray[np.int64]] = {}
@@ -78,9 +95,9 @@ class Sampler:
         """Return this worker's batch at a step of an epoch, (batch_size,) int64. Local and pure."""
         if not (epoch >= 0 and 0 <= step < self.steps_per_epoch):
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
-        b, p, r = self.batch_size, self.size, self.rank
+        b = self.batch_size
         if self.mode == "sharded":
-            start = (step * p + r) * b
+            start = step * self._total + self._offset
             return self._permutation(epoch)[start : start + b].copy()
         n_pass, start = divmod((epoch * self.steps_per_epoch + step) * b, self.n)
         head = self._permutation(n_pass)[start : start + b]

@@ -13,6 +13,11 @@ from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 
 
+def widened(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of a model in at least 32 bits."""
+    return outputs.float() if outputs.dtype.itemsize < 4 else outputs
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean cross entropy, computed in float32 or float64.
 
@@ -20,7 +25,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: (b, classes), of any floating-point type.
         labels: (b,) integers.
     """
-    return torch.nn.functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+    return torch.nn.functional.cross_entropy(widened(logits), labels)
 
 
 class Batches:
@@ -50,11 +55,12 @@ class Batches:
             raise UsageError(f"--augment needs photographs of 28x28 pixels or more, which {config.data} does not have")
         self._sampler = data.Sampler(
             self.dataset.n_train,
-            config.batch_size,
+            config.samples_of_rank(world.rank),
             rank=world.rank,
             size=world.size,
             seed=config.seed,
             mode=config.sampling,
+            all_sizes=config.samples_of_ranks(world.size),
         )
         self.steps_per_epoch = self._sampler.steps_per_epoch
         self.rng = torch.Generator().manual_seed(torch_seed(config.seed * 100_003 + 50_021 + world.rank))

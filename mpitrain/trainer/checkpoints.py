@@ -99,6 +99,7 @@ class Checkpoints(Hook):
         if run.world.device != "cpu" and state.get("cuda_rng") is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], run.world.device)
         run.batches.rng.set_state(state["augment_rng"])
+        run.passes.load_state(state.get("passes", {}))
         self._evaluations.load_state(run, state)
 
 
@@ -136,5 +137,6 @@ def _state_of(run: Run) -> dict[str, Any]:
         "statistics": run.optimizer.statistics.numbers(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.world.device) if run.world.device != "cpu" else None,
+        "passes": run.passes.state(),
         "augment_rng": run.batches.rng.get_state(),
     }

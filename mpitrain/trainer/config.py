@@ -17,6 +17,7 @@ from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
 from mpitrain.records import KEEP
 from mpitrain.trainer.faults import Fault
+from mpitrain.trainer.objective_options import ObjectiveOptions
 from mpitrain.trainer.options import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -35,7 +36,7 @@ DEFAULT_EPOCHS = 10.0
 
 
 @dataclass(frozen=True)
-class TrainConfig(UpdateOptions):
+class TrainConfig(UpdateOptions, ObjectiveOptions):
     """The options of a run.
 
     Each field declares an option, and ``config.json`` stores its value under the name of the field. At most one budget
@@ -219,10 +220,26 @@ class TrainConfig(UpdateOptions):
         if not given:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         check_ranges(self)
+        self.check_batch_sizes()
+        self.check_objective()
+        if self.defer_evaluation and (self.target is not None or self.patience is not None):
+            raise UsageError("--target and --patience need evaluations during the run: they cannot be deferred")
         for text in self.inject:
             Fault.parse(text)
         if self.straggler is not None and not (math.isfinite(self.straggler[1]) and self.straggler[1] >= 1):
             raise UsageError(f"--straggler RANK:FACTOR needs a factor of 1 or more, not {self.straggler[1]:g}")
+
+    def batch_size_of_rank(self, rank: int) -> int:
+        """Return the samples in a mini-batch of a rank."""
+        return int({int(key): size for key, size in self.batch_sizes.items()}.get(rank, self.batch_size))
+
+    def samples_of_rank(self, rank: int) -> int:
+        """Return the samples in a step of a rank."""
+        return self.accumulate * self.batch_size_of_rank(rank)
+
+    def samples_of_ranks(self, n_ranks: int) -> list[int]:
+        """Return the samples in a step of each rank."""
+        return [self.samples_of_rank(rank) for rank in range(n_ranks)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON document."""

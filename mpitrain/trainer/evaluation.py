@@ -23,6 +23,7 @@ from mpitrain.optimizer import module_state
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.module_state import ModuleState
+from mpitrain.trainer.objective import Objective, Score
 from mpitrain.trainer.run import Hook, Point, Run
 
 BATCHNORM_SAMPLES = 2000
@@ -40,9 +41,11 @@ class Evaluator:
         model: The model, before a DistributedOptimizer moves its parameters.
         dataset: The data set, from ``mpitrain.data.load``.
         device: The device to compute on.
+        objective: The loss and the metric.
     """
 
-    def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str) -> None:
+    def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str, objective: Objective) -> None:
+        self.objective = objective
         self._model, self._dataset, self._device = model, dataset, device
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         copies = [torch.nn.Parameter(parameter.detach().to(device, copy=True)) for parameter in trained]
@@ -71,8 +74,8 @@ class Evaluator:
             self._state = None
 
     @torch.no_grad()
-    def evaluate(self, vector: np.ndarray) -> tuple[float, float]:
-        """Return the mean cross entropy and the accuracy of parameters ``vector`` (n,) over the test set. Local."""
+    def evaluate(self, vector: np.ndarray) -> Score:
+        """Return loss, accuracy and metric of parameters ``vector`` (n,) over the test set. Local."""
         self._vector[...] = vector
         self._flat.to_device()
         model = module_state.copy_with(self._model, self._copies)
@@ -83,14 +86,10 @@ class Evaluator:
             batches = self._dataset.train_batches(min(BATCH, limit), limit)
             reestimate(model, (x.to(self._device, self._dtype) for x, _ in batches))
         model.eval()
-        total_loss, n_right, n = 0.0, 0, 0
-        for x, y in self._dataset.test_batches(BATCH):
-            logits = model(x.to(self._device, self._dtype)).float()
-            y = y.to(self._device)
-            total_loss += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
-            n_right += int((logits.argmax(1) == y).sum())
-            n += len(y)
-        return total_loss / n, n_right / n
+        return self.objective.score(
+            (model(x.to(self._device, self._dtype)).float(), y.to(self._device))
+            for x, y in self._dataset.test_batches(BATCH)
+        )
 
 
 class PointLog:
@@ -219,7 +218,7 @@ class Evaluations(Hook):
                 self._snapshots.append(vector.copy())
                 self._states.append(self._evaluator.snapshot())
             else:
-                point.test_loss, point.test_accuracy = self._evaluator.evaluate(vector)
+                point.test_loss, point.test_accuracy, point.test_metric = self._evaluator.evaluate(vector)
                 self._log.write(run.points)
                 run.hooks.on_evaluation(run, point)
 
@@ -249,16 +248,16 @@ def evaluate_deferred(
     found: np.ndarray = world.run_on_survivors(
         lambda comm: _evaluate_on(comm, vectors, states, evaluator), "the evaluations of the others"
     )
-    for point, (loss, accuracy) in zip(points, found, strict=False):
-        point.test_loss, point.test_accuracy = float(loss), float(accuracy)
+    for point, scores in zip(points, found, strict=False):
+        point.test_loss, point.test_accuracy, point.test_metric = map(float, scores)
 
 
 def _evaluate_on(comm: Any, vectors: list[np.ndarray], states: list[ModuleState], evaluator: Evaluator) -> np.ndarray:
-    """Return the loss and the accuracy of each vector of the first rank: (n, 2). Collective."""
+    """Return loss, accuracy and metric of each vector of the first rank: (n, 3). Collective."""
     rank, size = comm.Get_rank(), comm.Get_size()
     n_points = np.array([len(vectors)], np.int64)
     comm.Bcast(n_points)
-    mine = np.zeros((int(n_points[0]), 2))
+    mine = np.zeros((int(n_points[0]), len(Score._fields)))
     for k in range(len(mine)):
         worker = k % size
         if rank == 0 and worker != 0:

@@ -25,7 +25,7 @@ from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.trainer import checkpoints, result, runfolder, runlock
 from mpitrain.trainer.agreement import require_equal_options
-from mpitrain.trainer.batches import Batches, cross_entropy
+from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget
 from mpitrain.trainer.checkpoints import Checkpoints
 from mpitrain.trainer.clock import Clock
@@ -34,11 +34,14 @@ from mpitrain.trainer.compiler import do_without_compiler
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.control import Control
 from mpitrain.trainer.counters import Counters
+from mpitrain.trainer.early_stopping import early_stopping
 from mpitrain.trainer.evaluation import Evaluations, Evaluator
 from mpitrain.trainer.faults import Faults, check_ranks
+from mpitrain.trainer.gradient_pass import GradientPass
 from mpitrain.trainer.learning_rate import LearningRate
 from mpitrain.trainer.loss_watch import LossWatch
 from mpitrain.trainer.metrics import MetricsFile, tables
+from mpitrain.trainer.objective import Objective
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.progress import Progress, ProgressHook
 from mpitrain.trainer.run import Hook, Hooks, Run
@@ -89,8 +92,8 @@ def train(
 
 def _train(run: Run) -> dict[str, Any]:
     """Train, evaluate the end and write the result. Collective."""
-    model, optimizer, batches = run.model, run.optimizer, run.batches
-    clip_norm, losses = run.plan.config.clip_norm, LossWatch(run.plan.config.on_nonfinite == "stop")
+    model, optimizer, batches, passes = run.model, run.optimizer, run.batches, run.passes
+    losses = LossWatch(run.plan.config.on_nonfinite == "stop")
     model.train()
     run.world.barrier()
     run.clock.start()
@@ -99,14 +102,11 @@ def _train(run: Run) -> dict[str, Any]:
         began, exchange_before = time.perf_counter(), optimizer.exchange_seconds
         x, y = batches.draw(run.step)
         optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
+        loss = passes.backward(x, y)
         value = float(loss.detach())
         _straggle(run, time.perf_counter() - began)
         run.faults.act(run.step + 1, time.perf_counter() - began, model)
-        if clip_norm is not None:
-            optimizer.clip_grad_norm_(clip_norm)
-        optimizer.step(loss)
+        passes.step(optimizer, loss)
         losses.add(value)
         run.end_step(value, began, exchange_before)
         run.hooks.on_step(run)
@@ -169,8 +169,10 @@ def _prepare(
     """Load the data, build the model and its optimizer, and restore the newest checkpoint if asked to. Collective."""
     config, method = plan.config, plan.method
     batches = _load_data(config, world, resume=resume, dataset=dataset)
-    model, per_epoch = _build_model(config, batches, world), batches.steps_per_epoch
-    evaluations = Evaluations(Evaluator(model, batches.dataset, world.device), world, deferred=config.defer_evaluation)
+    objective, per_epoch = Objective(config, batches.dataset), batches.steps_per_epoch
+    model = _build_model(config, batches, objective, world)
+    evaluator = Evaluator(model, batches.dataset, world.device, objective)
+    evaluations = Evaluations(evaluator, world, deferred=config.defer_evaluation)
     folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     optimizer = _optimizer(plan, model, world)
     state = None if resume is None else checkpoints.load_newest(resume, world)
@@ -181,7 +183,7 @@ def _prepare(
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
     curve = plan.rate_curve(budget, n_ranks=world.size)
-    hooks = [*([] if curve is None else [LearningRate(curve)]), *hooks]
+    hooks = [*([] if curve is None else [LearningRate(curve)]), *early_stopping(config, objective), *hooks]
     progress = _progress(plan, budget, world, step=step, seconds=seconds)
     saving = Checkpoints(evaluations, saved_at=None if state is None else step)
     commands = Commands(control, stop_signal, saving)
@@ -192,6 +194,7 @@ def _prepare(
         batches=batches,
         model=model,
         optimizer=optimizer,
+        passes=GradientPass(plan, model, objective, world),
         budget=budget,
         calendar=plan.calendar(budget, steps_per_epoch=per_epoch),
         counters=counters,
@@ -216,10 +219,10 @@ def _load_data(config: TrainConfig, world: World, *, resume: Path | None, datase
     return batches
 
 
-def _build_model(config: TrainConfig, batches: Batches, world: World) -> torch.nn.Module:
+def _build_model(config: TrainConfig, batches: Batches, objective: Objective, world: World) -> torch.nn.Module:
     """Build the model for the data on the rank's device, and fit the type of the inputs to the model. Local."""
-    dataset = batches.dataset
-    model = models.build(config.model, shape=dataset.shape, n_classes=dataset.n_classes, seed=config.seed)
+    shape, n_outputs = batches.dataset.shape, objective.n_outputs
+    model = models.build(config.model, shape=shape, n_classes=n_outputs, seed=config.seed)
     batches.fit(model.to(world.device))
     return model
 
@@ -228,10 +231,13 @@ def _check_world(config: TrainConfig, world: World) -> None:
     """Refuse options that do not fit the ranks, and share the cores between them. Local.
 
     Raises:
-        UsageError: There is no rank for the straggler, or the workers cannot be formed.
+        UsageError: There is no rank that an option names, or the workers cannot be formed.
     """
     if config.straggler is not None and not 0 <= config.straggler[0] < world.size:
         raise UsageError(f"--straggler names rank {config.straggler[0]}: there are ranks 0 to {world.size - 1}")
+    for rank in map(int, config.batch_sizes):
+        if rank >= world.size:
+            raise UsageError(f"--batch-size-of names rank {rank}: there are ranks 0 to {world.size - 1}")
     check_ranks(config.inject, world.size)
     check_replica_size(config.replica_size, world)
     share_cores(world.cores)

@@ -29,7 +29,7 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
             *("n_nonfinite", "exchanges", "lock_wait_seconds"),
             *("consensus_distance", "elastic_energy"),
         ],
-        "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy"],
+        "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy", "test_metric"],
         # Sums over all workers; the table below has each worker's own.
         "staleness": ["seconds", ("histogram", (STALENESS_BINS,)), ("distance", (DISTANCE_BINS,))],
         "workers": [
@@ -76,8 +76,8 @@ class MetricsFile(Hook):
         """Append rows to all tables. The table of the workers, whose rows are long, gets a row only if ``in_full``."""
         if self._writer is None:
             return
-        seconds, batch_size = run.clock.seconds, run.plan.config.batch_size
-        samples, scoreboard = totals.gradients * batch_size, totals.scoreboard
+        seconds, scoreboard = run.clock.seconds, totals.scoreboard
+        samples = run.plan.n_samples(totals.steps_of_ranks)
         self._writer.append(
             "progress",
             seconds=seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpitrain import algorithms
@@ -48,6 +49,11 @@ class RunPlan:
                 or another option.
         """
         method = _method(config)
+        if config.accumulate > 1 and method.takes_gradients_early:
+            raise UsageError(
+                f"{method.name} sums gradients during the backward pass, before --accumulate has all: remove "
+                "--set overlap=true or --accumulate"
+            )
         optimizer = _optimizer(config, method)
         momentum = config.momentum
         if momentum is None:
@@ -66,6 +72,18 @@ class RunPlan:
         """The numbers with which the local optimizer begins."""
         is_users_own = self.optimizer.name == "imported" and self.config.momentum is None
         return Rates(self.config.lr, None if is_users_own else self.base_momentum, self.config.weight_decay)
+
+    def gradient_weight(self, rank: int, n_ranks: int) -> float:
+        """Return the factor of a rank's gradient with which the mean of several ranks' is that of all their samples."""
+        sizes, k = self.config.samples_of_ranks(n_ranks), self.config.replica_size
+        first = rank - rank % k
+        together = sizes if self.method.averages_gradients else sizes[first : first + k]
+        return sizes[rank] * len(together) / sum(together)
+
+    def n_samples(self, steps_of_ranks: Sequence[int]) -> int:
+        """Return the samples of so many steps of each rank."""
+        sizes = self.config.samples_of_ranks(len(steps_of_ranks))
+        return sum(steps * size for steps, size in zip(steps_of_ranks, sizes, strict=True))
 
     def n_workers(self, n_ranks: int) -> int:
         """Return the number of workers that so many ranks form."""

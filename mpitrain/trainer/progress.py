@@ -143,7 +143,7 @@ class ProgressHook(Hook):
             gradients=totals.gradients,
             seconds=seconds,
             loss=totals.loss,
-            samples_per_second=totals.gradients * run.plan.config.batch_size / max(seconds, 1e-9),
+            samples_per_second=run.plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
             shares=totals.shares,
         )
 

@@ -25,9 +25,11 @@ def document(run: Run) -> dict[str, Any]:
         "wire": config.wire,
         "complete": run.is_complete,
         "stopped_by": run.stopped_by,
+        "ended_by": "signal" if run.stopped_by else run.stop_requested or "budget",
+        "metric": run.passes.objective.metric_name,
     }
     if run.is_complete:
-        found |= {"test_accuracy": run.points[-1].test_accuracy, "test_loss": run.points[-1].test_loss}
+        found |= {name: getattr(run.points[-1], name) for name in ("test_accuracy", "test_metric", "test_loss")}
     return found | {
         "train_loss": totals.loss,
         "seconds": seconds,
@@ -36,7 +38,7 @@ def document(run: Run) -> dict[str, Any]:
         "gradients": totals.gradients,
         "bytes_sent": totals.bytes,
         "n_nonfinite": totals.n_nonfinite,
-        "samples_per_second": totals.gradients * config.batch_size / max(seconds, 1e-9),
+        "samples_per_second": plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
         "shares": totals.shares,
         "parameters": run.optimizer.n_parameters,
         "evaluation": [vars(point) for point in run.points],

@@ -26,6 +26,7 @@ from mpitrain.trainer.budget import Budget, Calendar
 from mpitrain.trainer.clock import Clock
 from mpitrain.trainer.counters import Counters, Totals
 from mpitrain.trainer.faults import Faults
+from mpitrain.trainer.gradient_pass import GradientPass
 from mpitrain.trainer.plan import RunPlan
 
 SECONDS_BETWEEN_TOTALS = 0.25
@@ -43,8 +44,9 @@ class Point:
         consensus_distance: The root mean square distance of the workers' parameters from the evaluated vector. If there
             are many workers, the mean is over some of them.
         elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
-        test_loss: The mean cross entropy over the test set.
-        test_accuracy: The accuracy on the test set, from 0 to 1.
+        test_loss: The mean loss over the test set.
+        test_accuracy: The accuracy on the test set, from 0 to 1; NaN without classes.
+        test_metric: The value of the run's metric (``--metric``).
     """
 
     seconds: float
@@ -56,6 +58,7 @@ class Point:
     elastic_energy: float = 0.0
     test_loss: float = float("nan")
     test_accuracy: float = float("nan")
+    test_metric: float = float("nan")
 
 
 class Hook:
@@ -161,6 +164,7 @@ class Run:
         batches: The training data of this rank.
         model: The model to train.
         optimizer: The distributed optimizer of its parameters.
+        passes: Computes the gradient of a step.
         budget, calendar: The end of the run, and the times of evaluations and checkpoints.
         counters: The counters of all ranks.
         clock: The time of training.
@@ -173,7 +177,7 @@ class Run:
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
         is_ending: Whether the last exchange has been made.
         stopped_by: The number of the signal that has stopped the run early; 0 without one.
-        stop_requested: Whether a hook has requested the end of the run. On the lead only.
+        stop_requested: The reason for which a hook has requested the end of the run; empty without one. On the lead only.
         is_complete: Whether the run has used up its budget. Known after the last step.
     """
 
@@ -183,6 +187,7 @@ class Run:
     batches: Batches
     model: torch.nn.Module
     optimizer: DistributedOptimizer
+    passes: GradientPass
     budget: Budget
     calendar: Calendar
     counters: Counters
@@ -196,7 +201,7 @@ class Run:
     is_ending: bool = False
     is_stopped: bool = False
     stopped_by: int = 0
-    stop_requested: bool = False
+    stop_requested: str = ""
     is_complete: bool = False
     _reported: float = field(default=-1.0, repr=False)
 
@@ -219,9 +224,13 @@ class Run:
         """The learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def request_stop(self) -> None:
-        """End the run as if its budget were used up. Local; lead only."""
-        self.stop_requested = True
+    def request_stop(self, reason: str = "hook") -> None:
+        """End the run as if its budget were used up. Local; lead only.
+
+        Args:
+            reason: Stands in the result as ``ended_by``.
+        """
+        self.stop_requested = self.stop_requested or reason
 
     def end_step(self, loss: float, began: float, exchange_before: float) -> None:
         """Count a step. Local.

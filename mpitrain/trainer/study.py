@@ -30,6 +30,7 @@ from mpitrain.simulation.world import SimulatedWorld
 from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.gradients import ModelGradient
+from mpitrain.trainer.objective import Objective
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.study_config import StudyConfig
 from mpitrain.trainer.study_metrics import StudyMetrics
@@ -98,8 +99,9 @@ def _laboratory(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig) -> La
         data.Sampler(dataset.n_train, config.batch_size, rank=rank, size=p, seed=config.seed, mode=config.sampling)
         for rank in range(p)
     ]
+    objective = Objective(config, dataset)
     model = models.build(config.model, shape=dataset.shape, n_classes=dataset.n_classes, seed=config.seed)
-    evaluator = Evaluator(model, dataset, "cpu")
+    evaluator = Evaluator(model, dataset, "cpu", objective)
     gradient = ModelGradient(model, dataset, samplers)
     simulation = Simulation(
         plan.method,
@@ -242,7 +244,7 @@ class Study:
         simulation, config = self._simulation, self._plan.config
         workers = [simulation.workers[rank] for rank in self._alive()]
         workers[0].consensus(self._vector)
-        loss, accuracy = self._laboratory.evaluator.evaluate(self._vector)
+        loss, accuracy, _ = self._laboratory.evaluator.evaluate(self._vector)
         squares = [float(np.sum((worker.x.local - self._vector) ** 2)) for worker in workers]
         self._n_evaluated += 1
         point = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpitrain.trainer.options import NON_NEGATIVE, option, pairs
+from mpitrain.errors import UsageError
+from mpitrain.trainer.options import AT_LEAST_ONE, NON_NEGATIVE, option, pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
-    """Optimizer and learning rate; a base of ``TrainConfig``."""
+    """Optimizer, learning rate and gradient; a base of ``TrainConfig``."""
 
     optimizer: str = option("sgd", "local optimizer: sgd, adam, adamw, lion or module:Class", metavar="NAME")
     optimizer_settings: Mapping[str, str] = option(
@@ -41,3 +42,33 @@ class UpdateOptions:
         within=NON_NEGATIVE,
         metavar="STEPS",
     )
+    precision: str = option(
+        "float32",
+        "type in which the model computes, by autocast; parameters keep theirs",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    accumulate: int = option(
+        1,
+        "mini-batches of a rank in a step, whose gradients are averaged; they count as one gradient",
+        parse=int,
+        within=AT_LEAST_ONE,
+        metavar="N",
+    )
+    batch_sizes: Mapping[str, str] = option(
+        {},
+        "--batch-size of one rank, for unequal machines; may be given several times",
+        flag="--batch-size-of",
+        metavar="RANK=N",
+        repeated=True,
+        collect=pairs("--batch-size-of", "1=16"),
+    )
+
+    def check_batch_sizes(self) -> None:
+        """Check the batch sizes of single ranks.
+
+        Raises:
+            UsageError: One is not a number for a rank.
+        """
+        for rank, size in self.batch_sizes.items():
+            if not (rank.isdecimal() and size.isdecimal() and int(size) > 0):
+                raise UsageError(f"--batch-size-of takes RANK=N, such as --batch-size-of 1=16, not '{rank}={size}'")

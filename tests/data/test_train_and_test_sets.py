@@ -13,6 +13,8 @@ from mpitrain.data import Limits, load
 from mpitrain.data.hdf5_format import create
 from mpitrain.data.image_import import import_images
 from mpitrain.trainer import evaluation
+from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.objective import Objective
 
 PLENTY, NO_SHARED, NOTHING = Limits(10**9, 10**9), Limits(0, 10**9), Limits(0, 0)
 RNG = np.random.default_rng(0)
@@ -158,10 +160,10 @@ def test_an_evaluation_is_the_mean_over_all_batches(lone, n):
     assert evaluation.BATCH == 500
     data = load(f"synthetic:n=64,test={n},shape=6,classes=4,separation=2", world=lone)
     weight = np.random.default_rng(2).normal(size=(4, 6)).astype(np.float32)
-    evaluator = evaluation.Evaluator(torch.nn.Linear(6, 4, bias=False), data, "cpu")
+    evaluator = evaluation.Evaluator(torch.nn.Linear(6, 4, bias=False), data, "cpu", Objective(TrainConfig(), data))
     vector = evaluator.empty_vector()
     vector[...], vector[:24] = 0, weight.ravel()
-    loss, accuracy = evaluator.evaluate(vector)
+    loss, accuracy, _ = evaluator.evaluate(vector)
     logits = data.test_images.select(np.arange(n)).astype(np.float64) @ weight.T
     log_likelihoods = logits[np.arange(n), data.test_labels] - np.log(np.exp(logits).sum(axis=1))
     assert loss == pytest.approx(-log_likelihoods.mean(), rel=1e-5)

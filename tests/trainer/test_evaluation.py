@@ -9,6 +9,7 @@ from mpitrain.data import load
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.loop import train
+from mpitrain.trainer.objective import Objective
 from mpitrain.trainer.study import OneProcess
 
 
@@ -71,7 +72,7 @@ def test_an_evaluation_sees_the_present_attributes_and_changes_none():
     model, data = Constant(), load("synthetic:n=64,test=101,shape=6,classes=4,separation=2", world=OneProcess())
     fractions = [np.mean(data.test_labels == k) for k in range(2)]
     assert fractions[0] != fractions[1]
-    evaluator = Evaluator(model, data, "cpu")
+    evaluator = Evaluator(model, data, "cpu", Objective(TrainConfig(), data))
     vector = evaluator.empty_vector()
     vector[...] = 1
     assert evaluator.evaluate(vector)[1] == fractions[0]

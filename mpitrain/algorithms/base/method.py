@@ -50,6 +50,7 @@ class Method(ABC):
         owns_update: Whether the method makes the local update itself, in ``update``. The torch optimizer then only
             provides learning rates and weight decays.
         needs_loss: Whether ``step`` must be given the loss.
+        averages_gradients: Whether every step is made with the mean of all workers' gradients.
         needs_gradient: Whether the method itself uses the gradient in ``g``, apart from the local update.
         combines_gradients: Whether a step replaces the gradients of all workers by their mean or another aggregate. If
             the aggregate is not finite, all workers skip the step.
@@ -72,6 +73,7 @@ class Method(ABC):
     needs_loss: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
     combines_gradients: ClassVar[bool] = False
+    averages_gradients: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0

@@ -97,6 +97,7 @@ class EntropySGD(EntropyMethod):
     source: ClassVar[str] = "Chaudhari et al. 2016, arXiv 1611.01838"
     communication: ClassVar[str] = "2(p-1)/p"
     combines_gradients: ClassVar[bool] = True
+    averages_gradients: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse",)
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 20})
 

@@ -71,6 +71,7 @@ class AllReduceSGD(Method):
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
     communication: ClassVar[str] = "2(p-1)/p"
     combines_gradients: ClassVar[bool] = True
+    averages_gradients: ClassVar[bool] = True
 
     @property
     def shares_parameters(self) -> bool:
