@@ -21,7 +21,6 @@ INSTEAD = {
     "looks": "polls",
     "looking": "polling",
     "naps": "backoff",
-    "patience": "spin_limit",
     "together": "run_on_survivors, all_ok",
     "are_told": "ulfm_available",
     "outlives": "survives_failures",

@@ -77,8 +77,8 @@ class RunPlan:
         """Return the factor of a rank's gradient with which the mean of several ranks' is that of all their samples."""
         sizes, k = self.config.samples_of_ranks(n_ranks), self.config.replica_size
         first = rank - rank % k
-        together = sizes if self.method.averages_gradients else sizes[first : first + k]
-        return sizes[rank] * len(together) / sum(together)
+        averaged = sizes if self.method.averages_gradients else sizes[first : first + k]
+        return sizes[rank] * len(averaged) / sum(averaged)
 
     def n_samples(self, steps_of_ranks: Sequence[int]) -> int:
         """Return the samples of so many steps of each rank."""

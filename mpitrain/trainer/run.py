@@ -177,7 +177,7 @@ class Run:
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
         is_ending: Whether the last exchange has been made.
         stopped_by: The number of the signal that has stopped the run early; 0 without one.
-        stop_requested: The reason for which a hook has requested the end of the run; empty without one. On the lead only.
+        stop_requested: Why a hook has requested the end of the run; empty without a request. On the lead only.
         is_complete: Whether the run has used up its budget. Known after the last step.
     """
 

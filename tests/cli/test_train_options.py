@@ -329,6 +329,44 @@ def runs_as(*words: str, loop: Callable[..., Any], **expected: Any) -> Callable[
     return check
 
 
+def smoothed(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss of the user's own."""
+    return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
+
+
+def batch_sizes(bench: Bench) -> None:
+    expected = plain_sgd.loss_after(batch_size=8)
+    found = bench.run("--batch-size-of", "0=8")
+    assert found["test_loss"] == close(expected)
+    assert found["samples_per_second"] == pytest.approx(STEPS * 8 / found["seconds"])
+
+
+def metric(bench: Bench) -> None:
+    found = bench.run("--metric", "perplexity")
+    assert found["metric"] == "perplexity"
+    assert found["test_metric"] == pytest.approx(np.exp(found["test_loss"]))
+    assert [point["test_metric"] for point in found["evaluation"]][-1] == found["test_metric"]
+    plain = bench.run()
+    assert (plain["metric"], plain["test_metric"]) == ("accuracy", plain["test_accuracy"])
+
+
+def target(bench: Bench) -> None:
+    every = [point["test_loss"] for point in bench.run("--evaluate-every", "1")["evaluation"]]
+    assert every[0] > every[3] > every[-1]
+    found = bench.run("--evaluate-every", "1", "--target", f"loss={every[3]}", budget=("--steps", "90"))
+    assert (found["ended_by"], found["complete"], found["evaluation"][3]["test_loss"]) == ("target", True, every[3])
+    assert 3 <= found["steps"] <= 13  # ranks in lockstep agree at least every ten steps
+    assert bench.run("--target", "loss=0.0001")["ended_by"] == "budget"
+
+
+def patience(bench: Bench) -> None:
+    """Nothing changes at learning rate 0: the first evaluation is the best."""
+    found = bench.run("--evaluate-every", "1", "--patience", "2", "--lr", "0", budget=("--steps", "90"))
+    assert (found["ended_by"], found["complete"]) == ("patience", True)
+    assert 2 <= found["steps"] <= 12  # ranks in lockstep agree at least every ten steps
+    assert bench.run("--evaluate-every", "1", "--patience", "2")["ended_by"] == "budget"
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -358,6 +396,13 @@ CASES: dict[str, Callable[[Bench], None]] = {
         "--schedule", "step", "--schedule-set", "step_size=2", loop=sgd, rate=lambda t: 0.1 ** (t // 2)
     ),
     "warmup": runs_as("--warmup", "5", loop=sgd, rate=lambda t: min((t + 1) / 5, 1)),
+    "precision": runs_as("--precision", "bfloat16", loop=sgd, precision=torch.bfloat16),
+    "accumulate": has_loss_of("--accumulate", "2", batch_size=32),
+    "batch_sizes": batch_sizes,
+    "loss": runs_as("--loss", "cli.test_train_options:smoothed", loop=sgd, loss=smoothed),
+    "metric": metric,
+    "target": target,
+    "patience": patience,
     "seed": has_loss_of("--seed", "5", seed=5),
     "device": is_given_to_mpi("--device", "cuda", expected=("cuda", "auto", DEFAULT_TIMEOUT_SECONDS)),
     "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged", DEFAULT_TIMEOUT_SECONDS)),

@@ -72,6 +72,9 @@ def loss_of_loop(
     rate: Callable[[int], float] = lambda step: 1.0,
     steps: int = STEPS,
     lr: float = 0.05,
+    batch_size: int = 16,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
+    precision: torch.dtype | None = None,
 ) -> float:
     """Return the mean cross entropy over the test set after some steps of a torch optimizer.
 
@@ -80,17 +83,22 @@ def loss_of_loop(
         rate: The factor of the learning rate at each step, from 0.
         steps: Their number.
         lr: The learning rate.
+        batch_size: Samples in a step.
+        loss: What is minimised and reported.
+        precision: The type for autocast.
     """
     dataset = load()
     net = models.build(MODEL, shape=dataset.shape, n_classes=dataset.n_classes, seed=0)
-    optimizer, sampler = make(net.parameters()), data.Sampler(dataset.n_train, 16)
+    optimizer, sampler = make(net.parameters()), data.Sampler(dataset.n_train, batch_size)
     for step in range(steps):
         x, y = dataset.batch(sampler.indices(*divmod(step, sampler.steps_per_epoch)))
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(x), y).backward()
+        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            outputs = net(x)
+        loss(outputs.float(), y).backward()
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step)
         optimizer.step()
     with torch.no_grad():
         ((x, y),) = dataset.test_batches(dataset.n_test)
-        return float(torch.nn.functional.cross_entropy(net(x), y))
+        return float(loss(net(x), y))
