@@ -71,6 +71,16 @@ ANOTHER = {
     "clip_displacement": 1.0,
     "on_nonfinite": "skip",
     "inject": ("kill:rank=2,step=50",),
+    "optimizer": "lion",
+    "optimizer_settings": {"nesterov": "true"},
+    "schedule": "cosine",
+    "schedule_settings": {"final": "0.1"},
+    "precision": "bfloat16",
+    "batch_sizes": {"1": "16"},
+    "loss": "binary",
+    "metric": "top5",
+    "target": "loss=0.5",
+    "patience": 3,
 }
 
 
@@ -82,5 +92,5 @@ def test_every_option_is_compared(name):
     budget = {"epochs": None} if name in ("steps", "gradients", "minutes") else {}
     ours, theirs = (options_in_words(c, None) for c in (config, dataclasses.replace(config, **budget, **{name: other})))
     declared = options_of(TrainConfig)[name]
-    flag = f"{flag_of(name, declared)}{' period' * (name == 'settings')}"
+    flag = f"{flag_of(name, declared)}{f' {next(iter(other))}' if isinstance(other, dict) else ''}"
     assert ours.get(flag) != theirs[flag]
