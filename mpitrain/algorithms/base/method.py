@@ -50,10 +50,10 @@ class Method(ABC):
         owns_update: Whether the method makes the local update itself, in ``update``. The torch optimizer then only
             provides learning rates and weight decays.
         needs_loss: Whether ``step`` must be given the loss.
-        averages_gradients: Whether every step is made with the mean of all workers' gradients.
         needs_gradient: Whether the method itself uses the gradient in ``g``, apart from the local update.
         combines_gradients: Whether a step replaces the gradients of all workers by their mean or another aggregate. If
             the aggregate is not finite, all workers skip the step.
+        averages_gradients: Whether every step is made with the mean of all workers' gradients.
         on_host: Whether the vectors must be in host memory, because the method computes with more than kernels.
             Parameters on a GPU are then copied to the host and back at every step.
         evaluates_history: Whether the consensus is an average over the past. It may change even while no worker makes a
