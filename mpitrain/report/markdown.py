@@ -18,11 +18,26 @@ from mpitrain.report.runs import Run
 from mpitrain.report.summary import summarise, temporal_efficiency
 
 CAPTIONS = {
-    "curves.png": "Loss and accuracy against time, gradients and bytes; training loss as a running median.",
-    "shares.png": "The shares of the ranks' time.",
-    "staleness.png": "Updates by others between reading and writing, and the distance by which they moved the center.",
-    "consensus.png": "Distance of the workers from the evaluated parameters, and the elastic energy.",
-    "method.png": "The method's own metrics of its workers.",
+    "curves.png": (
+        "Loss and accuracy. The training loss is that of mini-batches, as a running median over a twentieth of the "
+        "run. Test loss and accuracy are those of the evaluated parameters: the center or the mean of the workers. "
+        "Several seeds of one method are their median, in a band from the smallest to the largest value."
+    ),
+    "shares.png": (
+        "Shares of the ranks' time: computing gradients and updates; exchanging, which is copying, sending and adding "
+        "vectors; waiting for other ranks or locks; and the rest, such as loading data."
+    ),
+    "staleness.png": (
+        "Staleness of the exchanges. Left: the number of updates by other workers between the moment a worker read the "
+        "shared parameters and the moment its own update reached them. Right: the Euclidean distance by which those "
+        'updates moved the parameters, in bins of a factor of 2: "median below 0.5" says that in half of the exchanges '
+        "the parameters had moved by less than 0.5."
+    ),
+    "consensus.png": (
+        "Distance of the workers from the evaluated parameters (Euclidean norm, root mean square over the workers), "
+        "and the energy of the springs of elastic averaging."
+    ),
+    "method.png": "Values that the method records for each worker.",
 }
 
 
@@ -98,16 +113,28 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     ]
     if document.get("temporal_efficiency") is not None:
         a, b = (one["run"] for one in document["runs"])
-        lines.append(f"Temporal efficiency of {a} over {b} (test accuracy): {document['temporal_efficiency']:.3f}.  ")
+        efficiency = document["temporal_efficiency"]
+        lines.append(
+            f"Temporal efficiency of {a} over {b} (test accuracy): {efficiency:.3f}. It is the ratio of the areas "
+            f"under the two accuracy curves up to the end of the shorter run: above 1, {a} was ahead on average.  "
+        )
     return lines
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the table of results."""
+    columns, left = table_columns(summaries)
+    return text.table(columns, left=left)
+
+
+def table_columns(summaries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Return the cells of each column of the table of results, and the columns that are text."""
     columns = {
         "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
         "algorithm": [str(one["algorithm"] or "?") for one in summaries],
         "settings": [_settings(one["settings"], one["algorithm"]) for one in summaries],
+        "data": [str(one["data"] or "-") for one in summaries],
+        "model": [str(one["model"] or "-") for one in summaries],
         "ranks": [text.number(one["ranks"], "{:.0f}") for one in summaries],
         "accuracy": [text.number(one["test_accuracy"], "{:.2%}") for one in summaries],
         "best": [text.number(one["best_test_accuracy"], "{:.2%}") for one in summaries],
@@ -120,7 +147,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         "exchanges": [text.number(one["exchanges"], "{:,.0f}") for one in summaries],
         "lock wait": [text.duration(one["lock_wait_seconds"]) for one in summaries],
     }
-    return text.table(columns, left=("run", "algorithm", "settings"))
+    return columns, ("run", "algorithm", "settings", "data", "model")
 
 
 def _settings(settings: Any, algorithm: Any) -> str:

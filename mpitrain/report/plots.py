@@ -1,31 +1,27 @@
-"""Plots of runs as PNG files: curves, time shares, staleness, consensus distance, metrics of the method.
+"""Plots of runs as PNG files: time shares, staleness, metrics of the method; ``curves`` has those against time.
 
 Figures are created as objects, without pyplot's global state, so that a calling program's own plots are unaffected.
-Runs of one group (one method, several seeds) are one line, their median, in a band from the smallest to the largest.
 
 A function that draws returns False, and writes no file, if the runs have no data for its plot.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context, rcParamsDefault
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
 from mpitrain.collectives.world.statistics import SHARES, SMALLEST_DISTANCE_EXPONENT, STALENESS_BINS
 from mpitrain.records.metrics import Column
+from mpitrain.report.curves import draw_consensus, draw_curves
 from mpitrain.report.runs import Run
-from mpitrain.report.style import BYTES, COLOURS, GRADIENTS, SECONDS, Series, legend, scale_x, scale_y, series_of, tidy
-
-PathLike = str | os.PathLike[str]
+from mpitrain.report.style import COLOURS, DPI, N_POINTS, PathLike, Series, add_title, series_of, tidy
 
 
 def own_style() -> AbstractContextManager[None]:
@@ -35,78 +31,8 @@ def own_style() -> AbstractContextManager[None]:
 
 
 SHARE_COLOURS = {"compute": "#009E73", "exchange": "#0072B2", "waiting": "#E69F00", "other": "#BBBBBB"}
-DPI = 130
-N_POINTS = 400  # points of a line
-MOST_RAW = 6  # lines with faint raw values behind them; more would be illegible
 MOST_PANELS = 8  # metrics of methods
 MOST_WORKERS = 8  # lines of a panel
-
-
-def running_median(x: Column, y: Column) -> tuple[Column, Column]:
-    """Smooth `y` by a running median, and return at most N_POINTS points.
-
-    The window is a twentieth of the curve. A short curve is not smoothed.
-    """
-    half = len(y) // 40
-    centers = np.unique(np.linspace(0, len(y) - 1, min(len(y), N_POINTS)).astype(int)) if len(y) else np.empty(0, int)
-    return x[centers], np.array([np.median(y[max(0, i - half) : i + half + 1]) for i in centers])
-
-
-def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw training loss, test loss and test accuracy against seconds, gradients and bytes."""
-    rows = [("progress", "loss", "training loss"), ("evaluation", "test_loss", "test loss")]
-    rows = [row for row in [*rows, ("evaluation", "test_accuracy", "test accuracy")] if _has(runs, row[0], row[1])]
-    columns = [
-        x for x in (SECONDS, GRADIENTS, BYTES) if any(_largest(runs, row[0], x.column, row[1]) > 0 for row in rows)
-    ]
-    if not (rows and columns):
-        return False
-    size = (0.8 + 3.7 * len(columns), 0.9 + 2.7 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), sharex="col", sharey="row", squeeze=False)
-    series = series_of(runs)
-    for axes_of_row, (table, y, label) in zip(grid, rows, strict=True):
-        for axes, x in zip(axes_of_row, columns, strict=True):
-            for one in series:
-                _draw_line(axes, one, table, x.column, y, raw=y == "loss" and len(series) <= MOST_RAW)
-            tidy(axes)
-        axes_of_row[0].set_ylabel(label)
-        scale_y(axes_of_row[0], y, np.concatenate([run.curve(table, "seconds", y)[1] for run in runs]))
-    for axes, x in zip(grid[-1], columns, strict=True):
-        ends = [_end([_largest([run], row[0], x.column, row[1]) for run in one.runs]) for one in series for row in rows]
-        scale_x(axes, x, [end for end in ends if end > 0])
-    legend(figure, series, size[0])
-    figure.savefig(path, dpi=DPI)
-    return True
-
-
-def draw_consensus(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw the distance of the workers from the consensus against gradients, and the elastic energy if there is one."""
-    rows = [("consensus_distance", "distance of the workers"), ("elastic_energy", "elastic energy")]
-    rows = [row for row in rows if any((_spread(run, row[0])[1] > 0).any() for run in runs)]
-    if not rows:
-        return False
-    figure = Figure(figsize=(7.2, 1.2 + 3.0 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    shown = []
-    for axes, (name, label) in zip(grid, rows, strict=True):
-        series = [one for one in series_of(runs) if any((_spread(run, name)[1] > 0).any() for run in one.runs)]
-        shown += [one for one in series if one not in shown]
-        for one in series:
-            _draw_line(axes, one, "progress", "gradients", name)
-        tidy(axes)
-        axes.set_ylabel(label)
-        values = np.concatenate([_spread(run, name)[1] for one in series for run in one.runs])
-        scale_y(axes, "consensus_distance", values[values > 0])
-    ends = [_spread(run, "consensus_distance")[0] for one in shown for run in one.runs]
-    scale_x(grid[-1], GRADIENTS, [float(gradients[-1]) for gradients in ends if len(gradients)])
-    legend(figure, shown, 7.2)
-    figure.savefig(path, dpi=DPI)
-    return True
-
-
-def _spread(run: Run, name: str) -> tuple[Column, Column]:
-    return run.curve("progress", "gradients", name)
 
 
 def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
@@ -142,7 +68,8 @@ def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
         tidy(axes)
     grid[-1].set_xlabel("seconds")
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
+    add_title(figure, runs)
     figure.savefig(path, dpi=DPI)
     return True
 
@@ -156,7 +83,7 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
             bars.append((one.label, {name: float(np.mean([s.get(name, 0) for s in shares])) for name in SHARES}))
     if not bars:
         return False
-    figure = Figure(figsize=(8, 1.3 + 0.45 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.45 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for row, (_, shares_of_bar) in enumerate(bars):
         left, rest = 0.0, max(0.0, 1 - sum(shares_of_bar.values()))
@@ -175,7 +102,8 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     patches = [Patch(color=colour, label=name) for name, colour in SHARE_COLOURS.items()]
-    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    add_title(figure, runs)
     figure.savefig(path, dpi=DPI)
     return True
 
@@ -188,9 +116,9 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     """
     histograms = []
     for one in series_of(runs):
-        updates = _last_histogram(one, "histogram")
+        updates = last_histogram(one, "histogram")
         if updates is not None:
-            histograms.append((one, updates, _last_histogram(one, "distance")))
+            histograms.append((one, updates, last_histogram(one, "distance")))
     if not histograms:
         return False
     last_used = max(int(np.flatnonzero(shares)[-1]) for _, shares, _ in histograms)
@@ -203,12 +131,13 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     for row, (one, shares, distances) in zip(grid, histograms, strict=True):
         row[0].bar(np.arange(len(shares)), shares, width=0.85, color=one.colour)
         cumulative = np.cumsum(shares)
-        median, p95 = (_bin_name(int(np.searchsorted(cumulative, q))) for q in (0.5 - 1e-9, 0.95 - 1e-9))
+        median, p95 = (bin_name(int(np.searchsorted(cumulative, q))) for q in (0.5 - 1e-9, 0.95 - 1e-9))
         row[0].set_title(f"{one.label}: median {median}, 95 % at most {p95}", fontsize=10, loc="left")
         if distances is not None:
             row[1].bar([at_zero, *range(1, len(distances))], distances, width=0.85, color=one.colour)
-            median = _distance_name(int(np.searchsorted(np.cumsum(distances), 0.5 - 1e-9)) + 1)
-            row[1].set_title(f"median below {median}", fontsize=10, loc="left")
+            middle = int(np.searchsorted(np.cumsum(distances), 0.5 - 1e-9))
+            median = f"below {distance_name(middle + 1)}" if middle else "0"
+            row[1].set_title(f"median {median}", fontsize=10, loc="left")
         for axes in row:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
@@ -216,15 +145,16 @@ def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     left = grid[-1][0]
     left.set_xlim(-0.7, max(last_used, 4) + 0.7)
     left.xaxis.set_major_locator(MultipleLocator(1 if last_used <= 12 else 2 if last_used <= 20 else 4))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bin_name(round(value))))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bin_name(round(value))))
     left.set_xlabel("staleness (updates by others in between)")
     if moved:
         right = grid[-1][1]
         ticks = np.unique(np.linspace(used[0], used[-1], min(len(used), 5)).astype(int)) if len(used) else used
-        right.set_xticks([at_zero, *ticks], ["0", *map(_distance_name, ticks)])
+        right.set_xticks([at_zero, *ticks], ["0", *map(distance_name, ticks)])
         right.set_xlim(at_zero - 0.7, (used[-1] if len(used) else 4) + 0.7)
         right.set_xlabel("distance the center has moved meanwhile")
     figure.supylabel("share of exchanges", fontsize=10)
+    add_title(figure, runs)
     figure.savefig(path, dpi=DPI)
     return True
 
@@ -259,7 +189,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _last_histogram(one: Series, name: str) -> Column | None:
+def last_histogram(one: Series, name: str) -> Column | None:
     """Return the shares of the bins at the end of the runs, or None if nothing was counted."""
     lasts = [run.column("staleness", name) for run in one.runs]
     lasts = [last[-1] for last in lasts if len(last)]
@@ -276,54 +206,11 @@ DRAWINGS: dict[str, Callable[[Sequence[Run], PathLike], bool]] = {
 }
 
 
-def _draw_line(axes: Axes, one: Series, table: str, x: str, y: str, *, raw: bool = False) -> None:
-    """Draw the runs of a series as a line, in a band if there are several.
-
-    The training loss is smoothed; `raw` draws its values faintly underneath.
-    """
-    curves = [run.curve(table, x, y) for run in one.runs]
-    curves = [(a, b) for a, b in curves if len(a) and a[-1] > 0]  # a run that sends nothing has all bytes at 0
-    if table == "progress" and y == "loss":
-        if raw and len(curves) == 1:
-            a, b = curves[0]
-            every = -(-len(a) // (4 * N_POINTS))
-            axes.plot(a[::every], b[::every], color=one.colour, linewidth=0.6, alpha=0.25)
-        curves = [running_median(a, b) for a, b in curves]
-    marker: dict[str, Any] = (
-        {"marker": "o", "markersize": 3} if table == "evaluation" and all(len(a) <= 25 for a, _ in curves) else {}
-    )
-    if len(curves) == 1:
-        axes.plot(*curves[0], color=one.colour, linestyle=one.dash, linewidth=1.6, **marker)
-    elif curves:
-        grid, values = _on_one_grid(curves)
-        axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=one.colour, alpha=0.18, linewidth=0)
-        axes.plot(grid, np.median(values, axis=0), color=one.colour, linestyle=one.dash, linewidth=1.6)
-
-
-def _on_one_grid(curves: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
-    """Return common points, and (curves, points) the values of all curves there; ended curves keep their last value."""
-    start, stop = max(a[0] for a, _ in curves), _end([a[-1] for a, _ in curves])
-    grid = np.linspace(min(start, stop), stop, N_POINTS)
-    return grid, np.stack([np.interp(grid, a, b) for a, b in curves])
-
-
-def _end(ends: Sequence[float]) -> float:
-    """Return the end of the line of several runs: the median of their ends."""
-    return float(np.median(ends))
-
-
-def _has(runs: Sequence[Run], table: str, y: str) -> bool:
-    return any(len(run.curve(table, "seconds", y)[0]) for run in runs)
-
-
-def _largest(runs: Sequence[Run], table: str, x: str, y: str) -> float:
-    return max((float(run.curve(table, x, y)[0][-1]) for run in runs if len(run.curve(table, x, y)[0])), default=0.0)
-
-
-def _bin_name(index: int) -> str:
+def bin_name(index: int) -> str:
+    """Format a bin of a histogram of numbers of updates."""
     return f"{index}+" if index == STALENESS_BINS - 1 else str(index)
 
 
-def _distance_name(index: int) -> str:
+def distance_name(index: int) -> str:
     """Format the lower end of a bin of a histogram of distances."""
     return f"{2.0 ** (index + SMALLEST_DISTANCE_EXPONENT - 1):.1g}"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.world.statistics import SHARES
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, printable
 from mpitrain.records.metrics import Column, read_metrics
 
 
@@ -56,6 +56,19 @@ class Run:
         """Return the largest value of a counter in the progress and evaluation tables; NaN if there is none."""
         values = np.concatenate([self.column(table, counter) for table in ("progress", "evaluation")])
         return float(np.nanmax(values)) if np.isfinite(values).any() else np.nan
+
+    def facts(self) -> dict[str, str]:
+        """Return the method, the data, the model and the number of ranks, as far as they are known."""
+        options = self.config.get("config", {})
+        options = options if isinstance(options, Mapping) else {}
+        ranks = self.result.get("ranks", self.config.get("ranks"))
+        known = {
+            "algorithm": self.result.get("algorithm", self.config.get("algorithm")),
+            "data": _base_name(options.get("data")),
+            "model": _base_name(options.get("model")),
+            "ranks": None if ranks is None else f"{ranks} rank{'s' * (ranks != 1)}",
+        }
+        return {name: printable(str(value)) for name, value in known.items() if value is not None}
 
     def shares(self) -> dict[str, float]:
         """Return the fractions of time for computing, exchanging and waiting; empty if they were not measured."""
@@ -98,6 +111,11 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [load_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, paths, strict=True)]
+
+
+def _base_name(value: Any) -> str | None:
+    """Return the name of a data set or a model: of a file without its folder."""
+    return None if value is None else str(value).rpartition("/")[2]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

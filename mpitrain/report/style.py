@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +17,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mpitrain.records.metrics import Column
 from mpitrain.report.runs import Run
 
+PathLike = str | os.PathLike[str]
 Dash = Literal["-", "--", ":", "-."]
 
 # Okabe and Ito, "Color Universal Design", 2008: distinct for any colour vision. Their yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 
+DPI = 130
+N_POINTS = 400  # points of a line
 CLIMB_PERCENT = 12  # of the evaluations, the initial climb that an axis of accuracies may cut off
 
 
@@ -103,12 +107,19 @@ class _Multiples(MaxNLocator):
         return [self._factor * tick for tick in super().tick_values(vmin / self._factor, vmax / self._factor)]
 
 
-def scale_y(axes: Axes, y: str, values: Column) -> None:
+def scale_y(axes: Axes, y: str, values: Column, deciding: Column | None = None) -> None:
     """Scale a y axis.
 
     Accuracies are shown in percent, without their initial increase. Other values are shown on a logarithmic axis if
     they vary by more than a factor of 5.
+
+    Args:
+        axes: The axes to change.
+        y: The column.
+        values: The values that are drawn.
+        deciding: The values that decide between a linear and a logarithmic axis, by default those that are drawn.
     """
+    deciding = values if deciding is None else deciding
     if y == "test_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         bottom, top = axes.get_ylim()
@@ -117,9 +128,13 @@ def scale_y(axes: Axes, y: str, values: Column) -> None:
             bottom = settled - 0.1 * (top - settled)
         margin = max(0.0, 0.05 - (top - bottom)) / 2  # a single evaluation needs no tenths of a percent
         axes.set_ylim(bottom - margin, min(top + margin, 1.005))
-    elif len(values) and values.min() > 0 and np.percentile(values, 99) > 5 * np.percentile(values, 1):
+    elif len(values) and min(values.min(), deciding.min()) > 0 and _varies(deciding):
         axes.set_yscale("log")
         _plain_log_ticks(axes.yaxis, values.min(), values.max(), 1)
+
+
+def _varies(values: Column) -> bool:
+    return bool(np.percentile(values, 99) > 5 * np.percentile(values, 1))
 
 
 def _plain_log_ticks(axis: Axis, smallest: float, largest: float, factor: float) -> None:
@@ -139,9 +154,26 @@ def tidy(axes: Axes) -> None:
 
 
 def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> None:
-    """Draw a legend above the plots, with as many columns as fit."""
+    """Draw a legend below the plots, with as many columns as fit."""
     labels = [one.label + (f" (median and range of {len(one.runs)})" if len(one.runs) > 1 else "") for one in series]
     lines = [Line2D([], [], color=one.colour, linestyle=one.dash, linewidth=2) for one in series]
     longest_inches = 0.085 * max(map(len, labels)) + 0.7
     n_columns = max(1, min(len(labels), int(width_inches / longest_inches)))
-    figure.legend(lines, labels, loc="outside upper center", ncols=n_columns, frameon=False)
+    figure.legend(lines, labels, loc="outside lower center", ncols=n_columns, frameon=False)
+
+
+def add_title(figure: Figure, runs: Sequence[Run]) -> None:
+    """Write above all else what the runs have in common: method, data, model, number of ranks."""
+    title = title_of(runs)
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+
+
+def title_of(runs: Sequence[Run]) -> str:
+    """Return what the runs have in common as a title: "easgd on digits, mlp, 4 ranks"."""
+    facts = [run.facts() for run in runs]
+    common = {
+        key: value for key, value in (facts[0] if facts else {}).items() if all(f.get(key) == value for f in facts)
+    }
+    begin = common.pop("algorithm", f"{len(runs)} runs")
+    return f"{begin}{' on ' if 'data' in common else ', ' if common else ''}{', '.join(common.values())}"

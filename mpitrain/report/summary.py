@@ -25,6 +25,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "run": run.label,
         "finished": bool(result),
         "algorithm": result.get("algorithm", run.config.get("algorithm")),
+        "data": run.facts().get("data"),
+        "model": run.facts().get("model"),
         "settings": result.get("settings", run.config.get("settings", {})),
         "ranks": result.get("ranks", run.config.get("ranks")),
         "test_accuracy": final_accuracy,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from mpitrain.report import Run, plots, style
+from mpitrain.report import Run, curves, plots, style
 
 STEPS = np.arange(1.0, 101)
 
@@ -46,7 +46,8 @@ def figure_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         figures.append(Figure(*arguments, **options))
         return figures[-1]
 
-    monkeypatch.setattr(plots, "Figure", make)
+    for module in (curves, plots):
+        monkeypatch.setattr(module, "Figure", make)
 
     def draw(name: str, runs: list[Run]) -> Figure:
         assert plots.DRAWINGS[name](runs, tmp_path / name)
@@ -67,24 +68,87 @@ def running_median(y: np.ndarray, half: int) -> list[float]:
     return [float(np.median(y[max(0, k - half) : k + half + 1])) for k in range(len(y))]
 
 
-def test_curves_are_the_columns_of_the_run(figure_of) -> None:
+def test_curves_of_several_runs_are_their_columns(figure_of) -> None:
     run = make_run()
-    rows = grid_of(figure_of("curves.png", [run]), 3)
+    rows = grid_of(figure_of("curves.png", [run, make_run(1, label="other")]), 3)
     assert [row[0].get_ylabel() for row in rows] == ["training loss", "test loss", "test accuracy"]
     labels = ["time (s)", "gradients, all ranks", "sent, all ranks (kB)"]
     assert [axes.get_xlabel() for axes in rows[-1]] == labels
     for k, x in enumerate(("seconds", "gradients", "bytes")):
         progress, evaluation = run.metrics["progress"], run.metrics["evaluation"]
-        raw, smooth = lines_of(rows[0][k])
+        raw, smooth, *_ = lines_of(rows[0][k])
         assert raw == (progress[x].tolist(), progress["loss"].tolist())
         assert smooth == (progress[x].tolist(), running_median(progress["loss"], 2))  # a twentieth of 100 rows
-        assert lines_of(rows[1][k]) == [(evaluation[x].tolist(), evaluation["test_loss"].tolist())]
-        assert lines_of(rows[2][k]) == [(evaluation[x].tolist(), evaluation["test_accuracy"].tolist())]
+        assert lines_of(rows[1][k])[0] == (evaluation[x].tolist(), evaluation["test_loss"].tolist())
+        assert lines_of(rows[2][k])[0] == (evaluation[x].tolist(), evaluation["test_accuracy"].tolist())
+
+
+def test_a_single_run_has_its_losses_in_one_panel_and_its_accuracy_in_another(figure_of) -> None:
+    run = make_run()
+    loss, accuracy = figure_of("curves.png", [run]).axes
+    progress, evaluation = run.metrics["progress"], run.metrics["evaluation"]
+    gradients = evaluation["gradients"].tolist()
+    raw, smooth, test = lines_of(loss)
+    assert raw == (progress["gradients"].tolist(), progress["loss"].tolist())
+    assert smooth == (progress["gradients"].tolist(), running_median(progress["loss"], 2))
+    assert test == (gradients, evaluation["test_loss"].tolist())
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training loss", "test loss"]
+    assert lines_of(accuracy) == [(gradients, evaluation["test_accuracy"].tolist())]
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "test accuracy")
+    assert loss.get_xlabel() == accuracy.get_xlabel() == "gradients, all ranks"
+
+
+def test_the_time_of_a_single_run_is_above_its_gradients(figure_of) -> None:
+    run = make_run()
+    uneven = np.where(STEPS <= 50, STEPS, 50 + 3 * (STEPS - 50)) / 2  # three times as slow in the second half
+    run.metrics["progress"]["seconds"] = uneven
+    figure = figure_of("curves.png", [run])
+    figure.canvas.draw()
+    (above,) = figure.axes[0].child_axes
+    assert above.get_xlabel() == "time (s)"
+    bottom = figure.axes[0].transData
+    for seconds, gradients in ((12.5, 100), (25, 200), (55, 280), (100, 400)):
+        x = above.transData.transform((seconds, 0))[0]
+        assert bottom.inverted().transform((x, 0))[0] == pytest.approx(gradients, abs=0.01)
+
+
+def test_the_losses_of_a_figure_have_one_kind_of_scale(figure_of) -> None:
+    """The training losses vary by more than a factor of 5, the test losses by less than 2."""
+    rows = grid_of(figure_of("curves.png", [make_run(), make_run(1, label="other")]), 3)
+    assert [row[0].get_yscale() for row in rows] == ["log", "log", "linear"]
+    run = make_run()
+    run.metrics["progress"]["elastic_energy"] = np.geomspace(100, 1, 100)
+    assert [axes.get_yscale() for axes in figure_of("consensus.png", [run]).axes] == ["log", "log"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "title"),
+    [
+        ([("easgd", "digits", "mlp", 4)], "easgd on digits, mlp, 4 ranks"),
+        ([("easgd", "/home/a/x.h5", "mlp", 1)], "easgd on x.h5, mlp, 1 rank"),
+        ([("easgd", "digits", "mlp", 4), ("gossip", "digits", "mlp", 4)], "2 runs on digits, mlp, 4 ranks"),
+        ([("easgd", "digits", "mlp", 4), ("easgd", "digits", "mlp", 8)], "easgd on digits, mlp"),
+        ([("easgd", "digits", "mlp", 4), ("gossip", "x.h5", "cnn7", 8)], "2 runs"),
+    ],
+)
+def test_the_title_says_what_the_runs_have_in_common(facts, title) -> None:
+    runs = [
+        Run(str(k), str(k), {}, {"ranks": ranks}, {"algorithm": name, "config": {"data": data, "model": model}})
+        for k, (name, data, model, ranks) in enumerate(facts)
+    ]
+    assert style.title_of(runs) == title
+
+
+def test_every_plot_has_the_title(figure_of) -> None:
+    run = make_run()
+    run.config.update(algorithm="easgd", ranks=4, config={"data": "digits", "model": "mlp"})
+    for name in plots.DRAWINGS:
+        assert figure_of(name, [run]).get_suptitle() == "easgd on digits, mlp, 4 ranks", name
 
 
 def test_ticks_are_labelled_in_the_unit_of_the_axis(figure_of) -> None:
-    figure = figure_of("curves.png", [make_run(seconds=30.0)])  # 3,000 s, 400 gradients, 800 kB
-    figure.canvas.draw()
+    figure = figure_of("curves.png", [make_run(seconds=30.0), make_run(1, label="b", seconds=30.0)])
+    figure.canvas.draw()  # 3,000 s, 400 gradients, 800 kB
     time, gradients, sent = grid_of(figure, 3)[-1]
     assert time.get_xlabel() == "time (min)"
     for axes, factor in ((time, 60), (gradients, 1), (sent, 1000)):
@@ -138,7 +202,7 @@ def test_several_seeds_are_their_median_in_a_band_of_all(figure_of) -> None:
     (axes, *_), *_ = grid_of(figure_of("curves.png", runs), 3)[1:]
     (line,) = lines_of(axes)
     curves = [(run.metrics["evaluation"]["seconds"], run.metrics["evaluation"]["test_loss"]) for run in runs]
-    grid = np.linspace(max(x[0] for x, _ in curves), np.median([x[-1] for x, _ in curves]), plots.N_POINTS)
+    grid = np.linspace(max(x[0] for x, _ in curves), np.median([x[-1] for x, _ in curves]), style.N_POINTS)
     values = np.stack([np.interp(grid, x, y) for x, y in curves])
     np.testing.assert_allclose(line, (grid, np.median(values, axis=0)), rtol=1e-12)
     (band,) = [c for c in axes.collections if isinstance(c, PolyCollection)]
@@ -185,7 +249,7 @@ def test_staleness_is_the_share_of_each_bin(figure_of) -> None:
     assert moves.get_title(loc="left") == "median below 0.1"  # bin 20: distances from 2^-4 to 2^-3
     named = {label.get_text(): tick for tick, label in zip(moves.get_xticks(), moves.get_xticklabels())}
     assert named == {"0": 18, "0.06": 20, "0.2": 22}
-    assert plots._bin_name(32) == "32+"
+    assert plots.bin_name(32) == "32+"
 
 
 def test_metrics_of_the_method_are_a_line_for_each_worker(figure_of) -> None:

@@ -17,7 +17,7 @@ from mpitrain.cli import report
 from mpitrain.errors import UsageError
 from mpitrain.log import logger
 from mpitrain.records.metrics import MetricsWriter
-from mpitrain.report import Run, load_run, load_runs, markdown, plots, summarise, temporal_efficiency
+from mpitrain.report import Run, curves, load_run, load_runs, markdown, plots, style, summarise, temporal_efficiency
 
 TABLES = {
     "progress": (
@@ -60,7 +60,8 @@ def make_run(folder: Path, *, result: dict[str, Any] | None = None, seed: int = 
                 metrics.append(
                     "staleness", seconds=step / 2, histogram=step * (np.arange(33) < 4), distance=np.ones(33)
                 )
-    (folder / "config.json").write_text(json.dumps({"algorithm": "easgd", "settings": {"period": 10}}))
+    config = {"algorithm": "easgd", "settings": {"period": 10}, "config": {"data": "digits", "model": "mlp"}}
+    (folder / "config.json").write_text(json.dumps(config))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -91,7 +92,18 @@ def test_one_run_is_reported_into_its_own_folder(tmp_path: Path, capsys: pytest.
     text = (run / "report.md").read_text()
     assert all(f"]({name})" in text for name in names[:-1])
     cells = [cell.strip() for cell in text.splitlines()[4].split("|")]
-    for cell in ("easgd", "moving_rate=0.225, period=5", "90.00%", "50.0 s", "4,000", "80", "2 kB", "10.0%"):
+    for cell in (
+        "easgd",
+        "digits",
+        "mlp",
+        "moving_rate=0.225, period=5",
+        "90.00%",
+        "50.0 s",
+        "4,000",
+        "80",
+        "2 kB",
+        "10.0%",
+    ):
         assert cell in cells
 
 
@@ -104,7 +116,7 @@ def test_several_runs_are_compared_and_unfinished_ones_marked(
     assert "b (unfinished)" in text
     assert "b has no result" in text
     assert "a has no result" not in text
-    assert "Temporal efficiency of a over b (test accuracy): 1.000" in text  # the same evaluations
+    assert "Temporal efficiency of a over b (test accuracy): 1.000. It is the ratio" in text  # the same evaluations
     assert text.splitlines()[2] in capsys.readouterr().out
 
 
@@ -185,10 +197,10 @@ def test_temporal_efficiency_is_undefined_for_some_curves() -> None:
 def test_the_running_median_removes_spikes_and_keeps_lines() -> None:
     x = np.arange(3000.0)
     y = np.where(x % 7 == 0, 1e9, x)
-    a, b = plots.running_median(x, y)
-    assert len(a) <= plots.N_POINTS
+    a, b = curves.running_median(x, y)
+    assert len(a) <= style.N_POINTS
     assert np.abs(b - a).max() < 3000 / 20
-    assert all(len(plots.running_median(x[:n], x[:n])[0]) == n for n in range(4))
+    assert all(len(curves.running_median(x[:n], x[:n])[0]) == n for n in range(4))
 
 
 # ---- plots -------------------------------------------------------------------------------------------------
@@ -200,7 +212,7 @@ def three_seeds(tmp_path: Path) -> list[Run]:
 
 
 def test_seeds_of_one_method_are_one_line_in_a_band(three_seeds: list[Run], tmp_path: Path) -> None:
-    (series,) = plots.series_of(three_seeds)
+    (series,) = style.series_of(three_seeds)
     assert (series.label, len(series.runs)) == ("easgd", 3)
     for name, draw in plots.DRAWINGS.items():
         assert draw(three_seeds, tmp_path / name)
@@ -208,7 +220,7 @@ def test_seeds_of_one_method_are_one_line_in_a_band(three_seeds: list[Run], tmp_
 
 
 def test_methods_have_distinct_styles() -> None:
-    series = plots.series_of([Run(str(i), str(i), {}) for i in range(20)])
+    series = style.series_of([Run(str(i), str(i), {}) for i in range(20)])
     assert len({(one.colour, one.dash) for one in series}) == 20
 
 
@@ -222,7 +234,7 @@ def test_plots_without_data_are_not_drawn(tmp_path: Path) -> None:
 
 
 def test_drawing_leaves_no_global_figures(three_seeds: list[Run], tmp_path: Path) -> None:
-    plots.draw_curves(three_seeds, tmp_path / "curves.png")
+    curves.draw_curves(three_seeds, tmp_path / "curves.png")
     assert pyplot.get_fignums() == []
 
 
@@ -258,10 +270,11 @@ def test_a_repeated_run_and_an_unusable_out_are_mistakes(tmp_path: Path) -> None
 @pytest.fixture
 def _fresh_matplotlib(monkeypatch):
     """Nothing of matplotlib is loaded, as in a process that has just finished a run."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "mpitrain.report.plots"]:
+    ours = [f"mpitrain.report.{name}" for name in ("curves", "plots", "style")]
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name in ours]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "mpitrain.report.style", raising=False)
-    monkeypatch.delattr("mpitrain.report.plots", raising=False)
+    for name in ours:
+        monkeypatch.delattr(name, raising=False)
 
 
 @pytest.mark.usefixtures("_fresh_matplotlib")

@@ -34,6 +34,7 @@ from support.launching import is_launched
 from support.watchdog import Watchdog
 
 OPTIONAL_MARKS = {
+    "browser": "needs Chromium",
     "examples": "needs the packages of the extra `examples`",
     "gpu": "needs a CUDA device",
     "shared_data": "needs the CIFAR-10 archive (the fixture cifar10_archive)",
