@@ -59,12 +59,12 @@ BLOCK = 1 << 17
 
 
 class AllReduce:
-    """Sums windows over all ranks, in place. Collective to free.
+    """The all-reduce of windows, in place. Collective to free.
 
     Args:
         world: The ranks.
-        statistics: Where bytes and waiting are counted.
-        wire: The wire format of large sums between nodes, as of fetched blocks; None without one.
+        statistics: The counters of bytes and waiting.
+        wire: The wire format of large sums between nodes, the same as for fetched blocks; None without one.
     """
 
     def __init__(self, world: World, statistics: Statistics, wire: Format | None = None) -> None:
@@ -146,7 +146,7 @@ class AllReduce:
             kernels.copy(array, total)
 
     def prepare(self, window: AnyWindow) -> None:
-        """Compile and allocate ahead of the first call for this window. Collective."""
+        """Compile and allocate what an all-reduce of this window needs. Collective."""
         if self._world.size == 1:
             return
         if self._node_barrier is None:
@@ -173,12 +173,14 @@ class AllReduce:
         return split(n, world.n_rails)[world.local_rank] if world.local_rank < world.n_rails else slice(n, n)
 
     def reduce_slices(self, window: AnyWindow, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with addends of the sum of all arrays in this rank's slice. Collective; the arrays do not change.
+        """Call ``fn`` with vectors that add up to the sum of all arrays in this rank's slice. Collective.
+
+        The arrays do not change.
 
         Args:
             window: The arrays.
-            fn: Called with parts of ``slice_of(n)`` and vectors that add up to the sum. These are the arrays of the
-                ranks themselves on a node with few ranks, else one vector in memory that is reused.
+            fn: Called with parts of ``slice_of(n)`` and vectors that add up to the sum. On a node with few ranks, these
+                are the arrays of the ranks themselves. Otherwise it is one vector, in memory that is reused.
         """
         world, statistics, n = self._world, self._statistics, window.local.size
         statistics.n_exchanges += 1
@@ -264,7 +266,7 @@ class AllReduce:
 
 
 def sum_in_groups(total: Any, sources: Sequence[Any], scale: float) -> None:
-    """Compute ``total = scale * sum(sources)`` for any number of sources, which may be 16-bit if the total is wider."""
+    """Compute ``total = scale * sum(sources)`` for any number of sources. They may be 16-bit if the total is wider."""
     most = DIRECT if total.dtype != sources[0].dtype else MOST
     kernels.reduce_sum(total, sources[:most], 1.0 if len(sources) > most else scale)
     for start in range(most, len(sources), most - 1):

@@ -62,8 +62,8 @@ class Communicator(Protocol):
     def dead(self) -> frozenset[int]:
         """The workers known to have died. Local.
 
-        No worker waits for them: collectives raise ``errors.RankFailed``. The memory of a dead worker of the same node
-        stays as it is.
+        Collectives raise ``errors.RankFailed`` instead of waiting for them. The memory of a dead worker on the same
+        node can still be read.
         """
 
     def split(self, color: int) -> Communicator:
@@ -76,7 +76,7 @@ class Communicator(Protocol):
         """Allocate a vector of zeros that peers can read. Collective."""
 
     def numbers(self, n: int) -> Vector:
-        """Allocate a few numbers, float64 zeros that peers can read, always in host memory. Collective."""
+        """Allocate a few float64 zeros that peers can read, always in host memory. Collective."""
 
     def node_vector(self, n: int, dtype: Any) -> Vector:
         """Allocate a vector of zeros that the workers of a node share and that peers can read. Collective."""
@@ -84,48 +84,48 @@ class Communicator(Protocol):
     def publish(self, vector: Vector) -> None:
         """Publish a snapshot of ``vector``; peers see it after the next barrier or gather. Local.
 
-        Vectors in host memory are always visible. For them this only orders writes: a peer that sees a later write also
-        sees all earlier ones. A barrier publishes all vectors.
+        Vectors in host memory are always visible. For them, this call only orders writes: a peer that sees a later
+        write also sees all earlier writes. A barrier publishes all vectors.
         """
 
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
+        """Call ``fn`` with the peer's present vector. Local; not counted as an exchange.
 
-        The vector is not locked: while the peer works, one part of it may be a step newer than another.
+        The vector is not locked. If the peer changes it meanwhile, one part may be a step newer than another part.
         """
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate a vector of zeros sharded over all workers, or ``rows`` that change together. Collective."""
+        """Allocate a vector of zeros in shards, or ``rows`` vectors that change together. Collective."""
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate vectors at every worker that others read or change under their locks. Collective."""
+        """Allocate ``slots`` vectors at every worker, each with a lock under which others access it. Collective."""
 
     def allreduce(self, vector: Vector, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector by the sum (or mean) of all, with the same bits everywhere. Collective.
 
         Args:
-            vector: (n,) of each worker.
+            vector: (n,) the vector.
             mean: Whether to divide by the number of workers.
             part: The part of the vector to replace, the same on all workers; by default all of it.
         """
 
     def slice_of(self, n: int) -> slice:
-        """Return this worker's slice of a vector of ``n`` elements, which ``reduce_slices`` gives it. Local.
+        """Return the slice of a vector of ``n`` elements that this worker receives from ``reduce_slices``. Local.
 
         The slices of the workers of a node cover the vector.
         """
 
     def reduce_slices(self, vector: Vector, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with addends of the sum of all workers' vectors in this worker's slice. Collective.
+        """Call ``fn`` with vectors whose sum is that of all workers' vectors in this worker's slice. Collective.
 
-        Vectors in reach are passed as they are, so that ``fn`` adds them in the same pass in which it uses the sum. The
-        vectors must not change meanwhile. On return, all workers of the node have returned from their ``fn``, and each
-        sees what the others have written there.
+        ``fn`` can add the vectors in the same pass in which it uses their sum. Meanwhile, the workers' vectors must not
+        change. When this call returns, all workers of the node have finished their ``fn``, and their results are
+        visible.
 
         Args:
-            vector: (n,) of each worker.
-            fn: Called with parts of ``slice_of(n)``, which together cover it, and for each with 1 to 8 vectors that
-                add up to the sum in this part. The vectors are valid during the call only.
+            vector: (n,) the vector.
+            fn: Called once or more, with a part of ``slice_of(n)`` and a list of 1 to 8 vectors that add up to the sum
+                in this part. The parts cover the slice. The vectors are valid only during the call.
         """
 
     def start_allreduce(self, vector: Vector, *, mean: bool = False) -> Pending:
@@ -135,19 +135,19 @@ class Communicator(Protocol):
         """
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Start ``fn``, a one-sided exchange, in the background. Local.
+        """Start a one-sided exchange ``fn`` in the background. Local.
 
-        The worker must not use the data of ``fn`` until it has ended. Functions run one after the other.
+        The worker must not use the data of ``fn`` until it has ended. Several functions run one after the other.
         """
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the one-sided operations of others make ``condition()`` true. Local."""
+        """Wait until one-sided operations of other workers make ``condition()`` true. Local."""
 
     def broadcast(self, array: Any, root: int = 0) -> None:
-        """Copy the root's array to every worker's. Collective."""
+        """Copy the root's array to the array of every worker. Collective."""
 
     def reduce(self, array: Any, root: int = 0) -> None:
-        """Replace the root's array by the sum of all; the arrays of others are left undefined. Collective."""
+        """Replace the root's array by the sum of all arrays; the other arrays become undefined. Collective."""
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """Return a few numbers of each worker to all workers: (size, len(values)) float64. Collective."""
@@ -156,4 +156,4 @@ class Communicator(Protocol):
         """Wait for all workers. Collective."""
 
     def free(self) -> None:
-        """Free everything that was allocated here. Collective."""
+        """Free everything that this communicator has allocated. Collective."""

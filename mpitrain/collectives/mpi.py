@@ -35,20 +35,20 @@ LONGEST_BACKOFF_BETWEEN_NODES_SECONDS = 2e-3
 class MPICommunicator(PeerMemory):
     """Implements ``Communicator`` between the ranks of a world. Each rank is a worker. Collective to create.
 
-    ``PeerMemory`` has the methods that allocate and read memory; here are the collective and the background ones.
+    The base class ``PeerMemory`` has the methods that allocate and read memory. This class adds the collective
+    operations and the operations in the background.
 
     Args:
         world: The ranks.
         statistics: The counters of exchanges; new ones by default.
-        on_host: Whether vectors lie in host memory although the ranks have GPUs.
-        wire: The wire format of float32 vectors between nodes (``native.wire``): ``"float32"``, which is none,
-            ``"bfloat16"`` or ``"float16"`` with 2 bytes per element, or ``"int8"`` with about 1. It applies to
-            ``update`` of shared vectors and to large all-reduces, which use 2 bytes under int8, and among them to sums
-            of 16-bit vectors, which are float32. Mailboxes, vectors of peers, elements of other types, and ``read`` and
-            ``write`` of shared vectors, on which evaluation and checkpoints rely, are exact.
+        on_host: Whether vectors are in host memory although the ranks have GPUs.
+        wire: The wire format of float32 vectors between nodes (``native.wire``). ``"float32"`` sends them unchanged.
+            ``"bfloat16"`` and ``"float16"`` use 2 bytes per element, ``"int8"`` about 1. The format applies to
+            ``update`` of shared vectors and to large all-reduces; with int8, all-reduces use 2 bytes. Everything else
+            is exact: mailboxes, vectors of peers, other types, and ``read`` and ``write`` of shared vectors.
 
     Raises:
-        UsageError: If there is no wire format of this name, or if this world cannot use it between its nodes.
+        UsageError: The wire format does not exist, or this world cannot use it between its nodes.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class MPICommunicator(PeerMemory):
         return self._allreduce.slice_of(n)
 
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with addends of the sum of all vectors in this rank's slice. Collective."""
+        """Call ``fn`` with vectors whose sum is that of all ranks' vectors in this rank's slice. Collective."""
         self._allreduce.reduce_slices(vector, fn)
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> PendingAllReduce:
@@ -133,7 +133,7 @@ class MPICommunicator(PeerMemory):
         return self._background.start(on_background_stream)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the actions of others make ``condition()`` true. Local."""
+        """Wait until one-sided operations of other ranks make ``condition()`` true. Local."""
         if condition():
             return
         longest = LONGEST_BACKOFF_SECONDS if self.world.n_nodes == 1 else LONGEST_BACKOFF_BETWEEN_NODES_SECONDS
@@ -150,11 +150,11 @@ class MPICommunicator(PeerMemory):
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def broadcast(self, array: Any, root: int = 0) -> None:
-        """Copy the root's array to every rank's. Collective."""
+        """Copy the root's array to the array of every rank. Collective."""
         self._on_host_copy(tree.broadcast, array, root)
 
     def reduce(self, array: Any, root: int = 0) -> None:
-        """Replace the root's array by the sum of all; the arrays of others are left undefined. Collective."""
+        """Replace the root's array by the sum of all arrays; the other arrays become undefined. Collective."""
         self._on_host_copy(tree.reduce, array, root)
 
     def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
@@ -181,14 +181,14 @@ class MPICommunicator(PeerMemory):
         self.world.require_all()
 
     def barrier_of_survivors(self) -> None:
-        """Wait for all ranks that have not died. Collective over these."""
+        """Wait for all living ranks. Collective over them."""
         self._publish_all()
         began = time.perf_counter()
         self.world.barrier()
         self.statistics.wait_seconds += time.perf_counter() - began
 
     def free(self) -> None:
-        """Free everything that was allocated here. Collective."""
+        """Free everything that this communicator has allocated. Collective."""
         self._background.stop()
         if self._pending is not None:
             self._pending.wait()  # MPI still writes to memory that is freed next

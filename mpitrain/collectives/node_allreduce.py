@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class NodeAllReduce:
-    """Sums one window over all ranks, in place.
+    """An all-reduce of one window on one node, in place.
 
     Args:
         world: The ranks, all on one node.
         window: The window.
         node_barrier: The barrier of these ranks.
-        statistics: Where exchanges are counted.
+        statistics: The counters of exchanges.
     """
 
     def __init__(self, world: World, window: Window, node_barrier: NodeBarrier, statistics: Statistics) -> None:

@@ -25,9 +25,9 @@ class PendingAllReduce:
 
     Args:
         world: The ranks.
-        window: Summed over all ranks, in place; it must not be used until ``wait`` returns.
-        scale: A factor of the sum.
-        statistics: Where bytes and waiting are counted.
+        window: The window to sum over all ranks, in place. It must not be used until ``wait`` returns.
+        scale: The factor by which the sum is multiplied.
+        statistics: The counters of bytes and waiting.
     """
 
     def __init__(self, world: World, window: AnyWindow, scale: float, statistics: Statistics) -> None:
@@ -45,7 +45,7 @@ class PendingAllReduce:
         ]
 
     def wait(self) -> None:
-        """Wait for the sum. Collective; further calls do nothing."""
+        """Wait for the sum. Collective; calling it again has no effect."""
         if not self._requests:
             return
         began = time.perf_counter()

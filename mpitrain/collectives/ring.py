@@ -31,7 +31,7 @@ def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
     """Replace ``total`` (n,) by the sum over the ranks of ``comm``. Collective.
 
     Args:
-        comm: The ranks; there must be no other messages between them.
+        comm: The ranks. There must be no other messages between them.
         total: (n,) this rank's summand.
         incoming: A buffer for incoming parts, with as many elements as the largest part of ``split(n, ranks)``.
     """
@@ -49,13 +49,12 @@ def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
 
 
 def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: Format) -> None:
-    """Replace ``total`` (n,) float32 by the sum over the ranks of ``comm``, sent in a wire format. Collective.
+    """Replace ``total`` (n,) float32 by the sum over the ranks of ``comm``, using a wire format. Collective.
 
     Args:
-        comm: As in ``allreduce``.
-        total: As in ``allreduce``.
-        incoming: As in ``allreduce``; it holds two parts in 16 bits.
-        wire: The wire format; sums travel as it encodes fetched blocks.
+        comm, total: As in ``allreduce``.
+        incoming: As in ``allreduce``. It holds two parts in 16 bits.
+        wire: The wire format. Sums are sent in its format for fetched blocks.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     parts = split(total.size, size)

@@ -31,7 +31,7 @@ def _raw(array: np.ndarray) -> list:
 
 
 def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
-    """Copy the root's array (n,) to every rank's, in place. Collective."""
+    """Copy the root's array (n,) to the array of every rank. Collective."""
     parent, children = binomial_tree(world.rank, world.size, root)
     requests = []
     for part in _chunks(array):
@@ -42,9 +42,9 @@ def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
 
 
 def reduce(world: World, array: np.ndarray, root: int = 0) -> None:
-    """Replace the root's array (n,) with the sum of all; the other arrays contain partial sums. Collective.
+    """Replace the root's array (n,) by the sum of all arrays; the other arrays become partial sums. Collective.
 
-    Each rank adds its children in a fixed order, so that the result has the same bits in every run.
+    Each rank adds the arrays of its children in a fixed order, so the result has the same bits in every run.
     """
     parent, children = binomial_tree(world.rank, world.size, root)
     received = np.empty(min(array.size, max(CHUNK_BYTES // array.itemsize, 1)), array.dtype)

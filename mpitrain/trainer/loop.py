@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mpitrain import data, models
+from mpitrain.algorithms.base.method import Method
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.survivor_collectives import broadcast
 from mpitrain.collectives.world.watchdog import watchdog
@@ -178,12 +179,10 @@ def _prepare(
     state = None if resume is None else checkpoints.load_newest(resume, world)
     step, seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
-    columns, continue_from = tables(world.size, method.metrics), None if state is None else seconds
-    metrics_file = MetricsFile(folder, columns, method.metrics, continue_from)
+    metrics_file = _metrics_file(method, folder, world, continue_from=None if state is None else seconds)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
-    curve = plan.rate_curve(budget, n_ranks=world.size)
-    hooks = [*([] if curve is None else [LearningRate(curve)]), *early_stopping(config, objective), *hooks]
+    hooks = [*_hooks_of_options(plan, budget, objective, world), *hooks]
     progress = _progress(plan, budget, world, step=step, seconds=seconds)
     saving = Checkpoints(evaluations, saved_at=None if state is None else step)
     commands = Commands(control, stop_signal, saving)
@@ -209,6 +208,17 @@ def _prepare(
         runfolder.reopen(resume, config, world)
     run.publish()
     return run
+
+
+def _metrics_file(method: Method, folder: Path | None, world: World, *, continue_from: float | None) -> MetricsFile:
+    """Return the hook that writes the metrics; rows later than ``continue_from`` seconds are removed."""
+    return MetricsFile(folder, tables(world.size, method.metrics), method.metrics, continue_from)
+
+
+def _hooks_of_options(plan: RunPlan, budget: Budget, objective: Objective, world: World) -> list[Hook]:
+    """Return the hooks that options ask for: a schedule of the learning rate, and an early end."""
+    curve = plan.rate_curve(budget, n_ranks=world.size)
+    return [*([] if curve is None else [LearningRate(curve)]), *early_stopping(plan.config, objective)]
 
 
 def _load_data(config: TrainConfig, world: World, *, resume: Path | None, dataset: data.Dataset | None) -> Batches:

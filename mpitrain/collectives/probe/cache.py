@@ -42,12 +42,12 @@ class Probe:
     """The result of probing one host.
 
     Attributes:
-        host: Its name.
+        host: The name of the host.
         mpi: The text of MPI_Get_library_version.
-        gpus: The names of the two ranks' GPUs; () without GPUs or without CuPy.
-        settings: Variables of the environment that choose how MPI works.
-        measured: Local time of the measurement, with its offset.
-        outcomes: By operation and memory.
+        gpus: The names of the GPUs of the two ranks; () without GPUs or without CuPy.
+        settings: The environment variables that configure MPI.
+        measured: The local time of the measurement, with its offset from UTC.
+        outcomes: The outcomes, by operation and memory.
     """
 
     host: str
@@ -58,7 +58,7 @@ class Probe:
     outcomes: Matrix
 
     def proved(self, operation: str, memory: str) -> bool:
-        """Return whether an operation worked and moved the right bytes.
+        """Return whether an operation has succeeded and transferred the right bytes.
 
         Args:
             operation: One of ``outcome.OPERATIONS``.
@@ -72,7 +72,7 @@ class Probe:
 
 
 def known(gpus: Sequence[str]) -> Probe | None:
-    """Return the result for this host, MPI, GPUs and settings, if there is one. Local.
+    """Return the stored result for this host, MPI, GPUs and settings, or None. Local.
 
     Args:
         gpus: The names of the visible GPUs.
@@ -82,7 +82,7 @@ def known(gpus: Sequence[str]) -> Probe | None:
 
 
 def newest(gpus: Sequence[str]) -> Probe | None:
-    """Return the newest result for this host and MPI, with any GPUs and settings. Local.
+    """Return the newest stored result for this host and MPI, whatever the GPUs and settings. Local.
 
     Args:
         gpus: The names of the visible GPUs.
@@ -101,10 +101,10 @@ def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: 
         comm: The ranks.
         hosts: The host of each rank.
         gpus: The names of the GPUs that this rank sees.
-        again: Measure: one rank of each host does, and the others sleep in the meantime.
+        again: Whether to measure again. One rank of each host measures, while the other ranks sleep.
 
     Returns:
-        One result per host that has one on rank 0; an empty list on the others.
+        On rank 0, one result for each host that has a result. On other ranks, an empty list.
     """
     rank, is_alone = comm.Get_rank(), comm.Get_size() == 1
     is_first_of_host = hosts.index(hosts[rank]) == rank
@@ -123,7 +123,7 @@ def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: 
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of an environment that choose how MPI works, without those of launchers. Local."""
+    """Return the environment variables that configure MPI, without those of launchers. Local."""
     relevant = {
         name: value
         for name, value in sorted(child_environment(environ).items())

@@ -38,7 +38,8 @@ def try_operation(pair: Pair, operation: Operation, sizes: Sequence[int]) -> dic
     """Check and time an operation. Collective.
 
     Returns:
-        ``verdict``, and on rank 0 the medians ``latency_us`` (of the smallest size) and, for two sizes, ``gb_per_s``.
+        A dictionary with ``verdict``. On rank 0, it also has the median ``latency_us`` of the smallest size, and the
+        median ``gb_per_s`` if there are two sizes.
     """
     right, seconds = True, {}
     for n_bytes in sizes:

@@ -38,17 +38,16 @@ PASSED_BY_LAUNCHERS = re.compile(
 
 
 def find_launcher() -> str | None:
-    """Return the mpirun of this interpreter's environment, else the one on PATH. Local."""
+    """Return the mpirun of this interpreter's environment; if there is none, the mpirun on PATH. Local."""
     folders = (str(Path(sys.executable).parent), None)
     found = (shutil.which(name, path=folder) for folder in folders for name in ("mpirun", "mpiexec"))
     return next(filter(None, found), None)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environ`` without the variables of launchers, and with those that two ranks need anywhere. Local.
+    """Return ``environ`` without the variables of launchers, and with those that start two ranks on any host. Local.
 
-    As in jobs/local.sh: root may start ranks in a container, waiting ranks yield, and Hydra forks, whatever resource
-    manager it detects.
+    The variables are those of jobs/local.sh: root may start ranks, waiting ranks yield the core, and Hydra forks.
     """
     inherited = {name: value for name, value in environ.items() if not _is_of_launcher(name)}
     allowed = [f"{program}_ALLOW_RUN_AS_ROOT{end}" for program in ("OMPI", "PRTE") for end in ("", "_CONFIRM")]
@@ -63,7 +62,7 @@ def _is_of_launcher(name: str) -> bool:
 
 
 def launch_command(launcher: str) -> list[str]:
-    """Return the launcher with the options that start two ranks on any number of cores. Local."""
+    """Return the command that starts two ranks on any number of cores. Local."""
     done = subprocess.run(
         [launcher, "--version"], capture_output=True, text=True, env=child_environment(os.environ), check=False
     )

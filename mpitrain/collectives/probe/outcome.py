@@ -29,9 +29,9 @@ class Outcome:
 
     Attributes:
         verdict: ``ok``, ``wrong`` (bytes), ``error``, ``crashed``, ``hung`` or ``not tried``.
-        detail: The error's first line, the signal, the reason.
-        latency_us: Of 8 bytes; of creating and freeing a window of 16 MiB.
-        gb_per_s: At 16 MiB, where bytes move.
+        detail: The first line of the error, the signal, or the reason why it was not tried.
+        latency_us: The latency of 8 bytes, or the time to create and free a window of 16 MiB.
+        gb_per_s: The rate at 16 MiB, for operations that transfer bytes.
     """
 
     verdict: str

@@ -14,13 +14,13 @@ from mpitrain.collectives.probe.outcome import Outcome
 
 @dataclass
 class Report:
-    """The lines of one rank so far.
+    """The report of one rank so far.
 
     Attributes:
-        ready: The rank has started.
-        problem: Why it could not start.
-        segments: Files of shared memory that MPI made, to be removed.
-        found: Its records by operation.
+        ready: Whether the rank has started.
+        problem: The reason why it could not start.
+        segments: The files of shared memory that MPI has created, which must be removed.
+        found: The results of the rank, by operation.
     """
 
     ready: bool = False
@@ -53,7 +53,7 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def completed(reports: Sequence[Report], names: Sequence[str]) -> list[tuple[str, Outcome]]:
-    """Return the operations that both ranks completed without an exception; bytes wrong on one rank are wrong."""
+    """Return the outcomes of the operations that both ranks completed. Wrong bytes on one rank count as wrong."""
     outcomes = []
     for name in names:
         records = [report.found.get(name) for report in reports]

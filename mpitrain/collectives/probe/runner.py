@@ -45,12 +45,12 @@ def measure(
     program: Sequence[str] = PROGRAM,
     hang_seconds: float = HANG_SECONDS,
 ) -> Matrix:
-    """Try operations with each kind of memory. Local; a second or two for each kind, longer after a hang.
+    """Try operations with each kind of memory. Local; it takes about two seconds for each kind, longer after a hang.
 
     Args:
-        reasons: By memory: why it cannot be tried, None where it can.
-        operations: In this order.
-        program: The program of a rank, after the interpreter's name.
+        reasons: For each kind of memory, the reason why it cannot be tried, or None if it can.
+        operations: The operations, in order.
+        program: The arguments of the Python interpreter of a rank.
         hang_seconds: See ``HANG_SECONDS``.
     """
     launcher = find_launcher()
@@ -94,8 +94,8 @@ class Attempt:
     """The result of one pair of ranks.
 
     Attributes:
-        outcomes: Of the operations that both ranks completed, in order.
-        failure: Of the next operation; of all operations if the pair has not ``started``.
+        outcomes: The outcomes of the operations that both ranks have completed, in order.
+        failure: The outcome of the next operation, or of all operations if the pair has not ``started``.
     """
 
     outcomes: dict[str, Outcome]

@@ -29,19 +29,19 @@ GUARD = 0x5A
 
 @dataclass(frozen=True)
 class Pair:
-    """The communicator of this rank and its peer, and the kind of memory that is tried."""
+    """The communicator of this rank and its peer, and the kind of memory to try."""
 
     comm: Any
     memory: str
 
     @property
     def rank(self) -> int:
-        """This rank: 0 is the origin, 1 the target."""
+        """This rank: 0 for the origin, 1 for the target."""
         rank: int = self.comm.Get_rank()
         return rank
 
     def buffer(self, n_bytes: int) -> Any:
-        """Return memory of this kind, uint8, of ``n_bytes`` between guards, all of it ``GUARD``."""
+        """Return ``n_bytes`` uint8 of this kind of memory, with a guard on both sides, filled with ``GUARD``."""
         n = n_bytes + 2 * GUARD_BYTES
         if self.memory == "host":
             array: Any = np.empty(n, np.uint8)
@@ -52,7 +52,7 @@ class Pair:
         return array
 
     def fill(self, array: Any, values: np.ndarray) -> None:
-        """Write into memory of this kind, and synchronize, so that MPI may read it at once."""
+        """Write to this kind of memory, and synchronize so that MPI may read it."""
         gpu.assign(array, values)
         gpu.synchronize(array)
 
@@ -62,9 +62,9 @@ class Trial:
     """A prepared operation. Collective over the pair.
 
     Attributes:
-        run: Performs it once.
-        is_right: Returns whether the bytes on this rank are right after the first run.
-        n_transfers: Transfers in a run.
+        run: A function that performs the operation once.
+        is_right: A function that returns whether the bytes on this rank are right after the first run.
+        n_transfers: The number of transfers in a run.
     """
 
     run: Callable[[], None]
@@ -82,12 +82,12 @@ def inner(memory: Any) -> Any:
 
 
 def pattern(n_bytes: int, dtype: Any = np.uint8) -> np.ndarray:
-    """Return values with a prime period, so that displaced bytes differ; exact in float32."""
+    """Return values with a prime period, so that displaced bytes are noticed. They are exact in float32."""
     return np.resize(np.arange(1, 252).astype(dtype), n_bytes // np.dtype(dtype).itemsize)
 
 
 def holds(memory: Any, expected: np.ndarray) -> bool:
-    """Return whether the bytes between the guards are as expected, and the guards unchanged."""
+    """Return whether the bytes between the guards are as expected, and the guards are unchanged."""
     bytes_here = gpu.to_host(memory)
     outside = np.concatenate([bytes_here[:GUARD_BYTES], bytes_here[-GUARD_BYTES:]])
     return bool((outside == GUARD).all()) and np.array_equal(inner(bytes_here), expected.view(np.uint8))
@@ -95,7 +95,7 @@ def holds(memory: Any, expected: np.ndarray) -> bool:
 
 @contextmanager
 def send(pair: Pair, n_bytes: int) -> Iterator[Trial]:
-    """Send to the peer, and from there back into other memory."""
+    """Send to the peer, which sends the data back to other memory."""
     from mpi4py import MPI
 
     here, echo = pair.buffer(n_bytes), pair.buffer(n_bytes)
@@ -147,7 +147,7 @@ def create(pair: Pair, n_bytes: int) -> Iterator[Trial]:
 
 @contextmanager
 def window(pair: Pair, buffer: Any) -> Iterator[Any]:
-    """Open a window on memory of both ranks, with one epoch for its whole life, as everywhere in this package."""
+    """Open a window on memory of both ranks, with one access epoch for its whole life."""
     from mpi4py import MPI
 
     made = MPI.Win.Create(buffer, 1, comm=pair.comm)
@@ -165,9 +165,9 @@ def one_sided(
     """Return an operation of rank 0 on the window of rank 1.
 
     Args:
-        start: Called with (window, origin, target); a request that it returns is awaited.
-        fetches: Whether the bytes move to rank 0, and not to rank 1.
-        adds: Whether it adds to float32 numbers.
+        start: Called with (window, origin, target). If it returns a request, the request is completed.
+        fetches: Whether the bytes move to rank 0 instead of rank 1.
+        adds: Whether the operation adds to float32 numbers.
     """
 
     @contextmanager
@@ -204,7 +204,7 @@ def one_sided(
 
 @contextmanager
 def fetch_and_op(pair: Pair, n_bytes: int) -> Iterator[Trial]:
-    """Add 1 to an int64 counter of rank 1 and fetch its value, on both ranks at once: no increment is lost."""
+    """Add 1 to an int64 counter of rank 1 and fetch its value, on both ranks at once. No increment may be lost."""
     from mpi4py import MPI
 
     counter, scratch = pair.buffer(n_bytes), pair.buffer(2 * n_bytes)
@@ -233,7 +233,7 @@ def fetch_and_op(pair: Pair, n_bytes: int) -> Iterator[Trial]:
 
 @contextmanager
 def lock(pair: Pair, n_bytes: int) -> Iterator[Trial]:
-    """Lock rank 1's window exclusively; under the lock both ranks get a counter, add 1 and put it back."""
+    """Lock rank 1's window exclusively. Under the lock, each rank gets a counter, adds 1 and puts it back."""
     from mpi4py import MPI
 
     counter, scratch = pair.buffer(n_bytes), pair.buffer(n_bytes)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pack(homes: Sequence[int], sizes: Sequence[int], n_ranks: int) -> tuple[list[int], list[int]]:
-    """Return the offset of each item if each rank stores its items contiguously, and the total size per rank.
+    """Return the offset of each item at its rank, and the total size per rank. Each rank stores its items contiguously.
 
     Args:
         homes: (items,) the rank that stores each item.
@@ -36,15 +36,15 @@ class BlockMemory:
         world: The ranks.
         homes: (blocks,) the home rank of each block.
         lengths: (blocks,) the number of elements of each block.
-        dtype: Of the elements.
-        make_window: Allocates the elements: ``Window`` or ``DeviceWindow``.
+        dtype: The type of the elements.
+        make_window: The class that allocates the elements: ``Window`` or ``DeviceWindow``.
 
     Attributes:
-        slots: (blocks,) the number of each block among those of its home.
+        slots: (blocks,) the index of each block among the blocks of its home.
         n_slots: (ranks,) the number of blocks of each home.
-        in_place: (blocks,) the blocks in memory that this rank reaches directly, None for all others. Each record
-            belongs to the owner of the block's lock.
-        longest_remote: Elements of the longest block that is not in place.
+        in_place: (blocks,) the blocks in memory that this rank can access directly, and None for all others. Only the
+            owner of a block's lock may use the block.
+        longest_remote: The number of elements of the longest block that is not in place.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class BlockMemory:
         return None if tags is None else tags[slot * N_TAGS : (slot + 1) * N_TAGS]
 
     def staging_buffers(self, n: int) -> list[Any]:
-        """Return ``n`` buffers for any block that is not in place. Local."""
+        """Return ``n`` buffers, each large enough for any block that is not in place. Local."""
         like, length = self.data.local, self.longest_remote
         if isinstance(like, np.ndarray):
             return [np.zeros(length, like.dtype) for _ in range(n)]  # takes memory only once it is used
         return [np.zeros_like(like, shape=(length,)) for _ in range(n)]
 
     def get(self, block: Block) -> None:
-        """Copy a remote block, whose lock this rank holds, from its home. Local."""
+        """Copy a remote block from its home; this rank must hold its lock. Local."""
         index = block.index
         home = self.homes[index]
         self.data.get(home, block.data, self.starts[index])
@@ -98,7 +98,7 @@ class BlockMemory:
         self.data.flush(home)
 
     def put(self, block: Block) -> None:
-        """Copy a remote block, whose lock this rank holds, to its home. Local."""
+        """Copy a remote block to its home; this rank must hold its lock. Local."""
         index = block.index
         home = self.homes[index]
         self.data.put(home, block.data, self.starts[index])
@@ -121,7 +121,7 @@ class BlockMemory:
             self.tags.flush(self.homes[index])
 
     def arrays(self) -> list[Any]:
-        """Return the arrays of elements that this rank reaches directly. Local."""
+        """Return the arrays of elements that this rank can access directly. Local."""
         arrays = [self.data.of(rank) for rank in sorted(set(self.homes))]
         return [array for array in arrays if array is not None]
 

@@ -28,13 +28,13 @@ N_TAGS = 4
 
 @dataclass(slots=True)
 class Block:
-    """A block whose lock this worker holds.
+    """A locked block of a shared vector or of mailboxes.
 
     Attributes:
-        index: Number of the block.
-        data: (length,) its elements, to be changed in place.
-        tags: (N_TAGS,) float64, to be changed in place.
-        version: Number of updates before the lock was acquired.
+        index: The number of the block.
+        data: (length,) the elements, which may be changed in place.
+        tags: (N_TAGS,) float64, which may be changed in place.
+        version: The number of updates before this lock was acquired.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Block:
 
 
 class Blocks(ABC):
-    """The interface of shared vectors and mailboxes to the memory below them.
+    """The interface of the memory of shared vectors and mailboxes: blocks with locks.
 
     Attributes:
         homes: The home rank of each block.
@@ -55,12 +55,12 @@ class Blocks(ABC):
     lengths: Sequence[int]
 
     def locked(self, index: int, prefetch: int | None = None, *, updated: bool, encoded: bool = False) -> LockedBlock:
-        """Return a context manager that holds a block's lock. Local; entering it waits for the present owner.
+        """Return a context manager that holds the lock of a block. Local; entering it waits for the present owner.
 
         Args:
-            index: Number of the block.
-            prefetch: The block to acquire next, after the release of this one. It may be fetched ahead of time. If
-                the body raises, it is released as well.
+            index: The number of the block.
+            prefetch: The block that will be acquired next, after the release of this one. It may be fetched ahead of
+                time. If the body raises, it is released as well.
             updated: Whether the body changes the block.
             encoded: As in ``acquire``.
         """
@@ -69,13 +69,14 @@ class Blocks(ABC):
     def visit(
         self, order: Sequence[int], *, updated: bool, encoded: bool = False
     ) -> Iterator[AbstractContextManager[Block]]:
-        """Yield a context manager for each block of ``order``, to be entered before the next one is taken. Local.
+        """Yield a context manager for each block of ``order``. Local.
 
-        Entering waits for a lock. If the body raises, every lock of the visit is released, and the visit is over.
+        Enter each one before you request the next one. Entering waits for the lock. If the body raises, every lock of
+        the visit is released, and the visit is over.
 
         Args:
-            order: Numbers of blocks, each once. Between nodes, blocks may come in the order in which their locks are
-                granted.
+            order: The numbers of the blocks, each once. Between nodes, blocks may come in the order in which their
+                locks are granted.
             updated: Whether the bodies change the blocks.
             encoded: As in ``acquire``.
         """
@@ -87,10 +88,10 @@ class Blocks(ABC):
         """Lock a block and return it as an array. Local; waits for the present owner.
 
         Args:
-            index: Number of the block.
-            prefetch: The block that this worker acquires next, after the release of this one; fetched ahead of time
-                where that is possible.
-            encoded: Whether the block and its change may travel in the wire format between nodes.
+            index: The number of the block.
+            prefetch: The block that this worker acquires next, after the release of this one. If possible, it is
+                fetched ahead of time.
+            encoded: Whether the block and its change may be sent in the wire format between nodes.
         """
 
     @abstractmethod
@@ -99,7 +100,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without locking. Local; each number is whole, but they may differ in age."""
+        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
 
     @abstractmethod
     def free(self) -> None:
@@ -107,7 +108,7 @@ class Blocks(ABC):
 
 
 class LockedBlock:
-    """A context manager that acquires a block on entry and releases it on exit. Made by ``Blocks.locked``."""
+    """A context manager that acquires a block on entry and releases it on exit. Created by ``Blocks.locked``."""
 
     __slots__ = ("_block", "_blocks", "_encoded", "_index", "_prefetch", "_updated")
 

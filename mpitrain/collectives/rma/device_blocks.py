@@ -44,8 +44,8 @@ class DeviceBlocks(Blocks):
         world: The ranks.
         homes: The home rank of each block.
         lengths: The number of elements of each block.
-        dtype: Of the elements.
-        statistics: Where bytes and waiting are counted.
+        dtype: The type of the elements.
+        statistics: The counters of bytes and waiting.
         encoding: As in ``MPIBlocks``.
     """
 
@@ -121,19 +121,19 @@ class DeviceBlocks(Blocks):
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:
-        """By block, (length,) the change that this worker has not sent yet because of the wire format."""
+        """The rounding errors of encoded changes, (length,) for each block; they are sent with the next change."""
         return self._blocks.residuals
 
     def drop_residuals(self) -> None:
-        """Forget the residuals of encoded changes, because the blocks get other values. Local."""
+        """Discard the residuals, because the blocks get new values. Local."""
         self._blocks.drop_residuals()
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without locking. Local; each number is whole, but they may differ in age."""
+        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
         self._blocks.peek_tags(index, out)
 
     def lock_owner(self, index: int) -> int | None:
-        """Return the rank that holds a block's lock, None when it is free. Local."""
+        """Return the rank that holds a block's lock; None if it is free. Local."""
         return self._blocks.lock_owner(index)
 
     def free(self) -> None:

@@ -24,13 +24,14 @@ class DeviceWindow:
 
     Args:
         world: The ranks; each has a GPU.
-        n: Elements on this rank; ranks may differ.
-        dtype: The same on all ranks.
-        mirrored: Whether peers that cannot map the array may read it, as it was at its owner's last ``publish``.
+        n: The number of elements on this rank; ranks may differ.
+        dtype: The type of the elements, the same on all ranks.
+        mirrored: Whether to keep a mirror in host memory, from which peers that cannot map the array read the values of
+            its owner's last ``publish``.
 
     Attributes:
         local: (n,) this rank's array, initially zeros.
-        mirror: The window in host memory that stands for it; None if no peer needs one.
+        mirror: The mirror in host memory; None if no peer needs it.
         plan: None; see ``Window``.
     """
 
@@ -60,7 +61,7 @@ class DeviceWindow:
         world.barrier()
 
     def of(self, rank: int) -> Any:
-        """Return the array of ``rank`` itself if it is mapped, else None. Local."""
+        """Return the array of ``rank`` in place if it is mapped, else None. Local."""
         return self._direct.get(rank)
 
     def get(self, rank: int, out: Any, start: int = 0) -> None:
@@ -95,7 +96,7 @@ class DeviceWindow:
             self.mirror.sync()
 
     def free(self) -> None:
-        """Free the memory. Collective; its arrays must not be used any more."""
+        """Free the memory. Collective; do not use its arrays afterwards."""
         self._gpu.synchronize()
         if self._remote is not None:
             with self.world.waiting("the release of device memory"):

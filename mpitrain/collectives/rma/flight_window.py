@@ -13,14 +13,14 @@ GAIN = 2.0
 
 
 class FlightWindow:
-    """The bytes under way that fill a link, from what visits have shown.
+    """The number of bytes under way that fills a link, estimated from past visits.
 
-    The round trip is the shortest that was seen, the bandwidth the highest of a whole visit (as in BBR, Cardwell et al.
-    2016, doi 10.1145/3012426.3022184). A visit that the window has limited shows a bandwidth of window over round trip,
-    so the window grows until the link is full.
+    It is a multiple of round trip times bandwidth: the shortest measured round trip, and the highest bandwidth of a
+    whole visit (as in BBR, Cardwell et al. 2016, doi 10.1145/3012426.3022184). If the window limits a visit, the
+    measured bandwidth is the window divided by the round trip. The window therefore grows until the link is full.
 
     Attributes:
-        n_bytes: The window.
+        n_bytes: The window, in bytes.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class FlightWindow:
         self._bytes_per_second = 0.0
 
     def record_round_trip(self, seconds: float) -> None:
-        """Record the time from a request to the first answer, if nothing but the link delayed it."""
+        """Record the time from a request to its answer. Call it only if nothing but the link has delayed the answer."""
         self._round_trip_seconds = min(self._round_trip_seconds, seconds)
 
     def record_visit(self, n_bytes: int, seconds: float) -> None:

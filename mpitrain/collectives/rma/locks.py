@@ -40,14 +40,14 @@ LONGEST_SLEEP_SECONDS = 1e-3
 
 
 class LockTable:
-    """Lock words spread over the ranks. Collective to create and to free.
+    """A table of locks whose words are distributed over the ranks. Collective to create and to free.
 
     Args:
         world: The ranks.
         counts: (ranks,) the number of words of each home.
 
     Attributes:
-        orders_memory: Whether the lock alone makes writes to shared memory visible to the next owner. Otherwise a
+        orders_memory: Whether the lock makes writes to shared memory visible to the next owner. If not, a
             ``Window.sync`` is needed.
     """
 
@@ -58,15 +58,15 @@ class LockTable:
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
     def acquire(self, home: int, index: int, before_wait: Callable[[], object] | None = None) -> tuple[int, float]:
-        """Wait for the lock and acquire it; take it over if its owner is dead. Local.
+        """Wait for a lock and acquire it; take it over if its owner is dead. Local.
 
         Args:
             home: The home rank of the word.
-            index: The number of the word there.
-            before_wait: Called if the lock is taken, before this rank waits for it.
+            index: The number of the word at its home.
+            before_wait: Called before this rank waits for a lock that is taken.
 
         Returns:
-            The number of updates counted so far, and the seconds spent waiting for another owner (0 if it was free).
+            The number of updates so far, and the seconds of waiting for another owner (0 if the lock was free).
         """
         found = self._words.acquire(home, index)
         if not found & OWNER_MASK:
@@ -96,10 +96,10 @@ class LockTable:
             time.sleep(min(SLEEP_SECONDS * 2 ** min(n_waits - YIELDS_BEFORE_SLEEP, 5), LONGEST_SLEEP_SECONDS))
 
     def release(self, home: int, index: int, version: int, *, updated: bool) -> None:
-        """Release the lock and count an update if there was one. Local.
+        """Release a lock, and count an update if there was one. Local.
 
         Raises:
-            RuntimeError: If another rank has taken the lock over, because it took this rank for dead.
+            RuntimeError: Another rank has taken the lock over, because it considered this rank dead.
         """
         held = version << OWNER_BITS | self._me
         found = self._words.swap(home, index, held, (version + updated) << OWNER_BITS)
@@ -109,7 +109,7 @@ class LockTable:
             )
 
     def owner(self, home: int, index: int) -> int | None:
-        """Return the rank that holds the lock, None if it is free. Local."""
+        """Return the rank that holds a lock; None if it is free. Local."""
         found = self._words.swap(home, index, 0, 0)
         return (found & OWNER_MASK) - 1 if found & OWNER_MASK else None
 
@@ -125,17 +125,17 @@ def count_wait(statistics: Statistics, seconds: float) -> None:
 
 
 class Words(Protocol):
-    """Lock words, identified by their home rank and their number there."""
+    """Lock words, identified by their home rank and their number at this rank."""
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
         """Set the owner bits of a free word to this rank's. Local.
 
         Args:
             home, index: The word.
-            spin: Poll for a moment where polling is cheap, instead of once.
+            spin: Whether to poll for a moment instead of once, if polling is cheap.
 
         Returns:
-            The former word. If it has owner bits, the lock was taken and still is.
+            The former word. If it has owner bits, another owner still holds the lock.
         """
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:

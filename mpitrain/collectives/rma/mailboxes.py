@@ -20,13 +20,13 @@ SEQUENCE_TAG = 0
 
 
 class Mailboxes:
-    """``slots`` vectors of ``n`` elements at each worker. Made by ``Communicator.mailboxes``.
+    """Mailboxes: ``slots`` vectors of ``n`` elements at each worker. Created by ``Communicator.mailboxes``.
 
     Args:
-        blocks: Block ``rank * slots + slot`` is this slot of this worker.
-        rank: This worker.
-        slots: Vectors per worker.
-        statistics: Where exchanges and non-finite elements are counted.
+        blocks: The blocks; number ``rank * slots + slot`` is a slot of a worker.
+        rank: The rank of this worker.
+        slots: The number of vectors per worker.
+        statistics: The counters of exchanges and non-finite elements.
     """
 
     def __init__(self, blocks: Blocks, rank: int, slots: int, statistics: Statistics) -> None:
@@ -42,31 +42,32 @@ class Mailboxes:
 
         Args:
             rank: The worker.
-            fn: Called with the mailbox's array (n,) and its tags (N_TAGS,), float64, both to be changed in place. Its
-                result is counted as non-finite elements. It may visit another mailbox. A worker that holds two locks
-                acquires that of the lower rank first, so that workers do not wait for each other in a circle.
-            slot: Which of the worker's vectors.
-            pulls: Whether ``fn`` also copies the mailbox's values: the visit then exchanges two vectors.
+            fn: Called with the array (n,) and the tags (N_TAGS,) float64 of the mailbox, to change both in place. It
+                returns the number of non-finite elements. It may visit another mailbox; to avoid a deadlock, the
+                mailbox of the lower rank must be visited first.
+            slot: The index of the vector.
+            pulls: Whether ``fn`` also copies the values of the mailbox. The visit then counts as an exchange of two
+                vectors.
         """
         n_bytes = self._visit(rank * self._slots + slot, fn, updated=True)
         self._count(rank, 2 * n_bytes if pulls else n_bytes)
 
     def receive(self, rank: int, fn: Callable[[Any, np.ndarray], int | None], slot: int = 0) -> None:
-        """Call ``fn`` with a worker's mailbox and its tags, which it must not change. Local."""
+        """Call ``fn`` with a worker's mailbox and its tags; ``fn`` must not change them. Local."""
         self._count(rank, self._visit(rank * self._slots + slot, fn, updated=False))
 
     def read(self, rank: int, fn: Callable[[Any, np.ndarray], object], slot: int = 0) -> None:
-        """Call ``fn`` as ``receive`` does, for evaluation and checkpoints. Local; not counted as an exchange."""
+        """Call ``fn`` like ``receive``, for evaluation and checkpoints. Local; not counted as an exchange."""
         with self._blocks.locked(rank * self._slots + slot, updated=False) as block:
             fn(block.data, block.tags)
 
     def peek(self, rank: int, slot: int = 0) -> np.ndarray:
-        """Return the tags (N_TAGS,) of a mailbox, read without its lock. Local; overwritten by the next call."""
+        """Return the tags (N_TAGS,) of a mailbox without locking it. Local; the next call overwrites the result."""
         self._blocks.peek_tags(rank * self._slots + slot, self._peeked)
         return self._peeked
 
     def publish(self, values: Any) -> None:
-        """Let others read ``values`` (n,) from now on: write them to the older slot. Local."""
+        """Publish ``values`` (n,) by writing them to the older of two slots. Local."""
         self._n_published += 1
         slot = self._n_published % self._slots
         with self._blocks.locked(self._rank * self._slots + slot, updated=True) as block:

@@ -29,13 +29,14 @@ class MPIBlocks(Blocks):
         world: The ranks.
         homes: The home rank of each block.
         lengths: The number of elements of each block.
-        dtype: Of the elements.
-        statistics: Where bytes and waiting are counted.
-        make_window: Allocates the elements. Blocks in a ``DeviceWindow`` are visited by one-sided operations.
-        n_staging_buffers: Blocks of other nodes that this worker has at a time.
-        encoding: The wire format of encoded visits to float32 blocks of other nodes; None without one.
+        dtype: The type of the elements.
+        statistics: The counters of bytes and waiting.
+        make_window: The class that allocates the elements. Blocks in a ``DeviceWindow`` are accessed by one-sided
+            operations.
+        n_staging_buffers: The number of remote blocks that this worker can hold at a time.
+        encoding: The wire format of encoded visits to remote float32 blocks; None without one.
         before_wait: Called before this worker waits for a lock. A caller that releases blocks late must release them
-            here, or two workers might wait for each other.
+            here to avoid a deadlock.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class MPIBlocks(Blocks):
     def visit(
         self, order: Sequence[int], *, updated: bool, encoded: bool = False
     ) -> Iterator[AbstractContextManager[Block]]:
-        """Yield a context manager for each block: first those of other nodes, as they arrive, then those in place.
+        """Yield a context manager for each block: first remote blocks in the order of their arrival, then local ones.
 
-        This worker holds no lock of another node when it waits for one of its own: no two workers wait for each other.
+        This worker holds no lock of another node while it waits for a lock of its own node, so there is no deadlock.
         """
         remote = self._remote
         if not isinstance(remote, RemoteBlocks):
@@ -107,7 +108,8 @@ class MPIBlocks(Blocks):
     def release(self, block: Block, *, updated: bool) -> None:
         """Store a block if it was updated, and unlock it. Local.
 
-        The last block of a visit, acquired without ``prefetch``, waits until all blocks are stored and unlocked.
+        After the last block of a visit, which was acquired without ``prefetch``, wait until all blocks are stored and
+        unlocked.
         """
         index = block.index
         if self._in_place[index] is None:
@@ -122,23 +124,23 @@ class MPIBlocks(Blocks):
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:
-        """By block, (length,) the change that this worker has not sent yet because of the wire format."""
+        """The rounding errors of encoded changes, (length,) for each block; they are sent with the next change."""
         return self._remote.residuals
 
     def drop_residuals(self) -> None:
-        """Forget the residuals of encoded changes, because the blocks get other values. Local."""
+        """Discard the residuals, because the blocks get new values. Local."""
         self.residuals.clear()
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without locking. Local; each number is whole, but they may differ in age."""
+        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
         self._memory.peek_tags(index, out)
 
     def arrays(self) -> list[Any]:
-        """Return all arrays that ``acquire`` may return parts of. Local."""
+        """Return all arrays of which ``acquire`` may return a part. Local."""
         return [*self._memory.arrays(), *self._remote.staging]
 
     def lock_owner(self, index: int) -> int | None:
-        """Return the rank that holds a block's lock, None when it is free. Local."""
+        """Return the rank that holds a block's lock; None if it is free. Local."""
         return self._locks.owner(self.homes[index], self._slots[index])
 
     def free(self) -> None:

@@ -36,12 +36,12 @@ class NodeBarrier:
 
     Args:
         world: The ranks.
-        statistics: Where long waits are counted.
+        statistics: The counters of waiting.
 
     Attributes:
         words: (STRIDE*local_size,) int64, the number of the barrier that each rank has reached.
         number: The number of the last barrier.
-        spin_limit: Polls before the core is yielded.
+        spin_limit: The number of polls before the rank yields its core.
     """
 
     def __init__(self, world: World, statistics: Statistics) -> None:
@@ -55,7 +55,7 @@ class NodeBarrier:
         self._wait_for_all = node_barrier.wait_for_all()
 
     def wait(self) -> None:
-        """Wait for all ranks of the node; all then see each other's earlier writes. Collective over the node."""
+        """Wait for all ranks of the node; they then see each other's earlier writes. Collective over the node."""
         self.number += 1
         words, me, n, number = self.words, self._me, self._n, self.number
         progress = self._wait_for_all(words, me, n, number, 0, self.spin_limit)
@@ -67,11 +67,10 @@ class NodeBarrier:
     def poll_until(self, end: int, poll: Callable[[int], int], progress: int) -> None:
         """Call ``progress = poll(progress)`` with a backoff until ``progress`` is ``end``. Collective over the node.
 
-        MPI makes progress between two polls, because a late rank may be waiting in a one-sided operation for this rank
-        to call MPI.
+        Between two polls, this rank calls MPI, because a one-sided operation of a late rank may need it.
 
         Raises:
-            RankFailed: If a rank has died.
+            RankFailed: A rank has died.
         """
         began, backoff = time.perf_counter(), Backoff(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
         with self._world.waiting("a barrier or a sum of the ranks of the node", self._missing):

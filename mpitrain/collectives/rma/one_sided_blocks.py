@@ -17,15 +17,15 @@ from mpitrain.collectives.world.statistics import Statistics
 
 
 class OneSidedBlocks:
-    """The blocks that this rank's CPU cannot access. Collective to create.
+    """The blocks that this rank's CPU cannot access directly. Collective to create.
 
-    The methods are those of ``RemoteBlocks``; nothing is prefetched or encoded, and a release is complete on return.
+    The methods are those of ``RemoteBlocks``. Nothing is prefetched or encoded, and a release is complete on return.
 
     Args:
         memory: The memory of all blocks.
-        locks: Their locks.
-        statistics: Where bytes and waiting are counted.
-        n_staging_buffers: Blocks that this worker has at a time.
+        locks: The locks of the blocks.
+        statistics: The counters of bytes and waiting.
+        n_staging_buffers: The number of blocks that this worker can hold at a time.
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
@@ -61,7 +61,7 @@ class OneSidedBlocks:
         return block
 
     def prefetch(self, index: int, encoded: bool) -> None:
-        """Do nothing: the lock is acquired later. Local."""
+        """Do nothing, because the lock is acquired later. Local."""
 
     def release(self, block: Block, *, updated: bool) -> None:
         """Copy an updated block to its home and unlock it. Local."""
@@ -74,4 +74,4 @@ class OneSidedBlocks:
         self._locks.release(memory.homes[index], memory.slots[index], block.version, updated=updated)
 
     def wait(self) -> None:
-        """Return at once: every release is complete. Local."""
+        """Do nothing, because every release is complete. Local."""

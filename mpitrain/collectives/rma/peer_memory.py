@@ -40,17 +40,17 @@ LARGEST_STAGED_SHARD = 1 << 21
 
 
 class PeerMemory:
-    """Allocates memory that peers reach, and frees it. Collective to create and to free.
+    """The memory that the ranks of a world can access. Collective to create and to free.
 
     Args:
         world: The ranks.
         statistics: The counters of exchanges.
-        on_host: Whether vectors lie in host memory although the ranks have GPUs.
+        on_host: Whether vectors are in host memory although the ranks have GPUs.
         encoding: The wire format of ``SharedVector.update`` between nodes; None without one.
 
     Attributes:
         rank: This rank.
-        size: Number of ranks.
+        size: The number of ranks.
         nodes: (size,) the node of each rank.
     """
 
@@ -78,7 +78,7 @@ class PeerMemory:
         return window
 
     def numbers(self, n: int) -> Window:
-        """Allocate a few numbers, float64 zeros in host memory, that peers can read. Collective."""
+        """Allocate a few float64 zeros in host memory that peers can read. Collective."""
         window = Window(self.world, n, np.float64)
         self._made.append(window)
         return window
@@ -92,7 +92,7 @@ class PeerMemory:
     def publish(self, vector: Any) -> None:
         """Publish a snapshot of ``vector``; peers see it after the next barrier or gather. Local.
 
-        Vectors in host memory are always visible: for them this only orders the writes before it and after it.
+        Vectors in host memory are always visible. For them, this call only orders earlier and later writes.
         """
         if isinstance(vector, DeviceWindow):
             vector.publish()
@@ -100,9 +100,9 @@ class PeerMemory:
             vector.sync()
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the peer's vector as it is now. Local; not counted as an exchange.
+        """Call ``fn`` with the peer's present vector. Local; not counted as an exchange.
 
-        A vector on a GPU that this rank does not map is seen as its owner published it last.
+        If the vector is on a GPU and this rank does not map it, ``fn`` receives the values that were published last.
         """
         memory = vector.of(peer)
         if memory is not None:
@@ -132,7 +132,7 @@ class PeerMemory:
         return fetched
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate a vector of zeros for all ranks, sharded over them, or several that change together. Collective."""
+        """Allocate a vector of zeros in shards over all ranks, or several vectors that change together. Collective."""
         smallest, largest = self._shard_sizes()
         parts = shards(n, self.nodes, largest, smallest=-(-smallest // rows))
         blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
@@ -142,7 +142,7 @@ class PeerMemory:
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows, first=first)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate vectors at every rank that others read or change under their locks. Collective."""
+        """Allocate vectors at every rank, each with a lock under which others access it. Collective."""
         homes = [rank for rank in range(self.size) for _ in range(slots)]
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
@@ -164,7 +164,7 @@ class PeerMemory:
         return SMALLEST_REMOTE_SHARD, LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
 
     def drop_residuals(self) -> None:
-        """Forget the residuals of encoded changes, because shared vectors get other values. Local."""
+        """Discard the residuals of encoded changes, because shared vectors get new values. Local."""
         for made in self._made:
             if isinstance(made, (MPIBlocks, DeviceBlocks, PeerMemory)):
                 made.drop_residuals()
@@ -177,7 +177,7 @@ class PeerMemory:
             self._gpu.synchronize()
 
     def free(self) -> None:
-        """Free everything that was allocated here. Collective."""
+        """Free everything that was allocated by this object. Collective."""
         for made in reversed(self._made):
             made.free()
         self._made.clear()

@@ -49,7 +49,7 @@ class RemoteBlock(Block):
 
     Attributes:
         buffer: The number of the staging buffer.
-        encoded: The block as it was fetched, and a buffer for its encoded change; None if it travels unencoded.
+        encoded: The encoded block as it was fetched, and a buffer for its encoded change; None without encoding.
     """
 
     buffer: int = 0
@@ -58,13 +58,13 @@ class RemoteBlock(Block):
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """A block that is locked and fetched.
+    """The request that locks and fetches a block.
 
     Attributes:
         block: The block, in a staging buffer.
-        transfer: Its pending request.
-        n_bytes: What travels.
-        began: When it was requested, in seconds.
+        transfer: The pending request.
+        n_bytes: The number of bytes to receive.
+        began: The time of the request, in seconds.
         granted: Whether this rank has the lock.
     """
 
@@ -80,16 +80,16 @@ class RemoteBlocks:
 
     Args:
         memory: The memory of all blocks.
-        locks: Their locks.
+        locks: The locks of the blocks.
         progress: The progress thread of this rank.
-        statistics: Where bytes and waiting are counted.
-        n_staging_buffers: Buffers that are allocated at once.
+        statistics: The counters of bytes and waiting.
+        n_staging_buffers: The number of buffers to allocate at first.
         encoding: The wire format of encoded visits; None without one.
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
-        residuals: By block, (length,) the change that this worker has not sent yet.
-        window: The bytes under way that fill the link.
+        residuals: The rounding errors of encoded changes, (length,) for each block; they are sent with the next change.
+        window: The number of bytes under way that fills the link.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RemoteBlocks:
         self._free.extend(range(first, first + n))
 
     def acquire(self, index: int, prefetch: int | None, encoded: bool) -> Block:
-        """Lock and fetch a block; once the lock is granted, prefetch another one. Local."""
+        """Lock and fetch a block. When the lock is granted, start to prefetch another block. Local."""
         self.prefetch(index, encoded)
         fetch = self._granted()
         if prefetch is not None:
@@ -145,7 +145,7 @@ class RemoteBlocks:
     def visit(self, order: Sequence[int], *, updated: bool, encoded: bool) -> Iterator[AbstractContextManager[Block]]:
         """Yield a context manager for each block, in the order of their arrival. Local.
 
-        A block may still be on its way home afterwards; ``wait`` waits for the last one.
+        After the visit, blocks may still be under way to their homes; ``wait`` waits for them.
         """
         self.abandon()
         began, awaited = time.perf_counter(), deque(order)
@@ -156,7 +156,7 @@ class RemoteBlocks:
         self.window.record_visit(n_bytes, time.perf_counter() - began)
 
     def next_arrival(self, awaited: deque[int], encoded: bool) -> Block:
-        """Wait for any of the blocks under way, and start to fetch more of those that are awaited. Local."""
+        """Wait for the next block to arrive, and request further blocks of the visit. Local."""
         self._start_more(awaited, encoded)
         fetch = self._granted()  # its data follow: the link has room for another block
         self._start_more(awaited, encoded)
@@ -195,7 +195,7 @@ class RemoteBlocks:
             self._wait_for_store()
 
     def abandon(self) -> None:
-        """Release the blocks that a visit has requested and does not want any more. Local."""
+        """Release the blocks that an interrupted visit has requested. Local."""
         self._abandon_all_but(None)
 
     def _abandon_all_but(self, index: int | None) -> None:

@@ -37,13 +37,13 @@ class RemoteLocks(LockTable):
         return self._words.address(home, index), self._me
 
     def release_swap(self, home: int, index: int, version: int, *, updated: bool) -> tuple[int, int, int]:
-        """Return the address of a lock word at its home, its value now, and its value after a release. Local."""
+        """Return the address of a lock word at its home, its present value, and its value after a release. Local."""
         held = version << OWNER_BITS | self._me
         return self._words.address(home, index), held, (version + updated) << OWNER_BITS
 
 
 class RemoteWords:
-    """Lock words that ranks of their node swap directly, and other ranks by request. Collective to create and to free.
+    """Lock words that ranks of the same node swap directly, and other ranks by request. Collective to create and free.
 
     Args:
         world: The ranks.

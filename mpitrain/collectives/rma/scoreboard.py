@@ -21,11 +21,11 @@ Field = str | tuple[str, int]
 
 
 class Scoreboard:
-    """Values of all ranks, by name. Collective to create and to free.
+    """Values that each rank writes and all ranks can read, by name. Collective to create and to free.
 
     Args:
         world: The ranks.
-        fields: The values that each rank writes.
+        fields: The names and lengths of the values.
     """
 
     def __init__(self, world: World, fields: Iterable[Field]) -> None:
@@ -57,7 +57,7 @@ class Scoreboard:
                 self._window.flush(rank)
 
     def read(self) -> dict[str, np.ndarray]:
-        """Return the present values of all ranks by name: (p,) of a single value, (p, n) of several. Local."""
+        """Return the present values of all ranks by name: (p,) for a single value, (p, n) for n values. Local."""
         self._window.sync()
         for rank in [rank for rank in range(self._world.size) if not self._fetch(rank)]:
             self._window.flush(rank)

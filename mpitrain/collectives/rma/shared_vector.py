@@ -33,26 +33,27 @@ SAMPLE = 1024
 
 
 class SharedVector:
-    """A vector of ``n`` elements that all workers update. Made by ``Communicator.shared_vector``.
+    """A vector of ``n`` elements that all workers update, in shards. Created by ``Communicator.shared_vector``.
 
-    A vector of several rows holds vectors that change together, under the same locks: a center and its velocity, for
-    example. It is then an array (rows, n), and a shard is (rows, length).
+    It may have several rows that are updated together under the same locks, for example a center and its velocity. It
+    is then an array (rows, n), and a shard is (rows, length).
 
     Args:
-        blocks: One block per shard, in the order of the vector.
-        rank: This worker.
-        size: Number of workers.
-        statistics: Where exchanges, staleness and non-finite elements are counted.
-        rows: Number of vectors that lie side by side in each shard.
-        first: The worker whose shards this one visits first; by default its own. Its distance from this worker should
-            be the same for all workers, so that no two begin with the same shard.
+        blocks: The blocks, one per shard, in the order of the vector.
+        rank: The rank of this worker.
+        size: The number of workers.
+        statistics: The counters of exchanges, staleness and non-finite elements.
+        rows: The number of rows.
+        first: The worker whose shards this worker visits first; by default itself. Its distance from this worker should
+            be the same for all workers, so that no two workers begin with the same shard.
 
     Attributes:
-        parts: (shards,) the slice of the vector that each shard is.
-        homes: (shards,) the rank in whose memory each shard is.
-        staleness: Inside ``fn`` of ``update``: the number of updates of this shard by others since this worker's last
-            pull; 0 before the first pull.
-        tags: Inside ``fn`` of ``update``: (N_TAGS,) numbers that belong to the shard, to be changed in place.
+        parts: (shards,) the slice of each shard.
+        homes: (shards,) the rank whose memory contains each shard.
+        staleness: Inside ``fn`` of ``update``, the number of updates of this shard by others since this worker's last
+            pull. It is 0 before the first pull.
+        tags: Inside ``fn`` of ``update``, the numbers (N_TAGS,) that belong to the shard. ``fn`` may change them in
+            place.
     """
 
     def __init__(
@@ -82,14 +83,15 @@ class SharedVector:
         self._movement = _Movement(self.n)
 
     def update(self, fn: Callable[[slice, Any], int | None], *, pushes: bool = True, pulls: bool = True) -> None:
-        """Visit the vector in place, shard by shard, each under its lock. Local.
+        """Visit the shards in place, each under its lock. Local.
 
-        Between nodes the shards may travel in the wire format; all other methods are exact.
+        Between nodes, shards may be sent in the wire format. All other methods are exact.
 
         Args:
-            fn: Called with the slice of a shard and the shard's array. Its result is counted as non-finite elements.
-            pushes: Whether ``fn`` changes the shard. The staleness of the visit is then recorded.
-            pulls: Whether ``fn`` copies the shard's values: staleness counts from the last visit that did.
+            fn: Called with the slice and the array of a shard. It returns the number of non-finite elements.
+            pushes: Whether ``fn`` changes the shard. If so, the staleness of the visit is recorded.
+            pulls: Whether ``fn`` copies the values of the shard. Staleness is counted from the last visit with
+                ``pulls``.
         """
         self._statistics.n_exchanges += 1
         first_staleness: int | None = None
@@ -126,7 +128,7 @@ class SharedVector:
                 assign(out[self.parts[index]], block.data if self._rows == 1 else self._rows_of(block.data)[row])
 
     def write(self, values: Any, row: int | None = None) -> None:
-        """Replace a row, or all rows, by ``values`` (n,), shard by shard. Local; others see it after a barrier."""
+        """Replace a row, or all rows, by ``values`` (n,), shard by shard. Local; others see them after a barrier."""
         for locked in self._blocks.visit(self._order, updated=True):
             with locked as block:
                 index = block.index
@@ -134,7 +136,7 @@ class SharedVector:
                 assign(shard if self._rows == 1 or row is None else shard[row], values[self.parts[index]])
 
     def lags(self) -> np.ndarray:
-        """Return the pull age of each shard, to be saved and restored by ``set_lags``. Local.
+        """Return the age of this worker's last pull of each shard, for a checkpoint. Local.
 
         Returns:
             (shards,) the number of updates by others since this worker's last pull; -1 before the first pull.
@@ -149,11 +151,11 @@ class SharedVector:
         return lags
 
     def set_lags(self, lags: Any) -> None:
-        """Restore the pull age of each shard, as saved by ``lags()``. Local.
+        """Restore the age of the last pull of each shard, as returned by ``lags()``. Local.
 
         Args:
-            lags: (shards,) of this vector, or of one of as many ranks in shards of another size; or one number for all
-                shards.
+            lags: (shards,) the ages, or one number for all shards. The shards may have had other sizes, with the same
+                number of ranks.
         """
         lags = self._for_these_shards(np.atleast_1d(lags))
         for locked in self._blocks.visit(self._order, updated=False):
@@ -174,7 +176,7 @@ class SharedVector:
         """Replace the tags of all shards. Local; others see them after a barrier.
 
         Args:
-            tags: (shards, N_TAGS) of this vector, or of one of as many ranks in shards of another size.
+            tags: (shards, N_TAGS) the tags. The shards may have had other sizes, with the same number of ranks.
         """
         tags = self._for_these_shards(np.asarray(tags))
         for locked in self._blocks.visit(self._order, updated=True):

@@ -28,10 +28,10 @@ LARGEST_MESSAGE_BYTES = 1 << 30
 
 
 def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """Yield an array's bytes in pieces that fit one message, each with its offset in a window.
+    """Yield an array's bytes in pieces that fit into a message, each with its offset in a window.
 
     Args:
-        array: In host or device memory.
+        array: An array in host or device memory.
         first: The offset of the array in the window, in bytes.
     """
     raw = array.view(np.uint8)
@@ -40,12 +40,12 @@ def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
 
 
 class Window:
-    """An array on every rank, reachable by all. Collective to create and to free.
+    """An array on every rank that all ranks can access. Collective to create and to free.
 
     Args:
         world: The ranks.
-        n: Elements on this rank; ranks may differ.
-        dtype: The same on all ranks.
+        n: The number of elements on this rank; ranks may differ.
+        dtype: The type of the elements, the same on all ranks.
         node_shared: Whether the ranks of a node share one array; ``n`` is then the same on all of them.
 
     Attributes:
@@ -95,7 +95,7 @@ class Window:
         self.local[part] = 0
 
     def of(self, rank: int) -> np.ndarray | None:
-        """Return the array of ``rank`` itself if it is on this node, else None. Local."""
+        """Return the array of ``rank`` in place if it is on this node, else None. Local."""
         return self._direct.get(rank)
 
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
@@ -117,16 +117,16 @@ class Window:
             self._remote.Flush(rank)
 
     def sync(self) -> None:
-        """Order this rank's loads and stores of shared memory with those of the others. Local."""
+        """Order the accesses of this rank to shared memory with those of other ranks. Local."""
         self._shared.Sync()
         if self._remote is not None:
             self._remote.Sync()
 
     def free(self) -> None:
-        """Free the memory. Collective; its arrays must not be used any more.
+        """Free the memory. Collective; do not use its arrays afterwards.
 
-        Freeing an MPI window is collective over all its ranks. Once one of them has died, the window stays until the
-        process ends.
+        Freeing an MPI window is collective over all its ranks. If one of them has died, the window therefore stays
+        until the process ends.
         """
         if self.world.survives_failures:
             self.world.barrier()

@@ -22,17 +22,17 @@ ALIGNMENT = 64
 
 
 class WireBuffers:
-    """A buffer for each block at its home, and a residual for each block of other nodes. Collective to create.
+    """A buffer for each block at its home, and a residual for each remote block. Collective to create.
 
-    It takes 2 bytes per element at home, and 4 bytes per element of other nodes that this worker changes.
+    The buffers need 2 bytes per element. The residuals need 4 bytes per element of the blocks that this worker changes.
 
     Args:
-        memory: The blocks, of float32 elements.
-        encoding: Their wire format.
-        statistics: Where non-finite elements are counted.
+        memory: The blocks, with float32 elements.
+        encoding: The wire format.
+        statistics: The counters of non-finite elements.
 
     Attributes:
-        residuals: By block, (length,) the change that this worker has not sent yet.
+        residuals: The rounding errors of encoded changes, (length,) for each block; they are sent with the next change.
     """
 
     def __init__(self, memory: BlockMemory, encoding: wire.Format, statistics: Statistics) -> None:
@@ -49,7 +49,7 @@ class WireBuffers:
         return -(-max(self._encoding.fetched_bytes(n), self._encoding.sent_bytes(n)) // ALIGNMENT) * ALIGNMENT
 
     def staging(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return two buffers for any block of another node: as it was fetched, and for its change. Local."""
+        """Return two buffers for any remote block: one for the fetched block, one for its change. Local."""
         n_bytes = self._n_bytes(self._memory.longest_remote)
         return np.zeros(n_bytes, np.uint8), np.zeros(n_bytes, np.uint8)
 
@@ -62,7 +62,7 @@ class WireBuffers:
         return self._bases[self._memory.homes[index]] + self._starts[index]
 
     def encoded(self, index: int, address: int) -> wire.Encoded:
-        """Return the description of an encoded block, given the block's own address. Local."""
+        """Return the description of an encoded block for a request, given the address of the block. Local."""
         return self._encoding.code, address, self._memory.lengths[index]
 
     def decode(self, fetched: np.ndarray, out: np.ndarray) -> None:
@@ -70,13 +70,13 @@ class WireBuffers:
         self._encoding.decode(fetched, out)
 
     def encode_change(self, index: int, data: np.ndarray, fetched: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-        """Encode the change of a block since it was fetched, and keep its residual. Local.
+        """Encode the change of a block since it was fetched, and store the residual. Local.
 
         Args:
-            index: Number of the block.
-            data: (length,) the block now.
-            fetched: The block as it was fetched, encoded.
-            buffer: From ``staging``.
+            index: The number of the block.
+            data: (length,) the present block.
+            fetched: The encoded block as it was fetched.
+            buffer: The buffer for the change, from ``staging``.
 
         Returns:
             The encoded change, a part of ``buffer``.

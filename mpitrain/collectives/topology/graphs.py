@@ -43,7 +43,7 @@ class Topology:
     Attributes:
         name: The name for which `topology` returns this graph, such as `torus:4x2`.
         size: The number of ranks.
-        steps: For each step of one period the sorted out-neighbours of each rank, without the rank itself.
+        steps: For each step of a period, the sorted out-neighbours of each rank, without the rank itself.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Topology:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether at every step i sends to j if and only if j sends to i."""
+        """Whether, at every step, i sends to j if and only if j sends to i."""
         return self.steps == self._reversed_steps
 
     @cached_property
@@ -98,7 +98,7 @@ class Topology:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the vector of every rank reaches all ranks over the periods: the union is strongly connected."""
+        """Whether the vector of every rank reaches all ranks: the union of all steps is strongly connected."""
         forward = self.union.steps[0]
         return all(len(_reach(step)) == self.size for step in (forward, _reverse(forward)))
 
@@ -111,11 +111,11 @@ class Topology:
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that depend on the edges only; equal on all ranks that have the same graph."""
+        """Sixteen hexadecimal digits that identify the edges. Equal graphs have equal digests."""
         return hashlib.sha256(repr((self.size, self.steps)).encode()).hexdigest()[:16]
 
     def two_colouring(self) -> tuple[int, ...] | None:
-        """Return a colour, 0 or 1, for each rank such that no edge of the period joins equal ones; None without any."""
+        """Return a colour, 0 or 1, for each rank, so that no edge joins equal colours; None if this is impossible."""
         union = self.union
         colours: list[int | None] = [None] * self.size
         for start in range(self.size):
@@ -206,12 +206,12 @@ def _rectangle(kind: str, size: int, rows: int | None, columns: int | None) -> T
 
 
 def grid(size: int, rows: int | None = None, columns: int | None = None) -> Topology:
-    """Return a rectangle without wrap-around, the one nearest to a square unless a shape is given."""
+    """Return a rectangular grid without wrap-around. The default shape is as close to a square as possible."""
     return _rectangle("grid", size, rows, columns)
 
 
 def torus(size: int, rows: int | None = None, columns: int | None = None) -> Topology:
-    """Return a rectangle with wrap-around, the one nearest to a square unless a shape is given."""
+    """Return a rectangular grid with wrap-around. The default shape is as close to a square as possible."""
     return _rectangle("torus", size, rows, columns)
 
 
@@ -252,9 +252,9 @@ def two_peer_exponential(size: int) -> Topology:
 def bipartite_exponential(size: int) -> Topology:
     """Return the bipartite exponential graph: at each step every odd rank exchanges with one even rank.
 
-    Odd ranks initiate, even ranks answer. The a-th odd rank (2a + 1) is matched with the (a + s)-th even rank at the
-    steps s = 0, 1, 2, 4, ...: with an even size the distances are -1, 1, 3, 7, ... With an odd size there is one more
-    even than odd rank, and one even rank pauses at each step.
+    Odd ranks initiate the exchange, and even ranks answer. The a-th odd rank, 2a + 1, is matched with the (a + s)-th
+    even rank, where s = 0, 1, 2, 4, ... from step to step. With an even size, the distances are -1, 1, 3, 7, ... With
+    an odd size, one even rank pauses at each step.
     """
     n_even, n_odd = size - size // 2, size // 2
     steps = []
@@ -268,7 +268,10 @@ def bipartite_exponential(size: int) -> Topology:
 
 
 def erdos_renyi(size: int, probability: float = 0.5, seed: int = 0) -> Topology:
-    """Return a random graph that joins each pair with `probability`, redrawn until it is connected."""
+    """Return a connected random graph, in which each pair is joined with `probability`.
+
+    The graph is drawn again until it is connected.
+    """
     draw = random.Random(seed)  # the same stream in every version of Python, unlike NumPy's
     for _ in range(100):
         edges = [(i, j) for i in range(size) for j in range(i) if draw.random() < probability]
@@ -310,7 +313,7 @@ def topology(spec: str, size: int) -> Topology:
 
 
 def uniform_peer(rng: Generator, rank: int, size: int) -> int:
-    """Draw a rank uniformly from all but `rank`, which would waste the exchange."""
+    """Draw a rank uniformly from all ranks except `rank`."""
     if size < 2:
         raise ValueError("a world of one rank has no peer to draw; skip the exchange when size is 1")
     peer = int(rng.integers(size - 1))

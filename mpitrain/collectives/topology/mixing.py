@@ -37,9 +37,9 @@ def mixing_matrix(topology: Topology, step: int = 0, weights: Weights = "uniform
     Args:
         topology: The graph.
         step: The step, modulo the period.
-        weights: "uniform" (row-stochastic: i averages its vector and those it pulls), "metropolis" (doubly stochastic,
-            symmetric graphs only) or "push" (column-stochastic: j splits its vector evenly between itself and its
-            out-neighbours).
+        weights: With "uniform", W is row-stochastic: i averages its vector with those that it pulls. With "metropolis",
+            W is doubly stochastic; the graph must be symmetric. With "push", W is column-stochastic: j splits its
+            vector evenly between itself and its out-neighbours.
 
     Raises:
         ValueError: The weights are unknown, or "metropolis" on a graph that is not symmetric at that step.
@@ -68,7 +68,7 @@ def mixing_matrix(topology: Topology, step: int = 0, weights: Weights = "uniform
 
 
 def period_matrix(topology: Topology, weights: Weights = "uniform") -> Matrix:
-    """Return the product of the matrices of one period, the last step leftmost."""
+    """Return the product of the matrices of one period, with the last step on the left."""
     w = np.eye(topology.size)
     for step in range(topology.period):
         w = mixing_matrix(topology, step, weights) @ w
@@ -76,10 +76,10 @@ def period_matrix(topology: Topology, weights: Weights = "uniform") -> Matrix:
 
 
 def spectral_gap(w: Matrix) -> float:
-    """Return 1 minus the second largest singular value of a doubly stochastic W: 1 mixes at once, 0 may never mix.
+    """Return the spectral gap of a doubly stochastic W: 1 minus its second largest singular value.
 
-    The singular value, not the eigenvalue, is what bounds one round for W that are not symmetric: |W x - mean| <= (1 -
-    gap) |x - mean|.
+    With a gap of 1, one step averages exactly; with a gap of 0, W may never average. The gap bounds a step also if W is
+    not symmetric: |W x - mean| <= (1 - gap) |x - mean|.
 
     Raises:
         ValueError: W is not doubly stochastic; use `consensus_rate`.
@@ -94,9 +94,9 @@ def spectral_gap(w: Matrix) -> float:
 def consensus_rate(topology: Topology, weights: Weights | None = None) -> float:
     """Return the factor by which one period shrinks the disagreement: 0 averages exactly, 1 does not average.
 
-    With a doubly stochastic product this is its second largest singular value, which bounds every period from the
-    first. With any other it is the second largest eigenvalue modulus, which holds in the limit (of the debiased x / w
-    under push weights).
+    If the product of the matrices is doubly stochastic, the factor is its second largest singular value, which bounds
+    every period. Otherwise, it is the second largest modulus of its eigenvalues, which holds in the limit. With push
+    weights, it applies to the debiased x / w.
 
     Args:
         topology: The graph.

@@ -34,7 +34,7 @@ MAX_BYTES = 2**26
 
 
 def is_graph_file(text: str) -> bool:
-    """Return whether a text names a file of a graph, by its suffix."""
+    """Return whether a text is the name of a graph file, according to its suffix."""
     return Path(text).suffix.lower() in READERS
 
 
@@ -66,7 +66,7 @@ def read_graph(path: str) -> Topology:
     """Return the topology in a file.
 
     Raises:
-        UsageError: The file cannot be read, is too large or holds no such graph.
+        UsageError: The file cannot be read, is too large or does not contain a graph with these nodes.
     """
     try:
         if os.path.getsize(path) > MAX_BYTES:

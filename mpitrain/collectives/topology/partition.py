@@ -25,10 +25,10 @@ ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line
 
 
 def split(n: int, parts: int, align: int = ALIGNMENT) -> list[slice]:
-    """Split 0..n in `parts` contiguous slices, each starting at a multiple of `align`.
+    """Split 0..n into `parts` contiguous slices that start at multiples of `align`.
 
-    No two lengths differ by more than `align`; with fewer than `parts` blocks of `align` elements some slices are
-    empty.
+    No two lengths differ by more than `align`. If there are fewer than `parts` blocks of `align` elements, some slices
+    are empty.
     """
     if n < 0 or parts < 1 or align < 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def split(n: int, parts: int, align: int = ALIGNMENT) -> list[slice]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A slice of a shared vector: elements `start` to `stop`, in the memory of rank `owner`, under one lock."""
+    """A slice of a shared vector with one lock: elements `start` to `stop`, in the memory of rank `owner`."""
 
     owner: int
     start: int
@@ -60,10 +60,12 @@ class Shard:
 
 
 def owners(n_owners: int, nodes: Sequence[int]) -> list[int]:
-    """Return `n_owners` ranks, ascending and spread over the nodes: the first rank of each node, then the second ones.
+    """Choose `n_owners` ranks that are spread over the nodes, and return them in ascending order.
+
+    First the first rank of each node is chosen, then the second rank of each node, and so on.
 
     Args:
-        n_owners: At most the number of ranks.
+        n_owners: The number of owners, at most the number of ranks.
         nodes: (ranks,) the node of each rank.
     """
     seen: Counter[int] = Counter()
@@ -79,16 +81,17 @@ def shards(
 ) -> list[Shard]:
     """Return shards of at most `largest` elements, in the order of the vector.
 
-    Each owner holds one contiguous share (`split`) of at least about `smallest` elements: all ranks are owners if the
-    vector is long enough. All shares are cut in the same number of shards where there are enough elements, so that
-    `visiting_order` lets each rank start with its own. Empty shards are left out.
+    Each owner holds a contiguous share of the vector, of at least about `smallest` elements. If the vector is long
+    enough, all ranks are owners. If there are enough elements, all shares consist of the same number of shards, so that
+    `visiting_order` lets each rank start with its own shards. There are no empty shards.
 
     Args:
-        n: Elements of the vector.
+        n: The number of elements of the vector.
         nodes: (ranks,) the node of each rank.
-        largest: Elements of a shard, at most.
-        smallest: Elements of a share if there are fewer owners than ranks; `largest` if that is less.
-        align: Shards start at multiples of it where `largest` allows.
+        largest: The largest number of elements in a shard.
+        smallest: The smallest number of elements in a share if there are fewer owners than ranks, but at most
+            `largest`.
+        align: Shards start at multiples of this number if `largest` permits it.
     """
     if largest < 1:
         raise ValueError(f"the largest shard must have at least 1 element, not {largest}")
@@ -107,16 +110,19 @@ def shards(
 
 
 def visiting_order(n_shards: int, rank: int, size: int) -> list[int]:
-    """Return the indices of all shards, going round from one where no other rank starts (if there are enough)."""
+    """Return the indices of all shards in cyclic order, from the first shard that this rank visits.
+
+    If there are enough shards, each rank starts with a different one.
+    """
     start = rank * n_shards // size
     return [(start + k) % n_shards for k in range(n_shards)]
 
 
 def binomial_tree(rank: int, size: int, root: int = 0) -> tuple[int | None, tuple[int, ...]]:
-    """Return the parent of `rank` (None at the root) and its children, the one with the largest subtree first.
+    """Return the parent of `rank` (None for the root) and its children, the child with the largest subtree first.
 
-    With relative ranks r = (rank - root) mod size, the parent of r is r without its lowest set bit. Sending to the
-    children in the order given, a broadcast takes ceil(log2(size)) rounds; a reduction receives in the reverse order.
+    With relative ranks r = (rank - root) mod size, the parent of r is r without its lowest set bit. If each rank sends
+    to its children in this order, a broadcast takes ceil(log2(size)) rounds. A reduction receives in the reverse order.
 
         size 8, root 0:   0 -> 4 2 1     4 -> 6 5     2 -> 3     6 -> 7
     """
@@ -132,9 +138,9 @@ def binomial_tree(rank: int, size: int, root: int = 0) -> tuple[int | None, tupl
 
 
 def emulated_nodes(local_size: int, n: int) -> list[int]:
-    """Return the node of each local rank when one machine emulates `n` nodes: contiguous groups of near-equal size.
+    """Return the node of each local rank if one machine emulates `n` nodes, as contiguous groups of ranks.
 
-    Sizes differ by at most one. With fewer ranks than nodes each rank is a node of its own.
+    The sizes of groups differ by at most one. With fewer ranks than nodes, each rank has its own node.
     """
     if local_size < 1 or n < 1:
         raise ValueError(f"cannot emulate {n} nodes with {local_size} ranks: both must be at least 1")
@@ -143,7 +149,7 @@ def emulated_nodes(local_size: int, n: int) -> list[int]:
 
 
 def share_of_cores(affinities: Sequence[Collection[int]], rank: int) -> float:
-    """Return the share of a machine's cores that ``rank`` has when ranks share the cores they may run on.
+    """Return the number of cores of a machine that ``rank`` gets if ranks share the cores on which they may run.
 
     Args:
         affinities: The cores on which each rank of the machine may run.

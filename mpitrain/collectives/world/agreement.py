@@ -21,13 +21,13 @@ def require_equal(gather: Gather, rank: int, settings: Mapping[str, str], *, rem
     """Check that all ranks have the same settings. Collective.
 
     Args:
-        gather: Gathers an object from each rank, such as ``comm.allgather``.
-        rank: The number of this rank in messages.
-        settings: A text for each setting, by the name that a message gives it; the most telling ones first.
-        remedy: The way out, at the end of the message.
+        gather: A function that gathers an object from each rank, such as ``comm.allgather``.
+        rank: The number of this rank, for messages.
+        settings: The value of each setting as text, by its name for messages. The most informative settings come first.
+        remedy: The remedy, for the end of the message.
 
     Raises:
-        UsageError: On all ranks, with the first setting that differs, and its values and their ranks.
+        UsageError: A setting differs. All ranks raise it; the message names the first difference.
     """
     found = differences(gather, rank, settings)
     if not found:
@@ -42,7 +42,7 @@ def require_equal(gather: Gather, rank: int, settings: Mapping[str, str], *, rem
 def differences(gather: Gather, rank: int, settings: Mapping[str, str]) -> dict[str, str]:
     """Return the settings that are not equal on all ranks, with their values in words. Collective.
 
-    Equal settings cost one exchange of a digest. Otherwise, one rank of each kind sends its settings.
+    Ranks first compare digests. If the digests differ, one rank for each digest sends its settings.
 
     Args:
         gather, rank, settings: See ``require_equal``.

@@ -29,15 +29,16 @@ def threads_may_call_mpi() -> bool:
 
 
 def in_background() -> bool:
-    """Return whether this is a background thread, which must leave the core to the one that computes. Local."""
+    """Return whether this is a background thread, which must not take the core from the computing thread. Local."""
     return getattr(_of_thread, "is_background", False)
 
 
 class Backoff:
-    """Pauses between the polls of a waiting thread: the longer it has waited, the longer they are.
+    """Pauses between the polls of a waiting thread, which grow with the time of waiting.
 
     Args:
-        shortest, longest: Seconds of a pause; between them it is as long as the time since the first pause began.
+        shortest, longest: The bounds of a pause in seconds. Between them, a pause is as long as the time since the
+            first pause.
     """
 
     def __init__(self, shortest: float, longest: float) -> None:
@@ -55,9 +56,10 @@ class Backoff:
 def wait_with_backoff(is_done: Callable[[], bool]) -> None:
     """Poll with pauses until ``is_done()``. Local.
 
-    A blocking MPI call spins. In the background that takes the core from the thread that computes. A poll takes tens of
-    microseconds from it too, so the pauses grow with the wait. In the foreground a blocking call would hold the lock
-    that MPICH has around all of MPI, and this rank would not serve the others for tens of milliseconds.
+    A blocking MPI call would spin. In the background, it would take the core from the computing thread. Even a poll
+    costs this thread tens of microseconds, so the pauses grow with the time of waiting. In the foreground, a blocking
+    call would hold the lock that MPICH has around all of MPI. This rank would then not serve requests for tens of
+    milliseconds.
     """
     began = time.perf_counter()
     if in_background():
@@ -80,10 +82,10 @@ def _mark_thread() -> None:
 
 
 class Started:
-    """A background operation, running or done.
+    """A background operation, which is running or has ended.
 
     Args:
-        future: That of the thread; None if the operation is done.
+        future: The future of the operation; None if it has ended.
     """
 
     def __init__(self, future: Future[object] | None = None) -> None:
@@ -96,13 +98,13 @@ class Started:
         return self._future is None or self._future.done()
 
     def wait(self) -> None:
-        """Wait until the operation ends, and raise its exception if there is one. Local."""
+        """Wait until the operation ends. If it has raised an exception, raise it here. Local."""
         self._was_awaited = True
         if self._future is not None:
             self._future.result()
 
     def wait_unless_waited(self) -> None:
-        """Wait as ``wait`` does, unless it was called before. Local."""
+        """Call ``wait``, unless it was called before. Local."""
         if not self._was_awaited:
             self.wait()
 
@@ -111,7 +113,7 @@ class Background:
     """A thread that runs functions one after the other.
 
     Args:
-        threads: Whether there may be a thread; without one, ``start`` runs the function itself.
+        threads: Whether a thread may be used. If not, ``start`` runs the function itself.
     """
 
     def __init__(self, *, threads: bool) -> None:
@@ -120,7 +122,7 @@ class Background:
         self._last = Started()
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Start ``fn`` after the functions started before. Local."""
+        """Start ``fn`` when all earlier functions have ended. Local."""
         if not self._threads:
             fn()
             return Started()
@@ -130,7 +132,7 @@ class Background:
         return self._last
 
     def stop(self) -> None:
-        """Wait for all functions, and raise the exception of the last one unless its ``wait`` did. Local."""
+        """Wait for all functions. Raise the exception of the last one, unless its ``wait`` has raised it. Local."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None

@@ -25,7 +25,7 @@ def bind(device: str, local_rank: int) -> str:
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:K``.
-        local_rank: Of this rank on its node.
+        local_rank: The number of this rank on its node.
 
     Raises:
         UsageError: The device is unknown or absent.
@@ -47,15 +47,15 @@ def bind(device: str, local_rank: int) -> str:
 
 
 def bind_all(device: str, comm: Any, local_rank: int) -> tuple[str, Gpu | None]:
-    """Return the device of this rank and its GPU, which becomes the current one. Collective.
+    """Return the device of this rank, and its GPU, which becomes the current GPU. Collective.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:K``.
         comm: The ranks.
-        local_rank: Of this rank on its node.
+        local_rank: The number of this rank on its node.
 
     Raises:
-        UsageError: Some rank cannot use its device; raised on all of them, since they would wait for that rank.
+        UsageError: A rank cannot use its device. All ranks raise it.
     """
     bound, own_gpu, problem = "", None, ""
     try:
@@ -83,7 +83,7 @@ def select_gpu(device: str) -> int:
 
 
 def share_cores(cores: float) -> None:
-    """Let torch use only this rank's share of the node's cores, instead of starting a thread on each. Local.
+    """Limit torch's threads to this rank's share of the cores of the node. Local.
 
     Args:
         cores: The share.
@@ -92,10 +92,10 @@ def share_cores(cores: float) -> None:
 
 
 def limit_threads(most: int) -> None:
-    """Let torch compute with at most this many threads, unless the user chose a number. Local.
+    """Limit the number of torch's threads, unless the user has chosen it. Local.
 
-    Users choose it by OMP_NUM_THREADS, or by ``torch.set_num_threads`` with any number but torch's defaults: the number
-    of cores, or half of it (torch uses one of two hyperthreads).
+    A user chooses it by ``OMP_NUM_THREADS`` or ``torch.set_num_threads``. The number of cores and half of it are
+    torch's defaults; they do not count as a choice.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -117,7 +117,7 @@ def shared_gpus(places: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Yield a message for each GPU that several ranks share.
 
     Args:
-        places: The host of each rank, and the identity of its GPU.
+        places: For each rank, its host and the identity of its GPU.
     """
     for host, identity in dict.fromkeys(places):
         ranks = [rank for rank, place in enumerate(places) if place == (host, identity)]
@@ -132,8 +132,8 @@ def report_shared_gpus(host: str, identity: str, comm: Any) -> None:
     """Log each GPU that several ranks share, on rank 0. Collective.
 
     Args:
-        host: This rank's.
-        identity: Of this rank's GPU.
+        host: The host of this rank.
+        identity: The identity of this rank's GPU.
         comm: The ranks.
     """
     places = comm.allgather((host, identity))

@@ -43,13 +43,13 @@ DAEMONS = ("prterun", "prted", "mpirun", "mpiexec")
 
 
 def end_with_line(text: str, code: int, *, on_all_ranks: bool = False, after_death: bool = False) -> int:
-    """Report an error in one line, on one rank, and end all ranks; return the exit code where this is the only one.
+    """Print an error in one line, on one rank, and end all ranks; return the exit code if there is only one rank.
 
     Args:
-        text: The line, without the program's name.
+        text: The line, without the name of the program.
         code: The exit code.
-        on_all_ranks: Whether every process is sure to find the error, so that the first one reports it for all.
-        after_death: Whether the error is the death of a rank: then not all of them can fail.
+        on_all_ranks: Whether all ranks find the same error, so that only the first one prints it.
+        after_death: Whether the error is the death of a rank.
     """
     comm = _world() if is_launched() else None
     if comm is None or comm.Get_size() == 1:
@@ -89,7 +89,7 @@ def _print_line(text: str, rank: int) -> None:
 def all_have_failed(grace_seconds: float = GRACE_SECONDS) -> bool:
     """Return whether every rank calls this function within the grace time. Collective if so, else Local.
 
-    MPI must have been started.
+    MPI must be running.
     """
     from mpi4py import MPI
 
@@ -125,7 +125,7 @@ def _poll(condition: Any, deadline: float) -> bool:
 
 
 def exit_in_order(code: int) -> NoReturn:
-    """End this rank after ``all_have_failed``, so that rank 0 is the last and decides the exit code. Collective."""
+    """End this rank after ``all_have_failed``. Rank 0 ends last, so its exit code is that of the run. Collective."""
     from mpi4py import MPI
 
     rank = MPI.COMM_WORLD.Get_rank()
@@ -152,7 +152,7 @@ def end_all(comm: Any, code: int) -> NoReturn:
 
     Args:
         comm: A communicator of all ranks.
-        code: Not 0.
+        code: The exit code, not 0.
     """
     watchdog.announce_end_of_all()
     _flush()

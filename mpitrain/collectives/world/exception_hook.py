@@ -20,13 +20,14 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class ExceptionHook:
-    """The end after an uncaught exception: one line for a ``UsageError``, a traceback for others; all ranks end.
+    """The hook that ends all ranks after an uncaught exception.
 
-    Without it, the other ranks would wait for this one until the queue's time limit.
+    It prints a ``UsageError`` as one line, and other exceptions with a traceback. Without the hook, the other ranks
+    would wait for this rank until the time limit of the job.
 
     Attributes:
-        ranks: Has the ``rank`` and ``size`` of this process, and ends all ranks by ``abort(code)``; None before MPI has
-            started. With one rank, Python's own hook shows tracebacks.
+        ranks: An object with ``rank``, ``size`` and ``abort(code)``; None before MPI has started. With a single rank,
+            Python's own hook prints the traceback.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class ExceptionHook:
 
 
 def place_in_script(trace: TracebackType | None) -> str:
-    """Return the line of the user's program from which an error came, in parentheses; nothing if there is none."""
+    """Return the line of the user's program that caused an error, in parentheses; an empty text without one."""
     frames = traceback.extract_tb(trace)
     own = [
         frame

@@ -26,18 +26,18 @@ NOBODY: frozenset[int] = frozenset()
 
 
 def ulfm_requested() -> bool:
-    """Return whether the launcher lets ranks survive the death of another one. Local; works before MPI starts."""
+    """Return whether the launcher lets ranks survive the death of another rank. Local; MPI need not be running."""
     return os.environ.get(SWITCH, "").lower() in ("1", "true", "yes")
 
 
 def ulfm_available() -> bool:
-    """Return whether this launcher and MPI let ranks survive, and notice, the death of another rank. Local.
+    """Return whether launcher and MPI let ranks survive and notice the death of another rank. Local.
 
-    If so, also disable the launcher's barrier in MPI_Finalize, which a dead rank never reaches.
+    If so, this call also disables the launcher's barrier in MPI_Finalize, which a dead rank would never reach.
 
     Raises:
-        UsageError: The launcher lets ranks survive, but this MPI lets only one thread call it, so that no thread could
-            poll for failures; or the barrier cannot be disabled.
+        UsageError: The launcher lets ranks survive, but this MPI allows only one thread to call it, so no thread can
+            poll for failures. Or the barrier cannot be disabled.
     """
     from mpi4py import MPI
 
@@ -67,10 +67,10 @@ class FailureDetector:
 
     Args:
         comm: The ranks.
-        leaves_no_survivors: Whether no rank can go on without all the others, so that a death ends all of them.
+        leaves_no_survivors: Whether a death ends all ranks, because none can continue without all others.
 
     Attributes:
-        dead: The ranks known to have died; every change replaces the set.
+        dead: The ranks known to have died. The set is replaced when it changes.
     """
 
     def __init__(self, comm: Any, *, leaves_no_survivors: bool) -> None:
@@ -87,7 +87,7 @@ class FailureDetector:
             self.poll()
 
     def poll(self) -> None:
-        """Update ``dead``, and report new deaths on the lowest surviving rank. Local."""
+        """Update ``dead``. The lowest surviving rank reports new deaths. Local."""
         from mpi4py import MPI
 
         MPI.COMM_SELF.Iprobe()  # MPI detects failures inside calls; no rank of this communicator dies

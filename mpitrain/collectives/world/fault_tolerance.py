@@ -40,17 +40,17 @@ DETECTION_SECONDS = 1.0
 
 
 def wait_to_be_ended() -> None:
-    """After an MPI error, give the rank that detects a death time to end all ranks and give the reason. Local."""
+    """Wait after an MPI error, so that the rank that detects a death can end all ranks with the reason. Local."""
     if ulfm_requested():
         time.sleep(DETECTION_SECONDS + OUTPUT_SECONDS)
 
 
 def of_part(dead: frozenset[int], members: Sequence[int]) -> frozenset[int]:
-    """Translate dead ranks to their numbers in a part of the ranks. Local.
+    """Translate dead ranks of a world to their numbers in a part of the world. Local.
 
     Args:
-        dead: Ranks of the whole.
-        members: The rank in the whole of each rank of the part.
+        dead: The dead ranks of the world.
+        members: The rank in the world of each rank of the part.
     """
     return frozenset(rank for rank, member in enumerate(members) if member in dead) if dead else dead
 
@@ -59,7 +59,7 @@ def require_all(dead: Collection[int]) -> None:
     """Raise if a rank is dead. Local.
 
     Raises:
-        RankFailed: With the dead ranks and what to do.
+        RankFailed: A rank is dead; the message names a remedy.
     """
     if dead:
         raise RankFailed(
@@ -68,17 +68,17 @@ def require_all(dead: Collection[int]) -> None:
 
 
 class FaultTolerance:
-    """A communicator whose ranks all end when one of them dies.
+    """A communicator without fault tolerance: all ranks end when one of them dies.
 
     Args:
         comm: The ranks.
 
     Attributes:
-        comm: The communicator of the ranks; of the survivors after a death.
-        rank, size: Of this process, among all ranks, dead ones included.
+        comm: The communicator of the ranks; after a death, that of the survivors.
+        rank, size: The rank of this process and the number of ranks, including dead ones.
         dead: The ranks known to have died.
         survives_failures: Whether the other ranks continue after a death and are notified.
-        after_death: What happens to the other ranks after a death, for people.
+        after_death: A description of what happens after a death, for messages.
     """
 
     survives_failures = False
@@ -115,11 +115,11 @@ class FaultTolerance:
         """
 
     def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
-        """Return ``collective(comm)``, run by all survivors. Collective over them.
+        """Return ``collective(comm)``, called on all survivors. Collective over them.
 
         Args:
-            collective: Called with the communicator of the survivors, in which their ranks change after a death. It is
-                called again on all survivors if a rank dies during the call.
+            collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
+                death. If a rank dies during the call, it is called again on all survivors.
         """
         return collective(self.comm)
 
@@ -147,8 +147,8 @@ class ULFMFaultTolerance(FaultTolerance):
 
     Args:
         comm: The ranks.
-        detector: Of the whole run.
-        members: The rank in the whole run of each of these ranks, if they are a part of it.
+        detector: The failure detector of the run.
+        members: The rank in the run of each of these ranks, if they are a part of it.
     """
 
     survives_failures = True
@@ -167,7 +167,7 @@ class ULFMFaultTolerance(FaultTolerance):
 
     @property
     def probed_comm(self) -> Any:
-        """The communicator on which a call to ``Iprobe`` lets MPI make progress: no rank in it dies. Local."""
+        """A communicator without dead ranks, on which ``Iprobe`` lets MPI make progress. Local."""
         from mpi4py import MPI
 
         return MPI.COMM_SELF
@@ -190,12 +190,12 @@ class ULFMFaultTolerance(FaultTolerance):
     def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
         """Return ``collective(comm)``, run by all survivors. Collective over them.
 
-        A collective may succeed on some ranks and fail on others. The ranks agree on the outcome; where it failed on
-        one, all revoke the communicator, shrink it to the survivors and repeat the collective.
+        A collective may succeed on some ranks and fail on others. The ranks therefore agree on the outcome. If it has
+        failed on any rank, all ranks revoke the communicator, shrink it to the survivors and repeat the collective.
 
         Args:
-            collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
-                again, on all of them, when a rank dies in the meantime.
+            collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
+                death. If a rank dies during the call, it is called again on all survivors.
         """
         from mpi4py import MPI
 
@@ -258,7 +258,7 @@ def fault_tolerance_of(comm: Any, *, leaves_no_survivors: bool) -> FaultToleranc
 
     Args:
         comm: The ranks.
-        leaves_no_survivors: Whether no rank can go on without all the others.
+        leaves_no_survivors: Whether a death ends all ranks, because none can continue without all others.
 
     Raises:
         UsageError: See ``ulfm_available``.

@@ -47,25 +47,26 @@ _process = 0
 def init(
     device: Any = None, transport: str | None = None, timeout: float | None = None, *, hide_launcher: bool = False
 ) -> World:
-    """Start MPI, once, and return the world of all ranks. Collective on the first call, which decides the device.
+    """Start MPI and return the world of all ranks. Collective on the first call; later calls return the same world.
 
     Args:
-        device: ``"cpu"`` (the default) or ``"cuda"``, or a ``torch.device``.
-        transport: How vectors on GPUs reach other ranks: ``"auto"`` (the default: what works best), ``"ipc"``,
-            ``"cuda-aware"`` or ``"staged"``; see ``collectives.world.transport``.
-        timeout: Seconds that a rank waits in a barrier, collective, lock or message before it says what it waits for
-            and ends all ranks with exit code 4; 600 by default, and 0 waits for ever. A later call may change it.
-        hide_launcher: Whether to remove the launcher's variables (``OMPI_COMM_*``, ``PMI_*``, ``PMIX_*``) from
-            ``os.environ`` once MPI has started. Libraries that look for them, such as accelerate and Lightning, then
-            see one process and leave communication to mpitrain.
+        device: ``"cpu"`` (the default), ``"cuda"`` or a ``torch.device``.
+        transport: The transport of vectors on GPUs: ``"auto"`` (the default), ``"ipc"``, ``"cuda-aware"`` or
+            ``"staged"``; see ``collectives.world.transport``.
+        timeout: The seconds for which a rank waits in a barrier, a collective, a lock or a message; by default 600.
+            After this time, the rank prints what it is waiting for, and all ranks end with exit code 4. With 0, it
+            waits forever. A later call may change the timeout.
+        hide_launcher: Whether to remove the variables of the launcher (``OMPI_COMM_*``, ``PMI_*``, ``PMIX_*``) from
+            ``os.environ`` after MPI has started. Libraries such as accelerate and Lightning then see a single process,
+            and leave communication to mpitrain.
 
     Returns:
         The world; the same object at every call.
 
     Raises:
-        UsageError: There is no MPI; launcher and MPI disagree about the number of ranks; the device or the transport
-            does not work here, or differs from that of the first call; the timeout is not a number of seconds; or this
-            process was forked from a rank.
+        UsageError: There is no MPI. Or launcher and MPI disagree about the number of ranks, the device or the transport
+            does not work or differs from the first call, the timeout is invalid, or this process was forked from a
+            rank.
     """
     global _world, _process
     if timeout is not None:
@@ -118,13 +119,13 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
     """Create a world of these ranks. Collective.
 
     Args:
-        comm: Their communicator, owned by the world from now on.
+        comm: The communicator of the ranks. The world owns it from now on.
         device: ``cpu``, ``cuda`` or ``cuda:K``.
         transport: One of ``TRANSPORTS``.
 
     Raises:
-        UsageError: The device or the transport does not work here, or an environment variable has no valid value;
-            raised on all ranks.
+        UsageError: The device or the transport does not work, or an environment variable has an invalid value. All
+            ranks raise it.
     """
     path = _path_between_nodes()
     equal = {BETWEEN_NODES: path, EMULATED_NODES: os.environ.get(EMULATED_NODES, "1"), "the device": device}

@@ -31,17 +31,17 @@ _hidden: dict[str, str] = {}
 
 
 def launched_rank() -> int:
-    """Return the rank of this process as the launcher gives it, before MPI has started."""
+    """Return the rank that the launcher has given to this process. MPI need not be running."""
     return next((n for name in RANK_VARIABLES if (n := _number(name, -1)) >= 0), 0)
 
 
 def is_launched() -> bool:
-    """Return whether a launcher that MPI may understand started this process."""
+    """Return whether a launcher known to an MPI has started this process."""
     return is_set(*MPI_VARIABLES, "SLURM_PROCID")
 
 
 def is_set(*names: str) -> bool:
-    """Return whether the launcher has set one of these variables, hidden or not."""
+    """Return whether the launcher has set one of these variables, even if it is hidden now."""
     return any(name in os.environ or name in _hidden for name in names)
 
 
@@ -55,10 +55,10 @@ def hide_launcher() -> None:
 
 
 def check_before_start() -> None:
-    """Refuse a launch that is wrong whatever MPI says, without starting MPI. Local.
+    """Refuse a launch that cannot work, before MPI starts. Local.
 
     Raises:
-        UsageError: With the launch that works.
+        UsageError: The message names a launch command that works.
     """
     import multiprocessing
 
@@ -72,7 +72,7 @@ def check_before_start() -> None:
 
 
 def check_world(size: int, vendor: str) -> None:
-    """Refuse a launch whose processes are not the ranks that MPI sees. Local.
+    """Refuse a launch with a different number of processes than MPI has ranks. Local.
 
     Args:
         size: The number of ranks that MPI sees.

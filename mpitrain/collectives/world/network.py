@@ -19,16 +19,16 @@ ALWAYS_EXCLUDED = ("127.0.0.0/8", "sppp")
 
 
 def bridges_among(names: Iterable[str]) -> list[str]:
-    """Return the names that are those of bridges to containers or virtual machines of one host. Local."""
+    """Return those interfaces that are bridges to containers or virtual machines of a host. Local."""
     return [name for name in names if name.startswith(BRIDGES)]
 
 
 def exclude_bridges(environ: MutableMapping[str, str] = os.environ, names: Iterable[str] | None = None) -> None:
-    """Keep Open MPI, which has not been started yet, from using bridges. Local; a setting of the user's stays.
+    """Exclude bridges from the interfaces that Open MPI will use. Local; a setting of the user has priority.
 
     Args:
-        environ: The environment to change.
-        names: The interfaces of this host, by default as they are.
+        environ: The environment to change, before MPI starts.
+        names: The interfaces; by default those of this host.
     """
     if INCLUDE in environ or EXCLUDE in environ:
         return

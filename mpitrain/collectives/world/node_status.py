@@ -19,7 +19,9 @@ STEP, N_WAITS, HAS_ENDED, PROCESS, NAMESPACE, ALARM, WIDTH = range(7)
 
 
 class NodeStatus:
-    """The rows of the ranks of a node. Collective over them to create; it lives until the process ends.
+    """The status of the ranks of a node, a row for each, in shared memory. Collective over them to create.
+
+    The memory is never freed.
 
     Args:
         node_comm: The communicator of these ranks.
@@ -27,8 +29,8 @@ class NodeStatus:
         host: The name of the host.
 
     Attributes:
-        row: This rank's row, writable: see the constants.
-        host, ranks: The arguments.
+        row: The row of this rank; the constants of this module name its elements.
+        host, ranks: See the arguments.
         exits: A poll object that becomes readable when another process of the node ends.
     """
 
@@ -53,11 +55,11 @@ class NodeStatus:
         return int(self._rows[local_rank, NAMESPACE]) == self.row[NAMESPACE]
 
     def raise_alarm(self) -> None:
-        """Ask all ranks of the node to say what they are doing. Local."""
+        """Request all ranks of the node to print what they are doing. Local."""
         self._rows[:, ALARM] = 1
 
     def died(self, file: int) -> int | None:
-        """Return the rank whose process has ended, given its file from ``exits``; None if it had announced its end."""
+        """Return the rank whose process has ended, given its file from ``exits``; None if it has announced its end."""
         local_rank = self._files.pop(file)
         self.exits.unregister(file)
         os.close(file)
@@ -77,11 +79,11 @@ class NodeStatus:
         return int(self._rows[self.ranks.index(rank), STEP])
 
     def announce_end_of_all(self) -> None:
-        """Tell the ranks of the node that all of them end now, and that the reason is known. Local."""
+        """Announce to the ranks of the node that all ranks end now, for a reason that has been printed. Local."""
         self._rows[:, HAS_ENDED] = 1
 
     def not_waiting(self) -> list[int]:
-        """Return the other ranks of the node that wait for nothing. Local."""
+        """Return the other ranks of the node that are not waiting. Local."""
         return [
             rank
             for local_rank, rank in enumerate(self.ranks)
@@ -89,7 +91,7 @@ class NodeStatus:
         ]
 
     def describe(self, rank: int) -> str:
-        """Return ``rank 1 (in step 30)``, or what else is known of a rank. Local."""
+        """Return a description of a rank, such as ``rank 1 (in step 30)``. Local."""
         if rank not in self.ranks:
             return f"rank {rank}"
         local_rank = self.ranks.index(rank)

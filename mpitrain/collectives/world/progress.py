@@ -48,12 +48,12 @@ SHUTDOWN_POLL_SECONDS = 0.01  # of a rank at its end for the others
 
 
 class ProgressThread:
-    """A thread that serves the ranks of ``comm`` until ``stop``, or until all of them end.
+    """A thread that serves requests of other ranks until ``stop``.
 
-    Collective to create, since it duplicates ``comm``.
+    Collective to create, because it duplicates ``comm``.
 
     Args:
-        comm: The ranks between which progress is needed. MPI must have been started with MPI_THREAD_MULTIPLE.
+        comm: The ranks. MPI must have been started with MPI_THREAD_MULTIPLE.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -102,12 +102,12 @@ class ProgressThread:
 
         Args:
             rank: The other rank.
-            word: The address of the word there.
+            word: The address of the word at that rank.
             before: The expected value.
-            after: The new value, stored if the expected one was found.
+            after: The new value, which is stored if the word has the expected value.
 
         Returns:
-            The value found.
+            The former value.
         """
         return self._request(service.SWAP, rank, (0, 0), (), (word, before, after)).wait()
 
@@ -123,10 +123,10 @@ class ProgressThread:
 
         Args:
             rank: The other rank.
-            addresses: Of its memory.
+            addresses: The addresses of its memory.
             arrays: The destination.
-            acquire: The address of a lock word, and the owner bits to set in it first, once no other owner's are set.
-            encoded: What ``rank`` encodes to the first of the addresses once it has acquired the lock.
+            acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
+            encoded: The block that ``rank`` encodes to the first of the addresses when it has acquired the lock.
         """
         kind = service.ACQUIRE if acquire[0] else service.FETCH
         return self._request(kind, rank, addresses, arrays, (acquire[0], 0, acquire[1]), encoded)
@@ -143,10 +143,10 @@ class ProgressThread:
 
         Args:
             rank: The other rank.
-            addresses: Of its memory.
+            addresses: The addresses of its memory.
             arrays: The source.
-            swap: The address of a lock word, its expected value and its new one.
-            encoded: What ``rank`` adds the block at the first of the addresses to before it swaps.
+            swap: The address of a lock word, its expected value and its new value.
+            encoded: The block to which ``rank`` adds the encoded change at the first of the addresses, before the swap.
         """
         return self._request(service.STORE, rank, addresses, arrays, swap, encoded)
 
@@ -167,7 +167,7 @@ class ProgressThread:
         return Transfer(self._mpi, rank, words, here, arrays)
 
     def polling(self) -> AbstractContextManager[None]:
-        """Tell the thread that the calling one polls MPI: it then polls too, with pauses. Local."""
+        """Tell this thread that the calling thread polls MPI. It then polls with pauses, too. Local."""
         return self._mpi.polling()
 
     def _end(self) -> None:

@@ -16,20 +16,20 @@ EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This rank, its node and all ranks, as they were when the communicator was created.
+    """The ranks of a communicator and their nodes, at the time of its creation.
 
     Attributes:
         comm: mpi4py's communicator of all ranks.
-        node_comm: That of the ranks of this node.
-        rail_comm: That of the ranks with this local rank, one of each node: it carries one slice of what crosses nodes.
-            ``MPI.COMM_NULL`` where some node has no such rank.
-        rank, size: Of this process, among all.
-        local_rank, local_size: Among the ranks of its node.
+        node_comm: The communicator of the ranks of this node.
+        rail_comm: The communicator of the ranks with this local rank, one of each node. It carries one slice of the
+            data between nodes. ``MPI.COMM_NULL`` if a node has no rank with this number.
+        rank, size: The rank of this process, and the number of ranks.
+        local_rank, local_size: The rank of this process within its node, and the number of ranks of the node.
         node, n_nodes: The index of this node, and the number of nodes.
         node_ranks: The ranks of this node, by local rank.
         nodes, hosts: The node and the host name of each rank.
         n_rails: The size of the smallest node.
-        cores: This rank's share of its machine's cores; below 1 where ranks outnumber the cores they may run on.
+        cores: This rank's share of the cores of its machine. It is below 1 if there are more ranks than cores.
     """
 
     comm: Any
@@ -48,9 +48,9 @@ class RankInfo:
     cores: float
 
     def part(self, comm: Any) -> RankInfo:
-        """Return the place of this rank among those of ``comm``, which keep their nodes. Collective over them.
+        """Return the ``RankInfo`` of a part of the ranks, with the same nodes. Collective over the part.
 
-        The share of cores stays: the other ranks compute too.
+        The share of cores does not change, because the other ranks compute, too.
         """
         return _gather(comm, comm.Split(self.node, key=comm.Get_rank()), self.cores)
 

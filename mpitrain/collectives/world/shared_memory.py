@@ -14,10 +14,10 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
-    """Raise before an allocation that would end in a bus error. Local.
+    """Raise an error before an allocation that would cause a bus error. Local.
 
-    Shared memory is a file system: a page that does not fit kills the process that touches it. Containers often have
-    64 MB of shared memory.
+    Shared memory is a file system. If it is full, a process that touches a new page is killed. Containers often have
+    only 64 MB of shared memory.
 
     Raises:
         UsageError: ``folder`` has fewer than ``n_bytes`` free.
@@ -36,12 +36,12 @@ def check_free_memory(n_bytes: int, folder: str = SHARED_MEMORY) -> None:
 
 
 def check_free_memory_on_all(n_bytes: int, comm: Any) -> None:
-    """Raise on all ranks of ``comm`` if one of them lacks ``n_bytes`` of shared memory. Collective.
+    """Raise an error on all ranks of ``comm`` if one of them lacks ``n_bytes`` of shared memory. Collective.
 
-    Otherwise the others would wait forever for that rank in the allocation.
+    Without this check, the other ranks would wait forever in the allocation.
 
     Raises:
-        UsageError: Some rank has fewer than ``n_bytes`` free.
+        UsageError: A rank has fewer than ``n_bytes`` of free shared memory. All ranks raise it.
     """
     text = ""
     try:
@@ -58,10 +58,10 @@ def allocate_shared_array(node_comm: Any, shape: tuple[int, ...], dtype: Any) ->
 
     Args:
         node_comm: The communicator of these ranks.
-        shape, dtype: Of the array.
+        shape, dtype: The shape and the type of the array.
 
     Returns:
-        The MPI window that holds the memory, and the array, which freeing the window unmaps.
+        The MPI window of the memory, and the array. Freeing the window makes the array invalid.
 
     Raises:
         UsageError: The node has too little shared memory.

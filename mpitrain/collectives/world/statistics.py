@@ -22,21 +22,21 @@ SMALLEST_DISTANCE_EXPONENT = -23
 
 @dataclass
 class Statistics:
-    """Counters of one worker; they only grow.
+    """The counters of one worker, which only grow.
 
     Attributes:
-        bytes_sent: The communication volume of the method: bytes of vectors pulled from and pushed to others,
-            whether they crossed a wire or were read in place in the memory of the node, without evaluation.
-        wire_bytes: Bytes that this worker moved between nodes for any purpose.
-        n_exchanges: Exchanges started (an all-reduce, a visit to the center, a gossip message).
-        n_nonfinite: Non-finite elements kept out of shared vectors; on a GPU a ``cuda.NonfiniteCount``, which ``int``
-            converts.
-        n_clipped: Displacements that exceeded ``clip_displacement`` and were scaled.
-        wait_seconds: Time spent waiting for locks and for peers to arrive at a collective.
+        bytes_sent: The communication volume of the method: the bytes of vectors that were pulled from or pushed to
+            others, over a network or in the memory of the node. Evaluations do not count.
+        wire_bytes: The bytes that this worker has moved between nodes for any purpose.
+        n_exchanges: The number of exchanges, such as an all-reduce, a visit to the center or a gossip message.
+        n_nonfinite: The number of non-finite elements that were kept out of shared vectors. On a GPU, it is a
+            ``cuda.NonfiniteCount``, which ``int`` converts.
+        n_clipped: The number of displacements that were scaled because they exceeded ``clip_displacement``.
+        wait_seconds: The time spent waiting for locks and for peers in a collective.
         lock_wait_seconds: The part of ``wait_seconds`` spent waiting for locks.
-        staleness: (33,) counts of visits to the center, by the number of updates by others since the last visit.
-        staleness_distance: (33,) counts of visits, by the distance the center has moved since the last visit (Hermans,
-            CERN-THESIS-2017-103, section 4.2), in powers of two.
+        staleness: (33,) a histogram of visits to the center, by the number of updates by others since the last visit.
+        staleness_distance: (33,) a histogram of visits to the center, by the distance that the center has moved since
+            the last visit, in powers of two (Hermans, CERN-THESIS-2017-103, section 4.2).
     """
 
     bytes_sent: int = 0
@@ -54,13 +54,13 @@ class Statistics:
         return copy.deepcopy({**vars(self), "n_nonfinite": int(self.n_nonfinite)})
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
-        """Count one visit that found ``n_updates`` updates by others, which moved the center by ``distance``."""
+        """Count a visit after ``n_updates`` updates by others that have moved the center by ``distance``."""
         self.staleness[min(n_updates, STALENESS_BINS - 1)] += 1
         self.staleness_distance[distance_bin(distance)] += 1
 
 
 def distance_bin(distance: float) -> int:
-    """Return the bin of a distance."""
+    """Return the bin of a distance in the histogram."""
     if not distance > 0:
         return 0
     exponent = math.frexp(distance)[1]  # 2^(exponent - 1) <= distance < 2^exponent

@@ -29,7 +29,7 @@ def gather(world: World, values: Sequence[float]) -> np.ndarray:
 
 
 def maximum(world: World, values: Sequence[int]) -> list[int]:
-    """Return the largest of each of some integers over all survivors. Collective."""
+    """Return the element-wise maximum of some integers over all survivors. Collective."""
     from mpi4py import MPI
 
     mine = np.asarray(values, np.int64)
@@ -44,11 +44,11 @@ def maximum(world: World, values: Sequence[int]) -> list[int]:
 
 
 def broadcast(world: World, make: Callable[[], Any]) -> Any:
-    """Return on all survivors what ``make()`` returns on the first of them. Collective.
+    """Call ``make()`` on the first survivor, and return its result on all survivors. Collective.
 
     Args:
         world: The ranks.
-        make: Called on the first survivor, and again on the next one if the first one dies. Returns a picklable object.
+        make: A function that returns a picklable object. If the first survivor dies, it is called on the next one.
     """
 
     def collective(comm: Any) -> np.ndarray:

@@ -47,7 +47,7 @@ def import_mpi() -> Any:
 
 
 def lowered_level(vendor: tuple[str, tuple[int, int, int]]) -> str | None:
-    """Return why ranks on several nodes start this MPI with MPI_THREAD_SERIALIZED; None if they do not. Local.
+    """Return the reason to start this MPI with MPI_THREAD_SERIALIZED on several nodes; None if there is none. Local.
 
     Args:
         vendor: The name and the version of the MPI library.

@@ -33,7 +33,7 @@ BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKO
 
 
 class NativeMPI:
-    """MPI for compiled code: addresses of its functions, handles, sizes, and the words shared with the serving thread.
+    """MPI for compiled code: the addresses of its functions, handles, sizes, and words shared with the serving thread.
 
     Args:
         comm: The ranks.
@@ -59,10 +59,11 @@ class NativeMPI:
     def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
         """Let the serving thread wait for n requests, if it sleeps until the network wakes it. Local.
 
-        This thread sleeps in the meantime: two polling threads take twice as much from the one that computes.
+        The calling thread sleeps meanwhile, because two polling threads would take twice as much time from the
+        computing thread.
 
         Returns:
-            1 when the requests are complete, a negative error code of MPI, and 0 if this thread has to wait itself.
+            1 if the requests are complete, 0 if the calling thread must wait itself, or a negative error code of MPI.
         """
         shared = self.shared
         if not shared[service.TRUSTED] or not self._may_watch.acquire(blocking=False):
@@ -83,7 +84,7 @@ class NativeMPI:
             self._may_watch.release()
 
     def close(self, code: int) -> None:
-        """Refuse further watched requests, and return the current ones, when the serving thread has failed. Local.
+        """Refuse further watched requests and return the current ones, because the serving thread has failed. Local.
 
         Args:
             code: The negative error code of MPI.
@@ -95,7 +96,7 @@ class NativeMPI:
 
     @contextmanager
     def polling(self) -> Iterator[None]:
-        """Tell the serving thread that another thread polls MPI: it then polls too, with pauses. Local."""
+        """Tell the serving thread that another thread polls MPI. It then polls with pauses, too. Local."""
         with self._lock:
             self.shared[service.POLLING] += 1
         if self.shared[service.ASLEEP]:
@@ -114,8 +115,8 @@ class Transfer:
         mpi: MPI for compiled code.
         rank: The other rank.
         words: The request.
-        here: (4,) Addresses and bytes of the blocks that are sent or received.
-        arrays: The owners of this memory.
+        here: (4,) the addresses and sizes of the blocks to send or to receive.
+        arrays: The arrays that own this memory.
     """
 
     def __init__(
@@ -131,10 +132,10 @@ class Transfer:
         self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
 
     def wait(self) -> int:
-        """Wait until the request is complete, and return the lock word as it was before. Local.
+        """Wait until the request is complete, and return the former lock word. Local.
 
         Raises:
-            RuntimeError: The lock word was not what it must have been.
+            RuntimeError: The former lock word was not the expected one.
         """
         self._wait_for(self._n)
         self._mpi.pending.discard(self)
@@ -149,13 +150,13 @@ class Transfer:
         return self._mpi.polling()
 
     def granted(self) -> bool:
-        """Return whether this rank has the lock, after one poll of MPI. Local."""
+        """Poll MPI once, and return whether this rank has the lock. Local."""
         known = self._mpi.functions, 1, self._requests, self._statuses, self._flag
         return bool(self._checked(service.test_requests()(*known, polls_per_wakeup())))
 
     @property
     def was_taken(self) -> bool:
-        """Whether another rank had the lock when the request came; known once it is granted."""
+        """Whether another rank had the lock when the request arrived. It is known when the lock is granted."""
         return bool(self._header[1])
 
     def wait_for_lock(self) -> float:
@@ -213,9 +214,9 @@ def _granted_now(transfers: Sequence[Transfer]) -> int | None:
 
 @functools.cache
 def polls_per_wakeup() -> int:
-    """Return how often a thread polls MPI between two pauses. Local.
+    """Return the number of polls of MPI between two pauses. Local.
 
-    Open MPI reads its sockets at the end of one call out of eight: the next call sees what arrived.
+    Open MPI reads its sockets only at the end of every eighth call, so that the next call finds what has arrived.
     """
     from mpi4py import MPI
 
@@ -223,7 +224,7 @@ def polls_per_wakeup() -> int:
 
 
 def pieces(*arrays: np.ndarray) -> list[Any]:
-    """Return the bytes of arrays in the pieces that the service sends, as MPI buffers. Local."""
+    """Divide the bytes of arrays into the pieces that the service sends, as MPI buffers. Local."""
     from mpi4py import MPI
 
     raws, size = [array.view(np.uint8) for array in arrays], service.PIECE_BYTES

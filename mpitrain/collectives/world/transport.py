@@ -39,11 +39,11 @@ class Transport:
     """The chosen transport, the same on all ranks.
 
     Attributes:
-        maps: The ranks of a node read and write each other's device memory in place.
-        sums: MPI sums vectors in device memory, where they are not mapped.
-        windows: MPI's one-sided operations reach device memory.
-        n_nodes: Of the world.
-        why: The reason for the choice, for people.
+        maps: Whether the ranks of a node read and write each other's device memory in place.
+        sums: Whether MPI sums vectors in device memory that is not mapped.
+        windows: Whether one-sided operations of MPI access device memory.
+        n_nodes: The number of nodes of the world.
+        why: The reason for the choice, as text.
     """
 
     maps: bool
@@ -53,16 +53,16 @@ class Transport:
     why: str
 
     def of_part(self, n_nodes: int) -> Transport:
-        """Return the transport of a subset of ranks on ``n_nodes`` nodes, with windows unless all map the memory."""
+        """Return the transport of a subset of the ranks, which is on ``n_nodes`` nodes."""
         return replace(self, n_nodes=n_nodes, windows=self.windows and (not self.maps or n_nodes > 1))
 
     @property
     def in_place(self) -> bool:
-        """Whether shared vectors, such as the center, lie in device memory; else in page-locked host memory."""
+        """Whether shared vectors, such as the center, are in device memory instead of page-locked host memory."""
         return self.windows or (self.maps and self.n_nodes == 1)
 
     def describe(self) -> dict[str, str]:
-        """Return the paths of vectors on GPUs, for people."""
+        """Return a description of the ways that vectors on GPUs take."""
         shared = "device memory" if self.in_place else "page-locked host memory, copied in chunks"
         visited = ", in place" if self.in_place and self.maps else ", by one-sided operations" if self.in_place else ""
         summed = "in place, by CUDA IPC" if self.maps else "by MPI" if self.sums else "in page-locked host memory"
@@ -86,7 +86,7 @@ def choose(ranks: RankInfo, wanted: str, device: Gpu) -> Transport:
         device: This rank's GPU.
 
     Raises:
-        UsageError: The wanted transport does not work here; raised on all ranks.
+        UsageError: The wanted transport does not work. All ranks raise it.
     """
     n_nodes = ranks.n_nodes
     if wanted == "staged":
@@ -112,7 +112,7 @@ def choose(ranks: RankInfo, wanted: str, device: Gpu) -> Transport:
 
 
 def mapping_problem(ranks: RankInfo, device: Gpu) -> str | None:
-    """Return why the ranks of some node cannot map each other's device memory; None if all can. Collective."""
+    """Return the reason why the ranks of a node cannot map each other's device memory; None if they can. Collective."""
     problem, opened = "", []
     try:
         mine: Any = device.zeros(PATTERN_ELEMENTS, np.float32)

@@ -21,10 +21,10 @@ SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call
 
 
 class WakeupPipe:
-    """A pipe that one thread writes to wake another one.
+    """A pipe with which a thread wakes another thread.
 
     Args:
-        blocking: Whether the other thread sleeps in ``wait``, and not in ``poll(2)`` with other files.
+        blocking: Whether the other thread sleeps in ``wait`` instead of in ``poll(2)`` with other files.
     """
 
     def __init__(self, *, blocking: bool = False) -> None:
@@ -33,7 +33,7 @@ class WakeupPipe:
         os.set_blocking(self.writes, False)
 
     def wake(self) -> None:
-        """Wake the other thread, now or when it sleeps next. Local."""
+        """Wake the other thread. If it is not asleep, its next sleep ends at once. Local."""
         with suppress(BlockingIOError):  # the pipe is full: the thread will wake
             os.write(self.writes, b"!")
 
@@ -47,7 +47,7 @@ class WakeupPipe:
 
 
 def event_files() -> list[int]:
-    """Return the epoll files of this process: an MPI waits for its sockets with one. Local; Linux only."""
+    """Return the epoll files of this process, with one of which an MPI waits for its sockets. Local; Linux only."""
     found = []
     for path in Path("/proc/self/fd").glob("*"):
         with suppress(OSError):  # the file of the folder itself is closed by now
@@ -57,16 +57,16 @@ def event_files() -> list[int]:
 
 
 def poll_structs(files: Sequence[int]) -> np.ndarray:
-    """Return a ``struct pollfd`` for each file, which waits until there is something to read. Local."""
+    """Return a ``struct pollfd`` for each file, with which ``poll(2)`` waits until the file is readable. Local."""
     kind = np.dtype([("fd", np.int32), ("events", np.int16), ("revents", np.int16)])
     return np.array([(file, select.POLLIN, 0) for file in files], kind)
 
 
 def request_short_slices() -> None:
-    """Let this thread run soon after it wakes, and then only for a short time. Local.
+    """Request short time slices for this thread, so that it runs soon after it wakes. Local.
 
-    Other threads compute on its core. A thread that wakes may otherwise wait for the end of their time slice, some
-    milliseconds. Linux 6.12 and later have a slice for each thread; before, and elsewhere, nothing happens.
+    Otherwise, a thread that wakes may wait some milliseconds, until the time slice of a computing thread ends. This
+    needs Linux 6.12 or later; on other systems, the call has no effect.
     """
     number = SCHED_SETATTR.get(platform.machine())
     if sys.platform == "linux" and number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:

@@ -43,7 +43,7 @@ Ranks = Callable[[], Collection[int]]
 
 
 class Waiting:
-    """A context manager around a blocking wait of the calling thread. Made by ``waiting``."""
+    """A context manager around a blocking wait of the calling thread. Created by ``waiting``."""
 
     __slots__ = ("_dog", "began", "ranks", "thread", "what")
 
@@ -61,7 +61,7 @@ class Waiting:
         self._dog.leave(self)
 
     def restart(self) -> None:
-        """Begin to wait anew, because the awaited ranks make progress. Local."""
+        """Restart the time of the wait, because the awaited ranks make progress. Local."""
         self.began = self._dog.now
 
 
@@ -69,10 +69,10 @@ class Watchdog:
     """The waits of a process, and the thread that watches them once ``start`` is called.
 
     Attributes:
-        timeout: Seconds; 0 waits for ever.
-        now: The watchdog's clock, in seconds.
+        timeout: The timeout in seconds; 0 for none.
+        now: The time on the watchdog's clock, in seconds.
         step: The step that this rank is in.
-        advice: What to do after a death, for people; the trainer knows the folder of the run.
+        advice: A remedy after a death, such as the command that resumes the run.
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
@@ -92,7 +92,7 @@ class Watchdog:
         self._row[node_status.N_WAITS] = 1
 
     def leave(self, wait: Waiting) -> None:
-        """End the watch over a wait, and begin that over a wait around it anew: there was progress. Local."""
+        """Stop watching a wait. If it was inside another wait, restart the time of that wait. Local."""
         del self._waits[wait]
         if not self._waits:
             self._row[node_status.N_WAITS] = 0
@@ -107,37 +107,37 @@ class Watchdog:
         self._row[node_status.STEP] = self.step
 
     def start(self) -> None:
-        """Start the thread. Local; without effect where it runs already."""
+        """Start the thread. Local; no effect if it is running already."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
             atexit.register(self.stop)  # before MPI is finalized, which frees the memory of the status
 
     def attach(self, rank: int, abort: Callable[[int], object]) -> None:
-        """Tell the watchdog the rank of this process, and how to end all ranks. Local."""
+        """Set the rank of this process, and the function that ends all ranks. Local."""
         self._rank, self._abort = rank, abort
 
     def watch_node(self, status: NodeStatus, *, reports_exits: bool) -> None:
         """Watch the processes of the node as well. Local.
 
         Args:
-            status: Of the ranks of this node.
-            reports_exits: Whether to report a process that ends without having announced it.
+            status: The status of the ranks of this node.
+            reports_exits: Whether to report a process that ends without announcing it.
         """
         status.row[node_status.STEP], status.row[node_status.N_WAITS] = self.step, bool(self._waits)
         self._row, self._status, self._reports_exits = status.row, status, reports_exits
         self._wakeup.wake()
 
     def expect_exits(self) -> None:
-        """Report no further ends of other processes: somebody has asked for them. Local."""
+        """Stop reporting the ends of other processes, because they were requested. Local."""
         self._reports_exits = False
 
     def announce_end(self) -> None:
-        """Tell the node that this process ends by itself, and has said why if there is a reason. Local."""
+        """Announce to the node that this process ends in an orderly way. Local."""
         self._row[node_status.HAS_ENDED] = 1
 
     def announce_end_of_all(self) -> None:
-        """Tell the node that this process ends all ranks, and has said why. Local."""
+        """Announce to the node that this process ends all ranks, for a reason that it has printed. Local."""
         self.announce_end()
         if self._status is not None and not self._stopped:
             self._status.announce_end_of_all()
@@ -245,7 +245,7 @@ def waiting(what: str, ranks: Ranks | None = None) -> Any:
     """Return a context manager around a blocking wait. Local.
 
     Args:
-        what: What is waited for, with an article: ``"a barrier"``.
-        ranks: Returns the ranks in the run that are waited for, when it is called; None where they are not known.
+        what: The name of what is awaited, with an article: ``"a barrier"``.
+        ranks: A function that returns the awaited ranks of the run; None if they are not known.
     """
     return Waiting(watchdog, what, ranks)

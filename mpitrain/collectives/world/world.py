@@ -25,26 +25,26 @@ T = TypeVar("T")
 class World:
     """All ranks of a run, or a part of them.
 
-    ``mpitrain.init`` returns the world of all ranks, ``split`` a part.
+    ``mpitrain.init`` returns the world of all ranks, and ``split`` returns a part.
 
     Args:
-        ranks: This rank's place among them.
-        fault_tolerance: Their communicator, and what happens when a rank dies.
+        ranks: The ranks and their nodes.
+        fault_tolerance: The communicator of the ranks, with the handling of dead ranks.
         device: ``"cpu"``, or ``"cuda:K"``.
-        gpu: This rank's GPU; None on the host.
-        transport: How vectors on GPUs reach other ranks; None on the host.
-        wanted_transport: One of ``TRANSPORTS``, as asked for.
-        progress_thread: The thread that calls MPI while this rank computes; None where there is none.
-        serves: Whether ranks visit vectors of other nodes by requests to the progress thread.
-        members: The rank in the run of each rank of a part.
+        gpu: The GPU of this rank; None on the host.
+        transport: The transport of vectors on GPUs; None on the host.
+        wanted_transport: The transport that the user has requested, one of ``TRANSPORTS``.
+        progress_thread: The thread that calls MPI while this rank computes; None without one.
+        serves: Whether ranks access vectors of other nodes by requests to the progress thread.
+        members: For a part of a world, the rank in the run of each of its ranks.
 
     Attributes:
-        ranks: As given. Its attributes but the communicator of all ranks are the world's own too:
-            rank, size, local_rank, local_size, node, n_nodes, node_ranks, nodes, hosts, n_rails, cores, node_comm,
-            rail_comm: See ``RankInfo``.
+        ranks: See the argument.
+        rank, size, local_rank, local_size, node, n_nodes, node_ranks, nodes, hosts, n_rails, cores, node_comm,
+            rail_comm: The attributes of ``ranks``; see ``RankInfo``.
         members: The rank in the run of each of these ranks.
-        device: ``"cpu"``, or ``"cuda:K"``: where this rank's model belongs.
-        gpu, transport, wanted_transport, progress_thread: As given.
+        device: The device for this rank's model: ``"cpu"`` or ``"cuda:K"``.
+        gpu, transport, wanted_transport, progress_thread: See the arguments.
         service: The thread that serves requests of other nodes and makes this rank's; None on one node, with
             ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
     """
@@ -84,7 +84,7 @@ class World:
         return self._fault_tolerance.comm
 
     def split(self, color: int) -> World:
-        """Return the world of the ranks that give the same ``color``, in the order of their ranks. Collective."""
+        """Return the world of the ranks that pass the same ``color``, in the order of their ranks. Collective."""
         with self.waiting("a split of the ranks"):
             comm = self.comm.Split(color, key=self.rank)
             fault_tolerance, ranks = self._fault_tolerance.part(comm), self.ranks.part(comm)
@@ -100,7 +100,7 @@ class World:
         )
 
     def free(self) -> None:
-        """Free the communicators of a part of a world; the whole lives as long as the process. Collective."""
+        """Free the communicators of a part of a world. The world of all ranks is never freed. Collective."""
         from mpi4py import MPI
 
         if not self.is_whole:
@@ -111,7 +111,7 @@ class World:
 
     @property
     def survives_failures(self) -> bool:
-        """Whether the other ranks continue when one dies, and are notified. Local."""
+        """Whether the other ranks continue when a rank dies, and are notified. Local."""
         return self._fault_tolerance.survives_failures
 
     @property
@@ -126,15 +126,15 @@ class World:
 
     @property
     def leader(self) -> int:
-        """The lowest rank not known to have died. Local."""
+        """The lowest living rank. Local."""
         dead = self.dead
         return next(rank for rank in range(self.size) if rank not in dead) if dead else 0
 
     def require_all(self) -> None:
-        """Raise if a rank is dead. Local.
+        """Raise an error if a rank is dead. Local.
 
         Raises:
-            RankFailed: With its number among all ranks of the run.
+            RankFailed: A rank is dead.
         """
         self._fault_tolerance.require_all()
 
@@ -143,31 +143,31 @@ class World:
         return self._fault_tolerance.translated_errors()
 
     def run_on_survivors(self, collective: Callable[[Any], T], what: str = "a collective operation") -> T:
-        """Return ``collective(comm)``, run by all survivors. Collective over them.
+        """Return ``collective(comm)``, called on all survivors. Collective over them.
 
         Args:
-            collective: Called with the communicator of the survivors, who have other ranks in it after a death; called
-                again, on all of them, when a rank dies in the meantime.
-            what: The operation, for a rank that waits in it for too long.
+            collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
+                death. If a rank dies during the call, it is called again on all survivors.
+            what: The name of the operation, for the message of a rank that waits for too long.
         """
         with self.polling(), self.waiting(what):
             return self._fault_tolerance.run_on_survivors(collective)
 
     def progress(self) -> None:
-        """Let MPI make progress: it answers requests of other ranks only inside MPI calls. Local."""
+        """Call MPI, so that it can answer requests of other ranks. Local."""
         self._probed_comm.Iprobe()
 
     def waiting(self, what: str, ranks: Ranks | None = None) -> Waiting:
-        """Return a context manager around a blocking wait, which the watchdog ends after the timeout. Local.
+        """Return a context manager around a blocking wait. If the wait exceeds the timeout, all ranks end. Local.
 
         Args:
-            what: What is waited for, with an article.
-            ranks: Returns those of these ranks that are waited for, as far as they are known.
+            what: The name of what is awaited, with an article.
+            ranks: A function that returns the awaited ranks, as far as they are known.
         """
         return waiting(what, ranks and (lambda: [self.members[rank] for rank in ranks()]))
 
     def polling(self) -> AbstractContextManager[None]:
-        """Tell the progress thread that this thread polls MPI, and may read messages meant for that one. Local."""
+        """Tell the progress thread that this thread polls MPI, so that it polls with pauses, too. Local."""
         return self.progress_thread.polling() if self.progress_thread is not None else nullcontext()
 
     def barrier(self) -> None:
@@ -180,15 +180,15 @@ class World:
             self.node_comm.Barrier()
 
     def allgather(self, value: Any) -> list[Any]:
-        """Return a value of each rank. Collective; for set-up only, because it pickles the values."""
+        """Gather a value of each rank on all ranks. Collective; for set-up only, because it pickles the values."""
         with self.waiting("the set-up of shared memory"):
             values: list[Any] = self.comm.allgather(value)
         return values
 
     def shared_array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return an array of zeros in the memory of the node, the same one on all its ranks. Collective over them.
+        """Allocate an array of zeros that the ranks of the node share. Collective over them.
 
-        It lives until the end of the process.
+        It is never freed.
         """
         with self.waiting("the allocation of shared memory"):
             window, array = allocate_shared_array(self.node_comm, shape, dtype)

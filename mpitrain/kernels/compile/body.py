@@ -15,7 +15,7 @@ from mpitrain.kernels.compile.storage import Compute, Storage
 
 @dataclass(frozen=True)
 class Line:
-    """An assignment ``target = text``; `declares` where C needs the type of a new `target`."""
+    """An assignment ``target = text``. `declares` is true if `target` is new, so that C needs its type."""
 
     target: str
     text: str
@@ -24,11 +24,11 @@ class Line:
 
 
 def body(equations: Equations, storages: Sequence[Storage], compute: Compute, casts: dict[str, str]) -> list[Line]:
-    """Return the loop body for element ``i`` of arrays called ``<name>_at``.
+    """Return the body of the loop over the elements ``i`` of arrays with names ``<name>_at``.
 
     Args:
         equations: The equations to compute.
-        storages: How each array is stored, in declared order.
+        storages: The storage of each array, in the declared order.
         compute: The type of every local variable.
         casts: The names of float32 and float64 in the language.
     """

@@ -48,11 +48,11 @@ def compiled(name: str, label: str, source: str) -> Callable[..., int]:
 
     Args:
         name: The function in `source`.
-        label: Distinguishes the file from those of other signatures.
+        label: A part of the file name that distinguishes signatures.
         source: The Python source of a module.
 
     Returns:
-        The compiled entry point. It checks nothing: arrays must have the declared types.
+        The compiled entry point. It does not check its arguments: arrays must have the declared types.
     """
     with _lock:
         dispatcher = _dispatcher(name, f"{name}_{label}", source)
@@ -101,7 +101,7 @@ def _in_tree_cache() -> Iterator[None]:
 
 
 def cache_root() -> Path | None:
-    """Return the folder of compiled kernels: the first writable candidate that is trusted, or None."""
+    """Return the folder of compiled kernels: the first candidate that is writable and trusted, or None."""
     return next(iter(cache_folder.roots()), None)
 
 

@@ -24,7 +24,7 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 @functools.cache
 def roots() -> tuple[Path, ...]:
-    """Return the trusted candidates in which a file can be made. A full one may still hold compiled kernels."""
+    """Return the trusted candidates in which files can be created. If one is full, it may still contain kernels."""
     found = []
     for candidate in _candidates():
         try:
@@ -40,7 +40,7 @@ def roots() -> tuple[Path, ...]:
 
 
 def objection(folder: Path) -> str | None:
-    """Return why code in an existing folder is not executed, or None."""
+    """Return the reason why code in an existing folder must not be executed; None if it may."""
     place = Path(os.path.realpath(folder))
     for path in (place, *place.parents):
         found = path.stat()
@@ -53,14 +53,14 @@ def objection(folder: Path) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and its parents, where they are missing, for this user alone."""
+    """Create a folder and its missing parents, accessible for this user only."""
     if not folder.parent.exists():
         make_private(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def drop_foreign(folder: Path) -> None:
-    """Remove from a sub-folder of a trusted folder everything that another user may have written.
+    """Remove everything that another user may have written from a sub-folder of a trusted folder.
 
     Raises:
         OSError: The folder itself is not private.
@@ -81,7 +81,7 @@ def drop_foreign(folder: Path) -> None:
 
 
 def protect(folder: Path) -> None:
-    """Make the files in a folder private: the libraries that write them apply the user's umask only."""
+    """Make the files in a folder private. The libraries that write them apply only the user's umask."""
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another process has just replaced it
             path.chmod(0o700 if path.is_dir() else 0o600)

@@ -72,7 +72,7 @@ def run(name: str, equations: Equations, arrays: Sequence[Any], scalars: Sequenc
 
 
 def prepare(name: str, equations: Equations, like: Any) -> None:
-    """Compile the kernel for device arrays of the dtype of ``like`` (n,), by launching it on no elements."""
+    """Compile the kernel for device arrays of the dtype of ``like`` (n,), by a launch without elements."""
     arrays = [like[:0]] * len(equations.arrays)
     _start(_launch_for(name, equations, arrays), equations, arrays, [0.0] * len(equations.scalars), 0)
 

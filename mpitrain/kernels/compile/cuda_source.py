@@ -81,12 +81,12 @@ struct Pack {
 
 
 def pack_length(storages: Sequence[Storage]) -> int:
-    """Return the elements of a pack: 16 bytes of the narrowest array, a multiple of 16 bytes of the others."""
+    """Return the number of elements in a pack: 16 bytes of the array with the smallest elements."""
     return 16 // min(storage.itemsize for storage in storages)
 
 
 def packs_at_once(equations: Equations, storages: Sequence[Storage]) -> int:
-    """Return how many packs a thread loads before it stores: 2 where a single one would not keep the memory busy."""
+    """Return the number of packs that a thread loads before it stores: 2 if one would not use the bandwidth."""
     stored_as = dict(zip(equations.arrays, storages, strict=True))
     loaded = pack_length(storages) * sum(stored_as[array].itemsize for array in equations.loaded)
     return 2 if 0 < loaded < LOADED_AT_ONCE else 1
@@ -95,8 +95,8 @@ def packs_at_once(equations: Equations, storages: Sequence[Storage]) -> int:
 def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
     """Return CUDA C with a self-contained ``extern "C" __global__`` function around the shared loop body.
 
-    Outside the function that computes one element, names from the equations end in ``_at`` or ``_in``, so that they
-    cannot clash with the kernel's own.
+    Outside the function that computes an element, names from the equations end in ``_at`` or ``_in``. They therefore
+    cannot collide with the names of the kernel itself.
     """
     parameters = [
         f"{'' if array in equations.stored else 'const '}{storage.c}* {array}_at"

@@ -26,17 +26,18 @@ class Kernel:
     """One fused pass over a few vectors of the same length.
 
     Args:
-        name: The kernel's name, a Python identifier; the compiled functions have it too.
-        equations: Assignments, one per line, of ``+ - * /``, numbers, arrays, scalars and temporaries. Assigned arrays
-            are changed in place; other assigned names are temporaries and stay in registers.
+        name: The name of the kernel and of its compiled functions, a Python identifier.
+        equations: Assignments, one per line, with ``+ - * /``, numbers, arrays, scalars and temporaries. An assigned
+            array is changed in place. Any other assigned name is a temporary, which stays in a register.
         arrays: The names of the arrays, separated by spaces, in the order of a call's arguments.
-        scalars: The names of the scalars, likewise.
-        guard: An assigned name that is replaced by zero where it is infinite or NaN. A call returns how often.
+        scalars: The names of the scalars, in the same form.
+        guard: An assigned name whose infinite and NaN elements are replaced by zero. A call returns the number of these
+            elements.
         source: The paper, equation or algorithm of the equations.
         doc: What the kernel does, in one line that opens with a verb.
 
     Raises:
-        ValueError: The declaration is wrong; the message says how.
+        ValueError: The declaration is invalid; the message names the mistake.
 
     Example:
         >>> scale = Kernel("scale", "x = a * x", arrays="x", scalars="a", source="BLAS scal")
@@ -120,12 +121,12 @@ class Kernel:
         return function(*operands)
 
     def reference(self, *operands: Any, **scalars: float) -> int:
-        """Run the kernel by NumPy, one operator at a time: the oracle of the compiled back-ends."""
+        """Evaluate the kernel with NumPy, one operator at a time. Tests compare the compiled back-ends with it."""
         operands = self._bind(operands, scalars)
         return reference.evaluate(self.equations, operands[: self._n_arrays], operands[self._n_arrays :])
 
     def bytes_per_element(self, dtype: Any) -> int:
-        """Return the bytes moved per element: each array counts once if it is read and once if it is written.
+        """Return the bytes moved per element. An array counts once if it is read, and once more if it is written.
 
         Args:
             dtype: One dtype for all arrays, or a tuple with one for each.
@@ -201,5 +202,5 @@ class Kernel:
 
 
 def as_bits(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the arrays with 16-bit ones viewed as uint16, which is what compiled host kernels take."""
+    """Return the arrays, with 16-bit arrays viewed as uint16, for compiled host kernels."""
     return [array.view(_UINT16) if array.itemsize == 2 else array for array in arrays]

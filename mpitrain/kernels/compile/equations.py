@@ -30,9 +30,9 @@ RESERVED: Final = frozenset(
 class Equations:
     """Parsed and checked equations.
 
-    `statements` holds (target, right-hand side) pairs in order. Numbers in the right-hand sides are replaced by names
-    ``_k0, _k1, ...``, whose values are in `literals`. A back-end can thus give them the compute type, and the text of
-    an expression is the same in Python and in C.
+    `statements` contains pairs (target, right-hand side) in order. In the right-hand sides, numbers are replaced by
+    names ``_k0, _k1, ...``; `literals` contains their values. A back-end can therefore give them the compute type, and
+    an expression has the same text in Python and in C.
     """
 
     arrays: tuple[str, ...]
@@ -50,11 +50,11 @@ def parse(text: str, arrays: str, scalars: str, guard: str | None) -> Equations:
     Args:
         text: Assignments, one per line.
         arrays: Names of the arrays, separated by spaces.
-        scalars: Names of the scalars, likewise.
-        guard: The assigned name that is replaced by zero where it is not finite.
+        scalars: Names of the scalars, separated by spaces.
+        guard: The assigned name whose non-finite elements are replaced by zero.
 
     Raises:
-        ValueError: Names the line and what is wrong with it.
+        ValueError: The equations are invalid; the message names the line and the mistake.
     """
     array_names, scalar_names = tuple(arrays.split()), tuple(scalars.split())
     declared = array_names + scalar_names

@@ -114,7 +114,7 @@ def float_to_bfloat(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def float_to_int8(typingctx: Any, value: Any) -> Any:
-    """Convert float32, a whole number from -128 to 127, to int8."""
+    """Convert float32 to int8; the value must be a whole number from -128 to 127."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.fptosi(args[0], _I8)
@@ -134,7 +134,9 @@ def int8_to_float(typingctx: Any, level: Any) -> Any:
 
 @intrinsic
 def magnitude_bits(typingctx: Any, value: Any) -> Any:
-    """Return the bits of the absolute value as int32; they order like magnitudes, and LLVM vectorises their maximum."""
+    """Return the bits of the absolute value as int32. They have the order of magnitudes, and LLVM vectorizes their
+    maximum.
+    """
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.and_(b.bitcast(args[0], _I32), _u32(0x7FFFFFFF))

@@ -120,5 +120,5 @@ def conversion_imports(storages: Sequence[Storage]) -> list[str]:
 
 
 def compiled(name: str, equations: Equations, storages: Sequence[Storage]) -> Callable[..., int]:
-    """Return the compiled kernel. It takes (n,) contiguous arrays, 16-bit ones viewed as uint16, then the scalars."""
+    """Return the compiled kernel. Its arguments are contiguous arrays (n,), 16-bit ones as uint16, then scalars."""
     return cache.compiled(name, dtypes_label(storages), source(name, equations, storages))

@@ -19,11 +19,11 @@ N_COUNTERS: Final = 64  # guarded launches per thread that may be uncounted at a
 
 
 class NonfiniteCount:
-    """The number of elements that guards replaced, as an int whose value is available once the GPU has computed it.
+    """The number of elements that guards have replaced, which becomes known when the GPU has computed it.
 
-    Adding it to ints and to other counts does not wait. ``int(n_nonfinite)``, its truth value, a comparison and
-    printing wait on the host until all guarded launches made so far by the launching thread are done. Afterwards the
-    number is known and nothing waits any more.
+    It behaves like an int. Adding it to ints and to other counts does not wait. ``int(n_nonfinite)``, a comparison, its
+    truth value and printing wait until all guarded launches of the launching thread are done. Afterwards, the number is
+    known, and nothing waits any more.
     """
 
     __slots__ = ("_known", "_launches")
@@ -63,7 +63,7 @@ class NonfiniteCount:
 
 
 class GuardedLaunch:
-    """One launch of a guarded kernel, and its count once that is known."""
+    """A launch of a guarded kernel, and its count when it is known."""
 
     __slots__ = ("counters", "index", "mark", "n_nonfinite")
 
@@ -72,7 +72,7 @@ class GuardedLaunch:
         self.n_nonfinite: int | None = None
 
     def counted(self) -> int:
-        """Return the count; wait for all uncounted launches of the thread where it is not known yet."""
+        """Return the count. If it is not known yet, wait for all uncounted launches of the thread."""
         if self.n_nonfinite is None:
             self.counters.count(self.counters.uncounted())
         assert self.n_nonfinite is not None
@@ -82,9 +82,9 @@ class GuardedLaunch:
 class ThreadCounters:
     """Counters in device memory for the launches of one thread.
 
-    Counters are never reset. A launch owns its counter until it is counted, and its count is the counter's increase.
-    Hence the stream carries only the kernel and a copy of the counter to the host behind it, and the stream may change
-    between launches. When no counter is free, `next` waits for the older half of the launches.
+    A launch owns a counter until it is counted. Its count is the increase of the counter, because counters are never
+    reset. The stream therefore executes only the kernel and a copy of the counter to the host. If no counter is free,
+    `next` waits for the older half of the launches.
 
     Args:
         gpu: The GPU that holds the counters.
@@ -106,7 +106,7 @@ class ThreadCounters:
         return self._counters[self._free[0]]
 
     def launched(self) -> NonfiniteCount:
-        """Return the count of the launch that was just given the counter of `next`."""
+        """Return the count of the launch that has just used the counter from `next`."""
         index = self._free.popleft()
         self.gpu.copy(self._on_host[index : index + 1], self._counters[index])
         launch = GuardedLaunch(self, index, self.gpu.mark())
@@ -115,7 +115,7 @@ class ThreadCounters:
         return NonfiniteCount(0, (launch,))
 
     def uncounted(self) -> list[GuardedLaunch]:
-        """Return the launches that nobody has counted yet, oldest first."""
+        """Return the launches that have not been counted yet, the oldest first."""
         with self._lock:
             return list(self._uncounted)
 

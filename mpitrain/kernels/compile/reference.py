@@ -21,7 +21,7 @@ _OPERATIONS: Final[dict[type[ast.operator], Callable[[Any, Any], Any]]] = {
 
 
 def evaluate(equations: Equations, arrays: Sequence[np.ndarray], scalars: Sequence[float]) -> int:
-    """Evaluate the equations in place and return how many elements the guard replaced."""
+    """Evaluate the equations in place, and return the number of elements that the guard has replaced."""
     compute = np.dtype(compute_type([storage_of(a.dtype) for a in arrays])).type
     given = dict(zip(equations.arrays, arrays, strict=True))
     n_nonfinite = 0

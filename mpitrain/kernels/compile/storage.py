@@ -18,7 +18,7 @@ Compute = Literal["float32", "float64"]
 
 @dataclass(frozen=True)
 class Storage:
-    """One element type: its names in NumPy, Numba and C, and its conversions if it has 16 bits."""
+    """An element type: its names in NumPy, Numba and C, and its conversions if it has 16 bits."""
 
     name: str
     short: str  # in file names
@@ -41,7 +41,7 @@ STORAGES: Final = {
 
 
 def storage_of(dtype: Any) -> Storage:
-    """Return the storage of a dtype: a NumPy (or ml_dtypes) dtype, anything that NumPy converts to one, or its name.
+    """Return the storage of a dtype, which may be anything that NumPy converts to a dtype, or its name.
 
     Raises:
         ValueError: The kernels do not support this dtype.
@@ -54,12 +54,12 @@ def storage_of(dtype: Any) -> Storage:
 
 
 def accumulator(dtype: Any) -> np.dtype:
-    """Return the dtype in which to accumulate small changes: float32 for 16-bit dtypes, which would round them away."""
+    """Return the dtype for sums of small changes: float32 for 16-bit dtypes, in which rounding would lose them."""
     return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
 
 
 def storages_of(dtypes: Any, n_arrays: int) -> tuple[Storage, ...]:
-    """Return the storage of each of `n_arrays` arrays, given one dtype for all or a sequence with one for each."""
+    """Return the storage of each of `n_arrays` arrays, given a dtype for all or a sequence of dtypes."""
     if not isinstance(dtypes, (tuple, list)):
         return (storage_of(dtypes),) * n_arrays
     if len(dtypes) != n_arrays:
@@ -73,6 +73,6 @@ def compute_type(storages: Sequence[Storage]) -> Compute:
 
 
 def dtypes_label(storages: Sequence[Storage]) -> str:
-    """Return ``f32`` if all arrays have this dtype, else one short name for each: ``f32_bf16``."""
+    """Return a short name for the dtypes of arrays: ``f32`` if they are equal, else ``f32_bf16``."""
     shorts = [s.short for s in storages]
     return shorts[0] if len(set(shorts)) == 1 else "_".join(shorts)

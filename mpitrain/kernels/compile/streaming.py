@@ -23,7 +23,10 @@ _LINE = ir.VectorType(ir.IntType(32), _LINE_BYTES // 4)  # LLVM splits it where 
 
 @intrinsic
 def stream(typingctx: Any, target: Any, source: Any) -> Any:
-    """Assign target[:] = source with non-temporal stores of whole lines; both contiguous, of one dtype and length."""
+    """Assign target[:] = source with non-temporal stores of cache lines.
+
+    Both arrays must be contiguous, and have the same dtype and length.
+    """
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         to, of = (context.make_array(t)(context, b, array) for t, array in zip(signature.args, args, strict=True))

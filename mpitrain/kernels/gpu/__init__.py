@@ -39,7 +39,7 @@ _current: Gpu | None = None
 
 
 def use(index: int) -> Gpu:
-    """Select the GPU of this process, from now on, and return it."""
+    """Select the GPU of this process, and return it."""
     global _current
     if _current is None or _current.index != index:
         _current = CudaGpu(index)
@@ -56,9 +56,9 @@ def current() -> Gpu:
 
 
 def synchronize(array: Any) -> None:
-    """Wait until work started on the current stream is done, so that MPI and other processes may use `array`. Local.
+    """Wait for the current stream, so that MPI and other processes may use `array`. Local.
 
-    Returns at once for host memory.
+    It does nothing for an array in host memory.
     """
     if is_device(array):
         current().synchronize()

@@ -31,6 +31,6 @@ def assign(to: Any, values: Any) -> None:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """Return a vector as a NumPy array: the vector itself, or a copy of one in device memory."""
+    """Return a vector as a NumPy array. A vector in device memory is copied."""
     host: np.ndarray = array.get() if is_device(array) else array
     return host

@@ -18,7 +18,7 @@ class CudaGpu(CudaMemory):
     """An NVIDIA GPU. Implements `Gpu`, which documents the methods.
 
     Args:
-        index: Its index among the visible GPUs.
+        index: The index of the GPU among the visible GPUs.
     """
 
     def __init__(self, index: int) -> None:
@@ -35,7 +35,7 @@ class CudaGpu(CudaMemory):
             self._runtime.memcpyAsync(address_of(to), address_of(source), to.nbytes, kind, self._stream())
 
     def copy_out(self, to: np.ndarray, source: Any) -> Any:
-        """Start copying to the host on a stream of its own, and return the mark of its end."""
+        """Start copying to the host on a separate stream, and return the mark of its end."""
         self._runtime.streamWaitEvent(self._out.ptr, self.mark().ptr)
         with self._out:
             self.copy(to, source)
@@ -68,7 +68,7 @@ class CudaGpu(CudaMemory):
 
     @contextmanager
     def exchanging(self, compute: int) -> Iterator[None]:
-        """Put this thread's work on the exchange stream, ordered with ``compute`` on both sides."""
+        """Run this thread's work in the block on the exchange stream, between earlier and later work on ``compute``."""
         with self._device, self._exchange:
             self._order(compute, self._exchange.ptr, self._events[0])
             try:
@@ -78,7 +78,7 @@ class CudaGpu(CudaMemory):
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
-        """Order work on ``compute`` between the exchange before and after it."""
+        """Order work on ``compute`` inside the block after the exchange so far, and before the rest of it."""
         self._order(self._exchange.ptr, compute, self._events[1])
         try:
             yield
@@ -87,7 +87,7 @@ class CudaGpu(CudaMemory):
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Put this thread's work on a stream of its own, and wait for it at the end."""
+        """Run this thread's work inside the block on a separate stream, and wait for it at the end."""
         with self._device:
             stream = getattr(self._per_thread, "stream", None)
             if stream is None:

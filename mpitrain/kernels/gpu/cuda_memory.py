@@ -17,7 +17,7 @@ class CudaMemory:
     """The memory of an NVIDIA GPU. Implements `DeviceMemory`, which documents the methods.
 
     Args:
-        index: Its index among the visible GPUs.
+        index: The index of the GPU among the visible GPUs.
     """
 
     def __init__(self, index: int) -> None:
@@ -29,11 +29,11 @@ class CudaMemory:
 
     @property
     def identity(self) -> str:
-        """Its address on the PCI bus."""
+        """The address of the GPU on the PCI bus."""
         return str(self._runtime.deviceGetPCIBusId(self.index))
 
     def zeros(self, n: int, dtype: Any) -> Any:
-        """Return (n,) zeros in an allocation of their own. Raises a UsageError where memory runs out."""
+        """Return (n,) zeros in a separate allocation. Raises UsageError if memory is insufficient."""
         n_bytes = n * np.dtype(dtype).itemsize
         with self._device:
             # CuPy's pool would return parts of larger allocations.

@@ -13,19 +13,19 @@ import numpy as np
 
 
 class DeviceMemory(Protocol):
-    """Memory of one GPU, and host memory that it can copy from and to."""
+    """The memory of one GPU, and the host memory with which it exchanges data."""
 
     index: int
 
     @property
     def identity(self) -> str:
-        """The machine-wide name of this GPU, whatever index a process gives it."""
+        """A name of this GPU that is the same in all processes of the machine."""
 
     def zeros(self, n: int, dtype: Any) -> Any:
-        """Return (n,) zeros in an allocation of their own in device memory, which `handle` can export.
+        """Return (n,) zeros in a separate allocation of device memory, which `handle` can export.
 
         Raises:
-            UsageError: There is not enough memory.
+            UsageError: Memory is insufficient.
         """
 
     def handle(self, array: Any) -> bytes:
@@ -35,13 +35,13 @@ class DeviceMemory(Protocol):
         """Return another process's array (n,), mapped in place. A process cannot map its own arrays."""
 
     def unmap(self, array: Any) -> None:
-        """Undo `mapped`. The owner must not free its array before."""
+        """Undo `mapped`. The owner must not free its array before this call."""
 
     def page_locked(self, n: int, dtype: Any) -> np.ndarray:
-        """Return (n,) zeros in page-locked host memory, which the GPU copies from and to directly."""
+        """Return (n,) zeros in page-locked host memory, which the GPU can access directly."""
 
     def lock_pages(self, array: np.ndarray) -> None:
-        """Page-lock existing host memory. Where the system refuses, copies are slower but correct."""
+        """Page-lock existing host memory. If the system refuses, copies are slower, but correct."""
 
     def unlock_pages(self, array: np.ndarray) -> None:
         """Undo `lock_pages`."""
@@ -54,7 +54,7 @@ class Gpu(DeviceMemory, Protocol):
         """Start copying bytes on the current stream; each side is a device array or page-locked memory."""
 
     def copy_out(self, to: np.ndarray, source: Any) -> Any:
-        """Start copying to the host on a stream of its own, after the work so far on the current stream.
+        """Start copying to the host on a separate stream, after the work so far on the current stream.
 
         Returns:
             The mark of the end of the copy.
@@ -77,9 +77,9 @@ class Gpu(DeviceMemory, Protocol):
 
     @contextmanager
     def exchanging(self, compute: int) -> Iterator[None]:
-        """Put this thread's work on the exchange stream, after the work so far on the ``compute`` stream.
+        """Run this thread's work inside the block on the exchange stream.
 
-        Later work on ``compute`` runs after the exchange.
+        It runs after the work so far on the stream ``compute``, and before later work on that stream.
 
         Args:
             compute: The address of torch's stream.
@@ -88,7 +88,7 @@ class Gpu(DeviceMemory, Protocol):
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
-        """Within `exchanging`, order work that others put on ``compute`` between the exchange before and after it.
+        """Inside `exchanging`, order other work on ``compute`` after the exchange so far, and before the rest of it.
 
         Args:
             compute: The address of torch's stream.
@@ -97,5 +97,5 @@ class Gpu(DeviceMemory, Protocol):
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Put this thread's work on a stream of its own, and wait for it at the end."""
+        """Run this thread's work inside the block on a separate stream, and wait for it at the end."""
         yield

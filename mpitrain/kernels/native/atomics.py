@@ -29,7 +29,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic
 def load_acquire(typingctx: Any, words: Any, index: Any) -> Any:
-    """Return words[index] with acquire semantics: all earlier writes of its writer are visible from now on."""
+    """Return words[index] with acquire semantics: all earlier writes of its writer are visible afterwards."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args)
@@ -52,7 +52,7 @@ def store_release(typingctx: Any, words: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def compare_and_swap(typingctx: Any, words: Any, index: Any, expected: Any, new: Any) -> Any:
-    """Set words[index] to new if it is expected and return its former value (acquire and release semantics)."""
+    """Set words[index] to new if it equals expected; return the former value (acquire and release semantics)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args[:2])
@@ -64,7 +64,7 @@ def compare_and_swap(typingctx: Any, words: Any, index: Any, expected: Any, new:
 
 @intrinsic
 def give_way(typingctx: Any) -> Any:
-    """Offer the core to other processes (sched_yield)."""
+    """Yield the core to other processes (sched_yield)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield")

@@ -45,9 +45,9 @@ def swap(words, at, expected, new):
 def acquire() -> Callable[..., int]:
     """Return the compiled function that sets the owner bits of a free lock word.
 
-    ``acquire(words, at, mine, spin_limit)`` sets the owner bits of ``words[at]`` to ``mine`` once the lock is free.
-    ``words`` are int64, shared by the ranks; ``spin_limit`` is the number of further polls while the lock is taken. The
-    result is the former word: without owner bits if the lock has been acquired, else with those of its owner.
+    ``acquire(words, at, mine, spin_limit)`` sets the owner bits of ``words[at]`` to ``mine`` if the lock is free. If
+    the lock is taken, it polls up to ``spin_limit`` times more. ``words`` are int64, shared by the ranks. The result is
+    the former word. If it has no owner bits, the lock has been acquired; otherwise they are those of the owner.
     """
     return cache.compiled("acquire", "word", _ACQUIRE)
 
@@ -56,7 +56,7 @@ def acquire() -> Callable[..., int]:
 def swap() -> Callable[..., int]:
     """Return the compiled compare-and-swap.
 
-    ``swap(words, at, expected, new)`` sets ``words[at]`` to ``new`` if it is ``expected``. The result is the former
+    ``swap(words, at, expected, new)`` sets ``words[at]`` to ``new`` if it equals ``expected``. The result is the former
     word.
     """
     return cache.compiled("swap", "word", _SWAP)

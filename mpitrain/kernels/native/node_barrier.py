@@ -51,10 +51,10 @@ def wait_for_all(words, me, n, number, first, spin_limit):
 def wait_for_all() -> Callable[..., int]:
     """Return the compiled barrier.
 
-    ``wait_for_all(words, me, n, number, first, spin_limit)`` arrives at barrier ``number`` and waits for the ranks from
-    ``first``. ``words`` are (STRIDE*n,) int64, shared by the ranks; ``spin_limit`` is the number of polls before the
-    core is offered to others. The result is the first rank that is still missing, n when all have arrived. Until it is
-    n, call again with the result as ``first``.
+    ``wait_for_all(words, me, n, number, first, spin_limit)`` announces that this rank has reached barrier ``number``,
+    and waits for the ranks from ``first`` on. ``words`` are (STRIDE*n,) int64, shared by the ranks. After
+    ``spin_limit`` polls, the call yields the core. The result is the first rank that is still missing, or n if all have
+    arrived. Until it is n, call again with the result as ``first``.
     """
     return cache.compiled("wait_for_all", "words", _WAIT_FOR_ALL)
 
@@ -63,10 +63,10 @@ def wait_for_all() -> Callable[..., int]:
 def sum_on_node(k: int, dtype: Any) -> Callable[..., int]:
     """Return the compiled all-reduce of k ranks.
 
-    ``sum_on_node(words, me, number, progress, spin_limit, z0, ..., start, stop, scale)`` waits for all ranks, replaces
-    the elements start..stop of each vector z0, ... by the scaled sum of all vectors, and waits until all ranks have
-    done so. It passes two barriers, ``number`` and ``number + 1``. The result is the progress, 2k at the end. Until
-    then, call again with the result as ``progress``. 16-bit vectors are passed as uint16.
+    ``sum_on_node(words, me, number, progress, spin_limit, z0, ..., start, stop, scale)`` works in three phases. It
+    waits for all ranks, replaces the elements start..stop of each vector z0, ... by the scaled sum of all vectors, and
+    waits again for all ranks. It passes the barriers ``number`` and ``number + 1``. The result is the progress, which
+    is 2k at the end. Until then, call again with the result as ``progress``. 16-bit vectors are passed as uint16.
     """
     storage = storage_of(dtype)
     return cache.compiled("sum_on_node", f"{k}_{storage.short}", source(k, storage))

@@ -60,7 +60,7 @@ class Format:
 
     Attributes:
         name: ``bfloat16``, ``float16`` or ``int8``.
-        code: Its number in a request (``native.service``).
+        code: The number of the format in a request (``native.service``).
         fetched: The 16-bit format of fetched blocks and of sums.
     """
 
@@ -89,16 +89,16 @@ class Format:
         _compiled("add", self.fetched)(encoded.view(np.uint16), to)
 
     def push(self, changed: np.ndarray, fetched: np.ndarray, residual: np.ndarray, out: np.ndarray) -> int:
-        """Encode the change of a block plus its residual.
+        """Encode the sum of the change of a block and its residual.
 
         Args:
-            changed: (n,) float32, the block now.
-            fetched: (fetched_bytes(n),) the block as it was fetched.
-            residual: (n,) float32 of the previous change; replaced by that of this change.
-            out: (sent_bytes(n),).
+            changed: (n,) float32, the present block.
+            fetched: (fetched_bytes(n),) the encoded block as it was fetched.
+            residual: (n,) float32, the residual of the previous change. The residual of this change replaces it.
+            out: (sent_bytes(n),) the encoded change, as a result.
 
         Returns:
-            The number of infinite or NaN elements. They are sent as 0 and leave no residual.
+            The number of infinite or NaN elements. They are sent as 0, and their residual is 0.
         """
         return _compiled("push", self.name, self.fetched)(changed, fetched.view(np.uint16), residual, *self._parts(out))
 
@@ -122,10 +122,10 @@ NAMES: Final = (FLOAT32, *FORMATS)
 
 
 def format_of(name: str) -> Format | None:
-    """Return the wire format of this name, None for ``float32``.
+    """Return the wire format with this name; None for ``float32``.
 
     Raises:
-        UsageError: If there is no format of this name.
+        UsageError: The format does not exist.
     """
     if name not in NAMES:
         raise UsageError(unknown("wire format", name, NAMES))
@@ -133,7 +133,7 @@ def format_of(name: str) -> Format | None:
 
 
 def conversions(*names: str) -> str:
-    """Return the source of ``encode_NAME(values, out)`` and ``add_NAME(encoded, to)`` for other generated code."""
+    """Return the source of ``encode_NAME(values, out)`` and ``add_NAME(encoded, to)``, for use in generated code."""
     functions = [_encode(f"encode_{name}", name) for name in names if name != "int8"]
     functions += [_add(f"add_{name}", name) for name in names]
     return _IMPORTS + "\n".join(f"@njit(nogil=True)\n{function}" for function in functions)
@@ -256,7 +256,7 @@ def _compiled(what: str, *names: str) -> Callable[..., int]:
 
 
 def prepare(wire: Format) -> None:
-    """Compile the functions of a format ahead of its first use. Local."""
+    """Compile the functions of a format before its first use. Local."""
     empty, encoded = np.zeros(0, np.float32), np.zeros(0, np.uint8)
     wire.encode(empty, encoded)
     wire.decode(encoded, empty)

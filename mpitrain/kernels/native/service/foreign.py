@@ -32,7 +32,7 @@ def call(typingctx: Any, address: Any, arguments: Any) -> Any:
 
 @intrinsic
 def swap_at(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
-    """Compare and swap the int64 at ``address`` (acquire and release) and return its former value."""
+    """Compare and swap the int64 at ``address``, with acquire and release semantics, and return the former value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _I64.as_pointer())

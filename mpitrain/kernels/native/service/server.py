@@ -304,8 +304,8 @@ def serve() -> Callable[..., int]:
       ``states`` and structs pollfd; the number of these structs; one of their files, which is written to in order to
       wake the loop; and the address of DRAIN_BYTES bytes
 
-    Each rank has a receive of its own: one from any source can stay incomplete for ever under MPICH when two threads
-    are in MPI. The result is the number of requests served. After an MPI error the loop returns the negative error code
-    at once; MPI may still write to the memory, which must stay allocated.
+    There is a receive for each rank, because under MPICH a receive from any source may never complete when two threads
+    call MPI. The result is the number of requests served. After an MPI error, the loop returns the negative error code
+    at once. MPI may still write to the memory then, so it must stay allocated.
     """
     return cache.compiled("serve", "words", _SERVE)
