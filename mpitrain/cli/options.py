@@ -79,7 +79,7 @@ def _group(parser: argparse.ArgumentParser, name: str) -> Any:
 def _keywords(option: Option, default: Any) -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for an option."""
     if option.parse is None:
-        return {"action": "store_true", "default": default}
+        return {"action": argparse.BooleanOptionalAction, "default": default}
     keywords: dict[str, Any] = {"type": _reporting(option.parse), "metavar": option.metavar}
     if option.choices is not None:
         keywords["choices"] = option.choices

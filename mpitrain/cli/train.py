@@ -11,16 +11,30 @@ from mpitrain.cli.failure import exit_code, fail
 from mpitrain.cli.options import add_options
 from mpitrain.errors import UsageError
 from mpitrain.log import decoration, logger
+from mpitrain.trainer import config_file
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import values_of
 from mpitrain.trainer.plan import RunPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command: those of ``TrainConfig``, ``--resume`` and ``--json``."""
+    """Add the options of the command: those of ``TrainConfig``, of files, and ``--json``."""
     add_options(parser, TrainConfig)
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="options in a TOML file, or the config.json of a run; options on the command line replace those of the "
+        "file",
+    )
+    parser.add_argument(
+        "--write-config",
+        metavar="FILE",
+        type=Path,
+        help="write all options, as given and by default, to a TOML file for --config, and exit",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document on the last line")
 
@@ -32,10 +46,13 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         plan = RunPlan.of(configuration(args))
+        if args.write_config is not None:
+            config_file.write(args.write_config, plan.config)
+            return 0
     except UsageError as error:
-        if args.resume is None:
+        if args.resume is None and (args.config is None or args.config.exists()):
             return fail(str(error), on_all_ranks=True)
-        init()  # a folder may be missing on one node only: MPI must be there for this rank to end all
+        init()  # a folder or a file may be missing on one node only: MPI must be there for this rank to end all
         raise
     config = plan.config
     world = init(config.device, config.transport, config.timeout)
@@ -52,12 +69,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configuration(args: argparse.Namespace) -> TrainConfig:
-    """Return the configuration from a command line, with defaults from the resumed run if there is one.
+    """Return the configuration from a command line, with defaults from a file or from the resumed run if there is one.
 
     Raises:
         UsageError: An option is invalid, or would change the result of the resumed run.
     """
     given = values_of(vars(args), TrainConfig)
+    if args.config is not None:
+        given = config_file.merged(config_file.read(args.config), given)
     if args.resume is None:
         return TrainConfig(**given)
     if Path(given.pop("out", args.resume)) != args.resume:

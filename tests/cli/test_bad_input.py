@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     (folder / "truncated.h5").write_bytes(content[: len(content) // 2])
     (folder / "text.h5").write_text("these are words\n" * 100)
     (folder / "file").touch()
+    (folder / "wrong.toml").write_text("lrr = 1")
     (folder / "elsewhere").mkdir()
     run = ["--data", "synthetic:n=100", "--steps", "4", "--set", "period=3", "--out", "run"]
     done = warm.run("train", "--quiet", *run, cwd=folder)
@@ -81,6 +82,11 @@ ARGUMENTS = {
     "no epochs": (["--epochs", "0"], "--epochs must be more than 0, not 0"),
     "two budgets": (["--epochs", "1", "--steps", "2"], "--steps: not allowed with argument --epochs"),
     "a GPU by number": (["--device", "cuda:7"], "unknown value 'cuda:7': did you mean cuda?"),
+    "unknown optimizer": (["--optimizer", "adamx"], "unknown optimizer 'adamx': did you mean adam"),
+    "an optimizer of a method that needs none": (["--algorithm", "parle", "--optimizer", "lion"], "remove --optimizer"),
+    "unknown schedule": (["--schedule", "cosin"], "unknown schedule 'cosin': did you mean cosine?"),
+    "target without a value": (["--target", "accuracy"], "--target takes METRIC=VALUE"),
+    "configuration with an unknown key": (["--config", "wrong.toml"], "has the key 'lrr', which is no option: did you"),
     "straggler without factor": (["--straggler", "1"], "must be RANK:FACTOR"),
 }
 LOADED = {
@@ -89,6 +95,12 @@ LOADED = {
     "other settings than the run's": (["--resume", "run", "--lr", "0.3"], "--lr is 0.05 in the run that is resumed"),
     "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
     "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
+    "configuration that is not there": (["--config", "nope.toml"], "--config nope.toml cannot be read"),
+    "optimizer that is not there": (["--optimizer", "nothing:Own"], "optimizer nothing:Own cannot be imported"),
+    "schedule that is not there": (["--schedule", "nothing:f"], "schedule nothing:f cannot be imported"),
+    "loss for other data": (["--loss", "mse"], "synthetic has classes: use --loss cross_entropy, not mse"),
+    "warm-up as long as the run": (["--warmup", "9", "--steps", "9"], "--warmup 9 leaves nothing of a run of 9 steps"),
+    "batch size of no rank": (["--batch-size-of", "1=4"], "names rank 1: there are ranks 0 to 0"),
     "unknown data": (["--data", "nope"], "unknown data 'nope': it must be one of digits, synthetic"),
     "no such file": (["--data", "nope.h5"], "no data file nope.h5"),
     "truncated file": (["--data", "truncated.h5"], "truncated.h5 is truncated"),

@@ -106,7 +106,11 @@ def test_the_help_has_every_option_with_its_default(command: Any, config: type[A
         declared, default = options_of(config)[name], getattr(config(), name)
         if not declared.on_command_line:
             continue
-        line = next(line for line in lines if line.startswith(f"  {flag_of(name, declared)} "))
+        line = next(
+            line
+            for line in lines
+            if line.startswith((f"  {flag_of(name, declared)} ", f"  {flag_of(name, declared)},"))
+        )
         shown = f"{default:g}" if isinstance(default, float) else default
         if declared.default_text is not None:
             assert line.endswith(f"(default: {declared.default_text})")
