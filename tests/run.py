@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Run the tests: in a single process, then on ranks under each MPI. `make check` and `make test` call it.
 
-    tests/run.py --tier check                          while working: one process, Open MPI on 2 and 3 ranks
+    tests/run.py --tier check                          while working: one process, Open MPI on 2 ranks, some on 3
     tests/run.py                                       before a commit: every test; one process, both MPIs, 1 to 5 ranks
     tests/run.py --tier all                            every test on ranks under both MPIs
     tests/run.py --mpi openmpi --ranks 2,3 -k gossip   some tests
@@ -31,7 +31,8 @@ LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
 
 # Of the package only collectives/ calls MPI (test_layers.py): everything else is the same code under every MPI. In the
-# tier "test" all tests on ranks run under the first MPI, and under the others those of these files and folders.
+# tier "test" all tests on ranks run under the first MPI, and under the others those of these files and folders. In the
+# tier "check" all run on 2 ranks, and these on 3.
 UNDER_EVERY_MPI = (
     "tests/collectives",
     "tests/algorithms/test_simulated_and_real.py",  # every synchronous method
@@ -99,8 +100,8 @@ def planned(
         launches.append(Launch(mpis[0], 0, CLUSTER))
     for n_ranks in ranks:
         for mpi in mpis if n_ranks else ():
-            everything = selective or tier == "all" or mpi == mpis[0]
-            if everything or n_ranks in RANKS_UNDER_OTHER_MPIS:
+            everything = selective or tier == "all" or (mpi == mpis[0] and (tier, n_ranks) != ("check", 3))
+            if everything or mpi == mpis[0] or n_ranks in RANKS_UNDER_OTHER_MPIS:
                 launches.append(Launch(mpi, n_ranks, () if everything else UNDER_EVERY_MPI))
     return launches
 

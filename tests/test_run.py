@@ -99,11 +99,11 @@ def test_the_cluster_has_a_launch_of_its_own_where_it_can_be_booted() -> None:
         assert all(this.selection != CLUSTER for this in plan)
 
 
-def test_the_tier_check_leaves_out_what_launches_ranks() -> None:
+def test_the_tier_check_leaves_out_what_launches_ranks_and_runs_on_3_what_calls_mpi() -> None:
     assert planned("check", ["openmpi"], [0, 2, 3], selective=False) == [
         Launch("openmpi", 0, WITHOUT_LAUNCHES),
         Launch("openmpi", 2),
-        Launch("openmpi", 3),
+        Launch("openmpi", 3, UNDER_EVERY_MPI),
     ]
 
 
