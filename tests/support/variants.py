@@ -12,7 +12,7 @@ from mpitrain.algorithms.base.settings import Boolean, Choice, settings_of
 
 
 def variants() -> Iterator[tuple[str, Method]]:
-    """Yield a name and a method, which exchanges at every second step so that a short run has exchanges."""
+    """Yield a name and a method, which exchanges at about every second step so that a short run has exchanges."""
     for name, method in METHODS.items():
         settings = settings_of(method)
         chosen: dict[str, tuple[Any, ...]] = {}
@@ -21,9 +21,11 @@ def variants() -> Iterator[tuple[str, Method]]:
                 chosen[key] = setting.choices
             elif isinstance(setting, Boolean):
                 chosen[key] = (False, True)
-        period = {key: 2 for key in settings if key.endswith("period")}
+        often = {key: 2 for key in settings if key.endswith("period")}
+        if "probability" in settings:
+            often["probability"] = 0.5
         for values in itertools.product(*chosen.values()):
             try:
-                yield "-".join([name, *map(str, values)]), method(**dict(zip(chosen, values, strict=True)), **period)
+                yield "-".join([name, *map(str, values)]), method(**dict(zip(chosen, values, strict=True)), **often)
             except UsageError:
                 continue  # two settings that exclude each other
