@@ -108,6 +108,7 @@ reproduce: $(OPENMPI)/.ready
 
 docs: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/mpitrain algorithms --markdown > docs/methods.md
+	$(OPENMPI)/bin/python -m benchmarks.pages.reliability
 
 dist: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/python -m pip install --quiet --root-user-action=ignore build twine

@@ -7,7 +7,7 @@ schedulers, accumulation and parameter groups work as they do without it; ``clip
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -155,7 +155,7 @@ class DistributedOptimizer(LinkedOptimizer):
             update,
             Stepper(method, replica, update, ParamGroups(base, method, replica), frozen),
             Evaluation(base, model, method, replica),
-            OptimizerState(owner, describe(layout, model), base, update, replica),
+            OptimizerState(owner, describe(layout, model), base, update, replica, method),
         )
         self.group: World | None = replica.group.world
         self.statistics: Statistics = replica.comm.statistics
@@ -310,12 +310,13 @@ class DistributedOptimizer(LinkedOptimizer):
         """
         return self._open_parts.state.save()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from this rank's part of a state. Collective.
+    def load_state_dict(self, state_dict: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Continue from this rank's part of a state, or from a list of all parts. Collective.
+
+        A list, loaded before the first step, may be of another number of ranks: docs/reliability.md says what goes on.
 
         Raises:
-            UsageError: The state belongs to another rank, number of ranks, model or method. Or it was saved with
-                settings for which the method stores different entries.
+            UsageError: The state belongs to another rank, model or method, or has other entries than the settings need.
         """
         parts = self._open_parts
         parts.state.load(state_dict)

@@ -17,9 +17,8 @@ the parameters after each step.
 A group is data-parallel: every member has the whole model and samples of its own. A model that is split over the
 members would fit here too: step 1 would gather the members' parts of the gradient, and step 3 scatter the parameters.
 
-Every member can read the consensus, the parameters that the method evaluates, at any time. The other members request it
-from the head. A thread of the head answers, so a member need not wait for the head to reach a certain point of its
-program.
+Every member can read the consensus, the parameters that the method evaluates, at any time. A member requests it from
+the head, where a thread answers: the head need not reach a certain point of its program.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -180,6 +179,8 @@ class GroupHead(Worker):
         shared: The vectors that the members exchange.
         busy: A lock that is held while the worker changes or is read. The thread that answers members also uses it.
     """
+
+    persistent: ClassVar[tuple[str, ...]] = ("_worker",)
 
     def __init__(self, worker: Worker, shared: GroupVectors, busy: threading.Lock) -> None:
         super().__init__(Replica(worker.comm, worker.x, worker.g))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -13,8 +14,11 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from mpitrain.algorithms.base.method import Method
+from mpitrain.collectives.world.survivor_collectives import broadcast
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
+from mpitrain.optimizer import rescaled_state
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.local_replica import LocalReplica
 from mpitrain.optimizer.step import LocalUpdate
@@ -40,8 +44,12 @@ class Owner:
     replica_size: int
     node_shared: bool
 
-    def check(self, state: dict[str, Any]) -> None:
+    def check(self, state: Mapping[str, Any], *, of_all: bool = False) -> None:
         """Check that a state belongs to this owner.
+
+        Args:
+            state: The state.
+            of_all: Whether the states of all ranks were given, and this is in the place of this rank's.
 
         Raises:
             UsageError: It does not; the message names the difference.
@@ -52,8 +60,16 @@ class Owner:
                 "optimizer, before the DistributedOptimizer is made"
             )
         ranks, rank = state.get("ranks", self.ranks), state.get("rank", self.rank)
+        if of_all and (ranks, rank) != (self.ranks, self.rank):
+            raise UsageError(
+                f"state number {self.rank} of {self.ranks} is that of rank {rank} of {ranks}: "
+                "give the states of all ranks of one run, in the order of the ranks"
+            )
         if ranks != self.ranks:
-            raise UsageError(f"the state is of {ranks} ranks, but this run has {self.ranks}: use as many ranks")
+            raise UsageError(
+                f"the state is of {ranks} ranks, but this run has {self.ranks}: "
+                f"load a list of the states of all {ranks} ranks"
+            )
         if rank != self.rank:
             raise UsageError(
                 f"the state is that of rank {rank}, but this is rank {self.rank}: each rank must save and load its own "
@@ -86,6 +102,7 @@ class OptimizerState:
         base: The base optimizer.
         update: The local update, which loads the state of the base optimizer.
         replica: This rank's vectors and its worker.
+        method: The method.
     """
 
     def __init__(
@@ -95,8 +112,9 @@ class OptimizerState:
         base: torch.optim.Optimizer,
         update: LocalUpdate,
         replica: LocalReplica,
+        method: Method,
     ) -> None:
-        self._owner, self._parameters = owner, parameters
+        self._owner, self._parameters, self._method = owner, parameters, method
         self._base, self._update, self._replica = base, update, replica
 
     def save(self) -> dict[str, Any]:
@@ -112,14 +130,52 @@ class OptimizerState:
             "method": method,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Collective.
+    def load(self, state: Mapping[str, Any] | rescaled_state.States) -> None:
+        """Continue from this rank's state, or from those of all ranks, whose number may have been another. Collective.
 
         Raises:
             UsageError: The state belongs to another owner or another model.
         """
-        self._owner.check(state)
-        self._check_model(state)
+        if isinstance(state, Mapping):
+            self._owner.check(state)
+            self._check_model(state)
+            self._load(state)
+        elif len(state) == self._owner.ranks:
+            self.load(state[self._owner.rank])
+        else:
+            self._load(self._merged(state))
+
+    def _merged(self, states: rescaled_state.States) -> Mapping[str, Any]:
+        """Return the state from which every rank continues after another number of ranks. Collective.
+
+        Rank 0 computes it; the other ranks need no states.
+
+        Raises:
+            UsageError: The states do not belong together or here, or this optimizer has made a step.
+        """
+        if self._replica.worker.t:
+            raise UsageError("states of another number of ranks are loaded before the first step: make a new optimizer")
+
+        def make() -> tuple[str, Any]:
+            owner = dataclasses.replace(self._owner, rank=0, ranks=len(states))
+            try:
+                for rank, state in enumerate(states):
+                    dataclasses.replace(owner, rank=rank).check(state, of_all=True)
+                    self._check_model(state)
+                if len(states) % owner.replica_size:
+                    raise UsageError(f"{len(states)} states do not form groups of {owner.replica_size} ranks")
+                parts = rescaled_state.Parts(states, owner.replica_size, as_array)
+                return "", rescaled_state.merge(states, parts, self._method, self._replica.worker)
+            except UsageError as error:
+                return str(error), None
+
+        problem, merged = broadcast(self._replica.comm.world, make)
+        if problem:
+            raise UsageError(problem, on_all_ranks=True)
+        return dict(merged)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that fits. Collective."""
         x, comm, parameters = self._replica.group.x.local, self._replica.comm, as_array(state["parameters"])
         with self._replica.boundary.exchanging():
             comm.barrier()  # parameters that the node shares must not change while a rank still reads them
@@ -132,7 +188,7 @@ class OptimizerState:
             self._load_worker({name: as_array(value) for name, value in state["method"].items()})
             comm.barrier()
 
-    def _check_model(self, state: dict[str, Any]) -> None:
+    def _check_model(self, state: Mapping[str, Any]) -> None:
         """Check that a state is of a model with the same parameters.
 
         Raises:

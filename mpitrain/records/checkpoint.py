@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpitrain.collectives.world.survivor_collectives import broadcast
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError, reason
 from mpitrain.log import logger
@@ -33,13 +35,62 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_newest(folder: Path, world: World) -> dict[str, Any]:
-    """Return this rank's part of the newest checkpoint that all ranks can read. Collective.
+class Parts(Sequence[dict[str, Any]]):
+    """All parts of a checkpoint, each read from its file when it is used.
+
+    Args:
+        path: The folder of the checkpoint.
+        n: The number of its parts.
+    """
+
+    def __init__(self, path: Path, n: int) -> None:
+        self.path, self._n = path, n
+        self._last: tuple[int, dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        if self._last is None or self._last[0] != index:
+            self._last = index, _load_part(self.path, index)[1]
+        return self._last[1]
+
+    def check(self) -> str:
+        """Return why a part cannot be read; nothing if all can. Local."""
+        try:
+            for rank in range(self._n):
+                self[rank]
+        except _Damaged as error:
+            return str(error)
+        return ""
+
+
+def newest_parts(folder: Path) -> Parts:
+    """Return all parts of the newest checkpoint that can be read. Local.
+
+    Raises:
+        UsageError: There is none.
+    """
+    problem = f"{folder.parent} has no complete checkpoint"
+    for path in reversed(complete(folder)):
+        parts = Parts(path, _n_parts(path))
+        if not (problem := parts.check()):
+            return parts
+    raise UsageError(problem)
+
+
+def load_newest(folder: Path, world: World) -> dict[str, Any] | Parts:
+    """Return this rank's part of the newest checkpoint that can be read. Collective.
 
     Rank 0 lists the checkpoints, because ranks may see different ones on a slow network file system.
 
+    Returns:
+        This rank's part; or all parts, if another number of ranks wrote them.
+
     Raises:
-        UsageError: There is no checkpoint, or a different number of ranks wrote it. All ranks raise it.
+        UsageError: There is no checkpoint that can be read. All ranks raise it.
     """
     if world.rank == 0:
         remove_partial(folder)
@@ -53,7 +104,11 @@ def load_newest(folder: Path, world: World) -> dict[str, Any]:
     for name, n_parts in found:
         if problem and world.rank == 0:
             logger.warning("%s: trying %s instead", problem, name)
-        _require_ranks(folder / name, n_parts, world)
+        if n_parts != world.size:
+            parts = Parts(folder / name, n_parts)
+            if not (problem := broadcast(world, parts.check)):
+                return parts
+            continue
         state, problem = _load_on_survivors(folder / name, world)
         if state is not None:
             return state
@@ -68,7 +123,7 @@ def _load_on_survivors(path: Path, world: World) -> tuple[dict[str, Any] | None,
     """
     step, state, problem = None, None, ""
     try:
-        step, state = _load_part(path, world)
+        step, state = _load_part(path, world.rank)
     except _Damaged as error:
         problem = str(error)
     found = step, problem
@@ -89,9 +144,10 @@ def load(path: Path, world: World) -> dict[str, Any]:
     Raises:
         UsageError: A different number of ranks wrote the checkpoint, or this rank's part cannot be read.
     """
-    _require_ranks(path, _n_parts(path), world)
+    if (n_parts := _n_parts(path)) != world.size:
+        raise UsageError(f"{path} was written by {n_parts} ranks, not {world.size}")
     try:
-        return _load_part(path, world)[1]
+        return _load_part(path, world.rank)[1]
     except _Damaged as error:
         raise UsageError(f"{error}: delete {path} to resume from the previous one") from error
 
@@ -111,20 +167,15 @@ def _n_parts(path: Path) -> int:
     return len(files)
 
 
-def _require_ranks(path: Path, n_parts: int, world: World) -> None:
-    if n_parts != world.size:
-        raise UsageError(f"{path} was written by {n_parts} ranks: resume with {n_parts} ranks, not {world.size}")
-
-
-def _load_part(path: Path, world: World) -> tuple[int, dict[str, Any]]:
-    """Return the step and the state that this rank's file holds. Local.
+def _load_part(path: Path, rank: int) -> tuple[int, dict[str, Any]]:
+    """Return the step and the state that a rank's file holds. Local.
 
     Raises:
         _Damaged: The file cannot be read, or is not what was written.
     """
-    file = path / part.file_name(world.rank)
+    file = path / part.file_name(rank)
     try:
-        seal, state = part.read(file, world.rank)
+        seal, state = part.read(file, rank)
         return seal.step, state
     except (Exception, MemoryError) as error:  # what HDF5 reads may make it raise errors of any type
         raise _Damaged(f"{file} is no readable checkpoint ({type(error).__name__}: {reason(error)})") from error

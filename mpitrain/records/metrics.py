@@ -32,7 +32,7 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,7 +74,14 @@ class MetricsWriter:
         ...     metrics.append("progress", step=1, loss=2.3)
     """
 
-    def __init__(self, path: str | os.PathLike[str], tables: Tables, *, flush_seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tables: Tables,
+        *,
+        flush_seconds: float = 1.0,
+        per_worker: Collection[str] = (),
+    ) -> None:
         """Open `path` with the given tables and with the rows and further fields that it has.
 
         Args:
@@ -82,6 +89,8 @@ class MetricsWriter:
             tables: The fields of each table; a field with a shape, as in `("histogram", (33,))`, has an array in each
                 row.
             flush_seconds: The shortest time between two writes; with 0 every row is written at once.
+            per_worker: Tables whose entries have one element per worker. If the number of workers was another one, the
+                larger number holds, and shorter entries end in NaN.
 
         Raises:
             UsageError: The file cannot be read, or its fields have other shapes.
@@ -97,9 +106,12 @@ class MetricsWriter:
         for table, columns in rows.items():
             shapes = self._shapes.setdefault(table, {})
             for field, column in columns.items():
-                if shapes.setdefault(field, column.shape[1:]) != column.shape[1:]:
+                there, here = column.shape[1:], shapes.setdefault(field, column.shape[1:])
+                if table in per_worker and here and there[1:] == here[1:]:
+                    shapes[field] = (max(there[0], here[0]), *here[1:])
+                elif there != here:
                     raise UsageError(
-                        f"{self._path}: {table}/{field} has entries of shape {column.shape[1:]}, not {shapes[field]}: "
+                        f"{self._path}: {table}/{field} has entries of shape {there}, not {here}: "
                         "it was written by another version; move it away to start a new one"
                     )
         self._start(rows)
@@ -138,7 +150,7 @@ class MetricsWriter:
                 # Kept open: HDF5 may crash when it closes a column that it could not write.
                 self._columns[table, field] = self._file.create_dataset(
                     f"{table}/{field}",
-                    data=old.get(field, np.full((n, *shape), np.nan)),
+                    data=_widened(old.get(field, np.full((n, *shape), np.nan)), (-1, *shape)),
                     dtype=np.float64,
                     maxshape=(None, *shape),
                     chunks=(max(1, ROWS_PER_CHUNK // math.prod(shape)), *shape),
@@ -160,7 +172,7 @@ class MetricsWriter:
             raise ValueError(f"{self._path} is closed")
         row = {}
         for field, shape in shapes.items():
-            row[field] = np.array(values.get(field, np.full(shape, np.nan)), dtype=np.float64)
+            row[field] = _widened(np.array(values.get(field, np.full(shape, np.nan)), dtype=np.float64), shape)
             if row[field].shape != shape:
                 raise ValueError(f"{table}/{field} takes values of shape {shape}, not {row[field].shape}")
         self._waiting[table].append(row)
@@ -248,6 +260,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _widened(values: Column, shape: tuple[int, ...]) -> Column:
+    """Return an array with NaN behind its elements, where ``shape`` is longer along one axis; -1 is any length."""
+    missing = [(0, max(0, n - have)) for have, n in zip(values.shape, shape, strict=False)]
+    if len(missing) != values.ndim or not any(n for _, n in missing):
+        return values
+    return np.pad(values, missing, constant_values=np.nan)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, dict[str, Column]]:

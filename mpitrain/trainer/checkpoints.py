@@ -11,8 +11,11 @@ import torch
 from mpitrain.collectives.world.survivor_collectives import gather
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
+from mpitrain.log import logger
 from mpitrain.records import checkpoint
 from mpitrain.records.checkpoint_writer import CheckpointWriter
+from mpitrain.trainer import rescaled
+from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluations
 from mpitrain.trainer.run import Hook, Run
 
@@ -35,7 +38,7 @@ class Checkpoints(Hook):
 
     def is_due(self, run: Run) -> bool:
         """Return whether a checkpoint follows this rank's step. Local."""
-        return run.folder is not None and run.calendar.checkpoint_is_due(run.step)
+        return run.folder is not None and run.calendar.checkpoint_is_due(run.position)
 
     def save(self, run: Run) -> None:
         """Stop all ranks and the clock for a snapshot, and start to write it. Collective."""
@@ -87,20 +90,32 @@ class Checkpoints(Hook):
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """Continue from this rank's part of a checkpoint. Collective."""
         _check_buffers(run.model, state["buffers"])
-        # A rank that had died continues from a copy of another rank's part.
-        run.optimizer.load_state_dict({**state["optimizer"], "rank": run.world.rank})
+        optimizer = state["optimizer"]
+        if isinstance(optimizer, Mapping):  # that of a rank that had died is a copy of another rank's
+            optimizer = {**optimizer, "rank": run.world.rank}
+        run.optimizer.load_state_dict(optimizer)
         with torch.no_grad():
             for name, buffer in run.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
         run.step, run.compute_seconds = state["step"], state["compute_seconds"]
+        run.steps_before, run.gradients_before = state["position"] - run.step, state["gradients"] - run.step
         run.optimizer.exchange_seconds = state["exchange_seconds"]
         vars(run.optimizer.statistics).update(state["statistics"])
-        torch.set_rng_state(state["torch_rng"])
-        if run.world.device != "cpu" and state.get("cuda_rng") is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], run.world.device)
-        run.batches.rng.set_state(state["augment_rng"])
+        _restore_generators(run, state)
         run.passes.load_state(state.get("passes", {}))
         self._evaluations.load_state(run, state)
+
+
+def _restore_generators(run: Run, state: Mapping[str, Any]) -> None:
+    """Continue with the random generators of a checkpoint, or with new seeds on another number of ranks. Local."""
+    if "seed" in state:
+        torch.manual_seed(state["seed"])
+        run.batches.rng.manual_seed(state["seed"])
+        return
+    torch.set_rng_state(state["torch_rng"])
+    if run.world.device != "cpu" and state.get("cuda_rng") is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], run.world.device)
+    run.batches.rng.set_state(state["augment_rng"])
 
 
 def _check_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
@@ -119,9 +134,14 @@ def _check_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) ->
             )
 
 
-def load_newest(folder: Path, world: World) -> dict[str, Any]:
-    """Return this rank's part of the newest checkpoint of a run folder. Collective."""
-    return checkpoint.load_newest(folder / "checkpoints", world)
+def load_newest(folder: Path, config: TrainConfig, world: World) -> dict[str, Any]:
+    """Return the state of the newest checkpoint of a run folder from which this rank continues. Collective."""
+    found = checkpoint.load_newest(folder / "checkpoints", world)
+    if isinstance(found, checkpoint.Parts):
+        if world.rank == 0:
+            logger.info("%s was written by %d ranks and continues on %d", found.path, len(found), world.size)
+        return rescaled.load(found, config, world)
+    return found
 
 
 def _state_of(run: Run) -> dict[str, Any]:
@@ -130,6 +150,8 @@ def _state_of(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "buffers": dict(run.model.named_buffers()),
         "step": run.step,
+        "position": run.position,
+        "gradients": run.gradients,
         "loss": run.counters.loss,
         "seconds": run.clock.seconds,
         "compute_seconds": run.compute_seconds,

@@ -75,7 +75,7 @@ class Commands(Hook):
         run.optimizer.wait()
         run.world.barrier()
         run.clock.stop()
-        found = gather(run.world, [self._interrupted_by, run.budget.is_over(run.step)])
+        found = gather(run.world, [self._interrupted_by, run.budget.is_over(run.position)])
         signals, is_over = found.T
         run.is_complete = not signals.any() or bool(is_over.all())
         run.stopped_by = 0 if run.is_complete else int(signals.max())

@@ -125,6 +125,12 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         choices=TRANSPORTS,
         replaceable=True,
     )
+    init_from: str | None = option(
+        None,
+        "begin with the model of a run (of its end, or of its newest checkpoint) or of a file (torch, safetensors)",
+        metavar="RUN|FILE",
+        default_text="random weights",
+    )
     out: str | None = option(
         None, "folder for the configuration, metrics, checkpoints and plots", metavar="RUN", default_text="none"
     )

@@ -74,7 +74,7 @@ class Counters:
         """Publish this rank's counters. Local.
 
         Args:
-            step: The number of steps of this rank.
+            step: The number of steps of this rank, and its share of the gradients of earlier ranks.
             compute, exchange: The seconds of computation and of exchanges so far; exchanges include waiting.
             statistics: The statistics of the exchanges.
             metrics: The method's own metrics of this worker.

@@ -154,7 +154,7 @@ class Evaluations(Hook):
     def on_step(self, run: Run) -> None:
         """Evaluate if an evaluation is due."""
         self._has_evaluated_end = False
-        if run.is_leader and run.calendar.evaluation_is_due(run.step, run.clock.seconds - self._last_seconds):
+        if run.is_leader and run.calendar.evaluation_is_due(run.position, run.clock.seconds - self._last_seconds):
             self._evaluate(run)
 
     def on_lead(self, run: Run) -> None:
@@ -209,7 +209,7 @@ class Evaluations(Hook):
                 step=run.step,
                 gradients=totals.gradients,
                 bytes=totals.bytes,
-                epoch=run.step / run.batches.steps_per_epoch,
+                epoch=run.position / run.batches.steps_per_epoch,
                 consensus_distance=distance,
                 elastic_energy=energy,
             )

@@ -11,7 +11,7 @@ from mpitrain.trainer.schedules import RateCurve
 class LearningRate(Hook):
     """The learning rate of the next step, set before the first step and after each.
 
-    It is a function of the rank's own step, so a resumed run continues where it was.
+    It is a function of the rank's own position in the run, so a resumed run continues where it was.
 
     Args:
         curve: The factor of the learning rate at each step.
@@ -26,7 +26,7 @@ class LearningRate(Hook):
         groups = run.optimizer.param_groups
         for group in groups:
             group["lr"] = group["initial_lr"] = run.plan.config.lr
-        self._scheduler = LambdaLR(run.optimizer, self._curve, last_epoch=run.step - 1)
+        self._scheduler = LambdaLR(run.optimizer, self._curve, last_epoch=run.position - 1)
 
     def on_step(self, run: Run) -> None:
         """Set the learning rate of the next step."""

@@ -24,7 +24,7 @@ from mpitrain.errors import UsageError
 from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
-from mpitrain.trainer import checkpoints, result, runfolder, runlock
+from mpitrain.trainer import checkpoints, initial_model, result, runfolder, runlock
 from mpitrain.trainer.agreement import require_equal_options
 from mpitrain.trainer.batches import Batches
 from mpitrain.trainer.budget import Budget
@@ -101,7 +101,7 @@ def _train(run: Run) -> dict[str, Any]:
     run.hooks.on_start(run)
     while not run.is_over:
         began, exchange_before = time.perf_counter(), optimizer.exchange_seconds
-        x, y = batches.draw(run.step)
+        x, y = batches.draw(run.position)
         optimizer.zero_grad()
         loss = passes.backward(x, y)
         value = float(loss.detach())
@@ -171,20 +171,20 @@ def _prepare(
     config, method = plan.config, plan.method
     batches = _load_data(config, world, resume=resume, dataset=dataset)
     objective, per_epoch = Objective(config, batches.dataset), batches.steps_per_epoch
-    model = _build_model(config, batches, objective, world)
+    model = _build_model(config, batches, objective, world, is_new=resume is None)
     evaluator = Evaluator(model, batches.dataset, world.device, objective)
     evaluations = Evaluations(evaluator, world, deferred=config.defer_evaluation)
     folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     optimizer = _optimizer(plan, model, world)
-    state = None if resume is None else checkpoints.load_newest(resume, world)
-    step, seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
+    state = None if resume is None else checkpoints.load_newest(resume, config, world)
+    gradients, seconds = (0, 0.0) if state is None else (state["gradients"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
     metrics_file = _metrics_file(method, folder, world, continue_from=None if state is None else seconds)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
     hooks = [*_hooks_of_options(plan, budget, objective, world), *hooks]
-    progress = _progress(plan, budget, world, step=step, seconds=seconds)
-    saving = Checkpoints(evaluations, saved_at=None if state is None else step)
+    progress = _progress(plan, budget, world, gradients=gradients * world.size, seconds=seconds)
+    saving = Checkpoints(evaluations, saved_at=None if state is None else state["step"])
     commands = Commands(control, stop_signal, saving)
     run = Run(
         plan=plan,
@@ -229,11 +229,15 @@ def _load_data(config: TrainConfig, world: World, *, resume: Path | None, datase
     return batches
 
 
-def _build_model(config: TrainConfig, batches: Batches, objective: Objective, world: World) -> torch.nn.Module:
-    """Build the model for the data on the rank's device, and fit the type of the inputs to the model. Local."""
+def _build_model(
+    config: TrainConfig, batches: Batches, objective: Objective, world: World, *, is_new: bool
+) -> torch.nn.Module:
+    """Build the model for the data on the rank's device. Collective if it begins as the model of another run."""
     shape, n_outputs = batches.dataset.shape, objective.n_outputs
-    model = models.build(config.model, shape=shape, n_classes=n_outputs, seed=config.seed)
-    batches.fit(model.to(world.device))
+    model = models.build(config.model, shape=shape, n_classes=n_outputs, seed=config.seed).to(world.device)
+    if config.init_from is not None and is_new:
+        initial_model.load(Path(config.init_from), model, world)
+    batches.fit(model)
     return model
 
 
@@ -271,12 +275,12 @@ def _optimizer(plan: RunPlan, model: torch.nn.Module, world: World) -> Distribut
     )
 
 
-def _progress(plan: RunPlan, budget: Budget, world: World, *, step: int, seconds: float) -> Progress:
+def _progress(plan: RunPlan, budget: Budget, world: World, *, gradients: int, seconds: float) -> Progress:
     """Return the bar of a run, of which a resumed run has some behind it."""
     return Progress(
         plan.method.name,
         gradients=budget.gradients,
         seconds=budget.seconds,
-        done=step * world.size if budget.gradients else seconds,
+        done=gradients if budget.gradients else seconds,
         show=world.rank == 0 and not plan.config.quiet,
     )

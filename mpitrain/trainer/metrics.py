@@ -14,6 +14,9 @@ from mpitrain.records.metrics import FAILURES, MetricsWriter
 from mpitrain.trainer.counters import HISTOGRAMS, METHOD_PREFIX, Totals
 from mpitrain.trainer.run import Hook, Point, Run
 
+PER_WORKER = ("workers", "method")
+"""The tables whose entries have one element per rank."""
+
 
 def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
     """Return the tables of a run.
@@ -130,7 +133,7 @@ def _open(path: Path, wanted: dict[str, list[Any]], continue_from: float | None)
     Metrics are for plots: a run goes on without them.
     """
     try:
-        metrics = MetricsWriter(path, wanted)
+        metrics = MetricsWriter(path, wanted, per_worker=PER_WORKER)
         if continue_from is not None:
             for table in wanted:
                 metrics.truncate_after(table, "seconds", continue_from)

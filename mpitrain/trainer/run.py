@@ -171,6 +171,8 @@ class Run:
         hooks: All hooks.
         faults: The faults to inject on this rank.
         step: The number of steps of this rank.
+        steps_before, gradients_before: How far position and gradients are ahead of ``step``, in a run that was
+            continued on another number of ranks.
         compute_seconds: The time that this rank has spent outside exchanges.
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
@@ -195,6 +197,8 @@ class Run:
     hooks: Hook
     faults: Faults
     step: int = 0
+    steps_before: int = 0
+    gradients_before: int = 0
     compute_seconds: float = 0.0
     points: list[Point] = field(default_factory=list)
     is_leader: bool = False
@@ -215,9 +219,19 @@ class Run:
             self.hooks.on_lead(self)
 
     @property
+    def position(self) -> int:
+        """The step in this rank's data and in the budget."""
+        return self.step + self.steps_before
+
+    @property
+    def gradients(self) -> int:
+        """This rank's share of all gradients."""
+        return self.step + self.gradients_before
+
+    @property
     def is_over(self) -> bool:
         """Whether this rank makes no more steps."""
-        return self.is_stopped or self.budget.is_over(self.step)
+        return self.is_stopped or self.budget.is_over(self.position)
 
     @property
     def learning_rate(self) -> float:
@@ -252,7 +266,7 @@ class Run:
     def publish(self) -> None:
         """Publish this rank's counters. Local."""
         self.counters.publish(
-            step=self.step,
+            step=self.gradients,
             compute=self.compute_seconds,
             exchange=self.optimizer.exchange_seconds,
             statistics=self.optimizer.statistics,

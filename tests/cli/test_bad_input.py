@@ -111,11 +111,14 @@ LOADED = {
     "model that is none": (["--model", "support.small_models:no_module"], "returned a int, not a torch.nn.Module"),
     "module that is not there": (["--model", "nothing:model"], "cannot be imported (ModuleNotFoundError"),
     "straggler that is not there": (["--straggler", "9:2"], "names rank 9: there are ranks 0 to 0"),
+    "no model to begin with": (["--init-from", "text.h5"], "--init-from text.h5 cannot be read as a model"),
+    "no file to begin with": (["--init-from", "nowhere.pt"], "--init-from nowhere.pt cannot be read as a model"),
+    "a folder that is no run to begin with": (["--init-from", "."], "has no complete checkpoint"),
 }
 # On several ranks: refused by all of them before or after MPI starts, by rank 0 alone, and for their number.
 ON_RANKS = {
     "unknown setting": ARGUMENTS["unknown setting"],
-    "another number of ranks than the run's": (["--resume", "run"], "written by 1 ranks: resume with 1 ranks"),
+    "no model to begin with": (["--init-from", "text.h5"], "text.h5 cannot be read as a model"),
     "a folder that cannot be made": LOADED["a folder that cannot be made"],
     "truncated file": LOADED["truncated file"],
 }

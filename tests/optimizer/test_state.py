@@ -1,11 +1,13 @@
 """States are loaded where they belong, and are copies."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mpitrain import EASGD, AllReduceSGD, Average, DistributedOptimizer, UsageError
+from mpitrain import EASGD, AllReduceSGD, Average, DistributedOptimizer, LocalSGD, UsageError
 from mpitrain.optimizer.state import Owner
 
 OWNER = Owner("easgd", rank=1, ranks=4, replica_size=2, node_shared=False)
@@ -71,6 +73,51 @@ class TestOnRanks:
             pytest.raises(UsageError, match="momentum with the method, and this optimizer in the base optimizer"),
         ):
             optimizer.load_state_dict(state)
+
+    @pytest.mark.parametrize("kind", ["center", "mean"])
+    def test_a_list_of_the_states_of_another_number_of_ranks_is_loaded(self, world, kind):
+        """The states of 3 ranks: that of this rank, changed, three times."""
+        method = EASGD(period=1) if kind == "center" else LocalSGD(period=2)
+        model, before = model_of(momentum_sgd, method)
+        descend(model, before, 3)
+        state, states = world.comm.bcast(before.state_dict()), []
+        before.close()
+        for rank in range(3):
+            states.append(copy.deepcopy(state) | {"rank": rank, "ranks": 3})
+            states[rank]["parameters"] *= 1 + rank
+            for entries in states[rank]["base"]["state"].values():
+                entries["momentum_buffer"] *= rank
+        model, after = model_of(momentum_sgd, method)
+        after.load_state_dict(states)
+        found = after.state_dict()
+        expected = state["method"]["center"] if kind == "center" else 2 * state["parameters"]
+        torch.testing.assert_close(found["parameters"], expected, rtol=1e-6, atol=0)
+        for parameter, entries in state["base"]["state"].items() if kind == "mean" else ():
+            mean = found["base"]["state"][parameter]["momentum_buffer"]
+            torch.testing.assert_close(mean, entries["momentum_buffer"])
+        assert bool(found["base"]["state"]) == (kind == "mean")
+        descend(model, after)
+        with pytest.raises(UsageError, match="before the first step"):
+            after.load_state_dict(states)
+        with pytest.raises(UsageError, match="load a list of the states of all 3 ranks"):
+            after.load_state_dict(states[0])
+        after.close()
+        model, after = model_of(momentum_sgd, method)
+        with pytest.raises(UsageError, match=r"0 of 3 is that of rank 2 of 3: .* in the order of the ranks"):
+            after.load_state_dict(states[::-1])
+        after.close()
+
+    def test_a_list_of_the_states_of_as_many_ranks_gives_each_its_own(self, world):
+        model, before = model_of(momentum_sgd, EASGD(period=1))
+        descend(model, before, 2 + world.rank)
+        before.wait()
+        world.barrier()
+        states = world.allgather(before.state_dict())
+        before.close()
+        model, after = model_of(momentum_sgd, EASGD(period=1))
+        after.load_state_dict(states)
+        assert torch.equal(after.state_dict()["parameters"], states[world.rank]["parameters"])
+        after.close()
 
     def test_a_state_without_the_average_is_refused(self, world):
         model, plain = model_of(momentum_sgd, EASGD(period=1))

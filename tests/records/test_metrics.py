@@ -154,6 +154,21 @@ def test_a_field_does_not_change_its_shape(path: Path) -> None:
         MetricsWriter(path, {"staleness": [("histogram", (65,))]})
 
 
+def test_entries_of_another_number_of_workers_end_in_nan(path: Path) -> None:
+    def append(n: int, step: int) -> None:
+        fields = ["step", ("bytes", (n,)), ("histogram", (n, 3))]
+        with MetricsWriter(path, {"workers": fields}, per_worker=["workers"]) as metrics:
+            metrics.append("workers", step=step, bytes=np.full(n, step), histogram=np.full((n, 3), step))
+
+    for n, step in ((2, 1), (4, 2), (1, 3)):
+        append(n, step)
+    workers = read_metrics(path)["workers"]
+    nan = np.nan
+    expected = np.array([[1, 1, nan, nan], [2, 2, 2, 2], [3, nan, nan, nan]])
+    np.testing.assert_array_equal(workers["bytes"], expected)
+    np.testing.assert_array_equal(workers["histogram"], np.repeat(expected[:, :, None], 3, axis=2))
+
+
 # ---- other processes ---------------------------------------------------------------------------------------
 
 WRITER = """

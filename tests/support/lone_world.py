@@ -31,6 +31,9 @@ class LoneWorld:
         """Return the value."""
         return value
 
+    def Bcast(self, values: Any) -> None:
+        """Do nothing: there is no other rank."""
+
     def Get_rank(self) -> int:
         """Return 0: this is the first one alive."""
         return 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.algorithms import Method
+from mpitrain.algorithms.base import rescaling
 from mpitrain.simulation.communicator import SimulatedCommunicator
 from mpitrain.simulation.engine import Gradient, Simulation
 from mpitrain.simulation.schedules import RoundRobin, Schedule
@@ -70,6 +71,13 @@ def load(simulation: Simulation, new: list[dict[str, Any]]) -> Simulation:
     simulation.world.run(program)
     simulation.world.schedule = schedule
     return simulation
+
+
+def restart(simulation: Simulation, parts: list[dict[str, Any]]) -> Simulation:
+    """Continue, with this simulation's workers, from the states of another number of workers."""
+    worker = simulation.workers[0]
+    merged = rescaling.merge_all(worker, simulation.method.common_start(parts), parts)
+    return load(simulation, [{**merged, "parameters": merged[rescaling.START]} for _ in simulation.workers])
 
 
 def change(simulation: Simulation, **values: Any) -> Simulation:

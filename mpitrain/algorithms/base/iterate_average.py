@@ -23,6 +23,8 @@ from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.method import LEAST_PERIODS
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.rescaling import Parts, mean_of_parts, merge
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import UsageError, unknown
 
@@ -110,7 +112,7 @@ class AveragedWorker(Worker):
         replica: The replica with which the worker was created.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_worker", "_average_of_iterates")
+    persistent: ClassVar[tuple[str, ...]] = ("_worker", Common("_average_of_iterates"))
 
     def __init__(self, average: Average, worker: Worker, replica: Replica) -> None:
         super().__init__(replica)
@@ -194,6 +196,12 @@ class AveragedWorker(Worker):
     def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
         """Pass on to the method. Collective for synchronous methods, else Local."""
         self._worker.finalize(group_slices)
+
+    def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
+        """Yield what goes on with another number of workers: the method's, and the average that is evaluated. Local."""
+        yield from merge(self._worker, parts)
+        name, evaluated = "average_of_iterates", parts if self._evaluated is None else parts[:1]
+        yield name, mean_of_parts((part[name], 1.0) for part in evaluated)
 
     def metrics(self) -> dict[str, float]:
         """Return the method's metrics. Local."""

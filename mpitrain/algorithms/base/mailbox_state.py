@@ -36,6 +36,10 @@ class Inbox:
 
         self._boxes.update(self._rank, fill)
 
+    def place(self, start: Any) -> None:
+        """Hold ``start`` (n,), with the number 0. Local; peers see it after a barrier."""
+        self.fill(start, 0.0)
+
     def state(self) -> Iterator[tuple[str, Any]]:
         """Yield the vector and the number. Local."""
         values, number = np.zeros_like(self._like), np.zeros(1)
@@ -63,6 +67,12 @@ class Published:
 
     def __init__(self, comm: Communicator, boxes: Mailboxes, like: Any) -> None:
         self._boxes, self._rank, self._like = boxes, comm.rank, like
+
+    def place(self, start: Any) -> None:
+        """Publish ``start`` (n,). Local; peers see it after a barrier."""
+        values = np.empty_like(self._like)
+        kernels.assign(values, start)
+        self._boxes.publish(values)
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """Yield the vector that peers can read. Local."""

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts, mean_of_parts
 from mpitrain.algorithms.base.settings import check_settings
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import suggestion
@@ -63,6 +64,10 @@ class Method(ABC):
         short_run: The recommended settings for runs of a few hundred steps, which are shorter than the periods in the
             papers. Only comparisons use them.
         metrics: The names of the values that ``Worker.metrics`` returns.
+        starts_at: The checkpoint entry at which the workers begin when their number has changed; None for the mean of
+            all workers' parameters.
+        averages_optimizer: Whether workers then begin with the mean of the base optimizers' states, and not without.
+        goes_on, begins_anew: What goes on then and what does not, in words.
     """
 
     name: ClassVar[str]
@@ -79,6 +84,10 @@ class Method(ABC):
     learning_rate_factor: ClassVar[float] = 1.0
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     metrics: ClassVar[tuple[str, ...]] = ()
+    starts_at: ClassVar[str | None] = None
+    averages_optimizer: ClassVar[bool] = True
+    goes_on: ClassVar[str] = "mean of the parameters and of the optimizer states"
+    begins_anew: ClassVar[str] = "differences between workers"
 
     def __new__(cls, *_: Any, **settings: Any) -> Self:
         """Refuse unknown settings and name the known ones."""
@@ -161,6 +170,16 @@ class Method(ABC):
             learning_rate: The learning rate eta.
         """
         return 0.0
+
+    def common_start(self, parts: Parts) -> Any:
+        """Return where all workers begin when their number has changed: (n,), in float32 at least. Local.
+
+        Args:
+            parts: The checkpoint entries of the workers that were, and their parameters.
+        """
+        if self.starts_at is not None:
+            return parts[0][self.starts_at]
+        return mean_of_parts((part[PARAMETERS], 1.0) for part in parts)
 
     @abstractmethod
     def worker(self, replica: Replica) -> Worker:

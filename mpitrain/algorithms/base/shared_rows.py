@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,19 @@ class SharedRows:
     def load(self, state: State) -> None:
         """Set the rows from worker 0's part of a checkpoint. Collective."""
         self._seed(state, state["lags"] if self._counts_pulls else None, None if self._tags is None else self._tags)
+
+    def merge(self, parts: Sequence[State]) -> Iterator[tuple[str, Any]]:
+        """Yield the rows and their tags, which worker 0's part has. Local."""
+        for name in (*self._names, *([] if self._tags is None else [self._tags])):
+            yield name, parts[0][name]
+
+    def restart(self, state: State) -> None:
+        """Seed the rows for another number of workers. Collective."""
+        self._seed(state, 0, self._tags)
+
+    def place(self, start: Any) -> None:
+        """Seed all rows with ``start`` (n,). Collective."""
+        self._seed(dict.fromkeys(self._names, start), 0)
 
     def _seed(self, values: State, lags: Any, tags: str | None = None) -> None:
         if self._comm.rank == 0:

@@ -16,6 +16,14 @@ An entry is named as its attribute, without the underscore. By the kind of the v
 
 A collaborator with hand-written ``state`` and ``load`` is needed only where several workers share what is saved, or
 where loading means to communicate.
+
+The kind of a name says what becomes of the entry when another number of workers continues (``base.rescaling``)::
+
+    persistent = (Common("_center"), Located("_position"), "_velocity")
+
+    Common      the same on all workers, or shared by them: goes on
+    Located     a vector that lies where the model does: begins where the workers do
+    any other   belongs to one worker: begins as in a new run
 """
 
 from __future__ import annotations
@@ -32,9 +40,17 @@ State = Mapping[str, Any]
 """The entries of a checkpoint, by name."""
 
 
+class Common(str):
+    """The name of an attribute that is the same on all workers, or shared by them."""
+
+
+class Located(str):
+    """The name of a vector, or of an object with ``place``, that lies where the model does."""
+
+
 def entries(owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield the name and the value of each attribute that the object declares as persistent."""
-    for attribute in _declared(type(owner)):
+    for attribute in declared(type(owner)):
         value, name = getattr(owner, attribute), attribute.lstrip("_")
         if isinstance(value, np.random.Generator):
             yield name, json.dumps(value.bit_generator.state)
@@ -43,7 +59,7 @@ def entries(owner: Any) -> Iterator[tuple[str, Any]]:
         elif hasattr(value, "local"):
             yield name, value.local
         else:
-            for collaborator, rename in _collaborators(value):
+            for collaborator, rename in collaborators(value):
                 _require_state(owner, attribute, collaborator)
                 found = collaborator.state() if hasattr(collaborator, "state") else entries(collaborator)
                 yield from ((rename.format(inner), entry) for inner, entry in found)
@@ -55,31 +71,46 @@ def restore(owner: Any, state: State) -> None:
     Raises:
         KeyError: An entry is missing.
     """
-    for attribute in _declared(type(owner)):
-        value, name = getattr(owner, attribute), attribute.lstrip("_")
-        if isinstance(value, np.random.Generator):
-            value.bit_generator.state = json.loads(state[name])
-        elif isinstance(value, str):
-            setattr(owner, attribute, str(state[name]))
-        elif isinstance(value, int | float):
-            setattr(owner, attribute, np.asarray(state[name]).item())
-        elif _is_array(value):
-            kernels.assign(value, state[name])
-        elif hasattr(value, "local"):
-            kernels.assign(value.local, state[name])
-        else:
-            for collaborator, rename in _collaborators(value):
-                _require_state(owner, attribute, collaborator)
-                own = state if rename == "{}" else _Renamed(state, rename)
-                if hasattr(collaborator, "load"):
-                    collaborator.load(own)
-                else:
-                    restore(collaborator, own)
+    for attribute in declared(type(owner)):
+        restore_attribute(owner, attribute, state)
 
 
-def _declared(kind: type) -> Iterator[str]:
+def restore_attribute(owner: Any, attribute: str, state: State) -> None:
+    """Load one attribute that the object declares as persistent. Collective if it is a collaborator that is.
+
+    Raises:
+        KeyError: An entry is missing.
+    """
+    value, name = getattr(owner, attribute), attribute.lstrip("_")
+    if isinstance(value, np.random.Generator):
+        value.bit_generator.state = json.loads(state[name])
+    elif isinstance(value, str):
+        setattr(owner, attribute, str(state[name]))
+    elif isinstance(value, int | float):
+        setattr(owner, attribute, np.asarray(state[name]).item())
+    elif _is_array(value):
+        kernels.assign(value, state[name])
+    elif hasattr(value, "local"):
+        kernels.assign(value.local, state[name])
+    else:
+        for collaborator, rename in collaborators(value):
+            _require_state(owner, attribute, collaborator)
+            own = renamed(state, rename)
+            if hasattr(collaborator, "load"):
+                collaborator.load(own)
+            else:
+                restore(collaborator, own)
+
+
+def declared(kind: type) -> Iterator[str]:
+    """Yield the names of all attributes that a class and its base classes declare as persistent."""
     for base in reversed(kind.__mro__):
         yield from base.__dict__.get("persistent", ())
+
+
+def array_of(value: Any) -> Any:
+    """Return an array, or the array of a Vector; None for any other value."""
+    return value if _is_array(value) else getattr(value, "local", None)
 
 
 def _is_array(value: Any) -> bool:
@@ -92,7 +123,7 @@ def _require_state(owner: Any, attribute: str, value: Any) -> None:
         raise TypeError(f"{type(owner).__name__}.{attribute}: a checkpoint cannot store a {type(value).__name__}")
 
 
-def _collaborators(value: Any) -> Iterator[tuple[Any, str]]:
+def collaborators(value: Any) -> Iterator[tuple[Any, str]]:
     """Yield one or several collaborators, each with the pattern of its entries' names."""
     if isinstance(value, Mapping):
         yield from ((inner, f"{key}_{{}}") for key, inner in value.items())
@@ -100,6 +131,11 @@ def _collaborators(value: Any) -> Iterator[tuple[Any, str]]:
         yield from ((inner, f"{{}}_{number}") for number, inner in enumerate(value, 1))
     else:
         yield value, "{}"
+
+
+def renamed(state: State, rename: str) -> State:
+    """Return the entries of one of several collaborators, by their own names."""
+    return state if rename == "{}" else _Renamed(state, rename)
 
 
 class _Renamed(Mapping[str, Any]):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from mpitrain import kernels
-from mpitrain.algorithms.base import gradients, nonfinite
+from mpitrain.algorithms.base import gradients, nonfinite, rescaling
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.state import State, entries, restore
 
@@ -37,11 +37,13 @@ class Worker(ABC):
         skips: Whether the present step skips the local update, because a gradient is not finite.
         has_common_gradient: Whether the present gradient is the same on all workers.
         n_nonfinite: The number of non-finite elements at the last check.
+        is_replicated: Whether all workers hold equal copies of everything that is persistent.
         positions: The worker's own vectors (n,) of parameters; ``x`` is the first.
         velocities: The worker's own vectors (n,) such as momenta, in which a non-finite element becomes zero.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("t", "_finalized_at")
+    is_replicated: ClassVar[bool] = False
 
     def __init__(self, replica: Replica) -> None:
         self.comm, self.x, self.g = replica.comm, replica.x, replica.g
@@ -203,11 +205,18 @@ class Worker(ABC):
     def load(self, state: State) -> None:
         """Continue from a checkpoint; ``x`` has been loaded already. Collective.
 
+        Args:
+            state: This worker's entries; or, after another number of workers, those of ``rescaling.merge_all``.
+
         Raises:
             KeyError: An entry is missing.
         """
         self.wait()
-        restore(self, state)
+        if rescaling.START in state:
+            rescaling.restart(self, state)
+            self.t = int(state[rescaling.CLOCK])
+        else:
+            restore(self, state)
         self.after_load()
         self.comm.barrier()  # before peers read what was loaded
 

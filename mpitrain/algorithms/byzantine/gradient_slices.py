@@ -18,12 +18,14 @@ from a rank that breaks the protocol.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.rescaling import Parts
+from mpitrain.algorithms.base.state import State
 from mpitrain.collectives.communicator import Communicator, Vector
 from mpitrain.collectives.topology.partition import split
 from mpitrain.kernels.robust import Rows
@@ -85,3 +87,32 @@ class GradientSlices:
         n_bad[peer] = kernels.receive(self.rows.values[peer], g[self.part])
         if peer != self._comm.rank:
             self._comm.statistics.bytes_sent += self.mine.nbytes
+
+
+class SliceState:
+    """A vector of which each worker holds a slice, in a checkpoint.
+
+    Args:
+        name: The entry.
+        part: The position of this worker's slice.
+        values: (length,) the slice.
+    """
+
+    def __init__(self, name: str, part: slice, values: Any) -> None:
+        self._name, self._part, self._values = name, part, values
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the slice. Local."""
+        yield self._name, self._values
+
+    def load(self, state: State) -> None:
+        """Restore the slice. Local."""
+        kernels.assign(self._values, state[self._name])
+
+    def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
+        """Yield the whole vector (n,). Local."""
+        yield self._name, np.concatenate([part[self._name] for part in parts])
+
+    def restart(self, state: State) -> None:
+        """Continue with this worker's slice of the whole vector. Local."""
+        kernels.assign(self._values, state[self._name][self._part])

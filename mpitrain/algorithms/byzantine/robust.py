@@ -34,8 +34,9 @@ import numpy as np
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import Worker
-from mpitrain.algorithms.byzantine.gradient_slices import COMMUNICATION, GradientSlices
+from mpitrain.algorithms.byzantine.gradient_slices import COMMUNICATION, GradientSlices, SliceState
 from mpitrain.errors import UsageError
 
 RULES = ("mean", "median", "trimmed_mean", "krum", "geometric_median", "centered_clipping")
@@ -70,6 +71,8 @@ class RobustSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
     communication: ClassVar[str] = COMMUNICATION
+    goes_on: ClassVar[str] = "everything"
+    begins_anew: ClassVar[str] = "nothing"
     combines_gradients: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
 
@@ -147,12 +150,13 @@ class RobustWorker(Worker):
 class ClippingWorker(RobustWorker):
     """A worker with centered clipping. The row after those of the gradients is this worker's slice of v."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_aggregate",)
+    persistent: ClassVar[tuple[str, ...]] = (Common("_saved"),)
     n_extra = 1
 
     def __init__(self, method: RobustSGD, replica: Replica) -> None:
         super().__init__(method, replica)
         self._aggregate = self._slices.rows.values[-1]  # v
+        self._saved = SliceState("aggregate", self._slices.part, self._aggregate)
 
     def combine_gradients(self) -> None:
         """Compute v <- v + mean of the clipped differences from v. Collective."""

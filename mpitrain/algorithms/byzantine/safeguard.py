@@ -91,6 +91,8 @@ class SafeguardSGD(Method):
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
     communication: ClassVar[str] = COMMUNICATION
+    goes_on: ClassVar[str] = "parameters and optimizer states"
+    begins_anew: ClassVar[str] = "sums and good set: every worker is in it again"
     combines_gradients: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"short_window": 50, "long_window": 150})

@@ -51,6 +51,7 @@ from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
 from mpitrain.algorithms.base.shared_rows import SharedRows
+from mpitrain.algorithms.base.state import Common, Located
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import UsageError
 
@@ -91,6 +92,10 @@ class ADMM(Method):
     summary: ClassVar[str] = "consensus by multipliers: exact agreement, also of workers with different data"
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 4"
     communication: ClassVar[str] = "2 (center pulled, contribution pushed), 4 if K > 1; sync 2(p-1)/p"
+    starts_at: ClassVar[str | None] = "center"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "center"
+    begins_anew: ClassVar[str] = "the workers' distances from it; multipliers, which begin at 0"
     owns_update: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 10.0
 
@@ -151,7 +156,7 @@ class SynchronousADMMWorker(ADMMWorker):
     Non-finite elements of a contribution are replaced by those of the old center.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_center",)
+    persistent: ClassVar[tuple[str, ...]] = (Common("_center"),)
 
     def __init__(self, method: ADMM, replica: Replica) -> None:
         super().__init__(method, replica)
@@ -181,7 +186,7 @@ class TurnADMMWorker(ADMMWorker):
     Each worker has a clock that counts its turns. Workers read each other's clocks to find out whose turn it is.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_contribution", "_clock", "_rows")
+    persistent: ClassVar[tuple[str, ...]] = (Located("_contribution"), "_clock", Common("_rows"))
 
     def __init__(self, method: ADMM, replica: Replica) -> None:
         super().__init__(method, replica)
@@ -237,6 +242,7 @@ class TurnADMMWorker(ADMMWorker):
         Such a worker starts with the contribution of another worker, which changes the mean of the contributions.
         """
         self._seen = [0.0] * self.comm.size
+        self._clock.local[0] = self.t
         total = self._contribution.copy()
         self.comm.reduce(total)
         if self.comm.rank == 0:

@@ -34,6 +34,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import boolean, integer, number
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.elastic.center import AsynchronousCenter
 from mpitrain.algorithms.elastic.method import ElasticWorker, rho_of
 from mpitrain.collectives.communicator import Communicator
@@ -68,6 +69,10 @@ class AEASGD(Method):
     summary: ClassVar[str] = "asynchronous elastic averaging after tau steps, or when gradient and spring balance"
     source: ClassVar[str] = "Hermans 2017, CERN-THESIS-2017-103"
     communication: ClassVar[str] = "2/tau (center pulled and pushed); more when exchanges come early"
+    starts_at: ClassVar[str | None] = "center"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "center"
+    begins_anew: ClassVar[str] = "the workers' distances from it; optimizer states"
     grad_point: ClassVar[str] = "post"
     order: ClassVar[str] = "jacobi"
 
@@ -136,7 +141,7 @@ class EarlyWorker(ElasticWorker):
         center: The center.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_n_local", "_seen")
+    persistent: ClassVar[tuple[str, ...]] = ("_n_local", Located("_seen"))
 
     def __init__(self, method: AEASGD, replica: Replica, center: RememberedCenter) -> None:
         super().__init__(method, replica, center)

@@ -23,6 +23,7 @@ from mpitrain import kernels
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import number
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.elastic.method import ElasticMethod, ElasticWorker
 
 
@@ -57,7 +58,7 @@ class EAMSGD(ElasticMethod):
 class EAMSGDWorker(ElasticWorker):
     """A worker with a position and a velocity; the model holds their look-ahead y."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_position", "_velocity")
+    persistent: ClassVar[tuple[str, ...]] = (Located("_position"), "_velocity")
 
     def __init__(self, method: EAMSGD, replica: Replica) -> None:
         super().__init__(method, replica, method.center(replica), position=wide_copy(replica.x.local))

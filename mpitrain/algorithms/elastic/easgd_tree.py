@@ -54,8 +54,9 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import Parts
 from mpitrain.algorithms.base.settings import choice, integer, number
-from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.state import Located, State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.elastic.center import AsynchronousCenter, compile_halves
 from mpitrain.algorithms.elastic.method import BETA
@@ -94,6 +95,9 @@ class EASGDTree(Method):
     name: ClassVar[str] = "easgd-tree"
     summary: ClassVar[str] = "elastic averaging over a tree of centers, fast nearby and slow far away"
     source: ClassVar[str] = "Zhang 2016, arXiv 1605.02216, chapter 6"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "root"
+    begins_anew: ClassVar[str] = "the other nodes' distances from it; optimizer states"
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"degree": 2, "period": 4, "slow_period": 16})
     communication: ClassVar[str] = "1/tau_up + 1/tau_down, and a share of what the nodes above exchange"
     needs_gradient: ClassVar[bool] = False
@@ -120,6 +124,11 @@ class EASGDTree(Method):
     def alpha(self, branches: Sequence[Sequence[Members]]) -> float:
         """Return the moving rate for a given tree."""
         return BETA / (most_children(branches) + 1) if self.moving_rate is None else self.moving_rate
+
+    def common_start(self, parts: Parts) -> Any:
+        """Return the root, which is the last node above worker 0."""
+        numbers = [int(name.removeprefix("center_")) for name in parts[0] if name.startswith("center_")]
+        return parts[0][f"center_{max(numbers)}"]
 
     def worker(self, replica: Replica) -> EASGDTreeWorker:
         """Make a worker. Collective."""
@@ -219,7 +228,7 @@ class Edge:
 class EASGDTreeWorker(Worker):
     """A worker at a leaf, which also carries messages over the edges between the leaf and the root."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_nodes",)
+    persistent: ClassVar[tuple[str, ...]] = (Located("_nodes"),)
 
     def __init__(self, method: EASGDTree, replica: Replica) -> None:
         super().__init__(replica)

@@ -36,6 +36,7 @@ from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import boolean, choice, integer, number
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.elastic.center import AsynchronousCenter, Center, SynchronousCenter
 from mpitrain.errors import UsageError
@@ -82,6 +83,11 @@ class ElasticMethod(Method):
     grad_point: str = choice("pre", "gradient before or after the exchange", ("pre", "post"))
     _: KW_ONLY
     clip_displacement: float | None = clip_displacement()
+
+    starts_at: ClassVar[str | None] = "center"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "center"
+    begins_anew: ClassVar[str] = "the workers' distances from it; velocities and optimizer states"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +173,7 @@ class ElasticWorker(Worker):
         position: (n,) the vector x_i to exchange; by default the parameters of the model.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_center",)
+    persistent: ClassVar[tuple[str, ...]] = (Common("_center"),)
 
     def __init__(self, method: Any, replica: Replica, center: Center, position: Any = None) -> None:
         super().__init__(replica)

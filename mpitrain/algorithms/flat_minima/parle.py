@@ -40,6 +40,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.synchronous.outer_optimizer import average
 
@@ -96,6 +97,8 @@ class EntropySGD(EntropyMethod):
     summary: ClassVar[str] = "an inner loop explores, an outer step follows its average into wide valleys"
     source: ClassVar[str] = "Chaudhari et al. 2016, arXiv 1611.01838"
     communication: ClassVar[str] = "2(p-1)/p"
+    goes_on: ClassVar[str] = "everything"
+    begins_anew: ClassVar[str] = "nothing"
     combines_gradients: ClassVar[bool] = True
     averages_gradients: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse",)
@@ -126,6 +129,9 @@ class Parle(EntropyMethod):
     summary: ClassVar[str] = "replicas that look for wide valleys, tied to their mean by springs"
     source: ClassVar[str] = "Chaudhari et al. 2017, arXiv 1707.00424"
     communication: ClassVar[str] = "2(p-1)/(p*L); 4(p-1)/(p*L) with reference=z"
+    starts_at: ClassVar[str | None] = "reference"
+    goes_on: ClassVar[str] = "reference r"
+    begins_anew: ClassVar[str] = "the replicas' distances from it; velocities"
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse", "rho_inverse")
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 
@@ -156,7 +162,12 @@ class Parle(EntropyMethod):
 class InnerLoopWorker(Worker):
     """A worker with the position x, the running average z and two velocities; the model holds the inner iterate y."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_position", "_running_average", "_outer_velocity", "_inner_velocity")
+    persistent: ClassVar[tuple[str, ...]] = (
+        Located("_position"),
+        Located("_running_average"),
+        "_outer_velocity",
+        "_inner_velocity",
+    )
 
     def __init__(self, method: EntropyMethod, replica: Replica) -> None:
         super().__init__(replica)
@@ -213,6 +224,8 @@ class InnerLoopWorker(Worker):
 class EntropyWorker(InnerLoopWorker):
     """A worker with a copy of the single replica."""
 
+    is_replicated: ClassVar[bool] = True
+
     def __init__(self, method: EntropySGD, replica: Replica) -> None:
         super().__init__(method, replica)
         kernels.keep_finite(self._position[:0])  # compiled before the first step
@@ -229,7 +242,7 @@ class EntropyWorker(InnerLoopWorker):
 class ParleWorker(InnerLoopWorker):
     """A worker with its own replica, and a copy of r with the same bits on all workers."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_reference",)
+    persistent: ClassVar[tuple[str, ...]] = (Located("_reference"),)
 
     def __init__(self, method: Parle, replica: Replica) -> None:
         super().__init__(method, replica)

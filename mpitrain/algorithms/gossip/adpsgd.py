@@ -32,6 +32,8 @@ from mpitrain.algorithms.base.evaluation import mean_of
 from mpitrain.algorithms.base.mailbox_state import Inbox
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import Parts, mean_of_parts
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
 from mpitrain.collectives.topology.graphs import Topology
@@ -66,6 +68,10 @@ class ADPSGD(GraphMethod):
     def _is_connected(self, found: Topology) -> bool:
         return found.is_weakly_connected
 
+    def common_start(self, parts: Parts) -> Any:
+        """Return the mean of all x_i, which may have been averaged since the workers copied them."""
+        return mean_of_parts((part["position"], 1.0) for part in parts)
+
     def worker(self, replica: Replica) -> ADPSGDWorker:
         """Make a worker. Collective."""
         return ADPSGDWorker(self, replica)
@@ -74,7 +80,7 @@ class ADPSGD(GraphMethod):
 class ADPSGDWorker(Worker):
     """A worker whose x_i lies in a mailbox; the model holds the copy y_i."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_rng", "_box")
+    persistent: ClassVar[tuple[str, ...]] = ("_rng", Located("_box"))
 
     def __init__(self, method: ADPSGD, replica: Replica) -> None:
         super().__init__(replica)

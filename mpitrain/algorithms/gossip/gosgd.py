@@ -30,6 +30,7 @@ from mpitrain.algorithms.base.mailbox_state import Inbox
 from mpitrain.algorithms.base.method import Interval, Method
 from mpitrain.algorithms.base.peers import draw_peer
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts, mean_of_parts
 from mpitrain.algorithms.base.settings import choice, number
 from mpitrain.algorithms.base.worker import Worker
 
@@ -58,6 +59,7 @@ class GoSGD(Method):
     needs_gradient: ClassVar[bool] = False
     short_run: ClassVar[MappingProxyType[str, Any]] = MappingProxyType({"probability": 0.2})
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
+    goes_on: ClassVar[str] = "sum_i w_i x_i with the unread messages; mean of the optimizer states"
 
     @property
     def is_synchronous(self) -> bool:
@@ -67,6 +69,11 @@ class GoSGD(Method):
     def interval(self, size: int) -> Interval:
         """Return 1/p_ex, the mean number of steps between two pushes."""
         return Interval(1 / self.probability, "probability", lambda steps: f"{min(1 / max(steps, 1), 1):.2g} or more")
+
+    def common_start(self, parts: Parts) -> Any:
+        """Return sum_i w_i x_i, with the unread messages."""
+        names = (PARAMETERS, "push_weight"), ("inbox", "inbox_weight")
+        return mean_of_parts((part[vector], float(part[weight])) for part in parts for vector, weight in names)
 
     def worker(self, replica: Replica) -> GoSGDWorker:
         """Make a worker. Collective."""

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import kernels
+from mpitrain.algorithms.base.rescaling import CLOCK, Parts
 from mpitrain.algorithms.base.state import State
 from mpitrain.collectives.communicator import Communicator
 from mpitrain.collectives.rma.blocks import N_TAGS
@@ -39,6 +40,17 @@ WEIGHT = 1
 
 RECEIVED = 2
 """The tag that counts the steps, from the first on, of which the sender had received all messages."""
+
+
+def under_way(parts: Parts, overlap: int) -> Iterator[tuple[Any, float]]:
+    """Yield vector and weight of each message that its receiver has not received, from the parts of a checkpoint."""
+    slots = overlap + 2
+    for part in parts if overlap else ():
+        first_late = int(part["posted"]) - overlap
+        for step, sender in json.loads(part["due"]):
+            sent = parts[sender]
+            yield sent["messages"][step - first_late], float(sent["message_tags"][step % slots][WEIGHT])
+
 
 Receive = Callable[[int, Any, float], int | None]
 """``receive(sender, vector, weight)``: process a message; return the number of non-finite elements left out."""
@@ -135,6 +147,16 @@ class Neighbours:
         yield "due", json.dumps(self._due)
         if self._overlap:
             yield "messages", np.stack([kernels.to_host(self._copy(step % self._slots)) for step in self._late_steps()])
+
+    def restart(self, state: State) -> None:
+        """Continue at the workers' clock without messages under way. Local; peers see it after a barrier."""
+        self._t, self._due = int(state[CLOCK]), []
+        for slot in range(self._slots):
+
+            def acknowledge(_: Any, tags: np.ndarray) -> None:
+                tags[RECEIVED] = self._t
+
+            self._boxes.update(self._comm.rank, acknowledge, slot)
 
     def load(self, state: State) -> None:
         """Restore the messages. Local; peers see them after a barrier."""

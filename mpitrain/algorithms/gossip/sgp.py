@@ -27,15 +27,17 @@ OSGP; here it is bounded: a message is received as soon as it is there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts, mean_of_parts
 from mpitrain.algorithms.base.settings import integer
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
-from mpitrain.algorithms.gossip.neighbours import Neighbours
+from mpitrain.algorithms.gossip.neighbours import Neighbours, under_way
 from mpitrain.collectives.topology.graphs import Topology
 
 
@@ -61,6 +63,12 @@ class StochasticGradientPush(GraphMethod):
     communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
     needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
+    goes_on: ClassVar[str] = "sum_i x_i / sum_i w_i with the messages under way; mean of the optimizer states"
+
+    def common_start(self, parts: Parts) -> Any:
+        """Return sum_i x_i/sum_i w_i, with the messages under way."""
+        own = ((part[PARAMETERS], float(part["push_weight"])) for part in parts)
+        return mean_of_parts(chain(own, under_way(parts, self.overlap)))
 
     def worker(self, replica: Replica) -> SGPWorker:
         """Make a worker. Collective."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpitrain.algorithms.base.mailbox_state import Published
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.leader.worker import Following, LSGDWorker
 
 CLOCK, STAMP, LOSS = range(3)
@@ -25,7 +26,7 @@ def copy_loss(to: np.ndarray, shown: np.ndarray) -> None:
 class AsynchronousLSGDWorker(LSGDWorker):
     """A worker that publishes its parameters and loss, and reads the parameters that the leader has published."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_published_parameters", "_shown")
+    persistent: ClassVar[tuple[str, ...]] = (Located("_published_parameters"), "_shown")
 
     def __init__(self, method: Any, replica: Replica) -> None:
         super().__init__(method, replica)

@@ -13,6 +13,7 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.base.worker import Worker
 
 NO_LEADER = -1
@@ -33,7 +34,7 @@ class Following:
         pending: Whether the pull of this round is still to come (asynchronous only).
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("leader", "leader_parameters", "round", "pending")
+    persistent: ClassVar[tuple[str, ...]] = ("leader", Located("leader_parameters"), "round", "pending")
 
     members: np.ndarray
     rate: float

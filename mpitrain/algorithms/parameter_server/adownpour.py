@@ -49,6 +49,10 @@ class AveragedDownpour(Method):
 
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     communication: ClassVar[str] = "2/tau (commit and pull); between nodes 4/tau, as the average travels along"
+    starts_at: ClassVar[str | None] = "center"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "center, its average and the count of commits"
+    begins_anew: ClassVar[str] = "steps not committed; optimizer states"
     needs_gradient: ClassVar[bool] = False
     evaluates_history: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = DOWNPOUR_RATE

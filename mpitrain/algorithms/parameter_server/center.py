@@ -25,6 +25,7 @@ from mpitrain.algorithms.base.clipping import Clip, clip_displacement
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.shared_rows import SharedRows
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.parameter_server.commit import CommitRule
 
@@ -48,6 +49,10 @@ class CenterMethod(Method):
     clip_displacement: float | None = clip_displacement()
 
     communication: ClassVar[str] = "2/tau (commit and pull)"
+    starts_at: ClassVar[str | None] = "center"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "center"
+    begins_anew: ClassVar[str] = "steps not committed; optimizer states"
     metrics: ClassVar[tuple[str, ...]] = ("staleness",)
 
     @property
@@ -65,7 +70,7 @@ class CenterWorker(Worker):
         rule: The rule of commits and pulls.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_steps", "_rule", "_rows")
+    persistent: ClassVar[tuple[str, ...]] = ("_steps", "_rule", Common("_rows"))
 
     def __init__(self, method: Any, replica: Replica, rule: CommitRule) -> None:
         super().__init__(replica)

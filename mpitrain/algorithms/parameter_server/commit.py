@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.clipping import Clip
+from mpitrain.algorithms.base.state import Located
 from mpitrain.collectives.rma.shared_vector import SharedVector
 
 
@@ -70,7 +71,7 @@ class Displacement(CommitRule):
         origin: (n,) the values o of the last pull.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("origin",)
+    persistent: ClassVar[tuple[str, ...]] = (Located("origin"),)
 
     def __init__(self, x: Any, rate: Rate = lambda shared, steps: 1.0) -> None:
         self.x, self.origin, self._rate = x, x.copy(), rate

@@ -52,6 +52,8 @@ class MDownpour(CenterMethod):
     summary: ClassVar[str] = "DOWNPOUR at every step, with Nesterov momentum at the center"
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651"
     communication: ClassVar[str] = "4 (center and velocity, fetched and returned)"
+    goes_on: ClassVar[str] = "center and its velocity"
+    begins_anew: ClassVar[str] = "nothing"
     owns_update: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 0.5
 

@@ -46,7 +46,9 @@ import numpy as np
 from mpitrain import kernels
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts
 from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.base.worker import Worker
 
 SKETCH = 256
@@ -86,6 +88,9 @@ class NeuroevolutionSGD(Method):
     summary: ClassVar[str] = "a population of models: local SGD, crossover of the best, too similar ones suppressed"
     source: ClassVar[str] = "our reconstruction of Zhang, Hao, Gao, Wei, Tang 2020, arXiv 2012.11184 (abstract)"
     communication: ClassVar[str] = "at most 2/tau received (a child's parents)"
+    averages_optimizer: ClassVar[bool] = False
+    goes_on: ClassVar[str] = "best individual"
+    begins_anew: ClassVar[str] = "the other individuals; optimizer states"
     on_host: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = True
@@ -96,6 +101,10 @@ class NeuroevolutionSGD(Method):
     def needs_equal_updates(self) -> bool:
         """Whether all workers need equal learning rates. They do not: a search may use different ones."""
         return False
+
+    def common_start(self, parts: Parts) -> Any:
+        """Return the best individual of the last generation."""
+        return parts[int(parts[0]["best"])][PARAMETERS]
 
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
         """Make a worker. Collective."""
@@ -138,7 +147,7 @@ class NeuroevolutionWorker(Worker):
         plan: The outcome of the last generation; None before the end of the first.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_start", "_losses", "_fitness", "_best", "_suppressed", "_rng")
+    persistent: ClassVar[tuple[str, ...]] = (Located("_start"), "_losses", "_fitness", "_best", "_suppressed", "_rng")
 
     def __init__(self, method: NeuroevolutionSGD, replica: Replica) -> None:
         super().__init__(replica)

@@ -36,8 +36,9 @@ from mpitrain import kernels
 from mpitrain.algorithms.base import gradients
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import ParamGroupSlice, Replica
+from mpitrain.algorithms.base.rescaling import Parts
 from mpitrain.algorithms.base.settings import boolean
-from mpitrain.algorithms.base.state import State
+from mpitrain.algorithms.base.state import Common, State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.communicator import Communicator, Started
 from mpitrain.kernels import norms
@@ -70,6 +71,8 @@ class AllReduceSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on the mean of all gradients"
     source: ClassVar[str] = "Goyal et al. 2017, arXiv 1706.02677"
     communication: ClassVar[str] = "2(p-1)/p"
+    goes_on: ClassVar[str] = "everything"
+    begins_anew: ClassVar[str] = "nothing"
     combines_gradients: ClassVar[bool] = True
     averages_gradients: ClassVar[bool] = True
 
@@ -174,7 +177,7 @@ def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) 
 class SlicedWorker(AllReduceWorker):
     """A worker that makes the step of torch.optim.SGD for its slice of the shared parameters of the node."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_velocity",)
+    persistent: ClassVar[tuple[str, ...]] = (Common("_velocity"),)
 
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica)
@@ -267,7 +270,7 @@ class VelocitySlice:
     """
 
     def __init__(self, comm: Communicator, x: Any) -> None:
-        self._comm = comm
+        self._comm, self._n = comm, x.size
         self.mine = comm.slice_of(x.size)
         self.values = np.zeros(self.mine.stop - self.mine.start, x.dtype)
 
@@ -275,6 +278,18 @@ class VelocitySlice:
         """Yield the slice. Local."""
         yield "slice_start", self.mine.start
         yield "velocity", self.values
+
+    def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
+        """Yield the momentum of all parameters (n,), from all slices. Local."""
+        whole = np.zeros(self._n, self.values.dtype)
+        for part in parts:
+            start, held = int(part["slice_start"]), part["velocity"]
+            whole[start : start + held.size] = held
+        yield "velocity", whole
+
+    def restart(self, state: State) -> None:
+        """Continue with this worker's slice of the momentum of all parameters. Local."""
+        self.values[...] = state["velocity"][self.mine]
 
     def load(self, state: State) -> None:
         """Assemble this worker's slice from the saved slices of all workers. Their bounds may differ. Collective."""

@@ -29,6 +29,7 @@ from mpitrain import kernels, theory
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import integer, number
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import PeriodicWorker
 from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
@@ -54,6 +55,8 @@ class DiLoCo(Method):
     summary: ClassVar[str] = "hundreds of local steps, then a Nesterov step with what they have changed"
     source: ClassVar[str] = "Douillard et al. 2023, arXiv 2311.08105"
     communication: ClassVar[str] = "2(p-1)/(p*H)"
+    goes_on: ClassVar[str] = "theta and its momentum; mean of the parameters and of the optimizer states"
+    begins_anew: ClassVar[str] = "differences between workers"
     needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
     learning_rate_factor: ClassVar[float] = 0.1
@@ -73,7 +76,7 @@ class DiLoCo(Method):
 class DiLoCoWorker(PeriodicWorker):
     """A worker with theta and b, the outer momentum buffer; the model holds x_i."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_outer",)
+    persistent: ClassVar[tuple[str, ...]] = (Common("_outer"),)
 
     def __init__(self, method: DiLoCo, replica: Replica) -> None:
         super().__init__(method, replica)

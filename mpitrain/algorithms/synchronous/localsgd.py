@@ -33,6 +33,7 @@ from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import PeriodicWorker
 from mpitrain.algorithms.synchronous.outer_optimizer import average
 
@@ -112,7 +113,7 @@ class PostLocalSGD(LocalSGD):
 class PostLocalWorker(PeriodicWorker):
     """A worker that averages gradients before the switch, and parameters after it. The model holds x_i."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_is_local", "_last_rate")
+    persistent: ClassVar[tuple[str, ...]] = (Common("_is_local"), Common("_last_rate"))
 
     def __init__(self, method: PostLocalSGD, replica: Replica) -> None:
         super().__init__(method, replica)

@@ -28,6 +28,7 @@ from mpitrain import kernels, theory
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import integer, number
+from mpitrain.algorithms.base.state import Common
 from mpitrain.algorithms.base.worker import PeriodicWorker
 from mpitrain.algorithms.synchronous.outer_optimizer import OuterParameters
 
@@ -50,6 +51,8 @@ class SlowMo(Method):
     summary: ClassVar[str] = "local steps, averaged with a slow momentum over the rounds"
     source: ClassVar[str] = "Wang, Tantia, Ballas, Rabbat 2019, arXiv 1910.00643"
     communication: ClassVar[str] = "2(p-1)/(p*tau)"
+    goes_on: ClassVar[str] = "x0 and u; mean of the parameters and of the optimizer states"
+    begins_anew: ClassVar[str] = "differences between workers"
     needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
     learning_rate_factor: ClassVar[float] = 0.5
@@ -69,7 +72,7 @@ class SlowMo(Method):
 class SlowMoWorker(PeriodicWorker):
     """A worker with the slow momentum u and the outer parameters theta (x0 in the paper). The model holds x_i."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("_outer", "_sum_of_rates")
+    persistent: ClassVar[tuple[str, ...]] = (Common("_outer"), Common("_sum_of_rates"))
 
     def __init__(self, method: SlowMo, replica: Replica) -> None:
         super().__init__(method, replica)

@@ -1,0 +1,58 @@
+"""The tables of docs/reliability.md that follow from the declarations of the methods.
+
+python -m benchmarks.pages.reliability      write them into the page
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mpitrain.algorithms import METHODS, Method
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+ENDS = "all end"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def what_survives(method: Method) -> list[str]:
+    """Return the row of a method in the table of failures."""
+    if method.is_synchronous:
+        return [f"`{method.name}`", "for all, or its neighbours", ENDS, ENDS, ENDS]
+    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", ENDS]
+
+
+def what_goes_on(method: Method) -> list[str]:
+    """Return the row of a method in the table of resumed runs."""
+    return [f"`{method.name}`", method.goes_on, method.begins_anew]
+
+
+def tables() -> dict[str, str]:
+    """Return each table by the name of its place in the page."""
+    methods = [method() for method in METHODS.values()]
+    failures = ["method", "waits", "a rank of its node dies", "rank 0 dies", "a rank on another node dies"]
+    return {
+        "failures": table(failures, map(what_survives, methods)),
+        "resumed": table(["method", "goes on", "begins anew"], map(what_goes_on, methods)),
+    }
+
+
+def filled(page: str) -> str:
+    """Return the page with the tables in their places, between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    for name, text in tables().items():
+        page, n = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.S
+        )
+        if n != 1:
+            raise ValueError(f"{PAGE} has no place <!-- {name} -->")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))

@@ -1,0 +1,99 @@
+"""The states of the optimizer on p ranks, as one state from which each of q ranks continues (``base.rescaling``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+
+from mpitrain.algorithms.base import rescaling
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.worker import Worker
+from mpitrain.errors import UsageError
+
+States = Sequence[Mapping[str, Any]]
+"""The state of each rank, by rank; loaded one at a time if the sequence does so."""
+
+
+class Parts(Sequence[Mapping[str, Any]]):
+    """The workers' entries and parameters in the states of their ranks.
+
+    Args:
+        states: Of all ranks.
+        replica_size: The number of ranks per worker; the first of them has the worker's state.
+        as_array: Converts a value as it was saved.
+    """
+
+    def __init__(self, states: States, replica_size: int, as_array: Callable[[Any], Any]) -> None:
+        self._states, self._size, self._as_array = states, replica_size, as_array
+
+    def __len__(self) -> int:
+        return len(self._states) // self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        state = self._states[index * self._size]
+        entries = {name: self._as_array(value) for name, value in state["method"].items()}
+        return {**entries, rescaling.PARAMETERS: self._as_array(state["parameters"])}
+
+
+def merge(states: States, parts: Parts, method: Method, worker: Worker) -> dict[str, Any]:
+    """Return the state from which each rank of another number continues. Local.
+
+    Args:
+        states: Of all ranks, already checked.
+        parts: The same by workers.
+        method: Of the states.
+        worker: One of those that will continue.
+
+    Raises:
+        UsageError: An entry is missing.
+    """
+    try:
+        start = method.common_start(parts)
+        merged = rescaling.merge_all(worker, start, parts)
+    except KeyError as missing:
+        raise UsageError(
+            f"the state has no {missing}: it was saved with other settings of {method.name}, or without the average"
+        ) from missing
+    size = len(states) // len(parts)
+    heads = (states[rank]["base"] for rank in range(0, len(states), size))
+    base = mean_of_bases(heads) if method.averages_optimizer else _without_state(next(heads))
+    return {"parameters": start, "base": base, "method": merged}
+
+
+def mean_of_bases(states: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of the states of a torch optimizer; what is no floating-point tensor is the first one's.
+
+    The mean is computed in float64, so that equal float32 states stay as they are to the last bit.
+    """
+    first = next(states)
+    totals: dict[Any, dict[str, tuple[torch.Tensor, int]]] = {}
+    for state in (first, *states):
+        for parameter, entries in state["state"].items():
+            known = totals.setdefault(parameter, {})
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    total, count = known.get(name, (torch.zeros((), dtype=torch.float64), 0))
+                    known[name] = total + value.detach().double().cpu(), count + 1
+    found: dict[str, Any] = {"param_groups": first["param_groups"], "state": {}}
+    for parameter, sums in totals.items():
+        entries = dict(first["state"].get(parameter, {}))
+        for name, (total, count) in sums.items():
+            like = entries.get(name)
+            dtype = like.dtype if isinstance(like, torch.Tensor) else torch.float32
+            entries[name] = (total / count).to(dtype)
+        found["state"][parameter] = entries
+    return found
+
+
+def _without_state(base: Mapping[str, Any]) -> dict[str, Any]:
+    return {"param_groups": base["param_groups"], "state": {}}
