@@ -97,7 +97,7 @@ class MetricsWriter:
         """
         self._path = Path(path)
         self._has_warned = self._is_broken = False
-        self._flush_seconds = flush_seconds
+        self._flush_seconds, self._per_worker = flush_seconds, per_worker
         self._shapes = {
             table: dict((field, ()) if isinstance(field, str) else field for field in fields)
             for table, fields in tables.items()
@@ -172,7 +172,9 @@ class MetricsWriter:
             raise ValueError(f"{self._path} is closed")
         row = {}
         for field, shape in shapes.items():
-            row[field] = _widened(np.array(values.get(field, np.full(shape, np.nan)), dtype=np.float64), shape)
+            row[field] = np.array(values.get(field, np.full(shape, np.nan)), dtype=np.float64)
+            if table in self._per_worker:
+                row[field] = _widened(row[field], shape)
             if row[field].shape != shape:
                 raise ValueError(f"{table}/{field} takes values of shape {shape}, not {row[field].shape}")
         self._waiting[table].append(row)

@@ -203,7 +203,7 @@ def _prepare(
     )
     if budget.gradients is not None:
         _warn_of_short_run(run, budget.gradients)
-    if state is not None and resume is not None:
+    if resume is not None and state is not None:
         saving.restore(run, state)
         runfolder.reopen(resume, config, world)
     run.publish()
