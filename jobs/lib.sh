@@ -7,6 +7,8 @@
 #     stage FILE                      copy a file to every node; the copy's path is in $staged
 #     run_to_the_end RUN command ...  launch a command that trains in the folder RUN; requeue the job until it is done
 #     train_to_the_end RUN option ... the same for mpitrain train with these options
+#     as_folder PATH                  check the path of a folder; in $folder no command takes it for an option
+#     split TEXT                      split a text into words as a shell does, into the array $words
 #     use_nodes N                     use N of the job's nodes and release the others (SLURM)
 #     print_best OUT line ...         print the best of the runs OUT/row-1, OUT/row-2, ..., one for each line
 #
@@ -46,6 +48,20 @@ refuse() {
     exit "$EXIT_USAGE"
 }
 
+as_folder() {
+    folder=$1
+    [[ $folder != -* ]] || folder=./$folder
+    while [[ $folder == ?*/ ]]; do folder=${folder%/}; done
+}
+
+# shellcheck disable=SC2034 # the scripts read it
+words=()
+split() {
+    local code='import shlex, sys; print(*map(shlex.quote, shlex.split(sys.argv[1])))' quoted
+    quoted=$(inside python -c "$code" "$1" 2> /dev/null) || refuse "these options cannot be split into words: $1"
+    eval "words=($quoted)"
+}
+
 # --- the batch system: job_id, n_ranks, launcher, restarts, requeue, was_preempted, seconds_left
 
 mpi_of_python() { # print "Open MPI" or "MPICH", without starting it
@@ -72,6 +88,7 @@ seconds_of() { # print the seconds of [days-][[hours:]minutes:]seconds
     fi
     awk -F: -v days="$days" '{ for (i = 1; i <= NF; i++) s = 60 * s + $i; print 86400 * days + s }' <<< "$clock"
 }
+run=''
 restarts_in_folder() { # where the batch system does not count them
     cat "$run/restarts" 2> /dev/null || echo 0
 }
@@ -100,11 +117,25 @@ elif [ -n "${PBS_JOBID:-}" ]; then
     use_mpirun
     launcher+=(--hostfile "$PBS_NODEFILE") # MPICH and Open MPI know this option, and not every one was built with PBS
     restarts() { restarts_in_folder; }
-    # At most sites users may not rerun a job: submit the script again, with the environment of this one.
-    requeue() { qsub -V "$jobs_folder/train.pbs"; }
+    # At most sites users may not rerun a job: submit the script again, with the environment and resources of this one.
+    requeue() { qsub -V "${pbs_options[@]}" "$jobs_folder/train.pbs"; }
+    pbs_options=()
+    pbs_fact() { # print a fact about this job; a long one continues on lines that begin with a tab
+        { qstat -f "$job_id" 2> /dev/null || true; } | awk -v name="$1" '
+            /^\t/ { if (found) { sub(/^\t/, ""); value = value $0 } next }
+            { found = 0 }
+            $1 == name { found = 1; sub(/^[^=]*= /, ""); value = $0 }
+            END { print value }'
+    }
+    for pair in -l:Resource_List.select:select= -l:Resource_List.walltime:walltime= -l:Resource_List.place:place= \
+        -q:queue: -A:Account_Name: -N:Job_Name:; do
+        IFS=: read -r option name prefix <<< "$pair"
+        value=$(pbs_fact "$name")
+        [ -z "$value" ] || pbs_options+=("$option" "$prefix$value")
+    done
     seconds_left() {
         local limit
-        limit=$(qstat -f "$job_id" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || return 0
+        limit=$(pbs_fact Resource_List.walltime) || return 0
         [[ $limit =~ ^[0-9:]+$ ]] || return 0
         echo "$(($(seconds_of "$limit") - SECONDS))"
     }
@@ -205,14 +236,19 @@ newest_checkpoint() { # print its time and name, if there is one
         find "$run/checkpoints" -mindepth 1 -maxdepth 1 ! -name '.*' -printf '%T@ %f\n' | sort -n | tail -n 1
 }
 
+is_in_use() { # whether another job has held the lock of the run in the last two minutes; mpitrain says so, and ends
+    [ -n "$(find "$run/lock" -mmin -2 2> /dev/null)" ] && ! grep -qF "\"job\": \"$job_id\"" "$run/lock"
+}
+
 keep_unsaved_run() { # a run that ended before its first checkpoint starts again; its folder is kept
-    if [ -e "$run/config.json" ]; then
+    if [ -e "$run/config.json" ] && ! is_in_use; then
         mv -- "$run" "$run.without-checkpoint-$job_id-$(restarts)"
     fi
 }
 
 run_to_the_end() {
-    run=$1
+    as_folder "$1"
+    run=$folder
     shift
     local before status=0 stalls
     if [ -e "$run/result.json" ]; then
@@ -242,15 +278,25 @@ run_to_the_end() {
 }
 
 train_to_the_end() {
-    run=$1
+    as_folder "$1"
+    run=$folder
     shift
     if [ -n "${STAGE:-}" ]; then # --data names a file that every node gets a copy of
+        local word options=() named=''
         stage "$STAGE"
-        set -- "${@/#"$STAGE"/"$staged"}"
+        for word in "$@"; do
+            case $word in
+                "$STAGE") word=$staged named=1 ;;
+                "--data=$STAGE") word=--data=$staged named=1 ;;
+            esac
+            options+=("$word")
+        done
+        [ -n "$named" ] || refuse "STAGE=$STAGE is not the file of --data: the copy would not be read"
+        set -- "${options[@]}"
     fi
-    local folder=(--out "$run")
-    [ -z "$(newest_checkpoint)" ] || folder=(--resume "$run")
-    run_to_the_end "$run" mpitrain train "${folder[@]}" "$@"
+    local place=(--out "$run")
+    [ -z "$(newest_checkpoint)" ] || place=(--resume "$run")
+    run_to_the_end "$run" mpitrain train "${place[@]}" "$@"
 }
 
 go_on_or_fail() { # arguments: exit code, restarts in a row without a new checkpoint
@@ -284,6 +330,9 @@ go_on_or_fail() { # arguments: exit code, restarts in a row without a new checkp
 
 use_nodes() {
     local n_nodes=$1 script
+    if [ "$n_nodes" -lt 1 ] || [ "$n_nodes" -gt "$SLURM_JOB_NUM_NODES" ]; then
+        refuse "task $n_nodes needs $n_nodes nodes, and the job has $SLURM_JOB_NUM_NODES: submit with --array=1,2,... up to --nodes"
+    fi
     n_ranks=$((n_ranks * n_nodes / SLURM_JOB_NUM_NODES)) # as many on every node
     [ "$n_nodes" -lt "$SLURM_JOB_NUM_NODES" ] || return 0
     # A site may forbid the release; the job then keeps idle nodes.

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable
 
 _CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -72,6 +73,15 @@ def nearest(value: str, known: Iterable[str]) -> str | None:
     plain = {name.casefold().replace("_", "-"): name for name in reversed(list(known))}
     close = difflib.get_close_matches(value.casefold().replace("_", "-"), plain, n=1)
     return plain[close[0]] if close else None
+
+
+def option_in_words(flag: str, value: object) -> str:
+    """Return an option and its value as one types them in a shell: ``--out runs/a``, ``--out='two words'``.
+
+    A value that begins with a dash must follow an equals sign.
+    """
+    text = shlex.quote(str(value))
+    return f"{flag} {text}" if text == str(value) and not text.startswith("-") else f"{flag}={text}"
 
 
 def printable(text: str) -> str:

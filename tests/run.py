@@ -45,7 +45,7 @@ UNDER_EVERY_MPI = (
     "tests/test_ranks_launched.py",
 )
 
-# Tests on an emulated cluster (tests/cluster) have a launch of their own, one after the other: each waits for SLURM.
+# Tests on an emulated cluster (tests/cluster) have a launch of their own. Each process boots a cluster of its own.
 CLUSTER = ("-m", "cluster", "tests/cluster")
 WITHOUT_CLUSTER = ("-m", "not cluster")
 WITHOUT_LAUNCHES = ("-m", "not launches and not cluster")
@@ -55,6 +55,7 @@ RANKS_UNDER_OTHER_MPIS = (1, 2, 3, 5)
 CORES = len(os.sched_getaffinity(0))
 # The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
 PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
+CLUSTERS = ["-n", "2", "--dist", "loadfile"] if find_spec("xdist") else []
 # Launches on ranks that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two fill the cores.
 LANES = min(2, CORES)
 MOST_WORK_FIRST = (3, 2, 5, 1, 4)  # numbers of ranks: a long launch that starts last leaves a lane empty
@@ -141,7 +142,7 @@ def run(
     """Run the launches, print the table, and return the exit code."""
 
     def finished_of(this: Launch) -> Finished:
-        kind = ["-m", "ranks"] if this.n_ranks else PROCESSES if this.selection != CLUSTER else []
+        kind = ["-m", "ranks"] if this.n_ranks else CLUSTERS if this.selection == CLUSTER else PROCESSES
         return launch(
             this.n_ranks,
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],

@@ -1,10 +1,13 @@
-"""Names that do not exist: the message has the nearest one that does."""
+"""Texts of messages: names that do not exist, and options as one types them."""
+
+import argparse
+import shlex
 
 import pytest
 
 from mpitrain import algorithms
 from mpitrain.cli.main import main
-from mpitrain.errors import UsageError, nearest, suggestion, unknown
+from mpitrain.errors import UsageError, nearest, option_in_words, suggestion, unknown
 
 
 @pytest.mark.parametrize(
@@ -65,3 +68,10 @@ def test_the_same_from_python():
         algorithms.create("eagsd")
     with pytest.raises(TypeError, match=r"did you mean period\?"):
         algorithms.METHODS["easgd"](perod=3)
+
+
+@pytest.mark.parametrize("value", ["runs/a", "-x", "two words", "a'b", "[x]", "--", ""])
+def test_an_option_in_words_is_read_as_its_value(value):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out")
+    assert parser.parse_args(shlex.split(option_in_words("--out", value))).out == value

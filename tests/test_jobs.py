@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+
+from mpitrain.trainer import runlock
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 
@@ -179,6 +182,74 @@ class TestSbatch:
         assert (tmp_path / "called").read_text() == "<train><--resume><runs/easgd[lr=0.1]*>"
         assert [path.name for path in run_folder.parent.glob("easgd*")] == ["easgd[lr=0.1]*"]
 
+    @pytest.mark.parametrize(
+        ("name", "folder"),
+        [
+            ("-x", "./-x"),
+            ("--", "./--"),
+            ("two words", "two words"),
+            ("two\nlines", "two\nlines"),
+            ("runs/[", "runs/["),
+            ("$(touch no)`touch no`", "$(touch no)`touch no`"),
+            ("runs/slash//", "runs/slash"),
+        ],
+    )
+    def test_a_run_may_have_any_name(self, tmp_path: Path, launchers: Path, name: str, folder: str) -> None:
+        body = 'printf "<%s>" "$@" > called; mkdir -p -- "$3/checkpoints/step-1"; echo {} > "$3/config.json"; exit 137'
+        program(launchers / "mpitrain", body)
+        program(launchers / "scontrol", "exit 0")
+        assert self.sbatch(tmp_path, RUN=name).returncode == 0
+        assert (tmp_path / "called").read_text() == f"<train><--out><{folder}>"
+        program(launchers / "mpitrain", 'printf "<%s>" "$@" > called; echo {} > "$3/result.json"')
+        assert self.sbatch(tmp_path, RUN=name).stdout.endswith(f"finished: {folder}\n")
+        assert (tmp_path / "called").read_text() == f"<train><--resume><{folder}>"
+        assert not (tmp_path / "no").exists()
+
+    @pytest.mark.parametrize(("job", "kept"), [("8", True), ("7", False)], ids=["another job", "this job"])
+    def test_a_run_that_another_job_has_just_begun_is_not_moved(self, tmp_path: Path, job: str, kept: bool) -> None:
+        run_folder = tmp_path / "runs" / "r"
+        run_folder.mkdir(parents=True)
+        (run_folder / "config.json").write_text("{}")
+        (run_folder / "lock").write_text(json.dumps({"host": "a", "job": job}))
+        self.sbatch(tmp_path)
+        assert (run_folder / "config.json").exists() == kept
+
+    def test_the_lock_is_read_as_it_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        assert '"job": "8"' in json.dumps(runlock.describe())
+
+    @pytest.mark.parametrize("words", [["--data", "a.h5"], ["--data=a.h5"]])
+    def test_staged_data_are_read_from_the_copy(self, tmp_path: Path, words: list[str]) -> None:
+        (tmp_path / "a.h5").write_text("data")
+        stage = tmp_path / "-local"
+        assert self.sbatch(tmp_path, *words, "--model", "a.h5.py", STAGE="a.h5", STAGE_DIR=str(stage)).returncode == 0
+        assert (stage / "a.h5").read_text() == "data"
+        called = (tmp_path / "called").read_text()
+        assert f"{stage}/a.h5><--model><a.h5.py>" in called
+        assert "<a.h5>" not in called
+
+    def test_a_staged_file_that_no_option_names_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.h5").write_text("data")
+        done = self.sbatch(tmp_path, "--data", "b.h5", STAGE="a.h5", STAGE_DIR=str(tmp_path / "local"))
+        assert done.returncode == 2
+        assert "STAGE=a.h5 is not the file of --data" in done.stderr
+
+    @pytest.mark.parametrize("row", ["0", "3", ""])
+    def test_a_sweep_has_a_task_for_each_line(self, tmp_path: Path, row: str) -> None:
+        (tmp_path / "lines").write_text("--lr 1\n# none\n--lr 2\n")
+        variables = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"} | ({"SLURM_ARRAY_TASK_ID": row} if row else {})
+        done = run(["bash", str(JOBS / "sweep.sbatch"), "lines"], tmp_path, **variables)
+        assert done.returncode == 2
+        assert f"submit {'with --array=1-2' if row else 'this script as an array'}" in done.stderr
+
+    @pytest.mark.parametrize("task", ["0", "3", ""])
+    def test_a_scaling_task_fits_the_job(self, tmp_path: Path, task: str) -> None:
+        variables = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
+        variables |= {"SLURM_ARRAY_TASK_ID": task} if task else {}
+        done = run(["bash", str(JOBS / "scaling.sbatch")], tmp_path, **variables)
+        assert done.returncode == 2
+        assert "--array=1,2" in done.stderr
+
     def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again_and_kept(self, tmp_path: Path) -> None:
         run_folder = tmp_path / "runs" / "r"
         run_folder.mkdir(parents=True)
@@ -318,8 +389,9 @@ class TestOtherBatchSystems:
         program(launchers / "mpirun", f'echo "mpirun $@" >> steps; {body}')
         program(launchers / "flux", f'echo "flux $@" >> steps; [ "$1" = run ] || exit 0; {body}')
         program(launchers / "qsub", 'echo "qsub $@" >> steps')
-        program(launchers / "python", "exit 0")
-        program(launchers / "mpitrain", "mkdir -p runs/r; exit 3")
+        splits = f'case $2 in *shlex*) exec {sys.executable} "$@" ;; esac'
+        program(launchers / "python", f"{splits}; exit 0")
+        program(launchers / "mpitrain", 'printf "<%s>" "$@" > called; mkdir -p runs/r; exit 3')
 
     def submit(self, tmp_path: Path, system: str, **variables: str) -> subprocess.CompletedProcess[str]:
         script, of_the_system = self.SCRIPTS[system]
@@ -343,6 +415,27 @@ class TestOtherBatchSystems:
         assert [step.partition(" python -c ")[0] for step in steps if " python -c " in step] == [first]
         assert steps[-1].startswith(last)
         assert (tmp_path / "runs/r/restarts").read_text() == "1\n"
+
+    @pytest.mark.parametrize("system", ["PBS", "LSF"])
+    def test_options_in_a_variable_are_words_of_a_shell(self, tmp_path: Path, system: str) -> None:
+        self.submit(tmp_path, system, OPTIONS="--data 'two words.h5'\n--model \"a[*]\" ''")
+        called = (tmp_path / "called").read_text()
+        assert called == "<train><--out><runs/r><--data><two words.h5><--model><a[*]><>"
+        done = self.submit(tmp_path, system, OPTIONS="--data 'open")
+        assert done.returncode == 2
+        assert "cannot be split into words: --data 'open" in done.stderr
+
+    def test_pbs_submits_the_next_job_with_the_resources_of_this_one(self, tmp_path: Path, launchers: Path) -> None:
+        facts = [
+            *("Job Id: 7.server", "    Job_Name = mine", "    queue = long"),
+            *("    Resource_List.select = 2:ncpus=4:mem=", "\t8gb:mpiprocs=4", "    Resource_List.walltime = 02:00:00"),
+        ]
+        (tmp_path / "facts").write_text("\n".join(facts) + "\n")
+        program(launchers / "qstat", "cat facts")
+        assert self.submit(tmp_path, "PBS").returncode == 0
+        *_, last = (tmp_path / "steps").read_text().splitlines()
+        resources = "-l select=2:ncpus=4:mem=8gb:mpiprocs=4 -l walltime=02:00:00 -q long -N mine"
+        assert last == f"qsub -V {resources} {JOBS}/train.pbs"
 
     @pytest.mark.parametrize("system", SCRIPTS)
     def test_restarts_are_counted_in_the_folder_of_the_run(self, tmp_path: Path, system: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +21,11 @@ class Parser(argparse.ArgumentParser):
     sub-command.
     """
 
+    _words: Sequence[str] = ()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments; an unknown argument is an error."""
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown_words = super().parse_known_args(args, namespace)
         if unknown_words:
             word = unknown_words[0]
@@ -35,7 +41,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Exit with code 2."""
-        raise SystemExit(fail(f"{message} (see {self.prog} --help)", on_all_ranks=True))
+        raise SystemExit(fail(f"{message}{self._dash_hint(message)} (see {self.prog} --help)", on_all_ranks=True))
+
+    def _dash_hint(self, message: str) -> str:
+        """Return how to pass a value that begins with a dash, if the message is about one; otherwise nothing."""
+        if message.endswith("expected one argument"):
+            for word, value in itertools.pairwise(self._words):
+                if f"argument {word}:" in message and value.startswith("-"):
+                    return f": for a value that begins with a dash, write {word}={shlex.quote(value)}"
+        if message.startswith("the following arguments are required"):
+            unknown_words = [word for word in self._words if word.startswith("-") and not self._is_option(word)]
+            if unknown_words:
+                return f": write -- before values that begin with a dash, as in -- {shlex.quote(unknown_words[0])}"
+        return ""
+
+    def _is_option(self, word: str) -> bool:
+        return word.partition("=")[0] in self._option_string_actions
 
 
 def add_options(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpitrain.cli.failure import exit_code, fail
 from mpitrain.cli.options import add_options
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, option_in_words
 from mpitrain.log import decoration, logger
 from mpitrain.trainer import config_file
 from mpitrain.trainer.config import TrainConfig
@@ -80,7 +80,7 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
     if args.resume is None:
         return TrainConfig(**given)
     if Path(given.pop("out", args.resume)) != args.resume:
-        raise UsageError(f"--resume {args.resume} continues in the same folder: remove --out")
+        raise UsageError(f"{option_in_words('--resume', args.resume)} continues in the same folder: remove --out")
     return TrainConfig.of_run(args.resume, **given)
 
 
@@ -95,7 +95,7 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
             _write_report(folder)
     else:
         how = (
-            f"continue on {_ranks(result)} with: mpitrain train --resume {folder}"
+            f"continue on {_ranks(result)} with: mpitrain train {option_in_words('--resume', folder)}"
             if folder
             else "the run cannot be continued: there was no --out"
         )

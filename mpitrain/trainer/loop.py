@@ -20,7 +20,7 @@ from mpitrain.collectives.world.survivor_collectives import broadcast
 from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.collectives.world.world import World
 from mpitrain.data.sampler import torch_seed
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, option_in_words
 from mpitrain.log import logger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
@@ -82,7 +82,7 @@ def train(
     # From here on a signal must not end a rank that is loading its data or writing its last checkpoint.
     with StopSignal(world.abort) as stop_signal, world.translated_errors(), runlock.held(folder, world) as lock:
         if folder is not None:
-            watchdog.advice = f"resume with: mpitrain train --resume {folder}"
+            watchdog.advice = f"resume with: mpitrain train {option_in_words('--resume', folder)}"
         hooks = [*hooks, runlock.LockHook(lock)]
         run = _prepare(plan, world, stop_signal, resume=resume, dataset=dataset, hooks=hooks)
         try:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mpitrain.collectives.world.world import World
 from mpitrain.data import Identity
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, option_in_words
 from mpitrain.records.durable import replace_text
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__
@@ -57,7 +57,8 @@ def create(config: TrainConfig, settings: dict[str, Any], identity: Identity, wo
     def describe() -> None:
         if (folder / "config.json").exists():
             raise UsageError(
-                f"{folder} already holds a run: continue it with --resume {folder}, or choose another --out"
+                f"{folder} already holds a run: continue it with {option_in_words('--resume', folder)}, or choose "
+                "another --out"
             )
         write_json(folder / "config.json", document)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,31 @@ def test_given_options_become_fields() -> None:
     assert Example(**values) == Example(rate=2.0, count=7, kind="b", pairs=("x", "y"), loud=True)
     assert values_of(vars(parsed(*words)), Example, ["kind", "share"]) == {"kind": "b"}
     assert Example(**values_of(vars(parsed()), Example)) == Example()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--kind", "-x y"], "argument --kind: expected one argument: for a value .* dash, write --kind='-x y'"),
+        (["--rate", "--loud"], "write --rate=--loud"),
+        (["--kind"], "expected one argument .see"),
+    ],
+)
+def test_a_value_with_a_dash_gets_the_form_that_works(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*words)
+    assert re.search(hint, capsys.readouterr().err)
+
+
+def test_a_positional_value_with_a_dash_gets_the_form_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="mpitrain report")
+    parser.add_argument("runs", nargs="+")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-x"])
+    assert "write -- before values that begin with a dash, as in -- -x" in capsys.readouterr().err
+    assert parser.parse_args(["--", "-x"]).runs == ["-x"]
 
 
 @pytest.mark.parametrize(

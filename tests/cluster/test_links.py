@@ -28,12 +28,13 @@ def test_a_slow_link_that_loses_frames(algorithm: str) -> None:
 
 
 def test_a_link_that_is_down_for_four_seconds(cluster: Cluster) -> None:
-    job = TrainJob(cluster, "cut", 60)
+    job = TrainJob(cluster, "cut", 60, "--nodelist=host[1-2]")
     job.wait_until_saved()
     cluster.cut("host2")
     time.sleep(4)
     saved = checkpoints(job.run)
     cluster.mend("host2")
+    job.hurry()
     ended = job.end()
     assert (ended.state, ended.restarts) == ("COMPLETED", 0), job.output
     assert len(checkpoints(job.run)) >= len(saved)

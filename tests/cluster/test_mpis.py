@@ -10,6 +10,7 @@ from support.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
+SRUN = ("srun", "-w", "host[1-2]", "-N2", "-n2")
 MPI_TYPES = {"openmpi": "pmix", "mpich": "pmi2", "debian": "pmix"}
 TRAIN = "mpitrain train --data digits --model mlp:hidden=16 --batch-size 32 --steps 20 --json".split()
 
@@ -24,7 +25,7 @@ def result(output: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "debian"])
 def test_srun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
-    command = ["srun", "-N2", "-n2", f"--mpi={MPI_TYPES[mpi]}", *TRAIN, "--algorithm", "easgd"]
+    command = [*SRUN, f"--mpi={MPI_TYPES[mpi]}", *TRAIN, "--algorithm", "easgd"]
     done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
     document = result(done.stdout)
     assert (document["ranks"], document["world"]["nodes"]) == (2, 2)
@@ -50,7 +51,7 @@ def refused(cluster: Cluster, command: list[str], mpi: str = "openmpi", **variab
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
 def test_a_type_of_srun_that_does_not_fit_is_named(cluster: Cluster, mpi: str) -> None:
-    output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=none", *TRAIN], mpi)
+    output = refused(cluster, [*SRUN, "--mpi=none", *TRAIN], mpi)
     assert "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH)" in output
 
 
@@ -63,7 +64,7 @@ def test_the_launcher_of_another_mpi_is_named(cluster: Cluster) -> None:
 
 def test_a_folder_that_hosts_do_not_share_is_named(cluster: Cluster) -> None:
     # /dev/shm is the only folder that each of these hosts has for itself.
-    output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=pmix", *TRAIN, "--out", "/dev/shm/run"])
+    output = refused(cluster, [*SRUN, "--mpi=pmix", *TRAIN, "--out", "/dev/shm/run"])
     assert "rank 1 on host2 does not see the folder /dev/shm/run of rank 0 on host1" in output
     assert "epoch" not in output
 
@@ -72,7 +73,7 @@ def test_a_host_with_little_shared_memory_is_named(cluster: Cluster) -> None:
     cluster.check(["mount", "-o", "remount,size=2m", "/dev/shm"], host="host2")
     try:
         large = [word.replace("hidden=16", "hidden=2048x1024") for word in TRAIN]
-        output = refused(cluster, ["srun", "-N2", "-n2", "--mpi=pmix", *large])
+        output = refused(cluster, [*SRUN, "--mpi=pmix", *large])
     finally:
         cluster.check(["mount", "-o", "remount,size=2g", "/dev/shm"], host="host2")
     assert "9 MiB of shared memory are needed on host2, but /dev/shm has only 2 MiB free: enlarge it" in output

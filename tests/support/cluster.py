@@ -28,7 +28,7 @@ DEBIAN_MPIRUN = Path("/usr/bin/mpirun.openmpi")
 HOW_TO_GET_THEM = "make cluster-setup"
 
 # cred_expire: a requeued job waits for it. KillWait: the time that ranks have to save after TERM.
-# CgroupPlugin=cgroup/v1 works with any cgroup mount and with none.
+# CgroupPlugin=cgroup/v1 works with any cgroup mount and with none. Weight: a job that may choose its nodes takes host4.
 SLURM_CONF = """
 ClusterName=tests
 SlurmctldHost=host1
@@ -63,7 +63,8 @@ SlurmdTimeout=10
 KillWait=8
 MinJobAge=300
 SlurmdParameters=config_overrides
-NodeName=host[1-{n_hosts}] CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=host[1-3] CPUs=8 RealMemory=4000 Weight=2 State=UNKNOWN
+NodeName=host4 CPUs=8 RealMemory=4000 Weight=1 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
@@ -160,6 +161,10 @@ class Cluster:
         text = self.check(["scontrol", "show", "job", "-o", str(number)])
         facts = dict(word.split("=", 1) for word in text.split() if "=" in word)
         return Job(number, facts["JobState"], int(facts.get("Restarts", "0")), facts)
+
+    def hosts_of(self, number: int) -> list[str]:
+        """Return the hosts that a job has, or had at its end."""
+        return self.check(["scontrol", "show", "hostnames", self.job(number).facts["NodeList"]]).split()
 
     def wait_for(self, number: int, *states: str, seconds: float = 90.0) -> Job:
         """Wait until a job is in one of these states (default: it has ended); return it."""
@@ -325,7 +330,7 @@ def _start_slurm(cluster: Cluster) -> None:
     key = folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, n_hosts=N_HOSTS))
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder))
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     cluster.check(["munged", *(f"--{option}={folder}/munge/{file}" for option, file in files.items())])

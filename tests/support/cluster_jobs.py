@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from support.lone_world import LoneWorld
 JOBS = ROOT / "jobs"
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90.0, text: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180.0, text: Callable[[], str] = str) -> None:
     """Wait until a condition holds.
 
     Args:
@@ -75,9 +74,14 @@ class Submitted:
         """Submit the job, or submit it again as another job."""
         self.number = self.cluster.submit(*self._command, env=self._env, cwd=self.cluster.folder)
 
-    def end(self, seconds: float = 150.0) -> Job:
+    def end(self, seconds: float = 240.0) -> Job:
         """Wait for the end of the job."""
         return self.cluster.wait_for(self.number, seconds=seconds)
+
+    @property
+    def restarts(self) -> int:
+        """How often SLURM has started the job again."""
+        return self.cluster.job(self.number).restarts
 
     @property
     def output(self) -> str:
@@ -88,21 +92,29 @@ class Submitted:
 class TrainJob(Submitted):
     """A job of train.sbatch on two nodes, with a run folder of its own.
 
+    Its steps are slow until ``hurry`` is called, so that a test has the time to act on the run.
+
     Args:
         cluster: Where it runs.
         name: Of the job and the folder.
         n_steps: Steps of the run.
         sbatch: Further options of sbatch.
-        options: As of Submitted.
+        variables: As of Submitted.
     """
 
-    def __init__(self, cluster: Cluster, name: str, n_steps: int, *sbatch: str, **options: Any) -> None:
+    def __init__(self, cluster: Cluster, name: str, n_steps: int, *sbatch: str, **variables: str) -> None:
         self.run = cluster.folder / name
+        self._slow = cluster.folder / f"{name}.slow"
+        self._slow.touch()
         training = f"--algorithm allreduce --data digits --model support.slow_model:slow_mlp --steps {n_steps}"
-        training += " --batch-size 16 --checkpoint-every 10"
+        training += " --batch-size 16 --checkpoint-every 5"
         where = ("--job-name", name, "--nodes=2", "--ntasks-per-node=1")
-        options = {"arguments": training.split(), "RUN": str(self.run), **options}
-        super().__init__(cluster, "train.sbatch", *where, *sbatch, **options)
+        variables = {"RUN": str(self.run), "SLOW_WHILE": str(self._slow), **variables}
+        super().__init__(cluster, "train.sbatch", *where, *sbatch, arguments=training.split(), **variables)
+
+    def hurry(self) -> None:
+        """Let the run make its steps without pauses from now on."""
+        self._slow.unlink()
 
     def wait_until_saved(self) -> str:
         """Wait until the run has written a checkpoint; return its name."""

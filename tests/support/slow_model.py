@@ -1,8 +1,10 @@
-"""A small model whose steps take time without a core: a test can act while a run is under way."""
+"""A small model whose steps take time without a core, for as long as a test wants to act on the run."""
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +12,16 @@ from torch import Tensor, nn
 
 from mpitrain.models.mlp import MLP
 
-STEP_SECONDS = 0.03
+SLOW_STEP_SECONDS = 0.5
 
 
 class SlowMLP(MLP):
-    """A perceptron with one hidden layer and a pause in every training step."""
+    """A perceptron with one hidden layer and a pause in every training step while the file $SLOW_WHILE exists."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (b, ...) to logits (b, n_classes)."""
-        if self.training:
-            time.sleep(STEP_SECONDS)
+        if self.training and Path(os.environ["SLOW_WHILE"]).exists():
+            time.sleep(SLOW_STEP_SECONDS)
         return super().forward(x)
 
 

@@ -25,7 +25,7 @@ from mpitrain.collectives.world.failure_detector import ulfm_requested
 from mpitrain.collectives.world.launchers import is_launched, is_set, launched_rank
 from mpitrain.collectives.world.thread_level import import_mpi
 from mpitrain.collectives.world.watchdog import watchdog
-from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, printable
+from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, UsageError, printable
 
 GRACE_SECONDS = 5.0
 """How long a failed rank waits for the others to fail too."""
@@ -72,10 +72,10 @@ def end_with_line(text: str, code: int, *, on_all_ranks: bool = False, after_dea
 
 
 def _world() -> Any:
-    """Return MPI's communicator of all ranks, and start MPI if necessary; None if there is no MPI."""
+    """Return MPI's communicator of all ranks, and start MPI if necessary; None if it cannot be started."""
     try:
         MPI = import_mpi()
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError, UsageError):
         return None
     return None if MPI.Is_finalized() else MPI.COMM_WORLD
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,35 @@ def check_before_start() -> None:
         )
     if not is_launched():
         check_world_of_one("")
+
+
+def check_library(name: str, version: str, library: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse an MPI library that the launcher cannot start: MPI would end the process without a hint. Local.
+
+    Args:
+        name, version: Of the library.
+        library: Its own description, which names the options of its build.
+        environ: The environment of this process.
+
+    Raises:
+        UsageError: With the launch that works.
+    """
+    has_pmix = "PMIX_NAMESPACE" in environ
+    if name == "MPICH" and has_pmix and "pmix" not in library.lower() and "MPIR_CVAR_PMI_VERSION" not in environ:
+        if any(variable in environ for variable in ("PMI_SIZE", "PMI_FD")):
+            problem = "was started by mpirun and by srun's PMIx at once: set SLURM_MPI_TYPE=none before mpirun"
+        elif "OMPI_COMM_WORLD_SIZE" in environ:
+            problem = "cannot be started by the mpirun of Open MPI: use the mpirun of MPICH"
+        else:
+            problem = "cannot be started by srun --mpi=pmix: use srun --mpi=pmi2 (MPI_TYPE=pmi2 in jobs/)"
+        raise UsageError(f"MPICH {version} was built without PMIx and {problem}", on_all_ranks=True)
+    if name == "Open MPI" and version.startswith("4.") and "PRTE_LAUNCHED" in environ:
+        launcher = f"the mpirun of Open MPI {environ.get('OMPI_VERSION', '5')}"
+        raise UsageError(
+            f"Open MPI {version}, the library of mpi4py, cannot be started by {launcher}: use the mpirun of Open MPI "
+            f"{version}, or let MPI4PY_LIBMPI or LD_LIBRARY_PATH name the library of the launcher",
+            on_all_ranks=True,
+        )
 
 
 def check_world(size: int, vendor: str) -> None:

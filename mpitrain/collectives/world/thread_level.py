@@ -15,10 +15,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from mpitrain.collectives.world.launchers import check_library
+from mpitrain.errors import UsageError, unknown
 from mpitrain.log import logger
 
 THREAD_LEVEL = "MPI4PY_RC_THREAD_LEVEL"
 """Environment: the thread level; mpi4py's own variable, which overrides the choice made here."""
+
+LEVELS = ("multiple", "serialized", "funneled", "single")
 
 WINDOWS = "OMPI_MCA_osc"
 
@@ -28,22 +32,46 @@ def import_mpi() -> Any:
 
     Raises:
         ImportError, RuntimeError: There is no MPI library.
+        UsageError: The launcher cannot start this MPI, or there is no such thread level.
     """
     import mpi4py
 
-    decides = THREAD_LEVEL not in os.environ and on_several_nodes(os.environ)
-    if decides:
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # the library must be loaded to learn its version
+    mpi4py.rc.initialize = False  # the library must be loaded to learn its version
+    if mpi4py.rc.finalize is None:
+        mpi4py.rc.finalize = True
     from mpi4py import MPI
 
-    if decides and not MPI.Is_initialized():
-        reason = lowered_level(MPI.get_vendor())
+    if not MPI.Is_initialized():
+        name, version = MPI.get_vendor()
+        check_library(name, ".".join(map(str, version)), MPI.Get_library_version())
+        reason = lowered_level((name, version)) if on_several_nodes(os.environ) else None
         if reason is not None:
             os.environ.setdefault(WINDOWS, "^ucx")
-        MPI.Init_thread(MPI.THREAD_MULTIPLE if reason is None else MPI.THREAD_SERIALIZED)
+        MPI.Init_thread(getattr(MPI, f"THREAD_{chosen_level(os.environ, mpi4py.rc.thread_level, reason).upper()}"))
         if reason is not None and MPI.COMM_WORLD.Get_rank() == 0:
             logger.warning(reason)
     return MPI
+
+
+def chosen_level(environ: Mapping[str, str], default: str, reason: str | None) -> str:
+    """Return the thread level with which MPI is started. Local.
+
+    Args:
+        environ: The environment; it may ask for a level.
+        default: The level if it does not.
+        reason: Why several threads are impossible; None if they are possible.
+
+    Raises:
+        UsageError: The environment asks for a level that does not exist, or that is impossible.
+    """
+    level = environ.get(THREAD_LEVEL, default)
+    if level not in LEVELS:
+        raise UsageError(unknown(THREAD_LEVEL, level, LEVELS), on_all_ranks=True)
+    if reason is None or level != "multiple":
+        return level
+    if THREAD_LEVEL in environ:
+        raise UsageError(f"unset {THREAD_LEVEL}=multiple: {reason}", on_all_ranks=True)
+    return "serialized"
 
 
 def lowered_level(vendor: tuple[str, tuple[int, int, int]]) -> str | None:

@@ -87,3 +87,38 @@ def test_hidden_variables_are_gone_but_known(launched):
     assert os.environ["HOME"] == "/home/me"
     assert launchers.launched_rank() == 2
     assert launchers.is_launched()
+
+
+PMIX = {"PMIX_NAMESPACE": "job", "PMIX_RANK": "0"}
+MPIRUN_5 = {**PMIX, "PRTE_LAUNCHED": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_VERSION": "5.0.11"}
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "library", "environ", "words"),
+    [
+        ("MPICH", "5.0.2", "", PMIX, "MPICH 5.0.2 .* srun --mpi=pmix: use srun --mpi=pmi2"),
+        ("MPICH", "5.0.2", "", MPIRUN_5, "by the mpirun of Open MPI: use the mpirun of MPICH"),
+        ("MPICH", "5.0.2", "", {**PMIX, "PMI_SIZE": "2"}, "set SLURM_MPI_TYPE=none before mpirun"),
+        ("Open MPI", "4.1.4", "", MPIRUN_5, "the mpirun of Open MPI 5.0.11: use the mpirun of Open MPI 4.1.4"),
+    ],
+    ids=["MPICH under PMIx", "MPICH under Open MPI", "two launchers", "Open MPI 4 under Open MPI 5"],
+)
+def test_a_library_that_the_launcher_cannot_start_is_refused(name, version, library, environ, words):
+    with pytest.raises(UsageError, match=words):
+        launchers.check_library(name, version, library, environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "library", "environ"),
+    [
+        ("MPICH", "4.3.0", "MPICH configure: --with-pmix=/usr", PMIX),
+        ("MPICH", "5.0.2", "", {**PMIX, "MPIR_CVAR_PMI_VERSION": "x"}),
+        ("MPICH", "5.0.2", "", {"PMI_SIZE": "2"}),
+        ("Intel MPI", "2021.1.0", "", PMIX),
+        ("Open MPI", "4.1.4", "", PMIX),
+        ("Open MPI", "5.0.11", "", MPIRUN_5),
+        ("MPICH", "5.0.2", "", {}),
+    ],
+)
+def test_a_library_that_may_start_is_accepted(name, version, library, environ):
+    launchers.check_library(name, version, library, environ)
