@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from mpitrain.version import __version__
 
 SECONDS_TO_APPEAR = 5.0
 """How long a rank waits to see a file that rank 0 has created: network file systems cache directories."""
+
+LOCAL_FILE_SYSTEMS = frozenset("tmpfs ramfs ext2 ext3 ext4 xfs btrfs zfs overlay".split())
+"""Types of file systems of one node, where nothing that another node has created appears later."""
 
 MAX_NAMED = 4
 """The number of ranks that a message names."""
@@ -122,7 +126,11 @@ def require_shared(folder: Path, world: World) -> None:
 
 def _appears(path: Path) -> bool:
     """Return whether a file exists here, after a wait for the caches of network file systems. Local."""
-    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    try:
+        is_local = file_system(os.path.realpath(path), Path("/proc/self/mounts").read_text()) in LOCAL_FILE_SYSTEMS
+    except OSError:
+        is_local = False
+    deadline = time.monotonic() + (0.0 if is_local else SECONDS_TO_APPEAR)
     while True:
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # NFS reads the directory again
@@ -131,6 +139,21 @@ def _appears(path: Path) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
+
+
+def file_system(path: str, mounts: str) -> str:
+    """Return the type of the file system that holds a path, such as ``ext4``; empty if it is unknown. Local.
+
+    Args:
+        path: An absolute path without symbolic links.
+        mounts: The text of ``/proc/self/mounts``: of mounts on the same folder the last one counts.
+    """
+    found, length = "", 0
+    for line in mounts.splitlines():
+        folder, kind = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[1]), line.split()[2]
+        if os.path.commonpath([folder, path]) == folder and len(folder) >= length:
+            found, length = kind, len(folder)
+    return found
 
 
 def check_data(folder: Path, name: str, identity: Identity, world: World) -> None:

@@ -57,7 +57,7 @@ def test_given_options_become_fields() -> None:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["--kind", "-x y"], "argument --kind: expected one argument: for a value .* dash, write --kind='-x y'"),
+        (["--kind", "-x&"], "argument --kind: expected one argument: for a value .* dash, write --kind='-x&'"),
         (["--rate", "--loud"], "write --rate=--loud"),
         (["--kind"], "expected one argument .see"),
     ],

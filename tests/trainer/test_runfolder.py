@@ -29,3 +29,28 @@ def test_a_rank_without_the_folder_is_named_on_all_ranks(world, mpi_tmp_path, mo
     world.barrier()
     assert [path.name for path in mpi_tmp_path.iterdir()] == ["shared"]
     assert list((mpi_tmp_path / "shared").iterdir()) == []  # neither the lock nor the file that was looked for
+
+
+MOUNTS = """\
+/dev/sda / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+tmpfs /dev/shm tmpfs rw 0 0
+server:/two /home/two\\040words lustre rw 0 0
+/dev/sdb /home/me ext4 rw 0 0
+server:/me /home/me nfs4 rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/a/run", "nfs4"),
+        ("/homes/run", "ext4"),
+        ("/dev/shm/run", "tmpfs"),
+        ("/home/two words/run", "lustre"),
+        ("/home/me/run", "nfs4"),
+        ("/", "ext4"),
+    ],
+)
+def test_the_file_system_is_that_of_the_deepest_and_last_mount(path, kind):
+    assert runfolder.file_system(path, MOUNTS) == kind
