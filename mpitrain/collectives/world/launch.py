@@ -129,7 +129,9 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
     """
     path = _path_between_nodes()
     equal = {BETWEEN_NODES: path, EMULATED_NODES: os.environ.get(EMULATED_NODES, "1"), "the device": device}
-    equal |= {"the transport": transport, "the version of mpitrain": __version__}
+    equal |= {"the transport": transport}
+    version = {"the version of mpitrain": __version__}
+    require_equal(comm.allgather, comm.Get_rank(), version, remedy="install the same version on every node")
     require_equal(comm.allgather, comm.Get_rank(), equal, remedy="start all ranks with the same settings")
     ranks = find_ranks(comm)
     bound, gpu = bind_all(device, comm, ranks.local_rank)

@@ -265,7 +265,8 @@ def test_a_rank_that_is_started_differently_is_named_on_all(world, monkeypatch, 
     first = {2: "rank 0", 3: "ranks 0, 1"}[world.size]
     comm = world.comm.Dup()
     pattern = line.replace("FIRST", first).replace("LAST", f"rank {world.size - 1}")
-    with pytest.raises(UsageError, match=f"^{pattern}.*; start all ranks with the same settings$") as caught:
+    remedy = "install the same version on every node" if version else "start all ranks with the same settings"
+    with pytest.raises(UsageError, match=f"^{pattern}.*; {remedy}$") as caught:
         launch.create_world(comm, **(arguments if last else {}))
     assert caught.value.on_all_ranks
     comm.Free()
