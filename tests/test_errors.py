@@ -70,7 +70,7 @@ def test_the_same_from_python():
         algorithms.METHODS["easgd"](perod=3)
 
 
-@pytest.mark.parametrize("value", ["runs/a", "-x", "two words", "a'b", "[x]", "--", ""])
+@pytest.mark.parametrize("value", ["runs/a", "-x", "two words", "a'b", "[x]", ""])
 def test_an_option_in_words_is_read_as_its_value(value):
     parser = argparse.ArgumentParser()
     parser.add_argument("--out")
