@@ -22,6 +22,12 @@ OTHER_PARAMETERS = (
     "close() it, and make another one"
 )
 
+FROZEN_TOO_LATE = (
+    "requires_grad was set to False after the DistributedOptimizer was made, but {} makes the update itself and would "
+    "still change the parameter: put it into a parameter group of its own and set its learning rate to 0 (with "
+    "allreduce, node_shared=False leaves it out)"
+)
+
 
 def check_kinds(base: object, model: object, method: object) -> None:
     """Check the types of the arguments. Local.
@@ -157,6 +163,39 @@ class FrozenParameters:
                     f"the parameter {next(names, '')} requires a gradient but did not when the DistributedOptimizer "
                     "was created, so it is not exchanged: set requires_grad=True before, and keep the parameter fixed "
                     "by a parameter group of its own with learning rate 0"
+                )
+
+
+class KnownParameters:
+    """The parameters that a model has when its optimizer is distributed.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self._known = model, {id(parameter) for parameter in model.parameters()}
+        self._n_steps = 0
+
+    def check_sometimes(self) -> None:
+        """Do ``check`` in the steps 1, 2, 4, 8, ...: walking the model takes milliseconds."""
+        self._n_steps += 1
+        if self._n_steps & (self._n_steps - 1) == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Check that the model has no trainable parameter that no rank trains and exchanges.
+
+        ``load_state_dict(assign=True)`` replaces parameters, and so does a new layer.
+
+        Raises:
+            UsageError: With the name of the parameter and what to do instead.
+        """
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in self._known:
+                raise UsageError(
+                    f"the model has a parameter {name} that it did not have when the DistributedOptimizer was made, "
+                    "and that is not exchanged: complete the model before, and load weights without assign=True"
                 )
 
 

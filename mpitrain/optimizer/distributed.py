@@ -28,6 +28,7 @@ from mpitrain.optimizer.agreement import check_equal
 from mpitrain.optimizer.amp import Scaling
 from mpitrain.optimizer.checks import (
     FrozenParameters,
+    KnownParameters,
     check_base,
     check_device,
     check_kinds,
@@ -67,8 +68,8 @@ class DistributedOptimizer(LinkedOptimizer):
     with ``mpitrain.reestimate_batchnorm``, inside ``consensus()``.
 
     If the method declares ``needs_gradient``, a missing gradient counts as zero: weight decay and momentum still change
-    the parameter, which torch would leave unchanged. To keep a parameter constant, put it into a parameter group with
-    learning rate 0.
+    the parameter, which torch would leave unchanged. To keep a parameter constant, call ``requires_grad_(False)``.
+    Methods that make the local update themselves refuse this; put the parameter into a group with learning rate 0.
 
     The constructor sets the number of torch's threads to this rank's share of the cores of the node. It does not do so
     if ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` has set the number.
@@ -143,7 +144,7 @@ class DistributedOptimizer(LinkedOptimizer):
         layout = FlatLayout(base.param_groups)
         check_memory(base, model)
         super().__init__(base)
-        frozen = FrozenParameters(base, model)
+        frozen, known = FrozenParameters(base, model), KnownParameters(model)
         check_device((place.parameter for place in layout.places), self.world)
         options = ReplicaOptions(seed, average, replica_size, wire, fitness)
         replica = LocalReplica.make(base, model, method, layout=layout, world=self.world, options=options)
@@ -153,8 +154,8 @@ class DistributedOptimizer(LinkedOptimizer):
             layout,
             replica,
             update,
-            Stepper(method, replica, update, ParamGroups(base, method, replica), frozen),
-            Evaluation(base, model, method, replica),
+            Stepper(method, replica, update, ParamGroups(base, method, replica), frozen, known),
+            Evaluation(base, model, method, replica, known),
             OptimizerState(owner, describe(layout, model), base, update, replica, method),
         )
         self.group: World | None = replica.group.world
@@ -325,8 +326,8 @@ class DistributedOptimizer(LinkedOptimizer):
     def close(self) -> None:
         """Leave the consensus in the model, and free the shared memory. Collective; safe to call again.
 
-        Afterwards, the model of every rank holds the consensus in ordinary memory, without gradients. Buffers do not
-        change.
+        Afterwards, the model of every rank holds the consensus in ordinary memory, without gradients. Buffers and
+        tensors taken from the model before do not change. NumPy views of such tensors become invalid.
         """
         parts = self._parts
         if parts is None:

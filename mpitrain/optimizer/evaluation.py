@@ -15,6 +15,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
+from mpitrain.optimizer.checks import KnownParameters
 from mpitrain.optimizer.local_replica import LocalReplica
 
 MOST_MEASURED = 32
@@ -29,15 +30,21 @@ class Evaluation:
         model: The model that holds the consensus inside ``consensus``.
         method: The method to evaluate.
         replica: This rank's vectors and its worker.
+        known: The model's parameters.
 
     Attributes:
         is_shown: Whether the model holds the consensus now.
     """
 
     def __init__(
-        self, base: torch.optim.Optimizer, model: torch.nn.Module, method: Method, replica: LocalReplica
+        self,
+        base: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        method: Method,
+        replica: LocalReplica,
+        known: KnownParameters,
     ) -> None:
-        self._base, self._model, self._method, self._replica = base, model, method, replica
+        self._base, self._model, self._method, self._replica, self._known = base, model, method, replica, known
         self._scratch: Any = None  # (n,) where the worker's vectors are, from the first evaluation on
         self.is_shown = False
 
@@ -46,6 +53,8 @@ class Evaluation:
         """Load the consensus into the model inside the block. Local."""
         if self.is_shown:
             raise UsageError("consensus() inside consensus(): the model already holds what the method evaluates")
+        self._replica.flat.check_attached()
+        self._known.check()
         watch = self._replica.foreign_writes
         vector = self._evaluate()
         with (

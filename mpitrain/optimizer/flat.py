@@ -110,6 +110,8 @@ class FlatParameters:
                 continue
             if grad is None:
                 view.zero_()
+                if not place.parameter.requires_grad:  # frozen since: torch leaves out parameters without a gradient
+                    continue
             elif grad.layout is not torch.strided:
                 elsewhere.append((view, self._dense(grad)))
             elif grad.data_ptr() != view.data_ptr():
@@ -137,8 +139,13 @@ class FlatParameters:
     def has_marked_gradients(self) -> bool:
         """Return whether the gradients have not changed since ``mark_gradients``."""
         return self._marked == self._g._version and all(
-            place.parameter.grad is view for place, view in zip(self._places, self._gradients, strict=True)
+            place.parameter.grad is view or (place.parameter.grad is None and not place.parameter.requires_grad)
+            for place, view in zip(self._places, self._gradients, strict=True)
         )
+
+    def has_frozen(self) -> bool:
+        """Return whether a parameter does not require a gradient any more."""
+        return not all(place.parameter.requires_grad for place in self._places)
 
     def watch_gradients(self, ready: Callable[[int], object], complete: Callable[[], object]) -> None:
         """Report gradients during every backward pass, until ``detach``.
@@ -228,16 +235,23 @@ class FlatParameters:
         forget_copies()
 
     def detach(self, vector: Any = None) -> None:
-        """Move the parameters back into ordinary memory, without gradients.
+        """Move the parameters back into ordinary memory, without gradients, on their present device and in their type.
+
+        Tensors that were taken from the model keep their values.
 
         Args:
             vector: (n,) the values of the parameters, in the same memory as ``x``; by default their present values.
         """
         for hook in self._hooks:
             hook.remove()
+        kinds = [(place.parameter.device, place.parameter.dtype) for place in self._places]
         self._point_to(self._x if vector is None else vector, copies=True)
-        for place in self._places:
+        for place, (device, dtype) in zip(self._places, kinds, strict=True):
+            place.parameter.data = place.parameter.data.to(device=device, dtype=dtype)
             place.parameter.grad = None
+        self._gradients.clear()
+        for tensor in (self._x, self._g):
+            _keep_values(tensor)
 
     def check_attached(self) -> None:
         """Refuse parameters whose memory was replaced (``model.to``, ``model.half``).
@@ -248,8 +262,16 @@ class FlatParameters:
         if [parameter.data_ptr() for parameter in self._nonempty] != self._addresses:
             raise UsageError(
                 "a parameter was moved or converted after the DistributedOptimizer was made: "
-                "call model.to(...) and load weights (with copy_) before it"
+                "call model.to(...) and load weights (with copy_) before it, or after close()"
             )
+
+
+def _keep_values(tensor: torch.Tensor) -> None:
+    """Move a host tensor whose memory is about to be freed, if other tensors (a ``state_dict``) view that memory."""
+    storage = tensor.untyped_storage()
+    n_own = 2  # ``tensor`` and ``storage``
+    if tensor.device.type == "cpu" and torch._C._storage_Use_Count(storage._cdata) > n_own:
+        storage.share_memory_()  # copies the values and replaces the memory of all views
 
 
 def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:

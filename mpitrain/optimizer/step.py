@@ -16,10 +16,12 @@ from mpitrain.errors import UsageError
 from mpitrain.log import ANY_RANK, logger
 from mpitrain.optimizer.amp import Scaling, report_found_inf
 from mpitrain.optimizer.checks import (
+    FROZEN_TOO_LATE,
     OTHER_PARAMETERS,
     TOO_LATE_FOR_GROUPS,
     DirectStepGuard,
     FrozenParameters,
+    KnownParameters,
     has_hooks,
 )
 from mpitrain.optimizer.flat import forget_copies
@@ -83,7 +85,7 @@ class ParamGroups:
     """
 
     def __init__(self, base: torch.optim.Optimizer, method: Method, replica: LocalReplica) -> None:
-        self._base, self._parts = base, replica.flat.layout.group_slices
+        self._base, self._flat, self._parts = base, replica.flat, replica.flat.layout.group_slices
         self._parameters = [list(group["params"]) for group in base.param_groups]
         self._must_be_plain = replica.node_shared  # the worker makes the step of ``base``
         self._replaces_step = method.owns_update or replica.node_shared
@@ -107,6 +109,8 @@ class ParamGroups:
                 raise UsageError(OTHER_PARAMETERS)
         if self._replaces_step:
             self._check_replaceable()
+            if self._flat.has_frozen():
+                raise UsageError(FROZEN_TOO_LATE.format(self._name))
         self._base._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the base optimizer looks there
         return [
             ParamGroupSlice(
@@ -151,12 +155,19 @@ class Stepper:
         update: The step of the base optimizer.
         groups: The base optimizer's parameter groups.
         frozen: The parameters that must stay frozen.
+        known: The parameters that the model has had from the beginning.
     """
 
     def __init__(
-        self, method: Method, replica: LocalReplica, update: LocalUpdate, groups: ParamGroups, frozen: FrozenParameters
+        self,
+        method: Method,
+        replica: LocalReplica,
+        update: LocalUpdate,
+        groups: ParamGroups,
+        frozen: FrozenParameters,
+        known: KnownParameters,
     ) -> None:
-        self._method, self._groups, self._frozen = method, groups, frozen
+        self._method, self._groups, self._frozen, self._known = method, groups, frozen, known
         self._flat, self._worker, self._boundary = replica.flat, replica.worker, replica.boundary
         self._statistics, self._rank = replica.comm.statistics, replica.comm.rank
         self._foreign_writes = replica.foreign_writes
@@ -191,6 +202,7 @@ class Stepper:
         skips, is_combined = self._gradients.collect(scaling)
         self._flat.check_attached()
         self._frozen.check()
+        self._known.check_sometimes()
         group_slices = self._groups.slices()
 
         # 3. The exchange, with the local update at the method's place in it.
