@@ -67,6 +67,26 @@ def test_the_values_of_other_nodes_are_fetched_concurrently(monkeypatch, two_nod
 
 
 @ALL
+@pytest.mark.parametrize("where", ["one_node", "two_nodes"])
+def test_a_value_of_another_rank_is_written_in_its_place(where, request):
+    from mpitrain.collectives.rma.scoreboard import Scoreboard
+
+    world = request.getfixturevalue(where)
+    scoreboard = Scoreboard(world, ["step", ("histogram", 3), "loss", "signal"])
+    scoreboard.write(step=world.rank, histogram=[1, 2, 3], loss=0.5)
+    world.barrier()
+    scoreboard.write_to((world.rank + 1) % world.size, signal=10 + world.rank)
+    world.barrier()
+    found = scoreboard.read()
+    assert found["signal"].tolist() == [10 + (rank - 1) % world.size for rank in range(world.size)]
+    assert found["step"].tolist() == list(range(world.size))
+    assert found["histogram"].tolist() == [[1, 2, 3]] * world.size
+    assert found["loss"].tolist() == [0.5] * world.size
+    world.barrier()
+    scoreboard.free()
+
+
+@ALL
 def test_a_result_is_a_copy(world, scoreboard):
     before = scoreboard.read()
     world.barrier()
