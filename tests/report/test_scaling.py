@@ -27,6 +27,7 @@ def test_speed_up_and_efficiency_are_relative_to_the_fewest_ranks() -> None:
 def test_repetitions_count_by_their_median() -> None:
     rows = scaling([run(1, 90.0), run(1, 100.0), run(1, 500.0), run(2, 150.0)])
     assert [row["runs"] for row in rows] == [3, 1]
+    assert (rows[0]["samples_per_second"], rows[0]["speed_up"]) == (100.0, 1.0)
     assert rows[1]["efficiency"] == pytest.approx(0.75)
 
 

@@ -40,6 +40,20 @@ def test_a_remote_visit_is_a_request_the_vector_and_its_return():
     assert found[1] == 1 + (0.25 + REQUEST_BYTES / 64) + (0.25 + 128 / 64) + 128 / 64
 
 
+@pytest.mark.parametrize("updated", [True, False], ids=["pushed", "read"])
+def test_the_request_of_a_prefetched_block_is_prepared_during_the_visit_before(updated):
+    overhead, network = 0.1, Network(latency=0.25, bandwidth=64.0, overhead=0.1)
+    arrivals = []
+    for following in (("vector", 1), None):
+        schedule = NetworkTime(ComputeTime([1.0] * 3), network, range(3))
+        schedule.asking(0, ("vector", 0), 1)
+        schedule.visit_begun(0, ("vector", 0), 1, 128, following)
+        schedule.visit_ended(0, ("vector", 0), 1, 128, updated=updated)
+        schedule.asking(0, ("vector", 1), 2)
+        arrivals.append(schedule.clocks[0])
+    assert arrivals[0] == pytest.approx(arrivals[1] - overhead)
+
+
 def test_workers_queue_for_a_lock():
     # In the memory of a node: each holds the lock for half a second, and all arrive at once.
     found = clocks(EASGD(period=1), 4, 1, Network(node_latency=0.25, node_bandwidth=128 / 0.25), n=16, nodes=[0] * 4)

@@ -139,8 +139,15 @@ def test_one_rank_draws_the_same_after_a_resume(world, go, config):
     check_resumed_as_if_uninterrupted(world, go, config)
 
 
+def in_lockstep() -> list[str]:
+    """Return the options of synchronous runs, and the first synchronous method of each family."""
+    names = [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous]
+    families = {METHODS[name].__module__.split(".")[2]: name for name in reversed(names) if name in METHODS}
+    return [name for name in names if name in families.values() or name not in METHODS]
+
+
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("name", [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous])
+@pytest.mark.parametrize("name", in_lockstep())
 def test_ranks_in_lockstep_draw_the_same_after_a_resume(world, go, name):
     check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
 
