@@ -44,6 +44,7 @@ setup(
         "numba>=0.61",
         "numpy>=2.0",
         "pillow>=10",
+        "safetensors>=0.5",
         "scikit-learn>=1.5",
         "torch>=2.6",
         "tqdm>=4.66",

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpitrain.trainer.config import TrainConfig
-from mpitrain.trainer.objective import Objective
-from mpitrain.trainer.objective_options import LOSS, Target
+from mpitrain.trainer.ranking import Ranking
 from mpitrain.trainer.run import Hook, Point, Run
-
-
-def early_stopping(config: TrainConfig, objective: Objective) -> list[Hook]:
-    """Return the hook, if the options ask for it."""
-    if config.target is None and config.patience is None:
-        return []
-    target = None if config.target is None else Target.parse(config.target)
-    return [EarlyStopping(target, config.patience, higher_is_better=objective.higher_is_better)]
 
 
 class EarlyStopping(Hook):
@@ -24,15 +14,12 @@ class EarlyStopping(Hook):
     The decision is a function of the evaluations so far: a resumed run and a new lead continue to count.
 
     Args:
-        target: The value to reach; None for none.
+        ranking: The target, and which evaluations are better.
         patience: Evaluations in a row without a new best; None for no limit.
-        higher_is_better: Whether a larger value of the run's metric is better.
     """
 
-    def __init__(self, target: Target | None, patience: int | None, *, higher_is_better: bool) -> None:
-        self._target, self._patience = target, patience
-        self._uses_loss = target is None or target.name == LOSS
-        self._sign = -1.0 if self._uses_loss or not higher_is_better else 1.0
+    def __init__(self, ranking: Ranking, patience: int | None) -> None:
+        self._ranking, self._patience = ranking, patience
 
     def on_evaluation(self, run: Run, point: Point) -> None:
         """End the run if the evaluations so far say so."""
@@ -49,15 +36,9 @@ class EarlyStopping(Hook):
 
     def reason(self, points: Sequence[Point]) -> str:
         """Return why the run ends after these evaluations; nothing if it goes on."""
-        values = [self._sign * (point.test_loss if self._uses_loss else point.test_metric) for point in points]
-        if not values:
+        if not points:
             return ""
-        if self._target is not None and values[-1] >= self._sign * self._target.value:
+        if self._ranking.reaches_target(points[-1]):
             return "target"
-        if self._patience is None:
-            return ""
-        best = 0
-        for k, value in enumerate(values):
-            if value > values[best] or values[best] != values[best]:  # a NaN is no best
-                best = k
-        return "patience" if len(values) - 1 - best >= self._patience else ""
+        since_best = len(points) - 1 - self._ranking.best(points)
+        return "patience" if self._patience is not None and since_best >= self._patience else ""

@@ -42,6 +42,10 @@ class Evaluator:
         dataset: The data set, from ``mpitrain.data.load``.
         device: The device to compute on.
         objective: The loss and the metric.
+
+    Attributes:
+        objective: The argument.
+        evaluated: The ``state_dict`` of the model evaluated last; the next evaluation overwrites its tensors.
     """
 
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str, objective: Objective) -> None:
@@ -55,6 +59,7 @@ class Evaluator:
         self._dtype = layout.torch_dtype
         self._copies = dict(zip(trained, copies, strict=True))
         self._state: ModuleState | None = None
+        self.evaluated: dict[str, Any] = {}
 
     def empty_vector(self) -> np.ndarray:
         """Return an uninitialised vector (n,) for ``evaluate``."""
@@ -76,6 +81,20 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, vector: np.ndarray) -> Score:
         """Return loss, accuracy and metric of parameters ``vector`` (n,) over the test set. Local."""
+        model = self._model_with(vector)
+        return self.objective.score(
+            (model(x.to(self._device, self._dtype)).float(), y.to(self._device))
+            for x, y in self._dataset.test_batches(BATCH)
+        )
+
+    @torch.no_grad()
+    def state_dict(self, vector: np.ndarray) -> dict[str, Any]:
+        """Return the ``state_dict`` of the model that ``evaluate`` evaluates; the next one overwrites it. Local."""
+        self._model_with(vector)
+        return self.evaluated
+
+    def _model_with(self, vector: np.ndarray) -> torch.nn.Module:
+        """Return a copy of the model with parameters ``vector`` (n,), in evaluation mode. Local."""
         self._vector[...] = vector
         self._flat.to_device()
         model = module_state.copy_with(self._model, self._copies)
@@ -86,10 +105,8 @@ class Evaluator:
             batches = self._dataset.train_batches(min(BATCH, limit), limit)
             reestimate(model, (x.to(self._device, self._dtype) for x, _ in batches))
         model.eval()
-        return self.objective.score(
-            (model(x.to(self._device, self._dtype)).float(), y.to(self._device))
-            for x, y in self._dataset.test_batches(BATCH)
-        )
+        self.evaluated = model.state_dict()
+        return model
 
 
 class PointLog:

@@ -35,16 +35,19 @@ from mpitrain.trainer.compiler import do_without_compiler
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.control import Control
 from mpitrain.trainer.counters import Counters
-from mpitrain.trainer.early_stopping import early_stopping
+from mpitrain.trainer.early_stopping import EarlyStopping
 from mpitrain.trainer.evaluation import Evaluations, Evaluator
 from mpitrain.trainer.faults import Faults, check_ranks
 from mpitrain.trainer.gradient_pass import GradientPass
 from mpitrain.trainer.learning_rate import LearningRate
 from mpitrain.trainer.loss_watch import LossWatch
 from mpitrain.trainer.metrics import MetricsFile, tables
+from mpitrain.trainer.model_files import ModelFiles
 from mpitrain.trainer.objective import Objective
+from mpitrain.trainer.objective_options import Target
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.progress import Progress, ProgressHook
+from mpitrain.trainer.ranking import Ranking
 from mpitrain.trainer.run import Hook, Hooks, Run
 from mpitrain.trainer.stop_signal import StopSignal
 
@@ -182,7 +185,7 @@ def _prepare(
     metrics_file = _metrics_file(method, folder, world, continue_from=None if state is None else seconds)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
-    hooks = [*_hooks_of_options(plan, budget, objective, world), *hooks]
+    hooks = [*_hooks_of_options(plan, budget, evaluator, world), *hooks]
     progress = _progress(plan, budget, world, gradients=gradients * world.size, seconds=seconds)
     saving = Checkpoints(evaluations, saved_at=None if state is None else state["step"])
     commands = Commands(control, stop_signal, saving)
@@ -215,10 +218,19 @@ def _metrics_file(method: Method, folder: Path | None, world: World, *, continue
     return MetricsFile(folder, tables(world.size, method.metrics), method.metrics, continue_from)
 
 
-def _hooks_of_options(plan: RunPlan, budget: Budget, objective: Objective, world: World) -> list[Hook]:
-    """Return the hooks that options ask for: a schedule of the learning rate, and an early end."""
+def _hooks_of_options(plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World) -> list[Hook]:
+    """Return the hooks that options ask for: a schedule of the learning rate, an early end, and files of models."""
+    config, hooks = plan.config, list[Hook]()
     curve = plan.rate_curve(budget, n_ranks=world.size)
-    return [*([] if curve is None else [LearningRate(curve)]), *early_stopping(plan.config, objective)]
+    if curve is not None:
+        hooks.append(LearningRate(curve))
+    target = None if config.target is None else Target.parse(config.target)
+    ranking = Ranking(target, higher_is_better=evaluator.objective.higher_is_better)
+    if target is not None or config.patience is not None:
+        hooks.append(EarlyStopping(ranking, config.patience))
+    if config.out is not None:
+        hooks.append(ModelFiles(evaluator, ranking, deferred=config.defer_evaluation))
+    return hooks
 
 
 def _load_data(config: TrainConfig, world: World, *, resume: Path | None, dataset: data.Dataset | None) -> Batches:

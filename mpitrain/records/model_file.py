@@ -1,0 +1,36 @@
+"""Models in safetensors files, which torch and other libraries load without mpitrain.
+
+model.load_state_dict(safetensors.torch.load_file("RUN/model.safetensors"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from mpitrain.records.durable import replace_for_user
+
+
+def write_model(path: Path, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Write the tensors of a ``state_dict``, in place of the file at ``path`` if there is one. Local.
+
+    Each name gets a copy of its own: tensors that are tied or share memory are stored once per name, so that a plain
+    ``load_state_dict`` finds all names. Entries that are no tensors are left out.
+
+    Args:
+        path: The file; its folder must exist.
+        state: Tensors by name, on any device.
+        metadata: Stored as text.
+
+    Raises:
+        UsageError: The file cannot be written; ``path`` is as it was.
+    """
+    tensors = {name: value.detach().cpu().clone() for name, value in state.items() if hasattr(value, "detach")}
+    content = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {"format": "pt", **{key: str(value) for key, value in metadata.items()}},
+    )
+    replace_for_user(path, content)
