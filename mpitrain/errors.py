@@ -48,7 +48,7 @@ def unknown(what: str, value: str, known: Iterable[str], *, otherwise: str = "")
 
     Args:
         what: The kind of name, such as ``algorithm``.
-        value: The name that was given.
+        value: The unknown name.
         known: The names that exist.
         otherwise: The end of the message: where the names are listed, or what else is accepted.
     """

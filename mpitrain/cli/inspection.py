@@ -55,7 +55,7 @@ class RankFacts:
         host: The name of its host.
         cores: The cores that the rank may run on.
         machine_cores: The number of cores of the host.
-        shared_memory: Free bytes in /dev/shm; None where it does not exist.
+        shared_memory: The number of free bytes in /dev/shm; None if it does not exist.
         gpus: The names of the GPUs that the rank sees.
         mpi: The MPI library and its version.
         versions: The versions of Python and of packages by name.

@@ -106,7 +106,7 @@ def import_images(
         target: The file to write.
         size: (H, W) of the stored images; by default the most common size.
         test_fraction: The share of each class to put into the test set, for a source that is not split.
-        seed: Decides which images those are.
+        seed: The seed that selects these images.
         skip_unreadable: Leave out images that cannot be decoded, instead of raising.
         progress: Show a progress bar on standard error, if that is a terminal.
     """

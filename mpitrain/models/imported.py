@@ -10,15 +10,15 @@ from mpitrain.errors import UsageError
 
 
 def imported(kind: str, name: str, *, otherwise: str) -> Callable[..., Any]:
-    """Return what ``module:attribute`` names, imported also from the working directory. Local.
+    """Import ``module:attribute``, also from the working directory, and return the attribute. Local.
 
     Args:
-        kind: What it is used as, for a message: "model".
-        name: ``module:attribute``.
-        otherwise: What else the user may do, for a message.
+        kind: The kind of object for messages, such as "model".
+        name: The text ``module:attribute``.
+        otherwise: An alternative for the user, for messages.
 
     Raises:
-        UsageError: It cannot be imported, or cannot be called.
+        UsageError: The attribute cannot be imported or called.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:

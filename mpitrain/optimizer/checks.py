@@ -167,7 +167,7 @@ class FrozenParameters:
 
 
 class KnownParameters:
-    """The parameters that a model has when its optimizer is distributed.
+    """The parameters that a model has when the DistributedOptimizer is created.
 
     Args:
         model: The model.
@@ -184,12 +184,12 @@ class KnownParameters:
             self.check()
 
     def check(self) -> None:
-        """Check that the model has no trainable parameter that no rank trains and exchanges.
+        """Check that the model has no new trainable parameters, because they would not be exchanged.
 
-        ``load_state_dict(assign=True)`` replaces parameters, and so does a new layer.
+        ``load_state_dict(assign=True)`` and new layers add parameters.
 
         Raises:
-            UsageError: With the name of the parameter and what to do instead.
+            UsageError: There is a new parameter; the message names it and a remedy.
         """
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and id(parameter) not in self._known:

@@ -17,12 +17,12 @@ States = Sequence[Mapping[str, Any]]
 
 
 class Parts(Sequence[Mapping[str, Any]]):
-    """The workers' entries and parameters in the states of their ranks.
+    """The workers' parts of the states of their ranks: the method's entries and the parameters.
 
     Args:
-        states: Of all ranks.
-        replica_size: The number of ranks per worker; the first of them has the worker's state.
-        as_array: Converts a value as it was saved.
+        states: The states of all ranks.
+        replica_size: The number of ranks per worker. The first of them has the worker's state.
+        as_array: A function that converts a saved value to an array.
     """
 
     def __init__(self, states: States, replica_size: int, as_array: Callable[[Any], Any]) -> None:
@@ -46,13 +46,13 @@ class Parts(Sequence[Mapping[str, Any]]):
 
 
 def merge(states: States, parts: Parts, method: Method, worker: Worker) -> dict[str, Any]:
-    """Return the state from which each rank of another number continues. Local.
+    """Return the state from which each rank continues if the number of ranks has changed. Local.
 
     Args:
-        states: Of all ranks, already checked.
-        parts: The same by workers.
-        method: Of the states.
-        worker: One of those that will continue.
+        states: The states of all former ranks, which have been checked.
+        parts: The same states by workers.
+        method: The method of the states.
+        worker: One of the new workers.
 
     Raises:
         UsageError: An entry is missing.
@@ -71,9 +71,10 @@ def merge(states: States, parts: Parts, method: Method, worker: Worker) -> dict[
 
 
 def mean_of_bases(states: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of the states of a torch optimizer; what is no floating-point tensor is the first one's.
+    """Return the mean of the states of a torch optimizer.
 
-    The mean is computed in float64, so that equal float32 states stay as they are to the last bit.
+    Values other than floating-point tensors are those of the first state. The mean is computed in float64, so that the
+    mean of equal float32 states has the same bits.
     """
     first = next(states)
     totals: dict[Any, dict[str, tuple[torch.Tensor, int]]] = {}

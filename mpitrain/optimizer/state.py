@@ -49,7 +49,7 @@ class Owner:
 
         Args:
             state: The state.
-            of_all: Whether the states of all ranks were given, and this is in the place of this rank's.
+            of_all: Whether the state is one of the states of all ranks, at the position of this rank.
 
         Raises:
             UsageError: It does not; the message names the difference.

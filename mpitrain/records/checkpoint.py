@@ -58,7 +58,7 @@ class Parts(Sequence[dict[str, Any]]):
         return self._last[1]
 
     def check(self) -> str:
-        """Return why a part cannot be read; nothing if all can. Local."""
+        """Return the reason why a part cannot be read; an empty text if all can be read. Local."""
         try:
             for rank in range(self._n):
                 self[rank]
@@ -71,7 +71,7 @@ def newest_parts(folder: Path) -> Parts:
     """Return all parts of the newest checkpoint that can be read. Local.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is no checkpoint that can be read.
     """
     problem = f"{folder.parent} has no complete checkpoint"
     for path in reversed(complete(folder)):
@@ -87,7 +87,7 @@ def load_newest(folder: Path, world: World) -> dict[str, Any] | Parts:
     Rank 0 lists the checkpoints, because ranks may see different ones on a slow network file system.
 
     Returns:
-        This rank's part; or all parts, if another number of ranks wrote them.
+        This rank's part. If a different number of ranks wrote the checkpoint, all parts.
 
     Raises:
         UsageError: There is no checkpoint that can be read. All ranks raise it.

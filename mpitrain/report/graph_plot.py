@@ -17,14 +17,15 @@ MAX_COLUMNS = 3
 
 
 def plot_graph(path: Path, graph: Topology, gap: float) -> None:
-    """Draw the workers on a circle, with an arrow from each to those that receive its vector; write a PNG file.
+    """Draw a graph with the workers on a circle, and write the plot to a PNG file.
 
-    An edge in both directions is a line without arrowheads. Of a long period the first steps are drawn.
+    An arrow points from a worker to the receiver of its vector. An edge in both directions is a line without
+    arrowheads. If the period is long, only its first steps are drawn.
 
     Args:
         path: The file.
         graph: The graph.
-        gap: Its spectral gap, for the title.
+        gap: The spectral gap of the graph, for the title.
     """
     n_panels = min(graph.period, MOST_PANELS)
     columns = min(n_panels, MAX_COLUMNS)

@@ -35,7 +35,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
     operations and the operations in the background.
 
     Args:
-        scheduler: Runs the workers.
+        scheduler: The scheduler that runs the workers.
         layout: The layout of the memory of the world.
         group: The workers that this worker communicates with.
         rank: The rank of this worker in the group.

@@ -39,7 +39,7 @@ class SimulatedPeerMemory:
     """The memory that the workers of a group can access: the simulated counterpart of ``PeerMemory``.
 
     Args:
-        scheduler: Runs the workers.
+        scheduler: The scheduler that runs the workers.
         layout: The layout of the memory of the world.
         group: The workers that share the memory.
         rank: The rank of this worker in the group.

@@ -97,9 +97,7 @@ class Schedule(Protocol):
         """Note that the worker that ran last has made the condition of this waiting worker true."""
 
     def ready_again(self, ranks: Iterable[int]) -> None:
-        """Note that these workers can run again after a start or a death (after ``all_met`` and ``released`` they can
-        too).
-        """
+        """Note that these workers can run again after a start or a death."""
 
 
 class _Instant:

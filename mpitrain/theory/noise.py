@@ -68,8 +68,8 @@ def easgd_center_variance(eta: float, h: float, sigma: float, p: int, alpha: flo
 
         Var(c) = beta^2 eta^2 (sigma^2/p) * (2-a+q) / ((a-q) * q * (4-2a+q)),   a = eh+alpha+beta, q = eh*beta
 
-    Exact for every p, and for alpha and beta chosen independently. Derived for this project; arXiv 1412.6651 gives the
-    limit of many workers.
+    The formula is exact for every p, and alpha and beta may be chosen independently. Derived for this project; arXiv
+    1412.6651 gives the limit of many workers.
     """
     eh, beta = eta * h, p * alpha if beta is None else beta
     a, q = eh + alpha + beta, eh * beta

@@ -11,12 +11,12 @@ MAX_SECONDS_BETWEEN_COUNTS = 0.1
 
 
 class Budget:
-    """The end of one run.
+    """The budget of a run, which determines its end.
 
     Args:
         config: The options of the run.
-        steps_per_epoch: Steps of each rank in an epoch.
-        n_ranks: Ranks that share the gradients.
+        steps_per_epoch: The number of steps of each rank in an epoch.
+        n_ranks: The number of ranks that share the gradients.
         synchronous: Whether all ranks make the same number of steps.
 
     Attributes:
@@ -49,9 +49,10 @@ class Budget:
         """Return whether the budget is used up. Call it on rank 0, if only rank 0 can tell.
 
         Args:
-            seconds: Seconds of training.
+            seconds: The seconds of training.
             now: The time on a clock that runs during evaluations too, since other ranks compute gradients then.
-            count_gradients: Returns the number of gradients. It is called only if the budget may be used up.
+            count_gradients: A function that returns the number of gradients. It is called only if the budget may be
+                used up.
         """
         if self.seconds is not None:
             return seconds >= self.seconds

@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return the options in a file, by the names of their fields. Local.
 
     Raises:
-        UsageError: The file cannot be read, has a key that is no option, or a value of another type.
+        UsageError: The file cannot be read, a key is not an option, or a value has the wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -102,9 +102,10 @@ def _checked(where: str, value: Any, kind: type[Any], words: str) -> Any:
 
 
 def merged(in_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a file, replaced by those of the command line where it has them.
+    """Return the options of a file and of the command line, which has priority.
 
-    A budget on the command line replaces any in the file; pairs are replaced one by one.
+    A budget on the command line replaces every budget in the file. Options of the form KEY=VALUE are replaced key by
+    key.
     """
     found = {name: value for name, value in in_file.items() if name not in BUDGETS or not set(BUDGETS) & set(given)}
     for name, value in given.items():
@@ -113,7 +114,7 @@ def merged(in_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 
 
 def write(path: Path, config: TrainConfig) -> None:
-    """Write a configuration as TOML, each option under its help. Local.
+    """Write a configuration as TOML, with the help of each option as a comment. Local.
 
     Raises:
         UsageError: The file cannot be written.

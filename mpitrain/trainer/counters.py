@@ -50,7 +50,7 @@ class Counters:
 
     Args:
         world: The ranks.
-        metrics: Names of the method's own metrics.
+        metrics: The names of the method's own metrics.
         loss: The running mean of this rank's loss to start from, in a resumed run.
     """
 

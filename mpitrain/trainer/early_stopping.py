@@ -22,7 +22,7 @@ class EarlyStopping(Hook):
         self._ranking, self._patience = ranking, patience
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """End the run if the evaluations so far say so."""
+        """End the run if the target or the patience is reached."""
         self._check(run)
 
     def on_lead(self, run: Run) -> None:
@@ -35,7 +35,7 @@ class EarlyStopping(Hook):
             run.request_stop(reason)
 
     def reason(self, points: Sequence[Point]) -> str:
-        """Return why the run ends after these evaluations; nothing if it goes on."""
+        """Return the reason to end the run after these evaluations; an empty text if it continues."""
         if not points:
             return ""
         if self._ranking.reaches_target(points[-1]):

@@ -40,8 +40,8 @@ class Forecast:
     """The expected time and communication of a method.
 
     Attributes:
-        algorithm: Its name.
-        settings: Its settings.
+        algorithm: The name of the method.
+        settings: The settings of the method.
         is_synchronous: Whether its workers wait for each other.
         epoch_seconds: The time in which all ranks together compute the gradients of an epoch.
         computing_share: The fraction of the ranks' time in which they compute gradients.
@@ -69,7 +69,7 @@ def forecasts(config: ForecastConfig) -> list[Forecast]:
     """Return the forecast of each method, the shortest epoch first.
 
     Raises:
-        UsageError: No method has one of the settings, or a method refuses its value.
+        UsageError: A setting belongs to none of the methods, or its value is invalid.
     """
     chosen = {name: settings_of(METHODS[name]) for name in config.methods}
     for key in config.settings:

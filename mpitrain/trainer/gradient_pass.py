@@ -23,7 +23,7 @@ from mpitrain.trainer.plan import RunPlan
 
 
 class GradientPass:
-    """Computes the gradient of a step of one rank, and makes the step.
+    """The forward and backward pass of one rank, and the step.
 
     Args:
         plan: The options of the run.
@@ -32,7 +32,7 @@ class GradientPass:
         world: The ranks.
 
     Attributes:
-        objective: The argument.
+        objective: See the argument.
     """
 
     def __init__(self, plan: RunPlan, model: torch.nn.Module, objective: Objective, world: World) -> None:
@@ -68,7 +68,9 @@ class GradientPass:
         return torch.autocast(self._device_type, self._dtype)
 
     def step(self, optimizer: DistributedOptimizer, loss: torch.Tensor) -> None:
-        """Clip the gradient if asked to, and make the step. Collective where the optimizer's step is."""
+        """Clip the gradient if ``--clip-norm`` is given, and make the step. Collective if the optimizer's step is
+        Collective.
+        """
         if self._scaler is None:
             if self._clip_norm is not None:
                 optimizer.clip_grad_norm_(self._clip_norm)
@@ -81,7 +83,7 @@ class GradientPass:
         self._scaler.update()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: the scale of the gradients."""
+        """Return the state for a checkpoint: the scale of the gradients."""
         return {} if self._scaler is None else self._scaler.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -33,18 +33,19 @@ WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
 
 
 def load(source: Path, model: torch.nn.Module, world: World) -> None:
-    """Give a model the parameters and buffers of a run or a file. Collective.
+    """Load the parameters and buffers of a run or a file into a model. Collective.
 
-    Rank 0 reads, and ``DistributedOptimizer`` gives all ranks what rank 0 has.
+    Rank 0 reads them. ``DistributedOptimizer`` later copies them to all ranks.
 
     Args:
-        source: The folder of a run: the model that it has evaluated at its end, or the one with which its newest
-            checkpoint would continue; or a file with a ``state_dict``, of torch or safetensors.
+        source: The folder of a run, or a file with a ``state_dict`` in the format of torch or safetensors. From a
+            finished run, the model evaluated at the end is loaded; from an unfinished run, the model of the newest
+            checkpoint.
         model: The model.
         world: The ranks.
 
     Raises:
-        UsageError: It cannot be read, or is of another model; on all ranks.
+        UsageError: ``source`` cannot be read, or belongs to another model. All ranks raise it.
     """
 
     def problem() -> str:
@@ -64,13 +65,12 @@ def fill(model: torch.nn.Module, values: Tensors, source: str, *, leaves_frozen:
 
     Args:
         model: The model.
-        values: By name; the names of wrappers (``module.``, ``_orig_mod.``) are ignored.
-        source: Where they come from, for messages.
+        values: The tensors by name. The prefixes of wrappers (``module.``, ``_orig_mod.``) are ignored.
+        source: The origin of the tensors, for messages.
         leaves_frozen: Whether parameters that are not trained may be missing.
 
     Raises:
-        UsageError: With the first name that is missing or unknown, the first shape that differs, or the first tensor
-            that is not finite. The model is then as it was.
+        UsageError: A name is missing or unknown, a shape differs, or a tensor is not finite. The model is unchanged.
     """
     given = {WRAPPERS.sub("", name): value for name, value in values.items()}
     wanted = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -154,7 +154,7 @@ def unflatten(vector: np.ndarray, layout: Iterable[str], itemsize: int) -> Itera
     Args:
         vector: The vector.
         layout: Name and shape of each parameter, in order: ``weight (3, 4)``.
-        itemsize: Bytes of an element in the run, which decide where parameters begin.
+        itemsize: The number of bytes of an element in the run; the alignment of parameters depends on it.
     """
     align, begin = max(ALIGN_BYTES // itemsize, 1), 0
     for line in layout:

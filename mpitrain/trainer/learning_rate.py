@@ -9,9 +9,9 @@ from mpitrain.trainer.schedules import RateCurve
 
 
 class LearningRate(Hook):
-    """The learning rate of the next step, set before the first step and after each.
+    """The hook that sets the learning rate before the first step, and after each step for the next one.
 
-    It is a function of the rank's own position in the run, so a resumed run continues where it was.
+    The learning rate depends only on the number of steps of this rank, so a resumed run continues the schedule.
 
     Args:
         curve: The factor of the learning rate at each step.

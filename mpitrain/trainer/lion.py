@@ -17,13 +17,13 @@ import torch
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion; see the equations above.
+    """The Lion optimizer; the module gives its equations.
 
     Args:
-        params: Parameters or parameter groups.
-        lr: eta; a third to a tenth of that of AdamW (section 5 of the paper).
-        betas: beta1 and beta2.
-        weight_decay: lambda, three to ten times that of AdamW.
+        params: The parameters or parameter groups.
+        lr: The learning rate eta; a third to a tenth of that of AdamW (section 5 of the paper).
+        betas: The coefficients beta1 and beta2.
+        weight_decay: The weight decay lambda; three to ten times that of AdamW.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters; return what the closure, which computes the loss again, has returned."""
+        """Update the parameters. If there is a closure, call it first and return the loss that it returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
     Attributes:
         loss: The mean loss.
-        accuracy: 0 to 1; NaN without classes.
+        accuracy: The accuracy from 0 to 1; NaN without classes.
         metric: The value of the run's metric.
     """
 
@@ -37,14 +37,14 @@ class Objective:
     """The loss and the metric of a run.
 
     Args:
-        options: Their names.
+        options: The options of the run, which name the loss and the metric.
         dataset: The data set, with class labels or real-valued targets.
 
     Attributes:
         loss: The mean loss of outputs (b, ...) and targets (b, ...), in at least 32 bits.
         metric_name: The name of the metric.
-        higher_is_better: Whether a larger value of the metric is better. A function of the user's says so by an
-            attribute of this name; true by default.
+        higher_is_better: Whether a larger value of the metric is better. An imported function may have an attribute
+            with this name; the default is true.
         n_outputs: The number of outputs of the model for one sample.
 
     Raises:

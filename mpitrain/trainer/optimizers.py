@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rates:
-    """The numbers that most optimizers share.
+    """The settings that most optimizers share.
 
     Attributes:
-        lr: The learning rate at the start.
-        momentum: Of SGD; None if an optimizer of the user's is to have its own default.
-        weight_decay: The decay.
+        lr: The initial learning rate.
+        momentum: The momentum of SGD. With None, an imported optimizer uses its own default.
+        weight_decay: The weight decay.
     """
 
     lr: float
@@ -41,7 +41,7 @@ class LocalOptimizer(ABC):
 
     Attributes:
         name: The value of ``--optimizer``.
-        has_momentum: Whether ``--momentum`` is a setting of it.
+        has_momentum: Whether the optimizer uses ``--momentum``.
     """
 
     name: ClassVar[str]
@@ -112,14 +112,14 @@ class Adam(LocalOptimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """``torch.optim.AdamW``: the weights decay by themselves, by lr*weight_decay in a step."""
+    """``torch.optim.AdamW``. The weight decay is separate from the gradient: a step subtracts lr*weight_decay*x."""
 
     name: ClassVar[str] = "adamw"
 
 
 @dataclass(frozen=True)
 class Lion(LocalOptimizer):
-    """Lion (``trainer.lion``): the weights decay by themselves, by lr*weight_decay in a step."""
+    """Lion (``trainer.lion``). The weight decay is separate from the gradient: a step subtracts lr*weight_decay*x."""
 
     beta1: float = number(0.9, "memory of the momentum in the direction of a step", low=0, below=1)
     beta2: float = number(0.99, "memory of the momentum", low=0, below=1)
@@ -135,11 +135,11 @@ class Lion(LocalOptimizer):
 
 @dataclass(frozen=True)
 class Imported(LocalOptimizer):
-    """A torch optimizer of the user's, ``module:Class``. It is called with ``lr`` and the settings.
+    """A torch optimizer that is imported from ``module:Class``. It is called with ``lr`` and the settings.
 
     Attributes:
         path: ``module:Class``.
-        texts: The settings as given: Python literals, or else words.
+        texts: The settings as texts: Python literals, or words.
     """
 
     path: str
@@ -186,7 +186,7 @@ def create(name: str, texts: Mapping[str, str]) -> LocalOptimizer:
     """Return an optimizer from its name and its settings as text.
 
     Raises:
-        UsageError: The name or a setting is unknown (the message names a similar one), or a value is not accepted.
+        UsageError: The name or a setting is unknown, or a value is invalid.
     """
     if ":" in name:
         return Imported(name, texts)
@@ -196,7 +196,7 @@ def create(name: str, texts: Mapping[str, str]) -> LocalOptimizer:
 
 
 def literal(text: str) -> Any:
-    """Return the Python literal that a text is (``0.9``, ``true``, ``(0.9, 0.95)``), or else the text."""
+    """Return the value of a Python literal, such as ``0.9`` or ``(0.9, 0.95)``; return any other text unchanged."""
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
@@ -204,10 +204,10 @@ def literal(text: str) -> Any:
 
 
 def settings_taken(function: Any, path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that a function of the user's takes these settings by keyword, and return them.
+    """Check that an imported function accepts these settings as keywords, and return the settings.
 
     Raises:
-        UsageError: With the first that it does not take.
+        UsageError: It does not accept a setting; the message names the first one.
     """
     try:
         parameters = inspect.signature(function).parameters

@@ -28,9 +28,9 @@ OF_THE_LEAD = ("points", "snapshots", "module_states", "has_evaluated_end")
 
 
 class OptimizerStates(Sequence[dict[str, Any]]):
-    """The optimizer's states in the parts of a checkpoint, without those of ranks that had died.
+    """The optimizer's states in the parts of a checkpoint, without those of dead ranks.
 
-    The part of such a rank is a copy of another rank's.
+    The part of a rank that had died is a copy of another rank's part.
 
     Args:
         parts: The parts.
@@ -53,7 +53,7 @@ class OptimizerStates(Sequence[dict[str, Any]]):
 def load(parts: Parts, config: TrainConfig, world: World) -> dict[str, Any]:
     """Return the state from which this rank continues. Collective; rank 0 reads the parts.
 
-    The entry ``optimizer`` has the states of all ranks that were: on rank 0, and none elsewhere.
+    On rank 0, the entry ``optimizer`` contains the states of all former ranks. On other ranks, it is empty.
     """
     own: dict[str, Any] = {"optimizer": ()}
 
@@ -73,12 +73,12 @@ def load(parts: Parts, config: TrainConfig, world: World) -> dict[str, Any]:
 
 
 def merge(parts: Sequence[dict[str, Any]], *, of_all_ranks: bool, size: int) -> dict[str, Any]:
-    """Return what the trainer continues from, on all ranks alike. Local.
+    """Return the state of the trainer from which all ranks continue. Local.
 
     Args:
-        parts: Of all ranks that were.
+        parts: The parts of all former ranks.
         of_all_ranks: Whether the budget counts the gradients of all ranks.
-        size: The number of ranks that will be.
+        size: The new number of ranks.
     """
     first, n = parts[0], len(parts)
     total = sum(int(part["gradients"]) for part in parts)

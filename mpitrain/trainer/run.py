@@ -164,7 +164,7 @@ class Run:
         batches: The training data of this rank.
         model: The model to train.
         optimizer: The distributed optimizer of its parameters.
-        passes: Computes the gradient of a step.
+        passes: The forward and backward passes.
         budget, calendar: The end of the run, and the times of evaluations and checkpoints.
         counters: The counters of all ranks.
         clock: The time of training.

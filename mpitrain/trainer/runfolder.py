@@ -45,7 +45,7 @@ def create(config: TrainConfig, settings: dict[str, Any], identity: Identity, wo
     Args:
         config: The options.
         settings: The settings of the method, including defaults.
-        identity: Of the data set.
+        identity: The identity of the data set.
         world: The ranks.
 
     Raises:
@@ -160,9 +160,9 @@ def check_data(folder: Path, name: str, identity: Identity, world: World) -> Non
     """Check that a resumed run uses the same data as before, wherever the data are now. Collective.
 
     Args:
-        folder: Of the run.
-        name: The data set as the user names it.
-        identity: Of the data set.
+        folder: The folder of the run.
+        name: The name of the data set as given by the user.
+        identity: The identity of the data set.
         world: The ranks.
 
     Raises:

@@ -25,7 +25,7 @@ from mpitrain.trainer.optimizers import literal, settings_taken
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A factor of the learning rate. Subclasses are dataclasses of settings."""
+    """A factor of the learning rate as a function of the step. Subclasses are dataclasses with the settings."""
 
     name: ClassVar[str]
 
@@ -42,14 +42,14 @@ class Schedule(ABC):
         """Return the factor of a step.
 
         Args:
-            step: Steps since the warm-up, at most ``total``.
-            total: Steps of the run after the warm-up; 0 where it is unknown and not needed.
+            step: The number of steps since the warm-up, at most ``total``.
+            total: The number of steps after the warm-up in the run. It is 0 if it is unknown and not needed.
         """
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The learning rate as given."""
+    """The constant factor 1."""
 
     name: ClassVar[str] = "constant"
 
@@ -65,7 +65,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """gamma^floor(t / step_size)."""
+    """The factor gamma^floor(t / step_size)."""
 
     step_size: int | None = integer(None, "steps between two drops; a third of the run if none", low=1, optional=True)
     gamma: float = number(0.1, "factor of a drop", above=0, high=1)
@@ -78,7 +78,7 @@ class Step(Schedule):
         return self.step_size is None
 
     def factor(self, step: int, total: int) -> float:
-        """Return gamma for each drop so far."""
+        """Return gamma to the power of the number of drops so far."""
         if self.step_size is not None:
             return float(self.gamma ** (step // self.step_size))
         return float(self.gamma ** min(3 * step // max(total, 1), 2))
@@ -86,37 +86,37 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """final + (1 - final)*(1 + cos(pi*t/T))/2."""
+    """The factor final + (1 - final)*(1 + cos(pi*t/T))/2."""
 
     final: float = number(0.0, "factor at the end of the run", low=0, high=1)
 
     name: ClassVar[str] = "cosine"
 
     def factor(self, step: int, total: int) -> float:
-        """Return half a period of the cosine, from 1 to ``final``."""
+        """Return the factor, which follows half a period of the cosine from 1 to ``final``."""
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """1 - (1 - final)*t/T."""
+    """The factor 1 - (1 - final)*t/T."""
 
     final: float = number(0.0, "factor at the end of the run", low=0, high=1)
 
     name: ClassVar[str] = "linear"
 
     def factor(self, step: int, total: int) -> float:
-        """Return a straight line from 1 to ``final``."""
+        """Return the factor, which decreases linearly from 1 to ``final``."""
         return 1 - (1 - self.final) * step / total
 
 
 @dataclass(frozen=True)
 class Imported(Schedule):
-    """A function of the user's, ``module:function``, called as ``function(step, total, **settings)``.
+    """A function that is imported from ``module:function``, and called as ``function(step, total, **settings)``.
 
     Attributes:
         path: ``module:function``.
-        texts: The settings as given: Python literals, or else words.
+        texts: The settings as texts: Python literals, or words.
     """
 
     path: str
@@ -126,7 +126,7 @@ class Imported(Schedule):
 
     @cached_property
     def function(self) -> Callable[[int, int], Any]:
-        """The function with its settings. A UsageError says that it cannot be imported, or lacks a setting."""
+        """The function with its settings. Raises UsageError if it cannot be imported or does not accept a setting."""
         from mpitrain.models.imported import imported
 
         function = imported("schedule", self.path, otherwise=f"use one of {', '.join(KINDS)}")
@@ -137,7 +137,7 @@ class Imported(Schedule):
         """Return what the function returns.
 
         Raises:
-            UsageError: It is not a number of 0 or more.
+            UsageError: The function does not return a number >= 0.
         """
         value = self.function(step, total)
         try:
@@ -156,7 +156,7 @@ def create(name: str, texts: Mapping[str, str]) -> Schedule:
     """Return a schedule from its name and its settings as text.
 
     Raises:
-        UsageError: The name or a setting is unknown (the message names a similar one), or a value is not accepted.
+        UsageError: The name or a setting is unknown, or a value is invalid.
     """
     if ":" in name:
         return Imported(name, texts)
@@ -171,8 +171,8 @@ class RateCurve:
 
     Attributes:
         schedule: The curve after the warm-up.
-        warmup: W, steps of the warm-up.
-        total: T, steps of a rank in the run; None if the run is limited by time.
+        warmup: The number W of steps of the warm-up.
+        total: The number T of steps of a rank in the run; None if the run is limited by time.
     """
 
     schedule: Schedule

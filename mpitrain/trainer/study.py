@@ -57,7 +57,7 @@ class Laboratory:
 
     Attributes:
         simulation: The workers.
-        clock: Their virtual time.
+        clock: The virtual clock of the workers.
         gradient: The gradients of the model, with the losses of the mini-batches.
         evaluator: The evaluator of vectors on the test set.
         n_train: The number of training samples.

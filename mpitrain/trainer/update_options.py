@@ -11,7 +11,7 @@ from mpitrain.trainer.options import AT_LEAST_ONE, NON_NEGATIVE, option, pairs
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
-    """Optimizer, learning rate and gradient; a base of ``TrainConfig``."""
+    """The options for the optimizer, the learning rate and the gradient; the base class of ``TrainConfig``."""
 
     optimizer: str = option("sgd", "local optimizer: sgd, adam, adamw, lion or module:Class", metavar="NAME")
     optimizer_settings: Mapping[str, str] = option(
@@ -64,10 +64,10 @@ class UpdateOptions:
     )
 
     def check_batch_sizes(self) -> None:
-        """Check the batch sizes of single ranks.
+        """Check the batch sizes of individual ranks.
 
         Raises:
-            UsageError: One is not a number for a rank.
+            UsageError: A batch size or a rank is invalid.
         """
         for rank, size in self.batch_sizes.items():
             if not (rank.isdecimal() and size.isdecimal() and int(size) > 0):

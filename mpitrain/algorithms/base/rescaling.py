@@ -41,12 +41,12 @@ Parts = Sequence[State]
 
 
 def mean_of_parts(weighted: Iterable[tuple[Any, float]]) -> np.ndarray:
-    """Return the weighted mean (n,) of vectors that are finite, computed in float64.
+    """Return the weighted mean (n,) of the finite vectors, computed in float64.
 
-    The mean of equal float32 vectors with equal weights is that vector to the last bit.
+    The mean of equal float32 vectors with equal weights has the same bits as these vectors.
 
     Args:
-        weighted: Each vector with its weight; at least one.
+        weighted: The vectors with their weights, at least one.
     """
     total, weight, last = None, 0.0, None
     for values, share in weighted:
@@ -61,24 +61,24 @@ def mean_of_parts(weighted: Iterable[tuple[Any, float]]) -> np.ndarray:
 
 
 def merge_all(worker: Any, start: Any, parts: Parts) -> dict[str, Any]:
-    """Return the state from which each worker of another number continues. Local.
+    """Return the state from which each worker continues if the number of workers has changed. Local.
 
     Args:
-        worker: One of those that will continue.
-        start: (n,) where they begin.
-        parts: The entries of those that were.
+        worker: One of the new workers.
+        start: (n,) the parameters of the new workers.
+        parts: The entries of the former workers.
     """
     clock = sum(int(part[CLOCK]) for part in parts) // len(parts)
     return dict(merge(worker, parts)) | {START: start, CLOCK: clock}
 
 
 def merge(owner: Any, parts: Parts, *, everything: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the value of everything that goes on. Local.
+    """Yield the names and values of the entries with which a new worker continues. Local.
 
     Args:
-        owner: A worker, or one of its collaborators.
-        parts: The entries of the same object in each of the workers that were.
-        everything: Whether all attributes go on, and not only those marked as ``Common``.
+        owner: A worker, or an object that it uses.
+        parts: The entries of the same object in each former worker.
+        everything: Whether to continue with all attributes instead of only those marked as ``Common``.
     """
     if hasattr(owner, "merge"):
         yield from owner.merge(parts)
@@ -101,12 +101,12 @@ def merge(owner: Any, parts: Parts, *, everything: bool = False) -> Iterator[tup
 
 
 def restart(owner: Any, state: State, *, everything: bool = False) -> None:
-    """Continue from merged entries in an object that is as it was made. Collective if a collaborator is.
+    """Load merged entries into a newly created object. Collective if loading an attribute is Collective.
 
     Args:
-        owner: A worker, or one of its collaborators.
+        owner: A worker, or an object that it uses.
         state: The merged entries, with ``START`` and ``CLOCK``.
-        everything: As in ``merge``.
+        everything: See ``merge``.
     """
     everything = everything or is_replicated(owner)
     for attribute in declared(type(owner)):
@@ -130,7 +130,7 @@ def restart(owner: Any, state: State, *, everything: bool = False) -> None:
 
 
 def is_replicated(owner: Any) -> bool:
-    """Return whether all workers hold equal copies of everything that the object declares."""
+    """Return whether all attributes that the object declares are equal on all workers."""
     return bool(getattr(owner, "is_replicated", False))
 
 

@@ -73,7 +73,7 @@ class AsynchronousCenter(SharedRows):
         return clipped_visit
 
     def displace(self, x: Any, a_w: float, a_c: float) -> None:
-        """Update the center, and replace ``x``, a copy of the worker's, with the displacement to subtract. Local."""
+        """Update the center, and overwrite ``x``, a copy of the worker's x, with the displacement. Local."""
         self.vector.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
 
     def pull(self, x: Any, a_w: float) -> None:

@@ -17,12 +17,12 @@ from mpitrain.errors import UsageError, suggestion
 
 @dataclass(frozen=True, kw_only=True)
 class Graph(Setting):
-    """A graph of workers: a name with its options, a file, a networkx graph or a ``Topology``."""
+    """A setting that is a graph of workers: a name with options, a file, a networkx graph or a ``Topology``."""
 
     _kind: ClassVar[str] = "a graph"
 
     def describe(self) -> str:
-        """Return the names and what else is accepted."""
+        """Return a description of the valid values."""
         return f"{' | '.join(TOPOLOGIES)} | FILE"
 
     def _parsed(self, text: str) -> str:
@@ -46,15 +46,15 @@ def graph(default: str, help: str) -> Any:
 
 
 def graph_named(text: str, size: int | None, *, default: int) -> Topology:
-    """Return the graph of a name or a file.
+    """Return the graph with a given name, or the graph in a file.
 
     Args:
-        text: A name with its options, or a file.
-        size: The number of workers; None: that of the file, or ``default``.
-        default: The number of workers for a name without ``size``.
+        text: The name with its options, or the file.
+        size: The number of workers. With None, it is that of the file, or ``default`` for a name.
+        default: The number of workers for a name if ``size`` is None.
 
     Raises:
-        UsageError: There is no such graph of that size.
+        UsageError: There is no graph with this name and size.
     """
     try:
         found = read_graph(text) if is_graph_file(text) else topology(text, default if size is None else size)
@@ -66,7 +66,7 @@ def graph_named(text: str, size: int | None, *, default: int) -> Topology:
 
 
 class GraphMethod(Method):
-    """A method whose workers exchange along the edges of a graph, its setting ``topology``.
+    """A method whose workers exchange along the edges of a graph, given by the setting ``topology``.
 
     Attributes:
         topology: The name of a graph, or the graph.
@@ -89,7 +89,7 @@ class GraphMethod(Method):
         object.__setattr__(self, "topology", value)
 
     def settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters by name; a graph by its own name."""
+        """Return the settings by name, with the name of the graph in place of the graph."""
         value = self.topology
         return {**super().settings(), "topology": value.name if isinstance(value, Topology) else value}
 
@@ -97,7 +97,8 @@ class GraphMethod(Method):
         """Return the graph between ``size`` workers.
 
         Raises:
-            UsageError: There is no such graph of that size, or it is not connected, or not symmetric where it must be.
+            UsageError: There is no graph with this name and size, or it is not connected, or not symmetric although the
+                method requires it.
         """
         try:
             found = self.topology if isinstance(self.topology, Topology) else topology(self.topology, size)

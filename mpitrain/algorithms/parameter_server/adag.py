@@ -106,7 +106,7 @@ class ScalingWorker(CenterWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        rule: What this worker commits.
+        rule: The rule by which this worker commits.
     """
 
     def __init__(self, method: ADAG, replica: Replica, rule: DampedDisplacement) -> None:

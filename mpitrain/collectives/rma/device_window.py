@@ -32,7 +32,7 @@ class DeviceWindow:
     Attributes:
         local: (n,) this rank's array, initially zeros.
         mirror: The mirror in host memory; None if no peer needs it.
-        plan: None; see ``Window``.
+        plan: Always None; see ``Window.plan``.
     """
 
     plan = None

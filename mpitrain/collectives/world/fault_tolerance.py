@@ -108,10 +108,10 @@ class FaultTolerance:
         """Update ``dead`` now instead of a moment later. Local."""
 
     def require_all(self) -> None:
-        """Raise if a rank is dead. Local.
+        """Raise an error if a rank is dead. Local.
 
         Raises:
-            RankFailed: With its number among all ranks of the run.
+            RankFailed: A rank is dead.
         """
 
     def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
@@ -177,10 +177,10 @@ class ULFMFaultTolerance(FaultTolerance):
         self._detector.poll()
 
     def require_all(self) -> None:
-        """Raise if a rank is dead. Local.
+        """Raise an error if a rank is dead. Local.
 
         Raises:
-            RankFailed: With its number among all ranks of the run.
+            RankFailed: A rank is dead.
         """
         require_all([self._rank_in_run(rank) for rank in self.dead])
 

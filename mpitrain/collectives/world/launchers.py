@@ -73,11 +73,11 @@ def check_before_start() -> None:
 
 
 def check_library(name: str, version: str, library: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse an MPI library that the launcher cannot start: MPI would end the process without a hint. Local.
+    """Refuse an MPI library that does not fit the launcher, since MPI would end the process without explanation. Local.
 
     Args:
-        name, version: Of the library.
-        library: Its own description, which names the options of its build.
+        name, version: The name and the version of the library.
+        library: The description of the library by itself, which contains its build options.
         environ: The environment of this process.
 
     Raises:
@@ -118,10 +118,10 @@ def check_world(size: int, vendor: str) -> None:
 
 
 def check_world_of_one(vendor: str) -> None:
-    """Refuse a world of one rank where a launcher started more processes. Local.
+    """Refuse a world of one rank if a launcher has started more processes. Local.
 
     Raises:
-        UsageError: With the launch that works.
+        UsageError: The message names a launch command that works.
     """
     if is_set("RANK", "LOCAL_RANK") and (n := _number("WORLD_SIZE")) > 1:
         raise _of_torch(n, 1)

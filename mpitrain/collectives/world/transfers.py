@@ -57,10 +57,10 @@ class NativeMPI:
         self._swap = lock_words.swap()
 
     def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
-        """Let the serving thread wait for n requests, if it sleeps until the network wakes it. Local.
+        """Hand n requests to the serving thread, and sleep until they are complete. Local.
 
-        The calling thread sleeps meanwhile, because two polling threads would take twice as much time from the
-        computing thread.
+        Two polling threads would take twice as much time from the computing thread. This is possible only if the
+        serving thread sleeps until the network wakes it.
 
         Returns:
             1 if the requests are complete, 0 if the calling thread must wait itself, or a negative error code of MPI.

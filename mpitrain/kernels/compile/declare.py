@@ -34,7 +34,7 @@ class Kernel:
         guard: An assigned name whose infinite and NaN elements are replaced by zero. A call returns the number of these
             elements.
         source: The paper, equation or algorithm of the equations.
-        doc: What the kernel does, in one line that opens with a verb.
+        doc: A description in one line that starts with a verb.
 
     Raises:
         ValueError: The declaration is invalid; the message names the mistake.

@@ -301,8 +301,8 @@ def serve() -> Callable[..., int]:
       there must be more slots than requests of that kind. A poll looks at those in use only.
     - ``slots``: (slots,) the numbers 0, 1, ...
     - ``memory``: the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests,
-      ``states`` and structs pollfd; the number of these structs; one of their files, which is written to in order to
-      wake the loop; and the address of DRAIN_BYTES bytes
+      ``states`` and structs pollfd; the number of these structs; the file to which other threads write to wake the
+      loop; and the address of DRAIN_BYTES bytes
 
     There is a receive for each rank, because under MPICH a receive from any source may never complete when two threads
     call MPI. The result is the number of requests served. After an MPI error, the loop returns the negative error code
