@@ -74,12 +74,12 @@ class Dataset:
 
     @property
     def n_outputs(self) -> int:
-        """The numbers that a model returns for a sample: the classes, or k."""
+        """The number of outputs of a model for a sample: the number of classes, or of target values k."""
         return self.n_classes or int(self.train_labels.shape[1])
 
     @property
     def augmentable(self) -> bool:
-        """Whether `augment` is suitable, because the images are photographs of at least 28x28 pixels."""
+        """Whether `augment` is suitable: it needs photographs of at least 28x28 pixels."""
         return self.photographs and len(self.shape) == 3 and min(self.shape[1:]) >= 28
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:

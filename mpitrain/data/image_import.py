@@ -69,7 +69,7 @@ class Survey:
     n_other_files: int = 0
 
     def conversions(self, width: int, height: int) -> dict[str, int]:
-        """Return how many images are changed, by what is done to them, for images stored with this size."""
+        """Return the number of images that undergo each kind of conversion, if images are stored with this size."""
         n_resized = sum(n for size, n in self.sizes.items() if size != (width, height))
         return {**self.converted, **({RESIZED: n_resized} if n_resized else {})}
 

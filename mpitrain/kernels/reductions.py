@@ -57,8 +57,8 @@ def reduce_broadcast(targets: Sequence[Any], scale: float = 1.0) -> None:
     """Set every vector to ``scale * (targets[0] + targets[1] + ...)``.
 
     Args:
-        targets: 1 to 64 vectors of one length and dtype, all changed in place.
-        scale: 1/k makes it a mean.
+        targets: 1 to 64 vectors of the same length and dtype, all changed in place.
+        scale: The scale; 1/k gives the mean.
 
     Raises:
         ValueError: The vectors differ in length or dtype, or one is read-only.

@@ -275,7 +275,7 @@ def _keep_values(tensor: torch.Tensor) -> None:
 
 
 def for_each_state_tensor(model: torch.nn.Module, fn: Callable[[np.ndarray], None]) -> None:
-    """Call ``fn`` with the bytes of each parameter and buffer of a model, and store the bytes as ``fn`` leaves them."""
+    """Call ``fn`` with the bytes of each parameter and buffer of a model; ``fn`` may change them."""
     with torch.no_grad():
         for _, tensor in state_tensors(model):
             if tensor.numel() == 0:

@@ -16,8 +16,9 @@ from mpitrain.optimizer.layout import FlatLayout
 
 
 def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
-    """Return whether the fused kernels can replace ``base.step()``: same equations, and no options or hooks that change
-    it.
+    """Return whether the fused kernels can replace ``base.step()``.
+
+    They can if they compute the same equations, and if no option or hook changes the step.
     """
     return (
         type(base) is torch.optim.SGD

@@ -59,7 +59,7 @@ class SimulatedBlocks(Blocks):
 
     Args:
         memory: The blocks.
-        scheduler: The scheduler, which is notified of reads and changes, and of the begin and end of visits.
+        scheduler: The scheduler, which is notified of reads and changes, and of the beginning and the end of visits.
         ranks: The world ranks of the workers that share the blocks.
         rank: The world rank of this worker.
         interleave: Whether to let other workers run before each lock is acquired.

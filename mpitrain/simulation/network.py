@@ -91,7 +91,10 @@ class Network:
         return inside + min(self.ring(n_bytes, distinct), self.doubling(n_bytes, distinct))
 
     def ring(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of a ring all-reduce between distinct nodes, of which those of a rack are consecutive."""
+        """Return the seconds of a ring all-reduce between distinct nodes.
+
+        The nodes of a rack are neighbours in the ring.
+        """
         n = len(nodes)
         crosses = len({self.rack(node) for node in nodes}) > 1
         return 2 * (n - 1) * self.message(n_bytes / max(n, 1), self.uplink if crosses else None)

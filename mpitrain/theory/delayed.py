@@ -49,7 +49,7 @@ def delayed_matrix(q: float, p: int) -> Matrix:
 
 
 def delayed_radius(q: float, p: int) -> float:
-    """Return the spectral radius of ``delayed_matrix``. It is below 1 exactly if 0 < q < ``downpour_bound(p)``."""
+    """Return the spectral radius of ``delayed_matrix``. It is below 1 if and only if 0 < q < ``downpour_bound(p)``."""
     return spectral_radius(delayed_matrix(q, p))
 
 

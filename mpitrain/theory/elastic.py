@@ -182,8 +182,8 @@ def gauss_seidel_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> 
 
         eh*beta > 0,   (2-beta)(2-eh) > 2*alpha*(1-beta),   |(1-eh-alpha)(1-beta)| < 1
 
-    and |1-eh-alpha| < 1 for two or more workers. For alpha > 0 and 0 < beta < 1 the region is strictly larger than
-    EASGD's, (2-beta)(2-eh) > 2*alpha. Derived for this project.
+    Two or more workers also need |1-eh-alpha| < 1. For alpha > 0 and 0 < beta < 1, the region is strictly larger than
+    that of EASGD, (2-beta)(2-eh) > 2*alpha. Derived for this project.
     """
     shrinks = eh * beta > 0 and (2 - beta) * (2 - eh) > 2 * alpha * (1 - beta)
     return shrinks and abs((1 - eh - alpha) * (1 - beta)) < 1 and (p == 1 or abs(1 - eh - alpha) < 1)

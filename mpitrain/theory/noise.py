@@ -137,9 +137,9 @@ def spread_sgd_factor(eta: float, shape: float, rate: float, p: int) -> float:
 
         r(eta) = 1 - 2 eta shape/rate + eta^2 shape (p*shape+1) / (p rate^2)
 
-    The factor r is below 1 exactly if eta < ``spread_sgd_bound``. p is the mini-batch size, or the number of all-reduce
-    workers. A smaller shape means a wider spread of the inputs. The model is from chapter 5 of the thesis, from memory;
-    the factor was derived for this project.
+    The factor r is below 1 if and only if eta < ``spread_sgd_bound``. p is the mini-batch size, or the number of
+    all-reduce workers. A smaller shape means a wider spread of the inputs. The model is from chapter 5 of the thesis,
+    from memory; the factor was derived for this project.
     """
     return 1 - 2 * eta * shape / rate + eta**2 * shape * (p * shape + 1) / (p * rate**2)
 

@@ -128,7 +128,7 @@ class Method(ABC):
     def takes_gradients_early(self) -> bool:
         """Whether the worker is notified during the backward pass when a part of the gradient is in ``g``.
 
-        After ``gradient_complete``, ``g`` as the worker has left it is the gradient of the parameters.
+        When ``gradient_complete`` returns, the optimizer continues with the contents of ``g``.
         """
         return False
 

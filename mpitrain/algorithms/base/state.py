@@ -76,7 +76,7 @@ def restore(owner: Any, state: State) -> None:
 
 
 def restore_attribute(owner: Any, attribute: str, state: State) -> None:
-    """Load one attribute that the object declares as persistent. Collective if it is a collaborator that is.
+    """Load one attribute that the object declares as persistent. Collective if loading it is Collective.
 
     Raises:
         KeyError: An entry is missing.

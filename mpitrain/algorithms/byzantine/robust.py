@@ -184,9 +184,12 @@ def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
 def geometric_median(squares: np.ndarray) -> np.ndarray:
     """Return the weights (m,) of the geometric median of m vectors, from their squared distances (m, m).
 
-    Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i|| needs only the weights of y: for y = sum_i w_i
-    g_i with sum_i w_i = 1, ||y - g_j||^2 = sum_i w_i D_ij - (1/2) sum_ik w_i w_k D_ik. A vector at an infinite distance
-    has weight 0.
+    The function iterates Weiszfeld's step y <- sum_i (g_i/||y - g_i||) / sum_i 1/||y - g_i||. The iterate y is a
+    weighted mean of the vectors, so the step needs only the weights w and the squared distances D:
+
+        y = sum_i w_i g_i,   sum_i w_i = 1,   ||y - g_j||^2 = sum_i w_i D_ij - (1/2) sum_ik w_i w_k D_ik
+
+    A vector at an infinite distance has weight 0.
     """
     m = len(squares)
     near = np.isfinite(squares).sum(axis=1) * 2 > m

@@ -99,7 +99,7 @@ class NeuroevolutionSGD(Method):
 
     @property
     def needs_equal_updates(self) -> bool:
-        """Whether all workers need equal learning rates. They do not: a search may use different ones."""
+        """Whether all workers need equal learning rates. They do not, because a search may try different ones."""
         return False
 
     def common_start(self, parts: Parts) -> Any:

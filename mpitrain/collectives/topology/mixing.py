@@ -78,8 +78,8 @@ def period_matrix(topology: Topology, weights: Weights = "uniform") -> Matrix:
 def spectral_gap(w: Matrix) -> float:
     """Return the spectral gap of a doubly stochastic W: 1 minus its second largest singular value.
 
-    With a gap of 1, one step averages exactly; with a gap of 0, W may never average. The gap bounds a step also if W is
-    not symmetric: |W x - mean| <= (1 - gap) |x - mean|.
+    With a gap of 1, one step averages exactly; with a gap of 0, W may never average. For any doubly stochastic W,
+    symmetric or not, a step satisfies |W x - mean| <= (1 - gap) |x - mean|.
 
     Raises:
         ValueError: W is not doubly stochastic; use `consensus_rate`.

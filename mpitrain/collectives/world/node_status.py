@@ -67,7 +67,7 @@ class NodeStatus:
         return None if self._rows[local_rank, HAS_ENDED] else self.ranks[local_rank]
 
     def is_first(self) -> bool:
-        """Return whether this is the first rank of the node whose process lives. Local."""
+        """Return whether this is the first living rank of the node. Local."""
         return all(self._process_state(local_rank) in "ZX" for local_rank in range(self._me))
 
     def process(self, rank: int) -> int:

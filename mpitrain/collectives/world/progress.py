@@ -126,7 +126,7 @@ class ProgressThread:
             addresses: The addresses of its memory.
             arrays: The destination.
             acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
-            encoded: The block that ``rank`` encodes to the first of the addresses when it has acquired the lock.
+            encoded: A block of the other rank, to be encoded to the first address when the lock has been acquired.
         """
         kind = service.ACQUIRE if acquire[0] else service.FETCH
         return self._request(kind, rank, addresses, arrays, (acquire[0], 0, acquire[1]), encoded)
@@ -146,7 +146,8 @@ class ProgressThread:
             addresses: The addresses of its memory.
             arrays: The source.
             swap: The address of a lock word, its expected value and its new value.
-            encoded: The block to which ``rank`` adds the encoded change at the first of the addresses, before the swap.
+            encoded: A block of the other rank, to which the encoded change at the first address is added before the
+                swap.
         """
         return self._request(service.STORE, rank, addresses, arrays, swap, encoded)
 

@@ -78,7 +78,7 @@ class CudaGpu(CudaMemory):
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
-        """Order work on ``compute`` inside the block after the exchange so far, and before the rest of it."""
+        """Run work on the stream ``compute`` inside the block, between two parts of an exchange."""
         self._order(self._exchange.ptr, compute, self._events[1])
         try:
             yield

@@ -88,7 +88,10 @@ class Gpu(DeviceMemory, Protocol):
 
     @contextmanager
     def computing(self, compute: int) -> Iterator[None]:
-        """Inside `exchanging`, order other work on ``compute`` after the exchange so far, and before the rest of it.
+        """Let work on the stream ``compute`` run inside the block, between two parts of an exchange.
+
+        The work starts after the exchange so far, and the exchange continues after the work. Call it inside
+        `exchanging`.
 
         Args:
             compute: The address of torch's stream.

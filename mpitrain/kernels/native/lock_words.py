@@ -47,7 +47,7 @@ def acquire() -> Callable[..., int]:
 
     ``acquire(words, at, mine, spin_limit)`` sets the owner bits of ``words[at]`` to ``mine`` if the lock is free. If
     the lock is taken, it polls up to ``spin_limit`` times more. ``words`` are int64, shared by the ranks. The result is
-    the former word. If it has no owner bits, the lock has been acquired; otherwise they are those of the owner.
+    the former word. If its owner bits are zero, the lock has been acquired; otherwise they identify the owner.
     """
     return cache.compiled("acquire", "word", _ACQUIRE)
 
