@@ -77,7 +77,7 @@ def _show_graph(args: argparse.Namespace) -> int:
 
 
 def describe(graph: Topology) -> dict[str, Any]:
-    """Return what decides how fast workers on a graph agree, ready for JSON.
+    """Return the properties of a graph that determine how fast its workers agree, as JSON types.
 
     The spectral gap is 1 minus the factor by which one period shrinks the disagreement: 1 averages exactly.
     """

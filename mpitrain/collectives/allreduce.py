@@ -146,7 +146,7 @@ class AllReduce:
             kernels.copy(array, total)
 
     def prepare(self, window: AnyWindow) -> None:
-        """Compile and allocate what an all-reduce of this window needs. Collective."""
+        """Compile the kernels and allocate the buffers for all-reduces of this window. Collective."""
         if self._world.size == 1:
             return
         if self._node_barrier is None:

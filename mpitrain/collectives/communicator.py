@@ -116,7 +116,7 @@ class Communicator(Protocol):
         """
 
     def reduce_slices(self, vector: Vector, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with vectors whose sum is that of all workers' vectors in this worker's slice. Collective.
+        """Call ``fn`` with vectors that add up to the sum of all workers' vectors in this worker's slice. Collective.
 
         ``fn`` can add the vectors in the same pass in which it uses their sum. Meanwhile, the workers' vectors must not
         change. When this call returns, all workers of the node have finished their ``fn``, and their results are

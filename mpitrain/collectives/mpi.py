@@ -111,7 +111,7 @@ class MPICommunicator(PeerMemory):
         return self._allreduce.slice_of(n)
 
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with vectors whose sum is that of all ranks' vectors in this rank's slice. Collective."""
+        """Call ``fn`` with vectors that add up to the sum of all vectors in this rank's slice. Collective."""
         self._allreduce.reduce_slices(vector, fn)
 
     def start_allreduce(self, vector: Any, *, mean: bool = False) -> PendingAllReduce:

@@ -153,7 +153,7 @@ def read_header(file: h5py.File) -> Header:
 
 
 def answers(file: h5py.File) -> str:
-    """Return the name of what a model is to answer: ``labels`` of classes, or real-valued ``targets``."""
+    """Return the name of the targets of a data file: ``labels`` of classes, or real-valued ``targets``."""
     return TARGETS if f"{SPLITS[0]}/{TARGETS}" in file else LABELS
 
 

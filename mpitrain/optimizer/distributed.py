@@ -111,9 +111,9 @@ class DistributedOptimizer(LinkedOptimizer):
         >>> optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()  # doctest: +SKIP
 
     Raises:
-        UsageError: An argument has the wrong type. Or the parameters are not of one floating-point type, the base
-            optimizer does not fit the method, the models of the ranks differ, the number of ranks is not a multiple of
-            ``replica_size``, or ``wire`` cannot be used between these nodes.
+        UsageError: An argument has the wrong type. The parameters are not of one floating-point type. The base
+            optimizer does not fit the method. The models of the ranks differ. The number of ranks is not a multiple of
+            ``replica_size``. ``wire`` cannot be used between these nodes.
     """
 
     _step_supports_amp_scaling = True  # a GradScaler calls ``step`` on all ranks, see ``amp``
@@ -314,7 +314,7 @@ class DistributedOptimizer(LinkedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Continue from this rank's part of a state, or from a list of all parts. Collective.
 
-        A list, loaded before the first step, may be of another number of ranks: docs/reliability.md says what goes on.
+        A list that is loaded before the first step may be from a different number of ranks; see docs/reliability.md.
 
         Raises:
             UsageError: The state belongs to another rank, model or method, or has other entries than the settings need.

@@ -49,7 +49,7 @@ class ExchangeBoundary:
 
         Args:
             copies: Whether the block reads gradients or changes parameters. If the model is on a GPU and the worker's
-                vectors are in host memory, they are copied to the host before the block and to the GPU after it.
+                vectors are in host memory, they are then copied before and after the block.
             counts: Whether to add the time of the block to the clock, without the time of ``computing`` blocks inside
                 it.
         """

@@ -131,7 +131,7 @@ class OptimizerState:
         }
 
     def load(self, state: Mapping[str, Any] | rescaled_state.States) -> None:
-        """Continue from this rank's state, or from those of all ranks, whose number may have been another. Collective.
+        """Continue from this rank's state, or from the states of all ranks of a run of any size. Collective.
 
         Raises:
             UsageError: The state belongs to another owner or another model.

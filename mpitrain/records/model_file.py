@@ -17,8 +17,8 @@ from mpitrain.records.durable import replace_for_user
 def write_model(path: Path, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Write the tensors of a ``state_dict``, in place of the file at ``path`` if there is one. Local.
 
-    Each name gets a copy of its own: tensors that are tied or share memory are stored once per name, so that a plain
-    ``load_state_dict`` finds all names. Entries that are no tensors are left out.
+    Tensors that share memory are stored once for each name, so that a plain ``load_state_dict`` finds all names.
+    Entries that are no tensors are left out.
 
     Args:
         path: The file; its folder must exist.

@@ -163,14 +163,14 @@ def legend(figure: Figure, series: Sequence[Series], width_inches: float) -> Non
 
 
 def add_title(figure: Figure, runs: Sequence[Run]) -> None:
-    """Write above all else what the runs have in common: method, data, model, number of ranks."""
+    """Write a title that names the common properties of the runs: method, data, model, number of ranks."""
     title = title_of(runs)
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
 
 
 def title_of(runs: Sequence[Run]) -> str:
-    """Return what the runs have in common as a title: "easgd on digits, mlp, 4 ranks"."""
+    """Return a title that names the common properties of the runs, such as "easgd on digits, mlp, 4 ranks"."""
     facts = [run.facts() for run in runs]
     common = {
         key: value for key, value in (facts[0] if facts else {}).items() if all(f.get(key) == value for f in facts)

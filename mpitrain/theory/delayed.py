@@ -191,8 +191,8 @@ def elastic_equilibrium(h: float, rho: float, minimum: float, center: float) -> 
 def early_exchange_step(h: float, eta: float, rho: float, x_start: float, center: float) -> int:
     """Return the first local step t >= 0 at which Hermans' rule exchanges: |eta g| - |eta rho (x-c)| < eta.
 
-    In one dimension with a fixed center, local steps give x_t = (1-eta*h)^t x_0, and the result is the first t with
-    h|x_t| - rho|x_t - c| < 1. The rule is from Hermans' thesis; this special case was derived for this project.
+    In one dimension with a fixed center, local steps give x_t = (1-eta*h)^t x_0. The result is the first t with h|x_t|
+    - rho|x_t - c| < 1. The rule is from Hermans' thesis; this special case was derived for this project.
     """
     if not 0 < eta * h < 2:
         raise UsageError(f"local steps converge only for 0 < eta*h < 2, not for {eta * h:g}")

@@ -61,7 +61,7 @@ def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchron
     """Return a warning about EASGD or EAMSGD with p workers, moving rate alpha and center rate beta (default p*alpha).
 
     There are three warnings. A negative alpha acts as momentum. For a positive alpha, stability requires (2-eh)(2-beta)
-    > 2*alpha, with beta/p in place of beta if workers take turns; there is a warning if this holds for no eh, or only
+    > 2*alpha. If workers take turns, beta is replaced by beta/p. There is a warning if this holds for no eh, or only
     for eh below 0.05. With beta > 1, the center overshoots the mean of workers that exchange at the same time.
     """
     symmetric = beta is None

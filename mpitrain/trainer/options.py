@@ -156,7 +156,7 @@ def pairs(flag: str, example: str) -> Callable[[Sequence[str]], dict[str, str]]:
     It raises a UsageError for a text without a key or an equals sign.
 
     Args:
-        flag, example: The option and a value of it, for the message.
+        flag, example: The option and a valid value, for the message.
     """
 
     def parse(texts: Sequence[str]) -> dict[str, str]:

@@ -198,7 +198,7 @@ class AveragedWorker(Worker):
         self._worker.finalize(group_slices)
 
     def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
-        """Yield what goes on with another number of workers: the method's, and the average that is evaluated. Local."""
+        """Yield the entries that continue with a different number of workers: the method's and the average. Local."""
         yield from merge(self._worker, parts)
         name, evaluated = "average_of_iterates", parts if self._evaluated is None else parts[:1]
         yield name, mean_of_parts((part[name], 1.0) for part in evaluated)

@@ -66,8 +66,9 @@ class Method(ABC):
         metrics: The names of the values that ``Worker.metrics`` returns.
         starts_at: The checkpoint entry at which the workers begin when their number has changed; None for the mean of
             all workers' parameters.
-        averages_optimizer: Whether workers then begin with the mean of the base optimizers' states, and not without.
-        goes_on, begins_anew: What goes on then and what does not, in words.
+        averages_optimizer: Whether the base optimizers then start with the mean of the former states, instead of anew.
+        goes_on, begins_anew: Descriptions of the state that continues with a different number of ranks, and of the
+            state that starts anew.
     """
 
     name: ClassVar[str]

@@ -227,7 +227,7 @@ class TurnADMMWorker(ADMMWorker):
             self._center.update(self._recompute)
 
     def _recompute(self, part: slice, shard: Any) -> int:
-        """c <- the mean of the contributions, in one shard"""
+        """Compute c <- the mean of the contributions, in one shard"""
         kernels.copy(shard[0], shard[1])
         self._center.tags[ARRIVALS] = 0
         return 0

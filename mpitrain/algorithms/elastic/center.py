@@ -41,9 +41,9 @@ class AsynchronousCenter(SharedRows):
 
     Args:
         comm: The communicator of the workers.
-        start: (n,) the first values; worker 0's seed the center.
+        start: (n,) the first values; those of worker 0 are used.
         order: The order of an exchange.
-        clip: The bound on what this worker moves the center.
+        clip: The bound on the displacement of the center by this worker.
     """
 
     def __init__(self, comm: Communicator, start: Any, order: str = "jacobi", clip: Clip | None = None) -> None:
@@ -61,7 +61,7 @@ class AsynchronousCenter(SharedRows):
         self.vector.update(self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c)))
 
     def clipped(self, x: Any, a_c: float, visit: Callable[[slice, Any], int]) -> Callable[[slice, Any], int]:
-        """Return a visit to a shard that first limits ||x - c|| there to what moves the center by its bound."""
+        """Return a function for a visit to a shard, which first limits ||x - c|| to what the bound allows."""
         clip = self._clip
         if clip is None or a_c == 0:
             return visit
@@ -77,11 +77,11 @@ class AsynchronousCenter(SharedRows):
         self.vector.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
 
     def pull(self, x: Any, a_w: float) -> None:
-        """x <- x - a_w*(x - c). Local."""
+        """Compute x <- x - a_w*(x - c). Local."""
         self.vector.update(lambda part, c: kernels.elastic_pull(x[part], c, a_w), pushes=False)
 
     def push(self, x: Any, a_c: float) -> None:
-        """c <- c + a_c*(x - c). Local."""
+        """Compute c <- c + a_c*(x - c). Local."""
         visit = self.clipped(x, a_c, lambda part, c: kernels.elastic_center(c, x[part], a_c, 1.0))
         self.vector.update(visit, pulls=False)
 
@@ -89,13 +89,13 @@ class AsynchronousCenter(SharedRows):
 class SynchronousCenter:
     """A copy of the center at every worker, moved by s = sum_i x_i. Collective to create.
 
-    One all-reduce makes s, so that all copies stay equal to the last bit.
+    An all-reduce computes s, so all copies have the same bits.
 
     Args:
         comm: The communicator of the workers.
-        start: (n,) the first values; worker 0's seed the center.
+        start: (n,) the first values; those of worker 0 are used.
         order: The order of an exchange.
-        clip: The bound on what this worker moves the center.
+        clip: The bound on the displacement of the center by this worker.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("_center",)
@@ -121,11 +121,11 @@ class SynchronousCenter:
         self._count(self._kernel(x, self._center, self._s.local, a_w, a_c, float(self._comm.size)))
 
     def pull(self, x: Any, a_w: float) -> None:
-        """x <- x - a_w*(x - c). Local."""
+        """Compute x <- x - a_w*(x - c). Local."""
         self._count(kernels.elastic_pull(x, self._center, a_w))
 
     def push(self, x: Any, a_c: float) -> None:
-        """c <- c + a_c*(s - p*c). Collective."""
+        """Compute c <- c + a_c*(s - p*c). Collective."""
         self._limit(x, a_c)
         self._sum(x)
         self._count(kernels.elastic_center(self._center, self._s.local, a_c, float(self._comm.size)))
@@ -140,7 +140,7 @@ class SynchronousCenter:
             self._clip.limit(x, self._center, self._clip.bound / abs(a_c))
 
     def _sum(self, x: Any) -> None:
-        """s <- sum_i x_i, with c in place of the non-finite elements of x_i: these then pull no worker. Collective."""
+        """Compute s <- sum_i x_i, with c in place of non-finite elements of x_i, which then pull no worker. Collective."""
         n_nonfinite = kernels.receive(self._s.local, x)
         if n_nonfinite:
             kernels.copy(self._s.local, x)

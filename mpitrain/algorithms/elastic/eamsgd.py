@@ -84,5 +84,5 @@ class EAMSGDWorker(ElasticWorker):
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        """y <- x + delta*v"""
+        """Compute y <- x + delta*v"""
         kernels.lookahead(self._position, self._velocity, self.x.local, self._method.momentum)

@@ -260,7 +260,7 @@ class ParleWorker(InnerLoopWorker):
         self._refer_to(self._position)
 
     def _refer_to(self, values: Any) -> None:
-        """r <- the mean of all replicas' values. Collective."""
+        """Compute r <- the mean of all replicas' values. Collective."""
         self._reference.local[...] = values
         average(self.comm, self._reference)
 

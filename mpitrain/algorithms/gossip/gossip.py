@@ -207,7 +207,7 @@ class Push:
         self.receive()
 
     def receive(self) -> None:
-        """x_i <- (x_i + sum of the k vectors received)/(1 + k). Local."""
+        """Compute x_i <- (x_i + sum of the k vectors received)/(1 + k). Local."""
         self._boxes.update(self._rank, self._average)
 
     def _leave(self, box: Any, tags: np.ndarray) -> None:

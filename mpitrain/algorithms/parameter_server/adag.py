@@ -48,8 +48,8 @@ class ADAG(CenterMethod):
     Args:
         period: The number tau of local steps between two exchanges.
         gamma: The squared distance in a coordinate of the center that halves a commit. Smaller values damp more.
-        placement: The place where the factor is computed: at the center with ``A`` or ``B``, which are the same here;
-            at the worker with ``C``, in a second visit.
+        placement: The place where the factor is computed. With ``A`` or ``B``, which are the same here, it is the
+            center. With ``C``, it is the worker, which makes a second visit.
         normalise: Whether to divide the commit by its number of local steps, as AGN does.
     """
 
@@ -84,7 +84,7 @@ class DampedDisplacement(Displacement):
         self._normalise, self._inverse_gamma = method.normalise, 1 / method.gamma
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
-        """c <- c + D / ((c - o)^2/gamma + 1);  x, o <- c"""
+        """Compute c <- c + D / ((c - o)^2/gamma + 1);  x, o <- c"""
         return kernels.adag_commit(self.x[part], self.origin[part], c, self._share(steps), self._inverse_gamma)
 
     def scale(self, part: slice, c: Any, steps: int) -> int:

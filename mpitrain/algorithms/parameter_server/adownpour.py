@@ -140,7 +140,7 @@ class AveragedDisplacement(Displacement):
         self._averaging_rate = method.averaging_rate
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
-        """c <- c + (x - o);  x, o <- c;  z <- (1-a_t)*z + a_t*c"""
+        """Compute c <- c + (x - o);  x, o <- c;  z <- (1-a_t)*z + a_t*c"""
         rate = self._averaging_rate(shared.tags[CLOCK])
         shared.tags[CLOCK] += 1
         return kernels.commit_averaged(self.x[part], self.origin[part], c[0], c[1], rate)

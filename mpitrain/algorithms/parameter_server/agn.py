@@ -101,7 +101,7 @@ class AccumulatedSteps(CommitRule):
             v *= factor
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
-        """c <- c + v/tau;  x <- c;  v <- 0"""
+        """Compute c <- c + v/tau;  x <- c;  v <- 0"""
         return kernels.commit_gathered(self._x[part], self.accumulated[part], c, inverse_steps(shared, steps))
 
 
@@ -134,6 +134,6 @@ class MeanGradientWorker(CenterWorker):
         return super().step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)
 
     def _accumulate(self, group_slice: ParamGroupSlice) -> None:
-        """v <- v - eta*(g + decay*x)"""
+        """Compute v <- v - eta*(g + decay*x)"""
         part, eta, decay = group_slice.part, group_slice.learning_rate, group_slice.weight_decay
         kernels.gather_step(self._accumulated[part], self.g.local[part], self.x.local[part], eta, decay)

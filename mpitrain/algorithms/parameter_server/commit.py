@@ -77,7 +77,7 @@ class Displacement(CommitRule):
         self.x, self.origin, self._rate = x, x.copy(), rate
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
-        """c <- c + a*(x - o);  x, o <- c"""
+        """Compute c <- c + a*(x - o);  x, o <- c"""
         return kernels.commit_and_pull(self.x[part], self.origin[part], c, self._rate(shared, steps))
 
     def limit(self, part: slice, clip: Clip, radius: float) -> None:

@@ -102,7 +102,7 @@ class MomentumStep(CommitRule):
             g *= factor
 
     def __call__(self, part: slice, c: Any, shared: SharedVector, steps: int) -> int:
-        """v <- delta*v - eta*g;  c <- c + v;  y <- c + delta*v"""
+        """Compute v <- delta*v - eta*g;  c <- c + v;  y <- c + delta*v"""
         n_nonfinite = 0
         for group_slice in self.group_slices:
             start, stop = max(part.start, group_slice.part.start), min(part.stop, group_slice.part.stop)

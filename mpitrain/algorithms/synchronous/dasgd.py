@@ -83,7 +83,7 @@ class DaSGDWorker(PeriodicWorker):
             self._delayed.correct(self.x.local)
 
     def exchange(self) -> None:
-        """s_i <- x_i, and start the all-reduce. Collective."""
+        """Copy s_i <- x_i, and start the all-reduce. Collective."""
         self._delayed.start(self.x.local)
 
     def exchange_remaining(self) -> None:
@@ -115,7 +115,7 @@ class DelayedAverage:
         kernels.delayed_correction(x[:0], x[:0].copy(), self._mean.local[:0])  # compiled before the first
 
     def start(self, x: Any) -> None:
-        """s_i <- x_i, and start the all-reduce. Collective."""
+        """Copy s_i <- x_i, and start the all-reduce. Collective."""
         self._snapshot[...] = x
         self._start()
 

@@ -72,7 +72,7 @@ class LocalWorker(PeriodicWorker):
         kernels.keep_finite(self.x.local[:0])  # compiled before the first average
 
     def exchange(self) -> None:
-        """x_i <- mean_j x_j. Collective."""
+        """Compute x_i <- mean_j x_j. Collective."""
         average(self.comm, self.x)
 
     def consensus(self, out: Any) -> None:
@@ -141,7 +141,7 @@ class PostLocalWorker(PeriodicWorker):
             super().exchange_remaining()
 
     def exchange(self) -> None:
-        """x_i <- mean_j x_j. Collective."""
+        """Compute x_i <- mean_j x_j. Collective."""
         average(self.comm, self.x)
 
     def consensus(self, out: Any) -> None:

@@ -64,9 +64,8 @@ def init(
         The world; the same object at every call.
 
     Raises:
-        UsageError: There is no MPI. Or launcher and MPI disagree about the number of ranks, the device or the transport
-            does not work or differs from the first call, the timeout is invalid, or this process was forked from a
-            rank.
+        UsageError: There is no MPI, or launcher and MPI disagree about the number of ranks. The device or the transport
+            does not work, or differs from the first call. The timeout is invalid. This process was forked from a rank.
     """
     global _world, _process
     if timeout is not None:

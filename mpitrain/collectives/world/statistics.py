@@ -26,7 +26,7 @@ class Statistics:
 
     Attributes:
         bytes_sent: The communication volume of the method: the bytes of vectors that were pulled from or pushed to
-            others, over a network or in the memory of the node. Evaluations do not count.
+            others. Exchanges within a node count, evaluations do not.
         wire_bytes: The bytes that this worker has moved between nodes for any purpose.
         n_exchanges: The number of exchanges, such as an all-reduce, a visit to the center or a gossip message.
         n_nonfinite: The number of non-finite elements that were kept out of shared vectors. On a GPU, it is a
@@ -36,7 +36,7 @@ class Statistics:
         lock_wait_seconds: The part of ``wait_seconds`` spent waiting for locks.
         staleness: (33,) a histogram of visits to the center, by the number of updates by others since the last visit.
         staleness_distance: (33,) a histogram of visits to the center, by the distance that the center has moved since
-            the last visit, in powers of two (Hermans, CERN-THESIS-2017-103, section 4.2).
+            the last visit. The bins are powers of two (Hermans, CERN-THESIS-2017-103, section 4.2).
     """
 
     bytes_sent: int = 0
