@@ -180,8 +180,7 @@ def on_host(device: StandInGpu) -> Iterator[Callable[[str], Any]]:
         yield make
 
 
-@pytest.mark.parametrize("transport", ["ipc", "staged"])
-@pytest.mark.parametrize("model", ["resnet20", "gpt"])
+@pytest.mark.parametrize(("model", "transport"), [("resnet20", "ipc"), ("gpt", "staged")])
 def test_training_is_measured(
     training: ModuleType, on_host: Callable[[str], Any], transport: str, model: str, device: StandInGpu
 ) -> None:
