@@ -140,7 +140,7 @@ class SynchronousCenter:
             self._clip.limit(x, self._center, self._clip.bound / abs(a_c))
 
     def _sum(self, x: Any) -> None:
-        """Compute s <- sum_i x_i, with c in place of non-finite elements of x_i, which then pull no worker. Collective."""
+        """Compute s <- sum_i x_i; c replaces non-finite elements of x_i, so that they pull no worker. Collective."""
         n_nonfinite = kernels.receive(self._s.local, x)
         if n_nonfinite:
             kernels.copy(self._s.local, x)
