@@ -103,7 +103,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in `folders`. The label of a run is the end of its path, as long as needed to be unique."""
+    """Return the runs in `folders`. The label of a run is the shortest end of its path that is unique."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UsageError("a run was given twice: name each folder once")

@@ -173,7 +173,7 @@ class SafeguardWorker(Worker):
         out[...] = self.x.local
 
     def metrics(self) -> dict[str, float]:
-        """Return the size of the good set, the step in which this worker was removed or -1, and n_undecided. Local."""
+        """Return the size of the good set, the step of this worker's removal (or -1), and n_undecided. Local."""
         return {
             "n_good": float(self.good.sum()),
             "removed_at": float(self.removed_at[self.comm.rank]),

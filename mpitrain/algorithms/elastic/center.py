@@ -166,6 +166,6 @@ def jacobi_rates(order: str, a_w: float, a_c: float) -> tuple[float, float]:
 
 
 def compile_halves(x: Any, c: Any, s: Any) -> None:
-    """Compile the two halves of an exchange, the worker's and the center's with ``s``. All arrays are empty."""
+    """Compile the kernels for the worker's side and for the center's side of an exchange. All arrays are empty."""
     kernels.elastic_pull(x, c, 0.0)
     kernels.elastic_center(c, s, 0.0, 1.0)

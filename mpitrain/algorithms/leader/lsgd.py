@@ -57,7 +57,7 @@ PERIODS_OF_ALL = 4
 class LSGD(Method):
     """Leader SGD: each worker is pulled towards the best worker instead of an average.
 
-    The average of several workers can be worse than each of them; the best worker cannot.
+    An average can be worse than every worker that is part of it. The leader is never worse than the others.
 
     Args:
         pull: The pull lambda towards the leader of the group.
@@ -118,11 +118,11 @@ class LSGD(Method):
 
     @property
     def tau_global(self) -> int:
-        """Local steps between two pulls towards the leader of all."""
+        """The number of local steps between two pulls towards the leader of all workers."""
         return PERIODS_OF_ALL * self.tau if self.global_period is None else self.global_period
 
     def interval(self, size: int) -> Interval:
-        """Return tau_G, local steps between two pulls towards the leader of all."""
+        """Return tau_G, the number of local steps between two pulls towards the leader of all workers."""
         return Interval(self.tau_global, "global_period")
 
     def group_of(self, comm: Communicator) -> np.ndarray:
