@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mpitrain.errors import UsageError, option_in_words
 from mpitrain.log import decoration, logger
 from mpitrain.trainer import config_file
 from mpitrain.trainer.config import TrainConfig
+from mpitrain.trainer.objective_options import metric_in_words
 from mpitrain.trainer.options import values_of
 from mpitrain.trainer.plan import RunPlan
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         init()  # a folder or a file may be missing on one node only: MPI must be there for this rank to end all
         raise
     config = plan.config
+    if config.verbose:
+        logger.setLevel(logging.DEBUG)  # all ranks speak
     world = init(config.device, config.transport, config.timeout)
     for text in plan.warnings(plan.n_workers(world.size)):
         logger.warning(text)
@@ -114,7 +118,7 @@ def _sentence(result: dict[str, Any]) -> str:
         ranks += f" ({names_of(result['died'])} died)"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
     return (
-        f"{result['algorithm']} on {ranks}: test accuracy {result['test_accuracy']:.2%}, "
+        f"{result['algorithm']} on {ranks}: test {metric_in_words(result['metric'], result['test_metric'])}, "
         f"test loss {result['test_loss']:.4f} after {result['gradients']} gradients in {result['seconds']:.1f} s "
         f"({result['samples_per_second']:,.0f} samples/s; {shares})"
     )

@@ -218,6 +218,12 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         replaceable=True,
     )
     quiet: bool = option(False, "show no progress bar", parse=None, replaceable=True)
+    verbose: bool = option(
+        False,
+        "show everything that was decided at the start, every evaluation, and the messages of all ranks",
+        parse=None,
+        replaceable=True,
+    )
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -228,6 +234,8 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         check_ranges(self)
         self.check_batch_sizes()
         self.check_objective()
+        if self.quiet and self.verbose:
+            raise UsageError("give --quiet or --verbose, not both")
         if self.defer_evaluation and (self.target is not None or self.patience is not None):
             raise UsageError("--target and --patience need evaluations during the run: they cannot be deferred")
         for text in self.inject:

@@ -177,18 +177,18 @@ def _prepare(
     model = _build_model(config, batches, objective, world, is_new=resume is None)
     evaluator = Evaluator(model, batches.dataset, world.device, objective)
     evaluations = Evaluations(evaluator, world, deferred=config.defer_evaluation)
-    folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     optimizer = _optimizer(plan, model, world)
+    budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
+    hooks = [*_hooks_of_options(plan, budget, evaluator, world), *hooks]
+    folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
     state = None if resume is None else checkpoints.load_newest(resume, config, world)
     gradients, seconds = (0, 0.0) if state is None else (state["gradients"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
     metrics_file = _metrics_file(method, folder, world, continue_from=None if state is None else seconds)
     control = Control(world, synchronous=method.is_synchronous, group=optimizer.group)
-    budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
-    hooks = [*_hooks_of_options(plan, budget, evaluator, world), *hooks]
     progress = _progress(plan, budget, world, gradients=gradients * world.size, seconds=seconds)
     saving = Checkpoints(evaluations, saved_at=None if state is None else state["step"])
-    commands = Commands(control, stop_signal, saving)
+    commands, shown = Commands(control, stop_signal, saving), ProgressHook(progress, verbose=config.verbose)
     run = Run(
         plan=plan,
         world=world,
@@ -202,7 +202,7 @@ def _prepare(
         counters=counters,
         faults=Faults(config.inject, world.rank),
         clock=Clock(seconds),
-        hooks=Hooks([metrics_file, ProgressHook(progress), evaluations, *hooks, commands, saving]),
+        hooks=Hooks([metrics_file, shown, evaluations, *hooks, commands, saving]),
     )
     if budget.gradients is not None:
         _warn_of_short_run(run, budget.gradients)

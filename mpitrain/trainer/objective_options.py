@@ -20,6 +20,13 @@ LOSS = "loss"
 """The name of the test loss in ``--target``."""
 
 
+def metric_in_words(name: str, value: float) -> str:
+    """Return a metric and its value, such as ``accuracy 91.00%``."""
+    if name in ("accuracy", "top5"):
+        return f"{name} {value:.2%}"
+    return f"{name.rpartition(':')[2]} {value:.4g}"
+
+
 @dataclass(frozen=True)
 class Target:
     """A value at which a run has reached its aim.

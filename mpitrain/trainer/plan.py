@@ -112,7 +112,9 @@ class RunPlan:
         """
         if self.schedule == schedules.Constant() and not self.config.warmup:
             return None
-        return RateCurve(self.schedule, self.config.warmup, budget.steps_of_rank(n_ranks))
+        curve = RateCurve(self.schedule, self.config.warmup, budget.steps_of_rank(n_ranks))
+        curve(self.config.warmup)  # a function of the user's is imported
+        return curve
 
     def calendar(self, budget: Budget, *, steps_per_epoch: int) -> Calendar:
         """Return the times of evaluations and checkpoints."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mpitrain.log import decoration, is_terminal
 from mpitrain.trainer.counters import Totals
+from mpitrain.trainer.epoch_line import details, epoch_line, remaining_seconds, start_line
 from mpitrain.trainer.run import Hook, Point, Run
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "mpiexec.hydra", "srun")
@@ -133,28 +134,47 @@ class Progress:
 class ProgressHook(Hook):
     """The hook that shows the progress of a run on rank 0."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, *, verbose: bool = False) -> None:
+        self._progress, self._verbose = progress, verbose
+        self._train_loss = math.nan
+        self._began = 0.0, 0.0  # the part of the budget and the seconds that a resumed run has behind it
+        self._details = ""
+
+    def on_start(self, run: Run) -> None:
+        """Print a line about the run; with ``verbose``, all that was decided."""
+        self._began = self._done(run, run.counters.totals().gradients), run.clock.seconds
+        for line in (start_line(run), *(details(run) if self._verbose else ())):
+            self._progress.note(line, last=True)
+
+    def _done(self, run: Run, gradients: int) -> float:
+        """Return the part of the budget that is used up, in its unit."""
+        return run.clock.seconds if run.budget.gradients is None else gradients
 
     def on_totals(self, run: Run, totals: Totals, *, in_full: bool) -> None:
         """Advance the bar."""
         seconds = run.clock.seconds
+        pace = run.plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9)
+        self._train_loss = totals.loss
+        if self._verbose:
+            spent = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
+            self._details = f"  {pace:,.0f} samples/s  {spent}"
         self._progress.update(
             gradients=totals.gradients,
             seconds=seconds,
             loss=totals.loss,
-            samples_per_second=run.plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
+            samples_per_second=pace,
             shares=totals.shares,
         )
 
     def on_evaluation(self, run: Run, point: Point) -> None:
         """Print a line for the evaluation, unless it is that of the start."""
         if run.step:
-            self._progress.note(
-                f"epoch {point.epoch:6.1f}  {point.seconds:7.1f} s  test loss {point.test_loss:.4f}  "
-                f"test accuracy {point.test_accuracy:.2%}",
-                last=run.is_complete and point is run.points[-1],
-            )
+            total = run.budget.seconds if run.budget.gradients is None else run.budget.gradients
+            done, seconds = self._done(run, point.gradients) - self._began[0], point.seconds - self._began[1]
+            remaining = None if total is None else remaining_seconds(done, total - self._began[0], seconds)
+            is_last = run.is_complete and point is run.points[-1]
+            line = epoch_line(run, point, self._train_loss, None if is_last else remaining)
+            self._progress.note(line + self._details, last=is_last or self._verbose)
 
     def close(self) -> None:
         """End the bar."""

@@ -96,10 +96,19 @@ LOADED = {
     "a folder that holds a run": (["--out", "run"], "already holds a run: continue it with --resume run"),
     "a folder that cannot be made": (["--out", "file/run"], "--out file/run cannot be used (Not a directory)"),
     "configuration that is not there": (["--config", "nope.toml"], "--config nope.toml cannot be read"),
-    "optimizer that is not there": (["--optimizer", "nothing:Own"], "optimizer nothing:Own cannot be imported"),
-    "schedule that is not there": (["--schedule", "nothing:f"], "schedule nothing:f cannot be imported"),
+    "optimizer that is not there": (
+        ["--optimizer", "nothing:Own", "--out", "new"],
+        "nothing:Own cannot be imported",
+    ),
+    "schedule that is not there": (
+        ["--schedule", "nothing:f", "--out", "new"],
+        "nothing:f cannot be imported",
+    ),
     "loss for other data": (["--loss", "mse"], "synthetic has classes: use --loss cross_entropy, not mse"),
-    "warm-up as long as the run": (["--warmup", "9", "--steps", "9"], "--warmup 9 leaves nothing of a run of 9 steps"),
+    "warm-up as long as the run": (
+        ["--warmup", "9", "--steps", "9", "--out", "new"],
+        "leaves nothing of a run of 9 steps",
+    ),
     "batch size of no rank": (["--batch-size-of", "1=4"], "names rank 1: there are ranks 0 to 0"),
     "unknown data": (["--data", "nope"], "unknown data 'nope': it must be one of digits, synthetic"),
     "no such file": (["--data", "nope.h5"], "no data file nope.h5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from mpitrain.cli.main import main
 from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
 from mpitrain.data import hdf5_format
 from mpitrain.errors import UsageError
+from mpitrain.log import logger
 from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer import batches, loop
 from mpitrain.trainer import budget as budget_module
@@ -243,6 +245,27 @@ def quiet(bench: Bench) -> None:
         assert ("test accuracy" in bench.capsys.readouterr().err) is not is_quiet
 
 
+def verbose(bench: Bench) -> None:
+    """Every evaluation has a line, and so has every decision."""
+    level = logger.level
+    words = ["--evaluate-every", "1", "--steps", "9"]
+    try:
+        for is_verbose in (True, False):
+            logger.setLevel(level)
+            assert main(["train", *BASE, *words, *["--verbose"][:is_verbose]]) == 0
+            lines = bench.capsys.readouterr().err.splitlines()
+            assert sum(line.startswith("mlp:hidden=8: 83 parameters; allreduce on 1 rank, sgd") for line in lines) == 1
+            assert any(line.startswith("optimizer: sgd (lr=0.05, momentum=0.9") for line in lines) is is_verbose
+            epochs = [line for line in lines if line.startswith("epoch ")]
+            assert epochs
+            assert len(epochs) == 9 or not is_verbose
+            assert all("train loss" in line and "test accuracy" in line and "lr 0.05" in line for line in epochs)
+            assert all(("samples/s" in line) is is_verbose for line in epochs)
+            assert logger.isEnabledFor(logging.DEBUG) is is_verbose
+    finally:
+        logger.setLevel(level)
+
+
 def evaluate_seconds(bench: Bench) -> None:
     assert timed(bench, evaluate_seconds=1e-9) == list(range(STEPS + 1))
     assert timed(bench, evaluate_seconds=1e9) == [0, STEPS]
@@ -420,6 +443,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),
     "quiet": quiet,
+    "verbose": verbose,
 }
 
 

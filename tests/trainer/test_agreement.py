@@ -81,6 +81,7 @@ ANOTHER = {
     "metric": "top5",
     "target": "loss=0.5",
     "patience": 3,
+    "init_from": "run",
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from trainer.test_agreement import ANOTHER
@@ -15,7 +17,10 @@ from mpitrain.cli.train import add_arguments, configuration
 from mpitrain.errors import UsageError
 from mpitrain.trainer import config_file
 from mpitrain.trainer.config import BUDGETS, TrainConfig
+from mpitrain.trainer.optimizers import AdamW
 from mpitrain.trainer.options import options_of
+from mpitrain.trainer.plan import RunPlan
+from mpitrain.trainer.schedules import Cosine
 
 
 def other_than_default(name):
@@ -145,6 +150,16 @@ def test_all_options_are_written_on_request_and_nothing_is_trained(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.toml"]
     assert main(["train", "--write-config", str(tmp_path / "absent" / "run.toml")]) == 2
     assert main(["train", "--algorithm", "nope", "--write-config", str(path)]) == 2
+
+
+def test_the_file_in_the_readme_is_a_run(tmp_path):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    plan = RunPlan.of(of_command_line("--config", str(path)))
+    assert (plan.optimizer, plan.schedule) == (AdamW(beta2=0.95), Cosine(final=0.1))
+    assert len(tomllib.loads(text)) == 18
 
 
 def test_a_resumed_run_takes_its_file_too(tmp_path):
