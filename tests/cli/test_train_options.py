@@ -266,6 +266,16 @@ def verbose(bench: Bench) -> None:
         logger.setLevel(level)
 
 
+def init_from(bench: Bench) -> None:
+    """A run that does not move has the model of another: of its folder, and of the files that it has written."""
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+    folder = bench.folder / "run"
+    first = bench.run("--out", str(folder))
+    for source in (folder, folder / "model.safetensors", folder / "best-model.safetensors"):
+        found = bench.run("--init-from", str(source), "--lr", "0", budget=("--steps", "1"))
+        assert found["test_loss"] == close(first["test_loss"]), source
+
+
 def evaluate_seconds(bench: Bench) -> None:
     assert timed(bench, evaluate_seconds=1e-9) == list(range(STEPS + 1))
     assert timed(bench, evaluate_seconds=1e9) == [0, STEPS]
@@ -443,6 +453,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),
     "quiet": quiet,
+    "init_from": init_from,
     "verbose": verbose,
 }
 

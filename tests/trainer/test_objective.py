@@ -148,7 +148,7 @@ def test_functions_of_the_users_are_means_of_a_batch():
     [
         ({"loss": "cros_entropy"}, "unknown loss 'cros_entropy': did you mean cross_entropy"),
         ({"loss": "hinge"}, "it must be one of cross_entropy, binary, mse, l1, or module:function"),
-        ({"metric": "accuraccy"}, "unknown metric 'accuraccy': did you mean accuracy"),
+        ({"metric": "accurate"}, "unknown metric 'accurate': did you mean accuracy"),
         ({"metric": "perplexity", "loss": "mse"}, "does not go with --loss mse"),
         ({"metric": "top5", "loss": "l1"}, "--metric top5 needs classes"),
         ({"metric": "mae"}, "--metric mae needs real-valued targets"),
