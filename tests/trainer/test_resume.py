@@ -122,6 +122,15 @@ RANDOM = {
 """All of these draw for dropout, and the method or the option may draw as well."""
 
 
+def of_each_family(names: list[str]) -> list[str]:
+    """Return the first method of each family; all options. test_contract.py has the state of every method."""
+    families = {METHODS[name].__module__.split(".")[2]: name for name in reversed(names) if name in METHODS}
+    return [name for name in names if name in families.values() or name not in METHODS]
+
+
+IN_LOCKSTEP = [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous]
+
+
 def check_resumed_as_if_uninterrupted(world, go, config):
     whole = go(config, "whole", steps=29, evaluate_every=5)
     go(config, "parts", steps=13)  # in the middle of an epoch
@@ -134,20 +143,13 @@ def check_resumed_as_if_uninterrupted(world, go, config):
 
 
 @pytest.mark.ranks(1)
-@pytest.mark.parametrize("config", RANDOM.values(), ids=RANDOM)
-def test_one_rank_draws_the_same_after_a_resume(world, go, config):
-    check_resumed_as_if_uninterrupted(world, go, config)
-
-
-def in_lockstep() -> list[str]:
-    """Return the options of synchronous runs, and the first synchronous method of each family."""
-    names = [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous]
-    families = {METHODS[name].__module__.split(".")[2]: name for name in reversed(names) if name in METHODS}
-    return [name for name in names if name in families.values() or name not in METHODS]
+@pytest.mark.parametrize("name", of_each_family(list(RANDOM)))
+def test_one_rank_draws_the_same_after_a_resume(world, go, name):
+    check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("name", in_lockstep())
+@pytest.mark.parametrize("name", of_each_family(IN_LOCKSTEP))
 def test_ranks_in_lockstep_draw_the_same_after_a_resume(world, go, name):
     check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
 
