@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     done = IMPORTERS[args.kind].run(args)
     remarks = [f"{n} {what}" for what, n in done.converted.items()]
     remarks += [f"{len(done.unreadable)} unreadable left out"] if done.unreadable else []
-    remarks += [f"{done.n_other_files} files that are no images left out"] if done.n_other_files else []
+    remarks += [f"{n} {what} left out" for what, n in done.left_out.items()]
     skipped = "".join(f", {remark}" for remark in remarks)
     shape = "x".join(map(str, done.shape))
     counts = f"{done.n_train} training and {done.n_test} test images of {shape}, {len(done.classes)} classes{skipped}"
@@ -75,6 +75,11 @@ def _images_options(parser: ArgumentParser) -> None:
         default=0.1,
         help="fraction of the images for the test set, if there is no test folder (default: %(default)s)",
     )
+    parser.add_argument(
+        "--test-set",
+        metavar="FOLDER",
+        help="folder of the test set, if there are several (test and val) or its name is unusual",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed for choosing the test images (default: %(default)s)")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="skip images that cannot be decoded, and count them"
@@ -87,6 +92,7 @@ def _run_images(args: Namespace) -> Imported:
         args.target,
         size=args.size,
         test_fraction=args.test_fraction,
+        test_set=args.test_set,
         seed=args.seed,
         skip_unreadable=args.skip_unreadable,
         progress=not args.quiet,

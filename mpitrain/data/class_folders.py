@@ -1,18 +1,20 @@
 """Class folders of files, in a folder or an archive, which is read without unpacking.
 
     CLASS/.../FILE                    no split
-    train/CLASS/.../FILE, and test/   a split; also training/, and valid/, val/, validation/ or testing/, in any case
+    train/CLASS/.../FILE, and test/   a split; also training/, and one of TEST_NAMES, in any case
 
-Links inside a folder are followed. A link that leads out of it or back to a folder above is refused.
+Links inside a folder are followed. A link that leads out of it or back to a folder above is refused. In an archive, a
+backslash separates folders as a slash does, a root or a drive is ignored, and ``..`` and repeated names are refused.
 Folders that contain everything else (`cifar10/train/...`) are ignored.
 """
 
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +26,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 MAX_MEMBER_BYTES = 2**28
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -36,28 +38,24 @@ class Place:
 
 
 def files(source: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the paths and streams of the files in a folder or archive, in a fixed order, without hidden files.
+    """Yield the paths and streams of the files in a folder or archive, in a fixed order.
 
     A stream is valid until the next one is requested. A file in an archive is read completely at once, so damage is
     found here. A file in an archive that is larger than ``MAX_MEMBER_BYTES`` is refused.
 
     Args:
         source: The folder or archive.
-        is_wanted: A function that returns whether to read the file with a given name.
+        is_wanted: A function that returns whether to read the file with a given path.
     """
-
-    def reads(name: str) -> bool:
-        return is_wanted(name) and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
     if not source.exists():
         raise UsageError(f"no {source}: give a folder of class folders, or an archive of one ({' '.join(ARCHIVES)})")
     try:
         if source.is_dir():
-            yield from _in_folder(source, reads)
+            yield from _in_folder(source, is_wanted)
         elif source.name.lower().endswith(".zip"):
-            yield from _in_zip(source, reads)
+            yield from _in_zip(source, is_wanted)
         elif source.name.lower().endswith(ARCHIVES):
-            yield from _in_tar(source, reads)
+            yield from _in_tar(source, is_wanted)
         else:
             raise UsageError(f"{source} is neither a folder nor an archive: give one of these ({' '.join(ARCHIVES)})")
     except DAMAGE as error:
@@ -66,8 +64,24 @@ def files(source: Path, is_wanted: Callable[[str], bool] = lambda name: True) ->
         ) from error
 
 
-def places(names: Sequence[str]) -> list[Place]:
-    """Return the class and the set that each path names; the paths of all files are needed to tell."""
+def is_hidden(name: str) -> bool:
+    """Return whether the path of a file leads through a hidden file or folder."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def places(names: Sequence[str], test_set: str | None = None) -> list[Place | None]:
+    """Return the class and the set that each path names; the paths of all files are needed to tell.
+
+    Args:
+        names: The paths.
+        test_set: The folder that is the test set, where there are several.
+
+    Returns:
+        The place of each file; None for a file of a further test set.
+
+    Raises:
+        UsageError: It is not clear which folders are the sets.
+    """
     paths = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
     while paths and len({path[0] for path in paths}) == 1 and min(map(len, paths)) > 2:
         paths = [path[1:] for path in paths]
@@ -76,8 +90,13 @@ def places(names: Sequence[str]) -> list[Place]:
             raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
     tops = {path[0] for path in paths}
     trains, tests = ({top for top in tops if top.casefold() in known} for known in (TRAIN_NAMES, TEST_NAMES))
+    if test_set is not None:
+        if test_set not in tops - trains:
+            raise UsageError(f"there is no folder {test_set} for the test set: there are {', '.join(sorted(tops))}")
+        tests.add(test_set)
     others = tops - trains - tests
-    if not (trains and tests) and (others or len(tests) < 2):
+    if not (trains and tests) and (others or len(tests) < 2) and test_set is None:
+        _refuse_unknown_set(paths, trains, others)
         return [Place(None, path[0]) for path in paths]
     if not trains:
         raise UsageError(f"{' and '.join(sorted(tests))} exist, but no train: name the folder of training images train")
@@ -87,18 +106,34 @@ def places(names: Sequence[str]) -> list[Place]:
         )
     if len(trains) > 1:
         raise UsageError(f"both {' and '.join(sorted(trains))} exist: keep one as the training set")
-    if len(tests) > 1:
-        raise UsageError(f"both {' and '.join(sorted(tests))} exist next to {min(trains)}: keep one as the test set")
+    if len(tests) > 1 and test_set is None:
+        raise UsageError(
+            f"both {' and '.join(sorted(tests))} exist next to {min(trains)}, but a data file holds one test set: "
+            f"choose it, for example with --test-set {min(tests)}; images of the other are left out"
+        )
+    tests = {test_set or min(tests)}
     for name, path in zip(names, paths, strict=True):
         if len(path) < 3:
             raise UsageError(f"{name} is in no class folder: move it into one, or remove it")
-    found = [Place(path[0] in tests, path[1]) for path in paths]
-    unknown = {place.label for place in found if place.is_test} - {place.label for place in found if not place.is_test}
-    if unknown:
+    found = [Place(path[0] in tests, path[1]) if path[0] in tests | trains else None for path in paths]
+    labels = [{place.label for place in found if place and place.is_test is test} for test in (True, False)]
+    if unknown := labels[0] - labels[1]:
         raise UsageError(
             f"class {min(unknown)} is in {min(tests)} but not in {min(trains)}: a class needs training images"
         )
     return found
+
+
+def _refuse_unknown_set(paths: Sequence[Sequence[str]], trains: Set[str], others: Set[str]) -> None:
+    """Refuse a folder with the classes of the training set whose name does not say that it is the test set."""
+    below = {top: {path[1] for path in paths if path[0] == top and len(path) > 2} for top in (*trains, *others)}
+    classes = set().union(*(below[top] for top in trains))
+    alike = sorted(top for top in others if below[top] & classes)
+    if alike:
+        raise UsageError(
+            f"{alike[0]} has the same class folders as {min(trains)}: if it is the test set, use "
+            f"--test-set {alike[0]}, else move it away"
+        )
 
 
 def _content(stream: IO[bytes], name: str, declared: int) -> BinaryIO:
@@ -112,6 +147,23 @@ def _content(stream: IO[bytes], name: str, declared: int) -> BinaryIO:
     if max(declared, len(content)) > MAX_MEMBER_BYTES:
         raise UsageError(f"{name} has more than {MAX_MEMBER_BYTES >> 20} MiB, too much for an image: remove it")
     return BytesIO(content)
+
+
+def _path_of(member: str, seen: set[str]) -> str:
+    """Return the path of a member of an archive, with slashes, relative to the root of the archive.
+
+    Raises:
+        UsageError: It leads out of the archive, or another member has the same path.
+    """
+    parts = [part for part in member.replace("\\", "/").split("/") if part not in ("", ".")]
+    parts = parts[1:] if re.fullmatch("[A-Za-z]:", parts[0]) else parts
+    if ".." in parts:
+        raise UsageError(f"{member} leads out of the archive: pack the folder again without ..")
+    path = "/".join(parts)
+    if path in seen:
+        raise UsageError(f"{path} is in the archive more than once: unpack it and import the folder")
+    seen.add(path)
+    return path
 
 
 def _in_folder(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
@@ -130,8 +182,9 @@ def _walk(source: Path) -> Iterator[Path]:
     inside = source.resolve()
     for folder, names, file_names in os.walk(source, followlinks=True):
         names[:] = [name for name in names if not name.startswith(".")]
-        file_names = [name for name in file_names if not name.startswith(".")]
         for name in (*names, *file_names):
+            if name.startswith("."):
+                continue
             path = Path(folder, name)
             if not path.is_symlink():
                 continue
@@ -146,15 +199,23 @@ def _walk(source: Path) -> Iterator[Path]:
 
 
 def _in_zip(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
+    seen: set[str] = set()
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            if not member.is_dir() and reads(member.filename):
-                yield member.filename, _content(archive.open(member), member.filename, member.file_size)
+            if member.filename.endswith(("/", "\\")):
+                continue
+            path = _path_of(member.filename, seen)
+            if reads(path):
+                yield path, _content(archive.open(member), path, member.file_size)
 
 
 def _in_tar(source: Path, reads: Callable[[str], bool]) -> Iterator[tuple[str, BinaryIO]]:
+    seen: set[str] = set()
     with tarfile.open(source) as archive:
         for member in archive:
-            stream = archive.extractfile(member) if member.isfile() and reads(member.name) else None
+            if not member.isfile():
+                continue
+            path = _path_of(member.name, seen)
+            stream = archive.extractfile(member) if reads(path) else None
             if stream is not None:
-                yield member.name, _content(stream, member.name, member.size)
+                yield path, _content(stream, path, member.size)

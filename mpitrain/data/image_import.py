@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from mpitrain.data import digest
-from mpitrain.data.class_folders import files, places
+from mpitrain.data.class_folders import files, is_hidden, places
 from mpitrain.data.hdf5_format import SPLITS, SUFFIXES, create
 from mpitrain.data.stratified_split import stratified_split
 from mpitrain.errors import UsageError, reason
@@ -35,7 +35,11 @@ SIDEWAYS = (5, 6, 7, 8)
 BACKGROUND = "white"
 TURNED, ON_WHITE = "turned as EXIF says", f"put on {BACKGROUND} for their transparency"
 FIRST, RESIZED = "reduced to the first frame", "resized"
+FROM_CMYK, FROM_16_BITS = "converted from CMYK", "reduced from 16 to 8 bits per channel"
 """What is done to images, for the last line."""
+
+NO_IMAGES, HIDDEN = "files that are no images", "hidden files"
+"""What is left out, for the last line."""
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a channel, which Pillow would clip
 
@@ -54,24 +58,41 @@ class Imported:
     classes: tuple[str, ...]
     unreadable: tuple[str, ...]  # images that were left out
     converted: Mapping[str, int]  # how many images were changed, by what was done to them
-    n_other_files: int  # files that are no images
+    left_out: Mapping[str, int]  # how many other files were left out, by what they are
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image says."""
+
+    size: tuple[int, int]  # (W, H), upright
+    mode: str  # Pillow's
+    conversions: tuple[str, ...]
+
+    @property
+    def is_coloured(self) -> bool:
+        """Whether the image has colours."""
+        return self.mode not in ("1", "L", "LA")
 
 
 @dataclass
 class Survey:
     """The findings of the first pass."""
 
-    names: list[str] = field(default_factory=list)  # image files with a readable header, in the order of the source
+    headers: dict[str, Header] = field(default_factory=dict)  # of readable images, in the order of the source
     unreadable: list[str] = field(default_factory=list)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (W, H)
-    coloured: bool = False
-    converted: Counter[str] = field(default_factory=Counter)
-    n_other_files: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def most_common_size(self) -> tuple[int, int]:
+        """Return (W, H) of most images."""
+        return Counter(header.size for header in self.headers.values()).most_common(1)[0][0]
 
     def conversions(self, width: int, height: int) -> dict[str, int]:
         """Return the number of images that undergo each kind of conversion, if images are stored with this size."""
-        n_resized = sum(n for size, n in self.sizes.items() if size != (width, height))
-        return {**self.converted, **({RESIZED: n_resized} if n_resized else {})}
+        headers = self.headers.values()
+        found = Counter(what for header in headers for what in header.conversions)
+        found[RESIZED] = sum(header.size != (width, height) for header in headers)
+        return {what: n for what, n in found.items() if n}
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ class Assignment:
     labels: NDArray[np.int64]
     is_test: NDArray[np.bool_]
 
-    def by_name(self, names: list[str]) -> dict[str, tuple[int, int]]:
+    def by_name(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
         """Return (label, split) of each image file; split 1 is the test set."""
         return {name: (int(label), int(test)) for name, label, test in zip(names, self.labels, self.is_test)}
 
@@ -93,6 +114,7 @@ def import_images(
     *,
     size: tuple[int, int] | None = None,
     test_fraction: float = 0.1,
+    test_set: str | None = None,
     seed: int = 0,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -106,7 +128,8 @@ def import_images(
         target: The file to write.
         size: (H, W) of the stored images; by default the most common size.
         test_fraction: The share of each class to put into the test set, for a source that is not split.
-        seed: The seed that selects these images.
+        test_set: The folder of the test set, for a source with several or with an unusual name.
+        seed: The seed that selects the test images of a source that is not split.
         skip_unreadable: Leave out images that cannot be decoded, instead of raising.
         progress: Show a progress bar on standard error, if that is a terminal.
     """
@@ -114,12 +137,12 @@ def import_images(
         raise UsageError(f"cannot write {target}: give the path of an {SUFFIXES[0]} file in a folder that exists")
     survey = _survey(source, progress)
     _report_unreadable(survey.unreadable, skip_unreadable)
-    if not survey.names:
+    if not survey.headers:
         raise UsageError(f"{source} holds no images that Pillow can read: give class folders of image files")
-    assigned = _assign(source, survey.names, test_fraction, seed)
-    height, width = size or survey.sizes.most_common(1)[0][0][::-1]
-    shape = (3 if survey.coloured else 1, height, width)
-    by_name = assigned.by_name(survey.names)
+    assigned = _assign(source, survey, test_set, test_fraction, seed)
+    height, width = size or survey.most_common_size()[::-1]
+    shape = (3 if any(header.is_coloured for header in survey.headers.values()) else 1, height, width)
+    by_name = assigned.by_name(survey.headers)
     n_test = int(assigned.is_test.sum())
 
     def fill(output: ContainedFile) -> tuple[_Writer, list[str]]:
@@ -134,7 +157,7 @@ def import_images(
     writer, unreadable = _replace(target, fill)
     converted = survey.conversions(width, height)
     return Imported(
-        target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable), converted, survey.n_other_files
+        target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable), converted, survey.left_out
     )
 
 
@@ -160,9 +183,16 @@ def _replace(target: Path, fill: Callable[[ContainedFile], T]) -> T:
             temporary.unlink(missing_ok=True)
 
 
-def _assign(source: Path, names: list[str], test_fraction: float, seed: int) -> Assignment:
-    """Return the class and the set of each file: the source's own split, or a stratified one."""
-    found = places(names)
+def _assign(source: Path, survey: Survey, test_set: str | None, test_fraction: float, seed: int) -> Assignment:
+    """Return the class and the set of each file: the source's own split, or a stratified one.
+
+    Images of further test sets are removed from the survey, and counted there.
+    """
+    everything = dict(zip(survey.headers, places(list(survey.headers), test_set), strict=True))
+    for name in [name for name, place in everything.items() if place is None]:
+        survey.left_out["images of other test sets"] += 1
+        del survey.headers[name]
+    names, found = list(survey.headers), [place for place in everything.values() if place is not None]
     classes = tuple(sorted({place.label for place in found}))
     labels = np.searchsorted(np.array(classes), [place.label for place in found]).astype(np.int64)
     if found[0].is_test is None:
@@ -243,34 +273,45 @@ def _survey(source: Path, progress: bool) -> Survey:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def may_be_image(name: str) -> bool:
-        is_image = Path(name).suffix.lower() in {*suffixes, ""}
-        survey.n_other_files += not is_image
-        return is_image
+        reason = HIDDEN if is_hidden(name) else "" if Path(name).suffix.lower() in {*suffixes, ""} else NO_IMAGES
+        survey.left_out.update([reason] if reason else [])
+        return not reason
 
     found = files(source, may_be_image)
     for name, stream in _bar(found, "reading headers", progress):
         try:
-            with Image.open(stream) as image:
-                size, mode = image.size, image.mode
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-                has_alpha, n_frames = image.has_transparency_data, getattr(image, "n_frames", 1)
+            header = _header(stream)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             if Path(name).suffix:
                 survey.unreadable.append(name)
             else:  # a file without a suffix is an image only if its content says so
-                survey.n_other_files += 1
+                survey.left_out[NO_IMAGES] += 1
             continue
-        if mode in DEEP_MODES:
-            raise UsageError(f"{name} has more than 8 bits per channel ({mode}): convert it to 8 bits")
-        survey.names.append(name)
-        survey.sizes[size[::-1] if orientation in SIDEWAYS else size] += 1
-        survey.converted.update(
-            what
-            for what, applies in ((TURNED, orientation in range(2, 9)), (ON_WHITE, has_alpha), (FIRST, n_frames > 1))
-            if applies
-        )
-        survey.coloured |= mode not in ("1", "L", "LA")
+        if header.mode in DEEP_MODES:
+            raise UsageError(f"{name} has more than 8 bits per channel ({header.mode}): convert it to 8 bits")
+        survey.headers[name] = header
     return survey
+
+
+def _header(stream: BinaryIO) -> Header:
+    """Read the header of an image.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: It is no image, or damaged.
+    """
+    with Image.open(stream) as image:
+        size, mode = image.size, image.mode
+        is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps the upper byte
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        applies = {
+            TURNED: orientation in range(2, 9),
+            ON_WHITE: image.has_transparency_data,
+            FIRST: getattr(image, "n_frames", 1) > 1,
+            FROM_CMYK: mode == "CMYK",
+            FROM_16_BITS: is_deep,
+        }
+    upright = size[::-1] if orientation in SIDEWAYS else size
+    return Header(upright, mode, tuple(what for what, is_done in applies.items() if is_done))
 
 
 def _decoded(source: Path, wanted: Collection[str], shape: tuple[int, int, int], progress: bool) -> Decoded:

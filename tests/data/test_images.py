@@ -3,8 +3,11 @@
 import argparse
 import io
 import os
+import struct
 import tarfile
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -155,7 +158,7 @@ SOURCES = {
     ),
     "two test sets": (
         lambda folder: [write(folder / split / "a" / "0.png") for split in ("train", "test", "val")],
-        "both test and val",
+        "both test and val .*--test-set test",
     ),
     "16 bits": (deep, "more than 8 bits"),
 }
@@ -232,7 +235,10 @@ def test_the_progress_bar_goes_to_standard_error(tmp_path, split_folder, monkeyp
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("train", "test"), [("Train", "VALID"), ("training", "Validation"), ("TRAIN", "testing")])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "VALID"), ("training", "Validation"), ("TRAIN", "testing"), ("train", "Dev"), ("train", "eval")],
+)
 def test_names_of_sets_are_recognised_in_any_case(train, test):
     found = places([f"{train}/a/1", f"{test}/a/2"])
     assert [(place.is_test, place.label) for place in found] == [(False, "a"), (True, "a")]
@@ -241,10 +247,11 @@ def test_names_of_sets_are_recognised_in_any_case(train, test):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["train/a/1", "valid/a/1", "test/a/1"], "both test and valid exist next to train"),
+        (["train/a/1", "valid/a/1", "test/a/1"], "both test and valid exist next to train.*--test-set test"),
         (["train/a/1", "Training/a/1", "test/a/1"], "both Training and train exist"),
         (["train/a/1", "test/a/1", "extra/a/1"], "extra exists next to train and test"),
         (["val/a/1", "test/a/1"], "test and val exist, but no train"),
+        (["train/a/1", "unseen/a/1"], "unseen has the same class folders as train: .*--test-set unseen"),
     ],
 )
 def test_sets_that_are_not_clear_are_refused(names, words):
@@ -311,3 +318,112 @@ def test_five_thousand_classes_and_names_in_other_encodings(tmp_path, lone):
             write(tmp_path / "in" / name / f"{k}.png")
     assert import_images(tmp_path / "in", tmp_path / "out.h5", progress=False).n_train == 2
     assert sorted(load(str(tmp_path / "out.h5"), world=lone).classes) == ["class 4998", "na\\xefve"]
+
+
+@pytest.mark.parametrize(("chosen", "rows"), [("valid", 3), ("test", 2)])
+def test_one_of_several_test_sets_is_chosen_and_the_others_are_counted(tmp_path, chosen, rows, capsys):
+    for split, n in (("train", 4), ("valid", 3), ("test", 2)):
+        for k in range(n):
+            write(tmp_path / "in" / split / "a" / f"{k}.png", size=(8, 6) if split == "train" else (9, 9))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = ["import", "images", str(tmp_path / "in"), str(tmp_path / "out.h5"), "--quiet", "--test-set", chosen]
+    assert run(parser.parse_args(arguments)) == 0
+    line = capsys.readouterr().out
+    assert f"4 training and {rows} test images of 3x6x8, 1 classes, {rows} resized" in line
+    assert f"{5 - rows} images of other test sets left out" in line
+
+
+def test_a_test_set_of_another_name_is_chosen(tmp_path):
+    for split in ("train", "unseen"):
+        write(tmp_path / "in" / split / "a" / "0.png")
+    done = import_images(tmp_path / "in", tmp_path / "out.h5", test_set="unseen", progress=False)
+    assert (done.n_train, done.n_test, dict(done.left_out)) == (1, 1, {})
+    with pytest.raises(UsageError, match="no folder gone for the test set: there are train, unseen"):
+        import_images(tmp_path / "in", tmp_path / "out.h5", test_set="gone", progress=False)
+
+
+def png_of_16_bits(path: Path, pixels: np.ndarray) -> None:
+    """Write a colour image (H, W, 3) with 16 bits per channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def test_modes_are_converted_and_counted(tmp_path, capsys):
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
+    red, white = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    Image.fromarray(np.full((4, 4, 4), (0, 255, 255, 0), np.uint8), "CMYK").save(folder / "print.tif")  # red ink
+    png_of_16_bits(folder / "deep.png", np.full((4, 4, 3), (65535, 255, 0)))  # 255 of 65535 is 0 of 255
+    palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
+    palette.putpalette([255, 0, 0])
+    palette.save(folder / "solid.png")
+    palette.save(folder / "clear.png", transparency=0)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["import", "images", str(tmp_path / "in"), str(tmp_path / "out.h5"), "--quiet"])) == 0
+    line = capsys.readouterr().out
+    for words in ("1 converted from CMYK", "1 reduced from 16 to 8 bits", "1 put on white"):
+        assert words in line
+    with h5py.File(tmp_path / "out.h5") as file:
+        found = sorted(image.tobytes() for split in ("train", "test") for image in file[f"{split}/images"][:])
+    assert found == sorted(np.moveaxis(image, -1, 0).tobytes() for image in (red, red, red, white))
+
+
+def zip_of(path: Path, names: list[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name twice
+        for k, name in enumerate(names):
+            content = io.BytesIO()
+            Image.fromarray(np.full((4, 4, 3), k, np.uint8)).save(content, format="PNG")
+            archive.writestr(name, b"" if name.endswith(("/", "\\")) else content.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "left_out"),
+    [
+        (["/data/a/0.png", "/data/a/1.png", "/data/b/0.png", "/data/b/1.png"], ("a", "b"), {}),
+        (["C:\\in\\a\\0.png", "C:\\in\\a\\1.png", "C:\\in\\b\\0.png", "C:\\in\\b\\1.png"], ("a", "b"), {}),
+        (["in\\", "in\\a\\", "in\\a\\0.png", "in\\a\\1.png"], ("a",), {}),
+        (["a/0.png", "a/1.png", "__MACOSX/a/._0.png", "a/.thumb.png"], ("a",), {"hidden files": 2}),
+    ],
+    ids=["absolute", "drive", "backslashes", "hidden"],
+)
+def test_unusual_names_in_an_archive_are_read(tmp_path, names, classes, left_out):
+    done = import_images(zip_of(tmp_path / "in.zip", names), tmp_path / "out.h5", progress=False)
+    n_images = sum(not name.endswith(("/", "\\")) for name in names) - sum(left_out.values())
+    assert (done.classes, done.n_train + done.n_test, dict(done.left_out)) == (classes, n_images, left_out)
+
+
+def test_names_that_are_not_utf_8_keep_their_images_apart(tmp_path):
+    archive = zip_of(tmp_path / "in.zip", ["caf1/0.png", "caf1/1.png", "caf2/0.png", "caf2/1.png"])
+    archive.write_bytes(archive.read_bytes().replace(b"caf1", b"caf\xe9").replace(b"caf2", b"caf\xe8"))
+    done = import_images(archive, tmp_path / "out.h5", progress=False)
+    assert (len(done.classes), done.n_train, done.n_test) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a/0.png", "../b/0.png"], r"\.\./b/0\.png leads out of the archive: pack"),
+        (["a/0.png", "a\\..\\..\\b\\0.png"], "leads out of the archive"),
+        (["a/0.png", "a/1.png", "a/0.png"], r"a/0\.png is in the archive more than once"),
+        (["a/0.png", "./a/0.png"], "more than once"),
+        (["a/", "b/"], "holds no images"),
+    ],
+    ids=["parent", "parent by backslashes", "twice", "twice by another name", "folders only"],
+)
+def test_archives_that_are_not_clear_are_refused(tmp_path, names, words):
+    archive = zip_of(tmp_path / "in.zip", names)
+    with pytest.raises(UsageError, match=words) as error:
+        import_images(archive, tmp_path / "out.h5", progress=False)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["in.zip"]
