@@ -1,6 +1,9 @@
 """Kill ranks at random moments, run after run, and count the runs that the others finish.
 
     python -m benchmarks.chaos --kills 20 [--ranks 4] [--algorithms easgd,gossip] [--aim checkpoint] [--seed 1] [--json]
+    python -m benchmarks.chaos --whole-job 100      whole jobs are killed and resumed (``chaos_jobs``)
+    python -m benchmarks.chaos --full-disk 200      checkpoints on a disk that fills up (``chaos_files``)
+    python -m benchmarks.chaos --damage 100         damaged files of each kind (``chaos_files``)
 
 Each run trains the digits on a few ranks under `mpirun --with-ft ulfm` (Open MPI), with one method after the other, and
 loses ranks until two are left. A rank, rank 0 included, is killed at a random moment of the run, or aimed at
@@ -16,35 +19,31 @@ happens. The last line is one JSON document with --json.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import chaos_files, chaos_jobs
+from benchmarks.chaos_runs import LIMIT_SECONDS, ROOT, finished, left_in_memory
 from mpitrain.algorithms import METHODS
 from mpitrain.cli.failure import fail
 from mpitrain.cli.options import Parser
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = "easgd,eamsgd,easgd-tree,downpour,adag,gossip,gosgd,adpsgd"
 AIMS = ("any", "checkpoint", "evaluation", "end")
 STEPS = 120
-LIMIT_SECONDS = 300.0  # of a run: one that hangs is lost
-SINGLETON = r"sm_segment\..*0000\.\d+"
-"""The name of Open MPI's memory of a process that no launcher started: of another program."""
-
 LATEST_SECONDS = 0.15  # between a step and a kill that is aimed
 
 
@@ -73,9 +72,14 @@ class Outcome:
 def main() -> int:
     """Run the kill loop and return the exit code."""
     parser = Parser(prog="benchmarks.chaos", description="Kill ranks at random moments and count the survivals.")
-    parser.add_argument("--kills", type=int, default=100, help="in all runs together (default: %(default)s)")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--kills", type=int, default=100, help="in all runs together (default: %(default)s)")
+    kinds.add_argument("--whole-job", type=int, metavar="N", help="kill and resume N whole jobs instead")
+    kinds.add_argument("--full-disk", type=int, metavar="N", help="begin N checkpoints on disks that fill up instead")
+    kinds.add_argument("--damage", type=int, metavar="N", help="damage N files of each kind instead")
     parser.add_argument("--ranks", type=int, default=4, help="of each run, 3 or more (default: %(default)s)")
-    parser.add_argument("--algorithms", default=ALGORITHMS, metavar="NAME,NAME", help="default: %(default)s")
+    defaults = f"default: {ALGORITHMS}; of whole jobs: {chaos_jobs.ALGORITHMS}"
+    parser.add_argument("--algorithms", metavar="NAME,NAME", help=defaults)
     parser.add_argument("--aim", default="any", choices=AIMS, help="what the kills are aimed at (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the ranks (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
@@ -88,12 +92,15 @@ def main() -> int:
 
 def run(options: Any) -> int:
     """Kill as many ranks as asked for; return 1 if a run was lost."""
-    names = options.algorithms.split(",")
+    default = ALGORITHMS if options.whole_job is None else chaos_jobs.ALGORITHMS
+    names = (options.algorithms or default).split(",")
     for name in names:
         if name not in METHODS:
             raise UsageError(f"--algorithms: {name} is not one of {', '.join(METHODS)}")
     if options.ranks < 3:
         raise UsageError(f"--ranks must be 3 or more, not {options.ranks}: two ranks survive a run")
+    if options.whole_job is not None or options.full_disk is not None or options.damage is not None:
+        return run_cases(options, names)
     rng, outcomes, n_kills = random.Random(options.seed), [], 0
     while n_kills < options.kills:
         name = names[len(outcomes) % len(names)]
@@ -112,6 +119,42 @@ def run(options: Any) -> int:
         print(table(document))
     print(json.dumps(document))
     return 0 if document["lost"] == 0 else 1
+
+
+def run_cases(options: Any, names: list[str]) -> int:
+    """Make the loop of whole jobs, of full disks or of damaged files; return 1 if a case failed."""
+    rng, cases = random.Random(options.seed), []
+    for case in _cases(options, rng, names):
+        cases.append(asdict(case))
+        print(" ".join(f"{name}={value}" for name, value in cases[-1].items()), file=sys.stderr, flush=True)
+    n_failed = sum(not case.get("went_on", case.get("passed")) for case in cases)
+    document = {"cases": len(cases), "failed": n_failed, "n": sum(case.get("n", 1) for case in cases)}
+    if not options.json:
+        print(", ".join(f"{name}: {number}" for name, number in document.items()))
+    print(json.dumps({**document, "outcomes": cases}))
+    return 1 if n_failed else 0
+
+
+def _cases(options: Any, rng: random.Random, names: list[str]) -> Iterator[chaos_jobs.Job | chaos_files.Case]:
+    if options.whole_job is not None:
+        references: dict[str, Path] = {}
+        try:
+            for number in range(options.whole_job):
+                yield chaos_jobs.kill_and_resume(number, rng, options.ranks, names, references)
+        finally:
+            for run in references.values():
+                shutil.rmtree(run.parent, ignore_errors=True)
+    elif options.full_disk is not None:
+        begun = 0
+        while begun < options.full_disk:
+            case = chaos_files.fill_disk(rng)
+            begun += case.n
+            yield case
+    else:
+        with chaos_files.Originals() as originals:
+            for kind in chaos_files.KINDS:
+                for number in range(options.damage):
+                    yield originals.damage(kind, options.seed * options.damage + number)
 
 
 def kills(rng: random.Random, n_ranks: int, n: int, aim: str) -> list[str]:
@@ -139,36 +182,11 @@ def train(algorithm: str, n_ranks: int, faults: list[str], aim: str) -> Outcome:
     for fault in faults:
         command += ["--inject", fault]
     try:
-        output, code = _finished(command)
-        left = sorted(name for name in set(os.listdir("/dev/shm")) - before if not _is_mapped(name))
+        output, code = finished(command)
+        left = left_in_memory(before)
         return _outcome(algorithm, faults, folder / "run", output, code, left)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _finished(command: list[str]) -> tuple[str, int]:
-    """Return the output and the exit code of a command, which is ended if it hangs."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            output, _ = process.communicate()
-            output += f"\nended after {LIMIT_SECONDS:.0f} s"
-    return output, process.returncode
-
-
-def _is_mapped(name: str) -> bool:
-    """Return whether a file in /dev/shm is in use, gone or of another kind: other programs run here too."""
-    if not Path("/dev/shm", name).exists() or re.fullmatch(SINGLETON, name):
-        return True
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if f"/dev/shm/{name}" in maps.read_text(errors="replace"):
-                return True
-    return False
 
 
 def _outcome(algorithm: str, faults: list[str], run: Path, output: str, code: int, left: list[str]) -> Outcome:

@@ -95,6 +95,8 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
         print(_sentence(result))
         if result["n_nonfinite"]:
             print(f"{result['n_nonfinite']} non-finite elements were kept out of the exchanges: try a smaller --lr")
+        if result["n_clipped"]:
+            print(f"{result['n_clipped']} displacements exceeded clip_displacement and were scaled")
         if folder is not None:
             _write_report(folder)
     else:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from mpitrain.collectives.world.agreement import require_equal
 from mpitrain.collectives.world.world import World
+from mpitrain.errors import UsageError
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.options import flag_of, options_of
+
+NOT_GIVEN = "not given"
 
 
 def require_equal_options(config: TrainConfig, resume: Path | None, world: World) -> None:
@@ -25,6 +28,34 @@ def require_equal_options(config: TrainConfig, resume: Path | None, world: World
     require_equal(world.allgather, world.rank, options_in_words(config, resume), remedy="start all ranks with the same")
 
 
+def require_options_of_checkpoint(config: TrainConfig, saved: Mapping[str, str], folder: Path) -> None:
+    """Check that a run is continued with the options that decide what it computes, as its checkpoint holds them. Local.
+
+    Args:
+        config: The options, from ``config.json``.
+        saved: Those of the checkpoint, from ``deciding_options``.
+        folder: The folder of the run.
+
+    Raises:
+        UsageError: With the first option that differs.
+    """
+    here = deciding_options(config)
+    for flag in {**saved, **here}:
+        there, now = saved.get(flag, NOT_GIVEN), here.get(flag, NOT_GIVEN)
+        if there != now:
+            raise UsageError(
+                f"{folder / 'config.json'} says {flag} {now}, but the checkpoint was written with {there}: "
+                "the file is damaged or was changed; restore it, or start a new run"
+            )
+
+
+def deciding_options(config: TrainConfig) -> dict[str, str]:
+    """Return the value of each option that decides what a run computes, as text, by its flag."""
+    declared = options_of(config)
+    replaceable = {flag_of(name, one) for name, one in declared.items() if one.replaceable} | {"--out", "--resume"}
+    return {flag: text for flag, text in options_in_words(config, None).items() if flag not in replaceable}
+
+
 def options_in_words(config: TrainConfig, resume: Path | None) -> dict[str, str]:
     """Return a dictionary from the flag of each option to its value, as text."""
     texts = {"--resume": _text(resume)}
@@ -39,5 +70,5 @@ def options_in_words(config: TrainConfig, resume: Path | None) -> dict[str, str]
 
 def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "not given"
-    return "not given" if value is None else str(value)
+        return ", ".join(map(str, value)) or NOT_GIVEN
+    return NOT_GIVEN if value is None else str(value)

@@ -15,6 +15,7 @@ from mpitrain.log import logger
 from mpitrain.records import checkpoint
 from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer import rescaled
+from mpitrain.trainer.agreement import deciding_options, require_options_of_checkpoint
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.evaluation import Evaluations
 from mpitrain.trainer.run import Hook, Run
@@ -140,8 +141,11 @@ def load_newest(folder: Path, config: TrainConfig, world: World) -> dict[str, An
     if isinstance(found, checkpoint.Parts):
         if world.rank == 0:
             logger.info("%s was written by %d ranks and continues on %d", found.path, len(found), world.size)
-        return rescaled.load(found, config, world)
-    return found
+        state = rescaled.load(found, config, world)
+    else:
+        state = found
+    require_options_of_checkpoint(config, state["options"], folder)
+    return state
 
 
 def _state_of(run: Run) -> dict[str, Any]:
@@ -149,6 +153,7 @@ def _state_of(run: Run) -> dict[str, Any]:
     return {
         "optimizer": run.optimizer.state_dict(),
         "buffers": dict(run.model.named_buffers()),
+        "options": deciding_options(run.plan.config),
         "step": run.step,
         "position": run.position,
         "gradients": run.gradients,

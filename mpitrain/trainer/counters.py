@@ -13,7 +13,7 @@ from mpitrain.collectives.world.world import World
 LOSS_MEMORY = 0.95
 """The memory of the running mean of the loss."""
 
-COUNTERS = ("steps", "loss", *SHARES, "bytes", "n_nonfinite", "exchanges", "lock_wait")
+COUNTERS = ("steps", "loss", *SHARES, "bytes", "n_nonfinite", "n_clipped", "exchanges", "lock_wait")
 HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
 METHOD_PREFIX = "method_"
 """Precedes the names of the method's own metrics on the scoreboard."""
@@ -36,6 +36,7 @@ class Totals:
         self.steps_of_ranks = scoreboard["steps"].astype(int).tolist()
         self.gradients, self.bytes = int(scoreboard["steps"].sum()), int(scoreboard["bytes"].sum())
         self.n_nonfinite, self.exchanges = int(scoreboard["n_nonfinite"].sum()), int(scoreboard["exchanges"].sum())
+        self.n_clipped = int(scoreboard["n_clipped"].sum())
         self.lock_wait_seconds = float(scoreboard["lock_wait"].sum())
         self.scoreboard = scoreboard
         counts = np.isfinite(scoreboard["loss"]) & (scoreboard["steps"] > 0)
@@ -87,6 +88,7 @@ class Counters:
             waiting=statistics.wait_seconds,
             bytes=statistics.bytes_sent,
             n_nonfinite=int(statistics.n_nonfinite),
+            n_clipped=statistics.n_clipped,
             exchanges=statistics.n_exchanges,
             lock_wait=statistics.lock_wait_seconds,
             **{name: getattr(statistics, name) for name in HISTOGRAMS},

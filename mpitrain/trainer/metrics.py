@@ -29,7 +29,7 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
         "progress": [
             *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
             *(f"{name}_share" for name in SHARES),
-            *("n_nonfinite", "exchanges", "lock_wait_seconds"),
+            *("n_nonfinite", "n_clipped", "exchanges", "lock_wait_seconds"),
             *("consensus_distance", "elastic_energy"),
         ],
         "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy", "test_metric"],
@@ -92,6 +92,7 @@ class MetricsFile(Hook):
             learning_rate=run.learning_rate,
             samples_per_second=samples / max(seconds, 1e-9),
             n_nonfinite=totals.n_nonfinite,
+            n_clipped=totals.n_clipped,
             exchanges=totals.exchanges,
             lock_wait_seconds=totals.lock_wait_seconds,
             **{f"{name}_share": share for name, share in totals.shares.items()},

@@ -85,6 +85,7 @@ def merge(parts: Sequence[dict[str, Any]], *, of_all_ranks: bool, size: int) -> 
     position = total // size if of_all_ranks else sum(int(part["position"]) for part in parts) // n
     losses = [part["loss"] for part in parts if np.isfinite(part["loss"])]
     return {
+        "options": first["options"],
         "step": first["step"],
         "position": position,
         "total_gradients": total,

@@ -38,6 +38,7 @@ def document(run: Run) -> dict[str, Any]:
         "gradients": totals.gradients,
         "bytes_sent": totals.bytes,
         "n_nonfinite": totals.n_nonfinite,
+        "n_clipped": totals.n_clipped,
         "samples_per_second": plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
         "shares": totals.shares,
         "parameters": run.optimizer.n_parameters,

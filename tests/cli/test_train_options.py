@@ -330,6 +330,7 @@ def clip_displacement(bench: Bench) -> None:
     words = ["--algorithm", "easgd", "--set", "period=1"]
     free, bounded = bench.run(*words), bench.run(*words, "--clip-displacement", "1e-3")
     assert bounded["settings"]["clip_displacement"] == 1e-3
+    assert (free["n_clipped"], bounded["n_clipped"] > 0) == (0, True)
     assert bounded["test_loss"] > free["test_loss"]
 
 

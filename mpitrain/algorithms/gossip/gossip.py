@@ -33,6 +33,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import draw_peer
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer
+from mpitrain.algorithms.base.state import Located
 from mpitrain.algorithms.base.worker import PeriodicWorker
 from mpitrain.collectives.communicator import Communicator, Vector
 from mpitrain.kernels import norms
@@ -85,7 +86,7 @@ class GossipWorker(PeriodicWorker):
         direction: The exchange, a ``Pull`` or a ``Push``.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("_rng", "_direction")
+    persistent: ClassVar[tuple[str, ...]] = ("_rng", "_direction", Located("_origin"))
 
     def __init__(self, method: GossipSGD, replica: Replica, direction: Pull | Push) -> None:
         super().__init__(method, replica)
@@ -111,11 +112,6 @@ class GossipWorker(PeriodicWorker):
         peer = draw_peer(self.comm, self._rng)
         if peer is not None:
             self.average_with(peer)
-        if self._clip is not None:
-            kernels.copy(self._origin, self.x.local)
-
-    def after_load(self) -> None:
-        """Set the origin of the displacement by local steps to the loaded vector."""
         if self._clip is not None:
             kernels.copy(self._origin, self.x.local)
 

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+from support.quadratic import load, states
 
 from mpitrain.algorithms import METHODS, create
 from mpitrain.algorithms.base.settings import settings_of
@@ -86,6 +87,20 @@ def test_one_exchange_moves_the_other_side_by_at_most_the_bound(name, settings):
 def test_a_wide_bound_changes_no_bit(name, settings):
     wide = simulation(name, {**settings, "clip_displacement": 1e9}).run(40).x()
     assert np.array_equal(wide, simulation(name, settings).run(40).x())
+
+
+@every_variant
+def test_the_bound_is_the_same_after_a_checkpoint_in_the_middle_of_a_period(name, settings):
+    """What the local steps have moved since the last exchange is measured from the same point."""
+    period = {"period": 4} if "period" in settings_of(METHODS[name]) else {}
+    method = METHODS[name](**{**METHODS[name].short_run, **period, **settings, "clip_displacement": 0.05})
+
+    def after(steps):
+        return Simulation(method, SimulatedWorld(P), lambda rank, x: (rank + 1) * x, np.ones(N), ETA).run(steps)
+
+    whole, resumed = after(6), load(after(0), states(after(6)))
+    assert sum(worker.comm.statistics.n_clipped for worker in whole.run(4).workers) > 0
+    assert np.array_equal(whole.x(), resumed.run(4).x())
 
 
 def test_the_first_and_the_tenth_spike_of_a_rank_are_told(caplog):
