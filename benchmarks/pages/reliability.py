@@ -24,8 +24,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def what_survives(method: Method) -> list[str]:
     """Return the row of a method in the table of failures."""
     if method.is_synchronous:
-        return [f"`{method.name}`", "for all, or its neighbours", ENDS, ENDS, ENDS]
-    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", ENDS]
+        uneven = "inside `join()`" if method.can_join else "no"
+        return [f"`{method.name}`", "for all, or its neighbours", ENDS, ENDS, ENDS, uneven]
+    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", ENDS, "yes"]
 
 
 def what_goes_on(method: Method) -> list[str]:
@@ -36,7 +37,14 @@ def what_goes_on(method: Method) -> list[str]:
 def tables() -> dict[str, str]:
     """Return each table by the name of its place in the page."""
     methods = [method() for method in METHODS.values()]
-    failures = ["method", "waits", "a rank of its node dies", "rank 0 dies", "a rank on another node dies"]
+    failures = [
+        "method",
+        "waits",
+        "a rank of its node dies",
+        "rank 0 dies",
+        "a rank elsewhere dies",
+        "uneven steps",
+    ]
     return {
         "failures": table(failures, map(what_survives, methods)),
         "resumed": table(["method", "goes on", "begins anew"], map(what_goes_on, methods)),

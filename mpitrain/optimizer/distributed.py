@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from mpitrain.optimizer.checks import (
     check_unshared,
 )
 from mpitrain.optimizer.evaluation import Evaluation
+from mpitrain.optimizer.join import Join
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.linked import LinkedOptimizer
 from mpitrain.optimizer.local_replica import LocalReplica, ReplicaOptions
@@ -241,6 +241,10 @@ class DistributedOptimizer(LinkedOptimizer):
         scaling = Scaling.of(self) if hasattr(self, "found_inf") else None
         return parts.stepper.step(loss if closure is None else closure, scaling)
 
+    def join(self) -> Join:
+        """Let ranks make unequal numbers of steps inside a ``with`` block; see ``optimizer.join``. Collective."""
+        return Join(self.method, self._open_parts.replica, self._open_parts.stepper)
+
     def consensus(self) -> AbstractContextManager[None]:
         """Load the consensus (center, average, leader) into the model inside a ``with`` block. Local.
 
@@ -338,12 +342,3 @@ class DistributedOptimizer(LinkedOptimizer):
         parts.update.stop()
         parts.replica.close(parts.evaluation.final_consensus())
         self._parts = None  # it would keep the memory of a GPU
-
-    def __enter__(self) -> DistributedOptimizer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:  # with an exception on one rank only, the others would never come
-            self.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from types import SimpleNamespace, TracebackType
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -62,3 +62,15 @@ class LinkedOptimizer(torch.optim.Optimizer):
             f"a {type(self).__name__} cannot be copied or pickled, because other ranks share its memory: "
             "copy or save optimizer.state_dict()"
         )
+
+    def close(self) -> None:
+        """Release what the optimizer holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:  # with an exception on one rank only, the others would never come
+            self.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -146,6 +146,13 @@ class ParamGroups:
             )
 
 
+class Weights(Protocol):
+    """What decides the weight of this rank's gradient in a step."""
+
+    def weigh(self) -> None:
+        """Give the gradient of this step its weight. Collective."""
+
+
 class Stepper:
     """The steps of one rank.
 
@@ -156,6 +163,9 @@ class Stepper:
         groups: The base optimizer's parameter groups.
         frozen: The parameters that must stay frozen.
         known: The parameters that the model has had from the beginning.
+
+    Attributes:
+        join: Weighs the gradients while ranks may make unequal numbers of steps; else None.
     """
 
     def __init__(
@@ -175,6 +185,7 @@ class Stepper:
         self._local_update = None if method.owns_update or replica.node_shared else update
         self._gradients = Gradients(method, replica)
         self._has_reported = False
+        self.join: Weights | None = None
 
     def step(self, loss: Loss | None, scaling: Scaling | None = None) -> Any:
         """Exchange and update. Collective for synchronous methods, else Local (or Collective over a replica group).
@@ -200,6 +211,8 @@ class Stepper:
         if self._foreign_writes is not None:
             self._foreign_writes.check()
         skips, is_combined = self._gradients.collect(scaling)
+        if self.join is not None:
+            self.join.weigh()
         self._flat.check_attached()
         self._frozen.check()
         self._known.check_sometimes()
@@ -226,6 +239,17 @@ class Stepper:
         self.accept_parameters()
         return loss
 
+    def accompany(self) -> None:
+        """Take part in a step of other ranks, without a gradient of this rank's own. Collective."""
+        if self._method.combines_gradients:
+            self.zero_gradients(set_to_none=False)
+            self.step(None)
+            return
+        watchdog.begin_step()
+        with self._boundary.exchanging(copies=True, counts=True):
+            self._worker.step(self._groups.slices(), self._local_update, skips=True)
+        self.accept_parameters()
+
     def clip_gradients(self, max_norm: float, order: float, error_if_nonfinite: bool) -> torch.Tensor:
         """Clip the gradient of the step to a norm of at most ``max_norm``; see ``DistributedOptimizer``.
 
@@ -238,6 +262,11 @@ class Stepper:
             self._flat.convert_sparse_gradients()
             parameters = [place.parameter for place in layout.places]
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm, order, error_if_nonfinite)
+        if self.join is not None:
+            raise UsageError(
+                "clip_grad_norm_ inside join() would wait for ranks that have ended: clip each rank's own gradient "
+                "with torch.nn.utils.clip_grad_norm_, or leave out join()"
+            )
         group_slices = self._groups.slices()
         skips, is_combined = self._gradients.collect(None)
         with self._boundary.exchanging(copies=True, counts=True):

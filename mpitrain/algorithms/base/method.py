@@ -64,6 +64,7 @@ class Method(ABC):
         short_run: The recommended settings for runs of a few hundred steps, which are shorter than the periods in the
             papers. Only comparisons use them.
         metrics: The names of the values that ``Worker.metrics`` returns.
+        can_join: Whether a rank that makes no more steps may accompany the others (``DistributedOptimizer.join``).
         starts_at: The checkpoint entry at which the workers begin when their number has changed; None for the mean of
             all workers' parameters.
         averages_optimizer: Whether the base optimizers then start with the mean of the former states, instead of anew.
@@ -85,6 +86,7 @@ class Method(ABC):
     learning_rate_factor: ClassVar[float] = 1.0
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     metrics: ClassVar[tuple[str, ...]] = ()
+    can_join: ClassVar[bool] = True
     starts_at: ClassVar[str | None] = None
     averages_optimizer: ClassVar[bool] = True
     goes_on: ClassVar[str] = "mean of the parameters and of the optimizer states"

@@ -37,6 +37,7 @@ class Worker(ABC):
         skips: Whether the present step skips the local update, because a gradient is not finite.
         has_common_gradient: Whether the present gradient is the same on all workers.
         n_nonfinite: The number of non-finite elements at the last check.
+        joined_at: The clock at which this worker has ended its steps, while it accompanies those of others.
         is_replicated: Whether all workers hold equal copies of everything that is persistent.
         positions: The worker's own vectors (n,) of parameters; ``x`` is the first.
         velocities: The worker's own vectors (n,) such as momenta, in which a non-finite element becomes zero.
@@ -56,6 +57,7 @@ class Worker(ABC):
         self.positions: tuple[Any, ...] = (self.x.local,)
         self.velocities: tuple[Any, ...] = ()
         self.n_nonfinite = 0
+        self.joined_at: int | None = None
 
     def step(
         self,
@@ -250,6 +252,12 @@ class PeriodicWorker(Worker):
         """Exchange if there have been local steps since the last exchange."""
         if self.n_local_steps:
             self.exchange()
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether this worker has no weight in the mean of a round, before which it had made its last step."""
+        period = int(self._method.period)
+        return self.joined_at is not None and self.joined_at <= self.t // period * period
 
     @property
     def n_local_steps(self) -> int:

@@ -70,6 +70,7 @@ class RobustSGD(Method):
     name: ClassVar[str] = "robust"
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
+    can_join: ClassVar[bool] = False
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "everything"
     begins_anew: ClassVar[str] = "nothing"

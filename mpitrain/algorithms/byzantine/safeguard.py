@@ -90,6 +90,7 @@ class SafeguardSGD(Method):
     name: ClassVar[str] = "safeguard"
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
+    can_join: ClassVar[bool] = False
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "parameters and optimizer states"
     begins_anew: ClassVar[str] = "sums and good set: every worker is in it again"

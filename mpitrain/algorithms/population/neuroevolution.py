@@ -87,6 +87,7 @@ class NeuroevolutionSGD(Method):
     name: ClassVar[str] = "neuroevolution"
     summary: ClassVar[str] = "a population of models: local SGD, crossover of the best, too similar ones suppressed"
     source: ClassVar[str] = "our reconstruction of Zhang, Hao, Gao, Wei, Tang 2020, arXiv 2012.11184 (abstract)"
+    can_join: ClassVar[bool] = False
     communication: ClassVar[str] = "at most 2/tau received (a child's parents)"
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "best individual"

@@ -86,7 +86,7 @@ class DiLoCoWorker(PeriodicWorker):
     def exchange(self) -> None:
         """Compute b <- m*b + D; theta <- theta - eta_out*(D + m*b); x_i <- theta. Collective."""
         outer, method = self._outer, self._method
-        d = outer.pseudogradient()
+        d = outer.pseudogradient(is_absent=self.is_absent)
         self.comm.statistics.n_nonfinite += kernels.outer_nesterov(
             self.x.local, outer.theta, outer.momentum, d, method.outer_learning_rate, method.outer_momentum
         )

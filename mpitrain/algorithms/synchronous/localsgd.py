@@ -73,7 +73,7 @@ class LocalWorker(PeriodicWorker):
 
     def exchange(self) -> None:
         """Compute x_i <- mean_j x_j. Collective."""
-        average(self.comm, self.x)
+        average(self.comm, self.x, is_absent=self.is_absent)
 
     def consensus(self, out: Any) -> None:
         """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""
@@ -100,6 +100,7 @@ class PostLocalSGD(LocalSGD):
     name: ClassVar[str] = "postlocal"
     summary: ClassVar[str] = "synchronous SGD first, local SGD once the learning rate has fallen"
     source: ClassVar[str] = "Lin, Stich, Patel, Jaggi 2018, arXiv 1808.07217"
+    can_join: ClassVar[bool] = False
     communication: ClassVar[str] = "2(p-1)/p before the switch, 2(p-1)/(p*H) after it"
     needs_gradient: ClassVar[bool] = True
     combines_gradients: ClassVar[bool] = True

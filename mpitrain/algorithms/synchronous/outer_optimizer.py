@@ -21,21 +21,29 @@ from mpitrain.algorithms.base.precision import wide_copy
 from mpitrain.collectives.communicator import Communicator, Vector
 
 
-def average(comm: Communicator, vector: Vector) -> None:
-    """Replace every worker's vector by the mean of the finite vectors, or by NaN if none is finite. Collective."""
-    n_nonfinite = kernels.keep_finite(vector.local)
-    if n_nonfinite:
-        vector.local[...] = 0
-    average_present(comm, vector, n_nonfinite)
+def average(comm: Communicator, vector: Vector, *, is_absent: bool = False) -> None:
+    """Replace every worker's vector by the mean of the finite vectors, or by NaN if none is finite. Collective.
+
+    Args:
+        comm: The communicator of the workers.
+        vector: The vector of each worker.
+        is_absent: Whether this worker's vector is left out.
+    """
+    average_present(comm, vector, kernels.keep_finite(vector.local), is_absent=is_absent)
 
 
-def average_present(comm: Communicator, vector: Vector, n_nonfinite: int) -> None:
-    """Replace every worker's vector by the mean over the workers with ``n_nonfinite`` = 0. Collective.
+def average_present(comm: Communicator, vector: Vector, n_nonfinite: int, *, is_absent: bool = False) -> None:
+    """Replace every worker's vector by the mean over the workers with ``n_nonfinite`` = 0 that are present. Collective.
 
-    The vectors of the other workers must be zero.
+    Args:
+        comm, vector, is_absent: See ``average``.
+        n_nonfinite: The number of elements of this worker's vector that were not finite.
     """
     comm.statistics.n_nonfinite += n_nonfinite
-    n_present = int(comm.gather([n_nonfinite == 0]).sum())
+    is_absent = is_absent or n_nonfinite > 0
+    if is_absent:
+        vector.local[...] = 0
+    n_present = int(comm.gather([not is_absent]).sum())
     if not n_present:
         vector.local[...] = float("nan")
         comm.barrier()  # so that no worker continues from the zeros of another
@@ -71,11 +79,13 @@ class OuterParameters:
         self.empty = x[:0], self.theta[:0], self.momentum[:0], self._pseudogradient.local[:0]
         kernels.outer_gradient(self._pseudogradient.local[:0], self.theta[:0], x[:0])  # compiled before the first round
 
-    def pseudogradient(self) -> Any:
-        """Return the pseudogradient D (n,): the mean of theta - x_i over the workers with finite x_i. Collective."""
+    def pseudogradient(self, *, is_absent: bool = False) -> Any:
+        """Return the pseudogradient D (n,): the mean of theta - x_i over the workers with finite x_i. Collective.
+
+        Args:
+            is_absent: Whether this worker is left out.
+        """
         d = self._pseudogradient.local
         n_nonfinite = kernels.outer_gradient(d, self.theta, self._x)
-        if n_nonfinite:
-            d[...] = 0
-        average_present(self._comm, self._pseudogradient, n_nonfinite)
+        average_present(self._comm, self._pseudogradient, n_nonfinite, is_absent=is_absent)
         return d

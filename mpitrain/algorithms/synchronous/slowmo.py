@@ -89,7 +89,7 @@ class SlowMoWorker(PeriodicWorker):
     def exchange(self) -> None:
         """Compute u <- beta*u + D/gamma; x0 <- x0 - alpha*gamma*u; x_i <- x0, unless gamma = 0. Collective."""
         outer, alpha, beta = self._outer, self._method.slow_learning_rate, self._method.slow_momentum
-        d = outer.pseudogradient()
+        d = outer.pseudogradient(is_absent=self.is_absent)
         gamma = self._sum_of_rates / self._n_rates
         self._sum_of_rates, self._n_rates = 0.0, 0
         inverse = 1 / gamma if gamma > 0 else 0.0
