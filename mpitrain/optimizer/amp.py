@@ -1,8 +1,9 @@
 """The part of ``torch.amp.GradScaler``'s protocol that makes its decisions the same on all ranks.
 
-The scaler calls ``step`` of an optimizer with ``_step_supports_amp_scaling`` on every rank, whether or not it has found
-an infinity, with two attributes: ``found_inf``, and ``grad_scale`` unless ``unscale_`` was called before. The optimizer
-unscales the gradients and leaves out the step itself.
+If an optimizer has the attribute ``_step_supports_amp_scaling``, the scaler calls its ``step`` on every rank, even if
+it has found an infinity. Before the call, the scaler sets two attributes of the optimizer: ``found_inf``, and
+``grad_scale`` unless the gradients are unscaled already. The optimizer itself then unscales the gradients, and decides
+whether to skip the step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MOST_FRAMES = 12
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scale factor and the findings of a ``GradScaler`` for one step.
+    """The scale factor of a ``GradScaler`` for one step, and whether it has found an infinity.
 
     Attributes:
         grad_scale: The factor by which the gradients are scaled; None if they are not scaled.
@@ -31,7 +32,7 @@ class Scaling:
 
     @classmethod
     def of(cls, optimizer: Any) -> Scaling:
-        """Return the scale and the findings that the scaler has stored in attributes of ``optimizer``."""
+        """Return the values that the scaler has stored in attributes of ``optimizer``."""
         found_inf = getattr(optimizer, "found_inf", None)
         return cls(getattr(optimizer, "grad_scale", None), found_inf is not None and bool(found_inf))
 
@@ -45,9 +46,9 @@ class Scaling:
 def report_found_inf() -> None:
     """Tell the scaler of this rank that another rank has found an infinity. Local.
 
-    The scaler then lowers its scale, so the scale is the same on all ranks. The scaler gives the optimizer only copies
-    of its findings; this function finds the originals in the scaler's stack frame. If it cannot find them, the scales
-    may differ, which is harmless.
+    The scaler then lowers its scale, so the scale is the same on all ranks. The optimizer has only a copy of the
+    scaler's ``found_inf`` tensors, so this function changes the originals, which it finds in the scaler's stack frame.
+    If it cannot find them, the scales of the ranks may differ, which is harmless.
     """
     frame: Any = sys._getframe()
     for _ in range(MOST_FRAMES):

@@ -79,7 +79,7 @@ def check_base(base: torch.optim.Optimizer, model: torch.nn.Module, method: Meth
 
 
 def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parameter]) -> None:
-    """Refuse parameters that another DistributedOptimizer has moved into its vector. Local.
+    """Refuse parameters that another DistributedOptimizer has moved into its flat vector. Local.
 
     Raises:
         UsageError: The message says how to release them.
@@ -95,7 +95,7 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
 def check_memory(base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     """Refuse trainable parameters that share memory with another parameter or with a buffer. Local.
 
-    They would no longer share it after each has been moved into the vector.
+    They would no longer share it after the optimizer has moved each parameter into its flat vector.
 
     Raises:
         UsageError: The message says how to tie parameters instead.
@@ -136,7 +136,7 @@ def check_device(parameters: Iterable[torch.nn.Parameter], world: World) -> None
 class FrozenParameters:
     """The parameters that do not require a gradient when the DistributedOptimizer is created.
 
-    They are not part of the vector.
+    They are not part of the flat vector that is exchanged.
 
     Args:
         base: The base optimizer. Old gradients of its frozen parameters are removed, since ``base.step()`` would use
@@ -178,7 +178,7 @@ class KnownParameters:
         self._n_steps = 0
 
     def check_sometimes(self) -> None:
-        """Do ``check`` in the steps 1, 2, 4, 8, ...: walking the model takes milliseconds."""
+        """Call ``check``, but only in steps 1, 2, 4, 8, ..., because it takes milliseconds."""
         self._n_steps += 1
         if self._n_steps & (self._n_steps - 1) == 0:
             self.check()
@@ -243,7 +243,7 @@ def _has_own_step(base: torch.optim.Optimizer) -> bool:
 
 
 def has_hooks(base: torch.optim.Optimizer) -> bool:
-    """Return whether ``base.step()`` does more than its class defines: it has hooks, or the object's own ``step``."""
+    """Return whether ``base`` has hooks on its step, or a ``step`` that was replaced on this object."""
     post = base._optimizer_step_post_hooks.values()
     is_ours = all(isinstance(hook, DirectStepGuard) for hook in post)
     return bool(base._optimizer_step_pre_hooks) or not is_ours or not _has_own_step(base)

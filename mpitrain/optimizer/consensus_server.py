@@ -1,4 +1,4 @@
-"""A thread of a group's head that answers the other members, who may ask for the consensus at any time."""
+"""A thread with which the head of a replica group, its first rank, sends the consensus to members that request it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUEST_POLL_SECONDS = 2e-3
 
 
 class ConsensusServer:
-    """A thread of the head of a replica group that sends the consensus to members of the group.
+    """A thread that sends the consensus to the members of a replica group. It runs on the head, the first rank.
 
     Args:
         world: The ranks of the group.

@@ -1,7 +1,7 @@
 """``DistributedOptimizer``: any torch optimizer, distributed by a method.
 
 It is a torch optimizer itself, with the parameter groups and the state of the one it wraps, so that learning-rate
-schedulers, accumulation and parameter groups work as they do without it; ``clip_grad_norm_`` is a method of its own.
+schedulers, accumulation and parameter groups work as they do without it. It adds a method ``clip_grad_norm_``.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ class DistributedOptimizer(LinkedOptimizer):
     All ranks create it at the same point of the program. They start with the parameters and buffers of rank 0. The
     trainable parameters of ``base`` are moved into one flat vector, and only they are exchanged. Buffers, such as
     BatchNorm statistics, stay local to each rank. Before you evaluate an averaged model, re-estimate these statistics
-    with ``mpitrain.reestimate_batchnorm``, inside ``consensus()``.
+    with ``mpitrain.reestimate_batchnorm``, inside ``consensus()``. The consensus is the parameter vector that the
+    method evaluates, for example a center or the average of all ranks.
 
     If the method declares ``needs_gradient``, a missing gradient counts as zero: weight decay and momentum still change
-    the parameter, which torch would leave unchanged. To keep a parameter constant, call ``requires_grad_(False)``.
-    Methods that make the local update themselves refuse this; put the parameter into a group with learning rate 0.
+    the parameter, which torch would leave unchanged. To keep a parameter constant, call ``requires_grad_(False)``. For
+    methods that make the local update themselves, put the parameter into a group with learning rate 0 instead.
 
     The constructor sets the number of torch's threads to this rank's share of the cores of the node. It does not do so
     if ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` has set the number.
@@ -97,7 +98,7 @@ class DistributedOptimizer(LinkedOptimizer):
             is added to the next change; a checkpoint does not contain this error. The rounding error of a sum of
             gradients is lost. Mailboxes (gossip) and background all-reduces (``dasgd``) are sent unchanged.
         fitness: A function that returns the loss of the model on held-out data, for methods that rank workers by it
-            (``neuroevolution``). It is called without gradients, and must set the mode of the model itself.
+            (``neuroevolution``). It is called without gradients, and must set train or eval mode itself.
 
     Attributes:
         world: All ranks.
@@ -248,8 +249,9 @@ class DistributedOptimizer(LinkedOptimizer):
     def consensus(self) -> AbstractContextManager[None]:
         """Load the consensus (center, average, leader) into the model inside a ``with`` block. Local.
 
-        A rank may enter the block at any time, while the others keep training. The consensus is exact only between two
-        barriers. At the end of the block, the model has its own parameters and buffers again.
+        A rank may enter the block at any time, while the others keep training. The consensus is exact only while no
+        rank makes a step, for example between two barriers. At the end of the block, the model has its own parameters
+        and buffers again.
 
         A tensor that you take from the model inside the block (by ``state_dict``) keeps the consensus after the block.
         A tensor that you took before the block (by ``parameter.detach()`` or ``parameter.data``) shows this rank's own
@@ -286,7 +288,8 @@ class DistributedOptimizer(LinkedOptimizer):
     def spread(self, vector: np.ndarray) -> tuple[float, float]:
         """Return the root mean square distance of the workers from a vector (n,), and the elastic energy. Local.
 
-        The call reads the current parameters of at most 32 living workers, evenly spread over the ranks.
+        The elastic energy is rho/2 times the sum of the squared distances; 0 without an elastic coefficient rho. The
+        call reads the current parameters of at most 32 live workers, evenly spread over the ranks.
 
         Raises:
             UsageError: This rank is not the first of its replica group, so it cannot reach the other workers.
@@ -308,7 +311,7 @@ class DistributedOptimizer(LinkedOptimizer):
         self._open_parts.stepper.finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's part of the state: its parameters, the base optimizer's state, the method's. Local.
+        """Return this rank's part of the state: parameters, base optimizer and method. Local.
 
         Each rank saves and loads its own part. For an asynchronous method, first call ``wait`` and then a barrier on
         all ranks; otherwise the parts belong to different moments.
@@ -321,7 +324,7 @@ class DistributedOptimizer(LinkedOptimizer):
         A list that is loaded before the first step may be from a different number of ranks; see docs/reliability.md.
 
         Raises:
-            UsageError: The state belongs to another rank, model or method, or has other entries than the settings need.
+            UsageError: The state belongs to another rank, model or method, or was saved with other settings.
         """
         parts = self._open_parts
         parts.state.load(state_dict)
@@ -330,8 +333,8 @@ class DistributedOptimizer(LinkedOptimizer):
     def close(self) -> None:
         """Leave the consensus in the model, and free the shared memory. Collective; safe to call again.
 
-        Afterwards, the model of every rank holds the consensus in ordinary memory, without gradients. Buffers and
-        tensors taken from the model before do not change. NumPy views of such tensors become invalid.
+        Afterwards, the model of every rank holds the consensus in ordinary memory, without gradients. Buffers do not
+        change, nor do tensors that were taken from the model before. NumPy views of such tensors become invalid.
         """
         parts = self._parts
         if parts is None:

@@ -1,4 +1,4 @@
-"""The consensus of a method, in the model or as a vector, and the workers' distance from the consensus."""
+"""The consensus of a method: the parameters that it evaluates, such as a center or an average of the workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evaluation:
         model: The model that holds the consensus inside ``consensus``.
         method: The method to evaluate.
         replica: This rank's vectors and its worker.
-        known: The model's parameters.
+        known: The check for parameters that were added to the model later.
 
     Attributes:
         is_shown: Whether the model holds the consensus now.

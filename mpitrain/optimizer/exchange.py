@@ -6,7 +6,8 @@
                                                  v computing      ^
     torch                                        | local update   |
 
-Each crossing has to bring the vectors across, keep the streams of a GPU in order, and start or stop the clock.
+The worker is the object that makes the exchanges of the method. At each crossing of the boundary, the vectors are
+copied if necessary, the streams of a GPU are kept in order, and the clock is started or stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ExchangeBoundary:
         device: The GPU that holds the worker's vectors; None if they are in host memory.
 
     Attributes:
-        clock: The total time of the exchanges that count.
+        clock: The total time of the blocks of ``exchanging(counts=True)``.
     """
 
     def __init__(self, flat: FlatParameters, device: Gpu | None) -> None:
@@ -62,7 +63,7 @@ class ExchangeBoundary:
                 self._device.synchronize()
 
     def computing(self) -> Computing:
-        """Return a context manager for the work of torch inside ``exchanging``; the clock stops meanwhile."""
+        """Return a context manager for the work of torch inside ``exchanging``. It stops the clock."""
         return Computing(self._flat, self._device, self.clock)
 
 
@@ -122,7 +123,7 @@ class Computing:
 
 
 class EarlyGradients:
-    """Notifications to a worker, during the backward pass, of gradients that are complete.
+    """The notifications that tell a worker, during the backward pass, which gradients are complete.
 
     Args:
         worker: The worker of a method that declares ``takes_gradients_early``.

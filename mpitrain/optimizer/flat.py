@@ -35,7 +35,7 @@ class FlatParameters:
 
     Attributes:
         layout: The positions of the parameters in the vectors.
-        staged: Whether the tensors are views of separate vectors, of which ``x`` and ``g`` are copies.
+        staged: Whether the tensors are views of separate vectors. ``x`` and ``g`` are then copies of these.
     """
 
     def __init__(self, layout: FlatLayout, x: Any, g: Any, *, staged: bool = False) -> None:
@@ -133,7 +133,7 @@ class FlatParameters:
         return int((~torch.isfinite(self._g)).sum())
 
     def mark_gradients(self) -> None:
-        """Mark the present gradients, all of which are in ``g``."""
+        """Remember the present gradients for ``has_marked_gradients``. All of them must be in ``g``."""
         self._marked = self._g._version
 
     def has_marked_gradients(self) -> bool:
@@ -235,7 +235,7 @@ class FlatParameters:
         forget_copies()
 
     def detach(self, vector: Any = None) -> None:
-        """Move the parameters back into ordinary memory, without gradients, on their present device and in their type.
+        """Move the parameters back into ordinary memory, without gradients. Device and type do not change.
 
         Tensors that were taken from the model keep their values.
 
@@ -254,7 +254,7 @@ class FlatParameters:
             _keep_values(tensor)
 
     def check_attached(self) -> None:
-        """Refuse parameters whose memory was replaced (``model.to``, ``model.half``).
+        """Refuse parameters whose memory was replaced, for example by ``model.to`` or ``model.half``.
 
         Raises:
             UsageError: The message says what to do instead.

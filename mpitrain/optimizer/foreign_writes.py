@@ -1,4 +1,4 @@
-"""Detection of changes that others than the optimizer make to parameters that the ranks of a node share."""
+"""Detection of changes to the shared parameters of a node that the optimizer has not made."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mpitrain.optimizer.layout import FlatLayout
 
 
 class ForeignWrites:
-    """A check for parameters that anything but the optimizer has changed since the last step.
+    """A check whether anything other than the optimizer has changed the parameters since the last step.
 
-    If a script changes parameters that the ranks of a node share, the change takes place once per rank, while other
-    ranks compute with them. The check uses two signs of a change. The first is the version counter of a tensor, which
-    torch increases with every change in place. The second is a few elements of each parameter; they also show changes
-    through ``parameter.data`` and changes by other ranks.
+    The ranks of a node share the parameters. If a script changes them, each rank makes the change once more, while
+    other ranks compute with the parameters. The check uses two signs of a change. The first is the version counter of a
+    tensor, which torch increases with every change in place. The second is the values of a few elements of each
+    parameter, which also reveal changes through ``parameter.data`` and changes by other ranks.
 
     Args:
         model: The model, for the names of the parameters.
@@ -38,7 +38,7 @@ class ForeignWrites:
         self.accept()
 
     def accept(self) -> None:
-        """Accept the present values as the result of the optimizer. Local; call it while no rank changes parameters."""
+        """Record the present values, with which ``check`` compares. Local; call it while no rank changes parameters."""
         self._versions = self._present_versions()
         self._samples = self._bits[self._positions]
 

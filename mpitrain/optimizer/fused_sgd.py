@@ -18,7 +18,7 @@ from mpitrain.optimizer.layout import FlatLayout
 def is_plain_sgd(base: torch.optim.Optimizer) -> bool:
     """Return whether the fused kernels can replace ``base.step()``.
 
-    They can if they compute the same equations, and if no option or hook changes the step.
+    They can if no option or hook makes the step different from the equations that they compute.
     """
     return (
         type(base) is torch.optim.SGD

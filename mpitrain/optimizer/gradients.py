@@ -32,7 +32,7 @@ class Gradients:
         """Copy the gradients into the vector, unless clipping has already done so. Local.
 
         Args:
-            scaling: The scale and the findings of a gradient scaler; None without one.
+            scaling: The values of the gradient scaler for this step; None without a scaler.
 
         Returns:
             Whether this rank's gradient is not finite, and whether the gradients have been combined since the last
@@ -53,7 +53,13 @@ class Gradients:
         return skips, is_combined
 
     def note_combined(self, *, skips: bool) -> None:
-        """Note that the vector holds the combined gradient, until it changes. Local."""
+        """Note that the vector holds the combined gradient of several ranks. Local.
+
+        The note is valid until the gradients change.
+
+        Args:
+            skips: Whether the combined gradient is not finite, so that the step will be skipped.
+        """
         self._is_combined, self._skips = True, skips
         self._flat.mark_gradients()
 

@@ -1,21 +1,21 @@
-"""Unequal numbers of steps: a rank that has made its last one stays in the exchanges of the others.
+"""Unequal numbers of steps: a rank that has made its last step keeps taking part in the exchanges of the others.
 
     with optimizer.join():
         for x, y in batches:      # more of them on some ranks than on others
             ...
             optimizer.step()
 
-At each step the ranks first count those that still make one. A rank whose loop has ended then repeats, until no rank
-makes a step any more:
+At each step, the ranks first count how many of them still make a step. A rank whose loop has ended (an ended rank)
+stays in ``join`` until this number is 0. Until then it takes part in each step of the others as follows:
 
-- Where a step uses the mean of all gradients, it is the mean over the ranks that still make steps. A rank that has
-  ended makes the same update, so that all parameters stay equal.
-- Where rounds end in a mean of parameters, a rank has no weight in rounds in which it has made no step. It receives the
-  mean of the others.
-- In other exchanges (a center, neighbours in a graph), a rank that has ended takes part as it is, without local steps.
+- Where a step uses the mean of all gradients, it is the mean over the ranks that still make steps. An ended rank makes
+  the same update, so that all parameters stay equal.
+- Where a round of several steps ends with a mean of the parameters, a rank that has made no step in the round has no
+  weight in this mean. It receives the mean of the others.
+- In other exchanges (with a center, or with neighbours in a graph), an ended rank takes part with its parameters as
+  they are, and makes no local steps.
 
-Source: the Join context of PyTorch (torch.distributed.algorithms.join), there with
-``divide_by_initial_world_size=False``.
+Source: the Join context of PyTorch (torch.distributed.algorithms.join) with ``divide_by_initial_world_size=False``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from mpitrain.optimizer.step import Stepper
 
 
 class Join:
-    """A context manager around the steps of an epoch, of which ranks may make unequal numbers.
+    """A context manager around steps of which the ranks may make unequal numbers.
 
-    Collective to enter and to leave for synchronous methods. For the others it does nothing: no rank waits.
+    For synchronous methods, it is Collective to enter and to leave. For asynchronous methods it does nothing, because
+    no rank waits for another.
 
     Args:
         method: The method.
@@ -41,7 +42,7 @@ class Join:
         stepper: Makes the steps.
 
     Raises:
-        UsageError: The method cannot leave a rank out.
+        UsageError: The method needs every rank in every step.
     """
 
     def __init__(self, method: Method, replica: LocalReplica, stepper: Stepper) -> None:
@@ -60,7 +61,7 @@ class Join:
         return self
 
     def weigh(self) -> None:
-        """Count the ranks that make this step, and give this rank's gradient its weight. Collective."""
+        """Count the ranks that make this step, and scale the gradient so that its mean is over them. Collective."""
         self._count(makes_step=True)
 
     def _note(self, clock: int | None) -> None:

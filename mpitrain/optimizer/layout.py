@@ -4,8 +4,8 @@
     tensor             weight ......... bias .. | weight ......
     vector             0               16      32                 n
 
-Parameters are laid out group by group, so that a parameter group is a slice of the vector with a learning rate and a
-weight decay of its own. Each tensor begins on a 64-byte boundary; the padding stays zero. A tensor that several modules
+Parameters are laid out group by group, so that each parameter group, with its own learning rate and weight decay, is
+one slice of the vector. Each tensor begins on a 64-byte boundary; the padding stays zero. A tensor that several modules
 share occurs once.
 """
 
@@ -79,7 +79,7 @@ class FlatLayout:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether fused kernels can make the local update: the parameters are on the host and do not have 16 bits."""
+        """Whether fused kernels can make the local update. They need more than 16 bits, on the host."""
         return self.device.type == "cpu" and self.torch_dtype.itemsize >= 4
 
 

@@ -74,7 +74,7 @@ class LocalReplica:
         world: World,
         options: ReplicaOptions,
     ) -> LocalReplica:
-        """Move the model into vectors, with the parameters of rank 0, and create its worker. Collective."""
+        """Move the parameters into a vector, set them to those of rank 0, and create the worker. Collective."""
         size = options.replica_size
         device = world.gpu if size == 1 and not method.on_host else None
         comm = MPICommunicator(world, on_host=device is None, wire=options.wire)

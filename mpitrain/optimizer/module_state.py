@@ -36,7 +36,7 @@ def snapshot(model: torch.nn.Module) -> ModuleState:
 
 
 def restore(model: torch.nn.Module, state: ModuleState) -> None:
-    """Set the buffers and attributes of a model to those of a snapshot of a model with the same modules."""
+    """Set the buffers and attributes of a model to those in the snapshot of a model with the same modules."""
     for name, buffer in state["buffers"].items():
         module, own = _place(model, name)
         module.register_buffer(own, buffer.clone(), persistent=own not in module._non_persistent_buffers_set)
@@ -53,7 +53,7 @@ def _place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
 def copy_with(model: torch.nn.Module, parameters: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> torch.nn.Module:
     """Return a deep copy of a model in which some parameters are replaced.
 
-    Tensors that the last forward pass has left in the modules are copied without their gradient function.
+    Tensors that the last forward pass has left in the modules are copied without their ``grad_fn``.
 
     Raises:
         UsageError: The model holds an object that cannot be copied.

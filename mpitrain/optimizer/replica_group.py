@@ -18,7 +18,7 @@ A group is data-parallel: every member has the whole model and samples of its ow
 members would fit here too: step 1 would gather the members' parts of the gradient, and step 3 scatter the parameters.
 
 Every member can read the consensus, the parameters that the method evaluates, at any time. A member requests it from
-the head, where a thread answers: the head need not reach a certain point of its program.
+the head, where a thread answers it. The head's own program need not reach a certain point first.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class GroupVectors:
 
     Attributes:
         comm: The communicator of the members.
-        x, g: (n,) vectors of parameters and gradients. The tensors of a member live here. Those of the head live
-            elsewhere, where the heads of other groups can reach them.
+        x, g: (n,) vectors of parameters and gradients. The model's tensors are views of these on all members except the
+            head. Those of the head live elsewhere, where the heads of other groups can reach them.
     """
 
     comm: MPICommunicator
@@ -90,9 +90,7 @@ class GroupVectors:
         return not all(math.isfinite(float(element)) for element in first)
 
     def mean_loss(self, loss: float | None) -> float | None:
-        """Return the mean of the members' losses, or None if the members have no loss. Collective over the group with
-        losses.
-        """
+        """Return the mean of the members' losses, or None if they have none. Collective over the group if they do."""
         return None if loss is None else float(self.comm.gather([loss]).mean())
 
 
@@ -161,9 +159,7 @@ class ReplicaGroup:
             self._shared.comm.broadcast(out)
 
     def close(self) -> None:
-        """Stop the thread that answers members, and release the vectors. Local; call it after the last request of a
-        member.
-        """
+        """Stop the thread that answers members, and release the vectors. Local; call it after the last request."""
         if self._consensus_server is not None:
             self._consensus_server.stop()
             self._consensus_server = None

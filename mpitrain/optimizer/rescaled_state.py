@@ -1,4 +1,4 @@
-"""The states of the optimizer on p ranks, as one state from which each of q ranks continues (``base.rescaling``)."""
+"""The conversion of the states of p ranks to one state from which each of q ranks continues; see ``base.rescaling``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ States = Sequence[Mapping[str, Any]]
 
 
 class Parts(Sequence[Mapping[str, Any]]):
-    """The workers' parts of the states of their ranks: the method's entries and the parameters.
+    """The method's entries and the parameters of each worker, taken from the states of all ranks.
 
     Args:
         states: The states of all ranks.
@@ -50,7 +50,7 @@ def merge(states: States, parts: Parts, method: Method, worker: Worker) -> dict[
 
     Args:
         states: The states of all former ranks, which have been checked.
-        parts: The same states by workers.
+        parts: The part of each worker, from the same states.
         method: The method of the states.
         worker: One of the new workers.
 

@@ -49,10 +49,10 @@ class Owner:
 
         Args:
             state: The state.
-            of_all: Whether the state is one of the states of all ranks, at the position of this rank.
+            of_all: Whether the state comes from a list of the states of all ranks, where its position is this rank.
 
         Raises:
-            UsageError: It does not; the message names the difference.
+            UsageError: The state belongs to another owner; the message names the difference.
         """
         if "algorithm" not in state:
             raise UsageError(

@@ -147,7 +147,7 @@ class ParamGroups:
 
 
 class Weights(Protocol):
-    """What decides the weight of this rank's gradient in a step."""
+    """An object that decides the weight of this rank's gradient in a step."""
 
     def weigh(self) -> None:
         """Give the gradient of this step its weight. Collective."""
@@ -165,7 +165,7 @@ class Stepper:
         known: The parameters that the model has had from the beginning.
 
     Attributes:
-        join: Weighs the gradients while ranks may make unequal numbers of steps; else None.
+        join: The object that weighs the gradients while ranks may make unequal numbers of steps; else None.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Stepper:
 
         Args:
             loss: The loss of the mini-batch, or a closure that computes it.
-            scaling: The scale and the findings of a gradient scaler; None without one.
+            scaling: The values of the gradient scaler for this step; None without a scaler.
 
         Returns:
             ``loss``, or the value that the closure returned.
@@ -240,7 +240,7 @@ class Stepper:
         return loss
 
     def accompany(self) -> None:
-        """Take part in a step of other ranks, without a gradient of this rank's own. Collective."""
+        """Take part in a step of other ranks without a gradient, after this rank's own last step. Collective."""
         if self._method.combines_gradients:
             self.zero_gradients(set_to_none=False)
             self.step(None)
@@ -288,7 +288,7 @@ class Stepper:
             self._flat.zero_gradients()
 
     def accept_parameters(self) -> None:
-        """Accept the present parameters as the result of a step or of loading. Local."""
+        """Clear caches of older parameters, and tell ``ForeignWrites`` that the change was the optimizer's. Local."""
         forget_copies()
         if self._foreign_writes is not None:
             self._foreign_writes.accept()
@@ -318,8 +318,9 @@ class Stepper:
             self._worker.wait()
 
     def finalize(self) -> None:
-        """Make the worker's last exchange. Collective for synchronous methods, else Local (or Collective over a replica
-        group).
+        """Make the worker's last exchange.
+
+        Collective for synchronous methods, else Local (or Collective over a replica group).
         """
         with self._boundary.exchanging(copies=True):
             self._worker.finalize(self._groups.slices())
