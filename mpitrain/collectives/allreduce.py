@@ -12,12 +12,14 @@ Across nodes::
 
 The order of summation depends only on the rank numbers, so every rank gets the same bits in every run.
 
-In a ring, float32 sums (including those of 16-bit vectors) travel in 16 bits if there is a wire format. Sums that are
-small enough for MPI_Allreduce are exact, since their cost is latency. So are sums in the background, which MPI makes.
+In a ring, float32 sums (including those of 16-bit vectors) travel in 16 bits if there is a wire format
+(``native.wire``). Two kinds of sums are always sent in full: small ones, whose time is mostly latency, and sums in the
+background, which MPI computes.
 
 Vectors in GPU memory are summed in the same way, by one kernel per rank, if the ranks of a node map each other's
 memory. Their slices cross nodes through the host, or directly if MPI is known to support it. Vectors that are not
-mapped are summed in their mirrors in host memory, in chunks: one is summed while the next is copied there.
+mapped are summed by MPI if it is known to support that. Otherwise they are summed in their mirrors in host memory
+(``rma.device_window``), in chunks: one chunk is summed while the next is copied to the mirror.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class AllReduce:
     Args:
         world: The ranks.
         statistics: The counters of bytes and waiting.
-        wire: The wire format of large sums between nodes, the same as for fetched blocks; None without one.
+        wire: The wire format of large sums between nodes; None to send them in full.
     """
 
     def __init__(self, world: World, statistics: Statistics, wire: Format | None = None) -> None:
@@ -180,7 +182,7 @@ class AllReduce:
         Args:
             window: The arrays.
             fn: Called with parts of ``slice_of(n)`` and vectors that add up to the sum. On a node with few ranks, these
-                are the arrays of the ranks themselves. Otherwise it is one vector, in memory that is reused.
+                are the arrays of the ranks themselves. Otherwise, it is one vector, the sum, in memory that is reused.
         """
         world, statistics, n = self._world, self._statistics, window.local.size
         statistics.n_exchanges += 1
@@ -266,7 +268,7 @@ class AllReduce:
 
 
 def sum_in_groups(total: Any, sources: Sequence[Any], scale: float) -> None:
-    """Compute ``total = scale * sum(sources)`` for any number of sources. They may be 16-bit if the total is wider."""
+    """Compute ``total = scale * sum(sources)`` for any number of sources. 16-bit sources may have a float32 total."""
     most = DIRECT if total.dtype != sources[0].dtype else MOST
     kernels.reduce_sum(total, sources[:most], 1.0 if len(sources) > most else scale)
     for start in range(most, len(sources), most - 1):

@@ -95,10 +95,10 @@ class Communicator(Protocol):
         """
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate a vector of zeros in shards, or ``rows`` vectors that change together. Collective."""
+        """Allocate a vector of zeros, divided into shards, or ``rows`` such vectors, updated together. Collective."""
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate ``slots`` vectors at every worker, each with a lock under which others access it. Collective."""
+        """Allocate ``slots`` vectors at every worker, each with a lock that guards every access to it. Collective."""
 
     def allreduce(self, vector: Vector, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every worker's vector by the sum (or mean) of all, with the same bits everywhere. Collective.
@@ -137,7 +137,7 @@ class Communicator(Protocol):
     def start(self, fn: Callable[[], object]) -> Started:
         """Start a one-sided exchange ``fn`` in the background. Local.
 
-        The worker must not use the data of ``fn`` until it has ended. Several functions run one after the other.
+        The worker must not use the data of ``fn`` until ``fn`` has ended. Several functions run one after the other.
         """
 
     def wait_until(self, condition: Callable[[], bool]) -> None:

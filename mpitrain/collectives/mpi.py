@@ -33,7 +33,7 @@ LONGEST_BACKOFF_BETWEEN_NODES_SECONDS = 2e-3
 
 
 class MPICommunicator(PeerMemory):
-    """Implements ``Communicator`` between the ranks of a world. Each rank is a worker. Collective to create.
+    """The ``Communicator`` between the ranks of a world. Each rank is a worker. Collective to create.
 
     The base class ``PeerMemory`` has the methods that allocate and read memory. This class adds the collective
     operations and the operations in the background.

@@ -1,4 +1,4 @@
-"""A non-blocking all-reduce, which MPI makes in the background."""
+"""A non-blocking all-reduce, which MPI performs in the background."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ Each part is summed in one order, so that all ranks get the same bits in every r
 
 Parts can travel in a wire format (``native.wire``). Every rank that they pass then sums them in float32. A complete
 part is encoded once, by the rank that completes it, and this rank also continues with the decoded values. A part is
-rounded once per rank. There is no error feedback: unlike a center, a sum has no next exchange.
+rounded once per rank. There is no error feedback, which would add a rounding error to the next exchange of the same
+vector: a sum is exchanged only once.
 
 Source: Patarasuk, Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
 """
@@ -53,8 +54,8 @@ def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: 
 
     Args:
         comm, total: As in ``allreduce``.
-        incoming: As in ``allreduce``. It holds two parts in 16 bits.
-        wire: The wire format. Sums are sent in its format for fetched blocks.
+        incoming: As in ``allreduce``. Here it holds two encoded parts, of 16 bits per element.
+        wire: The wire format. All parts are sent in its 16-bit format ``wire.fetched``.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     parts = split(total.size, size)

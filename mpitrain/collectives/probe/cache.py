@@ -4,9 +4,9 @@ No MPI reports reliably what it can do with GPU memory: failures range from wron
 are tried (``probe.runner``) with host memory, page-locked host memory and device memory, by two ranks on one host.
 Managed memory is left out.
 
-``mpirun -n 2 mpitrain info --probe`` measures; the transports ask ``known``. The result is a JSON file in the folder of
-the compiled kernels. It is valid for the host, the MPI, the GPUs and the settings it was measured with, and found under
-no others.
+``mpirun -n 2 mpitrain info --probe`` measures, and ``world.transport`` reads the result with ``known``. The result is a
+JSON file in the folder of the compiled kernels. It is used only with the host, the MPI, the GPUs and the settings with
+which it was measured.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def probe_hosts(comm: Any, hosts: Sequence[str], gpus: Sequence[str], *, again: 
         comm: The ranks.
         hosts: The host of each rank.
         gpus: The names of the GPUs that this rank sees.
-        again: Whether to measure again. One rank of each host measures, while the other ranks sleep.
+        again: Whether to measure again, instead of reading stored results. One rank of each host measures, while the
+            other ranks sleep.
 
     Returns:
         On rank 0, one result for each host that has a result. On other ranks, an empty list.

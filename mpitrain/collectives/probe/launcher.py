@@ -1,6 +1,6 @@
-"""The command line and the environment that start two ranks of their own, from anywhere.
+"""The command line and the environment that start two ranks as a separate job, from anywhere.
 
-The two ranks get the environment of this process without the variables of its launcher: they are not part of its world.
+The two ranks get the environment of this process without the variables of its launcher, so they do not join its world.
 Settings by which a user chooses how MPI works (OMPI_MCA_*, UCX_*, LD_LIBRARY_PATH) stay, because they are probed too.
 """
 
@@ -47,7 +47,8 @@ def find_launcher() -> str | None:
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` without the variables of launchers, and with those that start two ranks on any host. Local.
 
-    The variables are those of jobs/local.sh: root may start ranks, waiting ranks yield the core, and Hydra forks.
+    The added variables are those of jobs/local.sh: root may start ranks, waiting ranks yield the core, and MPICH's
+    launcher Hydra forks instead of using ssh.
     """
     inherited = {name: value for name, value in environ.items() if not _is_of_launcher(name)}
     allowed = [f"{program}_ALLOW_RUN_AS_ROOT{end}" for program in ("OMPI", "PRTE") for end in ("", "_CONFIRM")]

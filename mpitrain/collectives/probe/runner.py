@@ -1,4 +1,4 @@
-"""Trials of MPI's operations in two ranks of their own, where a crash or a hang is a result.
+"""Trials of MPI's operations in a separate job of two ranks, where a crash or a hang is a result.
 
     here                     mpirun -n 2, its output in a file          two ranks (collectives.probe.child)
     start  ----------------> start ----------------------------------->  send, all-reduce, window creation, ...
@@ -95,7 +95,8 @@ class Attempt:
 
     Attributes:
         outcomes: The outcomes of the operations that both ranks have completed, in order.
-        failure: The outcome of the next operation, or of all operations if the pair has not ``started``.
+        failure: The outcome of the operation after those, or of all operations if the pair has not started.
+        started: Whether both ranks have started.
     """
 
     outcomes: dict[str, Outcome]

@@ -95,7 +95,7 @@ def holds(memory: Any, expected: np.ndarray) -> bool:
 
 @contextmanager
 def send(pair: Pair, n_bytes: int) -> Iterator[Trial]:
-    """Send to the peer, which sends the data back to other memory."""
+    """Send to the peer, which sends the data back. They arrive in other memory of this rank."""
     from mpi4py import MPI
 
     here, echo = pair.buffer(n_bytes), pair.buffer(n_bytes)
@@ -162,11 +162,11 @@ def window(pair: Pair, buffer: Any) -> Iterator[Any]:
 def one_sided(
     start: Callable[[Any, list[Any], list[Any]], Any], *, fetches: bool, adds: bool = False
 ) -> Callable[[Pair, int], Any]:
-    """Return an operation of rank 0 on the window of rank 1.
+    """Return the trial of a one-sided operation of rank 0 on the window of rank 1.
 
     Args:
         start: Called with (window, origin, target). If it returns a request, the request is completed.
-        fetches: Whether the bytes move to rank 0 instead of rank 1.
+        fetches: Whether the bytes move from rank 1 to rank 0, instead of from rank 0 to rank 1.
         adds: Whether the operation adds to float32 numbers.
     """
 
@@ -204,7 +204,7 @@ def one_sided(
 
 @contextmanager
 def fetch_and_op(pair: Pair, n_bytes: int) -> Iterator[Trial]:
-    """Add 1 to an int64 counter of rank 1 and fetch its value, on both ranks at once. No increment may be lost."""
+    """Let both ranks, at once, add 1 to an int64 counter of rank 1 and fetch its value. No increment may be lost."""
     from mpi4py import MPI
 
     counter, scratch = pair.buffer(n_bytes), pair.buffer(2 * n_bytes)

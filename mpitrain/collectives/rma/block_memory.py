@@ -1,4 +1,4 @@
-"""The placement of blocks in memory: elements and tags lie in windows at their home ranks."""
+"""The placement of blocks (``rma.blocks``): elements and tags lie in windows at the home ranks of their blocks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class BlockMemory:
         return [np.zeros_like(like, shape=(length,)) for _ in range(n)]
 
     def get(self, block: Block) -> None:
-        """Copy a remote block from its home; this rank must hold its lock. Local."""
+        """Copy a remote block from its home; this rank must hold the block's lock. Local."""
         index = block.index
         home = self.homes[index]
         self.data.get(home, block.data, self.starts[index])
@@ -98,7 +98,7 @@ class BlockMemory:
         self.data.flush(home)
 
     def put(self, block: Block) -> None:
-        """Copy a remote block to its home; this rank must hold its lock. Local."""
+        """Copy a remote block to its home; this rank must hold the block's lock. Local."""
         index = block.index
         home = self.homes[index]
         self.data.put(home, block.data, self.starts[index])

@@ -34,7 +34,7 @@ class Block:
         index: The number of the block.
         data: (length,) the elements, which may be changed in place.
         tags: (N_TAGS,) float64, which may be changed in place.
-        version: The number of updates before this lock was acquired.
+        version: The number of updates of the block before its lock was acquired.
     """
 
     index: int
@@ -60,7 +60,7 @@ class Blocks(ABC):
         Args:
             index: The number of the block.
             prefetch: The block that will be acquired next, after the release of this one. It may be fetched ahead of
-                time. If the body raises, it is released as well.
+                time. If the body raises, the prefetched block is released as well.
             updated: Whether the body changes the block.
             encoded: As in ``acquire``.
         """
@@ -100,7 +100,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
+        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
 
     @abstractmethod
     def free(self) -> None:

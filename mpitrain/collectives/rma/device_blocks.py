@@ -9,7 +9,8 @@ block but one block later: a block is released while the next one is worked on::
     lock 0   [copy in | kernel | copy out]
     lock 1                     [copy in | kernel | copy out]         copy out 0 and copy in 1 overlap
 
-It is released at once if this worker would have to wait for a lock, so that no two workers wait for each other.
+If this worker would have to wait for a lock, it first releases the earlier block, so that no two workers wait for each
+other.
 """
 
 from __future__ import annotations
@@ -121,15 +122,15 @@ class DeviceBlocks(Blocks):
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:
-        """The rounding errors of encoded changes, (length,) for each block; they are sent with the next change."""
+        """The rounding error of each block's last encoded change, (length,); its next change includes it."""
         return self._blocks.residuals
 
     def drop_residuals(self) -> None:
-        """Discard the residuals, because the blocks get new values. Local."""
+        """Discard the residuals. Call it when all blocks get new values, to which they do not belong. Local."""
         self._blocks.drop_residuals()
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
+        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
         self._blocks.peek_tags(index, out)
 
     def lock_owner(self, index: int) -> int | None:

@@ -2,8 +2,7 @@
 
 ``DeviceWindow`` is to GPUs what ``rma.window.Window`` is to hosts. Where CUDA IPC maps the memory of a peer,
 ``of(peer)`` is the peer's array itself, so that one kernel reads and writes both. Elsewhere a *mirror*, an ordinary
-window in page-locked host memory, stands for the vector: peers see it there as it was when its owner last entered a
-collective.
+window in page-locked host memory, stands for the vector: peers read there the values that its owner published last.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class DeviceWindow:
         world: The ranks; each has a GPU.
         n: The number of elements on this rank; ranks may differ.
         dtype: The type of the elements, the same on all ranks.
-        mirrored: Whether to keep a mirror in host memory, from which peers that cannot map the array read the values of
-            its owner's last ``publish``.
+        mirrored: Whether to keep a mirror in host memory for peers that cannot map the array. They read there the
+            values that the owner published last.
 
     Attributes:
         local: (n,) this rank's array, initially zeros.
@@ -65,14 +64,14 @@ class DeviceWindow:
         return self._direct.get(rank)
 
     def get(self, rank: int, out: Any, start: int = 0) -> None:
-        """Start to copy ``out.size`` elements at ``start`` of ``rank`` to the device; ``flush`` completes it. Local."""
+        """Start to fill ``out``, on the device, from ``rank``'s array at ``start``; ``flush`` completes it. Local."""
         assert self._remote is not None
         self._gpu.synchronize()
         for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: Any, start: int = 0) -> None:
-        """Start to copy ``values`` from the device to ``start`` of ``rank``; ``flush`` completes it. Local."""
+        """Start to copy ``values``, on the device, to ``rank``'s array at ``start``; ``flush`` completes it. Local."""
         assert self._remote is not None
         self._gpu.synchronize()
         for at, piece in pieces_of(values, start * self.dtype.itemsize):

@@ -16,9 +16,9 @@ class FlightWindow:
     """The number of bytes under way that fills a link, estimated from past visits.
 
     It is a multiple of the round-trip time times the bandwidth, as in BBR (Cardwell et al. 2016, doi
-    10.1145/3012426.3022184). The round-trip time is the shortest that was measured. The bandwidth is the highest of a
-    whole visit. If the window limits a visit, the measured bandwidth is the window divided by the round trip. The
-    window therefore grows until the link is full.
+    10.1145/3012426.3022184). The round-trip time is the shortest that was measured. The bandwidth is the highest
+    that a whole visit reached. If the window limits a visit, the measured bandwidth is the window divided by the round
+    trip. The window therefore grows until the link is full.
 
     Attributes:
         n_bytes: The window, in bytes.

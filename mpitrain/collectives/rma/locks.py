@@ -6,8 +6,9 @@ A lock word holds a version and an owner::
 
 One compare-and-swap acquires the lock and returns its version. A second one releases the lock and counts the update.
 One compare-and-swap also takes the lock over from a rank that is known to be dead, whereas an exclusive
-``MPI_Win_lock`` of a dead rank is lost for ever and does not tell its owner. The version is read in the critical
-section itself: it is the true staleness of Hermans (CERN-THESIS-2017-103, chapter 4), not one read beside a race.
+``MPI_Win_lock`` of a dead rank is lost for ever and does not tell its owner. The version is read while the lock
+is held. No update can come between the reading and the visit, so the staleness that follows from the version is the
+true one (Hermans, CERN-THESIS-2017-103, chapter 4).
 
 If all ranks share one node, the words lie in its memory and the CPU swaps them. That costs a fraction of an MPI call,
 and it orders the reads and writes under the lock. Between nodes, either the CPU of the word's node swaps it for all
@@ -44,7 +45,7 @@ class LockTable:
 
     Args:
         world: The ranks.
-        counts: (ranks,) the number of words of each home.
+        counts: (ranks,) the number of words that each rank stores. The home of a word is the rank that stores it.
 
     Attributes:
         orders_memory: Whether the lock makes writes to shared memory visible to the next owner. If not, a
@@ -125,10 +126,10 @@ def count_wait(statistics: Statistics, seconds: float) -> None:
 
 
 class Words(Protocol):
-    """Lock words, identified by their home rank and their number at this rank."""
+    """Lock words. Each is identified by its home rank and its number there."""
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
-        """Set the owner bits of a free word to this rank's. Local.
+        """Write this rank's owner bits to a word if the word is free. Local.
 
         Args:
             home, index: The word.
@@ -156,7 +157,7 @@ class NodeWords:
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
-        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
+        """Write this rank's owner bits to a word if it is free, and return the former word. Local."""
         return self._acquire(self._words[home], STRIDE * index, self._mine, self._spin_limit if spin else 0)
 
     def swap(self, home: int, index: int, expected: int, new: int) -> int:
@@ -185,7 +186,7 @@ class MPIWords:
         world.allgather(None)
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
-        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
+        """Write this rank's owner bits to a word if it is free, and return the former word. Local."""
         while True:
             free = self._last_seen[home][index]
             found = self.swap(home, index, free, free | self._mine)

@@ -1,4 +1,4 @@
-"""Mailboxes: vectors at every worker, which others read or leave messages in.
+"""Mailboxes: vectors at every worker, which other workers read, or in which they leave messages.
 
 A mailbox is read and changed as a whole, under one lock, together with its tags. Two slots make a double buffer:
 ``publish`` writes the older one while others read the newer one, so that neither waits for the other.
@@ -23,7 +23,7 @@ class Mailboxes:
     """Mailboxes: ``slots`` vectors of ``n`` elements at each worker. Created by ``Communicator.mailboxes``.
 
     Args:
-        blocks: The blocks; number ``rank * slots + slot`` is a slot of a worker.
+        blocks: The blocks. Block ``rank * slots + slot`` is slot ``slot`` of worker ``rank``.
         rank: The rank of this worker.
         slots: The number of vectors per worker.
         statistics: The counters of exchanges and non-finite elements.
@@ -43,8 +43,8 @@ class Mailboxes:
         Args:
             rank: The worker.
             fn: Called with the array (n,) and the tags (N_TAGS,) float64 of the mailbox, to change both in place. It
-                returns the number of non-finite elements. It may visit another mailbox; to avoid a deadlock, the
-                mailbox of the lower rank must be visited first.
+                returns the number of non-finite elements that it has found. It may visit another mailbox; to avoid a
+                deadlock, the mailbox of the lower rank must be visited first.
             slot: The index of the vector.
             pulls: Whether ``fn`` also copies the values of the mailbox. The visit then counts as an exchange of two
                 vectors.

@@ -108,7 +108,7 @@ class MPIBlocks(Blocks):
     def release(self, block: Block, *, updated: bool) -> None:
         """Store a block if it was updated, and unlock it. Local.
 
-        After the last block of a visit, which was acquired without ``prefetch``, wait until all blocks are stored and
+        The last block of a visit is acquired without ``prefetch``. Its release waits until all blocks are stored and
         unlocked.
         """
         index = block.index
@@ -124,15 +124,15 @@ class MPIBlocks(Blocks):
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:
-        """The rounding errors of encoded changes, (length,) for each block; they are sent with the next change."""
+        """The rounding error of each block's last encoded change, (length,); its next change includes it."""
         return self._remote.residuals
 
     def drop_residuals(self) -> None:
-        """Discard the residuals, because the blocks get new values. Local."""
+        """Discard the residuals. Call it when all blocks get new values, to which they do not belong. Local."""
         self.residuals.clear()
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the numbers may be from different updates."""
+        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
         self._memory.peek_tags(index, out)
 
     def arrays(self) -> list[Any]:

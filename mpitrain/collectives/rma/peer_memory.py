@@ -1,4 +1,4 @@
-"""Memory that the ranks of a world reach one-sided: vectors, shared vectors and mailboxes, on hosts or on GPUs."""
+"""Memory that the ranks of a world access one-sided: vectors, shared vectors and mailboxes, on hosts or on GPUs."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class PeerMemory:
         return fetched
 
     def shared_vector(self, n: int, dtype: Any, rows: int = 1) -> SharedVector:
-        """Allocate a vector of zeros in shards over all ranks, or several vectors that change together. Collective."""
+        """Allocate a vector of zeros, divided into shards, or ``rows`` such vectors, updated together. Collective."""
         smallest, largest = self._shard_sizes()
         parts = shards(n, self.nodes, largest, smallest=-(-smallest // rows))
         blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
@@ -142,7 +142,7 @@ class PeerMemory:
         return SharedVector(blocks, self.rank, self.size, self.statistics, rows, first=first)
 
     def mailboxes(self, n: int, dtype: Any, slots: int = 1) -> Mailboxes:
-        """Allocate vectors at every rank, each with a lock under which others access it. Collective."""
+        """Allocate ``slots`` vectors at every rank, each with a lock that guards every access to it. Collective."""
         homes = [rank for rank in range(self.size) for _ in range(slots)]
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
@@ -164,7 +164,7 @@ class PeerMemory:
         return SMALLEST_REMOTE_SHARD, LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
 
     def drop_residuals(self) -> None:
-        """Discard the residuals of encoded changes, because shared vectors get new values. Local."""
+        """Discard the residuals. Call it when shared vectors get new values, to which they do not belong. Local."""
         for made in self._made:
             if isinstance(made, (MPIBlocks, DeviceBlocks, PeerMemory)):
                 made.drop_residuals()

@@ -88,7 +88,7 @@ class RemoteBlocks:
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
-        residuals: The rounding errors of encoded changes, (length,) for each block; they are sent with the next change.
+        residuals: The rounding error of each block's last encoded change, (length,); its next change includes it.
         window: The number of bytes under way that fills the link.
     """
 

@@ -22,7 +22,7 @@ class RemoteLocks(LockTable):
 
     Args:
         world: The ranks.
-        counts: (ranks,) the number of words of each home.
+        counts: (ranks,) the number of words that each rank stores.
         progress: The progress thread of this rank.
     """
 
@@ -47,7 +47,7 @@ class RemoteWords:
 
     Args:
         world: The ranks.
-        counts: (ranks,) the number of words of each home.
+        counts: (ranks,) the number of words that each rank stores.
         progress: The progress thread of this rank.
     """
 
@@ -62,7 +62,7 @@ class RemoteWords:
         return self._bases[home] + 8 * STRIDE * index
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
-        """Set the owner bits of a free word to this rank's, and return the former word. Local."""
+        """Write this rank's owner bits to a word if it is free, and return the former word. Local."""
         words = self._window.of(home)
         if words is not None:
             return self._acquire(words, STRIDE * index, self._mine, 0)

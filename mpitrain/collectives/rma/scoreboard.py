@@ -45,7 +45,7 @@ class Scoreboard:
             self._window.local[self._places[name]] = value
 
     def write_to(self, rank: int, **values: float) -> None:
-        """Set some single values of another rank. Local."""
+        """Set some values of another rank, each of length 1. Local."""
         row = self._window.of(rank)
         for name, value in values.items():
             place = self._places[name]

@@ -1,9 +1,9 @@
 """One vector for all workers (the center), sharded over them, so that no rank is a server.
 
 Each shard is a parameter server of its own: a read-modify-write of a shard is atomic and ordered. One of the whole
-vector is not, since two workers may visit different shards at once, in different orders. Every sharded server does so,
-and the methods allow it because they are elementwise. Each worker begins with a different shard, so that two of them
-seldom meet.
+vector is not, since two workers may visit different shards at once, in different orders. This holds for every sharded
+server, and it is no problem for the methods, because they work elementwise. Each worker begins with a different shard,
+so that two of them seldom meet.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class SharedVector:
         """Restore the age of the last pull of each shard, as returned by ``lags()``. Local.
 
         Args:
-            lags: (shards,) the ages, or one number for all shards. The shards may have had other sizes, with the same
-                number of ranks.
+            lags: (shards,) the ages, or one number for all shards. If they were saved with another number of shards,
+                each shard gets the age of the shard that was at its place. The number of ranks must be the same.
         """
         lags = self._for_these_shards(np.atleast_1d(lags))
         for locked in self._blocks.visit(self._order, updated=False):
@@ -176,7 +176,8 @@ class SharedVector:
         """Replace the tags of all shards. Local; others see them after a barrier.
 
         Args:
-            tags: (shards, N_TAGS) the tags. The shards may have had other sizes, with the same number of ranks.
+            tags: (shards, N_TAGS) the tags. If they were saved with another number of shards, each shard gets the
+                tags of the shard that was at its place. The number of ranks must be the same.
         """
         tags = self._for_these_shards(np.asarray(tags))
         for locked in self._blocks.visit(self._order, updated=True):

@@ -99,13 +99,13 @@ class Window:
         return self._direct.get(rank)
 
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
-        """Start to copy ``out.size`` elements at ``start`` of a remote ``rank``; ``flush`` completes it. Local."""
+        """Start to fill ``out`` from a remote ``rank``'s array at ``start``; ``flush`` completes it. Local."""
         assert self._remote is not None
         for at, piece in pieces_of(out, start * self.dtype.itemsize):
             self._remote.Get([piece, MPI.BYTE], rank, at)
 
     def put(self, rank: int, values: np.ndarray, start: int = 0) -> None:
-        """Start to copy ``values`` to ``start`` of a remote ``rank``; ``flush`` completes it. Local."""
+        """Start to copy ``values`` to a remote ``rank``'s array at ``start``; ``flush`` completes it. Local."""
         assert self._remote is not None
         for at, piece in pieces_of(values, start * self.dtype.itemsize):
             self._remote.Put([piece, MPI.BYTE], rank, at)

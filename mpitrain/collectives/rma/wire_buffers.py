@@ -32,7 +32,7 @@ class WireBuffers:
         statistics: The counters of non-finite elements.
 
     Attributes:
-        residuals: The rounding errors of encoded changes, (length,) for each block; they are sent with the next change.
+        residuals: The rounding error of each block's last encoded change, (length,); its next change includes it.
     """
 
     def __init__(self, memory: BlockMemory, encoding: wire.Format, statistics: Statistics) -> None:
@@ -49,7 +49,7 @@ class WireBuffers:
         return -(-max(self._encoding.fetched_bytes(n), self._encoding.sent_bytes(n)) // ALIGNMENT) * ALIGNMENT
 
     def staging(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return two buffers for any remote block: one for the fetched block, one for its change. Local."""
+        """Return two buffers, large enough for any remote block: for the fetched block and for its change. Local."""
         n_bytes = self._n_bytes(self._memory.longest_remote)
         return np.zeros(n_bytes, np.uint8), np.zeros(n_bytes, np.uint8)
 

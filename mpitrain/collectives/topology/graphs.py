@@ -237,13 +237,16 @@ def symmetric_exponential(size: int, base: int = 4) -> Topology:
 
 
 def one_peer_exponential(size: int) -> Topology:
-    """Return the one-peer exponential graph: i sends to i + 2^(k mod K) at step k, K = floor(log2(size - 1)) + 1."""
+    """Return the one-peer exponential graph: at step k, i sends to i + 2^(k mod K), K = floor(log2(size - 1)) + 1."""
     steps = [_sorted([(i + h) % size] for i in range(size)) for h in _doublings(size) or [0]]
     return Topology("one_peer_exponential", size, tuple(steps))
 
 
 def two_peer_exponential(size: int) -> Topology:
-    """Return the directed graph with two peers per step: i sends to i + 3^(k mod K) and i + 2*3^(k mod K)."""
+    """Return the two-peer exponential graph, directed: i sends to i + h and i + 2h, h = 1, 3, 9, ... from step to step.
+
+    The steps begin again when h would reach `size`.
+    """
     hops = list(takewhile(lambda hop: hop < size, (3**k for k in count()))) or [1]
     steps = tuple(_sorted([(i + hop) % size, (i + 2 * hop) % size] for i in range(size)) for hop in hops)
     return Topology("two_peer_exponential", size, steps)
@@ -268,7 +271,7 @@ def bipartite_exponential(size: int) -> Topology:
 
 
 def erdos_renyi(size: int, probability: float = 0.5, seed: int = 0) -> Topology:
-    """Return a connected random graph, in which each pair is joined with `probability`.
+    """Return a connected random graph, in which `probability` is that of an edge between two ranks.
 
     The graph is drawn again until it is connected.
     """

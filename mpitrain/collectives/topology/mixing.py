@@ -13,8 +13,9 @@ One convention everywhere: W[i, j] is the weight with which i uses j's vector, s
     metropolis   1 / (1 + max(d_i, d_j))  1 - sum of the row    rows and columns   consensus, hull and mean
     push         1 / (1 + out(j))         1 / (1 + out(i))      columns            the sum; consensus of x / w
 
-Confusing them biases the result silently on graphs with unequal degrees. The matrices serve analysis and tests; D-PSGD
-reads its rows from one when it is set up, the other methods use neighbours and weights.
+Here in(i) and out(i) are the in-degree and the out-degree of i, and d_i is the degree of i in a symmetric graph.
+Confusing the weights biases the result silently on graphs with unequal degrees. The matrices serve analysis and tests.
+Only D-PSGD reads its weights from one, when it is set up; the other methods use neighbours and weights directly.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def spectral_gap(w: Matrix) -> float:
 def consensus_rate(topology: Topology, weights: Weights | None = None) -> float:
     """Return the factor by which one period shrinks the disagreement: 0 averages exactly, 1 does not average.
 
-    If the product of the matrices is doubly stochastic, the factor is its second largest singular value, which bounds
-    every period. Otherwise, it is the second largest modulus of its eigenvalues, which holds in the limit. With push
-    weights, it applies to the debiased x / w.
+    If the product of the matrices is doubly stochastic, the factor is the product's second largest singular value, an
+    upper bound for every period. Otherwise, the factor is the second largest modulus of the product's eigenvalues, the
+    limit after many periods. With push weights, it describes the disagreement of x / w, where w is the push-sum weight.
 
     Args:
         topology: The graph.

@@ -66,7 +66,7 @@ def read_graph(path: str) -> Topology:
     """Return the topology in a file.
 
     Raises:
-        UsageError: The file cannot be read, is too large or does not contain a graph with these nodes.
+        UsageError: The file cannot be read, is too large, or does not contain a graph with the nodes 0 to p - 1.
     """
     try:
         if os.path.getsize(path) > MAX_BYTES:

@@ -6,11 +6,11 @@
     |   shard 0   |sh. 1 |   shard 2   |sh. 3 | sh. 4 | sh. 5|     contiguous, each owner the same share
      0            16     32            48     64      80   100
 
-The vector decides how many shards there are: a short one has fewer owners than there are ranks, spread over the nodes.
-A visit then costs the same number of messages on two nodes as on a thousand.
+The length of the vector determines the number of shards. A short vector has fewer owners than there are ranks; they are
+spread over the nodes. A visit then costs the same number of messages on two nodes as on a thousand.
 
-Rank r starts at the first shard of its own (between nodes: of a later rank) and goes round once, so that the workers of
-an exchange follow each other through the vector instead of queueing at the lock of shard 0.
+Rank r starts at its own first shard, or between nodes at that of a later rank, and goes round once, so that the workers
+of an exchange follow each other through the vector instead of queueing at the lock of shard 0.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def shards(
         n: The number of elements of the vector.
         nodes: (ranks,) the node of each rank.
         largest: The largest number of elements in a shard.
-        smallest: The smallest number of elements in a share if there are fewer owners than ranks, but at most
-            `largest`.
+        smallest: The smallest share, in elements. A vector too short for such shares on all ranks has fewer owners.
+            More than `largest` counts as `largest`.
         align: Shards start at multiples of this number if `largest` permits it.
     """
     if largest < 1:

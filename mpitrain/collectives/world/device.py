@@ -75,7 +75,7 @@ def bind_all(device: str, comm: Any, local_rank: int) -> tuple[str, Gpu | None]:
 
 
 def select_gpu(device: str) -> int:
-    """Make a GPU torch's default, and return its index. Local."""
+    """Make ``device`` the current GPU of torch, and return its index. Local."""
     import torch
 
     torch.cuda.set_device(device)

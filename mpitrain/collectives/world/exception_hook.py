@@ -63,7 +63,7 @@ class ExceptionHook:
 
 
 def place_in_script(trace: TracebackType | None) -> str:
-    """Return the line of the user's program that caused an error, in parentheses; an empty text without one."""
+    """Return the line of the user's program that caused an error, in parentheses; empty if there is none."""
     frames = traceback.extract_tb(trace)
     own = [
         frame

@@ -12,7 +12,7 @@ https://fault-tolerance.org). This module builds on that:
 - Collective work at the edges of a run (a barrier, a checkpoint, the result) is done by the survivors
   (``run_on_survivors``).
 - Memory of another node, or of a GPU, disappears with its rank, and others may wait for it in calls that never return.
-  Where vectors lie there, the thread ends all ranks, with a line that gives the reason.
+  If a run has vectors in such memory, the thread ends all ranks, with a line that gives the reason.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FaultTolerance:
         return self.comm
 
     def poll(self) -> None:
-        """Update ``dead`` now instead of a moment later. Local."""
+        """Update ``dead`` at once, before the thread polls again. Local."""
 
     def require_all(self) -> None:
         """Raise an error if a rank is dead. Local.
@@ -119,13 +119,13 @@ class FaultTolerance:
 
         Args:
             collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
-                death. If a rank dies during the call, it is called again on all survivors.
+                death. If a rank dies during the call, all survivors call ``collective`` again.
         """
         return collective(self.comm)
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
-        """Raise MPI errors that come from the death of a rank as ``RankFailed``. Local."""
+        """Raise ``RankFailed`` inside the context instead of an MPI error that a dead rank has caused. Local."""
         yield
 
     def part(self, comm: Any) -> FaultTolerance:
@@ -173,7 +173,7 @@ class ULFMFaultTolerance(FaultTolerance):
         return MPI.COMM_SELF
 
     def poll(self) -> None:
-        """Update ``dead`` now instead of a moment later. Local."""
+        """Update ``dead`` at once, before the thread polls again. Local."""
         self._detector.poll()
 
     def require_all(self) -> None:
@@ -195,7 +195,7 @@ class ULFMFaultTolerance(FaultTolerance):
 
         Args:
             collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
-                death. If a rank dies during the call, it is called again on all survivors.
+                death. If a rank dies during the call, all survivors call ``collective`` again.
         """
         from mpi4py import MPI
 
@@ -219,7 +219,7 @@ class ULFMFaultTolerance(FaultTolerance):
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
-        """Raise MPI errors that come from the death of a rank as ``RankFailed``. Local."""
+        """Raise ``RankFailed`` inside the context instead of an MPI error that a dead rank has caused. Local."""
         from mpi4py import MPI
 
         try:

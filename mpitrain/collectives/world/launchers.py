@@ -1,7 +1,8 @@
-"""Launchers: the number of processes that they started, by their variables, against the number that MPI sees.
+"""Launchers: the number of processes that they have started, compared with the number of ranks that MPI sees.
 
 A launcher that MPI does not know starts p worlds of one rank, which all train alone and write the same files. Its
-variables tell: torchrun, accelerate and deepspeed set RANK and WORLD_SIZE, SLURM sets SLURM_NTASKS.
+variables tell how many processes it has started: torchrun, accelerate and deepspeed set RANK and WORLD_SIZE, SLURM
+sets SLURM_NTASKS.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def is_launched() -> bool:
 
 
 def is_set(*names: str) -> bool:
-    """Return whether the launcher has set one of these variables, even if it is hidden now."""
+    """Return whether the launcher has set one of these variables, even if ``hide_launcher`` has removed it."""
     return any(name in os.environ or name in _hidden for name in names)
 
 
@@ -77,11 +78,11 @@ def check_library(name: str, version: str, library: str, environ: Mapping[str, s
 
     Args:
         name, version: The name and the version of the library.
-        library: The description of the library by itself, which contains its build options.
+        library: The library's own description, which contains its build options.
         environ: The environment of this process.
 
     Raises:
-        UsageError: With the launch that works.
+        UsageError: The message names a launch command that works.
     """
     has_pmix = "PMIX_NAMESPACE" in environ
     if name == "MPICH" and has_pmix and "pmix" not in library.lower() and "MPIR_CVAR_PMI_VERSION" not in environ:
@@ -102,14 +103,14 @@ def check_library(name: str, version: str, library: str, environ: Mapping[str, s
 
 
 def check_world(size: int, vendor: str) -> None:
-    """Refuse a launch with a different number of processes than MPI has ranks. Local.
+    """Refuse a launch if the launcher has started more processes than MPI has ranks. Local.
 
     Args:
         size: The number of ranks that MPI sees.
         vendor: The name of the MPI.
 
     Raises:
-        UsageError: With the launch that works.
+        UsageError: The message names a launch command that works.
     """
     if size == 1:
         check_world_of_one(vendor)

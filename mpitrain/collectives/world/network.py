@@ -19,7 +19,7 @@ ALWAYS_EXCLUDED = ("127.0.0.0/8", "sppp")
 
 
 def bridges_among(names: Iterable[str]) -> list[str]:
-    """Return those interfaces that are bridges to containers or virtual machines of a host. Local."""
+    """Return those names that belong to bridges to containers or virtual machines of a host. Local."""
     return [name for name in names if name.startswith(BRIDGES)]
 
 

@@ -55,7 +55,7 @@ class NodeStatus:
         return int(self._rows[local_rank, NAMESPACE]) == self.row[NAMESPACE]
 
     def raise_alarm(self) -> None:
-        """Request all ranks of the node to print what they are doing. Local."""
+        """Ask all ranks of the node to print what they are doing. Local."""
         self._rows[:, ALARM] = 1
 
     def died(self, file: int) -> int | None:
@@ -67,7 +67,7 @@ class NodeStatus:
         return None if self._rows[local_rank, HAS_ENDED] else self.ranks[local_rank]
 
     def is_first(self) -> bool:
-        """Return whether this is the first living rank of the node. Local."""
+        """Return whether this rank is the first living one of its node. Local."""
         return all(self._process_state(local_rank) in "ZX" for local_rank in range(self._me))
 
     def process(self, rank: int) -> int:

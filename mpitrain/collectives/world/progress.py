@@ -123,7 +123,7 @@ class ProgressThread:
 
         Args:
             rank: The other rank.
-            addresses: The addresses of its memory.
+            addresses: The addresses of that memory at the other rank, one for each array.
             arrays: The destination.
             acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
             encoded: A block of the other rank, to be encoded to the first address when the lock has been acquired.
@@ -143,7 +143,7 @@ class ProgressThread:
 
         Args:
             rank: The other rank.
-            addresses: The addresses of its memory.
+            addresses: The addresses of that memory at the other rank, one for each array.
             arrays: The source.
             swap: The address of a lock word, its expected value and its new value.
             encoded: A block of the other rank, to which the encoded change at the first address is added before the
@@ -168,7 +168,7 @@ class ProgressThread:
         return Transfer(self._mpi, rank, words, here, arrays)
 
     def polling(self) -> AbstractContextManager[None]:
-        """Tell this thread that the calling thread polls MPI. It then polls with pauses, too. Local."""
+        """Return a context in which this thread polls MPI with pauses, because the calling thread polls, too. Local."""
         return self._mpi.polling()
 
     def _end(self) -> None:

@@ -28,7 +28,7 @@ class RankInfo:
         node, n_nodes: The index of this node, and the number of nodes.
         node_ranks: The ranks of this node, by local rank.
         nodes, hosts: The node and the host name of each rank.
-        n_rails: The size of the smallest node.
+        n_rails: The number of ranks of the smallest node.
         cores: This rank's share of the cores of its machine. It is below 1 if there are more ranks than cores.
     """
 

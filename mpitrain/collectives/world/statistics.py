@@ -30,7 +30,7 @@ class Statistics:
         wire_bytes: The bytes that this worker has moved between nodes for any purpose.
         n_exchanges: The number of exchanges, such as an all-reduce, a visit to the center or a gossip message.
         n_nonfinite: The number of non-finite elements that were kept out of shared vectors. On a GPU, it is a
-            ``cuda.NonfiniteCount``, which ``int`` converts.
+            ``NonfiniteCount``, which ``int`` converts.
         n_clipped: The number of displacements that were scaled because they exceeded ``clip_displacement``.
         wait_seconds: The time spent waiting for locks and for peers in a collective.
         lock_wait_seconds: The part of ``wait_seconds`` spent waiting for locks.

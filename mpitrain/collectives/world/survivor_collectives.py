@@ -1,7 +1,7 @@
 """Small collectives of the survivors: gather numbers, agree on maxima, send an object.
 
-They are arrays of a fixed size, or are decoded once all ranks have received them: a death may leave a message
-incomplete, and pickle would then read garbage.
+Their messages are arrays of a fixed size, or are decoded only after all ranks have received them. A death may leave a
+message incomplete, and pickle would then read garbage.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class NativeMPI:
     def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
         """Hand n requests to the serving thread, and sleep until they are complete. Local.
 
-        Two polling threads would take twice as much time from the computing thread. This is possible only if the
-        serving thread sleeps until the network wakes it.
+        Two polling threads would take twice as much time from the computing thread. The serving thread accepts the
+        requests only if the network can wake it.
 
         Returns:
             1 if the requests are complete, 0 if the calling thread must wait itself, or a negative error code of MPI.
@@ -96,7 +96,7 @@ class NativeMPI:
 
     @contextmanager
     def polling(self) -> Iterator[None]:
-        """Tell the serving thread that another thread polls MPI. It then polls with pauses, too. Local."""
+        """Let the serving thread poll MPI with pauses inside the context, because another thread polls, too. Local."""
         with self._lock:
             self.shared[service.POLLING] += 1
         if self.shared[service.ASLEEP]:
@@ -146,7 +146,7 @@ class Transfer:
         return found
 
     def polling(self) -> AbstractContextManager[None]:
-        """Tell the serving thread that the calling one polls MPI. Local."""
+        """Return a context in which the serving thread knows that the calling thread polls MPI. Local."""
         return self._mpi.polling()
 
     def granted(self) -> bool:

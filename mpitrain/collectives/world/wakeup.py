@@ -47,7 +47,7 @@ class WakeupPipe:
 
 
 def event_files() -> list[int]:
-    """Return the epoll files of this process, with one of which an MPI waits for its sockets. Local; Linux only."""
+    """Return the epoll files of this process. MPI may wait for its sockets with one of them. Local; Linux only."""
     found = []
     for path in Path("/proc/self/fd").glob("*"):
         with suppress(OSError):  # the file of the folder itself is closed by now

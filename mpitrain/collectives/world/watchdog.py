@@ -8,8 +8,8 @@ compares the age of the waits with the timeout. When one is too old,
 2. the other ranks of the node (``node_status``) write theirs, with the line of the script if they are not waiting;
 3. a moment later the job ends with exit code ``errors.EXIT_TIMEOUT``.
 
-A wait costs the waiting thread two insertions into a dictionary, and a step costs two stores. A wait of which other
-ranks make progress may ``restart``. Time in which this process itself was stopped (a suspended job) does not count.
+A wait costs the waiting thread two insertions into a dictionary, and a step costs two stores. A wait may ``restart``
+while the awaited ranks make progress. Time in which this process itself was stopped (a suspended job) does not count.
 """
 
 from __future__ import annotations

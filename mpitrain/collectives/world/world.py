@@ -45,8 +45,8 @@ class World:
         members: The rank in the run of each of these ranks.
         device: The device for this rank's model: ``"cpu"`` or ``"cuda:K"``.
         gpu, transport, wanted_transport, progress_thread: See the arguments.
-        service: The thread that serves requests of other nodes and makes this rank's; None on one node, with
-            ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
+        service: The thread that serves requests of other nodes and sends this rank's own requests; None on one node,
+            with ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class World:
         self._fault_tolerance.require_all()
 
     def translated_errors(self) -> AbstractContextManager[None]:
-        """Raise MPI errors that come from the death of a rank as ``RankFailed``, inside the context. Local."""
+        """Raise ``RankFailed`` inside the context instead of an MPI error that a dead rank has caused. Local."""
         return self._fault_tolerance.translated_errors()
 
     def run_on_survivors(self, collective: Callable[[Any], T], what: str = "a collective operation") -> T:
@@ -147,7 +147,7 @@ class World:
 
         Args:
             collective: Called with the communicator of the survivors. Their ranks in this communicator change after a
-                death. If a rank dies during the call, it is called again on all survivors.
+                death. If a rank dies during the call, all survivors call ``collective`` again.
             what: The name of the operation, for the message of a rank that waits for too long.
         """
         with self.polling(), self.waiting(what):
@@ -167,7 +167,7 @@ class World:
         return waiting(what, ranks and (lambda: [self.members[rank] for rank in ranks()]))
 
     def polling(self) -> AbstractContextManager[None]:
-        """Tell the progress thread that this thread polls MPI, so that it polls with pauses, too. Local."""
+        """Return a context in which the progress thread polls with pauses, because this thread polls, too. Local."""
         return self.progress_thread.polling() if self.progress_thread is not None else nullcontext()
 
     def barrier(self) -> None:
