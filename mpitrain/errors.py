@@ -1,4 +1,4 @@
-"""Errors that a user can cause or must know of, and the timing of their last messages."""
+"""Errors that a user can cause or must know of, and the pauses around the last messages of a run."""
 
 import difflib
 import os
@@ -103,7 +103,7 @@ class Diverged(RuntimeError):
 
 
 class RankFailed(RuntimeError):
-    """The death of a rank without which an operation cannot complete.
+    """The error of an operation that cannot complete because a rank has died.
 
     It is raised only if the launcher lets the other ranks survive (``world.fault_tolerance``). Otherwise all ranks end.
     """

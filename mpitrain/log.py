@@ -6,10 +6,10 @@
     ERROR       mpitrain: error: TEXT      mpitrain: error (rank R): TEXT
     CRITICAL    mpitrain: TEXT             mpitrain (rank R): TEXT
 
-CRITICAL is for what happens to the run, such as the death of a rank. Below ERROR rank 0 speaks for all, except for
-records that concern one rank, ``logger.warning(text, extra=ANY_RANK)``, and after
-``logging.getLogger("mpitrain").setLevel("DEBUG")``. Records propagate, and carry the attribute ``rank``, for formats
-such as ``%(rank)d``.
+CRITICAL is for what happens to the run, such as the death of a rank. Below ERROR, only the records of rank 0 are
+written, with two exceptions: records that concern one rank, ``logger.warning(text, extra=ANY_RANK)``, are written on
+every rank, and so are all records after ``logging.getLogger("mpitrain").setLevel("DEBUG")``. Records propagate. They
+have the attribute ``rank``, for formats such as ``%(rank)d``.
 """
 
 from __future__ import annotations

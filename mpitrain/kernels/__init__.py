@@ -142,7 +142,7 @@ __all__ = [
 
 
 def library() -> tuple[Kernel, ...]:
-    """Return all declared kernels, and an example of each kernel that exists for any number of vectors."""
+    """Return all declared kernels, and one example of each kind of kernel that takes any number of vectors."""
     families = (
         *elastic.KERNELS,
         *admm.KERNELS,

@@ -2,8 +2,8 @@
 
 Kempe, Dobra, Gehrke 2003, Gossip-based computation of aggregate information; Assran, Loizou, Ballas, Rabbat 2019,
 Stochastic Gradient Push, https://arxiv.org/abs/1811.10792, Algorithm 1. The caller keeps the scalar push weight w.
-``mixing.weighted_average`` receives a message on the estimates z = x/w, and ``mixing.scale`` makes the numerator
-x = w*z.
+``mixing.weighted_average`` averages a received estimate into the estimate z = x/w, and ``mixing.scale`` computes the
+numerator x = w*z.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def body(equations: Equations, storages: Sequence[Storage], compute: Compute, ca
         equations: The equations to compute.
         storages: The storage of each array, in the declared order.
         compute: The type of every local variable.
-        casts: The names of float32 and float64 in the language.
+        casts: The names of float32 and float64 in the generated language.
     """
     stored_as = dict(zip(equations.arrays, storages, strict=True))
     lines = [Line(name, f"{casts[compute]}({value!r})", declares=True) for name, value in equations.literals]

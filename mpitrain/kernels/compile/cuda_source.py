@@ -2,8 +2,8 @@
 
 A thread works on packs. A pack has as many elements as fill 16 bytes of the narrowest array, and is loaded and stored
 16 bytes at a time, the most that one instruction moves. Elements before the first whole pack and after the last one are
-processed one by one, and so is every element of a call whose arrays do not reach a multiple of 16 bytes at the same
-element (slices of vectors at equal offsets do). Everything is one pass and one launch.
+processed one by one. Whole packs need arrays that reach a multiple of 16 bytes at the same element, as slices of
+vectors at equal offsets do; otherwise all elements are processed one by one. Everything is one pass and one launch.
 
 Sharp bits:
 

@@ -134,8 +134,9 @@ def int8_to_float(typingctx: Any, level: Any) -> Any:
 
 @intrinsic
 def magnitude_bits(typingctx: Any, value: Any) -> Any:
-    """Return the bits of the absolute value as int32. They have the order of magnitudes, and LLVM vectorizes their
-    maximum.
+    """Return the bits of the absolute value of a float32 as int32.
+
+    The bits have the same order as the absolute values, and LLVM vectorises their maximum.
     """
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:

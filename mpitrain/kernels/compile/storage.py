@@ -41,7 +41,7 @@ STORAGES: Final = {
 
 
 def storage_of(dtype: Any) -> Storage:
-    """Return the storage of a dtype, which may be anything that NumPy converts to a dtype, or its name.
+    """Return the storage of a dtype, given as its name or as anything that NumPy converts to a dtype.
 
     Raises:
         ValueError: The kernels do not support this dtype.
@@ -54,7 +54,7 @@ def storage_of(dtype: Any) -> Storage:
 
 
 def accumulator(dtype: Any) -> np.dtype:
-    """Return the dtype for sums of small changes: float32 for 16-bit dtypes, in which rounding would lose them."""
+    """Return the dtype in which to sum small changes: float32 for 16-bit dtypes, else the dtype itself."""
     return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
 
 

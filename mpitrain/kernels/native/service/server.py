@@ -2,8 +2,8 @@
 
 The loop polls MPI, the lock words that requests wait for, and the watched requests. Every poll takes the core, and
 part of its caches, from the thread that computes. After each event the loop therefore backs off: a sleep is as long as
-the time since the last event, so a message waits at most as long again as it has waited already, and on average half
-as long.
+the time since the last event. A message that arrives a time t after the last event therefore waits for at most t, and
+on average for half a sleep.
 
 When nothing has happened for QUIET_MICROSECONDS, the loop sleeps in ``poll`` on the files that MPI itself waits for,
 if messages show in these files. Once they have announced enough messages, they are *trusted*: the loop then sleeps at
