@@ -73,9 +73,11 @@ def kill_and_resume(
         references[name] = Path(tempfile.mkdtemp(prefix="mpitrain-chaos-")) / "run"
         finished(train(n_ranks, name, references[name]))
     folder = Path(tempfile.mkdtemp(prefix="mpitrain-chaos-"))
-    before = set(os.listdir("/dev/shm"))
     try:
+        before = set(os.listdir("/dev/shm"))
         _kill_at(rng, train(n_ranks, name, folder / "run"), folder / "run", aim)
+        for name_of_memory in left_in_memory(before):  # of processes that could not remove it
+            Path("/dev/shm", name_of_memory).unlink(missing_ok=True)
         if checkpoint.latest(folder / "run" / "checkpoints") is None:
             shutil.rmtree(folder / "run", ignore_errors=True)
             command = train(after, name, folder / "run")

@@ -208,11 +208,7 @@ class Stepper:
             raise UsageError(f"{self._method.name} ranks workers by their loss: call optimizer.step(loss)")
 
         # 2. The gradients in one vector, and the settings of this step.
-        if self._foreign_writes is not None:
-            self._foreign_writes.check()
-        skips, is_combined = self._gradients.collect(scaling)
-        if self.join is not None:
-            self.join.weigh()
+        skips, is_combined = self._collect(scaling)
         self._flat.check_attached()
         self._frozen.check()
         self._known.check_sometimes()
@@ -238,6 +234,15 @@ class Stepper:
             self._report_skip(scaling, causes=skips)
         self.accept_parameters()
         return loss
+
+    def _collect(self, scaling: Scaling | None) -> tuple[bool, bool]:
+        """Collect the gradients of a step, with their weight. Collective inside ``join``, else Local."""
+        if self._foreign_writes is not None:
+            self._foreign_writes.check()
+        found = self._gradients.collect(scaling)
+        if self.join is not None:
+            self.join.weigh()
+        return found
 
     def accompany(self) -> None:
         """Take part in a step of other ranks without a gradient, after this rank's own last step. Collective."""

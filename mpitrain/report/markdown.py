@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from mpitrain.algorithms import METHODS
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, printable
 from mpitrain.log import decoration
 from mpitrain.records.durable import replace_text
 from mpitrain.report import text
@@ -147,7 +147,8 @@ def table_columns(summaries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, lis
         "exchanges": [text.number(one["exchanges"], "{:,.0f}") for one in summaries],
         "lock wait": [text.duration(one["lock_wait_seconds"]) for one in summaries],
     }
-    return columns, ("run", "algorithm", "settings", "data", "model")
+    left = ("run", "algorithm", "settings", "data", "model")
+    return columns | {name: [printable(cell).replace("|", "/") for cell in columns[name]] for name in left}, left
 
 
 def _settings(settings: Any, algorithm: Any) -> str:
@@ -160,7 +161,7 @@ def _settings(settings: Any, algorithm: Any) -> str:
         for k, v in settings.items()
         if v != defaults.get(k, _NOTHING)
     ]
-    return ", ".join(shown).replace("|", "/") or "defaults"
+    return ", ".join(shown) or "defaults"
 
 
 _NOTHING = object()

@@ -7,7 +7,6 @@ A run that is running or was killed is read as far as its metrics go.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from mpitrain.collectives.world.statistics import SHARES
 from mpitrain.errors import UsageError, printable
+from mpitrain.records.json_file import read_json
 from mpitrain.records.metrics import Column, read_metrics
 
 
@@ -99,6 +99,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
             f"{folder} holds no run (no config.json, metrics.h5 or result.json): give the folder of a run itself"
         )
     label = (label or folder.resolve().name).encode(errors="backslashreplace").decode()  # any bytes may be a name
+    label = printable(label)
     return Run(label, label, read_metrics(metrics) if metrics.exists() else {}, _read_json(result), _read_json(config))
 
 
@@ -118,13 +119,36 @@ def _base_name(value: Any) -> str | None:
     return None if value is None else str(value).rpartition("/")[2]
 
 
+NUMBERS = ("ranks", "seconds", "gradients", "bytes_sent", "test_accuracy", "test_loss")
+TYPES: Mapping[str, Any] = {
+    "algorithm": str,
+    "settings": Mapping,
+    "shares": Mapping,
+    "config": Mapping,
+    **dict.fromkeys(NUMBERS, (int, float)),
+}
+"""The types of the values that a report uses, by their names in config.json and result.json."""
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a value that a report uses is of another type."""
+    for name, kind in TYPES.items():
+        value = content.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    for name, value in (content.get("shares") or {}).items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"the share {name} is a {type(value).__name__}")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
+        _check_types(content)
+        return content
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({error}): remove it to report the run from its metrics") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} does not hold a JSON object: remove it to report the run from its metrics")
-    return content
+        raise UsageError(
+            f"{path} is damaged ({printable(str(error))}): remove it to report the run from its metrics"
+        ) from error

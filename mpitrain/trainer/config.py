@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 
 from mpitrain.collectives.world.transport import TRANSPORTS
 from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
-from mpitrain.errors import UsageError
+from mpitrain.errors import UsageError, printable
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
 from mpitrain.records import KEEP
+from mpitrain.records.json_file import read_json
 from mpitrain.trainer.faults import Fault
 from mpitrain.trainer.objective_options import ObjectiveOptions
 from mpitrain.trainer.options import (
@@ -24,6 +24,7 @@ from mpitrain.trainer.options import (
     NON_NEGATIVE,
     POSITIVE,
     check_ranges,
+    check_types,
     flag_of,
     option,
     options_of,
@@ -276,11 +277,12 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         """
         path = run / "config.json"
         try:
-            document = json.loads(path.read_text())["config"]
+            document = read_json(path)["config"]
+            check_types(document, cls)
             straggler = document["straggler"] and tuple(document["straggler"])
             stored = cls(**{**document, "straggler": straggler, "inject": ()})  # the faults have happened
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {printable(str(error))}"
             raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({why})") from error
         changes = {name: value for name, value in changes.items() if value is not None}
         declared = options_of(cls)

@@ -12,7 +12,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mpitrain.errors import UsageError, unknown
 
@@ -128,6 +129,39 @@ def check_ranges(config: Any) -> None:
             raise UsageError(f"{flag} must be {declared.within.text}, not {value:g}")
         if declared.choices is not None and declared.checks_choices and value not in declared.choices:
             raise UsageError(f"{flag}: {unknown('value', value, declared.choices)}")
+
+
+def check_types(document: Any, config: type[Any]) -> None:
+    """Check that a JSON object has values of the types that the fields of a dataclass have.
+
+    Raises:
+        TypeError: With the first value of another type, or the first name that is no field.
+    """
+    if not isinstance(document, Mapping):
+        raise TypeError(f"the options are a {type(document).__name__}, not an object")
+    hints = get_type_hints(config)
+    for name, value in document.items():
+        if name not in hints:
+            raise TypeError(f"there is no option {name!r}")
+        if not _is_of_type(value, hints[name]):
+            raise TypeError(f"{name} is {str(value)[:40]!r}, which is not of type {config.__annotations__[name]}")
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of_type(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or (Ellipsis not in parts and len(value) != len(parts)):
+            return False
+        return all(_is_of_type(item, parts[0 if Ellipsis in parts else k]) for k, item in enumerate(value))
+    if origin is not None:
+        return isinstance(value, Mapping) and all(
+            _is_of_type(item, part) for pair in value.items() for item, part in zip(pair, parts, strict=True)
+        )
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def number_for_rank(form: str) -> Callable[[str], tuple[int, float]]:

@@ -24,6 +24,7 @@ from mpitrain.collectives.world.world import World
 from mpitrain.data import Identity
 from mpitrain.errors import UsageError, option_in_words
 from mpitrain.records.durable import replace_text
+from mpitrain.records.json_file import read_json
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.version import __version__
 
@@ -172,7 +173,7 @@ def check_data(folder: Path, name: str, identity: Identity, world: World) -> Non
     if world.rank == 0:
         path = folder / "config.json"
         try:
-            began_with = Identity.of_json(json.loads(path.read_text())["data"])
+            began_with = Identity.of_json(read_json(path)["data"])
         except (OSError, LookupError, TypeError, ValueError) as error:
             problem = f"{path} does not describe the data of the run ({type(error).__name__}: {error}): start a new run"
         else:
@@ -192,7 +193,7 @@ def reopen(folder: Path, config: TrainConfig, world: World) -> None:
     if world.rank != 0:
         return
     path = folder / "config.json"
-    write_json(path, {**json.loads(path.read_text()), "config": config.to_json()})
+    write_json(path, {**read_json(path), "config": config.to_json()})
     (folder / "result.json").unlink(missing_ok=True)
 
 
