@@ -29,15 +29,15 @@ def require_equal_options(config: TrainConfig, resume: Path | None, world: World
 
 
 def require_options_of_checkpoint(config: TrainConfig, saved: Mapping[str, str], folder: Path) -> None:
-    """Check that a run is continued with the options that decide what it computes, as its checkpoint holds them. Local.
+    """Check that a resumed run has the options of its checkpoint, where they decide what it computes. Local.
 
     Args:
         config: The options, from ``config.json``.
-        saved: Those of the checkpoint, from ``deciding_options``.
+        saved: The options in the checkpoint, from ``deciding_options``.
         folder: The folder of the run.
 
     Raises:
-        UsageError: With the first option that differs.
+        UsageError: An option differs; the message names the first one.
     """
     here = deciding_options(config)
     for flag in {**saved, **here}:
@@ -50,7 +50,7 @@ def require_options_of_checkpoint(config: TrainConfig, saved: Mapping[str, str],
 
 
 def deciding_options(config: TrainConfig) -> dict[str, str]:
-    """Return the value of each option that decides what a run computes, as text, by its flag."""
+    """Return a dictionary from the flag of each option that decides what a run computes to its value, as text."""
     declared = options_of(config)
     replaceable = {flag_of(name, one) for name, one in declared.items() if one.replaceable} | {"--out", "--resume"}
     return {flag: text for flag, text in options_in_words(config, None).items() if flag not in replaceable}

@@ -20,7 +20,8 @@ class Budget:
         synchronous: Whether all ranks make the same number of steps.
 
     Attributes:
-        steps: The number of steps of each rank; None if only rank 0 can tell that the run is over.
+        steps: The number of steps of each rank; None if only the lead, the first rank alive, can tell that the run is
+            over.
         gradients: The number of gradients of all ranks in total; None if it is not known in advance.
         seconds: The seconds of training; None if the budget is not a time.
     """
@@ -36,7 +37,7 @@ class Budget:
         self._countdown = Countdown(self.gradients) if self.steps is None and self.gradients is not None else None
 
     def steps_of_rank(self, n_ranks: int) -> int | None:
-        """Return the steps of a rank in the run, on average where ranks make different numbers; None with a time."""
+        """Return the number of steps of a rank in the run, on average over the ranks; None if the budget is a time."""
         if self.steps is not None or self.gradients is None:
             return self.steps
         return -(-self.gradients // n_ranks)
@@ -46,7 +47,7 @@ class Budget:
         return self.steps is not None and step >= self.steps
 
     def is_over_for_all(self, seconds: float, now: float, count_gradients: Callable[[], int]) -> bool:
-        """Return whether the budget is used up. Call it on rank 0, if only rank 0 can tell.
+        """Return whether the budget is used up; False if each rank can tell by itself (``is_over``). Local; lead only.
 
         Args:
             seconds: The seconds of training.
@@ -95,9 +96,9 @@ class Calendar:
 class Countdown:
     """A test of whether all ranks together have made ``goal`` gradients, with as few counts as possible.
 
-    A count costs a message to every rank of the other nodes and back, and rank 0 waits for the replies. From the past
-    pace, the test therefore estimates how long the remaining gradients take at least, and does not count again before
-    that time has passed. The estimate is twice the faster of two paces: the average, and that between the last two
+    A count costs a message to every rank of the other nodes and back, and rank 0 waits for the replies. The test
+    therefore estimates the least time that the remaining gradients will take, and does not count again before that time
+    has passed. It assumes twice the faster of two past paces: the average pace, and the pace between the last two
     counts. Because the first steps are slow, the pause is never longer than the time since the first count.
     """
 

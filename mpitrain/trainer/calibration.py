@@ -1,8 +1,8 @@
 """The constants of a cluster, fitted to the metrics of a real run, for ``mpitrain simulate --calibrate``.
 
-    gradient     the run's time per step times its share of computation, times the cores that a rank had
-    exchange     the time per exchange without waiting, which becomes a bandwidth: one run cannot tell it from a latency
-    time slice and jitter    those with which the simulated staleness is closest to that of the run
+    gradient     the time per step * the share of computation * the number of cores per rank (at most 1)
+    exchange     the time per exchange without waiting, as a bandwidth: from one run, a latency cannot be told from it
+    time slice and jitter    the values for which the simulated staleness is closest to the staleness of the run
 
 The distance of two histograms is their total variation, half the sum of the absolute differences of their frequencies.
 """
@@ -44,11 +44,11 @@ class Measured:
         algorithm, settings: The method and its settings.
         nodes: (ranks,) the node of each rank.
         step_seconds: The time between two steps of a rank.
-        compute_share, exchange_share: The fractions of this time that a rank computes and exchanges. The rest is
-            waiting.
+        compute_share, exchange_share: The fractions of this time that a rank spends on computation and on exchanges.
+            The rest is waiting.
         exchanges_per_step: The number of exchanges of a rank per step.
         vector_bytes: The size of the model's vector, in bytes.
-        staleness: (33,) the histogram of the staleness of visits to the center; None without visits.
+        staleness: (33,) the histogram of the staleness of exchanges with the center; None without such exchanges.
     """
 
     algorithm: str

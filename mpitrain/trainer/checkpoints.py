@@ -60,7 +60,7 @@ class Checkpoints(Hook):
             self._last = _state_of(run)
 
     def on_end(self, run: Run) -> None:
-        """Write the state before the last exchange, and the consensus and the evaluation after it. Collective."""
+        """Write the state from before the last exchange, with consensus and evaluation from after it. Collective."""
         if self._last is not None:
             if run.is_leader:
                 self._last["consensus"] = run.optimizer.consensus_vector().copy()
@@ -136,7 +136,7 @@ def _check_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) ->
 
 
 def load_newest(folder: Path, config: TrainConfig, world: World) -> dict[str, Any]:
-    """Return the state of the newest checkpoint of a run folder from which this rank continues. Collective."""
+    """Return the state from which this rank continues, from the newest checkpoint in a run folder. Collective."""
     found = checkpoint.load_newest(folder / "checkpoints", world)
     if isinstance(found, checkpoint.Parts):
         if world.rank == 0:

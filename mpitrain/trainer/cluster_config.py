@@ -23,7 +23,7 @@ NETWORKS = ("private", "loggp")
 
 
 def pauses(text: str) -> tuple[float, float]:
-    """Parse ``RATE:SECONDS``.
+    """Parse ``RATE:SECONDS``: the number of pauses per second of computation, and their length.
 
     Raises:
         UsageError: The text does not have this form.
@@ -100,7 +100,7 @@ class ClusterConfig:
             raise UsageError("--uplink needs --rack-nodes: without racks there is no uplink")
 
     def constants(self, latency: float, bandwidth: float) -> Network:
-        """Return the constants of the network.
+        """Return the network that these options describe.
 
         Args:
             latency, bandwidth: The latency and the bandwidth between nodes.

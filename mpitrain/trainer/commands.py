@@ -1,4 +1,4 @@
-"""The hook by which one rank leads a run: it decides when all ranks save and stop, and all ranks follow."""
+"""The hook by which the first rank alive, the lead, decides when all ranks save and stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Commands(Hook):
     """The hook by which the lead orders all ranks to save or to stop.
 
     Args:
-        control: Transmits orders from the lead to the ranks, and signals from any rank to the lead.
+        control: The transmission of orders from the lead to the ranks, and of signals from any rank to the lead.
         stop_signal: The signal by which a batch system or a user requests to save and stop.
         checkpoints: The hook that saves.
     """
@@ -30,7 +30,7 @@ class Commands(Hook):
         self._interrupted_by = 0  # the signal that has ended the run, as the lead knows, and as ranks in lockstep agree
 
     def on_step(self, run: Run) -> None:
-        """Give orders on the lead, and follow them. Collective if the method is synchronous."""
+        """Give orders if this rank is the lead, and follow the orders. Collective if the method is synchronous."""
         if self._stop_signal.number:
             self._control.report_signal(self._stop_signal.number)
         if run.is_leader:
@@ -68,7 +68,7 @@ class Commands(Hook):
             self._control.take_lead()
 
     def on_last_step(self, run: Run) -> None:
-        """Wait until every rank has made its last step; the lead keeps giving orders. Collective."""
+        """Wait until every rank has made its last step. Meanwhile the lead may give orders. Collective."""
         self._control.report_done()
         with run.world.waiting("the last steps of the others") as wait:
             self._rest(run, wait)

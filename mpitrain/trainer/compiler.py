@@ -1,9 +1,9 @@
 """Optimizers without an import of torch's compiler.
 
 torch imports ``torch._dynamo`` when the first optimizer is made, to mark four methods of an optimizer as not to be
-compiled. The import takes 1.1 s on every rank, and a run whose model is not compiled has no use for it. So the methods
-are marked here, with the functions that they are. Where the model has imported the compiler, or does so later, nothing
-changes.
+compiled. The import takes 1.1 s on every rank, and a run whose model is not compiled has no use for it. This module
+therefore marks the methods itself, without the import. If the model itself imports the compiler, before or afterwards,
+its optimizers behave as without this module.
 """
 
 from __future__ import annotations

@@ -245,15 +245,15 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
             raise UsageError(f"--straggler RANK:FACTOR needs a factor of 1 or more, not {self.straggler[1]:g}")
 
     def batch_size_of_rank(self, rank: int) -> int:
-        """Return the samples in a mini-batch of a rank."""
+        """Return the number of samples in a mini-batch of a rank."""
         return int({int(key): size for key, size in self.batch_sizes.items()}.get(rank, self.batch_size))
 
     def samples_of_rank(self, rank: int) -> int:
-        """Return the samples in a step of a rank."""
+        """Return the number of samples in a step of a rank."""
         return self.accumulate * self.batch_size_of_rank(rank)
 
     def samples_of_ranks(self, n_ranks: int) -> list[int]:
-        """Return the samples in a step of each rank."""
+        """Return the number of samples in a step of each rank."""
         return [self.samples_of_rank(rank) for rank in range(n_ranks)]
 
     def to_json(self) -> dict[str, Any]:

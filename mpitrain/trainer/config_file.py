@@ -7,8 +7,9 @@
     [set]
     period = 10
 
-A key is an option without its dashes; an option of KEY=VALUE pairs is a table. ``config.json`` has the names of the
-fields instead. Both hold every option, and what is written and read again is equal.
+In TOML, a key is the name of an option without the leading dashes, and an option of KEY=VALUE pairs is a table. In
+``config.json``, a key is the name of a field. Both formats hold every option. A configuration that is written and read
+again is equal to the original.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def write(path: Path, config: TrainConfig) -> None:
 
 
 def to_text(config: TrainConfig) -> str:
-    """Return a configuration as TOML; options without a value are comments."""
+    """Return a configuration as TOML. An option that has no value becomes a comment."""
     lines, tables = [], []
     for key, name in KEYS.items():
         value, comment = getattr(config, name), f"# {OPTIONS[name].help}"

@@ -1,11 +1,12 @@
 """Orders of the lead to save or to stop, and requests of any rank to stop, sent without blocking.
 
-Ranks of a synchronous method step in lockstep: a small all-reduce makes them agree, at every step that takes a tenth of
-a second, and at every tenth step where steps are short. Ranks of an asynchronous method poll a scoreboard instead,
-one-sided, fifty times a second. Where a worker is a group of ranks, its first rank polls, and tells the group, which
-steps in lockstep, after every step. What a rank can tell from its own step number needs no order.
+The lead is the first rank alive. If the lead dies, the next rank alive becomes the lead and adopts its orders.
 
-The lead is the first rank alive. The next one adopts the orders of a lead that has died.
+Ranks of a synchronous method agree on the orders in a small all-reduce. They do so about ten times a second, but at
+most once per step and at least once in ten steps. Ranks of an asynchronous method instead read
+the orders fifty times a second from a scoreboard: one-sided memory to which the lead writes. If a worker is a group of
+ranks, only its first rank reads the scoreboard; it broadcasts the orders to the group after every step. If a rank can
+tell from its own step number what to do, no order is given.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ class Totals:
 
     Args:
         scoreboard: The counters (p,) and histograms (p, bins) of all ranks, by name.
-        dead: The ranks whose loss is left out.
+        dead: The ranks that have died. Their losses are left out of the mean.
 
     Attributes:
         scoreboard: See the argument.
         loss: The mean loss of the ranks that have made a step.
-        shares: The fractions of the ranks' time that they computed, exchanged and waited.
+        shares: The fractions of their time that the ranks have spent on computation, on exchanges and on waiting.
     """
 
     def __init__(self, scoreboard: dict[str, np.ndarray], dead: Collection[int] = ()) -> None:
@@ -75,7 +75,8 @@ class Counters:
         """Publish this rank's counters. Local.
 
         Args:
-            step: The number of steps of this rank, and its share of the gradients of earlier ranks.
+            step: The number of gradients of this rank. In a run that was continued on another number of ranks, it
+                includes this rank's share of the gradients from before.
             compute, exchange: The seconds of computation and of exchanges so far; exchanges include waiting.
             statistics: The statistics of the exchanges.
             metrics: The method's own metrics of this worker.

@@ -9,13 +9,13 @@ from mpitrain.trainer.run import Hook, Point, Run
 
 
 class EarlyStopping(Hook):
-    """The end of a run at an evaluation, ordered by the lead and followed by all ranks.
+    """The hook that ends a run after an evaluation. The lead, the first rank alive, orders it; all ranks follow.
 
-    The decision is a function of the evaluations so far: a resumed run and a new lead continue to count.
+    The decision depends only on the evaluations so far, so a resumed run or a new lead decides in the same way.
 
     Args:
         ranking: The target, and which evaluations are better.
-        patience: Evaluations in a row without a new best; None for no limit.
+        patience: The run ends after this number of consecutive evaluations without a new best one; None for no limit.
     """
 
     def __init__(self, ranking: Ranking, patience: int | None) -> None:
@@ -26,7 +26,7 @@ class EarlyStopping(Hook):
         self._check(run)
 
     def on_lead(self, run: Run) -> None:
-        """Continue to decide with the evaluations of the lead that has died."""
+        """Decide again on the evaluations of the lead that has died."""
         self._check(run)
 
     def _check(self, run: Run) -> None:

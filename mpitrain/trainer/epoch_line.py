@@ -48,8 +48,9 @@ def remaining_seconds(done: float, total: float, seconds: float) -> float | None
     """Return the seconds until the end at the pace so far; None before any progress.
 
     Args:
-        done, total: Of the budget, since this process began to train.
-        seconds: In which that was done.
+        done: The part of the budget that this process has used.
+        total: The part of the budget that was left when this process began to train.
+        seconds: The time in which this process has used ``done``.
     """
     return None if done <= 0 else seconds * max(total - done, 0.0) / done
 

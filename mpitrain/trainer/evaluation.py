@@ -1,9 +1,9 @@
-"""Evaluation of a method's consensus (center, average, leader) on the test set, beside the model that is trained.
+"""Evaluation of a method's consensus (center, average, leader) on the test set, while training goes on.
 
-The evaluated model is a copy with a vector of its own, so an evaluation changes nothing in the training. The copy is
-made at the evaluation: whatever else the model holds besides its parameters (buffers, counters, plain attributes) is
-what rank 0 has at that moment. Averaged parameters have no BatchNorm statistics: these are re-estimated from training
-data first.
+The evaluated model is a copy with a vector of its own, so an evaluation changes nothing in the training. It is made at
+each evaluation by the lead, the first rank alive. Besides the parameters, it contains what the lead's model holds
+at that moment: buffers, counters and plain attributes. Averaged parameters have no BatchNorm statistics of their own,
+so these are first re-estimated from training data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Evaluator:
         objective: The loss and the metric.
 
     Attributes:
-        objective: The argument.
+        objective: See the argument.
         evaluated: The ``state_dict`` of the model evaluated last; the next evaluation overwrites its tensors.
     """
 
@@ -71,7 +71,7 @@ class Evaluator:
 
     @contextmanager
     def of_another(self, state: ModuleState) -> Iterator[None]:
-        """Evaluate inside the block with the buffers and simple attributes of a snapshot. Local."""
+        """Use a snapshot's buffers and simple attributes in the evaluations inside the block. Local."""
         self._state = state
         try:
             yield
@@ -89,7 +89,7 @@ class Evaluator:
 
     @torch.no_grad()
     def state_dict(self, vector: np.ndarray) -> dict[str, Any]:
-        """Return the ``state_dict`` of the model that ``evaluate`` evaluates; the next one overwrites it. Local."""
+        """Return the ``state_dict`` of the evaluated model, which the next evaluation overwrites. Local."""
         self._model_with(vector)
         return self.evaluated
 
@@ -110,7 +110,7 @@ class Evaluator:
 
 
 class PointLog:
-    """A copy of the lead's newest evaluations, which other ranks can read after its death. Collective to create.
+    """A copy of the lead's newest evaluations, which other ranks can read after the lead's death. Collective to create.
 
     The memory is never freed. It is allocated only if ranks can survive the death of another rank.
 
@@ -151,7 +151,8 @@ class Evaluations(Hook):
     Args:
         evaluator: The evaluator of this rank.
         world: The ranks.
-        deferred: Whether the run only stores vectors, which all ranks evaluate at its end.
+        deferred: Whether the run stores the consensus at each evaluation, and all ranks evaluate the stored vectors at
+            the end.
     """
 
     def __init__(self, evaluator: Evaluator, world: World, *, deferred: bool) -> None:
@@ -163,7 +164,7 @@ class Evaluations(Hook):
         self._has_evaluated_end = False  # the last point is the end of the run, after the last exchange
 
     def on_start(self, run: Run) -> None:
-        """Evaluate the start, unless the run is resumed."""
+        """Evaluate the initial parameters, unless the run is resumed."""
         self._last_seconds = run.clock.seconds
         if run.is_leader and not run.points:
             self._evaluate(run)
@@ -175,14 +176,14 @@ class Evaluations(Hook):
             self._evaluate(run)
 
     def on_lead(self, run: Run) -> None:
-        """Take over the evaluations of the dead lead; the vectors that it had stored for later are lost."""
+        """Take over the evaluations of the dead lead. Vectors that it had stored for the end are lost."""
         run.points = [] if self._deferred else self._log.read()
         self._last_seconds = run.points[-1].seconds if run.points else run.clock.seconds
         if run.is_ending and run.is_complete:
             self._evaluate_end(run)
 
     def on_end(self, run: Run) -> None:
-        """Evaluate the end, and all stored vectors. Collective."""
+        """Evaluate the final consensus, and all stored vectors. Collective."""
         if not run.is_complete:
             return
         if run.is_leader:
@@ -255,7 +256,7 @@ class Evaluations(Hook):
 def evaluate_deferred(
     points: list[Point], vectors: list[np.ndarray], states: list[ModuleState], evaluator: Evaluator, world: World
 ) -> None:
-    """Evaluate the vectors of the lead on all ranks in turn, and complete their points. Collective.
+    """Distribute the lead's vectors over all ranks, evaluate them, and complete the lead's points. Collective.
 
     Args:
         points, vectors, states: The lead's points, vectors and model states; empty on other ranks.

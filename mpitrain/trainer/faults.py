@@ -1,4 +1,4 @@
-"""Faults that a run is asked to have: deaths, slowness, silence, NaN and full disks, for tests and experiments.
+"""Faults that are injected into a run for tests and experiments: deaths, slowness, hangs, NaN and full disks.
 
     --inject kill:rank=2,step=50          rank 2 is killed (SIGKILL) in its step 50
     --inject kill:rank=2,step=50,after=0.1    the same, 0.1 s after that step's gradient, wherever the rank is then
@@ -7,7 +7,7 @@
     --inject hang:rank=1,seconds=30       rank 1 sleeps for 30 s in its first step, or in step=N
     --inject disk-full:step=40            from step 40 on there is no room for checkpoints, on all ranks or on rank=N
 
-Steps count from 1. A run that is resumed has no faults unless it is given new ones.
+Steps count from 1. A resumed run has no faults unless new ones are given.
 """
 
 from __future__ import annotations

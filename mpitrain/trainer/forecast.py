@@ -1,8 +1,8 @@
 """A forecast for a cluster that may not be at hand: for each method the time of an epoch, and which method to pick.
 
 The classes of the methods run in the simulated world, on the network of ``simulation.network``. Only time is of
-interest, so that they exchange a short vector on a network whose bandwidths are smaller by the same factor: in LogGP
-time is linear in bytes.
+interest. They therefore exchange a shorter vector, on a network whose bandwidths are smaller by the same factor. This
+does not change the time, which is linear in bytes in LogGP, the model of the network.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Forecast:
         is_synchronous: Whether its workers wait for each other.
         epoch_seconds: The time in which all ranks together compute the gradients of an epoch.
         computing_share: The fraction of the ranks' time in which they compute gradients.
-        communication_share: The fraction for messages, locks and waiting; the two shares add up to 1.
+        communication_share: The fraction of this time that is spent on messages, locks and waiting. Both shares add up
+            to 1.
         bytes_per_step: The mean number of bytes that a rank sends and receives in a step.
         warnings: A line for each setting outside the region in which the method is known to be stable.
     """
@@ -61,7 +62,7 @@ class Forecast:
 
     @property
     def is_stable(self) -> bool:
-        """Whether no setting is outside the region in which the method is known to be stable."""
+        """Whether all settings are inside the region in which the method is known to be stable."""
         return not self.warnings
 
 
@@ -138,7 +139,11 @@ def _ratio(one: Forecast, fastest: Forecast) -> str:
 
 
 def shard_sizes(nodes: Sequence[int]) -> tuple[int, int]:
-    """Return the smallest share of an owner and the largest shard, in elements, that real ranks on these nodes use."""
+    """Return two limits that real ranks on these nodes use to divide a center into shards, in elements.
+
+    Returns:
+        The smallest part of the center in the memory of one rank, and the largest size of a shard.
+    """
     if len(set(nodes)) == 1:
         return SMALLEST_SHARD, LARGEST_SHARD
     return SMALLEST_REMOTE_SHARD, LARGEST_REMOTE_SHARD

@@ -4,9 +4,10 @@
 the model's type. float16 gradients are scaled by a ``GradScaler``. ``--accumulate N`` adds the gradients of N
 mini-batches to one: the gradient of their mean loss, from N passes that need the memory of one.
 
-With ``--batch-size-of``, a rank's gradient is the mean over its own samples. Where a step uses the mean of several
-ranks' gradients, each counts by its number of samples, so that the step is that of the union of their mini-batches.
-Elsewhere each worker makes its own steps, and exchanges weigh all workers alike.
+With ``--batch-size-of``, ranks have mini-batches of different sizes. A rank's gradient is the mean over its own
+samples. If a step uses the mean of several ranks' gradients, the weight of each is proportional to its number of
+samples. The result is the gradient of the union of their mini-batches. In all other methods, each worker makes its own
+steps, and all workers have the same weight in exchanges.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ class GradientPass:
         return torch.autocast(self._device_type, self._dtype)
 
     def step(self, optimizer: DistributedOptimizer, loss: torch.Tensor) -> None:
-        """Clip the gradient if ``--clip-norm`` is given, and make the step. Collective if the optimizer's step is
-        Collective.
-        """
+        """Clip the gradient if ``--clip-norm`` is given, and make the step. Collective if the optimizer's step is."""
         if self._scaler is None:
             if self._clip_norm is not None:
                 optimizer.clip_grad_norm_(self._clip_norm)

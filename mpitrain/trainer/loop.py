@@ -1,7 +1,7 @@
 """The training loop behind ``mpitrain train`` and the benchmark harness.
 
-Every rank runs it; no rank waits for another unless the method does. Evaluation, checkpoints, metrics, orders to all
-ranks and the progress bar are hooks (``run.Hook``), in this order at each event.
+Every rank runs it; no rank waits for another unless the method does. Metrics, the progress bar, evaluation, orders to
+all ranks, and checkpoints are hooks (``run.Hook``). At each event, the hooks are called in this order.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train(
         world: The ranks.
         resume: The folder of a run; training continues from its newest checkpoint.
         dataset: The data set of ``config.data``, if it is loaded already. Several runs of one process can share it.
-        hooks: Additional hooks. They are called after an evaluation, and before the lead orders checkpoints.
+        hooks: Additional hooks. At each event, they are called after the evaluation and before the orders to all ranks.
 
     Returns:
         The contents of ``RUN/result.json``, on every rank. They lack ``test_accuracy`` if a signal has stopped the run

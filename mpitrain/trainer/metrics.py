@@ -19,7 +19,7 @@ PER_WORKER = ("workers", "method")
 
 
 def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the tables of a run.
+    """Return the fields of each table in ``metrics.h5``.
 
     Args:
         n_workers: The number of ranks.
@@ -45,7 +45,7 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
 
 
 class MetricsFile(Hook):
-    """The hook that writes ``metrics.h5``. It does nothing on ranks other than the lead, or without a run folder.
+    """The hook that writes ``metrics.h5``. Only the lead (the first rank alive) writes, and only in a run folder.
 
     Args:
         run_folder: The folder of the run.

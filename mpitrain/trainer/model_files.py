@@ -15,13 +15,13 @@ FINAL, BEST = "model.safetensors", "best-model.safetensors"
 
 
 class ModelFiles(Hook):
-    """The files ``model.safetensors`` and ``best-model.safetensors``, written by the lead.
+    """The files ``model.safetensors`` and ``best-model.safetensors``. The lead, the first rank alive, writes them.
 
     They hold the consensus that was evaluated, with the model's buffers (re-estimated BatchNorm statistics).
 
     Args:
-        evaluator: Has evaluated the last point.
-        ranking: Decides which evaluation is the best.
+        evaluator: The evaluator that has evaluated the last point.
+        ranking: The order of evaluations, from which the best one follows.
         deferred: Whether points are evaluated after the run; then only the final model is written.
     """
 
@@ -29,7 +29,7 @@ class ModelFiles(Hook):
         self._evaluator, self._ranking, self._deferred = evaluator, ranking, deferred
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Write the best model if this is it."""
+        """Write the model if this evaluation is the best one so far."""
         if run.folder is not None and not self._deferred and self._ranking.best(run.points) == len(run.points) - 1:
             self._write(run, run.folder / BEST, self._evaluator.evaluated)
 

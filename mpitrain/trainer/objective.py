@@ -43,8 +43,8 @@ class Objective:
     Attributes:
         loss: The mean loss of outputs (b, ...) and targets (b, ...), in at least 32 bits.
         metric_name: The name of the metric.
-        higher_is_better: Whether a larger value of the metric is better. An imported function may have an attribute
-            with this name; the default is true.
+        higher_is_better: Whether a larger value of the metric is better. For an imported function, it is the function's
+            attribute with this name; True if there is none.
         n_outputs: The number of outputs of the model for one sample.
 
     Raises:
@@ -81,7 +81,7 @@ class Objective:
             raise UsageError(f"--metric top5 needs more than 5 classes, and {dataset.name} has {dataset.n_classes}")
 
     def score(self, batches: Any) -> Score:
-        """Return the means over all samples.
+        """Return loss, accuracy and metric over all samples.
 
         Args:
             batches: Outputs and targets of each mini-batch.

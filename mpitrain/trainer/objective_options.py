@@ -1,4 +1,4 @@
-"""The options of a run that decide what is minimised, what is reported, and when that is good enough."""
+"""The options of a run that decide what is minimised, what is reported, and when a run ends early."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def metric_in_words(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """A value at which a run has reached its aim.
+    """The value that a metric or the loss has to reach.
 
     Attributes:
-        name: The metric of the run, or ``loss``.
+        name: The name of the run's metric, or ``loss``.
         value: The value.
     """
 

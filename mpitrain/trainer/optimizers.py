@@ -1,7 +1,8 @@
 """The local optimizers of a run, by name: ``--optimizer adamw --optimizer-set beta2=0.95``.
 
-Their settings are declared and checked as those of the methods. An optimizer is chosen before torch is imported, and
-made with the model's parameters later. ``--lr``, ``--momentum`` and ``--weight-decay`` are options of their own.
+Their settings are declared and checked in the same way as the settings of methods. An optimizer is chosen before torch
+is imported, and made with the model's parameters later. ``--lr``, ``--momentum`` and ``--weight-decay`` are options of
+their own.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Lion(LocalOptimizer):
 
 @dataclass(frozen=True)
 class Imported(LocalOptimizer):
-    """A torch optimizer that is imported from ``module:Class``. It is called with ``lr`` and the settings.
+    """A torch optimizer that is imported from ``module:Class``. The class is called with ``lr`` and the settings.
 
     Attributes:
         path: ``module:Class``.
@@ -207,7 +208,7 @@ def settings_taken(function: Any, path: str, settings: Mapping[str, Any]) -> dic
     """Check that an imported function accepts these settings as keywords, and return the settings.
 
     Raises:
-        UsageError: It does not accept a setting; the message names the first one.
+        UsageError: The function does not accept a setting; the message names the first one.
     """
     try:
         parameters = inspect.signature(function).parameters

@@ -69,24 +69,27 @@ class RunPlan:
 
     @property
     def rates(self) -> Rates:
-        """The numbers with which the local optimizer begins."""
+        """The learning rate, momentum and weight decay with which the local optimizer begins."""
         is_users_own = self.optimizer.name == "imported" and self.config.momentum is None
         return Rates(self.config.lr, None if is_users_own else self.base_momentum, self.config.weight_decay)
 
     def gradient_weight(self, rank: int, n_ranks: int) -> float:
-        """Return the factor of a rank's gradient with which the mean of several ranks' is that of all their samples."""
+        """Return the factor by which a rank multiplies its gradient before gradients are averaged.
+
+        The mean of the multiplied gradients is then the mean over all samples of these ranks.
+        """
         sizes, k = self.config.samples_of_ranks(n_ranks), self.config.replica_size
         first = rank - rank % k
         averaged = sizes if self.method.averages_gradients else sizes[first : first + k]
         return sizes[rank] * len(averaged) / sum(averaged)
 
     def n_samples(self, steps_of_ranks: Sequence[int]) -> int:
-        """Return the samples of so many steps of each rank."""
+        """Return the total number of samples in the given number of steps of each rank."""
         sizes = self.config.samples_of_ranks(len(steps_of_ranks))
         return sum(steps * size for steps, size in zip(steps_of_ranks, sizes, strict=True))
 
     def n_workers(self, n_ranks: int) -> int:
-        """Return the number of workers that so many ranks form."""
+        """Return the number of workers that ``n_ranks`` ranks form."""
         return n_ranks // self.config.replica_size
 
     def warnings(self, n_workers: int) -> list[str]:
@@ -117,7 +120,7 @@ class RunPlan:
         return curve
 
     def calendar(self, budget: Budget, *, steps_per_epoch: int) -> Calendar:
-        """Return the times of evaluations and checkpoints."""
+        """Return the steps after which the run is evaluated and saved."""
         return Calendar(self.config, budget, steps_per_epoch=steps_per_epoch)
 
 

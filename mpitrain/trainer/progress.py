@@ -102,7 +102,7 @@ class Progress:
     def note(self, text: str, *, last: bool = False) -> None:
         """Print a line above the bar.
 
-        Without a bar, a line that follows another one too soon is dropped, except for the last line.
+        Without a bar, a line that follows another one too soon is dropped, unless it is the ``last`` one.
         """
         now = time.monotonic()
         if self._show and (last or now - self._last_note >= SECONDS_BETWEEN_NOTES):
@@ -141,7 +141,7 @@ class ProgressHook(Hook):
         self._details = ""
 
     def on_start(self, run: Run) -> None:
-        """Print a line about the run; with ``verbose``, all that was decided."""
+        """Print a line about the run. With ``verbose``, also print its settings."""
         self._began = self._done(run, run.counters.totals().gradients), run.clock.seconds
         for line in (start_line(run), *(details(run) if self._verbose else ())):
             self._progress.note(line, last=True)
@@ -167,7 +167,7 @@ class ProgressHook(Hook):
         )
 
     def on_evaluation(self, run: Run, point: Point) -> None:
-        """Print a line for the evaluation, unless it is that of the start."""
+        """Print a line for the evaluation, except for the one at the start."""
         if run.step:
             total = run.budget.seconds if run.budget.gradients is None else run.budget.gradients
             done, seconds = self._done(run, point.gradients) - self._began[0], point.seconds - self._began[1]

@@ -23,7 +23,7 @@ class Ranking:
         self._goal = None if target is None else self._sign * target.value
 
     def value(self, point: Point) -> float:
-        """Return a number that is larger for a better evaluation; NaN where it has failed."""
+        """Return a number that is larger for a better evaluation; NaN if the compared value is NaN."""
         return self._sign * (point.test_loss if self._uses_loss else point.test_metric)
 
     def reaches_target(self, point: Point) -> bool:

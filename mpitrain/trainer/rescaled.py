@@ -1,12 +1,12 @@
-"""A checkpoint of p ranks as the beginning of q ranks: the part of the trainer (``optimizer.rescaled_state``).
+"""The trainer's state with which q ranks continue from a checkpoint of p ranks (see ``optimizer.rescaled_state``).
 
-gradients        their total stays, divided evenly between the ranks
+gradients        the total stays the same, and is divided evenly between the ranks
 position         in the data and in the budget: gradients/q for a budget of all ranks (epochs, gradients), else the
                  mean of the ranks' positions (steps, minutes)
-step             rank 0's, so that the numbers of checkpoints grow
-counters         their totals stay, and count as rank 0's
+step             that of rank 0, so that the numbers in the names of checkpoints keep growing
+counters         the total stays the same: rank 0 continues with it, and the other ranks with 0
 buffers          the mean of the ranks' floating-point buffers
-random numbers   begin anew, with other seeds than at the beginning
+random numbers   new generators, with other seeds than at the start of the run
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ OF_THE_LEAD = ("points", "snapshots", "module_states", "has_evaluated_end")
 class OptimizerStates(Sequence[dict[str, Any]]):
     """The optimizer's states in the parts of a checkpoint, without those of dead ranks.
 
-    The part of a rank that had died is a copy of another rank's part.
+    If a rank was dead when the checkpoint was written, its part is a copy of another rank's part. Such parts are left
+    out.
 
     Args:
         parts: The parts.

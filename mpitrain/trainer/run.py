@@ -43,7 +43,8 @@ class Point:
         epoch: The number of epochs of rank 0.
         consensus_distance: The root mean square distance of the workers' parameters from the evaluated vector. If there
             are many workers, the mean is over some of them.
-        elastic_energy: (rho/2)*sum_i ||x_i - c||^2, for methods with springs; 0 for others.
+        elastic_energy: (rho/2)*sum_i ||x_i - c||^2, with the method's elastic coefficient rho, the workers' parameters
+            x_i and the evaluated vector c; 0 for methods without an elastic coefficient.
         test_loss: The mean loss over the test set.
         test_accuracy: The accuracy on the test set, from 0 to 1; NaN without classes.
         test_metric: The value of the run's metric (``--metric``).
@@ -171,15 +172,16 @@ class Run:
         hooks: All hooks.
         faults: The faults to inject on this rank.
         step: The number of steps of this rank.
-        steps_before, gradients_before: How far position and gradients are ahead of ``step``, in a run that was
-            continued on another number of ranks.
+        steps_before, gradients_before: The amounts by which ``position`` and ``gradients`` exceed ``step``. They are 0,
+            except in a run that was continued on another number of ranks.
         compute_seconds: The time that this rank has spent outside exchanges.
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
         is_ending: Whether the last exchange has been made.
         stopped_by: The number of the signal that has stopped the run early; 0 without one.
-        stop_requested: Why a hook has requested the end of the run; empty without a request. On the lead only.
+        stop_requested: The reason for which a hook has requested the end of the run; empty without a request. On the
+            lead only.
         is_complete: Whether the run has used up its budget. Known after the last step.
     """
 
@@ -220,12 +222,12 @@ class Run:
 
     @property
     def position(self) -> int:
-        """The step in this rank's data and in the budget."""
+        """The number of steps by which this rank has advanced in its data and in the budget."""
         return self.step + self.steps_before
 
     @property
     def gradients(self) -> int:
-        """This rank's share of all gradients."""
+        """The number of gradients that this rank contributes to the total of all ranks."""
         return self.step + self.gradients_before
 
     @property
@@ -242,7 +244,7 @@ class Run:
         """End the run as if its budget were used up. Local; lead only.
 
         Args:
-            reason: Stands in the result as ``ended_by``.
+            reason: The text that the result contains as ``ended_by``.
         """
         self.stop_requested = self.stop_requested or reason
 

@@ -147,7 +147,7 @@ def file_system(path: str, mounts: str) -> str:
 
     Args:
         path: An absolute path without symbolic links.
-        mounts: The text of ``/proc/self/mounts``: of mounts on the same folder the last one counts.
+        mounts: The text of ``/proc/self/mounts``. Among several mounts on the same folder, the last one counts.
     """
     found, length = "", 0
     for line in mounts.splitlines():

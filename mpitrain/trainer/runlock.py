@@ -2,8 +2,9 @@
 
     RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
 
-The lead creates the file (O_EXCL), touches it every few seconds, and removes it at the end and after errors. If it is
-killed the file remains; if other ranks go on, the next lead takes it over. Another job takes it over
+The lead, the first rank alive, creates the file (O_EXCL), touches it every few seconds, and removes it at the end of
+the run, also after an error. If the lead is killed, the file remains. If other ranks of the run continue, the next lead
+takes the file over. Another job takes it over
 
 - at once, if the owner was a process of this machine that is gone, or this SLURM job before it was requeued;
 - otherwise, once the file has not been touched for two minutes by the clock of the file system.
@@ -53,7 +54,7 @@ def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
     """Hold the lock of a run folder inside the block, and create the folder if necessary. Collective.
 
     Yields:
-        The lock object of this rank. Rank 0 has acquired the lock. None without a folder.
+        The lock object of this rank, after rank 0 has acquired the lock; None without a folder.
 
     Raises:
         UsageError: Another job holds the lock, or the folder cannot be used. All ranks raise it.
@@ -71,7 +72,7 @@ def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
 
 
 class RunLock:
-    """The lock file. Local; lead only."""
+    """The lock file of a run folder. Only the lead acquires it. All methods are Local."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -3,10 +3,10 @@
     lr(t) = lr * (t + 1)/W               for t < W, the warm-up
     lr(t) = lr * factor(t - W, T - W)    afterwards
 
-The clock is t, the number of steps that this rank has made; a slow rank of an asynchronous method is therefore behind.
+Here t is the number of steps that this rank has made; a slow rank of an asynchronous method is therefore behind.
 T is the number of steps of a rank in the run: ``--steps``, those of ``--epochs``, or ``--gradients`` divided by the
-number of ranks. A rank that makes more steps than that keeps the last factor. A run that is resumed with a longer
-budget continues on the curve of the new T.
+number of ranks. A rank that makes more than T steps keeps the last factor. A run that is resumed with a longer budget
+continues on the curve of the new T.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from mpitrain.trainer.optimizers import literal, settings_taken
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A factor of the learning rate as a function of the step. Subclasses are dataclasses with the settings."""
+    """A factor of the learning rate as a function of the step. Subclasses are dataclasses whose fields are settings.
+
+    In the formulas of the subclasses, the numbers of steps t and T are counted from the end of the warm-up.
+    """
 
     name: ClassVar[str]
 

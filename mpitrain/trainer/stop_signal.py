@@ -23,8 +23,8 @@ class StopSignal:
     """A context manager that turns SIGUSR1, SIGTERM and SIGINT into requests to save a checkpoint and stop.
 
     It is enough if one rank receives the signal. A second SIGTERM or SIGINT ends all ranks at once, with exit code 128
-    + the number of the signal. A thread handles it, so this works even while the rank waits in MPI. At the end of the
-    block, the previous handlers are restored.
+    + the number of the signal. A thread handles the signals, so this works even while the rank waits in MPI. At the end
+    of the block, the previous handlers are restored.
 
     Args:
         end: Ends all ranks with an exit code.

@@ -1,9 +1,10 @@
 """A simulated run: a method with any number of workers in one process, under a virtual clock.
 
-The model, the data and the classes of the method are those of a real run; only time is computed. A gradient takes a
-worker ``step_seconds``, an exchange ``latency`` and its bytes over ``bandwidth``. So clusters can be studied that are
-not at hand: a thousand workers, stragglers, slow links. The same seed gives the same run. torch computes with one
-thread, unless OMP_NUM_THREADS says more.
+The model, the data and the classes of the method are those of a real run; only time is simulated. A gradient takes
+``step_seconds``. An exchange takes ``latency``, plus its number of bytes divided by ``bandwidth``. This allows the
+study
+of clusters that are not at hand: a thousand workers, stragglers, slow links. The same seed gives the same run. torch
+computes with one thread, unless OMP_NUM_THREADS sets another number.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ def _laboratory(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig) -> La
 
 
 def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSchedule:
-    """Return the virtual clock of workers that have their own links or share the network of a cluster."""
+    """Return the virtual clock of the workers.
+
+    With ``--network private``, each worker has its own link. Otherwise all workers share the network of the cluster.
+    """
     if cluster.network == "private":
         return VirtualTime(
             study.step_seconds_of_workers(),
@@ -148,7 +152,7 @@ def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSche
 
 
 class Study:
-    """A simulation under observation: its budget, evaluations and result.
+    """A simulation with its budget, evaluations and result.
 
     Args:
         plan: The options shared with a real run.
