@@ -67,7 +67,7 @@ class Probe:
         return self.outcomes[operation][memory].verdict == "ok"
 
     def document(self) -> dict[str, Any]:
-        """Return the result as JSON types."""
+        """Return the result as a dictionary of JSON types."""
         return {"format": FORMAT, **asdict(self), "gpus": list(self.gpus)}
 
 
@@ -82,7 +82,7 @@ def known(gpus: Sequence[str]) -> Probe | None:
 
 
 def newest(gpus: Sequence[str]) -> Probe | None:
-    """Return the newest stored result for this host and MPI, whatever the GPUs and settings. Local.
+    """Return the newest stored result for this host and MPI, measured with any GPUs and settings. Local.
 
     Args:
         gpus: The names of the visible GPUs.

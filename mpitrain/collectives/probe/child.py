@@ -2,10 +2,10 @@
 
     mpirun -n 2 python -m mpitrain.collectives.probe.child FOLDER MEMORY OPERATION [OPERATION ...]
 
-An operation is tried at 8 bytes and at 16 MiB where it has a size: once with a check of its bytes, then timed. Each
-rank appends its result to ``FOLDER/rank-R.jsonl``, one line per operation, before any rank starts the next one: a rank
-that dies leaves its results so far, and the next operation in the order is the one that killed it. An exception ends
-the pair too, because the state of MPI is undefined afterwards.
+An operation is tried at 8 bytes, at 16 MiB or at both: first once, with a check of its bytes, then repeatedly, to
+measure its time. Each rank appends its result to ``FOLDER/rank-R.jsonl``, one line per operation, before any rank
+starts the next one. A rank that dies leaves its results so far, and the next operation in the order is the one that
+killed it. An exception ends the pair too, because the state of MPI is undefined afterwards.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Outcome:
     """The outcome of an operation.
 
     Attributes:
-        verdict: ``ok``, ``wrong`` (bytes), ``error``, ``crashed``, ``hung`` or ``not tried``.
-        detail: The first line of the error, the signal, or the reason why it was not tried.
+        verdict: ``ok``, ``wrong`` (other bytes arrived), ``error``, ``crashed``, ``hung`` or ``not tried``.
+        detail: The first line of the error, the signal, or the reason why the operation was not tried.
         latency_us: The latency of 8 bytes, or the time to create and free a window of 16 MiB.
         gb_per_s: The rate at 16 MiB, for operations that transfer bytes.
     """

@@ -50,7 +50,7 @@ def measure(
     Args:
         reasons: For each kind of memory, the reason why it cannot be tried, or None if it can.
         operations: The operations, in order.
-        program: The arguments of the Python interpreter of a rank.
+        program: The arguments with which each rank starts its Python interpreter.
         hang_seconds: See ``HANG_SECONDS``.
     """
     launcher = find_launcher()

@@ -41,7 +41,7 @@ class Pair:
         return rank
 
     def buffer(self, n_bytes: int) -> Any:
-        """Return ``n_bytes`` uint8 of this kind of memory, with a guard on both sides, filled with ``GUARD``."""
+        """Return ``n_bytes`` uint8 of this kind of memory with a guard on each side, all filled with ``GUARD``."""
         n = n_bytes + 2 * GUARD_BYTES
         if self.memory == "host":
             array: Any = np.empty(n, np.uint8)

@@ -122,11 +122,11 @@ class DeviceBlocks(Blocks):
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:
-        """The rounding error of each block's last encoded change, (length,); its next change includes it."""
+        """The rounding error of each block's last encoded change, (length,), which the next change includes."""
         return self._blocks.residuals
 
     def drop_residuals(self) -> None:
-        """Discard the residuals. Call it when all blocks get new values, to which they do not belong. Local."""
+        """Discard the residuals, which are of no use once all blocks get new values. Local."""
         self._blocks.drop_residuals()
 
     def peek_tags(self, index: int, out: np.ndarray) -> None:

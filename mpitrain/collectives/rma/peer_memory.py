@@ -164,7 +164,7 @@ class PeerMemory:
         return SMALLEST_REMOTE_SHARD, LARGEST_DEVICE_SHARD if self.world.transport.in_place else LARGEST_STAGED_SHARD
 
     def drop_residuals(self) -> None:
-        """Discard the residuals. Call it when shared vectors get new values, to which they do not belong. Local."""
+        """Discard the residuals of encoded changes, which are of no use once shared vectors get new values. Local."""
         for made in self._made:
             if isinstance(made, (MPIBlocks, DeviceBlocks, PeerMemory)):
                 made.drop_residuals()

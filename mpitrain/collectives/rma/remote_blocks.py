@@ -62,7 +62,7 @@ class Fetch:
 
     Attributes:
         block: The block, in a staging buffer.
-        transfer: The pending request.
+        transfer: The transfer that carries the request and its answer.
         n_bytes: The number of bytes to receive.
         began: The time of the request, in seconds.
         granted: Whether this rank has the lock.
@@ -88,7 +88,7 @@ class RemoteBlocks:
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
-        residuals: The rounding error of each block's last encoded change, (length,); its next change includes it.
+        residuals: The rounding error of each block's last encoded change, (length,), which the next change includes.
         window: The number of bytes under way that fills the link.
     """
 

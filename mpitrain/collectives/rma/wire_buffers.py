@@ -32,7 +32,7 @@ class WireBuffers:
         statistics: The counters of non-finite elements.
 
     Attributes:
-        residuals: The rounding error of each block's last encoded change, (length,); its next change includes it.
+        residuals: The rounding error of each block's last encoded change, (length,), which the next change includes.
     """
 
     def __init__(self, memory: BlockMemory, encoding: wire.Format, statistics: Statistics) -> None:

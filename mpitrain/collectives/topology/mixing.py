@@ -43,7 +43,7 @@ def mixing_matrix(topology: Topology, step: int = 0, weights: Weights = "uniform
             vector evenly between itself and its out-neighbours.
 
     Raises:
-        ValueError: The weights are unknown, or "metropolis" on a graph that is not symmetric at that step.
+        ValueError: The weights are unknown, or they are "metropolis" and the graph is not symmetric at that step.
     """
     n = topology.size
     w = np.zeros((n, n))

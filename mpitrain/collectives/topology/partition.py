@@ -90,7 +90,7 @@ def shards(
         nodes: (ranks,) the node of each rank.
         largest: The largest number of elements in a shard.
         smallest: The smallest share, in elements. A vector too short for such shares on all ranks has fewer owners.
-            More than `largest` counts as `largest`.
+            If it exceeds `largest`, `largest` is used instead.
         align: Shards start at multiples of this number if `largest` permits it.
     """
     if largest < 1:
@@ -149,7 +149,7 @@ def emulated_nodes(local_size: int, n: int) -> list[int]:
 
 
 def share_of_cores(affinities: Sequence[Collection[int]], rank: int) -> float:
-    """Return the number of cores of a machine that ``rank`` gets if ranks share the cores on which they may run.
+    """Return how many cores of a machine ``rank`` gets if all ranks that may run on a core share it equally.
 
     Args:
         affinities: The cores on which each rank of the machine may run.

@@ -40,7 +40,7 @@ DETECTION_SECONDS = 1.0
 
 
 def wait_to_be_ended() -> None:
-    """Wait after an MPI error, so that the rank that detects a death can end all ranks with the reason. Local."""
+    """Wait after an MPI error, so that a rank that detects a death can print it and end all ranks. Local."""
     if ulfm_requested():
         time.sleep(DETECTION_SECONDS + OUTPUT_SECONDS)
 

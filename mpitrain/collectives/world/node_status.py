@@ -31,7 +31,8 @@ class NodeStatus:
     Attributes:
         row: The row of this rank; the constants of this module name its elements.
         host, ranks: See the arguments.
-        exits: A poll object that becomes readable when another process of the node ends.
+        exits: A ``select.poll`` object with a file for each other process of the node; the file becomes readable when
+            its process ends.
     """
 
     def __init__(self, node_comm: Any, ranks: list[int], host: str) -> None:

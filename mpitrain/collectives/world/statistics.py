@@ -28,7 +28,8 @@ class Statistics:
         bytes_sent: The communication volume of the method: the bytes of vectors that were pulled from or pushed to
             others. Exchanges within a node count, evaluations do not.
         wire_bytes: The bytes that this worker has moved between nodes for any purpose.
-        n_exchanges: The number of exchanges, such as an all-reduce, a visit to the center or a gossip message.
+        n_exchanges: The number of exchanges, such as an all-reduce, a visit to the center (the vector that all
+            workers share) or a gossip message.
         n_nonfinite: The number of non-finite elements that were kept out of shared vectors. On a GPU, it is a
             ``NonfiniteCount``, which ``int`` converts.
         n_clipped: The number of displacements that were scaled because they exceeded ``clip_displacement``.
@@ -60,7 +61,7 @@ class Statistics:
 
 
 def distance_bin(distance: float) -> int:
-    """Return the bin of a distance in the histogram."""
+    """Return the bin of a distance in the histogram ``staleness_distance``."""
     if not distance > 0:
         return 0
     exponent = math.frexp(distance)[1]  # 2^(exponent - 1) <= distance < 2^exponent

@@ -32,7 +32,7 @@ def import_mpi() -> Any:
 
     Raises:
         ImportError, RuntimeError: There is no MPI library.
-        UsageError: The launcher cannot start this MPI, or there is no such thread level.
+        UsageError: The launcher cannot start this MPI, or the thread level that the environment asks for is invalid.
     """
     import mpi4py
 

@@ -84,7 +84,7 @@ class NativeMPI:
             self._may_watch.release()
 
     def close(self, code: int) -> None:
-        """Refuse further watched requests and return the current ones, because the serving thread has failed. Local.
+        """Refuse further calls of ``watched`` and end the present one: the serving thread has failed. Local.
 
         Args:
             code: The negative error code of MPI.
@@ -114,7 +114,7 @@ class Transfer:
     Args:
         mpi: MPI for compiled code.
         rank: The other rank.
-        words: The request.
+        words: The request, laid out as in ``native.service.protocol``.
         here: (4,) the addresses and sizes of the blocks to send or to receive.
         arrays: The arrays that own this memory.
     """
@@ -192,7 +192,7 @@ class Transfer:
 
 
 def first_granted(transfers: Sequence[Transfer]) -> int:
-    """Wait until this rank has one of several locks, and return its position in ``transfers``. Local."""
+    """Wait until a transfer has its lock, and return its position; 0 without waiting if it is the only one. Local."""
     if len(transfers) == 1:
         return 0  # the caller waits for it
     granted = functools.partial(_granted_now, transfers)
