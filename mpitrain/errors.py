@@ -78,7 +78,7 @@ def nearest(value: str, known: Iterable[str]) -> str | None:
 def option_in_words(flag: str, value: object) -> str:
     """Return an option and its value as one types them in a shell: ``--out runs/a``, ``--out='two words'``.
 
-    A value that begins with a dash must follow an equals sign.
+    An equals sign joins them if the value needs quotes, or begins with a dash and could be taken for another option.
     """
     text = shlex.quote(str(value))
     return f"{flag} {text}" if text == str(value) and not text.startswith("-") else f"{flag}={text}"
@@ -90,7 +90,7 @@ def printable(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return in a few words why a file cannot be used; HDF5's own messages are long."""
+    """Return, in a few words, why a file cannot be used. The messages of HDF5 itself are long."""
     if isinstance(error, MemoryError):
         return "not enough memory"
     number = getattr(error, "errno", None)

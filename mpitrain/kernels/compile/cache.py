@@ -44,7 +44,7 @@ _lock = threading.Lock()
 
 
 def compiled(name: str, label: str, source: str) -> Callable[..., int]:
-    """Compile or load the function `name` of `source` for the types in the module constant ``SIGNATURE``.
+    """Compile the function `name` of `source`, for the types in its constant ``SIGNATURE``, or load it from the cache.
 
     Args:
         name: The function in `source`.

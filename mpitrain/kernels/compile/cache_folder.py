@@ -24,7 +24,7 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 @functools.cache
 def roots() -> tuple[Path, ...]:
-    """Return the trusted candidates in which files can be created. If one is full, it may still contain kernels."""
+    """Return the trusted folders in which files can be created. A full folder counts, since it may contain kernels."""
     found = []
     for candidate in _candidates():
         try:

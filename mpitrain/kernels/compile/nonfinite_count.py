@@ -63,7 +63,7 @@ class NonfiniteCount:
 
 
 class GuardedLaunch:
-    """A launch of a guarded kernel, and its count when it is known."""
+    """A launch of a guarded kernel, and the number of elements that it replaced, once that is known."""
 
     __slots__ = ("counters", "index", "mark", "n_nonfinite")
 
@@ -72,7 +72,7 @@ class GuardedLaunch:
         self.n_nonfinite: int | None = None
 
     def counted(self) -> int:
-        """Return the count. If it is not known yet, wait for all uncounted launches of the thread."""
+        """Return the number. If it is not known yet, wait for all launches of the thread that are not counted."""
         if self.n_nonfinite is None:
             self.counters.count(self.counters.uncounted())
         assert self.n_nonfinite is not None
@@ -82,8 +82,8 @@ class GuardedLaunch:
 class ThreadCounters:
     """Counters in device memory for the launches of one thread.
 
-    A launch owns a counter until it is counted. Its count is the increase of the counter, because counters are never
-    reset. The stream therefore executes only the kernel and a copy of the counter to the host. If no counter is free,
+    A launch owns a counter until its count is known. Counters are never reset: the count is the increase of the
+    counter. The stream therefore executes only the kernel and a copy of the counter to the host. If no counter is free,
     `next` waits for the older half of the launches.
 
     Args:

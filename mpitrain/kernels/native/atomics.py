@@ -29,7 +29,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic
 def load_acquire(typingctx: Any, words: Any, index: Any) -> Any:
-    """Return words[index] with acquire semantics: all earlier writes of its writer are visible afterwards."""
+    """Return words[index] with acquire semantics: all earlier writes of the thread that stored it are visible then."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], *args)

@@ -69,11 +69,11 @@ class Format:
     fetched: str
 
     def fetched_bytes(self, n: int) -> int:
-        """Return the size of ``n`` fetched elements."""
+        """Return the number of bytes of ``n`` elements in the format of fetched blocks."""
         return 2 * n
 
     def sent_bytes(self, n: int) -> int:
-        """Return the size of the changes of ``n`` elements."""
+        """Return the number of bytes of the encoded change of ``n`` elements."""
         return n + 4 * -(-n // GROUP) if self.name == "int8" else 2 * n
 
     def encode(self, values: np.ndarray, out: np.ndarray) -> None:

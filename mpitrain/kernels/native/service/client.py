@@ -99,10 +99,10 @@ def ask() -> Callable[..., int]:
 
     ``ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests)``
 
-    ``words`` is the request. ``stretches`` (4,) are the addresses and sizes of the local memory to send or to receive.
-    ``header`` receives the answer. ``requests`` has room for ``n_messages`` MPI_Requests, the first of which is that of
-    the header. MPI uses all this memory until the requests complete. The result is the number of requests, or a
-    negative MPI error code.
+    The first four arguments are as in ``server.serve``, and ``rank`` is that of the server. ``words`` is the request.
+    ``stretches`` (4,) are the addresses and sizes of the local memory to send or to receive. ``header`` receives the
+    answer. ``requests`` has room for ``n_messages`` MPI_Requests, the first of which is that of the header. MPI uses
+    all this memory until the requests complete. The result is the number of requests, or a negative MPI error code.
     """
     return cache.compiled("ask", "words", _ASK)
 
@@ -113,8 +113,8 @@ def wait_for_requests() -> Callable[..., int]:
 
     ``wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n_spins, shortest, longest)``
 
-    It first polls ``n_spins`` times without sleeping. Then it sleeps for ``shortest`` to ``longest`` microseconds
-    between every ``n_polls`` polls. The result is 1 if all requests are complete, or a negative MPI error code. It is 0
+    It first polls ``n_spins`` times without sleeping. Then it sleeps for ``shortest`` to ``longest`` microseconds after
+    every ``n_polls`` polls. The result is 1 if all requests are complete, or a negative MPI error code. It is 0
     after some time, so that Python can handle signals; call again then. ``waited`` (2,), initially zeros, keeps the
     state between calls.
     """

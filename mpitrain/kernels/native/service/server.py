@@ -298,7 +298,7 @@ def serve() -> Callable[..., int]:
     - ``shared``: (SHARED_WORDS,) zeros, shared with the other threads of the rank
     - ``flag`` (2,), ``requests`` (ranks, REQUEST_WORDS): buffers
     - ``states``: (slots, STATE_WORDS) zeros. A request that waits for a lock occupies a slot until the lock is free, so
-      there must be more slots than requests of that kind. A poll looks at those in use only.
+      there must be more slots than requests of that kind. A poll looks only at the slots in use.
     - ``slots``: (slots,) the numbers 0, 1, ...
     - ``memory``: the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests,
       ``states`` and structs pollfd; the number of these structs; the file to which other threads write to wake the
