@@ -1,11 +1,11 @@
-"""A bound on what one worker may move a shared vector, or a peer, in one exchange.
+"""A bound on the distance by which one worker may move a shared vector, or a peer, in one exchange.
 
     x <- o + (x - o)*min(1, r/||x - o||)        the displacement x - o is scaled to the Euclidean norm r
 
 With ``clip_displacement`` = C the center of elastic averaging and of a parameter server moves by at most C in an
-exchange of one worker, and a gossiping worker by at most C per vector received. Where a vector lies in shards, one with
-m of the n elements has the bound C*sqrt(m/n), so that all of them together have C. Within the bound the arithmetic is
-that of the method; so are its fixed points and rates near them.
+exchange of one worker, and a gossiping worker by at most C per vector received. If a vector lies in shards, a shard
+with m of the n elements has the bound C*sqrt(m/n), so that the whole vector has the bound C. Displacements within the
+bound do not change. The method then has its usual fixed points, and its usual rates of convergence near them.
 
 This is for finite values that are far too large, such as the gradients of a damaged batch or of a rank with a wrong
 learning rate. It is no defence against an adversary, who can move the center by C in every exchange.
@@ -32,7 +32,7 @@ def clip_displacement() -> Any:
 
 
 class Clip:
-    """The bound on the displacements by one worker, and a count of those that exceed it.
+    """The bound on the displacements by one worker, and a count of the displacements that exceed it.
 
     Args:
         bound: The bound C.

@@ -25,7 +25,7 @@ def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int
 
     Args:
         peers: The ranks to average over.
-        read: A function that calls another function with the vector of a peer.
+        read: A function ``read(peer, fn)`` that calls ``fn`` with the vector of a peer.
         out: (n,) the result, in any precision. The sum is computed at least in float32.
         weight_of: A function that returns the weight of a peer. It is called just before the peer's vector is read.
     """

@@ -1,7 +1,8 @@
 """The mean of all workers' gradients, and the norm of the gradient of a step.
 
 The norm of a common gradient is computed in slices: worker k reads slice k, and all add the same numbers in the same
-order. So it is equal on all workers to the last bit, whatever their machines, and takes a p-th of a pass.
+order. The norm is therefore equal on all workers to the last bit, even on different machines. Each of the p workers
+reads only a p-th of the vector.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ EPSILON = 1e-6
 
 
 def combine(worker: Any, *, skips: bool) -> None:
-    """Begin a step: combine the gradients of all workers if the method does so. Collective in this case, else Local.
+    """Begin a step, and combine the gradients of all workers if the method does so. Collective if it does, else Local.
 
     Args:
         worker: A ``Worker``, as in the other functions here.
@@ -30,7 +31,8 @@ def combine(worker: Any, *, skips: bool) -> None:
 def average(worker: Any) -> None:
     """Compute gbar = (1/p) sum_i g_i; skip the step if the gradient of any worker is not finite. Collective.
 
-    A worker with a non-finite gradient sets its first element to NaN. The sum then tells all workers to skip the step.
+    A worker whose gradient is not finite sets the first element of this gradient to NaN. The mean then contains this
+    NaN, which tells all workers to skip the step.
     """
     first = worker.g.local[:1]
     if worker.skips:

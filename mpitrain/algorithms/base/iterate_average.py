@@ -4,7 +4,7 @@
                                     a_t = a     (moving average)
 
 With SGD on one worker these are the ASGD and MVASGD of Zhang's comparisons. The variance of the mean of the iterates
-does not depend on the learning rate, so the steps may stay long.
+does not depend on the learning rate, so the learning rate may stay large.
 
 Source: Polyak, Juditsky, Acceleration of stochastic approximation by averaging, 1992; Ruppert 1988; as run by Zhang,
 Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651, section 5.
@@ -104,10 +104,10 @@ class Average:
 
 
 class AveragedWorker(Worker):
-    """A worker of any method, with the running average z.
+    """A worker that wraps the worker of any method and updates the running average z.
 
     Args:
-        average: The kind of average.
+        average: The settings of the average.
         worker: The worker of the method.
         replica: The replica with which the worker was created.
     """
@@ -134,7 +134,7 @@ class AveragedWorker(Worker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> bool:
-        """Make the method's step, then z <- (1 - a)*z + a*x with the finite elements of x."""
+        """Make the method's step, then compute z <- (1 - a)*z + a*x; non-finite elements of x are left out."""
         found_nonfinite = self._worker.step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)
         self.skips = self._worker.skips
         self.t = self._worker.t
@@ -156,7 +156,7 @@ class AveragedWorker(Worker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> float:
-        """Pass on to the method."""
+        """Make the same call to the method's worker."""
         norm = self._worker.clip_gradients(group_slices, max_norm, order, skips=skips, is_combined=is_combined)
         self.skips = self._worker.skips
         return norm
@@ -171,19 +171,19 @@ class AveragedWorker(Worker):
         return first
 
     def gradient_ready(self, layer: int) -> bool:
-        """Pass on to the method."""
+        """Make the same call to the method's worker."""
         return self._worker.gradient_ready(layer)
 
     def begin_ready(self) -> None:
-        """Pass on to the method."""
+        """Make the same call to the method's worker."""
         self._worker.begin_ready()
 
     def gradient_complete(self) -> None:
-        """Pass on to the method."""
+        """Make the same call to the method's worker."""
         self._worker.gradient_complete()
 
     def consensus(self, out: Any) -> None:
-        """Write the mean of all workers' averages, or the average of the first living worker. Local."""
+        """Write the mean of all workers' averages or, if ``source`` is the consensus, the only average. Local."""
         if self._evaluated is not None:
             self.comm.read(self._average_of_iterates, alive_ranks(self.comm)[0], lambda z: kernels.copy(out, z))
             return
@@ -194,11 +194,11 @@ class AveragedWorker(Worker):
         self._worker.wait()
 
     def finalize(self, group_slices: Sequence[ParamGroupSlice] = ()) -> None:
-        """Pass on to the method. Collective for synchronous methods, else Local."""
+        """Make the same call to the method's worker. Collective for synchronous methods, else Local."""
         self._worker.finalize(group_slices)
 
     def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
-        """Yield the entries that continue with a different number of workers: the method's and the average. Local."""
+        """Yield the entries for a different number of workers: those of the method, and the average. Local."""
         yield from merge(self._worker, parts)
         name, evaluated = "average_of_iterates", parts if self._evaluated is None else parts[:1]
         yield name, mean_of_parts((part[name], 1.0) for part in evaluated)

@@ -1,4 +1,4 @@
-"""The contents of a worker's own mailboxes in a checkpoint: vectors that peers may still read or have left there."""
+"""A worker's own mailboxes in a checkpoint. They contain vectors that peers have left there or may still read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mpitrain.collectives.rma.mailboxes import Mailboxes
 
 
 class Inbox:
-    """The state of this worker's mailbox: a vector from other workers, and a number that belongs to it.
+    """The contents of this worker's mailbox: a vector from other workers, and a number that belongs to this vector.
 
     Args:
         comm: The communicator of the workers.
         boxes: The mailboxes of all workers, with one slot.
-        like: (n,) a vector of the same type.
+        like: (n,) a vector with the size and the type of those in the mailboxes.
         tag: The index of the number among the tags of the mailbox.
         names: The names of the vector and of the number in a checkpoint.
     """
@@ -28,7 +28,7 @@ class Inbox:
         self._boxes, self._rank, self._like, self._tag, self._names = boxes, comm.rank, like, tag, names
 
     def fill(self, values: Any, number: float) -> None:
-        """Replace the contents. Local; peers see them after a barrier."""
+        """Replace the vector and the number. Local; peers see the new ones after a barrier."""
 
         def fill(box: Any, tags: np.ndarray) -> None:
             kernels.assign(box, values)
@@ -37,7 +37,7 @@ class Inbox:
         self._boxes.update(self._rank, fill)
 
     def place(self, start: Any) -> None:
-        """Hold ``start`` (n,), with the number 0. Local; peers see it after a barrier."""
+        """Put ``start`` (n,) and the number 0 into the mailbox. Local; peers see them after a barrier."""
         self.fill(start, 0.0)
 
     def state(self) -> Iterator[tuple[str, Any]]:
@@ -57,12 +57,12 @@ class Inbox:
 
 
 class Published:
-    """The state of the vector that this worker published last, in mailboxes with two slots.
+    """The vector that this worker published last in its mailbox, which has two slots.
 
     Args:
         comm: The communicator of the workers.
         boxes: The mailboxes of all workers.
-        like: (n,) a vector of the same type.
+        like: (n,) a vector with the size and the type of those in the mailboxes.
     """
 
     def __init__(self, comm: Communicator, boxes: Mailboxes, like: Any) -> None:
@@ -85,5 +85,5 @@ class Published:
         yield "published", published
 
     def load(self, state: State) -> None:
-        """Publish the vector again. Local; peers see it after a barrier."""
+        """Publish the vector from a checkpoint. Local; peers see it after a barrier."""
         self._boxes.publish(state["published"])

@@ -29,9 +29,11 @@ class Interval:
     """The interval between two exchanges of a worker.
 
     Attributes:
-        steps: The number of local steps between two exchanges, or in which a moving average follows.
-        setting: The name of the setting that determines it.
-        advice: A function that returns the value of the setting for a given number of steps, as text.
+        steps: The number of local steps between two exchanges. If the method evaluates a moving average, it is the
+            number of steps over which this average extends.
+        setting: The name of the setting that determines ``steps``.
+        advice: A function that takes a number of steps and returns a text: which values of the setting give at most
+            this number.
     """
 
     steps: float
@@ -55,19 +57,20 @@ class Method(ABC):
         combines_gradients: Whether a step replaces the gradients of all workers by their mean or another aggregate. If
             the aggregate is not finite, all workers skip the step.
         averages_gradients: Whether every step is made with the mean of all workers' gradients.
-        on_host: Whether the vectors must be in host memory, because the method computes with more than kernels.
+        on_host: Whether the vectors must be in host memory, because the method needs operations without a GPU kernel.
             Parameters on a GPU are then copied to the host and back at every step.
-        evaluates_history: Whether the consensus is an average over the past. It may change even while no worker makes a
-            step.
+        evaluates_history: Whether the consensus is an average over the past, which follows the parameters slowly.
         learning_rate_factor: The recommended learning rate, divided by that of SGD with momentum 0.9. Only comparisons
             use it.
         short_run: The recommended settings for runs of a few hundred steps, which are shorter than the periods in the
             papers. Only comparisons use them.
         metrics: The names of the values that ``Worker.metrics`` returns.
-        can_join: Whether a rank that makes no more steps may accompany the others (``DistributedOptimizer.join``).
-        starts_at: The checkpoint entry at which the workers begin when their number has changed; None for the mean of
-            all workers' parameters.
-        averages_optimizer: Whether the base optimizers then start with the mean of the former states, instead of anew.
+        can_join: Whether a rank whose batches have run out may go on taking part in the exchanges of the other ranks
+            (``DistributedOptimizer.join``).
+        starts_at: The checkpoint entry with the parameters from which all workers start when a run continues with a
+            different number of workers. With None, they start from the mean of all workers' parameters.
+        averages_optimizer: Whether the torch optimizers of such a run start with the mean of the saved optimizer
+            states. Otherwise they start without a state.
         goes_on, begins_anew: Descriptions of the state that continues with a different number of ranks, and of the
             state that starts anew.
     """
@@ -131,7 +134,8 @@ class Method(ABC):
     def takes_gradients_early(self) -> bool:
         """Whether the worker is notified during the backward pass when a part of the gradient is in ``g``.
 
-        When ``gradient_complete`` returns, the optimizer continues with the contents of ``g``.
+        At the end of the backward pass, the optimizer calls ``Worker.gradient_complete``. It continues with the
+        gradient that is in ``g`` after this call.
         """
         return False
 
@@ -151,7 +155,7 @@ class Method(ABC):
         return Interval(float(getattr(self, "period", None) or 1))
 
     def budget_warnings(self, size: int, steps: float) -> Iterator[str]:
-        """Yield a warning if a run is shorter than three periods of the method; it names a period that fits.
+        """Yield a warning if a run is shorter than three periods of the method. The warning names a shorter period.
 
         Args:
             size: The number of workers.
@@ -175,10 +179,12 @@ class Method(ABC):
         return 0.0
 
     def common_start(self, parts: Parts) -> Any:
-        """Return where all workers begin when their number has changed: (n,), in float32 at least. Local.
+        """Return the parameters (n,) from which all workers start when their number has changed. Local.
+
+        Their type is float32 or wider.
 
         Args:
-            parts: The checkpoint entries of the workers that were, and their parameters.
+            parts: For each worker of the saved run, its checkpoint entries and its parameters.
         """
         if self.starts_at is not None:
             return parts[0][self.starts_at]

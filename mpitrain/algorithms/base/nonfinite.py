@@ -25,13 +25,13 @@ def replace_nonfinite(vector: Any, other: Any) -> None:
 
 
 def repair(worker: Any) -> bool:
-    """Replace new non-finite values in this worker's vectors with those of the consensus. Local.
+    """Replace the non-finite elements of this worker's vectors if new ones have been counted; see ``reset``. Local.
 
     Args:
         worker: A ``Worker``.
 
     Returns:
-        Whether there were new non-finite values.
+        Whether new non-finite elements have been counted.
     """
     n_nonfinite: Any = worker.comm.statistics.n_nonfinite
     if not isinstance(n_nonfinite, int | np.integer) and worker.t % STEPS_BETWEEN_CHECKS:
@@ -47,7 +47,7 @@ def reset(positions: Sequence[Any], velocities: Sequence[Any], consensus: Callab
     """Replace the non-finite elements of a worker's own vectors. Local.
 
     Args:
-        positions: Vectors (n,) of parameters; their non-finite elements become those of the consensus.
+        positions: Vectors (n,) of parameters; the elements of the consensus replace their non-finite elements.
         velocities: Vectors (n,) such as momenta; their non-finite elements become zero.
         consensus: A function that writes the consensus to a vector (n,).
     """

@@ -11,10 +11,10 @@ from mpitrain.collectives.communicator import Communicator, Vector
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupSlice:
-    """A part of the flat vector that is updated with the same settings (a parameter group of torch).
+    """A slice of the flat vector, with the settings of the torch parameter group to which it belongs.
 
     Attributes:
-        part: The slice of the vector.
+        part: The position of the slice in the vector.
         learning_rate: The learning rate eta.
         weight_decay: The coefficient of the L2 penalty.
         momentum, nesterov: The options of torch.optim.SGD, for workers that make its step.
@@ -36,11 +36,11 @@ class Replica:
         x: (n,) the parameters that the model holds; equal on all workers at the start.
         g: (n,) the gradient, once it is computed.
         seed: The seed of the run. A worker seeds its generator with (seed, rank).
-        layers: The slice of each parameter tensor in the vector, in order. If it is empty, the vector counts as one
+        layers: The slice of each parameter tensor in the vector, in order. Without any slice, the vector counts as one
             layer.
-        fitness: A function that returns the loss of parameters (n,) on held-out data, the same on all workers; None
-            without such data.
-        node_shared: Whether the workers of a node share one ``x``; only for methods that declare it.
+        fitness: A function that takes parameters (n,) and returns their loss on held-out data. The data is the same on
+            all workers. None if there is no such data.
+        node_shared: Whether the workers of a node share one ``x``. The method must allow it (``shares_parameters``).
     """
 
     comm: Communicator

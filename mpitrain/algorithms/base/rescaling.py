@@ -1,14 +1,16 @@
 """Continuing with another number of workers: the parts of p workers become the state of q workers.
 
-    start      where all q workers begin: the center, or the mean of the p workers' parameters (``Method.common_start``)
-    common     what all workers share, or have in equal copies: goes on to the last bit
-    clock      t, the local steps of a worker: the mean of the p clocks
+    start      the parameters from which all q workers start: the center, or the mean of the p workers' parameters
+               (``Method.common_start``)
+    common     values that all workers share, or have in equal copies: they stay the same to the last bit
+    clock      t, the number of local steps of a worker: the mean of the p clocks
 
 ``merge`` computes these from the parts of a checkpoint, and ``restart`` continues from them in a worker that has made
 no step. The declarations of ``base.state`` say which entry is of which kind. What belongs to a single worker (its
 velocity, its multiplier, the messages that it has not read, its random generator) begins as in a new run.
 
-A collaborator with an own rule has ``merge(parts)``, which returns its merged entries, or ``restart(start, state)``.
+A collaborator (an object that a worker uses and that has checkpoint entries) may have a rule of its own: its
+``merge(parts)`` yields its merged entries, and its ``restart(state)`` loads them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def mean_of_parts(weighted: Iterable[tuple[Any, float]]) -> np.ndarray:
     The mean of equal float32 vectors with equal weights has the same bits as these vectors.
 
     Args:
-        weighted: The vectors with their weights, at least one.
+        weighted: Pairs of a vector and its weight; at least one pair.
     """
     total, weight, last = None, 0.0, None
     for values, share in weighted:
@@ -78,7 +80,7 @@ def merge(owner: Any, parts: Parts, *, everything: bool = False) -> Iterator[tup
     Args:
         owner: A worker, or an object that it uses.
         parts: The entries of the same object in each former worker.
-        everything: Whether to continue with all attributes instead of only those marked as ``Common``.
+        everything: Whether to yield all persistent attributes instead of only those marked as ``Common``.
     """
     if hasattr(owner, "merge"):
         yield from owner.merge(parts)
@@ -130,7 +132,7 @@ def restart(owner: Any, state: State, *, everything: bool = False) -> None:
 
 
 def is_replicated(owner: Any) -> bool:
-    """Return whether all attributes that the object declares are equal on all workers."""
+    """Return whether all attributes that the object declares as persistent are equal on all workers."""
     return bool(getattr(owner, "is_replicated", False))
 
 

@@ -83,8 +83,9 @@ class Bounded(Setting):
     """A setting that is a number in a range.
 
     Attributes:
-        low, high: The bounds of the range, if they are valid values themselves.
-        above, below: The bounds of the range, if they are not valid.
+        low, high: The smallest and the largest valid value; None without such a bound.
+        above, below: Bounds that are not valid themselves: every valid value is greater than ``above`` and less than
+            ``below``. None without such a bound.
     """
 
     low: float | None = None
@@ -144,7 +145,7 @@ class Boolean(Setting):
     _kind: ClassVar[str] = "true or false"
 
     def describe(self) -> str:
-        """Return both values."""
+        """Return a description of both values."""
         return self._kind
 
     def _parsed(self, text: str) -> bool:
@@ -167,7 +168,7 @@ class Choice(Setting):
     _kind: ClassVar[str] = "a word"
 
     def describe(self) -> str:
-        """Return the words."""
+        """Return the valid words, as text."""
         return " | ".join(self.choices)
 
     def _parsed(self, text: str) -> str:
@@ -187,7 +188,7 @@ class Choice(Setting):
 def integer(
     default: int | None, help: str, *, low: int | None = None, high: int | None = None, optional: bool = False
 ) -> Any:
-    """Declare a whole number; see ``Setting`` and ``Bounded`` for the arguments."""
+    """Declare a setting that is a whole number; see ``Setting`` and ``Bounded`` for the arguments."""
     return _field(Integer(default=default, help=help, optional=optional, low=low, high=high))
 
 
@@ -201,18 +202,18 @@ def number(
     below: float | None = None,
     optional: bool = False,
 ) -> Any:
-    """Declare a real number; see ``Setting`` and ``Bounded`` for the arguments."""
+    """Declare a setting that is a real number; see ``Setting`` and ``Bounded`` for the arguments."""
     bounds = {"low": low, "high": high, "above": above, "below": below}
     return _field(Number(default=default, help=help, optional=optional, **bounds))
 
 
 def boolean(default: bool, help: str) -> Any:
-    """Declare a switch; see ``Setting`` for the arguments."""
+    """Declare a setting that is true or false; see ``Setting`` for the arguments."""
     return _field(Boolean(default=default, help=help))
 
 
 def choice(default: str, help: str, choices: Sequence[str]) -> Any:
-    """Declare a choice between words; see ``Setting`` and ``Choice`` for the arguments."""
+    """Declare a setting with a few words as valid values; see ``Setting`` and ``Choice`` for the arguments."""
     return _field(Choice(default=default, help=help, choices=tuple(choices)))
 
 
@@ -223,14 +224,14 @@ def settings_of(declaring: Any) -> dict[str, Setting]:
 
 
 def check_settings(declared: Any, name: str) -> None:
-    """Check the settings of an instance of a dataclass that declares them.
+    """Check the values of all settings of an instance.
 
     Args:
-        declared: The instance.
+        declared: An instance of a dataclass that declares settings.
         name: The name of the instance for the message.
 
     Raises:
-        UsageError: A value is invalid; the message names the first one.
+        UsageError: A value is invalid; the message names the first invalid value.
     """
     for key, setting in settings_of(declared).items():
         try:

@@ -1,4 +1,4 @@
-"""Vectors that all workers share, such as a center, and how one worker seeds, saves and loads them for all."""
+"""Vectors that all workers share, such as a center. One worker initializes, saves and loads them for all."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mpitrain.collectives.communicator import Communicator
 class SharedRows:
     """The rows of a shared vector, with names. Collective to create.
 
-    Worker 0 sets their first values. In a checkpoint, only the part of the first living worker contains them.
+    Worker 0 sets the first values of the rows. In a checkpoint, only the part of the first living worker contains rows.
 
     Args:
         comm: The communicator of the workers.
         start: The first values (n,) of each row, by the name that the row has in a checkpoint. The rows are at least
             float32.
-        tags: The name in a checkpoint for the numbers that belong to each shard; None without such numbers.
-        counts_pulls: Whether the state includes the age of this worker's last pull of each shard. At first, all ages
-            are 0.
+        tags: The checkpoint entry for the tags, which are numbers stored with each shard; None to store no tags.
+        counts_pulls: Whether the state includes the age of this worker's last pull of each shard: the number of updates
+            by other workers since then. At first, all ages are 0.
 
     Attributes:
         vector: The shared vector.
@@ -40,7 +40,7 @@ class SharedRows:
         self._seed(start, 0)
 
     def empty_shard(self, like: Any) -> Any:
-        """Return an empty shard in the memory (host or GPU) of ``like``, with which kernels are compiled. Local."""
+        """Return an empty shard in the memory (host or GPU) of ``like``; calls with it compile kernels. Local."""
         rows = len(self._names)
         return np.zeros_like(like, dtype=self._dtype, shape=(rows, 0) if rows > 1 else (0,))
 
@@ -53,7 +53,7 @@ class SharedRows:
         self.vector.write(values, row)
 
     def state(self) -> Iterator[tuple[str, Any]]:
-        """Yield the ages of this worker's pulls. On one worker, also yield the rows and their tags. Local."""
+        """Yield the ages of this worker's pulls. On the first living worker, also yield rows and tags. Local."""
         if self._counts_pulls:
             yield "lags", self.vector.lags()
         if saves_shared_state(self._comm):
@@ -69,16 +69,16 @@ class SharedRows:
         self._seed(state, state["lags"] if self._counts_pulls else None, None if self._tags is None else self._tags)
 
     def merge(self, parts: Sequence[State]) -> Iterator[tuple[str, Any]]:
-        """Yield the rows and their tags, which worker 0's part has. Local."""
+        """Yield the rows and their tags from worker 0's part of a checkpoint. Local."""
         for name in (*self._names, *([] if self._tags is None else [self._tags])):
             yield name, parts[0][name]
 
     def restart(self, state: State) -> None:
-        """Seed the rows for another number of workers. Collective."""
+        """Set the rows from the merged entries of another number of workers. Collective."""
         self._seed(state, 0, self._tags)
 
     def place(self, start: Any) -> None:
-        """Seed all rows with ``start`` (n,). Collective."""
+        """Set all rows to ``start`` (n,). Collective."""
         self._seed(dict.fromkeys(self._names, start), 0)
 
     def _seed(self, values: State, lags: Any, tags: str | None = None) -> None:

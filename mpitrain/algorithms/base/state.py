@@ -6,24 +6,24 @@
     class NesterovWorker(Worker):
         persistent = ("_velocity", "_center")      # the class's own; those of its base classes come first
 
-An entry is named as its attribute, without the underscore. By the kind of the value:
+An entry has the name of its attribute, without the leading underscore. Its contents depend on the attribute's value:
 
-    array, Vector           the array (``.local`` of a Vector), and copied into the same array on loading
-    number, string          as it is
+    array, Vector           the array (``.local`` of a Vector); loading copies the entry into the existing array
+    number, string          the value itself
     random generator        its state, as JSON
     collaborator            the entries of an object that has ``state()`` and ``load()``, or its own ``persistent``
     sequence, mapping       of collaborators: their entries, ``NAME_1``, ``NAME_2``, ... or ``KEY_NAME``
 
-A collaborator with hand-written ``state`` and ``load`` is needed only where several workers share what is saved, or
-where loading means to communicate.
+A collaborator needs hand-written ``state`` and ``load`` only if several workers share what it saves, or if loading
+communicates.
 
-The kind of a name says what becomes of the entry when another number of workers continues (``base.rescaling``)::
+The kind of a name says what happens to the entry when another number of workers continues (``base.rescaling``)::
 
     persistent = (Common("_center"), Located("_position"), "_velocity")
 
-    Common      the same on all workers, or shared by them: goes on
-    Located     a vector that lies where the model does: begins where the workers do
-    any other   belongs to one worker: begins as in a new run
+    Common      the same on all workers, or shared by them: the entry is kept
+    Located     a vector of parameters: it starts from the parameters from which the workers start
+    any other   belongs to one worker: it starts as in a new run
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Common(str):
 
 
 class Located(str):
-    """The name of a vector, or of an object with ``place``, that lies where the model does."""
+    """The name of a vector of parameters, or of an object that contains one and has the function ``place``."""
 
 
 def entries(owner: Any) -> Iterator[tuple[str, Any]]:
@@ -124,7 +124,7 @@ def _require_state(owner: Any, attribute: str, value: Any) -> None:
 
 
 def collaborators(value: Any) -> Iterator[tuple[Any, str]]:
-    """Yield one or several collaborators, each with the pattern of its entries' names."""
+    """Yield the collaborators in the value of an attribute, each with the pattern of its entries' names."""
     if isinstance(value, Mapping):
         yield from ((inner, f"{key}_{{}}") for key, inner in value.items())
     elif isinstance(value, list | tuple):
@@ -134,7 +134,7 @@ def collaborators(value: Any) -> Iterator[tuple[Any, str]]:
 
 
 def renamed(state: State, rename: str) -> State:
-    """Return the entries of one of several collaborators, by their own names."""
+    """Return the entries of one of several collaborators, under the names that this collaborator uses itself."""
     return state if rename == "{}" else _Renamed(state, rename)
 
 

@@ -2,10 +2,10 @@
 
 One step, with the gradient already in ``g``::
 
-    combine_gradients  g becomes that of all workers, in methods whose workers make the same step
-    before_update      exchanges whose gradient was taken before them (the default of the papers)
+    combine_gradients  all workers' gradients are combined in g, in methods whose workers make the same step
+    before_update      the exchange takes place here if it follows the gradient (the default of the papers)
     the local update   x <- x - eta*g, by the torch optimizer; or by the method's own ``update`` (``owns_update``)
-    after_update       exchanges after which the next gradient is computed
+    after_update       the exchange takes place here if the next gradient is to be computed after it
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Worker(ABC):
         skips: Whether the present step skips the local update, because a gradient is not finite.
         has_common_gradient: Whether the present gradient is the same on all workers.
         n_nonfinite: The number of non-finite elements at the last check.
-        joined_at: The clock at which this worker has ended its steps, while it accompanies those of others.
-        is_replicated: Whether all workers hold equal copies of everything that is persistent.
+        joined_at: The value of t after this worker's last own step, while it only takes part in the steps of the other
+            workers (``DistributedOptimizer.join``); else None.
+        is_replicated: Whether all workers hold equal copies of all persistent attributes.
         positions: The worker's own vectors (n,) of parameters; ``x`` is the first.
         velocities: The worker's own vectors (n,) such as momenta, in which a non-finite element becomes zero.
     """
@@ -156,7 +157,7 @@ class Worker(ABC):
         return norm
 
     def before_update(self) -> None:  # noqa: B027 - optional
-        """Act between the gradient and the local update."""
+        """Do what the method does between the gradient and the local update, such as an exchange."""
 
     def update_all(self, group_slices: Sequence[ParamGroupSlice]) -> None:
         """Make the local update, in methods that declare ``owns_update``."""
@@ -168,7 +169,7 @@ class Worker(ABC):
         raise NotImplementedError(f"{type(self).__name__} declares owns_update and has no update")
 
     def after_update(self) -> None:  # noqa: B027 - optional
-        """Act after the local update."""
+        """Do what the method does after the local update, such as an exchange."""
 
     @abstractmethod
     def consensus(self, out: Any) -> None:
@@ -193,7 +194,7 @@ class Worker(ABC):
         self.exchange_remaining()
 
     def exchange_remaining(self) -> None:  # noqa: B027 - optional
-        """Exchange the local steps since the last exchange, before the period has ended. Called by ``finalize``."""
+        """Exchange the local steps since the last exchange, even if they are fewer than a period."""
 
     def metrics(self) -> dict[str, float]:
         """Return the present values of the method's ``metrics``. Local and cheap."""
@@ -208,7 +209,8 @@ class Worker(ABC):
         """Continue from a checkpoint; ``x`` has been loaded already. Collective.
 
         Args:
-            state: This worker's entries; or, after another number of workers, those of ``rescaling.merge_all``.
+            state: This worker's entries; or, if the number of workers has changed, the result of
+                ``rescaling.merge_all``.
 
         Raises:
             KeyError: An entry is missing.
@@ -239,12 +241,12 @@ class PeriodicWorker(Worker):
         self._method = method
 
     def before_update(self) -> None:
-        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
+        """Exchange if it is due and grad_point = pre, which means that the gradient precedes the exchange."""
         if self._method.grad_point == "pre" and self.t % self._method.period == 0:
             self.exchange()
 
     def after_update(self) -> None:
-        """Exchange if grad_point = post: the next gradient will be computed after this exchange."""
+        """Exchange if it is due and grad_point = post, which means that the exchange precedes the next gradient."""
         if self._method.grad_point == "post" and (self.t + 1) % self._method.period == 0:
             self.exchange()
 
@@ -255,13 +257,13 @@ class PeriodicWorker(Worker):
 
     @property
     def is_absent(self) -> bool:
-        """Whether this worker has no weight in the mean of a round, before which it had made its last step."""
+        """Whether this worker has no weight in the mean of this round, because it makes no steps in it."""
         period = int(self._method.period)
         return self.joined_at is not None and self.joined_at <= self.t // period * period
 
     @property
     def n_local_steps(self) -> int:
-        """The number of local steps since the last exchange, between two steps."""
+        """The number of local steps since the last exchange. It is valid only between two steps."""
         if self._method.grad_point == "pre":
             return (self.t - 1) % int(self._method.period) + 1
         return self.t % int(self._method.period)

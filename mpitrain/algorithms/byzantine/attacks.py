@@ -26,24 +26,24 @@ Attack = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def sign_flip(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """Return the attack -g_i."""
+    """Return -g_i for each attacker i."""
     return -own
 
 
 def zero(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
-    """Return the attack 0."""
+    """Return a gradient of zeros for each attacker."""
     return np.zeros_like(own)
 
 
 def scaled_negative(factor: float = 0.4) -> Attack:
-    """Return the attack -factor*g_i. With a small factor, a safeguard does not detect it (``safeguard attack``)."""
+    """Return the attack -factor*g_i. With a small factor, SafeguardSGD does not detect it ("safeguard attack")."""
     return lambda own, honest: -factor * own
 
 
 def variance(z: float = 0.3) -> Attack:
     """Return the attack mean - z*std of the honest gradients, per coordinate.
 
-    It is rarely an outlier, but always deviates to the same side.
+    The vector that it sends is rarely an outlier, but always deviates to the same side.
     """
 
     def shifted(own: np.ndarray, honest: np.ndarray) -> np.ndarray:
@@ -78,8 +78,8 @@ def flip_labels(labels: np.ndarray, n_classes: int = 10) -> np.ndarray:
 class Attacked:
     """A gradient function ``gradient(rank, x)`` with Byzantine workers, for synchronous methods.
 
-    The first call of a step computes the gradients of all workers at its own ``x``. In a synchronous method, all
-    workers have the same ``x``.
+    The first call in a step computes the gradients of all workers at the ``x`` of this call. In a synchronous method,
+    all workers have the same ``x``.
 
     Args:
         gradient: The ``gradient(rank, x)`` of an honest worker.

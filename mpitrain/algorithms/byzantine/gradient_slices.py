@@ -42,9 +42,10 @@ class GradientSlices:
         extra: The number of additional rows, for vectors of the method that are compared with gradients.
 
     Attributes:
-        part: The slice.
-        mine: This worker's gradient in the slice; the method replaces it by the aggregate.
-        rows: (size + extra, length) one row per worker; 0 where a gradient is not finite.
+        part: The position of this worker's slice in the vector.
+        mine: The slice of this worker's own gradient; the method overwrites it with the slice of the aggregate.
+        rows: (size + extra, length) the slice of each worker's gradient, then the additional rows. Elements that are
+            not finite are 0.
     """
 
     def __init__(self, comm: Communicator, g: Vector, extra: int = 0) -> None:
@@ -55,13 +56,15 @@ class GradientSlices:
         kernels.receive(self.rows.values[0, :0], g.local[:0])  # compiled before the first step
 
     def exclude_own(self, excludes: bool) -> None:
-        """Mark this worker's gradient as not finite, for all workers. Local; call it before ``collect``."""
+        """Mark this worker's gradient as not finite if ``excludes`` is true. Local; call it before ``collect``."""
         if excludes and np.isfinite(self._g.local[:1]).any():
             self._g.local[:1] = math.nan
             self._comm.statistics.n_nonfinite -= 1  # ``collect`` counts this element
 
     def collect(self, whose: Iterable[int]) -> np.ndarray:
-        """Copy the slices of the given workers. Collective; gradients must not change until ``total`` returns.
+        """Copy this worker's slice from the gradients of the workers ``whose``. Collective.
+
+        Gradients must not change until ``total`` returns.
 
         Returns:
             (size,) the number of non-finite elements of each worker, in this slice.
@@ -74,11 +77,11 @@ class GradientSlices:
         return n_bad
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum of numbers over all slices, with the same bits on every worker. Collective."""
+        """Return the sum of all workers' ``values``, with the same bits on every worker. Collective."""
         return np.add.reduce(self._comm.gather(values.tolist()), axis=0)
 
     def share(self) -> None:
-        """Replace every worker's gradient by the aggregate; each worker has a slice of it in ``mine``. Collective."""
+        """Replace every worker's gradient by the aggregate, whose slices are in the workers' ``mine``. Collective."""
         self._g.local[: self.part.start] = 0
         self._g.local[self.part.stop :] = 0
         self._comm.allreduce(self._g)
@@ -90,10 +93,10 @@ class GradientSlices:
 
 
 class SliceState:
-    """A vector of which each worker holds a slice, in a checkpoint.
+    """The checkpoint entry of a vector of which each worker holds a slice.
 
     Args:
-        name: The entry.
+        name: The name of the entry.
         part: The position of this worker's slice.
         values: (length,) the slice.
     """
@@ -110,7 +113,7 @@ class SliceState:
         kernels.assign(self._values, state[self._name])
 
     def merge(self, parts: Parts) -> Iterator[tuple[str, Any]]:
-        """Yield the whole vector (n,). Local."""
+        """Yield the whole vector (n,), assembled from all workers' slices. Local."""
         yield self._name, np.concatenate([part[self._name] for part in parts])
 
     def restart(self, state: State) -> None:

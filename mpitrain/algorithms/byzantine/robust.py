@@ -3,13 +3,13 @@
     mean                (1/m) sum_i g_i
     median              of each coordinate
     trimmed_mean        of each coordinate, without its f largest and f smallest values
-    krum                the g_i with the least sum of squared distances to its m - f - 2 nearest
+    krum                the g_i with the least sum of squared distances to its m - f - 2 nearest gradients
     geometric_median    argmin_y sum_i ||y - g_i||
     centered_clipping   v <- v + (1/m) sum_i (g_i - v) * min(1, r/||g_i - v||),  v = the aggregate of the step before
 
 for m workers, f of them Byzantine. The local update is any torch optimizer's, with the aggregate as its gradient; all
-workers use the same one, so that their parameters stay equal to the last bit. Every rule leaves out gradients that are
-not finite. A step in which none is finite is left out.
+workers use the same optimizer, so that their parameters stay equal to the last bit. Every rule leaves out gradients
+that are not finite. If no gradient is finite, all workers skip the step.
 
 Source: Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning, 2018, https://arxiv.org/abs/1803.01498
 (median, trimmed mean); Blanchard, El Mhamdi, Guerraoui, Stainer, Machine Learning with Adversaries, 2017,
@@ -55,7 +55,7 @@ class RobustSGD(Method):
     Args:
         rule: The name of the rule; see the description of the module.
         n_byzantine: The expected number f of bad workers, for the trimmed mean and Krum. The default is the largest
-            number that Krum allows: 2f + 2 < m.
+            number that Krum allows among m workers: 2f + 2 < m.
         clip_radius: The radius r of centered clipping. The default is the median of the distances from v.
     """
 
@@ -78,7 +78,7 @@ class RobustSGD(Method):
     on_host: ClassVar[bool] = True
 
     def tolerated(self, size: int) -> int:
-        """Return f for ``size`` workers.
+        """Return the number f of bad workers among ``size`` workers that the rule is set to tolerate.
 
         Raises:
             UsageError: The rule cannot tolerate so many bad workers.
@@ -175,7 +175,7 @@ class ClippingWorker(RobustWorker):
 
 
 def krum(squares: np.ndarray, n_byzantine: int) -> np.ndarray:
-    """Return weights (m,): 1 for the vector that Krum selects, else 0. The argument is the squared distances (m, m)."""
+    """Return weights (m,), given squared distances (m, m): 1 for the vector that Krum selects, 0 for the others."""
     m = len(squares)
     n_nearest = max(m - n_byzantine - 2, 1)
     nearest = np.sort(squares, axis=1)[:, 1 : 1 + n_nearest]  # without itself

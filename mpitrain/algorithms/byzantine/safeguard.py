@@ -70,8 +70,8 @@ class SafeguardSGD(Method):
             8*(tolerance/z)^2 steps.
         short_threshold: The threshold Th0; by default automatic.
         long_threshold: The threshold Th1; by default automatic.
-        tolerance: The automatic threshold as a multiple of the distance between honest workers; larger values exclude
-            fewer honest workers and detect fewer others.
+        tolerance: The automatic threshold as a multiple of the distance between honest workers. Larger values exclude
+            fewer honest workers, but also detect fewer Byzantine ones.
         noise: The standard deviation nu of the noise that is added to the gradient, to leave saddle points.
         reset_good_every: The number of long windows after which all workers count as good again; by default never.
     """
@@ -170,7 +170,7 @@ class SafeguardWorker(Worker):
         self.good = remaining
 
     def consensus(self, out: Any) -> None:
-        """Write this worker's parameters: all are equal. Local."""
+        """Write this worker's parameters, which are equal on all workers. Local."""
         out[...] = self.x.local
 
     def metrics(self) -> dict[str, float]:
@@ -230,7 +230,7 @@ class Window:
         kernels.accumulate(self.sums[0, :0], like[:0], 0.0)  # compiled before the first step
 
     def begin(self) -> None:
-        """Set A_i <- 0."""
+        """Begin a window: set all sums A_i to 0."""
         self.sums[...] = 0
         self.n_steps, self.last_radius = 0, self.radius
 
@@ -263,7 +263,7 @@ class Window:
 def median_worker(distances: np.ndarray, good: np.ndarray, threshold: float) -> int | None:
     """Return the worker with the most good workers within ``threshold``, or None without a majority.
 
-    There is a majority if these workers, including itself, are more than m/2.
+    There is a majority if this worker and those within the threshold are more than m/2 workers together.
 
     Args:
         distances: (m, m) the distances between the sums.
@@ -280,7 +280,7 @@ def majority_radius(distances: np.ndarray, good: np.ndarray) -> float:
 
     The radius of a worker is that of the smallest ball around it that contains more than m/2 good workers, including
     itself. With at most m/2 - 1 attackers, r lies between the smallest and the largest distance of two honest workers.
-    The ball of an honest worker contains another honest worker, and more than m/2 workers are honest.
+    The reason is that more than m/2 workers are honest, and that the ball of an honest worker contains another one.
     """
     n_others = len(good) // 2
     if good.sum() <= n_others:

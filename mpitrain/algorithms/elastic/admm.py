@@ -151,9 +151,10 @@ class ADMMWorker(Worker):
 
 
 class SynchronousADMMWorker(ADMMWorker):
-    """A worker with a copy of the center. An all-reduce per step makes it the mean of the contributions.
+    """A worker with a copy of the center. At each step, an all-reduce computes the center.
 
-    Non-finite elements of a contribution are replaced by those of the old center.
+    The center is the mean of the workers' contributions. The elements of the old center replace non-finite elements of
+    a contribution.
     """
 
     persistent: ClassVar[tuple[str, ...]] = (Common("_center"),)
@@ -181,7 +182,7 @@ class SynchronousADMMWorker(ADMMWorker):
 
 
 class TurnADMMWorker(ADMMWorker):
-    """A worker that makes its turns alone, with a shared center. With K > 1, a second row holds the next center.
+    """A worker that makes its turns alone, with a shared center. With K > 1, a second shared vector is the next center.
 
     Each worker has a clock that counts its turns. Workers read each other's clocks to find out whose turn it is.
     """
@@ -216,7 +217,7 @@ class TurnADMMWorker(ADMMWorker):
         self._group_slices.append(group_slice)
 
     def after_update(self) -> None:
-        """Make the three assignments of a turn together, shard by shard."""
+        """Update lam_i, x_i and the center together, shard by shard."""
         self._center.update(self._visit)
         self._group_slices.clear()
         self._clock.local[0] = self.t + 1
@@ -237,7 +238,7 @@ class TurnADMMWorker(ADMMWorker):
         self._center.read(out)
 
     def after_load(self) -> None:
-        """Discard the clocks read so far, and recompute the mean if a worker had died. Collective.
+        """Forget the peers' clocks, and recompute the center if a worker was dead when the run was saved. Collective.
 
         Such a worker starts with the contribution of another worker, which changes the mean of the contributions.
         """

@@ -1,8 +1,8 @@
 """The center of elastic averaging: one shared vector, or a copy at each worker.
 
-In one exchange of one worker the difference x - c only changes its length, so that a Gauss-Seidel exchange is a Jacobi
-exchange with other rates (``jacobi_rates``). With those, a_c*x_i + a_w*c does not change in an exchange; with equal
-rates that is the sum of all x_i and c: what the center gains is what the worker gives.
+An exchange of one worker multiplies the difference x - c by a number. A Gauss-Seidel exchange therefore equals a Jacobi
+exchange with other rates (``jacobi_rates``). With these rates a_w and a_c, an exchange does not change a_c*x_i + a_w*c.
+If the rates are equal, it does not change x_i + c: what the center gains is what the worker gives.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class AsynchronousCenter(SharedRows):
             compile_halves(x, c, x)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
-        """Make both sides in one fused pass over x and c, shard by shard. Local."""
+        """Make both sides of an exchange in one fused pass over x and c, shard by shard. Local."""
         a_w, a_c = jacobi_rates(self._order, a_w, a_c)
         self.vector.update(self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c)))
 
     def clipped(self, x: Any, a_c: float, visit: Callable[[slice, Any], int]) -> Callable[[slice, Any], int]:
-        """Return a function for a visit to a shard, which first limits ||x - c|| to what the bound allows."""
+        """Return ``visit``, a visit to a shard, preceded by a limit of ||x - c|| to what the bound allows."""
         clip = self._clip
         if clip is None or a_c == 0:
             return visit
@@ -87,9 +87,10 @@ class AsynchronousCenter(SharedRows):
 
 
 class SynchronousCenter:
-    """A copy of the center at every worker, moved by s = sum_i x_i. Collective to create.
+    """A center of which every worker holds a copy. Collective to create.
 
-    An all-reduce computes s, so all copies have the same bits.
+    In an exchange, an all-reduce computes s = sum_i x_i, from which every worker updates its copy. All copies have the
+    same bits.
 
     Args:
         comm: The communicator of the workers.
@@ -113,7 +114,7 @@ class SynchronousCenter:
             compile_halves(x, c, s)
 
     def exchange(self, x: Any, a_w: float, a_c: float) -> None:
-        """Make both sides in one fused pass. Collective."""
+        """Make both sides of an exchange in one fused pass. Collective."""
         if self._order == "worker_first":  # s after the workers' moves is (1 - a_w)*s + a_w*p*c
             a_w, a_c = jacobi_rates(self._order, a_w, a_c)
         self._limit(x, a_c)

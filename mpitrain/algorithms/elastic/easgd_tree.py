@@ -76,7 +76,7 @@ class EASGDTree(Method):
     Args:
         degree: The largest number d of children of an inner node. By default, the tree follows the machines: there is
             one inner node for each machine with several workers, and a root above them.
-        scheme: The edges that are slow. With ``multi-scale``, these are the edges between inner nodes; with
+        scheme: Which edges use ``slow_period``. With ``multi-scale``, these are the edges between inner nodes; with
             ``up-down``, all edges in the downward direction.
         period: The number tau_1 of local steps between two messages over a fast edge.
         slow_period: The number tau_2 of local steps between two messages over a slow edge.
@@ -108,14 +108,14 @@ class EASGDTree(Method):
         return False
 
     def periods(self, *, of_leaf: bool) -> tuple[int, int]:
-        """Return the local steps between messages (up, down) on the edge between a node and its parent."""
+        """Return the numbers of local steps between messages (up, down) on the edge between a node and its parent."""
         if self.scheme == "up-down":
             return self.period, self.slow_period
         tau = self.period if of_leaf else self.slow_period
         return tau, tau
 
     def interval(self, size: int) -> Interval:
-        """Return the local steps between two messages towards the root, over the slowest edge."""
+        """Return the number of local steps between two messages towards the root, over the slowest edge."""
         has_inner_edges = self.degree is not None and size > self.degree
         if self.scheme == "multi-scale" and has_inner_edges and self.slow_period > self.period:
             return Interval(self.slow_period, "slow_period")
@@ -190,13 +190,14 @@ class InnerNode(AsynchronousCenter):
         compile_halves(c, c.copy(), c.copy())
 
     def answer(self, message: Any, alpha: float) -> None:
-        """Receive a message (n,), and overwrite it with this node's own message, made before the receipt. Local."""
+        """Move towards a message (n,), and overwrite it with this node's values before the move. Local."""
         self.vector.update(lambda part, x: kernels.elastic_exchange(message[part], x, 1.0, alpha), pulls=False)
 
     def load(self, state: State) -> None:
-        """Set the node from the checkpoint, or from the first worker's parameters if no part contains it. Collective.
+        """Set the node from the first worker's part of a checkpoint. Collective.
 
-        A worker that had died loads the part of another worker, which may have had fewer nodes above it.
+        If that part lacks this node, the node is set to the first worker's parameters. A worker that was dead when the
+        checkpoint was saved loads the part of another worker, which may have fewer nodes above it.
         """
         super().load({"center": self._start} if "center" not in state else state)
 
@@ -256,12 +257,12 @@ class EASGDTreeWorker(Worker):
         return nodes
 
     def before_update(self) -> None:
-        """Carry messages if grad_point = pre: the gradient was computed before."""
+        """Carry the messages that are due if grad_point = pre, which means that the gradient precedes them."""
         if self._method.grad_point == "pre":
             self._serve(self.t)
 
     def after_update(self) -> None:
-        """Carry messages if grad_point = post: the next gradient will be computed afterwards."""
+        """Carry the messages that are due if grad_point = post, which means that they precede the next gradient."""
         if self._method.grad_point == "post":
             self._serve(self.t + 1)
 

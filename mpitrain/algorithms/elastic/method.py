@@ -67,7 +67,7 @@ class ElasticMethod(Method):
         grad_point: Whether the gradient of a step with an exchange is computed before (``pre``, as in the paper) or
             after (``post``) the exchange.
         clip_displacement: The largest Euclidean norm C by which an exchange of a worker moves the center. A worker
-            further away than C/a_c is first moved to this distance (``base.clipping``).
+            further than C/a_c from the center is first moved to this distance (``base.clipping``).
     """
 
     moving_rate: float | None = number(None, "alpha; 0.9/p when not given", above=-2, below=2, optional=True)
@@ -184,12 +184,12 @@ class ElasticWorker(Worker):
         self._is_split = method.order == "worker_first" and self._is_pre
 
     def before_update(self) -> None:
-        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
+        """Exchange if it is due and grad_point = pre, which means that the gradient precedes the exchange."""
         if self._is_pre and self.t % self._method.period == 0:
             self.exchange()
 
     def after_update(self) -> None:
-        """Exchange if grad_point = post, or make the center's side of an exchange that the local update has split."""
+        """Exchange if it is due and grad_point = post, or make the second half of an exchange begun in this step."""
         if not self._is_pre:
             if (self.t + 1) % self._method.period == 0:
                 self.exchange()
@@ -197,7 +197,7 @@ class ElasticWorker(Worker):
             self._center.push(self._position, self._rates()[1])
 
     def exchange(self) -> None:
-        """Exchange once. If the local update lies between the two sides, make only the worker's side."""
+        """Exchange once. If the local update lies between the two halves, make only the worker's half."""
         a_w, a_c = self._rates()
         if self._is_split:
             self._center.pull(self._position, a_w)
@@ -206,14 +206,14 @@ class ElasticWorker(Worker):
 
     @property
     def n_local_steps(self) -> int:
-        """The number of local steps since the last exchange, between two steps."""
+        """The number of local steps since the last exchange. It is valid only between two steps."""
         period = int(self._method.period)
         if not self._is_pre:
             return self.t % period
         return (self.t - 1) % period + (not self._is_split)
 
     def exchange_remaining(self) -> None:
-        """Make both sides of an exchange, if there have been local steps since the last exchange."""
+        """Make both halves of an exchange, if there have been local steps since the last exchange."""
         if self.n_local_steps:
             self._exchange_at_rest()
 

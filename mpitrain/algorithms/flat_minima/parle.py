@@ -56,8 +56,8 @@ class EntropyMethod(Method):
         period: The number L of inner steps per outer step.
         inner_rate: The inner learning rate eta_in. It does not follow the schedule of eta.
         momentum: The momentum delta of both loops.
-        averaging: The weight a of the past in the average z.
-        gamma_inverse: The coupling ginv between y and x at the start of the run.
+        averaging: The weight a of the past in the running average z of the inner iterates y.
+        gamma_inverse: The coupling ginv between y and the outer parameters x_a at the start of the run.
         gamma_inverse_cap: The largest value of ginv.
         scoping_batches: The number B of mini-batches per epoch, with which the couplings grow. With None, they stay
             constant.
@@ -114,7 +114,7 @@ class Parle(EntropyMethod):
     """Several replicas of Entropy-SGD that are coupled to their mean once per L gradients.
 
     Args:
-        rho_inverse: The coupling rinv between x_a and r at the start of the run.
+        rho_inverse: The coupling rinv between a replica x_a and the mean r at the start of the run.
         rho_inverse_cap: The largest value of rinv.
         reference: The vectors whose mean is r: ``x`` (the paper) or ``z`` (the authors' code).
 
@@ -140,9 +140,10 @@ class Parle(EntropyMethod):
         return self.coupling(self.rho_inverse, self.rho_inverse_cap, t // self.period)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning if the difference of replicas is unstable under the outer step.
+        """Yield a warning if outer steps can drive replicas apart.
 
-        The difference follows a Nesterov step with step size eta*(rinv + c), where 0 <= c <= 1.
+        The difference of two replicas follows Nesterov steps of size eta*(rinv + c) on a quadratic of curvature 1. The
+        inner loop determines c, which lies between 0 and 1.
         """
         bound = 2 * (1 + self.momentum) / (1 + 2 * self.momentum)
         largest = (
@@ -222,7 +223,7 @@ class InnerLoopWorker(Worker):
 
 
 class EntropyWorker(InnerLoopWorker):
-    """A worker with a copy of the single replica."""
+    """A worker of Entropy-SGD: all workers hold equal copies of x, y, z and the velocities."""
 
     is_replicated: ClassVar[bool] = True
 

@@ -78,7 +78,7 @@ class ADPSGD(GraphMethod):
 
 
 class ADPSGDWorker(Worker):
-    """A worker whose x_i is in a mailbox. The model holds a copy y_i."""
+    """A worker whose x_i lies in a mailbox. The model holds the copy y_i."""
 
     persistent: ClassVar[tuple[str, ...]] = ("_rng", Located("_box"))
 

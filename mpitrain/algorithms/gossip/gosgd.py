@@ -71,7 +71,7 @@ class GoSGD(Method):
         return Interval(1 / self.probability, "probability", lambda steps: f"{min(1 / max(steps, 1), 1):.2g} or more")
 
     def common_start(self, parts: Parts) -> Any:
-        """Return sum_i w_i x_i, with the unread messages."""
+        """Return sum_i w_i x_i, including the unread messages."""
         names = (PARAMETERS, "push_weight"), ("inbox", "inbox_weight")
         return mean_of_parts((part[vector], float(part[weight])) for part in parts for vector, weight in names)
 
@@ -96,12 +96,12 @@ class GoSGDWorker(Worker):
         kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
-        """Exchange if grad_point = pre: the gradient was computed before this exchange."""
+        """Exchange if grad_point = pre, which means that the gradient precedes the exchange."""
         if self._method.grad_point == "pre":
             self.exchange()
 
     def after_update(self) -> None:
-        """Exchange if grad_point = post: the next gradient will be computed after this exchange."""
+        """Exchange if grad_point = post, which means that the exchange precedes the next gradient."""
         if self._method.grad_point == "post":
             self.exchange()
 
@@ -116,7 +116,7 @@ class GoSGDWorker(Worker):
         self._boxes.update(self.comm.rank, self._drain)
 
     def exchange_remaining(self) -> None:
-        """Read the mailbox, so that messages under way are included. Local."""
+        """Read the mailbox, so that x_i includes all messages that have arrived. Local."""
         self._boxes.update(self.comm.rank, self._drain)
 
     def push_to(self, peer: int) -> None:

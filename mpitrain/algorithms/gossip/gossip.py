@@ -4,10 +4,10 @@
     push:  x_i is sent to a random j, which sets    x_j <- (x_j + sum of the k vectors received)/(1 + k)
 
 then the local update. Both are one-sided here. Pull reads x_j as it is, in the memory of j, which may be making a step
-meanwhile: each element is then of before or after it. A pull that draws a peer whose x_j has not changed since the last
-average with it does nothing: a worker that runs while others stand still is not drawn to them again and again. Push
-adds x_i to the mailbox of j, which holds a sum and a count, so that its memory does not grow with the number of unread
-messages.
+meanwhile: each element then has its value before or after this step. A pull does nothing if the x_j of the drawn peer
+has not changed since the last average with it: a worker that runs while others stand still is not drawn to them again
+and again. Push adds x_i to the mailbox of j. The mailbox holds a sum and a count, so that its memory does not grow with
+the number of unread messages.
 
 Source: Jin, Yuan, Iandola, Keutzer, How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581,
 section 3.
@@ -47,12 +47,13 @@ class GossipSGD(Method):
     """Asynchronous gossip with one random peer at a time.
 
     Args:
-        direction: ``pull`` if the receiver reads a vector, ``push`` if the sender delivers it.
+        direction: With ``pull``, a worker reads the vector of a random peer; with ``push``, it sends its own to one.
         period: The number tau of local steps between two exchanges of a worker.
         grad_point: Whether the gradient of a step with an exchange is computed before (``pre``) or after (``post``) the
             exchange.
         clip_displacement: The largest Euclidean norm C by which a received vector moves a worker (``base.clipping``).
-            It also limits the local steps between two exchanges, which needs one more vector of memory.
+            It also bounds the displacement of a worker by its local steps between two exchanges. This needs one more
+            vector of memory.
     """
 
     direction: str = choice("pull", "who moves a vector: the receiver or the sender", ("pull", "push"))
@@ -78,7 +79,7 @@ class GossipSGD(Method):
 
 
 class GossipWorker(PeriodicWorker):
-    """A worker that averages with a random peer in one direction.
+    """A worker that averages with a random peer; only one of the two moves.
 
     Args:
         method: The hyper-parameters.
@@ -97,12 +98,12 @@ class GossipWorker(PeriodicWorker):
         self._origin = self.x.local[:0] if self._clip is None else self.x.local.copy()  # after the last exchange
 
     def before_update(self) -> None:
-        """Begin a step. Peers that have averaged with x_i may do so again."""
+        """Begin a step: peers that have averaged with x_i may do so again. Exchange if due and grad_point = pre."""
         self._direction.begin_step()
         super().before_update()
 
     def after_update(self) -> None:
-        """Limit the displacement by the local steps since the last exchange."""
+        """Limit the displacement since the last exchange, then exchange if it is due and grad_point = post."""
         if self._clip is not None:
             self._clip.limit(self.x.local, self._origin, self._clip.bound)
         super().after_update()
@@ -116,7 +117,7 @@ class GossipWorker(PeriodicWorker):
             kernels.copy(self._origin, self.x.local)
 
     def exchange_remaining(self) -> None:
-        """Average with the vectors in the mailbox (push); a pull would not change the consensus. Local."""
+        """Average with the vectors in the mailbox (push). With pull, do nothing. Local."""
         self._direction.receive()
 
     def consensus(self, out: Any) -> None:
@@ -127,8 +128,8 @@ class GossipWorker(PeriodicWorker):
 class Pull:
     """A pull exchange, which reads the present vector of a peer. Collective to create.
 
-    Each worker counts the steps that it has begun, as the version of its vector. A pull reads the vector and then its
-    version, and does not average with the same version twice.
+    Each worker counts the steps that it has begun; this number is the version of its vector. A worker remembers the
+    version of each peer's vector that it has averaged with, and does not average with the same version twice.
 
     Args:
         comm: The communicator of the workers.
@@ -169,7 +170,7 @@ class Pull:
         statistics.bytes_sent += x.nbytes
 
     def receive(self) -> None:
-        """Do nothing, because there are no messages."""
+        """Do nothing, because a pull sends no messages."""
 
     def _version_of(self, peer: int) -> float:
         self._comm.read(self._version, peer, partial(np.copyto, self._peeked))
@@ -177,7 +178,7 @@ class Pull:
 
 
 class Push:
-    """A push exchange: send this worker's vector to a peer, and average with received ones. Collective to create.
+    """A push exchange: send this worker's vector to a peer, and average with received vectors. Collective to create.
 
     Args:
         comm: The communicator of the workers.

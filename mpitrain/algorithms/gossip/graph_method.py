@@ -41,7 +41,7 @@ class Graph(Setting):
 
 
 def graph(default: str, help: str) -> Any:
-    """Declare the graph of a method; see ``Setting`` for the arguments."""
+    """Declare a setting that is a graph of workers; see ``Setting`` for the arguments."""
     return dataclasses.field(default=default, metadata={"setting": Graph(default=default, help=help)})
 
 
@@ -50,7 +50,7 @@ def graph_named(text: str, size: int | None, *, default: int) -> Topology:
 
     Args:
         text: The name with its options, or the file.
-        size: The number of workers. With None, it is that of the file, or ``default`` for a name.
+        size: The number of workers. With None, a file determines it; for a name, it is ``default``.
         default: The number of workers for a name if ``size`` is None.
 
     Raises:

@@ -43,7 +43,7 @@ RECEIVED = 2
 
 
 def under_way(parts: Parts, overlap: int) -> Iterator[tuple[Any, float]]:
-    """Yield vector and weight of each message that its receiver has not received, from the parts of a checkpoint."""
+    """Yield the vector and the weight of each message under way, from the parts of a checkpoint."""
     slots = overlap + 2
     for part in parts if overlap else ():
         first_late = int(part["posted"]) - overlap
@@ -95,9 +95,8 @@ class Neighbours:
         """Call ``fn`` with each message that is due or has arrived. Local; waits for slow senders.
 
         Args:
-            fn: Processes a message.
-            overlap: The number of steps by which a message may be late in this call, if it differs from the usual
-                number.
+            fn: A function that processes a message (``Receive``).
+            overlap: The number of steps by which a message may be late in this call; by default as in ``Neighbours``.
         """
         t, later = self._t - 1 - (self._overlap if overlap is None else overlap), []
         for step, sender in self._due:
@@ -149,7 +148,7 @@ class Neighbours:
             yield "messages", np.stack([kernels.to_host(self._copy(step % self._slots)) for step in self._late_steps()])
 
     def restart(self, state: State) -> None:
-        """Continue at the workers' clock without messages under way. Local; peers see it after a barrier."""
+        """Set the number of steps made, and mark all messages as received. Local; peers see it after a barrier."""
         self._t, self._due = int(state[CLOCK]), []
         for slot in range(self._slots):
 

@@ -50,8 +50,8 @@ class StochasticGradientPush(GraphMethod):
     Args:
         topology: The directed graph: a name, a file or a networkx graph. With more peers per step there is more to
             send, and workers differ less.
-        overlap: The number of steps by which a message may be late (OSGP); 0: workers wait for the messages of this
-            step. Every step of overlap takes one more vector of memory.
+        overlap: The number of steps by which a message may be late (OSGP). With 0, workers wait for the messages of
+            this step. Every step of overlap takes one more vector of memory.
     """
 
     topology: Any = graph("one_peer_exponential", "the directed graph along which workers push")
@@ -66,7 +66,7 @@ class StochasticGradientPush(GraphMethod):
     goes_on: ClassVar[str] = "sum_i x_i / sum_i w_i with the messages under way; mean of the optimizer states"
 
     def common_start(self, parts: Parts) -> Any:
-        """Return sum_i x_i/sum_i w_i, with the messages under way."""
+        """Return (sum_i x_i)/(sum_i w_i), including the messages under way."""
         own = ((part[PARAMETERS], float(part["push_weight"])) for part in parts)
         return mean_of_parts(chain(own, under_way(parts, self.overlap)))
 
@@ -123,7 +123,7 @@ class SGPWorker(Worker):
         return kernels.weighted_average(self.x.local, z, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
-        """Write the present sum_i x_i/sum_i w_i. Local; exact while no worker is in a step."""
+        """Write the present value of (sum_i x_i)/(sum_i w_i). Local; exact while no worker is in a step."""
         weights: list[float] = []
 
         def weight_of(peer: int) -> float:
@@ -138,7 +138,7 @@ class SGPWorker(Worker):
 
 
 def is_regular(graph: Topology) -> bool:
-    """Return whether, at each step, every worker sends to and receives from the same number of others."""
+    """Return whether, at each step, all workers send and receive the same number of messages."""
     ranks = range(graph.size)
     return all(
         len({len(peers(rank, step)) for rank in ranks for peers in (graph.out_neighbours, graph.in_neighbours)}) == 1

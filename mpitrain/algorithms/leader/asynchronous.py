@@ -24,7 +24,10 @@ def copy_loss(to: np.ndarray, shown: np.ndarray) -> None:
 
 
 class AsynchronousLSGDWorker(LSGDWorker):
-    """A worker that publishes its parameters and loss, and reads the parameters that the leader has published."""
+    """A worker that publishes its parameters and loss, and reads the parameters that the leader has published.
+
+    A new round begins whenever the mean number of all workers' steps passes a multiple of the period.
+    """
 
     persistent: ClassVar[tuple[str, ...]] = (Located("_published_parameters"), "_shown")
 
@@ -42,7 +45,7 @@ class AsynchronousLSGDWorker(LSGDWorker):
         self.comm.barrier()
 
     def exchange(self, clock: int) -> None:
-        """Publish at the beginning of a new round, and make the pull when the other workers have published. Local."""
+        """Publish when a round begins, and make its pull once the other workers have published, too. Local."""
         self._shown.local[CLOCK] = clock
         self._poll()
         total = int(self._scoreboard[:, CLOCK].sum())

@@ -63,13 +63,13 @@ class LSGD(Method):
         pull: The pull lambda towards the leader of the group.
         global_pull: The pull lambda_G towards the leader of all workers.
         period: The number tau of steps between pulls towards the leader of the group. The default is a quarter of
-            tau_G, or 4.
+            tau_G, or 4 if tau_G is not given either.
         global_period: The number tau_G >= tau of steps between pulls towards the leader of all workers. The default is
             four times tau.
         group_size: The number l of consecutive workers in a group; the last group may be smaller. With 0, a group is a
             node, as in the paper.
-        continuous_pull: Whether to pull also after every local step, by lambda/tau and lambda_G/tau_G, towards the
-            leaders' parameters of the last exchange.
+        continuous_pull: Whether workers are also pulled after every local step, by lambda/tau and lambda_G/tau_G,
+            towards the parameters that the leaders had at the last exchange.
         synchronous: Whether all workers exchange at once and wait for each other.
         grad_point: Whether the exchange follows the local update (``post``), or lies between the gradient and the
             update (``pre``).

@@ -22,7 +22,7 @@ NO_LEADER = -1
 
 @dataclass(eq=False)
 class Following:
-    """A pull of a worker towards a leader. Each worker has two: for its group and for all workers.
+    """A pull of a worker towards a leader. Each worker has two, one for its group and one for all workers.
 
     Attributes:
         members: The ranks among which the leader is chosen, ascending.
@@ -30,7 +30,8 @@ class Following:
         period: The period tau or tau_G.
         leader_parameters: (n,) the leader's parameters z at the last exchange; (0,) if they are not needed.
         leader: The rank of the leader at the last exchange.
-        round: The number of periods in the total of all workers' steps, as this worker has seen it (asynchronous only).
+        round: The number of complete periods, by the mean number of steps of all workers when this worker last read
+            their clocks (asynchronous only).
         pending: Whether the pull of this round is still to come (asynchronous only).
     """
 
@@ -76,7 +77,7 @@ class LSGDWorker(Worker):
             self.exchange(self.t)
 
     def after_update(self) -> None:
-        """Make the small pulls of every step, and the exchange if grad_point = post."""
+        """Make the small pulls of every step if ``continuous_pull`` is set, and exchange if grad_point = post."""
         if self._method.continuous_pull:
             for following in (self._group, self._all):
                 if following.leader not in (NO_LEADER, self.comm.rank):
@@ -88,7 +89,7 @@ class LSGDWorker(Worker):
 
     @abstractmethod
     def exchange(self, clock: int) -> None:
-        """Make the pulls that are due; ``clock`` is the number of local steps before the exchange."""
+        """Make the pulls that are due; ``clock`` is the number of local steps before this exchange."""
 
     def mean_loss(self) -> float:
         """Return the mean loss of the last tau mini-batches, or of all if fewer; inf if it is not finite."""
@@ -98,7 +99,8 @@ class LSGDWorker(Worker):
     def pulls(self, due: Sequence[Following]) -> list[tuple[int, float]]:
         """Return the leader and the rate of each pull that is due.
 
-        Two pulls towards the same worker are merged into the first. The rate of a pull that has no effect is 0.
+        If both pulls are towards the same worker, the first has the effect of both, and the second the rate 0. The rate
+        is also 0 if there is no leader, or if this worker is the leader.
         """
         planned = [(f.leader, 0.0 if f.leader in (NO_LEADER, self.comm.rank) else f.rate) for f in due]
         if len(planned) == 2 and planned[0][0] == planned[1][0]:
@@ -119,7 +121,7 @@ class LSGDWorker(Worker):
         mean_of_workers(self.comm, self.x, out)
 
     def metrics(self) -> dict[str, float]:
-        """Return the leader of the group at the last exchange, or -1, and how often it was this worker. Local."""
+        """Return the group's leader at the last exchange (-1 without one), and how often this worker led. Local."""
         return {"leader": float(self._group.leader), "leads": float(self._leads)}
 
 

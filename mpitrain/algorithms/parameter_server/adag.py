@@ -41,15 +41,16 @@ from mpitrain.collectives.rma.shared_vector import SharedVector
 
 @dataclass(frozen=True)
 class ADAG(CenterMethod):
-    """AGN with commits that are damped in coordinates that other workers have just changed.
+    """AGN (``parameter_server.agn``) that damps a commit in the coordinates that other workers have just changed.
 
     It suits high learning rates and many workers.
 
     Args:
         period: The number tau of local steps between two exchanges.
-        gamma: The squared distance in a coordinate of the center that halves a commit. Smaller values damp more.
-        placement: The place where the factor is computed. With ``A`` or ``B``, which are the same here, it is the
-            center. With ``C``, it is the worker, which makes a second visit.
+        gamma: The damping constant. A commit is halved in a coordinate in which the squared distance that the center
+            has moved since the worker's last pull is gamma. Smaller values damp more.
+        placement: The place where the damping factor is computed. With ``A`` or ``B``, which are the same here, it is
+            the center. With ``C``, it is the worker, which visits the center twice per exchange.
         normalise: Whether to divide the commit by its number of local steps, as AGN does.
     """
 
@@ -72,7 +73,7 @@ class ADAG(CenterMethod):
 
 
 class DampedDisplacement(Displacement):
-    """The rule that damps a displacement by the distance that the center has moved since the last pull.
+    """The rule that damps a displacement, the more the further the center has moved since the last pull.
 
     Args:
         x: (n,) the model's parameters.
@@ -92,7 +93,7 @@ class DampedDisplacement(Displacement):
         return kernels.adag_scale(self.x[part], self.origin[part], c, self._share(steps), self._inverse_gamma)
 
     def push_scaled(self, part: slice, c: Any) -> int:
-        """Push the commit: c <- c + x; x, o <- o + x."""
+        """Push the commit, which is in x: c <- c + x; then x, o <- o + x."""
         return kernels.adag_push(self.x[part], self.origin[part], c)
 
     def _share(self, steps: int) -> float:

@@ -68,7 +68,7 @@ class AveragedDownpour(Method):
         """Return the averaging rate a_t for a shard with t commits."""
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for settings outside DOWNPOUR's bound."""
+        """Yield a line for settings outside DOWNPOUR's region of stability."""
         text = downpour_warning(size, self.period)
         if text is not None:
             yield text
@@ -111,7 +111,7 @@ class MVADownpour(AveragedDownpour):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"rate": 0.01})
 
     def interval(self, size: int) -> Interval:
-        """Return the local steps of a worker in which all workers make 1/a commits, so that the average follows."""
+        """Return the number of local steps of a worker in which all workers together make 1/a commits."""
         return Interval(
             self.period / (self.rate * size),
             "rate",

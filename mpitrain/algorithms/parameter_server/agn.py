@@ -75,7 +75,7 @@ class AGN(CenterMethod):
 
 
 def inverse_steps(shared: SharedVector, steps: int) -> float:
-    """Return the inverse of the number of local steps, which is tau except for the last commit of a run."""
+    """Return 1/``steps``. The number of local steps is tau, except at the last commit of a run."""
     return 1 / max(steps, 1)
 
 
@@ -111,7 +111,7 @@ class MeanGradientWorker(CenterWorker):
     Args:
         method: The hyper-parameters.
         replica: The vectors and the communicator to work with.
-        rule: The accumulated steps.
+        rule: The rule, which holds the accumulated steps.
     """
 
     def __init__(self, method: AGN, replica: Replica, rule: AccumulatedSteps) -> None:

@@ -12,7 +12,7 @@ There is no server process. The center lies in shards in the memory of all worke
 its own clock: a commit and its pull are atomic shard by shard, and one worker can be ahead of another in one shard and
 behind it in the next.
 
-At the end of a run the remaining local steps, fewer than tau, are committed, too (``finalize``): the center that is
+At the end of a run, ``finalize`` also commits the remaining local steps, which are fewer than tau: the center that is
 evaluated contains every step. A checkpoint is taken before that, so that a continued run is in the middle of a period.
 """
 
@@ -90,12 +90,12 @@ class CenterWorker(Worker):
         return self._rule(part, c, self._center, self._steps)
 
     def limit(self, part: slice) -> None:
-        """Scale the commit to a shard if it exceeds ``clip_displacement``. Local."""
+        """Scale the commit to a shard if it exceeds the shard's share of ``clip_displacement``. Local."""
         if self._clip is not None and part.stop > part.start:
             self._rule.limit(part, self._clip, self._clip.share_of(range(part.start, part.stop), self._center.n))
 
     def after_update(self) -> None:
-        """Commit and pull if it is due."""
+        """Commit and pull if a visit to the center is due."""
         self._steps += 1
         if self.is_due():
             self.commit()

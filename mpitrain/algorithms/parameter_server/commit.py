@@ -25,7 +25,7 @@ class CommitRule(ABC):
         persistent: The names of the attributes that a checkpoint contains, as in ``Worker``.
         rows: The names of the shared vectors in a checkpoint. The first is the center.
         evaluated_row: The index of the shared vector that is the consensus.
-        tags: The name in a checkpoint for the numbers that belong to each shard; None without such numbers.
+        tags: The checkpoint entry for the tags, which are numbers stored with each shard; None to store no tags.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ()
@@ -89,5 +89,5 @@ class Displacement(CommitRule):
         return kernels.commit_only(self.x[part], self.origin[part], c)
 
     def pull(self, part: slice, c: Any) -> int:
-        """Pull the center: x, o <- c, and add the displacement that has not been committed to x."""
+        """Pull the center: compute x <- c + (x - o), which keeps the displacement not yet committed; then o <- c."""
         return kernels.pull_only(self.x[part], self.origin[part], c)

@@ -41,7 +41,8 @@ class GPUASGD(CenterMethod):
 
     Args:
         period: The number n_sync of mini-batches between two exchanges of a client (n_fetch = n_push in the paper).
-        warm_start_steps: The number of steps that client 0 makes alone; 0 is the cold start of the paper.
+        warm_start_steps: The number of steps that client 0 makes alone. With 0, all clients start at once (the paper's
+            cold start).
     """
 
     period: int = integer(4, "n_sync, mini-batches between exchanges", low=1)
@@ -56,7 +57,7 @@ class GPUASGD(CenterMethod):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 1, "warm_start_steps": 20})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for an n_sync outside DOWNPOUR's bound."""
+        """Yield a line for a period n_sync outside DOWNPOUR's region of stability."""
         text = downpour_warning(size, self.period)
         if text is not None:
             yield text
@@ -95,7 +96,7 @@ class GPUASGDWorker(CenterWorker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> bool:
-        """Make a step. While waiting, instead check client 0, and pull the center if it has finished or died."""
+        """Make a step. A waiting client instead pulls the center, if client 0 has ended the warm start or died."""
         if self._waits:
             self.comm.read(self._made, 0, partial(np.copyto, self._seen))
             if self._seen[0] >= self._method.warm_start_steps or 0 in self.comm.dead:
@@ -113,9 +114,10 @@ class GPUASGDWorker(CenterWorker):
         return ends or super().is_due()
 
     def after_load(self) -> None:
-        """Publish the steps of client 0 again.
+        """Publish this client's number of steps again; the others read that of client 0.
 
-        If client 0 had died, it has loaded the part of another client, and does not wait.
+        If client 0 was dead when the checkpoint was saved, it has loaded the part of another client. It does not wait
+        even if that client did.
         """
         self._made.local[0] = self.t
         self._waits = self._waits and self.comm.rank > 0

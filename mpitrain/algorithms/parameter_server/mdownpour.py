@@ -69,7 +69,7 @@ class MDownpour(CenterMethod):
 
 
 class MomentumStep(CommitRule):
-    """The rule that makes a momentum step of the center. The velocity is stored with the center.
+    """The rule that makes a momentum step of the center. The velocity v is shared, as the center is.
 
     Args:
         x: (n,) the model's parameters y.
@@ -93,8 +93,8 @@ class MomentumStep(CommitRule):
     def limit(self, part: slice, clip: Clip, radius: float) -> None:
         """Scale g so that eta*||g|| <= (1 - delta)*radius.
 
-        A gradient acts in the momentum steps that follow, too. Together, these steps then move the center by at most
-        ``radius``.
+        By the momentum, a gradient also acts in the following steps. With this limit, it moves the center by at most
+        ``radius`` in all of them together.
         """
         g = self._g[part]
         eta = max(group_slice.learning_rate for group_slice in self.group_slices)

@@ -34,7 +34,7 @@ from mpitrain.theory import downpour_warning
 
 @dataclass(frozen=True)
 class ZealousDownpour(CenterMethod):
-    """DOWNPOUR with an adaptive period: workers exchange at every step until the center is busy.
+    """DOWNPOUR with an adaptive period: workers exchange after every step at which the center is not busy.
 
     Args:
         period: The largest number tau of local steps between two exchanges.
@@ -51,7 +51,7 @@ class ZealousDownpour(CenterMethod):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 4})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a line for a period outside DOWNPOUR's bound."""
+        """Yield a line for a period outside DOWNPOUR's region of stability."""
         text = downpour_warning(size, self.period)
         if text is not None:
             yield text

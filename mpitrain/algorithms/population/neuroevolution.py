@@ -72,7 +72,7 @@ class NeuroevolutionSGD(Method):
         similarity: The similarity theta above which the updates of two models (or clusters of models) are too similar.
         elite_fraction: The fraction of the population that is always kept, at least one model.
         unfit_fraction: The fraction of the population that is replaced because of low fitness.
-        crossover: ``convex`` for a point between the parents, ``uniform`` for each layer from one of the parents.
+        crossover: With ``convex``, a child is a point between its parents; with ``uniform``, each layer is a parent's.
         mutation: The standard deviation sigma of mutations, relative to the root mean square of the parents' updates of
             a layer.
     """
@@ -100,7 +100,7 @@ class NeuroevolutionSGD(Method):
 
     @property
     def needs_equal_updates(self) -> bool:
-        """Whether all workers need equal learning rates. They do not, because a search may try different ones."""
+        """Whether all workers need equal learning rates: False, because a search may try different ones."""
         return False
 
     def common_start(self, parts: Parts) -> Any:
@@ -241,7 +241,7 @@ class NeuroevolutionWorker(Worker):
 
 
 class Sketcher:
-    """A random projection of x - start to k numbers per layer, which conserves inner products in expectation.
+    """A random projection of a change x - start to k numbers per layer, which keeps inner products in expectation.
 
     Element e of a layer is added to number (e mod k) with a random sign.
 
@@ -316,7 +316,7 @@ def make_plan(
     """Choose the survivors of a generation and the parents of the children that fill the other slots.
 
     Args:
-        fitness: (N,) losses; an individual without a finite loss is the least fit and is replaced.
+        fitness: (N,) the losses. Individuals whose loss is not finite are the least fit and are replaced.
         similarities: (N, N) the similarities between individuals.
         method: The method, with theta and the fractions.
         rng: A generator in the same state on all workers.

@@ -122,12 +122,12 @@ class EarlyWorker(AllReduceWorker):
         self.comm.allreduce(self.g, mean=True, part=slice(0, 0))  # compiled before the first step
 
     def gradient_ready(self, layer: int) -> bool:
-        """Take note of a gradient; return whether the next block is now complete. Local."""
+        """Take note that a layer's gradient is in ``g``; return whether the next block is complete. Local."""
         self._n_missing[self._block_of[layer]] -= 1
         return self._next_is_complete()
 
     def begin_ready(self) -> None:
-        """Start the sum of this block, and of complete blocks that follow it. Local."""
+        """Start the sum of the next block, and of the complete blocks directly after it. Local."""
         while self._next_is_complete():
             self._begin()
 
@@ -162,7 +162,7 @@ def blocks_from_the_end(layers: Sequence[slice], n: int, at_least: int = BLOCK) 
     """Divide a vector into blocks that begin at layers, and return them from the last to the first.
 
     Args:
-        layers: The slice of each layer, in order. Elements between two layers belong to the first of them.
+        layers: The slice of each layer, in order. Elements between two layers go to the block of the first of them.
         n: The number of elements of the vector.
         at_least: The smallest number of elements in a block. Only the first block of the vector may be smaller.
     """
@@ -205,7 +205,7 @@ class SlicedWorker(AllReduceWorker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> float:
-        """Compute the norm of the mean gradient. The step applies the factor. Collective."""
+        """Return the norm of the mean gradient. The next step scales the gradient. Collective."""
         self.use(group_slices)
         if not is_combined:
             gradients.combine(self, skips=skips)

@@ -58,7 +58,7 @@ class DaSGD(Method):
         return min(self.delay, self.period - 1)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning about a delay that is limited."""
+        """Yield a warning if the delay is larger than tau-1 and therefore limited."""
         if self.delay > self.steps_late:
             yield f"delay={self.delay} is cut to {self.steps_late}: it must be below period={self.period}"
 

@@ -63,7 +63,7 @@ class DiLoCo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning if eta_out >= 2*(1+m)/(1+2*m), which is unstable if rounds end near the minimum (q -> 0)."""
+        """Yield a warning if eta_out >= 2*(1+m)/(1+2*m), which is unstable if inner steps reach a minimum (q -> 0)."""
         found = theory.diloco_warning(self.outer_learning_rate, self.outer_momentum)
         if found is not None:
             yield found
@@ -74,7 +74,7 @@ class DiLoCo(Method):
 
 
 class DiLoCoWorker(PeriodicWorker):
-    """A worker with theta and b, the outer momentum buffer; the model holds x_i."""
+    """A worker with the outer parameters theta and the outer momentum buffer b; the model holds x_i."""
 
     persistent: ClassVar[tuple[str, ...]] = (Common("_outer"),)
 

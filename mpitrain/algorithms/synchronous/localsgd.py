@@ -84,8 +84,8 @@ class LocalWorker(PeriodicWorker):
 class PostLocalSGD(LocalSGD):
     """All-reduce SGD while the learning rate is high, local SGD after it has fallen.
 
-    By default, the first decrease of the learning rate is the switch. Set ``switch_step`` for a schedule that decreases
-    at every step, such as cosine: it would switch at once.
+    By default, the method switches when the learning rate first decreases. With a schedule that decreases at every
+    step, such as cosine, it would switch at once; set ``switch_step`` then.
 
     Args:
         period: The number H of local steps between two averages, after the switch.
@@ -123,7 +123,7 @@ class PostLocalWorker(PeriodicWorker):
         kernels.keep_finite(self.x.local[:0])  # compiled before the first average
 
     def combine_gradients(self) -> None:
-        """Compute gbar = (1/p) sum_i g_i, before the switch. Collective."""
+        """Compute gbar = (1/p) sum_i g_i before the switch (Collective), and nothing after it."""
         switch_step = self._method.switch_step
         switches = self.learning_rate < self._last_rate if switch_step is None else self.t >= switch_step
         self._is_local = self._is_local or switches

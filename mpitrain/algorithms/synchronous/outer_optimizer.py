@@ -6,8 +6,8 @@
 
 Local SGD has theta <- theta - D, SlowMo a slow momentum, DiLoCo a Nesterov step.
 
-A worker whose vector is not finite is left out of a mean, which is then that of the others. It is present again once it
-has the outcome.
+A worker whose vector is not finite is left out of a mean, which is then that of the others. It receives this mean as
+they do, and takes part in the next one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def average(comm: Communicator, vector: Vector, *, is_absent: bool = False) -> N
     Args:
         comm: The communicator of the workers.
         vector: The vector of each worker.
-        is_absent: Whether this worker's vector is left out.
+        is_absent: Whether this worker is absent: its vector is left out of the mean.
     """
     average_present(comm, vector, kernels.keep_finite(vector.local), is_absent=is_absent)
 
 
 def average_present(comm: Communicator, vector: Vector, n_nonfinite: int, *, is_absent: bool = False) -> None:
-    """Replace every worker's vector by the mean over the workers with ``n_nonfinite`` = 0 that are present. Collective.
+    """Replace every worker's vector by the mean over the present workers with ``n_nonfinite`` = 0. Collective.
 
     Args:
         comm, vector, is_absent: See ``average``.

@@ -59,7 +59,7 @@ class SlowMo(Method):
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 12})
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning if alpha >= 2*(1+beta), which is unstable if rounds end near the minimum (q -> 0)."""
+        """Yield a warning if alpha >= 2*(1+beta), which is unstable if local steps reach a minimum (q -> 0)."""
         found = theory.slowmo_warning(self.slow_learning_rate, self.slow_momentum)
         if found is not None:
             yield found
