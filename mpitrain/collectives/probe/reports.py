@@ -53,7 +53,7 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def completed(reports: Sequence[Report], names: Sequence[str]) -> list[tuple[str, Outcome]]:
-    """Return the outcomes of the operations that both ranks completed. Wrong bytes on one rank count as wrong."""
+    """Return the outcomes of the operations that both ranks completed: ``wrong`` if bytes on either rank are wrong."""
     outcomes = []
     for name in names:
         records = [report.found.get(name) for report in reports]

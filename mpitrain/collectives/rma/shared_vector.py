@@ -44,8 +44,8 @@ class SharedVector:
         size: The number of workers.
         statistics: The counters of exchanges, staleness and non-finite elements.
         rows: The number of rows.
-        first: The worker whose shards this worker visits first; by default itself. Its distance from this worker should
-            be the same for all workers, so that no two workers begin with the same shard.
+        first: The worker whose shards this worker visits first; by default itself. ``(first - rank) % size`` should be
+            the same for all workers, so that no two workers begin with the same shard.
 
     Attributes:
         parts: (shards,) the slice of each shard.

@@ -35,7 +35,7 @@ class ExceptionHook:
         self._hook_before = sys.excepthook
 
     def install(self) -> None:
-        """Replace the hooks of Python. Local."""
+        """Replace Python's hooks for uncaught exceptions in any thread. Local."""
         sys.excepthook = self._report
         threading.excepthook = self._report_in_thread
 
