@@ -73,7 +73,7 @@ def reduce_broadcast(targets: Sequence[Any], scale: float = 1.0) -> None:
 
 
 def source(name: str, k: int, storage: Storage) -> str:
-    """Return the Python source of `reduce_sum` or `reduce_broadcast` for k vectors, including its ``SIGNATURE``."""
+    """Return the Python source of `reduce_sum` or `reduce_broadcast` for k vectors, and of ``SIGNATURE``, its types."""
     compute = compute_type([storage])
     broadcast = name == "reduce_broadcast"
     vector, vectors = f"{storage.numba}[::1]", f"UniTuple({storage.numba}[::1], {k})"

@@ -86,7 +86,7 @@ def pack_length(storages: Sequence[Storage]) -> int:
 
 
 def packs_at_once(equations: Equations, storages: Sequence[Storage]) -> int:
-    """Return the number of packs that a thread loads before it stores: 2 if one would not use the bandwidth."""
+    """Return the number of packs that a thread loads before it stores: 2 if one does not use the bandwidth, else 1."""
     stored_as = dict(zip(equations.arrays, storages, strict=True))
     loaded = pack_length(storages) * sum(stored_as[array].itemsize for array in equations.loaded)
     return 2 if 0 < loaded < LOADED_AT_ONCE else 1

@@ -31,8 +31,8 @@ class Equations:
     """Parsed and checked equations.
 
     `statements` contains pairs (target, right-hand side) in order. In the right-hand sides, numbers are replaced by
-    names ``_k0, _k1, ...``; `literals` contains their values. A back-end can therefore give them the compute type, and
-    an expression has the same text in Python and in C.
+    names ``_k0, _k1, ...``; `literals` contains their values. A back-end can therefore give the numbers the compute
+    type, and an expression has the same text in Python and in C.
     """
 
     arrays: tuple[str, ...]

@@ -33,7 +33,7 @@ _LINE_BYTES: Final = 64
 
 
 def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
-    """Return the Python source of the kernel's function, with its types as ``SIGNATURE``."""
+    """Return the Python source of the kernel's function and of the constant ``SIGNATURE``, its types."""
     compute = compute_type(storages)
     arrays = [f"{array}_at" for array in equations.arrays]
     parameters = arrays + list(equations.scalars)

@@ -73,6 +73,6 @@ def compute_type(storages: Sequence[Storage]) -> Compute:
 
 
 def dtypes_label(storages: Sequence[Storage]) -> str:
-    """Return a short name for the dtypes of arrays: ``f32`` if they are equal, else ``f32_bf16``."""
+    """Return a short name for the dtypes of arrays: such as ``f32`` if they are equal, else ``f32_bf16``."""
     shorts = [s.short for s in storages]
     return shorts[0] if len(set(shorts)) == 1 else "_".join(shorts)

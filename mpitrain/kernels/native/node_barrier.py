@@ -52,9 +52,9 @@ def wait_for_all() -> Callable[..., int]:
     """Return the compiled barrier.
 
     ``wait_for_all(words, me, n, number, first, spin_limit)`` announces that this rank has reached barrier ``number``,
-    and waits for the ranks from ``first`` on. ``words`` are (STRIDE*n,) int64, shared by the ranks. After
-    ``spin_limit`` polls, the call yields the core. The result is the first rank that is still missing, or n if all have
-    arrived. Until it is n, call again with the result as ``first``.
+    and waits for the ranks from ``first`` on. Of the ``n`` ranks, this one is ``me``. ``words`` are (STRIDE*n,) int64,
+    shared by the ranks. After ``spin_limit`` polls, the call yields the core. The result is the first rank that is still
+    missing, or n if all have arrived. Until it is n, call again with the result as ``first``.
     """
     return cache.compiled("wait_for_all", "words", _WAIT_FOR_ALL)
 
@@ -73,7 +73,7 @@ def sum_on_node(k: int, dtype: Any) -> Callable[..., int]:
 
 
 def source(k: int, storage: Storage) -> str:
-    """Return the Python source of ``sum_on_node`` for k vectors, with its signature as ``SIGNATURE``."""
+    """Return the Python source of ``sum_on_node`` for k vectors and of the constant ``SIGNATURE``, its types."""
     compute = compute_type([storage])
     vectors = [f"z{j}" for j in range(k)]
     arrays = ", ".join([f"{storage.numba}[::1]"] * k)

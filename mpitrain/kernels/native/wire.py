@@ -89,7 +89,7 @@ class Format:
         _compiled("add", self.fetched)(encoded.view(np.uint16), to)
 
     def push(self, changed: np.ndarray, fetched: np.ndarray, residual: np.ndarray, out: np.ndarray) -> int:
-        """Encode the sum of the change of a block and its residual.
+        """Encode the change of a block plus the block's residual.
 
         Args:
             changed: (n,) float32, the present block.
