@@ -53,8 +53,8 @@ def wait_for_all() -> Callable[..., int]:
 
     ``wait_for_all(words, me, n, number, first, spin_limit)`` announces that this rank has reached barrier ``number``,
     and waits for the ranks from ``first`` on. Of the ``n`` ranks, this one is ``me``. ``words`` are (STRIDE*n,) int64,
-    shared by the ranks. After ``spin_limit`` polls, the call yields the core. The result is the first rank that is still
-    missing, or n if all have arrived. Until it is n, call again with the result as ``first``.
+    shared by the ranks. After ``spin_limit`` polls, the call yields the core. The result is the first rank that is
+    still missing, or n if all have arrived. Until it is n, call again with the result as ``first``.
     """
     return cache.compiled("wait_for_all", "words", _WAIT_FOR_ALL)
 
