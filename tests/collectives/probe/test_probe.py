@@ -20,7 +20,7 @@ from mpitrain.collectives.probe.outcome import MEMORIES, OPERATIONS, Outcome
 from mpitrain.collectives.probe.runner import measure
 from mpitrain.collectives.probe.trials import TRIALS
 
-IN_TIME_SECONDS = 60.0
+IN_TIME_SECONDS = 150.0
 GPUS = ("H200",)
 
 BROKEN = """
