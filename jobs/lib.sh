@@ -22,7 +22,7 @@
 #
 # The job fails after RESTARTS restarts (20), or when STALLS starts in a row (3) have saved no new checkpoint.
 #
-# Environment: LAUNCHER  srun (the default under SLURM) or mpirun
+# Environment: LAUNCHER  srun (the default under SLURM) or mpirun (the default for MPICH, unless MPI_TYPE is set)
 #              MPI_TYPE  srun --mpi=...; by default pmix for Open MPI and pmi2 for MPICH
 #              CONTAINER the command that runs others in a container: "apptainer exec -B /opt/openmpi mpitrain.sif"
 #              RESTARTS, STALLS, STAGE_DIR and all of env.sh
@@ -95,6 +95,10 @@ restarts_in_folder() { # where the batch system does not count them
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     job_id=$SLURM_JOB_ID n_ranks=${SLURM_NTASKS:-1}
+    if [ -z "${LAUNCHER:-}${MPI_TYPE:-}" ]; then
+        # MPICH 5 may send more than SLURM's pmi2 reads: the start then fails or hangs, more often after large imports.
+        case $(mpi_of_python) in *MPICH*) LAUNCHER=mpirun ;; esac
+    fi
     if [ "${LAUNCHER:-srun}" = srun ]; then
         if [ -z "${MPI_TYPE:-}" ]; then
             case $(mpi_of_python) in *MPICH*) MPI_TYPE=pmi2 ;; *) MPI_TYPE=pmix ;; esac

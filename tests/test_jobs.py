@@ -130,7 +130,7 @@ class TestSbatch:
             ({}, "1 1 ^ucx --mpi=pmix"),
             ({"MPI_TYPE": "pmi2", "SLURM_CPUS_PER_TASK": "3"}, "3 3 ^ucx --mpi=pmi2"),
             ({"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "2", "OMPI_MCA_osc": "x"}, "2 3 x --mpi=pmix"),
-            ({"VENDOR": "MPICH"}, "1 1 ^ucx --mpi=pmi2"),
+            ({"VENDOR": "MPICH", "LAUNCHER": "srun"}, "1 1 ^ucx --mpi=pmi2"),
         ],
         ids=["default", "of the job", "of the user", "of the MPI"],
     )
@@ -142,6 +142,11 @@ class TestSbatch:
         assert check.startswith(f"{step} --kill-on-bad-exit=1 python -c ")
         assert check.endswith(" 4")  # ranks
         assert train.startswith(f"{step} --kill-on-bad-exit=1 mpitrain train ")
+
+    def test_mpirun_starts_the_ranks_of_mpich(self, tmp_path: Path, launchers: Path) -> None:
+        program(launchers / "mpirun", 'echo "mpirun $@" >> steps; while [[ $1 == -n ]]; do shift 2; done; exec "$@"')
+        assert self.sbatch(tmp_path, VENDOR="MPICH").returncode == 0
+        assert (tmp_path / "steps").read_text().splitlines()[-1] == "mpirun -n 4 mpitrain train --out runs/r"
 
     @pytest.mark.parametrize(("name", "folder"), [({}, "mpitrain-7"), ({"SLURM_JOB_NAME": "mine"}, "mine-7")])
     def test_the_run_has_the_name_of_the_job_by_default(

@@ -63,7 +63,7 @@ LIBRARIES = {
     "h5py": ("records", "data"),
     "matplotlib": ("report",),
     "mpi4py": ("collectives",),
-    "networkx": ("collectives.topology", "algorithms.gossip"),
+    "networkx": ("collectives.topology",),
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),

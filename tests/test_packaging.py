@@ -87,6 +87,11 @@ def test_the_containers_install_from_the_constraints_and_copy_what_the_build_rea
         assert "download.pytorch.org/whl" in text
 
 
+def test_no_recipe_has_a_placeholder_for_an_address() -> None:
+    for path in (JOBS / "packaging").rglob("*.*"):
+        assert "example." not in path.read_text(), path
+
+
 def test_the_citation_has_the_version() -> None:
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

@@ -30,12 +30,11 @@ def result(output: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "debian"])
 def test_srun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
-    command = [*SRUN, f"--mpi={MPI_TYPES[mpi]}", *TRAIN, "--algorithm", "easgd"]
-    done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
-    if "mpi/pmi2: invalid client request" in done.stdout:  # SLURM now and then reads a line of PMI-1 in two parts
-        done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
+    # Under SLURM's pmi2, MPICH 5 starts reliably only before large imports (docs/cluster.md).
+    work = ["mpitrain", "info", "--json"] if mpi == "mpich" else [*TRAIN, "--algorithm", "easgd"]
+    done = cluster.run([*SRUN, f"--mpi={MPI_TYPES[mpi]}", *work], env=cluster.environment(mpi), seconds=100)
     document = result(done.stdout)
-    assert (document["ranks"], document["world"]["nodes"]) == (2, 2)
+    assert (document["world"]["ranks"], document["world"]["nodes"]) == (2, 2)
     lowered = "has no windows between nodes for several threads" in done.stdout
     assert lowered == (mpi == "debian")
     assert document["world"]["threads"] == ("serialized" if lowered else "multiple")
@@ -47,6 +46,12 @@ def test_mpirun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
     done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
     document = result(done.stdout)
     assert (document["ranks"], document["world"]["hosts"]) == (2, ["host1", "host2"])
+
+
+def test_hosts_may_have_different_numbers_of_ranks(cluster: Cluster) -> None:
+    sizes = ["--distribution=block", "-w", "host[1-2]", "-N2", "-n3"]
+    document = result(cluster.check(["srun", *sizes, "--mpi=pmix", *TRAIN, "--algorithm", "easgd"], seconds=100))
+    assert sorted(document["world"]["ranks_of_node"]) == [1, 2]
 
 
 def refused(cluster: Cluster, command: list[str], mpi: str = "openmpi", **variables: str) -> str:

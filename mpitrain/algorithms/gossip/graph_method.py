@@ -6,12 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import networkx
-
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.settings import Setting
 from mpitrain.collectives.topology.graphs import TOPOLOGIES, Topology, topology
-from mpitrain.collectives.topology.networkx_graph import from_networkx, is_graph_file, read_graph
+from mpitrain.collectives.topology.networkx_graph import (
+    from_networkx,
+    is_graph_file,
+    is_networkx_graph,
+    read_graph,
+)
 from mpitrain.errors import UsageError, suggestion
 
 
@@ -31,7 +34,7 @@ class Graph(Setting):
     def _accepts(self, value: Any) -> bool:
         if isinstance(value, str):
             return is_graph_file(value) or value.strip().partition(":")[0] in TOPOLOGIES
-        return isinstance(value, Topology | networkx.Graph)
+        return isinstance(value, Topology) or is_networkx_graph(value)
 
     def _wanted(self) -> str:
         return "the name of a graph, such as ring or torus:4x2, a file (.edgelist, .adjlist, .gml, .graphml) or a graph"
@@ -80,7 +83,7 @@ class GraphMethod(Method):
         super().__post_init__()
         value = self.topology
         try:
-            if isinstance(value, networkx.Graph):
+            if is_networkx_graph(value):
                 value = from_networkx(value)
             elif isinstance(value, str) and is_graph_file(value):
                 value = read_graph(value)

@@ -6,28 +6,32 @@ a share of its own. Weights of edges are not used: each method has its own (``mi
 
     .edgelist    "0 1" per line: an undirected edge        .gml, .graphml    directed if the file says so
     .adjlist     "0 1 2" per line: a rank and its neighbours
+
+networkx is imported only when it is needed. Most runs name their graph; and with srun --mpi=pmi2, MPICH 5 may fail to
+start after large imports, because its first message contains memory that it has not set.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import ParseError
-
-import networkx
 
 from mpitrain.collectives.topology.graphs import Topology
 from mpitrain.errors import UsageError, reason
 
-READERS: dict[str, Callable[[Any], Any]] = {
-    ".edgelist": networkx.read_edgelist,
-    ".adjlist": networkx.read_adjlist,
-    ".gml": lambda path: networkx.read_gml(path, label="id"),
-    ".graphml": networkx.read_graphml,
+if TYPE_CHECKING:
+    import networkx
+
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".edgelist": ("read_edgelist", {}),
+    ".adjlist": ("read_adjlist", {}),
+    ".gml": ("read_gml", {"label": "id"}),
+    ".graphml": ("read_graphml", {}),
 }
-"""A function of networkx for each suffix."""
+"""The name of a function of networkx and its keyword arguments for each suffix."""
 
 MAX_BYTES = 2**26
 """The largest file that is read."""
@@ -36,6 +40,12 @@ MAX_BYTES = 2**26
 def is_graph_file(text: str) -> bool:
     """Return whether a text is the name of a graph file, according to its suffix."""
     return Path(text).suffix.lower() in READERS
+
+
+def is_networkx_graph(value: object) -> bool:
+    """Return whether a value is a graph of networkx. It is not if networkx has not been imported."""
+    module: Any = sys.modules.get("networkx")
+    return module is not None and isinstance(value, module.Graph)
 
 
 def from_networkx(graph: networkx.Graph, name: str = "") -> Topology:
@@ -68,10 +78,13 @@ def read_graph(path: str) -> Topology:
     Raises:
         UsageError: The file cannot be read, is too large, or does not contain a graph with the nodes 0 to p - 1.
     """
+    import networkx
+
+    reader, arguments = READERS[Path(path).suffix.lower()]
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise UsageError(f"{path} has more than {MAX_BYTES // 2**20} MiB, too much for a graph of ranks")
-        graph = READERS[Path(path).suffix.lower()](path)
+        graph = getattr(networkx, reader)(path, **arguments)
     except OSError as error:
         raise UsageError(f"cannot read the graph {path} ({reason(error)})") from error
     except (networkx.NetworkXException, ParseError, ValueError, TypeError, KeyError, RecursionError) as error:

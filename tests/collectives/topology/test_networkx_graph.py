@@ -1,6 +1,8 @@
 """Graphs of networkx and files of graphs: edges, directions, and one line for every damage."""
 
 import os
+import subprocess
+import sys
 
 import networkx as nx
 import pytest
@@ -69,3 +71,9 @@ def test_a_file_that_is_missing_or_huge_is_refused(tmp_path, monkeypatch):
     os.truncate(path, networkx_graph.MAX_BYTES + 1)
     with pytest.raises(UsageError, match=r"huge.edgelist has more than 64 MiB"):
         read_graph(str(path))
+
+
+def test_networkx_is_not_imported_without_need():
+    code = "import sys, mpitrain.algorithms.gossip.adpsgd, mpitrain.trainer.plan; print('networkx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

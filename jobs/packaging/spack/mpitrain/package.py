@@ -1,6 +1,7 @@
 """A Spack recipe: copy this folder to packages/py-mpitrain of a repository of your own, then spack install py-mpitrain.
 
-The MPI is the one that Spack builds or the site declares as an external package: py-mpi4py is compiled for it.
+Set git to the address of your copy of the repository, or build a folder: spack dev-build py-mpitrain@main. The MPI is
+the one that Spack builds or the site declares as an external package: py-mpi4py is compiled for it.
 """
 
 from spack.package import *
@@ -9,10 +10,9 @@ from spack.package import *
 class PyMpitrain(PythonPackage):
     """Train PyTorch models over MPI with methods that do not make every rank wait for every other."""
 
-    homepage = "https://example.org/mpitrain"
-    git = "https://example.org/mpitrain.git"  # your copy of the repository
-
     license("BSD-3-Clause")
+
+    git = ""  # the address of your copy of the repository
 
     version("main", branch="main")
 
