@@ -29,7 +29,7 @@ class SimulatedPending:
 
 
 class SimulatedCommunicator(SimulatedPeerMemory):
-    """Implements ``Communicator`` for one simulated worker.
+    """The ``Communicator`` of one simulated worker.
 
     The base class ``SimulatedPeerMemory`` has the methods that allocate and read memory. This class adds the collective
     operations and the operations in the background.
@@ -93,7 +93,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         return split(n, len(node_ranks))[bisect_left(node_ranks, self.rank)]
 
     def reduce_slices(self, vector: Any, fn: Callable[[slice, Sequence[Any]], object]) -> None:
-        """Call ``fn`` with this worker's slice and the sum of all workers' vectors in that slice. Collective."""
+        """Call ``fn(part, [total])`` with this worker's slice and the sum of all vectors in this slice. Collective."""
         self._count_reduction(vector.local.nbytes)
         total = self._exchange(
             vector.local, lambda vectors: sum(vectors[1:], vectors[0].copy()), "allreduce", vector.local.nbytes
@@ -110,7 +110,7 @@ class SimulatedCommunicator(SimulatedPeerMemory):
         return SimulatedPending(lambda: self.allreduce(vector, mean=mean))
 
     def start(self, fn: Callable[[], object]) -> Started:
-        """Call ``fn`` immediately; the worker finds it completed at its next step. Local."""
+        """Call ``fn`` immediately, and return an operation that is already complete. Local."""
         fn()
         return Started()
 

@@ -12,15 +12,15 @@ TICK_SECONDS = 1e-9
 
 
 class ComputeTime:
-    """The duration of a gradient: its mean, times a random factor, and pauses.
+    """The duration of a gradient: a mean times a random factor, plus pauses.
 
     Args:
         means: (p,) mean duration of a gradient of each worker without pauses, in seconds.
         jitter: The parameter s of the random factor J, which is log-normal with mean 1: ln J ~ N(-s^2/2, s^2).
-        measured: The durations in a real run. If they are given, the factor is a randomly drawn duration divided by
-            their mean.
-        pauses_per_second, pause_seconds: The mean number of pauses and their length. Pauses are a Poisson process; they
-            model another job, the operating system or a garbage collection.
+        measured: The durations in a real run. If they are given, a duration is also multiplied by a randomly drawn one
+            of them, divided by their mean.
+        pauses_per_second, pause_seconds: The mean number of pauses per second, and the length of each. Pauses are a
+            Poisson process; they model another job, the operating system or a garbage collection.
         seed: The seed.
 
     Attributes:
@@ -75,7 +75,7 @@ class Core:
         self._queue: deque[int] = deque()
 
     def run(self, rank: int, now: float, left: float) -> tuple[float, float]:
-        """Let a worker compute on the core, or wait for it. Calls must be in the order of ``now``.
+        """Let a worker compute on the core, or wait for it. ``now`` must not decrease from call to call.
 
         Args:
             rank: The worker.
@@ -83,7 +83,7 @@ class Core:
             left: The seconds of computation that it needs.
 
         Returns:
-            The time of the worker's next call, and the seconds of computation that it will still need then.
+            The time at which the worker must call again, and the seconds of computation that it will still need then.
         """
         others = any(other != rank for other in self._queue)
         is_over = now >= self._slice_end - TICK_SECONDS
@@ -102,6 +102,6 @@ class Core:
         return max(now, self._busy_until) + later, left
 
     def keep(self, rank: int, until: float) -> None:
-        """Let the worker keep the core, if it has the core, while it accesses memory until the given time."""
+        """Let a worker that has the core keep it until the given time, while it accesses memory."""
         if rank == self._owner:
             self._busy_until = max(self._busy_until, until)

@@ -1,7 +1,7 @@
 """Runs of a method in one process, with many workers, a schedule, and gradients from a function.
 
-The method's classes are those that run under mpirun. What a test proves about a method here holds there too, up to the
-order of events, which the schedule decides here and the machine there.
+The method's classes are those that run under mpirun. What a test proves about a method in the simulation therefore
+holds under mpirun, too. Only the order of events differs: here the schedule decides it, under mpirun the machine.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Simulation:
         world: The workers and their schedule.
         gradient: A function that computes the gradient of a worker. If it has a method ``batch``, this method computes
             the gradients of several workers together.
-        start: The initial parameters: (n,) for all workers, or (p, n) with a row for each. Shared state starts from
-            worker 0.
+        start: The initial parameters: (n,) for all workers, or (p, n) with a row for each. State that workers share,
+            such as a center, starts from those of worker 0.
         learning_rate: The learning rate eta.
         weight_decay: The weight decay: this multiple of the parameters is added to the gradient.
         momentum: The momentum of the local SGD, for methods that do not make the local update themselves. Checkpoints
-            do not contain its velocity.
+            do not contain the velocity of this momentum.
         seed: The seed of the method's random choices.
         layers, fitness: The model's layers and fitness, as in ``Replica``.
         loss: A function ``loss(rank, x)`` that returns the loss of the mini-batch, for methods that need it. The
             default is the norm of the gradient.
-        average: An average of the iterates, which replaces the method's consensus.
+        average: A running average of the iterates, which replaces the method's consensus.
     """
 
     method: Method
@@ -87,8 +87,8 @@ class Simulation:
 
         Args:
             steps: The number of steps of each worker.
-            after_step: Called with this object and the worker's rank after each step.
-            is_over: A function that returns whether a worker has finished; called before each step.
+            after_step: A function that is called with this object and the worker's rank after each step.
+            is_over: A function that returns whether a worker has finished. It is called before each step.
         """
         gradients = ahead_of_time(self.gradient, [worker.x.local for worker in self.workers])
 

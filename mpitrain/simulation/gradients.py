@@ -1,8 +1,8 @@
 """Gradients of many workers, computed together before they are needed.
 
-A worker's parameters do not change between two of its steps, so that the gradient of its next step is settled at the
-end of the last one. It is computed when one of the gradients settled so far is needed, in a batch with others. The
-order of events in virtual time does not change.
+A worker's parameters do not change between two of its steps, so that the gradient of its next step can be computed as
+soon as a step has ended. When one gradient is needed, those of other workers that can be computed by then are computed
+in the same batch. The order of events in virtual time does not change.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AheadOfTime:
 
     Args:
         gradient: The object that computes a batch.
-        xs: The array with the parameters of each worker. At first, all workers are announced.
+        xs: The array with the parameters of each worker. They count as announced at first.
     """
 
     def __init__(self, gradient: BatchedGradient, xs: Sequence[np.ndarray]) -> None:

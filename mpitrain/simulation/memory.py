@@ -1,4 +1,7 @@
-"""The memory of a simulated world: vectors and blocks that all workers see, because they share the process."""
+"""The memory of a simulated world: vectors and blocks that all workers see, because they share the process.
+
+A block is a shard of a shared vector, or a mailbox.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class SimulatedVector:
     """One array for each worker. Implements ``Vector``.
 
     Attributes:
-        arrays: The vectors of all workers by rank; workers that share one have the same array.
+        arrays: The arrays of all workers by rank; workers that share a vector have the same array.
         local: The array of the worker that holds this object.
     """
 
@@ -60,7 +63,7 @@ class SimulatedBlocks(Blocks):
     Args:
         memory: The blocks.
         scheduler: The scheduler, which is notified of reads and changes, and of the beginning and the end of visits.
-        ranks: The world ranks of the workers that share the blocks.
+        ranks: The world ranks (ranks in the simulated world) of the workers that share the blocks.
         rank: The world rank of this worker.
         interleave: Whether to let other workers run before each lock is acquired.
     """

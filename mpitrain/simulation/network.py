@@ -5,8 +5,9 @@ A message of m bytes from one node to another arrives
     o + L + max(g, m*G) + o     after it is sent,
 
 with latency L, overhead o of each side's processor, gap g between messages and gap G per byte (1/bandwidth) of an
-adapter. It occupies the sender's and the receiver's adapter and, between racks, the uplinks of both racks, each for
-max(g, m/bandwidth) seconds, and waits while one of them is busy. Ranks of a node share its memory instead.
+adapter. The message occupies the sender's and the receiver's adapter, each for max(g, m/bandwidth) seconds. Between
+racks it also occupies the uplinks of both racks. It waits while one of these is busy. Ranks of a node send no messages
+to each other, but use its memory.
 
 Source: Alexandrov, Ionescu, Schauser, Scheiman, LogGP: incorporating long messages into the LogP model, SPAA 1995.
 
@@ -42,7 +43,7 @@ class Network:
         rack_nodes: The number of consecutive nodes in a rack, which share an uplink to other racks; 0 for a single
             rack.
         uplink: The bandwidth of this uplink in each direction.
-        service: The time of the processor at a shard's home for each request.
+        service: The time that a request for a shard takes on the processor of the rank whose memory holds the shard.
         service_bandwidth: The bandwidth at which this processor sends and stores data.
         request_bytes: The size of a message without a vector.
     """
@@ -64,7 +65,7 @@ class Network:
 
         Args:
             n_bytes: The size of the message.
-            bandwidth: The bandwidth of the slowest link on its way; by default that of an adapter.
+            bandwidth: The bandwidth of the slowest link on the way; by default that of an adapter.
         """
         slowest = self.bandwidth if bandwidth is None else min(self.bandwidth, bandwidth)
         return self.latency + 2 * self.overhead + max(self.gap, n_bytes / slowest)
@@ -74,14 +75,15 @@ class Network:
         return node // self.rack_nodes if self.rack_nodes else 0
 
     def allreduce(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of an all-reduce between the first and the last step of its algorithm.
+        """Return the seconds that an all-reduce takes once all ranks have arrived.
 
         The ranks of a node add their vectors in its memory. Between n nodes, the faster of two algorithms is used:
 
             ring                 2*(n - 1)*(L + 2*o + max(g, m/n*G))
             recursive doubling   ceil(log2 n)*(L + 2*o + max(g, m*G))
 
-        In steps that cross racks, G is that of the share of the uplink.
+        If messages cross racks, 1/G is the part of the uplink's bandwidth that is left to each of them; see ``ring``
+        and ``doubling``.
 
         Args:
             n_bytes: The size m of the vector.
@@ -93,7 +95,7 @@ class Network:
     def ring(self, n_bytes: float, nodes: Sequence[int]) -> float:
         """Return the seconds of a ring all-reduce between distinct nodes.
 
-        The nodes of a rack are neighbours in the ring.
+        The nodes of a rack are neighbours in the ring, so that only one message per step leaves a rack.
         """
         n = len(nodes)
         crosses = len({self.rack(node) for node in nodes}) > 1
@@ -135,7 +137,7 @@ class Network:
         return inside + _rounds(len(distinct)) * self.message(0)
 
     def collective(self, kind: str, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of a collective of a kind of ``Schedule.all_met``; 0 for ``set-up``."""
+        """Return the seconds of a collective; ``kind`` is that of ``Schedule.all_met``. The result is 0 for set-up."""
         if kind == "set-up" or len(nodes) < 2:
             return 0.0
         if kind == "barrier":
@@ -159,7 +161,7 @@ def _rounds(n: int) -> int:
 class Resource:
     """A resource that serves one user at a time: an adapter, an uplink, a processor, a lock.
 
-    Reservations may be made in any order. Each gets the first free interval that is long enough.
+    Reservations may be made in any order. Each reservation gets the first free interval that is long enough.
     """
 
     def __init__(self) -> None:
@@ -167,7 +169,7 @@ class Resource:
         self._ends: list[float] = []
 
     def reserve(self, earliest: float, seconds: float) -> float:
-        """Reserve the resource from ``earliest`` on, or as soon as it is free; return the beginning."""
+        """Reserve the resource for ``seconds`` from ``earliest`` on, or as soon as it is free; return the beginning."""
         start, k = earliest, bisect_right(self._ends, earliest)
         while k < len(self._starts) and self._starts[k] < start + seconds:
             start = self._ends[k]
@@ -234,9 +236,7 @@ class Fabric:
         return sent, end + network.latency + network.overhead
 
     def serve(self, rank: int, n_bytes: float, at: float) -> float:
-        """Let the processor of a rank's node serve a request that arrives at the given time; return the end of the
-        service.
-        """
+        """Let a rank's processor serve a request that arrives at the time ``at``; return the end of the service."""
         seconds = self.network.service + n_bytes / self.network.service_bandwidth
         return self._resource("processor", rank).reserve(at, seconds) + seconds
 

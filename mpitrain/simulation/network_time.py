@@ -1,8 +1,9 @@
 """Virtual time on a cluster: gradients take cores, exchanges take the network, locks and servers make workers wait.
 
-A worker's clock advances when its gradient is computed, and in each operation of its exchange by what that operation
-takes: a visit to a block by a request, the wait for its lock, the bytes to the worker and back; a collective by its
-algorithm. The worker with the smallest clock goes first, so that resources are taken in the order of virtual time.
+A worker's clock advances by the time of each gradient and of each operation of an exchange. A visit to a block (a shard
+or a mailbox) takes a request, the wait for its lock, and the transfer of the data to the worker and back. A collective
+takes the time of its algorithm. The worker with the smallest clock goes first, so that workers occupy links, processors
+and cores in the order of virtual time.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class NetworkTime(ClockSchedule):
             self._is_paused = False
 
     def computing(self, rank: int) -> bool:
-        """Advance the worker's clock by its gradient, or a part of it; return whether the gradient is unfinished."""
+        """Advance the worker's clock by the time of its gradient, or a part of it; return whether to call again."""
         left, core = self._left[rank], self._cores[rank]
         if left == 0:
             self._left[rank] = None
@@ -78,7 +79,7 @@ class NetworkTime(ClockSchedule):
         return True
 
     def asking(self, rank: int, block: Watched, home: int) -> bool:
-        """Advance the worker's clock to the arrival of its request; return whether the request is still under way."""
+        """Advance the worker's clock to the arrival of its request for a lock; return whether to call again."""
         if self._is_paused or self._asked[rank] == block:
             return False
         now, prefetched = float(self.clocks[rank]), self._prefetched[rank]
@@ -89,7 +90,7 @@ class NetworkTime(ClockSchedule):
         return True
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
-        """Advance the worker's clock to the time at which it has received the lock and the data of a block."""
+        """Advance the worker's clock to the time at which the worker has received the lock and data of a block."""
         if self._is_paused:
             return
         self._asked[rank] = None
@@ -103,7 +104,7 @@ class NetworkTime(ClockSchedule):
             self._prefetched[rank] = following, received
 
     def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
-        """Advance the worker's clock by the release of a block, and note when the lock is free again."""
+        """Advance the worker's clock by the time to release a block, and note when the lock is free again."""
         if self._is_paused:
             return
         now = float(self.clocks[rank])
@@ -117,7 +118,7 @@ class NetworkTime(ClockSchedule):
         self._set(rank, done)
 
     def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
-        """Advance the worker's clock by a read of a peer's vector.
+        """Advance the worker's clock by the time to read a peer's vector.
 
         The read needs neither a lock nor the peer's processor.
         """

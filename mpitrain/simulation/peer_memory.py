@@ -1,4 +1,4 @@
-"""Memory that the workers of a simulated world reach one-sided: vectors, shared vectors and mailboxes."""
+"""Memory that workers of a simulated world access by one-sided operations: vectors, shared vectors and mailboxes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Layout:
     Args:
         nodes: (size,) the node of each worker.
         largest_shard: The largest number of elements in a shard. A small value gives a small vector many shards.
-        smallest_shard: The smallest number of elements per owner. A short vector therefore has fewer owners than
-            workers.
-        interleave_locks: Whether other workers may run before every lock. The visits of two workers to the shards of a
-            vector then interleave, as they do between ranks.
+        smallest_shard: The smallest number of elements that a worker owns. The shards of a short vector therefore
+            belong to a few of the workers.
+        interleave_locks: Whether other workers may run before a worker acquires a lock. The visits of two workers to
+            the shards of a vector then interleave, as they do between ranks.
     """
 
     nodes: tuple[int, ...]
@@ -88,7 +88,7 @@ class SimulatedPeerMemory:
         """Do nothing, because peers always see the present values. Local."""
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the current vector of a peer. Local; not counted as an exchange."""
+        """Call ``fn`` with the present vector of a peer. Local; the statistics do not count this as an exchange."""
         self._scheduler.schedule.peer_read(self._world_rank, self._group.ranks[peer], vector.arrays[peer].nbytes)
         fn(vector.arrays[peer])
 

@@ -1,11 +1,12 @@
 """Workers as greenlets in one process, and the collectives in which they wait for each other.
 
-Each worker runs ordinary blocking code. It gives way at the end of a step, while it waits for others, and, if asked to,
-before it acquires a lock. The schedule then decides which worker runs next. An asynchronous run is therefore as
-reproducible as a synchronous one, and a worker that is k times slower is a number.
+Each worker runs ordinary blocking code. It gives way at the end of a step, while it waits for others, and, if
+``interleave_locks`` is set, before it acquires a lock. The schedule then decides which worker runs next. An
+asynchronous run is therefore as reproducible as a synchronous one, and a number suffices to make a worker k times
+slower.
 
-Only one worker runs at a time and none gives way while it holds a lock: an operation that is atomic between ranks is
-atomic here.
+Only one worker runs at a time, and none gives way while it holds a lock. An operation that is atomic between ranks is
+therefore atomic here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class OpenCollective:
     """A collective in progress.
 
     Attributes:
-        values: The contribution of each worker, by group rank.
+        values: The contribution of each worker, by its rank in the group.
         n_absent: The number of workers that have not contributed yet.
         n_present: The number of workers that have not received the result yet.
         result: The combined value, once all have contributed.
@@ -49,7 +50,7 @@ class Group:
         nodes: The node of each worker.
         ranks_of_nodes: The group ranks on each node, ascending.
         n_collectives: (size,) the number of collectives that each worker has called in the current run.
-        open: The collectives in progress, by number.
+        open: The collectives in progress, by their number in the order of calls.
     """
 
     ranks: tuple[int, ...]
@@ -193,7 +194,8 @@ class Scheduler:
             group: The workers that take part.
             rank: The group rank of the calling worker.
             value: The contribution of this worker.
-            combine: Called once, by the last worker to arrive, with the values in the order of the group ranks.
+            combine: A function that computes the result from the values in the order of the group ranks. The last
+                worker to arrive calls it once.
             kind, n_bytes: See ``Schedule.all_met``.
 
         Raises:

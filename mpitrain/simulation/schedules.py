@@ -61,13 +61,16 @@ Watched = tuple[int, int]
 
 
 class Schedule(Protocol):
-    """A rule that chooses the worker that runs next. It is notified of all operations, and may let them take time."""
+    """A rule that chooses the worker that runs next. It is notified of all operations, and may let them take time.
+
+    A block is a shard of a shared vector, or a mailbox; its home is the rank whose memory contains it.
+    """
 
     def choose(self, ready: Ready) -> int | None:
         """Return a ready worker, or None to end the run. There is at least one ready worker."""
 
     def step_made(self, rank: int, n_exchanges: int = 0, n_bytes: int = 0) -> None:
-        """Note that a worker has finished a local step, with the numbers of exchanges and of bytes sent."""
+        """Note that a worker has finished a local step, in which it made ``n_exchanges`` and sent ``n_bytes``."""
 
     def computing(self, rank: int) -> bool:
         """Let time pass for the worker's gradient; return whether others should run before the worker calls again."""
@@ -76,16 +79,16 @@ class Schedule(Protocol):
         """Let time pass for the request of a lock; return whether others should run before the worker calls again."""
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
-        """Note that a worker acquires the lock of a block at its home rank, and which block it will visit next."""
+        """Note that a worker acquires the lock of a block, and that it will visit the block ``following`` next."""
 
     def visit_ended(self, rank: int, block: Watched, home: int, n_bytes: int, *, updated: bool) -> None:
         """Note that a worker releases a block."""
 
     def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
-        """Note that a worker has read a vector of another one."""
+        """Note that a worker has read the vector of a peer."""
 
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
-        """Note that these workers have completed a collective, so that their clocks agree.
+        """Note that these workers have completed a collective. All of them leave it at the same time.
 
         Args:
             ranks: The workers.
@@ -97,18 +100,18 @@ class Schedule(Protocol):
         """Note that the worker that ran last has made the condition of this waiting worker true."""
 
     def ready_again(self, ranks: Iterable[int]) -> None:
-        """Note that these workers can run again after a start or a death."""
+        """Note that these workers can run, because a run has started or the death of a worker ended their wait."""
 
 
 class _Instant:
     """The events that take no time."""
 
     def computing(self, rank: int) -> bool:
-        """Return that the worker can go on."""
+        """Return False, because no time passes: the worker can go on."""
         return False
 
     def asking(self, rank: int, block: Watched, home: int) -> bool:
-        """Return that the worker can go on."""
+        """Return False, because no time passes: the worker can go on."""
         return False
 
     def visit_begun(self, rank: int, block: Watched, home: int, n_bytes: int, following: Watched | None) -> None:
@@ -221,14 +224,14 @@ class ClockSchedule(_Instant):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let operations take no time, for an evaluation."""
+        """Let operations inside the block take no time, for an evaluation."""
         yield
 
 
 class VirtualTime(ClockSchedule):
     """A schedule that runs the worker with the smallest clock; each worker has its own network link.
 
-    A step with k exchanges and m bytes advances the clock of worker i by
+    A step with k exchanges and m bytes advances the clock of worker i by this time, with a random factor J:
 
         step_seconds[i]*J + k*latency_seconds + m/bytes_per_second,    ln J ~ N(-jitter^2/2, jitter^2)
 
@@ -277,7 +280,7 @@ class ClockQueue:
     that waits is dropped; the worker is added again when it can run.
 
     Args:
-        clocks: (p,) the clocks in seconds, which others advance.
+        clocks: (p,) the clocks in seconds. The caller advances them.
     """
 
     def __init__(self, clocks: np.ndarray) -> None:
@@ -290,10 +293,10 @@ class ClockQueue:
             heapq.heappush(self._entries, (float(self._clocks[rank]), rank))
 
     def earliest(self, among: Container[int]) -> int:
-        """Return the worker with the smallest clock among the ready ones; among equal clocks, the lowest rank.
+        """Return the worker of ``among`` with the smallest clock; among equal clocks, the one with the lowest rank.
 
         Raises:
-            IndexError: No ready worker has been added.
+            IndexError: No worker of ``among`` has been added.
         """
         while True:
             clock, rank = self._entries[0]
@@ -303,7 +306,7 @@ class ClockQueue:
 
 
 class Until:
-    """A schedule that follows another one, and ends the run as soon as a condition holds.
+    """A schedule that follows another schedule, and ends the run as soon as a condition holds.
 
     Args:
         schedule: The other schedule.

@@ -8,8 +8,9 @@ them.
     alpha, beta   moving rates of the workers and the center      delta     momentum
     sigma         standard deviation of a gradient's noise        lam       pull towards a leader
 
-Each docstring gives the formula and its origin: the paper; memory of the paper; or a derivation for this project, which
-has been checked against eigenvalues, enumeration or simulation. `__all__` lists the functions by module.
+Each docstring gives the formula and its origin: the paper; the paper as remembered ("from memory"); or a derivation for
+this project, which has been checked against eigenvalues, enumeration or simulation. `__all__` lists the functions by
+module.
 """
 
 from __future__ import annotations

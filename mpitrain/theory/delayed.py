@@ -1,7 +1,8 @@
 """Parameter servers: stability under delay. DOWNPOUR, AGN, DynSGD, momentum at the master, staleness.
 
-In round-robin order each of p workers pushes the displacement of tau local steps on h x^2 / 2, computed from a center
-that is p-1 pushes old. The methods differ only in q, the fraction of that center's error that a push removes:
+In round-robin order each of p workers pushes the displacement of tau local steps on h x^2 / 2. It has computed them
+from a center that is p-1 pushes old. The methods differ only in q, the fraction of that center's error that a push
+removes:
 
     c_{k+1} = c_k - q c_{k-(p-1)},   stable iff 0 < q < 2 sin(pi / (2(2p-1)))
 
@@ -69,7 +70,7 @@ def agn_q(eh: float, tau: int) -> float:
 def dynsgd_q(eh: float, tau: int, p: int) -> float:
     """Return the fraction of the error that a push of DynSGD removes: (1 - (1-eh)^tau) / p.
 
-    DynSGD divides a push of staleness p-1 by p. It is stable for all p and tau if 0 < eh < 1.
+    DynSGD divides a push of staleness p-1 by p. The method is stable for all p and tau if 0 < eh < 1.
     """
     return downpour_q(eh, tau) / p
 
@@ -80,13 +81,16 @@ def downpour_is_stable(eh: float, p: int, tau: int) -> bool:
 
 
 def downpour_largest_eh(p: int, tau: int) -> float:
-    """Return the value of eh below which DOWNPOUR is stable: 1 - (1-bound)^(1/tau), or 2 for a single worker."""
+    """Return the value of eh below which DOWNPOUR is stable.
+
+    It is 1 - (1 - ``downpour_bound(p)``)^(1/tau), or 2 for a single worker.
+    """
     _check(p, tau)
     return 2.0 if p == 1 else 1 - (1 - min(downpour_bound(p), 1.0)) ** (1 / tau)
 
 
 def downpour_largest_period(p: int, eh: float) -> float:
-    """Return the largest tau for which DOWNPOUR is stable at all periods up to tau; it may be 0 or infinite."""
+    """Return the largest tau such that DOWNPOUR is stable for all periods up to tau. It may be 0 or infinite."""
     _check(p)
     if not 0 < eh < 2:
         return 0
@@ -100,15 +104,16 @@ def downpour_largest_period(p: int, eh: float) -> float:
 
 
 def agn_safe_period(p: int) -> int:
-    """Return the smallest tau for which AGN is stable for every 0 < eh <= 1: the first with 1/tau <= bound.
+    """Return the smallest tau for which AGN is stable for every 0 < eh <= 1.
 
-    It is about 0.64 p. Hermans' rule of thumb, (p + number of layers)/2, grows similarly.
+    It is the smallest tau with 1/tau <= ``downpour_bound(p)``, about 0.64 p. Hermans' rule of thumb, (p + number of
+    layers)/2, grows similarly.
     """
     return math.ceil(1 / downpour_bound(p) - 1e-12)
 
 
 def agn_largest_eh(p: int, tau: int) -> float:
-    """Return the value of eh, at most 1, below which AGN is stable: 1 - (1 - tau*bound)^(1/tau)."""
+    """Return the value of eh, at most 1, below which AGN is stable: 1 - (1 - tau*downpour_bound(p))^(1/tau)."""
     _check(p, tau)
     pushed = tau * downpour_bound(p)
     return 1.0 if pushed >= 1 else 1 - (1 - pushed) ** (1 / tau)
@@ -135,8 +140,8 @@ def mdownpour_matrix(eh: float, delta: float, p: int) -> Matrix:
 def mdownpour_largest_eh(p: int, delta: float) -> float:
     """Return the value of eh up to which round-robin MDOWNPOUR is stable, for 0 <= delta < 1.
 
-    It is the smallest eh at which the spectral radius is 1, found by bisection. Delay and momentum compound: with 8
-    workers and momentum 0.9, the result is a hundredth of that for one worker without momentum.
+    It is the smallest eh at which the spectral radius is 1, found by bisection. Delay and momentum reinforce each
+    other: with 8 workers and momentum 0.9, the result is a hundredth of that for one worker without momentum.
     """
     if not 0 <= delta < 1:
         raise UsageError(f"momentum must be in [0, 1), not {delta:g}")
@@ -156,7 +161,7 @@ def implicit_momentum(p: int) -> float:
 
 
 def implicit_momentum_matrix(eh: float, p: int) -> Matrix:
-    """Return the matrix of implicit momentum on (E x_t, E x_{t-1}), shape (2, 2).
+    """Return the matrix of a step with implicit momentum on (E x_t, E x_{t-1}), shape (2, 2).
 
     E x_{t+1} - E x_t = (1-1/p)(E x_t - E x_{t-1}) - (eh/p) E x_t
     """
@@ -169,7 +174,7 @@ def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
 
         E x_{t+1} = E x_t - eh sum_{l<=t} P(l) E x_{t-l},   shape (n_steps + 1,)
 
-    There are no gradients from before the start. The means obey ``implicit_momentum_matrix`` exactly, with x_{-1} =
+    Gradients from before the start count as 0. The means follow ``implicit_momentum_matrix`` exactly, with x_{-1} =
     x_0. Derived for this project.
     """
     probability = (1 / p) * (1 - 1 / p) ** np.arange(n_steps + 1)
@@ -180,10 +185,10 @@ def geometric_staleness_mean(eh: float, p: int, n_steps: int) -> Matrix:
 
 
 def elastic_equilibrium(h: float, rho: float, minimum: float, center: float) -> float:
-    """Return (h x* + rho c)/(h + rho), the point at which elastic force and gradient cancel for a fixed center.
+    """Return (h x* + rho c)/(h + rho), the point at which elastic force and gradient cancel for a fixed center c.
 
-    At this point, further local steps have no effect. This is the equilibrium condition of Hermans' thesis for f = h (x
-    - x*)^2 / 2.
+    At this point, further local steps have no effect. The loss is f = h (x - x*)^2 / 2 with the minimum at x*. The
+    condition is from Hermans' thesis.
     """
     return (h * minimum + rho * center) / (h + rho)
 
@@ -191,8 +196,9 @@ def elastic_equilibrium(h: float, rho: float, minimum: float, center: float) -> 
 def early_exchange_step(h: float, eta: float, rho: float, x_start: float, center: float) -> int:
     """Return the first local step t >= 0 at which Hermans' rule exchanges: |eta g| - |eta rho (x-c)| < eta.
 
-    In one dimension with a fixed center, local steps give x_t = (1-eta*h)^t x_0. The result is the first t with h|x_t|
-    - rho|x_t - c| < 1. The rule is from Hermans' thesis; this special case was derived for this project.
+    In one dimension, local steps from x_0 = ``x_start`` give x_t = (1-eta*h)^t x_0. The center c is fixed. The result
+    is the first t with h|x_t| - rho|x_t - c| < 1. The rule is from Hermans' thesis; this special case was derived for
+    this project.
     """
     if not 0 < eta * h < 2:
         raise UsageError(f"local steps converge only for 0 < eta*h < 2, not for {eta * h:g}")

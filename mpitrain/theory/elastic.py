@@ -1,7 +1,8 @@
 """The EASGD family on a quadratic: matrices, stability, the optimal moving rate, the fixed point.
 
-f(x) = h x^2 / 2 per coordinate, eh = eta*h. The workers' mean and the center follow a small matrix. A worker's
-difference from the mean shrinks separately, by the disagreement factor. Stability needs both to shrink.
+f(x) = h x^2 / 2 per coordinate, eh = eta*h. A small matrix maps the workers' mean and the center to those of the next
+period. The disagreement factor multiplies a worker's difference from the mean. A method is stable if the spectral
+radius of the matrix and the modulus of the factor are below 1.
 
 Sources: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651
 (the methods); Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapters 5 and 6 (stability, the negative moving
@@ -42,8 +43,8 @@ def easgd_full_matrix(eh: float, alpha: float, p: int, beta: float | None = None
 
         x_i <- x_i - eh*x_i - alpha*(x_i - c);   c <- (1-beta)*c + beta*mean(x_i);   then tau-1 steps of SGD
 
-    arXiv 1412.6651, eq. 5 and 6. Its eigenvalues are those of ``easgd_matrix`` and, p-1 times,
-    ``easgd_disagreement_factor``.
+    The equations are 5 and 6 of arXiv 1412.6651. The eigenvalues of the matrix are those of ``easgd_matrix`` and, p-1
+    times, ``easgd_disagreement_factor``.
     """
     beta = p * alpha if beta is None else beta
     exchange = np.diag([1 - eh - alpha] * p + [1 - beta])
@@ -59,13 +60,14 @@ def easgd_disagreement_factor(eh: float, alpha: float, tau: int = 1) -> float:
 def easgd_is_stable(eh: float, alpha: float, beta: float, p: int = 2) -> bool:
     """Return whether synchronous EASGD with tau = 1 converges on the quadratic.
 
-    The region is exact. With a = eh+alpha+beta and q = eh*beta, the mean and the center converge if and only if
+    The conditions are necessary and sufficient. With a = eh+alpha+beta and q = eh*beta, the mean and the center
+    converge if and only if
 
         q > 0,   a > q,   4 - 2a + q > 0, which is (2-eh)(2-beta) > 2*alpha
 
     Two or more workers converge to each other if and only if |1-eh-alpha| < 1. For alpha >= 0 and eh, beta > 0, these
-    conditions are those of the thesis: (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 they differ:
-    the active conditions are a > q and eh > -alpha. Derived for this project (Jury's criterion).
+    conditions are those of the thesis: (2-eh)(2-beta) > 2*alpha and (2-eh)+(2-beta) > alpha. For alpha < 0 they differ
+    from those of the thesis: a > q and eh > -alpha decide. Derived for this project (Jury's criterion).
 
     Args:
         eh: Step size times curvature.
@@ -85,7 +87,7 @@ def easgd_mean(t: int, eh: float, alpha: float, p: int, x_start: ArrayLike, c_st
         alpha*u_0 = alpha*sum_i(x_i) - (1 - eh - alpha - F)*c_0
 
     The lemma of arXiv 1412.6651 (from memory) has u_0 = sum_i(x_i - alpha/(1-p*alpha-F) c_0). The form here has the
-    same value, and no division by zero at alpha = 0. It equals the powers of ``easgd_matrix``.
+    same value, and no division by zero at alpha = 0. Powers of ``easgd_matrix`` give the same result.
     """
     a = eh + (p + 1) * alpha
     root = math.hypot(
@@ -103,8 +105,9 @@ def easgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, alpha: float, tau:
         k_i = A_i alpha / (1 - A_i (1 - eta h_i - alpha)),   A_i = (1 - eta h_i)^(tau-1)
         c* = sum_i (1-k_i) b_i / sum_i (1-k_i),   x_i* = b_i + k_i (c* - b_i)  (before the exchange)
 
-    f_i is the loss of worker i. For tau = 1 the weights are those of the Moreau envelopes, h_i rho/(h_i + rho) with rho
-    = alpha/eta. Therefore c* is the minimum of sum f_i only if all h_i are equal. Derived for this project.
+    f_i is the loss of worker i. For tau = 1 the weights 1-k_i are proportional to the curvatures of the losses' Moreau
+    envelopes, h_i rho/(h_i + rho) with rho = alpha/eta. In general c* minimizes sum f_i only if all h_i are equal.
+    Derived for this project.
     """
     h, b = np.asarray(h, float), np.asarray(b, float)
     local = (1 - eta * h) ** (tau - 1)
@@ -121,7 +124,8 @@ def eamsgd_matrix(eh: float, alpha: float, beta: float, delta: float, tau: int =
         v <- dh*v - eh*x;   x <- x + v_new - alpha*(x - c);   c <- (1-beta)*c + beta*x
         [[dh, -eh, 0], [dh, 1-eh-alpha, alpha], [0, beta, 1-beta]],   then tau-1 steps with alpha = beta = 0
 
-    arXiv 1412.6651, algorithm 2, all workers at once; the matrix was derived for this project.
+    The method is algorithm 2 of arXiv 1412.6651, with an exchange of all workers at once. The matrix was derived for
+    this project.
     """
     dh = delta * (1 - eh)
     exchange = np.array([[dh, -eh, 0.0], [dh, 1 - eh - alpha, alpha], [0.0, beta, 1 - beta]])
@@ -134,10 +138,11 @@ def optimal_moving_rate(eh: float, beta: float) -> tuple[float, float]:
 
         alpha* = -(sqrt(beta) - sqrt(eh))^2 <= 0,   radius* = 1 - sqrt(eh*beta)
 
-    At beta = 1 and alpha = -dh the eigenvalues are those of Nesterov's momentum with delta*(1-eh) = dh: a negative
-    moving rate acts as momentum. This alpha is optimal for the mean of the workers only. The differences of the workers
-    are multiplied by 1-eh-alpha, which is above 1 unless eh > -alpha. Several workers therefore profit only if they
-    have equal starts and equal gradients. Thesis, abstract and chapter 5; derived for this project.
+    At beta = 1 and alpha = -delta*(1-eh), the eigenvalues are those of Nesterov's momentum delta: a negative moving
+    rate acts as momentum. The alpha* above is optimal for the mean of the workers only. A step multiplies the
+    differences of the workers by 1-eh-alpha, which is above 1 unless eh > -alpha. Several workers therefore profit only
+    if they have equal starts and equal gradients. The result is in the abstract and chapter 5 of the thesis; the
+    formulas were derived for this project.
     """
     if eh <= 0 or beta <= 0:
         raise UsageError(f"the optimal moving rate needs positive eh and beta, not {eh:g} and {beta:g}")

@@ -25,7 +25,8 @@ def _check(p: int) -> None:
 def pull_contraction(p: int) -> float:
     """Return E[V']/V of a round of pulls, where V = sum_i (x_i - mean)^2: (p-2)(2p-3)/(4(p-1)^2).
 
-    In a round of pulls, each worker reads a random peer and moves to the average of the two.
+    V' is the value of V after the round. In a round of pulls, each worker reads the vector of a random peer, and moves
+    to the average of this vector and its own.
     """
     _check(p)
     return (p - 2) * (2 * p - 3) / (4 * (p - 1) ** 2)
@@ -43,14 +44,15 @@ def pull_mean_variance(p: int) -> float:
 def push_contraction(p: int) -> float:
     """Return E[V']/V of a round of pushes, where V = sum_i (x_i - mean)^2.
 
-    In a round of pushes, each worker sends its vector to a random peer, then averages its own vector and the k that it
-    has received:
+    V' is the value of V after the round. In a round of pushes, each worker sends its vector to a random peer, then
+    averages its own vector and the k vectors that it has received:
 
         x_i <- (x_i + sum of received) / (1 + k)
         E[V']/V = 1 - r - (1-r)^p - (E[w^2] - 1)/(p-1),   r = 1/(p-1)
 
-    w = 1/(1+k_own) + 1/(1+k_target) is the weight of a worker's old vector in the new sum. The result is exact for
-    every p. Pushing contracts more slowly than pulling.
+    w = 1/(1+k_own) + 1/(1+k_target) is the weight of a worker's old vector in the new sum of all vectors. k_own and
+    k_target are the numbers of vectors that the worker and its target have received. The result is exact for every p.
+    Pushing contracts more slowly than pulling.
     """
     _check(p)
     r = 1 / (p - 1)
@@ -83,8 +85,9 @@ def _binomial(n: int, r: float) -> list[tuple[int, float]]:
 
 
 def exponential_graph_error(p: int) -> float:
-    """Return max |(W_K ... W_1)_ij - 1/p| for the one-peer exponential graph with K mixing matrices W.
+    """Return max |(W_K ... W_1)_ij - 1/p| for the one-peer exponential graph, whose period has K steps.
 
-    This is the distance of one period from exact averaging. It is 0 if p is a power of two.
+    W_k is the mixing matrix of step k. The result is the distance of a period's averaging from exact averaging. It is 0
+    if p is a power of two.
     """
     return float(np.abs(period_matrix(one_peer_exponential(p)) - 1 / p).max())

@@ -1,4 +1,4 @@
-"""Leader-based coupling, and when it and the elastic center are trapped in a double well.
+"""Pulls towards a leader, and when they or an elastic center leave workers trapped in a double well.
 
 Sources: Teng et al., Leader Stochastic Gradient Descent, 2019, https://arxiv.org/abs/1905.10395; Zhang's thesis, 2016,
 https://arxiv.org/abs/1605.02216, section 5.3 (the trap of EASGD). The thresholds were derived for this project.
@@ -23,7 +23,7 @@ LEADER_TRAP = 1 / 4
 
 
 def follower_factor(eh: float, lam: float) -> float:
-    """Return 1 - eh - lam, the factor per step of the distance to the leader, if a step pulls by ``lam``."""
+    """Return 1 - eh - lam, by which a step with a pull ``lam`` multiplies a follower's distance to its leader."""
     return 1 - eh - lam
 
 
@@ -51,8 +51,8 @@ def double_well_gradient(x: ArrayLike) -> Matrix:
 def trapped_easgd(rho: float) -> tuple[float, float, float] | None:
     """Return the critical point (s, -s, 0) of the elastic objective of two workers in the double well, s = sqrt(1-rho).
 
-    It exists for rho < 1; otherwise the result is None. If and only if rho < 2/3, it is a strict local minimum, in
-    which EASGD stays.
+    The point exists for rho < 1; otherwise the result is None. It is a strict local minimum, in which EASGD stays, if
+    and only if rho < 2/3.
     """
     if rho >= 1:
         return None

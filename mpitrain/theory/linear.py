@@ -19,9 +19,9 @@ def spectral_radius(matrix: ArrayLike) -> float:
 
 
 def stationary_covariance(matrix: ArrayLike, noise: ArrayLike) -> Matrix:
-    """Return the stationary covariance S of the recursion s' = M s + xi, where Q = Cov(xi).
+    """Return the stationary covariance S of the recursion s' = M s + xi.
 
-    S, M and Q are (n, n), and S = M S M^T + Q.
+    M is ``matrix`` and ``noise`` is Q = Cov(xi). S, M and Q are (n, n), and S = M S M^T + Q.
 
     Raises:
         UsageError: The spectral radius of M is not below 1, so S does not exist.

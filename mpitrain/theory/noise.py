@@ -33,7 +33,7 @@ def msgd_matrix(eh: float, delta: float) -> Matrix:
         v <- delta*v - eta*g(x + delta*v);   x <- x + v
         [[dh, -eh], [dh, 1-eh]]
 
-    The method as in arXiv 1412.6651; the matrix was derived for this project.
+    The method is that of arXiv 1412.6651; the matrix was derived for this project.
     """
     dh = delta * (1 - eh)
     return np.array([[dh, -eh], [dh, 1 - eh]])
@@ -98,7 +98,7 @@ def easgd_center_variance_limit(eh: float, beta: float, sigma: float, h: float) 
 
         beta*eh/((2-beta)(2-eh)) * (2-beta-eh+beta*eh)/(beta+eh-beta*eh) * sigma^2/h^2
 
-    The corollary of arXiv 1412.6651; beta = 1 gives p*Var of all-reduce SGD.
+    This is the corollary of arXiv 1412.6651. For beta = 1, it is p times the variance of all-reduce SGD.
     """
     width = beta * eh / ((2 - beta) * (2 - eh))
     return width * (2 - beta - eh + beta * eh) / (beta + eh - beta * eh) * sigma**2 / h**2
@@ -118,13 +118,13 @@ def easgd_error_bound(
 ) -> tuple[Matrix, Matrix]:
     """Return a bound on the errors of synchronous EASGD on a mu-strongly convex function: matrix (3, 3), offset (3,).
 
-    (E|mean x - x*|^2, mean_i E|x_i - x*|^2, E|c - x*|^2) stays below the recursion e <- matrix @ e + offset
-    for eta <= 2(1-alpha)/(mu+L), 0 <= alpha < 1, 0 <= beta <= 1, with L the smoothness and
+    The errors are (E|mean x - x*|^2, mean_i E|x_i - x*|^2, E|c - x*|^2). They stay below the values of the recursion
+    e <- matrix @ e + offset if eta <= 2(1-alpha)/(mu+L), 0 <= alpha < 1 and 0 <= beta <= 1. With L = ``smoothness``:
 
         g1 = 2 eta mu L/(mu+L),   g2 = 2 eta L (1 - 2 sqrt(mu L)/(mu+L))
         [[1-g1-g2-alpha, g2, alpha], [0, 1-g1-alpha, alpha], [beta, 0, 1-beta]],   (eta^2 sigma^2/p, eta^2 sigma^2, 0)
 
-    From memory of arXiv 1412.6651; sigma^2 is the variance of the whole gradient's noise, over all coordinates.
+    From memory of arXiv 1412.6651. sigma^2 is the variance of the gradient's noise, summed over all coordinates.
     """
     g1 = 2 * eta * mu * smoothness / (mu + smoothness)
     g2 = 2 * eta * smoothness * (1 - 2 * math.sqrt(mu * smoothness) / (mu + smoothness))
@@ -150,7 +150,7 @@ def spread_sgd_bound(shape: float, rate: float, p: int) -> float:
 
 
 def spread_sgd_optimum(shape: float, rate: float, p: int) -> tuple[float, float]:
-    """Return the best learning rate with multiplicative noise, p rate/(p*shape+1), and its factor, 1/(p*shape+1)."""
+    """Return the eta that minimizes ``spread_sgd_factor``, p rate/(p*shape+1), and the factor there, 1/(p*shape+1)."""
     return p * rate / (p * shape + 1), 1 / (p * shape + 1)
 
 
@@ -167,7 +167,7 @@ def easgd_second_moment(eta: float, alpha: float, beta: float, p: int, shape: fl
         C' = (m1 beta/p) A + (m1 beta (p-1)/p) B + (m1 (1-beta) + alpha beta) C + alpha (1-beta) D
         D' = (beta^2/p) A + (beta^2 (p-1)/p) B + 2 beta (1-beta) C + (1-beta)^2 D
 
-    Model from memory of the thesis, chapter 5; the moments were derived for this project.
+    The model is from memory of chapter 5 of the thesis; the moments were derived for this project.
     """
     m1 = 1 - eta * shape / rate - alpha
     m2 = m1**2 + eta**2 * shape / rate**2

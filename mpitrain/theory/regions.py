@@ -48,7 +48,7 @@ def agn_warning(p: int, tau: int) -> str | None:
 
 
 def mdownpour_warning(p: int, delta: float) -> str | None:
-    """Return a warning about MDOWNPOUR with p workers, whose delay compounds with the momentum of the center."""
+    """Return a warning about MDOWNPOUR with p workers and momentum delta; see ``mdownpour_largest_eh``."""
     largest = mdownpour_largest_eh(p, delta)
     if largest >= LEAST_EH:
         return None
@@ -60,9 +60,10 @@ def mdownpour_warning(p: int, delta: float) -> str | None:
 def elastic_warning(p: int, alpha: float, beta: float | None = None, *, synchronous: bool = True) -> str | None:
     """Return a warning about EASGD or EAMSGD with p workers, moving rate alpha and center rate beta (default p*alpha).
 
-    There are three warnings. A negative alpha acts as momentum. For a positive alpha, stability requires (2-eh)(2-beta)
-    > 2*alpha. If workers take turns, beta is replaced by beta/p. There is a warning if this holds for no eh, or only
-    for eh below 0.05. With beta > 1, the center overshoots the mean of workers that exchange at the same time.
+    There are three reasons for a warning. First, a negative alpha acts as momentum. Second, a positive alpha is stable
+    only if (2-eh)(2-beta) > 2*alpha, with beta/p in place of beta if the workers take turns. There is a warning if this
+    holds for no eh, or only for eh below 0.05. Third, with beta > 1 the center overshoots the mean of the workers if
+    they exchange at the same time.
     """
     symmetric = beta is None
     beta = p * alpha if beta is None else beta

@@ -20,9 +20,9 @@ def round_robin_easgd_step(eh: float, alpha: float) -> Matrix:
 def round_robin_easgd_bound(eh: float) -> float:
     """Return the largest alpha at which round-robin EASGD is stable: (4-2eh)/(4-eh), for 0 <= eh <= 2 and every p.
 
-    For alpha between 0 and the bound, no turn increases the norm, because its matrix is symmetric. Therefore no
-    sequence of turns increases the norm. Beyond the bound, a single turn may increase it, although a whole sweep may
-    still be stable. arXiv 1412.6651, section 3.3.
+    For alpha between 0 and the bound, no turn increases the norm of (x_1, ..., x_p, c), because the matrix of a turn is
+    symmetric. Therefore no sequence of turns increases the norm. Beyond the bound, a single turn may increase the norm,
+    although a whole sweep may still be stable. The bound is from section 3.3 of arXiv 1412.6651.
     """
     return (4 - 2 * eh) / (4 - eh)
 
@@ -38,7 +38,7 @@ def round_robin_easgd_matrix(eh: float, alpha: float, p: int) -> Matrix:
 def round_robin_admm_matrix(eta: float, rho: float, p: int, h: float = 1.0) -> Matrix:
     """Return the matrix of a sweep of linearized ADMM on (lam_1, ..., lam_p, x_1, ..., x_p, c), shape (2p+1, 2p+1).
 
-    In its turn, worker i computes the following. The multipliers lam are scaled by rho.
+    In its turn, worker i makes these assignments, in which the multipliers lam are scaled by rho:
 
         lam_i <- lam_i - (x_i - c)
         x_i   <- (x_i - eta*h*x_i + eta*rho*(lam_i + c)) / (1 + eta*rho)

@@ -1,6 +1,6 @@
 """Methods with rounds of local steps followed by an average: Local SGD, SlowMo, DiLoCo, Parle.
 
-On h x^2 / 2 with equal workers tau local steps of SGD multiply the error by q = (1-eh)^tau. Sources of the methods:
+On h x^2 / 2, with equal workers, tau local steps of SGD multiply the error by q = (1-eh)^tau. Sources of the methods:
 Wang et al., SlowMo, 2019, https://arxiv.org/abs/1910.00643; Douillard et al., DiLoCo, 2023,
 https://arxiv.org/abs/2311.08105; Chaudhari et al., Parle, 2017, https://arxiv.org/abs/1707.00424. The formulas were
 derived for this project.
@@ -17,8 +17,8 @@ from mpitrain.theory.linear import Matrix, spectral_radius
 def local_sgd_fixed_point(h: ArrayLike, b: ArrayLike, eta: float, tau: int) -> float:
     """Return the fixed point of Local SGD if worker i has f_i(x) = h_i (x - b_i)^2 / 2.
 
-    It is the mean of b_i with weights 1-(1-eta h_i)^tau. For tau = 1, it is the minimum of sum f_i. For large tau, all
-    weights approach 1.
+    It is the mean of b_i with weights 1-(1-eta h_i)^tau. For tau = 1, it minimizes sum f_i. For large tau, all weights
+    approach 1.
     """
     weights = 1 - (1 - eta * np.asarray(h, float)) ** tau
     return float(weights @ np.asarray(b, float) / weights.sum())

@@ -14,9 +14,9 @@ from mpitrain.errors import UsageError
 def safeguard_detection_step(drift: float, threshold: float, n_good: int, window: int | None = None) -> int | None:
     """Return the step at which a worker of constant drift is removed, counted from 1 after a reset of the sums.
 
-    Each step adds drift/n_good to the distance between the sum of the worker and that of the median. The worker is
-    removed at the first step at which this distance exceeds 2*threshold. This is step floor(2*threshold*n_good/drift) +
-    1. The result is None if the window ends before this step.
+    Each step adds drift/n_good to the distance between the worker's sum of gradients and the median of all sums. The
+    worker is removed at the first step at which this distance exceeds 2*threshold, which is step
+    floor(2*threshold*n_good/drift) + 1. The result is None if the window ends before this step.
 
     Args:
         drift: The norm of the worker's gradient minus that of the honest workers.
