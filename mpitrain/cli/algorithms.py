@@ -79,7 +79,8 @@ def _show_graph(args: argparse.Namespace) -> int:
 def describe(graph: Topology) -> dict[str, Any]:
     """Return the properties of a graph that determine how fast its workers agree, as JSON types.
 
-    The spectral gap is 1 minus the factor by which one period shrinks the disagreement: 1 averages exactly.
+    The spectral gap is 1 minus the factor by which the disagreement of the workers shrinks in one period. If it is 1,
+    one period makes all workers equal to their mean.
     """
     rate = consensus_rate(graph)
     sends = [len(peers) for step in graph.steps for peers in step]

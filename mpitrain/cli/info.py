@@ -1,4 +1,4 @@
-"""``mpitrain info``: this MPI, the machines, their GPUs, the parts that a run uses, and what will hurt it."""
+"""``mpitrain info``: this MPI, the machines, their GPUs, the parts that a run uses, and problems that it will have."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def show(document: dict[str, Any], probes: Sequence[Probe] = ()) -> str:
 
     Args:
         document: The document of ``describe``.
-        probes: The probe of each host.
+        probes: For each host, the results of trying MPI operations on its kinds of memory (``--probe``).
     """
     lines = []
     for section, facts in document.items():
@@ -122,7 +122,7 @@ def _probe_section(probes: Sequence[Probe]) -> list[str]:
 
 
 def table(probe: Probe) -> list[str]:
-    """Return the results of the probe as lines: one per operation, with a column per kind of memory, then remarks."""
+    """Return a host's results as lines: one per operation, with a column per kind of memory, then remarks."""
     memories = list(next(iter(probe.outcomes.values())))
     rows = [["", *memories]]
     rows += [[operation, *(_cell(row[memory]) for memory in memories)] for operation, row in probe.outcomes.items()]

@@ -1,6 +1,6 @@
-"""The ranks and hosts of a launch: what each has, where they differ, and what will hurt a run.
+"""The ranks and hosts of a launch: what each has, where they differ, and which problems a run will have.
 
-``facts_here`` reads one rank's facts, ``host_table`` and ``verdicts`` are pure functions of the facts of all ranks.
+``facts_here`` collects one rank's facts. ``host_table`` and ``verdicts`` are pure functions of the facts of all ranks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RankFacts:
         mpi: The MPI library and its version.
         versions: The versions of Python and of packages by name.
         interfaces: The addresses of the network interfaces that are up, by name; without the loopback.
-        network: The variables that choose an interface.
+        network: The environment variables that choose a network interface, and their values.
         launcher: The program that started the rank.
     """
 

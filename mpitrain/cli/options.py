@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse arguments; an unknown argument is an error."""
+        """Parse arguments, and report an unknown one as an error."""
         self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown_words = super().parse_known_args(args, namespace)
         if unknown_words:
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, unknown("value", str(value), map(str, action.choices)))
 
     def error(self, message: str) -> Any:
-        """Exit with code 2."""
+        """Print an error, and exit with code 2."""
         raise SystemExit(fail(f"{message}{self._dash_hint(message)} (see {self.prog} --help)", on_all_ranks=True))
 
     def _dash_hint(self, message: str) -> str:
@@ -74,8 +74,8 @@ def add_options(
         config: The dataclass.
         names: The fields to add, in this order; all by default.
         help: Help texts that replace the declared ones, by field name.
-        keep_defaults: Whether an option that is not given has the default of the field. Otherwise it is None, which
-            shows a resumed run that the option was not given.
+        keep_defaults: Whether an option that is not given has the default of the field. Otherwise it is None, so that a
+            resumed run can tell that the option was not given.
     """
     declared = options_of(config)
     for name in declared if names is None else names:

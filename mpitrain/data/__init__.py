@@ -46,11 +46,11 @@ def load(
         world: The ranks, with memory that the ranks of a node share.
         sampling: The way in which samples will be drawn, "independent" or "sharded". It determines where the images of
             a large file are stored.
-        seed: The seed of synthetic data. It differs from the seed of the run, so that several runs can use the same
-            data.
-        split_seed: The seed that selects the fifth of the digits that is the test set.
+        seed: The seed of synthetic data. It is independent of the seed of the run, so that several runs can use the
+            same data.
+        split_seed: The seed that selects a fifth of the digits as the test set.
         limits: The memory that the data may occupy on a node; by default half of the free memory.
-        verify: Whether to compare a data file with its stored digest before it is used; no effect on other data.
+        verify: Whether to compare a data file with its stored digest before it is used. It has no effect on other data.
     """
     if sampling not in MODES:
         raise UsageError(unknown("sampling", sampling, MODES))

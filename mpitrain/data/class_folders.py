@@ -1,11 +1,11 @@
-"""Class folders of files, in a folder or an archive, which is read without unpacking.
+"""Class folders of files, in a folder or in an archive. An archive is read without unpacking it.
 
-    CLASS/.../FILE                    no split
-    train/CLASS/.../FILE, and test/   a split; also training/, and one of TEST_NAMES, in any case
+    CLASS/.../FILE                                no split
+    train/CLASS/.../FILE, test/CLASS/.../FILE     a split; also training/ and TEST_NAMES, in upper or lower case
 
-Links inside a folder are followed. A link that leads out of it or back to a folder above is refused. In an archive, a
-backslash separates folders as a slash does, a root or a drive is ignored, and ``..`` and repeated names are refused.
-Folders that contain everything else (`cifar10/train/...`) are ignored.
+Links inside the source folder are followed. A link that leads out of it or back to a folder above is refused. In an
+archive, a backslash separates folders as a slash does, a root or a drive is ignored, and ``..`` and repeated names are
+refused. An outer folder that contains everything else, such as `cifar10` in `cifar10/train/...`, is ignored.
 """
 
 import lzma
@@ -70,17 +70,14 @@ def is_hidden(name: str) -> bool:
 
 
 def places(names: Sequence[str], test_set: str | None = None) -> list[Place | None]:
-    """Return the class and the set that each path names; the paths of all files are needed to tell.
+    """Return the class and the set of each file, from the paths of all files; None for a file of a further test set.
 
     Args:
         names: The paths.
-        test_set: The folder that is the test set, where there are several.
-
-    Returns:
-        The place of each file; None for a file of a further test set.
+        test_set: The folder of the test set, if several folders may be it.
 
     Raises:
-        UsageError: It is not clear which folders are the sets.
+        UsageError: It is not clear which folders contain the training set and the test set.
     """
     paths = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
     while paths and len({path[0] for path in paths}) == 1 and min(map(len, paths)) > 2:

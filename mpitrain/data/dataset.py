@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Tensor]  # (b, ...) float32, and (b,) int64 labels or (b, 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """x = (pixel / scale - mean) / std, per channel."""
+    """The normalisation x = (pixel / scale - mean) / std of each channel."""
 
     scale: float  # 255 for uint8 images
     mean: tuple[float, ...]  # (C,) or (d,)
@@ -26,7 +26,7 @@ class Normalisation:
     def apply(self, images: NDArray[Any]) -> Tensor:
         """Return `images`, (b, C, H, W) or (b, d), as a normalised float32 tensor. Local.
 
-        Float32 images may be overwritten.
+        If `images` is a float32 array, it may be overwritten.
         """
         columns = (-1,) + (1,) * (images.ndim - 2)
         std = np.asarray(self.std).reshape(columns)
@@ -74,7 +74,7 @@ class Dataset:
 
     @property
     def n_outputs(self) -> int:
-        """The number of outputs of a model for a sample: the number of classes, or of target values k."""
+        """The number of outputs of a model for a sample: the number of classes, or the number k of target values."""
         return self.n_classes or int(self.train_labels.shape[1])
 
     @property

@@ -2,8 +2,9 @@
 
     HDF5  |  magic, length, SHA-256 of the HDF5 file
 
-An import adds it. ``mpitrain data verify`` and ``mpitrain train --verify`` read the file once and compare, before HDF5,
-which may crash on a damaged file, sees it. Other programs that change the file drop the digest.
+An import adds it. ``mpitrain data verify`` and ``mpitrain train --verify`` read the file once and compare. HDF5, which
+may crash on a damaged file, opens the file only afterwards. If another program changes the file, HDF5 removes the
+digest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add(file: Any) -> None:
 def stored(path: Path) -> str | None:
     """Return the digest that the import has stored in the file, in hexadecimal; None without one.
 
-    The contents are not read. If HDF5 changes the file later, it removes the digest.
+    The rest of the file is not read. If HDF5 changes the file later, it removes the digest.
 
     Raises:
         UsageError: The file cannot be read.

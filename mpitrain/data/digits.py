@@ -19,7 +19,7 @@ def load_digits(*, split_seed: int) -> Dataset:
     """Return 1,797 digits of 8x8 pixels in 0..16 (UCI). Local.
 
     Args:
-        split_seed: The seed that selects the fifth of each class that is the test set.
+        split_seed: The seed that selects a fifth of each class as the test set.
     """
     table = _table()
     images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 8, 8)

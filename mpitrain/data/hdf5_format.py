@@ -1,13 +1,13 @@
 """The format of data files: layout, opening, and validation.
 
-    train/images   (N, C, H, W) uint8, in chunks of at most 128 KiB; also (N, d), and also float32
+    train/images   (N, C, H, W) or (N, d), uint8 or float32, in chunks of at most 128 KiB
     train/labels   (N,) int64, each in [0, n_classes)
     test/images    (M, C, H, W)
     test/labels    (M,) int64
     attributes of the file:
       format           "mpitrain-data"
       format_version   1
-      classes          names, in the order of the labels; of more than 1000 classes, a dataset of this name instead
+      classes          names, in the order of the labels; with more than 1000 classes, a dataset of this name instead
       mean, std        (C,) or (d,) float64, of the training images; for uint8 images, of pixel / 255
 
 For regression there are real-valued targets in place of labels and classes:
@@ -15,7 +15,7 @@ For regression there are real-valued targets in place of labels and classes:
     train/targets  (N,) or (N, k) floating point, finite
     test/targets   (M,) or (M, k)
 
-Uncompressed: decoded images hardly compress, and a run reads each of them many times.
+Files are not compressed, because decoded images hardly compress, and a run reads each of them many times.
 """
 
 import math
@@ -96,7 +96,7 @@ def _checked(file: h5py.File) -> h5py.File:
 
 @contextmanager
 def reading(file: h5py.File) -> Iterator[None]:
-    """Convert HDF5's errors about damaged contents to a `UsageError` of one line."""
+    """Convert HDF5's errors about damaged contents inside the block to a `UsageError` of one line."""
     path = str(file.filename)
     try:
         yield
@@ -153,7 +153,7 @@ def read_header(file: h5py.File) -> Header:
 
 
 def answers(file: h5py.File) -> str:
-    """Return the name of the targets of a data file: ``labels`` of classes, or real-valued ``targets``."""
+    """Return which kind of answers a data file contains: ``labels`` of classes, or real-valued ``targets``."""
     return TARGETS if f"{SPLITS[0]}/{TARGETS}" in file else LABELS
 
 
@@ -215,8 +215,8 @@ def create(
 ) -> None:
     """Create the datasets of a data file for n = (training, test) images.
 
-    The caller fills in the images, the labels (or targets, with ``n_targets`` numbers each), and the attributes
-    ``mean`` and ``std``.
+    The caller fills in the images, the labels, and the attributes ``mean`` and ``std``. If ``n_targets`` is not 0,
+    there are targets of ``n_targets`` numbers in place of labels.
     """
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION

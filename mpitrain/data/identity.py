@@ -5,9 +5,9 @@ same if they have the same number of samples, the same shape and classes, and th
 
     names of the classes, normalisation, labels and images of the training and the test set
 
-Images of more than 16 MiB enter with at most 1,024 evenly spaced rows, so that no start of a run reads a large file.
-Changes of other rows are found only in a file of ``mpitrain data import``, which holds a digest of all its bytes
-(``digest``): if both data sets have one, these must be equal too.
+If the images take more than 16 MiB, only up to 1,024 evenly spaced rows of them are used, so that no run has to read a
+large file at its start. Changes of other rows are found only in a file of ``mpitrain data import``, which holds a
+digest of all its bytes (``digest``): if both data sets have one, these must be equal too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Identity:
         return cls(**{**document, "shape": tuple(document["shape"])})
 
     def difference(self, other: Identity) -> str:
-        """Return how another data set differs from this one, in words; nothing if they are the same."""
+        """Return how another data set differs from this one, in words; an empty text if they are the same."""
         for name, unit in (("train", "training samples"), ("test", "test samples"), ("classes", "classes")):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:

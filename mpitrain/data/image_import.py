@@ -63,7 +63,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image says."""
+    """The properties of an image that its header states."""
 
     size: tuple[int, int]  # (W, H), upright
     mode: str  # Pillow's
@@ -77,14 +77,14 @@ class Header:
 
 @dataclass
 class Survey:
-    """The findings of the first pass."""
+    """The results of the first pass over the source."""
 
     headers: dict[str, Header] = field(default_factory=dict)  # of readable images, in the order of the source
     unreadable: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def most_common_size(self) -> tuple[int, int]:
-        """Return (W, H) of most images."""
+        """Return the most common size (W, H)."""
         return Counter(header.size for header in self.headers.values()).most_common(1)[0][0]
 
     def conversions(self, width: int, height: int) -> dict[str, int]:
@@ -119,9 +119,7 @@ def import_images(
     skip_unreadable: bool = False,
     progress: bool = True,
 ) -> Imported:
-    """Write a data file from class folders of images.
-
-    The file appears when it is complete, and then replaces an older one.
+    """Write a data file from class folders of images. When it is complete, it replaces an older file.
 
     Args:
         source: A folder or archive of class folders; see `class_folders.py`.
@@ -130,8 +128,8 @@ def import_images(
         test_fraction: The share of each class to put into the test set, for a source that is not split.
         test_set: The folder of the test set, for a source with several or with an unusual name.
         seed: The seed that selects the test images of a source that is not split.
-        skip_unreadable: Leave out images that cannot be decoded, instead of raising.
-        progress: Show a progress bar on standard error, if that is a terminal.
+        skip_unreadable: Whether to leave out images that cannot be decoded, instead of raising an error.
+        progress: Whether to show a progress bar on standard error, if that is a terminal.
     """
     if target.suffix not in SUFFIXES or not target.parent.is_dir() or target.is_dir():
         raise UsageError(f"cannot write {target}: give the path of an {SUFFIXES[0]} file in a folder that exists")

@@ -66,8 +66,8 @@ def agree(world: World, value: int) -> int:
 def all_ok(world: World, action: Callable[[], T]) -> T:
     """Return the result of `action` on this rank if it succeeds on every rank. Collective over the node.
 
-    If it fails on any rank, all ranks raise an error. A rank on which it failed raises its own error. The other ranks
-    raise a `UsageError` with the message of the first rank that failed.
+    If the action fails on any rank, all ranks raise an error. A rank on which it failed raises its own error. The other
+    ranks raise a `UsageError` with the message of the first rank that failed.
     """
     shared = world.shared_array((world.local_size, MESSAGE_BYTES), np.uint8)  # a row of zeros: no error
     failure: Exception | None = None

@@ -10,7 +10,7 @@ def parse_options(text: str, known: Mapping[str, Callable[[str], Any]], *, owner
     """Parse `key=value,key=value`.
 
     Args:
-        text: The text after the colon; may be empty.
+        text: The text after the colon, possibly empty.
         known: A parser for the value of each key, which raises `ValueError` for invalid text.
         owner: The text before the colon, for error messages.
 

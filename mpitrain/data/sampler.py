@@ -1,7 +1,7 @@
 """The samples that a worker draws at a step, a pure function of (seed, rank, epoch, step).
 
-There are two modes because papers differ (Zhang et al. 2015: every worker samples the whole set; Parle, Jin et al.,
-SGP: shards).
+In the following, p workers draw batches of b samples. There are two modes because papers differ (Zhang et al. 2015:
+every worker samples the whole set; Parle, Jin et al., SGP: shards).
 
   independent   Each worker shuffles the WHOLE training set with a seed of its own, again and again: its indices are a
                 sequence of permutations of n, cut into batches without a remainder.
@@ -16,12 +16,13 @@ SGP: shards).
 Workers with batches of different sizes b_r take slices of their own size from a global batch of B = sum b_r samples,
 and p*b stands for B.
 
-In both modes an epoch is n // (p*b) steps of each worker. An epoch of all workers computes the gradients of about n
-samples, the unit in which methods are compared; an independent worker has seen the whole set after p epochs. If p*b is
-more than n, an independent epoch is one step, and sharding is refused.
+In both modes, an epoch is n // (p*b) steps of each worker. In an epoch, all workers together compute the gradients of
+about n samples. Methods are compared in this unit. An independent worker has seen the whole set after p epochs. If p*b
+is more than n, an independent epoch is one step, and sharding is refused.
 
-Fixed shards would let each rank keep its part of the data, but would break the equality with one large batch, the
-sharpest test of a synchronous method; `storage.py` says how data is kept that does not fit into memory.
+With fixed shards, each rank could keep its part of the data in memory. But p workers would then not draw the batches of
+one worker, and this equality is the sharpest test of a synchronous method. For data that do not fit into memory, see
+`storage.py`.
 """
 
 from collections.abc import Mapping, Sequence

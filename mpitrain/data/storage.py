@@ -1,16 +1,16 @@
 """Storage of the images of a data set, chosen by size.
 
-  shared    Once per node, in memory that all its ranks see; each rank reads 1/local_size of it. This is the first
+  shared    Once per node, in memory that all its ranks see; each rank reads 1/local_size of the file. This is the first
             choice for both modes of sampling: on one node it takes no more memory than private shards would, and every
             sample is available.
-  private   In the memory of this rank. For a file that does not fit into shared memory, with sharded sampling: the
-            shard of the epoch, n/p samples, which `stage` reads in one sweep through the file at the start of each
-            epoch (shards change with the epoch, see `sampler.py`). Built-in data that is tiny or does not fit into
-            shared memory is private too, as a whole.
-  file      In the file only: every batch is read in the order of the file, adjacent rows in one read.
+  private   In the memory of this rank. This is used for a file that does not fit into shared memory, if sampling is
+            sharded. The rank then stores its shard of n/p samples. `stage` reads it in one sweep through the file at
+            the start of each epoch, because shards change with the epoch (see `sampler.py`). Built-in data that are
+            tiny or do not fit into shared memory are also private. Each rank then stores all of them.
+  file      Only in the file: every batch is read in the order of the file, adjacent rows in one read.
 
-Data fits if it takes at most half of the free memory. Images are selected by index from any storage, so that nodes may
-choose differently.
+Data fits if it takes at most half of the free memory. Images are selected by index from any storage, so different nodes
+may use different storages.
 """
 
 import math

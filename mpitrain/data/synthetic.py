@@ -69,8 +69,8 @@ def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> 
     With kind=clusters, x = m_y + z: m_y is the center of class y, and z is standard normal noise. Two centers are about
     separation * sqrt(2) apart in any dimension, so classes overlap more if the separation is smaller.
 
-    With kind=teacher, x = z, and y is the largest output of a random two-layer tanh network. These labels contain no
-    noise.
+    With kind=teacher, x = z, and y is the index of the largest output of a random two-layer tanh network. These labels
+    contain no noise.
 
     Args:
         options: `n` training and `test` test samples, `shape`, `classes`, `kind`, `separation`.

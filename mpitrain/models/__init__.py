@@ -27,9 +27,9 @@ def build(name: str, *, shape: tuple[int, ...], n_classes: int, seed: int) -> nn
     Equal arguments give equal weights on all ranks. The global random state does not change.
 
     Args:
-        name: A name in `MODELS`, possibly with options, such as `mlp:hidden=256x128`. Or `module:function` for a
-            function or class that is imported, also from the working directory. It is called with those of the
-            arguments shape, n_classes and seed that it accepts.
+        name: A name in `MODELS`, possibly with options, such as `mlp:hidden=256x128`. It can also be `module:function`,
+            a function or class that is imported, also from the working directory. The function is called with those of
+            the arguments shape, n_classes and seed that it accepts.
         shape: The shape of one input: (C, H, W) or (d,).
         n_classes: The number of outputs.
         seed: The seed of the initial weights.

@@ -16,7 +16,10 @@ BLOCKS_PER_STAGE = 3  # 6 n + 2 layers
 
 
 class Block(nn.Module):
-    """A residual block y = relu(s(x) + F(x)): F has two convolutions; s is the identity if the shapes match."""
+    """A residual block y = relu(s(x) + F(x)), where F has two convolutions and s is the shortcut.
+
+    The shortcut is the identity if the shapes of x and F(x) match.
+    """
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()

@@ -188,14 +188,13 @@ class Stepper:
         self.join: Weights | None = None
 
     def step(self, loss: Loss | None, scaling: Scaling | None = None) -> Any:
-        """Exchange and update. Collective for synchronous methods, else Local (or Collective over a replica group).
+        """Exchange and update. Return ``loss``, or the value of the closure.
+
+        Collective for synchronous methods, else Local (or Collective over a replica group).
 
         Args:
             loss: The loss of the mini-batch, or a closure that computes it.
             scaling: The values of the gradient scaler for this step; None without a scaler.
-
-        Returns:
-            ``loss``, or the value that the closure returned.
         """
         watchdog.begin_step()
 

@@ -6,8 +6,8 @@ Every rank writes its part into a hidden folder that no reader considers. Once a
 renames the folder, which is atomic: a crash at any moment leaves the previous checkpoint as it was
 (``checkpoint_writer``).
 
-Each part ends in a checksum (``part``). A part whose checksum is missing or wrong, as a disk or a lost node may leave
-it, is not opened, and all ranks load the previous checkpoint instead.
+Each part ends in a checksum (``part``). If the checksum is missing or wrong, for example after a disk error or the loss
+of a node, the part is not opened, and all ranks load the previous checkpoint instead.
 
 ``hdf5_tree`` says what a state may contain. A loaded state equals the saved one.
 """
@@ -182,7 +182,7 @@ def _load_part(path: Path, rank: int) -> tuple[int, dict[str, Any]]:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, the oldest first. A checkpoint comes before a newer one with the same name."""
+    """Return the complete checkpoints, the oldest first. One that is being replaced comes before its replacement."""
     found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 

@@ -1,13 +1,13 @@
 """The writer of checkpoints: a background thread of each rank, so that training waits for a snapshot only.
 
-A snapshot is the rank's part as an HDF5 file in memory. The thread writes it into a hidden folder; that of the lead,
-the first rank alive, waits until the parts of all ranks are there, and renames the folder. If the lead dies before
-that, the checkpoint is lost, and the next lead removes the hidden folder. At most one snapshot is in memory: the next
-checkpoint first waits for the writing of the previous one.
+A snapshot is the rank's part as an HDF5 file in memory. The thread writes it into a hidden folder. The thread of the
+lead, the first rank alive, then waits until the parts of all ranks are there, and renames the folder. If the lead dies
+before that, the checkpoint is lost, and the next lead removes the hidden folder. Each rank has at most one snapshot in
+memory, because the next checkpoint first waits until the previous one is written.
 
-Only files pass between the threads: MPI is not called from them. A thread that cannot write renames and removes the
-hidden folder, which frees the room and tells the others; its rank raises the error at the next ``check`` or ``wait``.
-Writing needs room for one checkpoint more than are kept.
+The threads of different ranks communicate through files only, without MPI. If a thread cannot write, it renames and
+removes the hidden folder. This frees the disk space and informs the other threads. The rank of this thread raises the
+error at the next ``check`` or ``wait``. Writing needs disk space for one checkpoint more than the number that is kept.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class CheckpointWriter:
         """Take a snapshot and start to write it. Collective; call ``wait`` for the previous checkpoint first.
 
         Args:
-            step: The number in the name of the checkpoint; a larger one is newer. The lead's number is used.
+            step: The number in the name of the checkpoint; a larger one is newer. If the ranks differ, the lead's
+                number is used.
             state: This rank's part. It may change as soon as the call returns.
 
         Raises:

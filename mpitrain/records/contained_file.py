@@ -1,7 +1,8 @@
-"""A file for HDF5 to write, whose failures HDF5 does not notice.
+"""A file that hides failures of the disk from HDF5, which writes to it.
 
-HDF5 may crash after a write that has failed, at the latest when the process ends. Here the first failure is noted, and
-nothing is written from then on, while HDF5 goes on and closes the file as usual. The caller asks for the failure.
+HDF5 may crash after a write that has failed, at the latest when the process ends. This file therefore notes the first
+failure, and ignores all writes from then on. HDF5 continues, and closes the file as usual. The caller then asks for the
+failure with ``check``.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ class ContainedFile:
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
-        """Return bytes from the file; h5py recognises a file by this method."""
+        """Return bytes from the file. h5py accepts only objects with this method as files."""
         return self._file.read(size) or b""
 
     def readinto(self, buffer: Buffer) -> int:
-        """Read."""
+        """Read bytes into a buffer, and return their number."""
         return self._file.readinto(buffer) or 0
 
     def write(self, data: Buffer) -> int:
-        """Write all of the data, or note the failure."""
+        """Write all of the data, or note the failure. Return the length of the data in both cases."""
         view = memoryview(data).cast("B")
         place, n = self._file.tell(), len(view)
         try:
@@ -61,7 +62,7 @@ class ContainedFile:
         return n
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the length, or note the failure."""
+        """Set the length of the file, or note the failure."""
         size = self._file.tell() if size is None else size
         if self._failure is None:
             try:

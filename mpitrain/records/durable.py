@@ -1,7 +1,8 @@
 """Files that appear complete or not at all, whatever the disk does.
 
-A file is written under another name, in room that is reserved first, synced, and renamed. The rename is atomic: a crash
-or an error at any moment leaves the file that was there before. After an error nothing else is left.
+A file is written under another name, after disk space for it has been reserved. Then it is synced and renamed. The
+rename is atomic: a crash or an error at any moment leaves the file that was there before. After an error, no temporary
+file is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A check that an HDF5 file holds its contents itself, before anything of it is read.
+"""A check, before an HDF5 file is read, that the file itself contains all of its data.
 
 HDF5 follows links to other files and paths, reads raw data from any file that a data set names, and puts data sets
-together from others, with fill values where these are missing. A small file may declare any shape. None of this is used
-by the files of mpitrain, so it is refused wherever one is read: data, metrics, checkpoints.
+together from others, with fill values where these are missing. A small file may declare an array of any size. The files
+of mpitrain (data, metrics, checkpoints) use none of this, so a file that does is refused.
 
-The walk itself is bounded: each object may be reached by one path only, so there are no cycles and no repetitions.
+The check ends on any file: each object may be reached by one path only, so there are no cycles and no repetitions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON files of a run, read with bounds: what a damaged or hostile file may hold is refused, not passed on."""
+"""JSON files of a run. A file is refused if its contents show that it is damaged or hostile."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is larger than ``MOST_BYTES``, is not standard JSON (NaN, Infinity), is nested too deeply, has a
-            number that no option or result can have, or holds something other than an object.
+        ValueError: The file is larger than ``MOST_BYTES``, is not standard JSON (NaN, Infinity), is nested too deeply,
+            has a number that no option or result can have, or holds something other than an object.
     """
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)

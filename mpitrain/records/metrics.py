@@ -12,17 +12,17 @@ decides the rest:
   clears the mark, is not in the wheels). Continuing a file therefore means reading it and writing a new one, which
   replaces it in one rename. Rows are dropped and fields are added to a table in the same way.
 - A new file is built under another name and renamed only once SWMR is on, so that `path` can always be read.
-- A reader retries metadata that it finds incomplete, 100 times by default, with pauses that double from a nanosecond:
-  on a damaged file, as a crashed machine leaves it, that is forever. 25 attempts take some 50 ms. h5py has no function
-  for this setting. What lies beyond the end of a truncated file reads as zeros, so the file's length is compared with
-  the one it notes.
+- A reader retries metadata that it finds incomplete, by default 100 times, with pauses that double from a nanosecond.
+  On a damaged file, for example after a crash of the machine, this would never end. Readers here make 25 attempts,
+  which take about 50 ms. h5py has no function for this setting. A truncated file reads as zeros beyond its end, so its
+  length is compared with the length that is recorded in the file.
 - No file locks are requested: a run has one writer (`trainer.runlock`), and HDF5 fails on network file systems without
-  working locks. All openings in one process must ask for the same, or HDF5 refuses the second. HDF5_USE_FILE_LOCKING in
-  the environment overrides this.
+  working locks. If one process opens a file twice, both must have the same setting, or HDF5 refuses the second. The
+  environment variable HDF5_USE_FILE_LOCKING overrides this.
 - A write that fails (a full disk) leaves HDF5 in a state in which it crashes, at the latest when the process ends. Room
   is therefore reserved in the file system before rows are passed to HDF5. Rows without room are dropped, with one
-  warning, and training continues. After another failure the file is replaced with memory under HDF5's feet, so that it
-  can be closed, and the run has no more metrics.
+  warning, and training continues. After any other failure, the open file is replaced with memory without notice to
+  HDF5, so that it can be closed, and the run records no more metrics.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class MetricsWriter:
         flush_seconds: float = 1.0,
         per_worker: Collection[str] = (),
     ) -> None:
-        """Open `path` with the given tables and with the rows and further fields that it has.
+        """Open or create a file with the given tables. Rows and further fields of an existing file are kept.
 
         Args:
             path: The HDF5 file; its folder must exist.
             tables: The fields of each table; a field with a shape, as in `("histogram", (33,))`, has an array in each
                 row.
             flush_seconds: The shortest time between two writes; with 0 every row is written at once.
-            per_worker: Tables whose entries have one element per worker. If the number of workers was another one, the
-                larger number holds, and shorter entries end in NaN.
+            per_worker: Tables whose entries have one element per worker. If existing rows have another number of
+                workers, the larger number is used, and the shorter entries end in NaN.
 
         Raises:
             UsageError: The file cannot be read, or its fields have other shapes.

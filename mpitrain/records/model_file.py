@@ -18,15 +18,15 @@ def write_model(path: Path, state: Mapping[str, Any], metadata: Mapping[str, Any
     """Write the tensors of a ``state_dict``, in place of the file at ``path`` if there is one. Local.
 
     Tensors that share memory are stored once for each name, so that a plain ``load_state_dict`` finds all names.
-    Entries that are no tensors are left out.
+    Entries that are not tensors are left out.
 
     Args:
         path: The file; its folder must exist.
         state: Tensors by name, on any device.
-        metadata: Stored as text.
+        metadata: Further values, which are stored as text.
 
     Raises:
-        UsageError: The file cannot be written; ``path`` is as it was.
+        UsageError: The file cannot be written. ``path`` is unchanged.
     """
     tensors = {name: value.detach().cpu().clone() for name, value in state.items() if hasattr(value, "detach")}
     content = save(

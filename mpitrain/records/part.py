@@ -2,9 +2,9 @@
 
     HDF5 (``hdf5_tree``)  |  magic, length, step, rank, number of ranks, CRC-32
 
-The file is built in memory: HDF5 never sees the disk, on whose errors it may crash. The seal is part of the file, so
-that no check can be lost, and HDF5 ignores it. HDF5 may also crash or hang on a damaged file: a file without a seal
-that fits is never opened.
+The HDF5 file is built in memory, because HDF5 may crash on errors of the disk. The seal is appended to the same file,
+so that it cannot be lost separately; HDF5 ignores it. HDF5 may also crash or hang on a damaged file, so a file is
+opened only if it has a seal and the seal is right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Curves of runs: losses and accuracy against time, gradients and bytes; the workers' distance from the consensus.
 
-Runs of one group (one method, several seeds) are one line, their median, in a band from the smallest to the largest.
-All axes of losses, and all axes of a figure of distances, have the same kind of scale.
+The runs of a group (one method, several seeds) are drawn as one line, their median, in a band from the smallest to the
+largest value. In a figure, all axes of losses, and all axes of distances, have the same kind of scale: linear or
+logarithmic.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def running_median(x: Column, y: Column) -> tuple[Column, Column]:
 def draw_curves(runs: Sequence[Run], path: PathLike) -> bool:
     """Draw training loss, test loss and test accuracy against seconds, gradients and bytes.
 
-    A single run has one panel for its losses and one for its accuracy: its gradients, seconds and bytes are almost
-    proportional.
+    A single run has one panel for its losses and one for its accuracy, because its gradients, seconds and bytes are
+    almost proportional.
     """
     if len(runs) == 1:
         return _draw_single(runs[0], path)
@@ -188,7 +189,10 @@ def _draw_line(axes: Axes, one: Series, table: str, x: str, y: str, *, raw: bool
 
 
 def on_one_grid(curves: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
-    """Return common points, and (curves, points) the values of all curves there; ended curves keep their last value."""
+    """Return common points on the x axis, and the values (curves, points) of all curves at these points.
+
+    After its end, a curve keeps its last value.
+    """
     start, stop = max(a[0] for a, _ in curves), _end([a[-1] for a, _ in curves])
     grid = np.linspace(min(start, stop), stop, N_POINTS)
     return grid, np.stack([np.interp(grid, a, b) for a, b in curves])

@@ -128,7 +128,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table_columns(summaries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """Return the cells of each column of the table of results, and the columns that are text."""
+    """Return the cells of each column of the table of results, and the names of the columns that contain text."""
     columns = {
         "run": [str(one["run"]) + ("" if one["finished"] else " (unfinished)") for one in summaries],
         "algorithm": [str(one["algorithm"] or "?") for one in summaries],

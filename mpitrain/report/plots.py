@@ -1,4 +1,4 @@
-"""Plots of runs as PNG files: time shares, staleness, metrics of the method; ``curves`` has those against time.
+"""Plots of runs as PNG files: time shares, staleness, metrics of the method; ``curves`` has the others.
 
 Figures are created as objects, without pyplot's global state, so that a calling program's own plots are unaffected.
 
@@ -36,7 +36,7 @@ MOST_WORKERS = 8  # lines of a panel
 
 
 def draw_method(runs: Sequence[Run], path: PathLike) -> bool:
-    """Draw the methods' own metrics (the leader, push weights, removed workers) against time.
+    """Draw the methods' own metrics (such as the leader, push weights or removed workers) against time.
 
     Each metric of a run has a panel. Each worker is a line in the panel.
     """
@@ -190,7 +190,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
 
 
 def last_histogram(one: Series, name: str) -> Column | None:
-    """Return the shares of the bins at the end of the runs, or None if nothing was counted."""
+    """Return a histogram at the end of the runs, with a sum of 1; None if nothing was counted."""
     lasts = [run.column("staleness", name) for run in one.runs]
     lasts = [last[-1] for last in lasts if len(last)]
     counts = np.nansum(lasts, axis=0) if lasts else np.zeros(1)
@@ -207,10 +207,10 @@ DRAWINGS: dict[str, Callable[[Sequence[Run], PathLike], bool]] = {
 
 
 def bin_name(index: int) -> str:
-    """Format a bin of a histogram of numbers of updates."""
+    """Format the name of a bin in a histogram of numbers of updates."""
     return f"{index}+" if index == STALENESS_BINS - 1 else str(index)
 
 
 def distance_name(index: int) -> str:
-    """Format the lower end of a bin of a histogram of distances."""
+    """Format the lower end of a bin in a histogram of distances."""
     return f"{2.0 ** (index + SMALLEST_DISTANCE_EXPONENT - 1):.1g}"

@@ -104,7 +104,7 @@ def load_run(folder: Path, label: str | None = None) -> Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in `folders`. The label of a run is the shortest end of its path that is unique."""
+    """Return the runs in `folders`. The label of a run is the shortest unique end of its path."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UsageError("a run was given twice: name each folder once")

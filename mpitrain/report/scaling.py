@@ -3,7 +3,7 @@
     speed-up    s(p) = r(p) / r(p_0)        r: samples a second of all ranks, p_0: the smallest number of ranks
     efficiency  e(p) = s(p)*p_0 / p
 
-Runs with equal numbers of ranks and nodes are repetitions; their median counts. With the same batch size per rank in
+Runs with equal numbers of ranks and nodes are repetitions. Their median is used. With the same batch size per rank in
 all runs, which is the default, this is weak scaling.
 
 Source: Gustafson, Reevaluating Amdahl's law, 1988, https://doi.org/10.1145/42411.42415

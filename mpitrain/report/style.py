@@ -110,12 +110,12 @@ class _Multiples(MaxNLocator):
 def scale_y(axes: Axes, y: str, values: Column, deciding: Column | None = None) -> None:
     """Scale a y axis.
 
-    Accuracies are shown in percent, without their initial increase. Other values are shown on a logarithmic axis if
-    they vary by more than a factor of 5.
+    Accuracies are shown in percent, without an initial increase that would take most of the height. Other values are
+    shown on a logarithmic axis if they vary by more than a factor of 5.
 
     Args:
         axes: The axes to change.
-        y: The column.
+        y: The column of the metrics, for example ``test_accuracy``.
         values: The values that are drawn.
         deciding: The values that decide between a linear and a logarithmic axis, by default those that are drawn.
     """

@@ -3,10 +3,10 @@
 The lead is the first rank alive. If the lead dies, the next rank alive becomes the lead and adopts its orders.
 
 Ranks of a synchronous method agree on the orders in a small all-reduce. They do so about ten times a second, but at
-most once per step and at least once in ten steps. Ranks of an asynchronous method instead read
-the orders fifty times a second from a scoreboard: one-sided memory to which the lead writes. If a worker is a group of
-ranks, only its first rank reads the scoreboard; it broadcasts the orders to the group after every step. If a rank can
-tell from its own step number what to do, no order is given.
+most once per step and at least once in ten steps. Ranks of an asynchronous method instead read the orders fifty times a
+second from a scoreboard: one-sided memory to which the lead writes. If a worker is a group of ranks, only its first
+rank reads the scoreboard; it broadcasts the orders to the group after every step. If a rank can tell from its own step
+number what to do, no order is given.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Evaluation of a method's consensus (center, average, leader) on the test set, while training goes on.
 
 The evaluated model is a copy with a vector of its own, so an evaluation changes nothing in the training. It is made at
-each evaluation by the lead, the first rank alive. Besides the parameters, it contains what the lead's model holds
-at that moment: buffers, counters and plain attributes. Averaged parameters have no BatchNorm statistics of their own,
-so these are first re-estimated from training data.
+each evaluation by the lead, the first rank alive. Besides the parameters, it contains what the lead's model holds at
+that moment: buffers, counters and plain attributes. Averaged parameters have no BatchNorm statistics of their own, so
+these are first re-estimated from training data.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     lr(t) = lr * (t + 1)/W               for t < W, the warm-up
     lr(t) = lr * factor(t - W, T - W)    afterwards
 
-Here t is the number of steps that this rank has made; a slow rank of an asynchronous method is therefore behind.
-T is the number of steps of a rank in the run: ``--steps``, those of ``--epochs``, or ``--gradients`` divided by the
-number of ranks. A rank that makes more than T steps keeps the last factor. A run that is resumed with a longer budget
+Here t is the number of steps that this rank has made; a slow rank of an asynchronous method is therefore behind. T is
+the number of steps of a rank in the run: ``--steps``, those of ``--epochs``, or ``--gradients`` divided by the number
+of ranks. A rank that makes more than T steps keeps the last factor. A run that is resumed with a longer budget
 continues on the curve of the new T.
 """
 

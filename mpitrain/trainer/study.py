@@ -2,9 +2,8 @@
 
 The model, the data and the classes of the method are those of a real run; only time is simulated. A gradient takes
 ``step_seconds``. An exchange takes ``latency``, plus its number of bytes divided by ``bandwidth``. This allows the
-study
-of clusters that are not at hand: a thousand workers, stragglers, slow links. The same seed gives the same run. torch
-computes with one thread, unless OMP_NUM_THREADS sets another number.
+study of clusters that are not at hand: a thousand workers, stragglers, slow links. The same seed gives the same run.
+torch computes with one thread, unless OMP_NUM_THREADS sets another number.
 """
 
 from __future__ import annotations
