@@ -23,7 +23,8 @@ def check_equal(
     """Compare method, model and optimizer of all ranks. Collective.
 
     The values of the parameters may differ, because all ranks start with those of rank 0. The learning rates and the
-    other settings of the parameter groups must be equal if ``Method.needs_equal_updates``; otherwise rank 0 warns.
+    other settings of the parameter groups must be equal if ``Method.needs_equal_updates``. Otherwise rank 0 only warns
+    of a difference.
 
     Args:
         base, model, method: The base optimizer, the model and the method of this rank.

@@ -61,7 +61,10 @@ class Join:
         return self
 
     def weigh(self) -> None:
-        """Count the ranks that make this step, and scale the gradient so that its mean is over them. Collective."""
+        """Count the ranks that make this step, and scale this rank's gradient accordingly. Collective.
+
+        The mean of the scaled gradients of all ranks is then the mean over the ranks that make the step.
+        """
         self._count(makes_step=True)
 
     def _note(self, clock: int | None) -> None:

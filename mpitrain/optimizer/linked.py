@@ -64,7 +64,7 @@ class LinkedOptimizer(torch.optim.Optimizer):
         )
 
     def close(self) -> None:
-        """Release what the optimizer holds."""
+        """Release the resources of the optimizer."""
 
     def __enter__(self) -> Self:
         return self

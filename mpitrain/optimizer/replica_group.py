@@ -152,7 +152,7 @@ class ReplicaGroup:
         return GroupHead(worker, self._shared, busy)
 
     def consensus(self, worker: Worker, out: Any) -> None:
-        """Write the consensus of a worker to ``out`` (n,) on every member. Local, or Collective over a group."""
+        """Write a worker's consensus to ``out`` (n,) on every member. Collective over the group if there is one."""
         if self.workers is not None:
             worker.consensus(out)
         if self._shared is not None:
@@ -168,7 +168,7 @@ class ReplicaGroup:
 
 
 class GroupHead(Worker):
-    """The worker of a group, as the head calls it: the method's worker with the mean gradient of the group.
+    """The worker of a replica group on its head. It runs the method's worker with the mean gradient of the group.
 
     Args:
         worker: The method's worker, possibly wrapped by an average.
@@ -263,7 +263,7 @@ class GroupHead(Worker):
 
 
 class GroupMember(Worker):
-    """The worker of a group, as a member other than the head calls it. It has no state of the method.
+    """The worker of a replica group on a member other than the head. It has no state of the method.
 
     Args:
         shared: The vectors that the members exchange.

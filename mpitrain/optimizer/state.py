@@ -49,7 +49,7 @@ class Owner:
 
         Args:
             state: The state.
-            of_all: Whether the state comes from a list of the states of all ranks, where its position is this rank.
+            of_all: Whether the state is the entry of this rank in a list of the states of all ranks.
 
         Raises:
             UsageError: The state belongs to another owner; the message names the difference.
@@ -131,7 +131,7 @@ class OptimizerState:
         }
 
     def load(self, state: Mapping[str, Any] | rescaled_state.States) -> None:
-        """Continue from this rank's state, or from the states of all ranks of a run of any size. Collective.
+        """Continue from this rank's state, or from the states of any number of ranks. Collective.
 
         Raises:
             UsageError: The state belongs to another owner or another model.

@@ -111,8 +111,8 @@ def draw_shares(runs: Sequence[Run], path: PathLike) -> bool:
 def draw_staleness(runs: Sequence[Run], path: PathLike) -> bool:
     """Draw the staleness of exchanges: a histogram for each group, summed over its runs.
 
-    There are two measures of staleness: the number of updates by other workers since the last visit, and the distance
-    by which these updates have moved the center.
+    There are two measures of staleness: the number of updates by other workers since a worker's last exchange with the
+    center, and the distance by which these updates have moved the center.
     """
     histograms = []
     for one in series_of(runs):

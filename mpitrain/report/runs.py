@@ -26,8 +26,8 @@ class Run:
 
     Attributes:
         label: The name of the run in tables and plots.
-        group: The name of the group of the run: runs that differ only in their seeds. Plots show the median and the
-            range of a group.
+        group: The name of the run's group. The runs of a group differ only in their seeds. Plots show the median and
+            the range of a group.
         metrics: The tables of metrics, as `read_metrics` returns them.
         result: The contents of result.json; empty if the run has not finished.
         config: The contents of config.json.

@@ -150,7 +150,8 @@ class Control:
     def rest(self) -> Orders:
         """Sleep briefly, and return the orders for a rank that has made its last step. Local.
 
-        The ranks of an asynchronous method do not make their last step at the same time.
+        Ranks of an asynchronous method make their last step at different times. Until all of them have made it, each
+        rank still follows orders.
         """
         if self._synchronous:
             return Orders(over=True)

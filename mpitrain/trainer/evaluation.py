@@ -125,7 +125,7 @@ class PointLog:
             self._rows = world.shared_array((N_LOGGED + 1, len(FIELDS)), np.float64)
 
     def write(self, points: Sequence[Point]) -> None:
-        """Store the newest points. Local; lead only."""
+        """Store the newest evaluations. Local; lead only."""
         if self._rows is not None:
             newest = points[-N_LOGGED:]
             self._rows[0, 0] = 0
@@ -134,7 +134,7 @@ class PointLog:
             self._rows[0, 0] = len(newest)
 
     def read(self) -> list[Point]:
-        """Return the points that were stored last, or none if the lead died while it stored them. Local."""
+        """Return the evaluations that were stored last, or none if the lead died while it stored them. Local."""
         if self._rows is None:
             return []
         points = []

@@ -47,7 +47,7 @@ class Fault:
         step: The step of this rank, counted from 1.
         factor: The factor by which a slow rank is slower, at least 1.
         seconds: The duration of a hang.
-        after: The seconds between the gradient and a kill.
+        after: The time of a kill, in seconds after the gradient of the step.
     """
 
     kind: str
@@ -90,7 +90,7 @@ def _optional(kind: str) -> str:
 
 
 def check_ranks(texts: Sequence[str], size: int) -> None:
-    """Check that the ranks that faults name exist.
+    """Check that all ranks named in faults exist.
 
     Raises:
         UsageError: A rank does not exist.

@@ -116,8 +116,8 @@ def forecast(method: Method, config: ForecastConfig) -> Forecast:
 def recommendation(found: Sequence[Forecast]) -> str:
     """Return a sentence that recommends one of the forecasts.
 
-    Only methods inside their stability region are candidates. A synchronous method is preferred if it is not much
-    slower than the fastest method, because it usually has the lowest loss after the same number of gradients.
+    Only methods inside their stability region are candidates. A synchronous method is preferred unless it is much
+    slower than the fastest method. It usually has the lowest loss after the same number of gradients.
     """
     stable = [one for one in found if one.is_stable]
     if not stable:

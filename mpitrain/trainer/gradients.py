@@ -60,7 +60,7 @@ class ModelGradient:
         Args:
             ranks: The k workers.
             xs: The parameters (n,) of each of them.
-            out: (k, n) the gradients, as a result.
+            out: (k, n) to which the gradients are written.
         """
         if self._stacked is None:
             for k, (rank, x) in enumerate(zip(ranks, xs, strict=True)):

@@ -154,7 +154,7 @@ def unflatten(vector: np.ndarray, layout: Iterable[str], itemsize: int) -> Itera
     Args:
         vector: The vector.
         layout: Name and shape of each parameter, in order: ``weight (3, 4)``.
-        itemsize: The number of bytes of an element in the run; the alignment of parameters depends on it.
+        itemsize: The number of bytes of an element in the run; the alignment of parameters depends on this size.
     """
     align, begin = max(ALIGN_BYTES // itemsize, 1), 0
     for line in layout:

@@ -21,9 +21,9 @@ class Lion(torch.optim.Optimizer):
 
     Args:
         params: The parameters or parameter groups.
-        lr: The learning rate eta; a third to a tenth of that of AdamW (section 5 of the paper).
+        lr: The learning rate eta. The paper (section 5) recommends a third to a tenth of the learning rate of AdamW.
         betas: The coefficients beta1 and beta2.
-        weight_decay: The weight decay lambda; three to ten times that of AdamW.
+        weight_decay: The weight decay lambda. The paper recommends three to ten times the weight decay of AdamW.
     """
 
     def __init__(

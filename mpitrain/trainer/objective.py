@@ -41,7 +41,7 @@ class Objective:
         dataset: The data set, with class labels or real-valued targets.
 
     Attributes:
-        loss: The mean loss of outputs (b, ...) and targets (b, ...), in at least 32 bits.
+        loss: A function that returns the mean loss of outputs (b, ...) and targets (b, ...), in at least 32 bits.
         metric_name: The name of the metric.
         higher_is_better: Whether a larger value of the metric is better. For an imported function, it is the function's
             attribute with this name; True if there is none.

@@ -132,10 +132,10 @@ def check_ranges(config: Any) -> None:
 
 
 def check_types(document: Any, config: type[Any]) -> None:
-    """Check that a JSON object has values of the types that the fields of a dataclass have.
+    """Check that the values of a JSON object have the types of the fields of a dataclass.
 
     Raises:
-        TypeError: With the first value of another type, or the first name that is no field.
+        TypeError: A value has another type, or a name is not a field; the message names the first one.
     """
     if not isinstance(document, Mapping):
         raise TypeError(f"the options are a {type(document).__name__}, not an object")

@@ -27,8 +27,8 @@ class RunPlan:
         config: The options.
         method: The method with its settings.
         average: The average of the iterates to evaluate; None to evaluate the method's own consensus.
-        base_momentum: The momentum of the local SGD: 0 where the method makes the update itself, and with an optimizer
-            that has none.
+        base_momentum: The momentum of the local SGD. It is 0 if the method makes the update itself, or if the optimizer
+            has no momentum.
         optimizer: The local optimizer.
         schedule: The learning rate over the steps of a rank.
     """

@@ -178,7 +178,7 @@ class Run:
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
-        is_ending: Whether the last exchange has been made.
+        is_ending: Whether all ranks have made their last step.
         stopped_by: The number of the signal that has stopped the run early; 0 without one.
         stop_requested: The reason for which a hook has requested the end of the run; empty without a request. On the
             lead only.

@@ -84,7 +84,7 @@ class StackedPerceptron:
             xs: The parameter vectors (n,) of k <= ``SIZE`` workers.
             inputs: (k*b, ...) the mini-batches of the workers, concatenated.
             labels: (k*b,) the classes of the inputs.
-            out: (k, n) float32, the gradients, as a result.
+            out: (k, n) float32, to which the gradients are written.
 
         Returns:
             (k,) the losses.
