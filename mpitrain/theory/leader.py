@@ -36,7 +36,7 @@ def trapped_follower(lam: float, eta: float) -> float | None:
     """Return the point where a follower stays trapped in the well at -1 while the leader is at 1; None if it escapes.
 
     Besides 1, the equation x - x^3 = (lam/eta)(x - 1) has the roots of x^2 + x + lam/eta = 0. They exist for lam/eta <=
-    1/4. The lower root is stable.
+    1/4. The lower root is stable and is the result.
     """
     discriminant = 1 - 4 * lam / eta
     return None if discriminant < 0 else (-1 - math.sqrt(discriminant)) / 2

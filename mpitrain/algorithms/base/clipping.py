@@ -60,7 +60,7 @@ class Clip:
             kernels.scaled_add(x, origin, 1.0)
 
     def factor(self, distance: float, radius: float) -> float:
-        """Return the factor that scales a displacement of length ``distance`` to the bound, at most 1.
+        """Return min(1, radius/distance), which limits a displacement of length ``distance`` to ``radius``.
 
         A factor below 1 is counted and logged. If ``distance`` is NaN, the factor is 1: methods handle non-finite
         values elsewhere.

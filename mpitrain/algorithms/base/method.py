@@ -32,8 +32,8 @@ class Interval:
         steps: The number of local steps between two exchanges. If the method evaluates a moving average, it is the
             number of steps over which this average extends.
         setting: The name of the setting that determines ``steps``.
-        advice: A function that takes a number of steps and returns a text: which values of the setting give at most
-            this number.
+        advice: A function that takes a number of steps. It returns a text with the values of the setting for which
+            ``steps`` is at most this number.
     """
 
     steps: float
@@ -52,7 +52,7 @@ class Method(ABC):
         communication: The data that a worker sends and receives per step, in vectors of the model's size.
         owns_update: Whether the method makes the local update itself, in ``update``. The torch optimizer then only
             provides learning rates and weight decays.
-        needs_loss: Whether ``step`` must be given the loss.
+        needs_loss: Whether the caller must pass the loss to ``step``.
         needs_gradient: Whether the method itself uses the gradient in ``g``, apart from the local update.
         combines_gradients: Whether a step replaces the gradients of all workers by their mean or another aggregate. If
             the aggregate is not finite, all workers skip the step.
@@ -62,8 +62,8 @@ class Method(ABC):
         evaluates_history: Whether the consensus is an average over the past, which follows the parameters slowly.
         learning_rate_factor: The recommended learning rate, divided by that of SGD with momentum 0.9. Only comparisons
             use it.
-        short_run: The recommended settings for runs of a few hundred steps, which are shorter than the periods in the
-            papers. Only comparisons use them.
+        short_run: The recommended settings for runs of a few hundred steps, for which the periods in the papers are too
+            long. Only comparisons use them.
         metrics: The names of the values that ``Worker.metrics`` returns.
         can_join: Whether a rank whose batches have run out may go on taking part in the exchanges of the other ranks
             (``DistributedOptimizer.join``).

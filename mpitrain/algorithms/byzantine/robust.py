@@ -56,7 +56,8 @@ class RobustSGD(Method):
         rule: The name of the rule; see the description of the module.
         n_byzantine: The expected number f of bad workers, for the trimmed mean and Krum. The default is the largest
             number that Krum allows among m workers: 2f + 2 < m.
-        clip_radius: The radius r of centered clipping. The default is the median of the distances from v.
+        clip_radius: The radius r of centered clipping. The default is the median of the gradients' distances from v,
+            the aggregate of the previous step.
     """
 
     rule: str = choice("median", "how one gradient is made of all", RULES)

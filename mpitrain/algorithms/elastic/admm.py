@@ -5,7 +5,8 @@
     c     <- (1/p) sum_j (x_j - lam_j)              the latest contribution x_j - lam_j of every worker
 
 in this order, with the multipliers lam_i scaled by rho and the minimisation over x_i linearised. EASGD's springs let
-the workers differ; here each worker's multiplier grows until it does not. At rest x_i = c, sum_i lam_i = 0 and
+the workers differ; here a worker's multiplier grows until the worker equals the center. At rest x_i = c, sum_i lam_i =
+0 and
 sum_i g_i(c) = 0: all workers agree on the minimum of the sum of their functions, however different these are.
 
     sync          all workers make their turn from the same center, which then becomes the mean of all contributions
@@ -17,15 +18,15 @@ sum_i g_i(c) = 0: all workers agree on the minimum of the sum of their functions
 Only a worker's own turn changes its parameters. So in ``round_robin`` all workers compute their gradients at once and
 wait for their predecessor only afterwards: a step of every worker is a sweep, and no gradient is wasted.
 
-The center is updated as c <- c + (new contribution - old one)/p, shard by shard under the shard's lock. It takes the
-memory of one model, and a turn transfers the bytes of two, whatever p. Each worker keeps the contribution that it has
-added. The additions leave a rounding error: after N turns c is at most N half-units in the last place from the mean,
-typically sqrt(N). Nothing damps that error e: it acts like a multiplier, and the gradients at rest sum to p*rho*e
-instead of 0. In float32 a million turns make it some 3e-5 of c. Models in 16 bits have their multipliers, contributions
-and center in float32. ``sync`` computes the sum anew at every step.
+The center is updated as c <- c + (new contribution - old one)/p, shard by shard under the shard's lock. The center
+takes the memory of one model, and a turn transfers the bytes of two, whatever p is. Each worker keeps the contribution
+that it has added. The additions leave a rounding error e: after N turns c is at most N half-units in the last place
+from the mean, typically sqrt(N). Nothing damps e. It acts like a multiplier, so that the gradients at rest sum to
+p*rho*e instead of 0. In float32, e is about 3e-5 of c after a million turns. Models in 16 bits have their multipliers,
+contributions and center in float32. ``sync`` computes the sum anew at every step.
 
-In turn, three or more workers are unstable where eta times the curvature is small, unless eta*rho is large enough (from
-0.009 for 3 workers to 0.027 for very many), though each turn alone is stable: figure 1 of the paper.
+In ``round_robin``, three or more workers are unstable where eta times the curvature is small, unless eta*rho is large
+enough (from 0.009 for 3 workers to 0.027 for very many). Each turn alone is stable nevertheless: figure 1 of the paper.
 
 Source: Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651,
 section 4 (round robin). Boyd, Parikh, Chu, Peleato, Eckstein, Distributed optimization and statistical learning via

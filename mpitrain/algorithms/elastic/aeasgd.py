@@ -9,8 +9,8 @@ further local steps, -eta*g(x) = eta*rho*(x - c); on a quadratic with its minimu
 
     ||eta*g|| - ||eta*rho*(x - c)|| < eta
 
-and after tau steps at the latest. eta cancels: the gradient's norm is compared with 1 + rho*||x - c||. Once it is below
-1, as it may always be in a model with many small gradients, every step exchanges.
+and after tau steps at the latest. eta cancels: the gradient's norm is compared with 1 + rho*||x - c||. While this norm
+is below 1, every step exchanges; in a model with small gradients, this may be the whole run.
 
 Source: Hermans, On scalable deep learning and parallelizing gradient descent, 2017, CERN-THESIS-2017-103
 (https://cds.cern.ch/record/2276711); the exchange is that of Zhang, Choromanska, LeCun 2015,
@@ -78,7 +78,7 @@ class AEASGD(Method):
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]
-        """Whether the gradient is compared with the elastic force."""
+        """Whether the method uses the gradient itself: ``early_exchange`` compares it with the elastic force."""
         return self.early_exchange
 
     @property

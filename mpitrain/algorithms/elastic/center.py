@@ -61,7 +61,7 @@ class AsynchronousCenter(SharedRows):
         self.vector.update(self.clipped(x, a_c, lambda part, c: kernels.elastic_exchange(x[part], c, a_w, a_c)))
 
     def clipped(self, x: Any, a_c: float, visit: Callable[[slice, Any], int]) -> Callable[[slice, Any], int]:
-        """Return ``visit``, a visit to a shard, preceded by a limit of ||x - c|| to what the bound allows."""
+        """Return a function that first limits ||x - c|| to what the bound allows, then calls ``visit``."""
         clip = self._clip
         if clip is None or a_c == 0:
             return visit

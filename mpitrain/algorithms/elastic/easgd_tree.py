@@ -122,7 +122,7 @@ class EASGDTree(Method):
         return Interval(self.period)
 
     def alpha(self, branches: Sequence[Sequence[Members]]) -> float:
-        """Return the moving rate for a given tree."""
+        """Return the moving rate for a tree, given by the branches of all its leaves."""
         return BETA / (most_children(branches) + 1) if self.moving_rate is None else self.moving_rate
 
     def common_start(self, parts: Parts) -> Any:
@@ -190,7 +190,7 @@ class InnerNode(AsynchronousCenter):
         compile_halves(c, c.copy(), c.copy())
 
     def answer(self, message: Any, alpha: float) -> None:
-        """Move towards a message (n,), and overwrite it with this node's values before the move. Local."""
+        """Move this node towards a message (n,), and overwrite the message with the values before the move. Local."""
         self.vector.update(lambda part, x: kernels.elastic_exchange(message[part], x, 1.0, alpha), pulls=False)
 
     def load(self, state: State) -> None:

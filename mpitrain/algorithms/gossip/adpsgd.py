@@ -69,7 +69,7 @@ class ADPSGD(GraphMethod):
         return found.is_weakly_connected
 
     def common_start(self, parts: Parts) -> Any:
-        """Return the mean of all x_i, which may have been averaged since the workers copied them."""
+        """Return the mean of all x_i, which may differ from the copies y_i in the models."""
         return mean_of_parts((part["position"], 1.0) for part in parts)
 
     def worker(self, replica: Replica) -> ADPSGDWorker:
@@ -136,5 +136,5 @@ class ADPSGDWorker(Worker):
         return {"staleness": self._staleness}
 
     def after_load(self) -> None:
-        """Copy the parameters of the model to y_i. Local."""
+        """Store the loaded parameters as the y_i from which the next local update is measured. Local."""
         self._y[...] = self.x.local

@@ -52,8 +52,8 @@ class GossipSGD(Method):
         grad_point: Whether the gradient of a step with an exchange is computed before (``pre``) or after (``post``) the
             exchange.
         clip_displacement: The largest Euclidean norm C by which a received vector moves a worker (``base.clipping``).
-            It also bounds the displacement of a worker by its local steps between two exchanges. This needs one more
-            vector of memory.
+            C also bounds how far the local steps between two exchanges move a worker. This takes one more vector of
+            memory.
     """
 
     direction: str = choice("pull", "who moves a vector: the receiver or the sender", ("pull", "push"))

@@ -17,8 +17,8 @@ parameters in place.
 Asynchronous: no worker waits. Each worker publishes its number of steps and reads those of the others at every step
 (p-1 reads of three numbers, no lock). At the first step at which it sees the total pass a multiple of n*l*tau it
 publishes its parameters, its loss and the total. It is pulled at its first step at which all of its group have
-published since that multiple; or, if some worker is slower than that, when the next multiple is passed: then towards
-the best of those that have published. So an absent worker stops no other, and does not lead.
+published since that multiple. If some worker has not published when the next multiple is passed, the pull is made then,
+towards the best of those that have. So an absent worker stops no other, and does not lead.
 
 Source: Teng, Gao, Chalus, Choromanska, Goldfarb, Weller, Leader stochastic gradient descent for distributed training of
 deep learning models, 2019, https://arxiv.org/abs/1905.10395, Algorithm 1.

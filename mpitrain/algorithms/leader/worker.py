@@ -92,15 +92,15 @@ class LSGDWorker(Worker):
         """Make the pulls that are due; ``clock`` is the number of local steps before this exchange."""
 
     def mean_loss(self) -> float:
-        """Return the mean loss of the last tau mini-batches, or of all if fewer; inf if it is not finite."""
+        """Return the mean loss of the last tau mini-batches, or of all if there were fewer; inf if it is not finite."""
         mean = float(self._losses[: self.t + 1].mean())
         return mean if math.isfinite(mean) else math.inf
 
     def pulls(self, due: Sequence[Following]) -> list[tuple[int, float]]:
         """Return the leader and the rate of each pull that is due.
 
-        If both pulls are towards the same worker, the first has the effect of both, and the second the rate 0. The rate
-        is also 0 if there is no leader, or if this worker is the leader.
+        If both pulls are towards the same worker, the first has the effect of both, and the rate of the second is 0.
+        The rate of a pull is also 0 if there is no leader, or if this worker is the leader.
         """
         planned = [(f.leader, 0.0 if f.leader in (NO_LEADER, self.comm.rank) else f.rate) for f in due]
         if len(planned) == 2 and planned[0][0] == planned[1][0]:

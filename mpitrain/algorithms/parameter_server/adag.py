@@ -47,8 +47,8 @@ class ADAG(CenterMethod):
 
     Args:
         period: The number tau of local steps between two exchanges.
-        gamma: The damping constant. A commit is halved in a coordinate in which the squared distance that the center
-            has moved since the worker's last pull is gamma. Smaller values damp more.
+        gamma: The damping constant. A commit is divided by 1 + d^2/gamma in each coordinate, where d is the distance
+            that the center has moved in this coordinate since the worker's last pull. Smaller values damp more.
         placement: The place where the damping factor is computed. With ``A`` or ``B``, which are the same here, it is
             the center. With ``C``, it is the worker, which visits the center twice per exchange.
         normalise: Whether to divide the commit by its number of local steps, as AGN does.
@@ -73,7 +73,7 @@ class ADAG(CenterMethod):
 
 
 class DampedDisplacement(Displacement):
-    """The rule that damps a displacement, the more the further the center has moved since the last pull.
+    """The rule that damps a displacement in the coordinates in which the center has moved since the last pull.
 
     Args:
         x: (n,) the model's parameters.

@@ -58,7 +58,7 @@ class AGN(CenterMethod):
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]
-        """Whether gradients are accumulated."""
+        """Whether the method uses the gradient itself: if ``normalise`` is ``gradient``, it accumulates gradients."""
         return self.normalise == "gradient"
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
@@ -128,7 +128,7 @@ class MeanGradientWorker(CenterWorker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> bool:
-        """Accumulate the gradient at x before the local step moves x."""
+        """Accumulate the gradient, then make the step."""
         for group_slice in () if skips else group_slices:
             self._accumulate(group_slice)
         return super().step(group_slices, local_update, loss, skips=skips, is_combined=is_combined)

@@ -115,7 +115,7 @@ class CenterWorker(Worker):
             self.commit()
 
     def consensus(self, out: Any) -> None:
-        """Write the center, or the row that the commit rule evaluates instead. Local."""
+        """Write the center, or the shared vector that the commit rule declares by ``evaluated_row``. Local."""
         self._rows.read(out, self._rule.evaluated_row)
 
     def metrics(self) -> dict[str, float]:

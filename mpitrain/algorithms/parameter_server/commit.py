@@ -89,5 +89,5 @@ class Displacement(CommitRule):
         return kernels.commit_only(self.x[part], self.origin[part], c)
 
     def pull(self, part: slice, c: Any) -> int:
-        """Pull the center: compute x <- c + (x - o), which keeps the displacement not yet committed; then o <- c."""
+        """Pull the center: x <- c; o <- c - d, which keeps the displacement d = x - o that is not committed yet."""
         return kernels.pull_only(self.x[part], self.origin[part], c)

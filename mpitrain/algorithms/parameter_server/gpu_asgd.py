@@ -12,10 +12,10 @@ Source: Paine, Jin, Yang, Lin, Huang, GPU asynchronous stochastic gradient desce
 
 Deviations: the paper warm-starts from a checkpoint; here it is one run. There is no barrier at the end of the warm
 start: at each of its steps a waiting client checks whether client 0 has finished, then pulls the center and starts.
-Until then its parameters do not move and its gradients are discarded, although they count against the run's budget: a
-client that waited inside a step would not receive rank 0's orders to save or to stop. Clients that start at once have
-the same parameters to the last bit; a late one also has what the others have committed meanwhile. The server adds
-displacements, so the local steps may be any optimizer's.
+Until then its parameters do not move and its gradients are discarded, although they count against the run's budget. It
+does not wait inside a step, because it would not receive rank 0's orders to save or to stop there. Clients that start
+at once have the same parameters to the last bit; a late client also has what the others have committed meanwhile. The
+server adds displacements, so the local steps may be any optimizer's.
 """
 
 from __future__ import annotations

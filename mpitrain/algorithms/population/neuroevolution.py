@@ -72,7 +72,8 @@ class NeuroevolutionSGD(Method):
         similarity: The similarity theta above which the updates of two models (or clusters of models) are too similar.
         elite_fraction: The fraction of the population that is always kept, at least one model.
         unfit_fraction: The fraction of the population that is replaced because of low fitness.
-        crossover: With ``convex``, a child is a point between its parents; with ``uniform``, each layer is a parent's.
+        crossover: With ``convex``, a child is a point between its parents. With ``uniform``, it has each layer from one
+            of them.
         mutation: The standard deviation sigma of mutations, relative to the root mean square of the parents' updates of
             a layer.
     """

@@ -97,7 +97,7 @@ class AllReduceWorker(Worker):
     """A worker without state of its own."""
 
     def combine_gradients(self) -> None:
-        """Compute gbar = (1/p) sum_i g_i"""
+        """Compute gbar = (1/p) sum_i g_i. Collective."""
         gradients.average(self)
 
     def consensus(self, out: Any) -> None:

@@ -132,7 +132,7 @@ class PostLocalWorker(PeriodicWorker):
             gradients.average(self)
 
     def after_update(self) -> None:
-        """Average the parameters when it is due, after the switch."""
+        """Average the parameters at the end of a round, after the switch."""
         if self._is_local:
             super().after_update()
 

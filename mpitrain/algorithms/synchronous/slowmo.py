@@ -87,7 +87,7 @@ class SlowMoWorker(PeriodicWorker):
         super().after_update()
 
     def exchange(self) -> None:
-        """Compute u <- beta*u + D/gamma; x0 <- x0 - alpha*gamma*u; x_i <- x0, unless gamma = 0. Collective."""
+        """Compute u <- beta*u + D/gamma (0 if gamma = 0); x0 <- x0 - alpha*gamma*u; x_i <- x0. Collective."""
         outer, alpha, beta = self._outer, self._method.slow_learning_rate, self._method.slow_momentum
         d = outer.pseudogradient(is_absent=self.is_absent)
         gamma = self._sum_of_rates / self._n_rates
@@ -98,7 +98,7 @@ class SlowMoWorker(PeriodicWorker):
         )
 
     def after_load(self) -> None:
-        """Count the steps of the unfinished round. Local."""
+        """Compute the number of steps in the unfinished round. Local."""
         self._n_rates = self.n_local_steps
 
     def consensus(self, out: Any) -> None:
