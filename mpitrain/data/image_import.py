@@ -125,8 +125,8 @@ def import_images(
         source: A folder or archive of class folders; see `class_folders.py`.
         target: The file to write.
         size: (H, W) of the stored images; by default the most common size.
-        test_fraction: The share of each class to put into the test set, for a source that is not split.
-        test_set: The folder of the test set, for a source with several or with an unusual name.
+        test_fraction: The share of each class to put into the test set, if the source is not split.
+        test_set: The folder of the test set, if the source has several test sets, or one with an unusual name.
         seed: The seed that selects the test images, if the source is not split.
         skip_unreadable: Whether to leave out images that cannot be decoded, instead of raising an error.
         progress: Whether to show a progress bar on standard error, if that is a terminal.

@@ -73,7 +73,7 @@ def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> 
     contain no noise.
 
     Args:
-        options: `n` training and `test` test samples, `shape`, `classes`, `kind`, `separation`.
+        options: `n` and `test`, the numbers of training and test samples; `shape`, `classes`, `kind`, `separation`.
         world: The ranks of the node, which share the memory.
         seed: The seed of the centers or the teacher, and of the samples.
         limits: The memory that the data may occupy.

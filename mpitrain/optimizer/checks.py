@@ -95,7 +95,7 @@ def check_unshared(base: torch.optim.Optimizer, in_use: Iterable[torch.nn.Parame
 def check_memory(base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     """Refuse trainable parameters that share memory with another parameter or with a buffer. Local.
 
-    They would no longer share it after the optimizer has moved each parameter into its flat vector.
+    Such tensors would no longer share memory after the optimizer has moved each parameter into its flat vector.
 
     Raises:
         UsageError: The message says how to tie parameters instead.

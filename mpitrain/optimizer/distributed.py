@@ -66,11 +66,11 @@ class DistributedOptimizer(LinkedOptimizer):
     trainable parameters of ``base`` are moved into one flat vector, and only they are exchanged. Buffers, such as
     BatchNorm statistics, stay local to each rank. Before you evaluate an averaged model, re-estimate these statistics
     with ``mpitrain.reestimate_batchnorm``, inside ``consensus()``. The consensus is the parameter vector that the
-    method evaluates, for example a center or the average of all ranks.
+    method evaluates, for example a center or the average of all ranks' parameters.
 
     If the method declares ``needs_gradient``, a missing gradient counts as zero: weight decay and momentum still change
-    the parameter, which torch would leave unchanged. To keep a parameter constant, call ``requires_grad_(False)``. For
-    methods that make the local update themselves, put the parameter into a group with learning rate 0 instead.
+    the parameter. Plain torch would leave it unchanged. To keep a parameter constant, call ``requires_grad_(False)``.
+    For methods that make the local update themselves, put the parameter into a group with learning rate 0 instead.
 
     The constructor sets the number of torch's threads to this rank's share of the cores of the node. It does not do so
     if ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` has set the number.

@@ -56,7 +56,7 @@ class LinkedOptimizer(torch.optim.Optimizer):
         """Refuse to be copied or pickled.
 
         Raises:
-            UsageError: With what to do instead.
+            UsageError: The message says what to do instead.
         """
         raise UsageError(
             f"a {type(self).__name__} cannot be copied or pickled, because other ranks share its memory: "

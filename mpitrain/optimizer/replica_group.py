@@ -237,7 +237,7 @@ class GroupHead(Worker):
             self._worker.consensus(out)
 
     def wait(self) -> None:
-        """Wait for the worker's exchanges in the background. Local."""
+        """Wait for the worker's background exchanges. Local."""
         with self._busy:
             self._worker.wait()
 

@@ -192,7 +192,7 @@ class OptimizerState:
         """Check that a state is of a model with the same parameters.
 
         Raises:
-            UsageError: With the first one that differs.
+            UsageError: A parameter differs; the message names the first one.
         """
         saved = state["layout"].split("\n") if "layout" in state else self._parameters  # earlier states lack it
         for number, (there, here) in enumerate(zip_longest(saved, self._parameters, fillvalue="absent")):

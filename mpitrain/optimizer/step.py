@@ -127,7 +127,7 @@ class ParamGroups:
         """Check that the worker's update can replace ``base.step()``.
 
         Raises:
-            UsageError: With what to do instead.
+            UsageError: The update cannot replace it; the message says what to do instead.
         """
         if has_hooks(self._base):
             raise UsageError(
@@ -292,7 +292,7 @@ class Stepper:
             self._flat.zero_gradients()
 
     def accept_parameters(self) -> None:
-        """Clear caches of older parameters, and tell ``ForeignWrites`` that the change was the optimizer's. Local."""
+        """Clear caches of older parameters, and record that the optimizer has made the present ones. Local."""
         forget_copies()
         if self._foreign_writes is not None:
             self._foreign_writes.accept()
@@ -317,7 +317,7 @@ class Stepper:
             logger.warning(text, int(self._statistics.n_nonfinite), extra=ANY_RANK)
 
     def wait(self) -> None:
-        """Wait for the worker's exchanges in the background. Local."""
+        """Wait for the worker's background exchanges. Local."""
         with self._boundary.exchanging():
             self._worker.wait()
 

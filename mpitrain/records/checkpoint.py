@@ -188,6 +188,6 @@ def complete(folder: Path) -> list[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove unfinished checkpoints, to free disk space for the next one. Local; rank 0 only."""
+    """Remove unfinished checkpoints, to free disk space for the next one. Local; only one rank calls it."""
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -123,7 +123,7 @@ def _check_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) ->
     """Check that a model has the buffers that a checkpoint holds. Local.
 
     Raises:
-        UsageError: With the first one that differs.
+        UsageError: A buffer differs; the message names the first one.
     """
     shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
     saved_shapes = {name: tuple(buffer.shape) for name, buffer in saved.items()}

@@ -42,7 +42,7 @@ class Fault:
     """A fault to inject.
 
     Attributes:
-        kind: One of ``NEEDED``.
+        kind: The kind of the fault, one of the keys of ``NEEDED``, for example "kill".
         rank: The rank; None for all ranks.
         step: The step of this rank, counted from 1.
         factor: The factor by which a slow rank is slower, at least 1.

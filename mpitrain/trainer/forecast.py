@@ -45,8 +45,7 @@ class Forecast:
         is_synchronous: Whether its workers wait for each other.
         epoch_seconds: The time in which all ranks together compute the gradients of an epoch.
         computing_share: The fraction of the ranks' time in which they compute gradients.
-        communication_share: The fraction of this time that is spent on messages, locks and waiting. Both shares add up
-            to 1.
+        communication_share: The fraction of the ranks' time for messages, locks and waiting. Both shares add up to 1.
         bytes_per_step: The mean number of bytes that a rank sends and receives in a step.
         warnings: A line for each setting outside the region in which the method is known to be stable.
     """

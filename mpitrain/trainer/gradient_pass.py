@@ -69,7 +69,10 @@ class GradientPass:
         return torch.autocast(self._device_type, self._dtype)
 
     def step(self, optimizer: DistributedOptimizer, loss: torch.Tensor) -> None:
-        """Clip the gradient if ``--clip-norm`` is given, and make the step. Collective if the optimizer's step is."""
+        """Clip the gradient if ``--clip-norm`` is given, and make the step.
+
+        The call is Collective if the step of the optimizer is Collective.
+        """
         if self._scaler is None:
             if self._clip_norm is not None:
                 optimizer.clip_grad_norm_(self._clip_norm)

@@ -68,7 +68,12 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """The factor gamma^floor(t / step_size)."""
+    """The factor gamma^floor(t / step_size).
+
+    Attributes:
+        step_size: The number of steps between two drops. If it is None, there are two drops, after T/3 and 2*T/3 steps.
+        gamma: The factor of each drop.
+    """
 
     step_size: int | None = integer(None, "steps between two drops; a third of the run if none", low=1, optional=True)
     gamma: float = number(0.1, "factor of a drop", above=0, high=1)
@@ -89,7 +94,11 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """The factor final + (1 - final)*(1 + cos(pi*t/T))/2."""
+    """The factor final + (1 - final)*(1 + cos(pi*t/T))/2.
+
+    Attributes:
+        final: The factor at the end of the run.
+    """
 
     final: float = number(0.0, "factor at the end of the run", low=0, high=1)
 
@@ -102,7 +111,11 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """The factor 1 - (1 - final)*t/T."""
+    """The factor 1 - (1 - final)*t/T.
+
+    Attributes:
+        final: The factor at the end of the run.
+    """
 
     final: float = number(0.0, "factor at the end of the run", low=0, high=1)
 
