@@ -97,10 +97,10 @@ def run(options: Any) -> int:
     for name in names:
         if name not in METHODS:
             raise UsageError(f"--algorithms: {name} is not one of {', '.join(METHODS)}")
-    if options.ranks < 3:
-        raise UsageError(f"--ranks must be 3 or more, not {options.ranks}: two ranks survive a run")
     if options.whole_job is not None or options.full_disk is not None or options.damage is not None:
         return run_cases(options, names)
+    if options.ranks < 3:
+        raise UsageError(f"--ranks must be 3 or more, not {options.ranks}: two ranks survive a run")
     rng, outcomes, n_kills = random.Random(options.seed), [], 0
     while n_kills < options.kills:
         name = names[len(outcomes) % len(names)]
