@@ -25,8 +25,7 @@ def draw_peer(comm: Communicator, rng: np.random.Generator) -> int | None:
 def saves_shared_state(comm: Communicator) -> bool:
     """Whether this worker's part of a checkpoint contains the shared state. True for the first living worker. Local.
 
-    The run that loads the checkpoint has all workers again. A worker that was dead when the checkpoint was saved has no
-    part of its own there; it loads the part of the next worker that was alive. Worker 0 therefore always loads the part
-    with the shared state.
+    For a dead worker, the checkpoint contains a copy of the part of the next living worker. The run that loads the
+    checkpoint has all workers again, and the part of worker 0 always contains the shared state.
     """
     return comm.rank == 0 if not comm.dead else comm.rank == alive_ranks(comm)[0]

@@ -5,9 +5,9 @@
     c     <- (1/p) sum_j (x_j - lam_j)              the latest contribution x_j - lam_j of every worker
 
 in this order, with the multipliers lam_i scaled by rho and the minimisation over x_i linearised. EASGD's springs let
-the workers differ; here a worker's multiplier grows until the worker equals the center. At rest x_i = c, sum_i lam_i =
-0 and
-sum_i g_i(c) = 0: all workers agree on the minimum of the sum of their functions, however different these are.
+the workers differ; here a worker's multiplier grows until the worker equals the center. At rest x_i = c,
+sum_i lam_i = 0 and sum_i g_i(c) = 0: all workers agree on the minimum of the sum of their functions, however different
+these are.
 
     sync          all workers make their turn from the same center, which then becomes the mean of all contributions
     round_robin   one after the other, in the order of their ranks; each turn sees the one before

@@ -21,16 +21,16 @@ longer the branches take to agree.
 
 An inner node is not a process: it is a vector in the memory of the workers below it, which serve it by one-sided
 operations. Inner nodes count local steps, as leaves do, and the workers below a node take turns: of m workers, the k-th
-carries a message between the node and its parent at its local step t if tau | t and t/tau = k (mod m). So a message is
-due once every tau local steps of the mean worker below; a slow worker delays its own turns only, and the turns of the
-others stay as they are when a worker has made its last step. There are no queues, and a message is no older than the
-visit that carries it. Other workers may change the sending node meanwhile: the message is still a value that the node
-had.
+carries a message between the node and its parent at its local step t if tau | t and t/tau = k (mod m). So the workers
+below a node send on average one message per tau local steps of a worker. A slow worker delays its own turns only, and
+the turns of the others stay as they are when a worker has made its last step. There are no queues, and a message is no
+older than the visit that carries it. Other workers may change the sending node meanwhile: the message is still a value
+that the node had.
 
 At the end of a run every worker carries one more message over each edge from its leaf to the root (``finalize``).
 
 With alpha in [0, 1] and without gradients all nodes stay in the range of the initial values and converge to a common
-one. An exchange between a leaf and its parent keeps the sum of all nodes; a message in one direction alone, and an
+value. An exchange between a leaf and its parent keeps the sum of all nodes; a message in one direction alone, and an
 exchange between inner nodes that others change meanwhile, do not.
 
 Source: Zhang's thesis, Distributed stochastic optimization for deep learning, 2016, https://arxiv.org/abs/1605.02216,

@@ -6,8 +6,8 @@
 
 every tau steps, with the gradient taken before the exchange (``pre``) or after it (``post``). EASGD is (jacobi, a_w =
 a_c = alpha, pre). Synchronous DOWNPOUR is (center_first, 1, 1, post); model averaging, also known as local SGD, is
-(center_first, 1, 1/p, post), and with tau = 1 that is mini-batch SGD. The moving rates are the worker's, a_w = alpha,
-and the center's per worker, a_c; beta = p*a_c.
+(center_first, 1, 1/p, post), and with tau = 1 that is mini-batch SGD. There are two moving rates: a_w = alpha is that
+of a worker, and a_c is that of the center for the exchange with one worker. beta = p*a_c.
 
 Synchronous: all workers exchange at once. Asynchronous: each worker exchanges alone, whenever it is due (the sums have
 one term). The exchange is then atomic for each shard of the center, and the order holds within the visit to a shard.

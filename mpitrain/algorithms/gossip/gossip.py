@@ -3,11 +3,11 @@
     pull:  x_i <- (x_i + x_j)/2                     j uniform among the others; x_j itself is not changed
     push:  x_i is sent to a random j, which sets    x_j <- (x_j + sum of the k vectors received)/(1 + k)
 
-then the local update. Both are one-sided here. Pull reads x_j as it is, in the memory of j, which may be making a step
-meanwhile: each element then has its value before or after this step. A pull does nothing if the x_j of the drawn peer
-has not changed since the last average with it: a worker that runs while others stand still is not drawn to them again
-and again. Push adds x_i to the mailbox of j. The mailbox holds a sum and a count, so that its memory does not grow with
-the number of unread messages.
+The local update follows. Both exchanges are one-sided here. Pull reads x_j as it is, in the memory of j, which may be
+making a step meanwhile: each element then has its value before or after this step. A pull does nothing if the x_j of
+the drawn peer has not changed since the last average with it: a worker that runs while others stand still is not drawn
+to them again and again. Push adds x_i to the mailbox of j. The mailbox holds a sum and a count, so that its memory does
+not grow with the number of unread messages.
 
 Source: Jin, Yuan, Iandola, Keutzer, How to scale distributed deep learning?, 2016, https://arxiv.org/abs/1611.04581,
 section 3.

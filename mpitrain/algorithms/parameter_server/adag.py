@@ -13,8 +13,9 @@ full, and with one worker this is AGN. gamma -> infinity is AGN, too; gamma -> 0
     C  the worker pulls c, scales, pushes              two are sent; c may move between the pull and the push
 
 There is no server process here: in A and B the worker, which keeps o in its own memory, visits the center and computes
-under its lock. Both are the same arithmetic and transfer two vectors between nodes, c fetched and returned, and none on
-a node. C visits twice and scales by the older of the two c.
+under its lock. A and B are therefore the same. Between nodes, an exchange transfers two vectors (c is fetched and
+returned); on a node, it transfers none. In C the worker visits the center twice, and scales by the c of its first
+visit.
 
 Source: Hermans, On scalable deep learning and parallelizing gradient descent, 2017, CERN-THESIS-2017-103, ADAG (the
 class Experimental of dist-keras; its class ADAG is AGN).

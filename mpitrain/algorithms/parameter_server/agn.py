@@ -4,9 +4,9 @@
     then         c <- c + (x - o)/tau;   x, o <- c          o: the values of the last pull
 
 The workers explore for tau steps and move the center by the mean of these steps: with more workers or a longer period
-the center does not overshoot as DOWNPOUR's does. p workers in turn are stable on a quadratic of any curvature
-(eta*h <= 1) if tau >= 1/(2 sin(pi/(2(2p-1)))), about 0.64 p; the papers' rule of thumb is tau = (p + number of
-layers)/2.
+the center does not overshoot as DOWNPOUR's does. p workers that commit in turn are stable on a quadratic of any
+curvature (eta*h <= 1) if tau >= 1/(2 sin(pi/(2(2p-1)))), about 0.64 p; the papers' rule of thumb is tau = (p + number
+of layers)/2.
 
 Source: Hermans, Spanakis, Moeckel, Accumulated gradient normalization, 2017, https://arxiv.org/abs/1710.02368; Hermans'
 thesis, CERN-THESIS-2017-103 (tau is called lambda there; the class that dist-keras calls ADAG is this method).

@@ -4,9 +4,10 @@
     every n_fetch steps   x <- c                    after a push of the same step
     every step            x <- x - eta*g(x),  d <- d - eta*g(x)
 
-With one period tau for both this is the algorithm of Zhang's comparisons. p workers in turn are stable on a quadratic
-of curvature h if and only if 1 - (1-eta*h)^tau < 2 sin(pi/(2(2p-1))): with more workers or a longer period the center,
-which takes every push in full, overshoots. The learning rate should be about p times smaller than that of SGD alone.
+With one period tau for both this is the algorithm of Zhang's comparisons. p workers that push in turn are stable on a
+quadratic of curvature h if and only if 1 - (1-eta*h)^tau < 2 sin(pi/(2(2p-1))). With more workers or a longer period
+the center overshoots, because it takes every push in full. The learning rate should be about p times smaller than that
+of SGD alone.
 
 Source: Dean, Corrado, Monga et al., Large scale distributed deep networks, 2012, section 4.1 (n_push, n_fetch); as run
 by Zhang, Choromanska, LeCun, Deep learning with Elastic Averaging SGD, 2015, https://arxiv.org/abs/1412.6651.

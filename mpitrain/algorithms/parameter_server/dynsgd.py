@@ -5,8 +5,8 @@
     commit of worker i    s = k - m_i;   c <- c + (x - o)/(s+1);   k <- k + 1
     pull                  x, o <- c;     m_i <- k
 
-With workers in turn, s is p-1 at every commit: the center moves by the workers' mean and is stable for every p and tau
-where SGD alone is (0 < eta*h < 1). A worker that returns at once commits with s = 0, in full.
+If the workers commit in turn, s is p-1 at every commit: the center moves by the workers' mean. For every p and tau, it
+is then stable if SGD alone is (0 < eta*h < 1). A worker that returns at once commits with s = 0, in full.
 
 Source: Hermans, On scalable deep learning and parallelizing gradient descent, 2017, CERN-THESIS-2017-103 (lambda there
 is the period tau here; the text prints 1/s, algorithm and code divide by s+1); after Jiang, Cui, Zhang, Yu,

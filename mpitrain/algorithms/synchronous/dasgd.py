@@ -3,8 +3,9 @@
     after every tau-th step:   s_i <- x_i, and an all-reduce of the s_i starts in the background
     d steps later:             x_i <- x_i + (mean_j s_j - s_i)
 
-The corrections sum to zero over the workers, so that the mean of all x_i moves by the mean gradient step alone,
-whatever the delay. d = 0 is local SGD. If d steps take longer than an all-reduce, communication costs no time.
+The corrections sum to zero over the workers. Whatever the delay is, the mean of all x_i therefore moves only by the
+mean of the workers' gradient steps. d = 0 is local SGD. If d steps take longer than an all-reduce, communication costs
+no time.
 
 Source: Zhou et al., DaSGD: Squeezing SGD parallelization performance in distributed training using delayed averaging,
 2020, https://arxiv.org/abs/2006.00441. The abstract gives the idea; the form of the correction is our reading.
