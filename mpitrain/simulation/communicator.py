@@ -22,7 +22,7 @@ class SimulatedPending:
     """A pending operation. Implements ``Pending``.
 
     Attributes:
-        wait: Completes the operation.
+        wait: A function that completes the operation.
     """
 
     wait: Callable[[], None]

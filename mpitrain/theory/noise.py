@@ -150,7 +150,7 @@ def spread_sgd_bound(shape: float, rate: float, p: int) -> float:
 
 
 def spread_sgd_optimum(shape: float, rate: float, p: int) -> tuple[float, float]:
-    """Return the eta that minimizes ``spread_sgd_factor``, p rate/(p*shape+1), and the factor there, 1/(p*shape+1)."""
+    """Return the eta that minimizes ``spread_sgd_factor``, p rate/(p*shape+1), and the least factor, 1/(p*shape+1)."""
     return p * rate / (p * shape + 1), 1 / (p * shape + 1)
 
 

@@ -19,7 +19,7 @@ def safeguard_detection_step(drift: float, threshold: float, n_good: int, window
     floor(2*threshold*n_good/drift) + 1. The result is None if the window ends before this step.
 
     Args:
-        drift: The norm of the worker's gradient minus that of the honest workers.
+        drift: The norm of the difference between the worker's gradient and the honest workers' mean gradient.
         threshold: The paper's T_0 or T_1 threshold, before the factor 2.
         n_good: The number of workers in the good set, including this one; the same at every step.
         window: The number of steps between two resets of the sums.

@@ -19,7 +19,7 @@ def is_finite(vector: Any) -> bool:
 
 
 def replace_nonfinite(vector: Any, other: Any) -> None:
-    """Replace the non-finite elements of ``vector`` (n,) by those of ``other`` (n,)."""
+    """Replace the non-finite elements of ``vector`` (n,) by the elements of ``other`` (n,) at the same places."""
     own = kernels.to_host(vector)
     kernels.assign(vector, np.where(np.isfinite(own), own, kernels.to_host(other)))
 

@@ -150,7 +150,7 @@ class RobustWorker(Worker):
 
 
 class ClippingWorker(RobustWorker):
-    """A worker with centered clipping. The row after those of the gradients is this worker's slice of v."""
+    """A worker with centered clipping. It keeps its slice of v as one more row beside those of the gradients."""
 
     persistent: ClassVar[tuple[str, ...]] = (Common("_saved"),)
     n_extra = 1

@@ -115,7 +115,7 @@ class ADMM(Method):
         return self.rho
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning about a penalty with which round-robin workers drift apart in flat directions of the loss."""
+        """Yield a warning if the penalty lets round-robin workers drift apart in flat directions of the loss."""
         p = min(size, MOST_MODELLED)
         if self.mode == "sync" or _is_stable_in_turn(p, learning_rate * self.rho):
             return

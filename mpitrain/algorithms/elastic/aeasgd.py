@@ -150,7 +150,7 @@ class EarlyWorker(ElasticWorker):
         self._is_due = False
 
     def before_update(self) -> None:
-        """Decide whether this step exchanges: ||eta*g|| - ||eta*rho*(x - c)|| < eta, or tau steps have been made."""
+        """Decide to exchange if ||eta*g|| - ||eta*rho*(x - c)|| < eta, or if this is the tau-th step."""
         eta, rho = self.learning_rate, self._method.rho
         self._n_local += 1
         self._is_due = self._n_local >= self._method.period or (
@@ -158,7 +158,7 @@ class EarlyWorker(ElasticWorker):
         )
 
     def after_update(self) -> None:
-        """Exchange if it is due."""
+        """Exchange if ``before_update`` has decided so."""
         if self._is_due:
             self.exchange()
             self._n_local = 0

@@ -28,8 +28,9 @@ class Center(Protocol):
         """Make the worker's side: x <- x - a_w*(x - c)."""
 
     def push(self, x: Any, a_c: float) -> None:
-        """Make the center's side: c <- c + a_c*(x - c). If all workers exchange at once, the sum over all workers is
-        added.
+        """Make the center's side: c <- c + a_c*(x - c).
+
+        If all workers exchange at once, add the sum of all workers' a_c*(x - c).
         """
 
     def read(self, out: Any) -> None:

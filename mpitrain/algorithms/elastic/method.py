@@ -157,7 +157,7 @@ class ElasticMethod(Method):
 
 
 def rho_of(size: int, learning_rate: float) -> str:
-    """Return the text that a warning about moving rates adds if rho is set."""
+    """Return the end of a warning about moving rates for a method with rho: the rho at which p*alpha is 0.9."""
     if learning_rate <= 0:
         return ""
     return f"; as rho that is {BETA / size / learning_rate:.3g} at learning rate {learning_rate:g}"

@@ -59,8 +59,8 @@ class EntropyMethod(Method):
         averaging: The weight a of the past in the running average z of the inner iterates y.
         gamma_inverse: The coupling ginv between y and the outer parameters x_a at the start of the run.
         gamma_inverse_cap: The largest value of ginv.
-        scoping_batches: The number B of mini-batches per epoch, with which the couplings grow. With None, they stay
-            constant.
+        scoping_batches: The number B of mini-batches per epoch. Every outer step multiplies the couplings by
+            1 + 1/(2B). With None, they stay constant.
     """
 
     period: int = integer(25, "L, inner steps an outer step", low=1)

@@ -65,7 +65,7 @@ class OuterParameters:
     Attributes:
         theta: (n,) the outer parameters.
         momentum: (n,) the outer optimizer's buffer.
-        empty: Empty arguments of an outer step, with which its kernel can be compiled.
+        empty: Empty arguments of an outer step, to compile the kernel of this step.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("theta", "momentum")
