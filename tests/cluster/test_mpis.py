@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -67,14 +68,16 @@ def mpirun(cluster: Cluster, mpi: str) -> list[str]:
     return [f"{cluster.environment(mpi)['VIRTUAL_ENV']}/bin/mpirun", *command[1:]]
 
 
-@pytest.fixture(scope="module")
+@contextmanager
 def another_version(cluster: Cluster) -> Iterator[None]:
     """Another version of mpitrain on host3."""
     file, other = ROOT / "mpitrain" / "version.py", cluster.folder / "version.py"
     other.write_text('__version__ = "9.9"\n')
     cluster.check(["mount", "--bind", str(other), str(file)], host="host3")
-    yield
-    cluster.check(["umount", str(file)], host="host3")
+    try:
+        yield
+    finally:
+        cluster.check(["umount", str(file)], host="host3")
 
 
 NO_PMIX = "was built without PMIx and cannot be started by"
@@ -138,9 +141,9 @@ WRONG: dict[str, tuple[str, list[str], str, dict[str, str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def refusals(cluster: Cluster, another_version: None) -> dict[str, Future[str]]:
+def refusals(cluster: Cluster) -> dict[str, Future[str]]:
     """The output of every wrong launch, three at a time."""
-    with ThreadPoolExecutor(3) as pool:
+    with another_version(cluster), ThreadPoolExecutor(3) as pool:
         return {
             name: pool.submit(refused, cluster, [*(command or mpirun(cluster, launcher)), *TRAIN], mpi, **variables)
             for name, (launcher, command, mpi, variables, _) in WRONG.items()
