@@ -53,8 +53,8 @@ WITHOUT_LAUNCHES = ("-m", "not launches and not cluster")
 RANKS_UNDER_OTHER_MPIS = (1, 2, 3, 5)
 
 CORES = len(os.sched_getaffinity(0))
-# The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
-PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
+# The single-process tests are shared by two processes more than there are cores, since many wait for what they launch.
+PROCESSES = ["-n", str(min(CORES, 8) + 2), "--dist", "worksteal"] if find_spec("xdist") else []
 CLUSTERS = ["-n", "2", "--dist", "loadfile"] if find_spec("xdist") else []
 # Launches on ranks that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two fill the cores.
 LANES = min(2, CORES)

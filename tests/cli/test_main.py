@@ -49,7 +49,8 @@ def test_only_rank_0_prints_and_the_last_line_is_the_result(trained: tuple[Path,
     assert result == json.loads((folder / "run" / "result.json").read_text())
     assert result["settings"]["period"] == 5
     assert result["steps_of_ranks"] == [50, 50]
-    lines = stderr.splitlines()  # a log: no bar, and nothing of the launcher's
+    opening, *lines = stderr.splitlines()  # a log: no bar, and nothing of the launcher's
+    assert "parameters" in opening
     assert lines
     assert all(line.startswith("epoch ") for line in lines)
     assert f"test loss {result['test_loss']:.4f}" in lines[-1]
