@@ -23,10 +23,10 @@ def _check(p: int) -> None:
 
 
 def pull_contraction(p: int) -> float:
-    """Return E[V']/V of a round of pulls, where V = sum_i (x_i - mean)^2: (p-2)(2p-3)/(4(p-1)^2).
+    """Return E[V']/V = (p-2)(2p-3)/(4(p-1)^2) of a round of pulls.
 
-    V' is the value of V after the round. In a round of pulls, each worker reads the vector of a random peer, and moves
-    to the average of this vector and its own.
+    V = sum_i (x_i - mean)^2 is the spread before the round, V' the spread after it. In a round of pulls, each worker
+    reads the vector of a random peer, and moves to the average of this vector and its own.
     """
     _check(p)
     return (p - 2) * (2 * p - 3) / (4 * (p - 1) ** 2)

@@ -156,7 +156,7 @@ class AveragedWorker(Worker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> float:
-        """Make the same call to the method's worker."""
+        """Call the same method of the worker that this object wraps."""
         norm = self._worker.clip_gradients(group_slices, max_norm, order, skips=skips, is_combined=is_combined)
         self.skips = self._worker.skips
         return norm
@@ -171,15 +171,15 @@ class AveragedWorker(Worker):
         return first
 
     def gradient_ready(self, layer: int) -> bool:
-        """Make the same call to the method's worker."""
+        """Call the same method of the worker that this object wraps."""
         return self._worker.gradient_ready(layer)
 
     def begin_ready(self) -> None:
-        """Make the same call to the method's worker."""
+        """Call the same method of the worker that this object wraps."""
         self._worker.begin_ready()
 
     def gradient_complete(self) -> None:
-        """Make the same call to the method's worker."""
+        """Call the same method of the worker that this object wraps."""
         self._worker.gradient_complete()
 
     def consensus(self, out: Any) -> None:

@@ -74,7 +74,13 @@ class AsynchronousCenter(SharedRows):
         return clipped_visit
 
     def displace(self, x: Any, a_w: float, a_c: float) -> None:
-        """Update the center, and overwrite ``x``, a copy of the worker's x, with the displacement. Local."""
+        """Compute d = x - c, then c <- c + a_c*d, and overwrite ``x`` with a_w*d. Local.
+
+        Args:
+            x: (n,) a copy of the worker's parameters.
+            a_w: The moving rate of the worker.
+            a_c: The moving rate of the center.
+        """
         self.vector.update(lambda part, c: kernels.elastic_displacement(x[part], c, a_w, a_c))
 
     def pull(self, x: Any, a_w: float) -> None:

@@ -68,7 +68,9 @@ def require_all(dead: Collection[int]) -> None:
 
 
 class FaultTolerance:
-    """A communicator without fault tolerance: all ranks end when one of them dies.
+    """A communicator and its behaviour after the death of a rank; in this base class, all ranks end.
+
+    Subclasses continue with the survivors.
 
     Args:
         comm: The ranks.

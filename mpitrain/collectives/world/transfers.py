@@ -57,10 +57,10 @@ class NativeMPI:
         self._swap = lock_words.swap()
 
     def watched(self, n: int, requests: np.ndarray, statuses: np.ndarray) -> int:
-        """Hand n requests to the serving thread, and sleep until they are complete. Local.
+        """Let the serving thread of this rank wait for n requests, and sleep until they are complete. Local.
 
-        Two polling threads would take twice as much time from the computing thread. The serving thread accepts the
-        requests only if the network can wake it.
+        The calling thread sleeps because two threads that poll would slow down the thread that computes gradients. The
+        serving thread accepts the requests only if the network can wake it.
 
         Returns:
             1 if the requests are complete, 0 if the calling thread must wait itself, or a negative error code of MPI.
@@ -192,7 +192,10 @@ class Transfer:
 
 
 def first_granted(transfers: Sequence[Transfer]) -> int:
-    """Wait until a transfer has its lock, and return its position; 0 without waiting if it is the only one. Local."""
+    """Wait until one of the transfers has its lock, and return its position in the sequence. Local.
+
+    If there is only one transfer, the function returns 0 at once, and the caller waits for the lock.
+    """
     if len(transfers) == 1:
         return 0  # the caller waits for it
     granted = functools.partial(_granted_now, transfers)
