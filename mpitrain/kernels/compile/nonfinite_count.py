@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import total_ordering
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,7 @@ from mpitrain.kernels.gpu import Gpu, current
 N_COUNTERS: Final = 64  # guarded launches per thread that may be uncounted at a time
 
 
+@total_ordering
 class NonfiniteCount:
     """The number of elements that guards have replaced, which becomes known when the GPU has computed it.
 
@@ -55,6 +57,9 @@ class NonfiniteCount:
 
     def __eq__(self, other: object) -> bool:
         return int(self) == other
+
+    def __lt__(self, other: object) -> bool:
+        return int(self) < int(other) if isinstance(other, NonfiniteCount | int | np.integer) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -321,6 +321,18 @@ def test_a_count_waits_when_it_is_read():
 
 
 @pytest.mark.usefixtures("device")
+def test_counts_are_ordered_as_their_numbers_are():
+    three, five = count_of(3), count_of(5)
+    assert 2 < three < five
+    assert three > 0
+    assert three <= 3 <= five
+    assert five >= three
+    assert not count_of(0) > 0
+    with pytest.raises(TypeError):
+        _ = three < "4"
+
+
+@pytest.mark.usefixtures("device")
 def test_counts_are_exact_in_any_order_and_with_many_unread():
     n_bad = np.random.default_rng(0).integers(0, 50, 5 * N_COUNTERS).tolist()
     n_nonfinite = [count_of(n) for n in n_bad]
