@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -53,10 +53,10 @@ WITHOUT_LAUNCHES = ("-m", "not launches and not cluster")
 RANKS_UNDER_OTHER_MPIS = (1, 2, 3, 5)
 
 CORES = len(os.sched_getaffinity(0))
-# The single-process tests are shared by two processes more than there are cores, since many wait for what they launch.
-PROCESSES = ["-n", str(min(CORES, 8) + 2), "--dist", "worksteal"] if find_spec("xdist") else []
+# The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
+PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
 CLUSTERS = ["-n", "2", "--dist", "loadfile"] if find_spec("xdist") else []
-# Launches on ranks that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two fill the cores.
+# Launches that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two launches fill the cores.
 LANES = min(2, CORES)
 MOST_WORK_FIRST = (3, 2, 5, 1, 4)  # numbers of ranks: a long launch that starts last leaves a lane empty
 PASSED, FAILED = ("passed", "xfailed"), ("failed", "error", "errors", "xpassed")
@@ -161,13 +161,11 @@ def run(
     verdicts: dict[Launch, Verdict] = {}
     lanes, lane_of_cluster = ThreadPoolExecutor(LANES), ThreadPoolExecutor(1)
     try:
-        cluster_launches, *one_by_one = groups(launches)
-        finished_cluster = lane_of_cluster.map(finished_of, cluster_launches)
-        for at_once in one_by_one:
-            for this, finished in zip(at_once, lanes.map(finished_of, at_once), strict=True):
-                report(this, finished)
-        for this, finished in zip(cluster_launches, finished_cluster, strict=True):
-            report(this, finished)
+        cluster_launches, others = in_lanes(launches)
+        running = {lane_of_cluster.submit(finished_of, this): this for this in cluster_launches}
+        running |= {lanes.submit(finished_of, this): this for this in others}
+        for finished in as_completed(running):
+            report(running[finished], finished.result())
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one
         for pool in (lanes, lane_of_cluster):
@@ -177,16 +175,16 @@ def run(
     return summarize({this: verdicts[this] for this in launches}, time.monotonic() - began)
 
 
-def groups(launches: Sequence[Launch]) -> tuple[list[Launch], list[Launch], list[Launch]]:
-    """Return the cluster, the single process, and the launches on ranks, most work first.
+def in_lanes(launches: Sequence[Launch]) -> tuple[list[Launch], list[Launch]]:
+    """Return the cluster, and the other launches with most work first: the single process, then those on ranks.
 
-    The cluster waits for SLURM most of the time and runs beside all others. The single process fills the cores, and the
-    launches on ranks share them.
+    The cluster waits for SLURM most of the time and runs beside all others. The single process waits for what it
+    launches, and launches on ranks use the cores meanwhile.
     """
     cluster_launches = [this for this in launches if this.selection == CLUSTER]
     single = [this for this in launches if not this.n_ranks and this.selection != CLUSTER]
     on_ranks = sorted((this for this in launches if this.n_ranks), key=lambda this: MOST_WORK_FIRST.index(this.n_ranks))
-    return cluster_launches, single, on_ranks
+    return cluster_launches, [*single, *on_ranks]
 
 
 def summarize(verdicts: dict[Launch, Verdict], seconds: float) -> int:

@@ -11,7 +11,7 @@ from run import (
     WITHOUT_LAUNCHES,
     Launch,
     Verdict,
-    groups,
+    in_lanes,
     judge,
     planned,
     run,
@@ -132,13 +132,13 @@ def test_the_table_has_the_counts_and_the_seconds_of_every_launch(capsys: pytest
 
 def test_the_cluster_has_a_lane_of_its_own_and_the_single_process_comes_before_ranks() -> None:
     launches = planned("test", ["openmpi", "mpich"], [0, *LAUNCHED_RANKS], selective=False, has_cluster=True)
-    cluster, single, on_ranks = groups(launches)
+    cluster, others = in_lanes(launches)
     assert cluster == [Launch("openmpi", 0, CLUSTER)]
-    assert single == [Launch("openmpi", 0, WITHOUT_CLUSTER)]
-    assert {*cluster, *single, *on_ranks} == set(launches)
-    assert len(on_ranks) == len(launches) - 2
-    assert [this.n_ranks for this in on_ranks[:2]] == [3, 3]
-    assert groups(on_ranks) == ([], [], on_ranks)
+    assert others[0] == Launch("openmpi", 0, WITHOUT_CLUSTER)
+    assert {*cluster, *others} == set(launches)
+    assert len(others) == len(launches) - 1
+    assert [this.n_ranks for this in others[1:3]] == [3, 3]
+    assert in_lanes(others) == ([], others)
 
 
 def test_every_launch_runs_once_and_the_table_is_in_the_order_of_the_plan(
