@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos_runs import ROOT, finished
+from benchmarks.damage import damaged
 from mpitrain.errors import UsageError
 from mpitrain.records import checkpoint
 
@@ -147,20 +148,6 @@ def result(output: str) -> tuple[float, float] | None:
             document = json.loads(line)
             return document["test_loss"], document["test_accuracy"]
     return None
-
-
-def damaged(content: bytes, seed: int) -> bytes:
-    """Return the content with a flipped bit, overwritten bytes or without its end."""
-    draw, damage = random.Random(seed), bytearray(content)
-    at = draw.randrange(len(damage))
-    if seed % 3 == 0:
-        damage[at] ^= 1 << draw.randrange(8)
-    elif seed % 3 == 1:
-        n = min(draw.choice((1, 16, 512, 4096)), len(damage) - at)
-        damage[at : at + n] = bytes(byte ^ 0xA5 for byte in damage[at : at + n])
-    else:
-        del damage[at:]
-    return bytes(damage)
 
 
 def write_data(path: str) -> None:

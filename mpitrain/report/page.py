@@ -15,6 +15,7 @@ import numpy as np
 from mpitrain.errors import UsageError
 from mpitrain.records.durable import replace_text
 from mpitrain.report.markdown import remarks, table_columns
+from mpitrain.report.plots import last_histogram
 from mpitrain.report.runs import Run
 from mpitrain.report.style import COLOURS, Series, series_of, title_of
 
@@ -188,8 +189,6 @@ def _shares(series: Sequence[Series]) -> Any:
 
 def _staleness(series: Sequence[Series]) -> Any:
     """Return the histograms of the number of updates by others; None without data."""
-    from mpitrain.report.plots import last_histogram
-
     figure = go.Figure()
     for one in series:
         shares = last_histogram(one, "histogram")

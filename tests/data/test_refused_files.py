@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from support.damage import damaged
 
+from benchmarks.damage import damaged
 from mpitrain.cli.main import main
 from mpitrain.data import digest, image_import, load
 from mpitrain.data.image_import import import_images

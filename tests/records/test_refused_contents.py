@@ -5,9 +5,9 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from support.damage import damaged
 from support.lone_world import LoneWorld
 
+from benchmarks.damage import damaged
 from mpitrain import UsageError
 from mpitrain.records import checkpoint, part
 from mpitrain.records.checkpoint_writer import save
