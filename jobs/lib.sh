@@ -27,6 +27,23 @@
 #              CONTAINER the command that runs others in a container: "apptainer exec -B /opt/openmpi mpitrain.sif"
 #              RESTARTS, STALLS, STAGE_DIR and all of env.sh
 
+# --- signals: a batch script gets them, and bash runs a trap between two commands or during a wait. These come first,
+# because SLURM sends USR1 to a job with a short time limit as soon as it has started.
+
+say() {
+    echo "${SLURM_JOB_NAME:-job} ${job_id:-}: $*" >&2
+}
+
+asked_to_stop='' # USR1 or TERM
+child=''
+pass_on() {
+    [ -n "$asked_to_stop" ] || say "$1: the ranks save and stop"
+    asked_to_stop=$1
+    [ -z "$child" ] || kill -USR1 "$child" 2> /dev/null || true # the launcher forwards it to all ranks
+}
+trap 'pass_on USR1' USR1 # ahead of the time limit (--signal=B:USR1@120), and of preemption
+trap 'pass_on TERM' TERM # scancel, preemption, and the time limit itself
+
 jobs_folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=jobs/env.sh
 source "$jobs_folder/env.sh"
@@ -37,10 +54,6 @@ EXIT_STOPPED=3 # of mpitrain: saved and stopped, can be resumed
 read -ra container <<< "${CONTAINER:-}"
 inside() { # run a command where the ranks run: in the container, if there is one
     ${container[@]+"${container[@]}"} "$@"
-}
-
-say() {
-    echo "${SLURM_JOB_NAME:-job} ${job_id:-}: $*" >&2
 }
 
 refuse() {
@@ -160,17 +173,7 @@ fi
 
 launcher+=(${container[@]+"${container[@]}"})
 
-# --- signals: a batch script gets them, and bash runs a trap between two commands or during a wait
-
-asked_to_stop='' # USR1 or TERM
-child=''
-pass_on() {
-    [ -n "$asked_to_stop" ] || say "$1: the ranks save and stop"
-    asked_to_stop=$1
-    [ -z "$child" ] || kill -USR1 "$child" 2> /dev/null || true # the launcher forwards it to all ranks
-}
-trap 'pass_on USR1' USR1 # ahead of the time limit (--signal=B:USR1@120), and of preemption
-trap 'pass_on TERM' TERM # scancel, preemption, and the time limit itself
+# --- the time limit
 
 usr1_before_the_limit() { # for batch systems that send no signal ahead of the time limit
     local left

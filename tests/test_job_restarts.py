@@ -92,6 +92,16 @@ def test_a_time_limit_below_the_signal_and_the_start_is_refused(tmp_path: Path, 
     assert ("set --time to 4 minutes or more" in done.stderr) == refused
 
 
+def test_a_signal_at_the_start_does_not_end_the_script(tmp_path: Path) -> None:
+    """SLURM sends USR1 at once to a job whose time limit is no longer than the lead of the signal."""
+    program(tmp_path / "bin" / "python", "kill -USR1 $(ps -o ppid= -p $PPID); exit 0")  # Python is asked for its MPI
+    program(tmp_path / "bin" / "squeue", "echo 1:50")
+    done = train(tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "USR1: the ranks save and stop" in done.stderr
+    assert "set --time to 4 minutes or more" in done.stderr
+
+
 @pytest.mark.parametrize("preempted", [True, False])
 def test_term_saves_and_only_a_preempted_job_is_requeued(tmp_path: Path, preempted: bool) -> None:
     program(

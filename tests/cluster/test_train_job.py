@@ -53,7 +53,7 @@ def jobs(cluster: Cluster) -> dict[str, TrainJob]:
     """All jobs by name, interrupted where they are to be."""
     found = {name: TrainJob(cluster, name, STEPS, where) for name, (_, where) in INTERRUPTIONS.items()}
     found["undisturbed"] = TrainJob(cluster, "undisturbed", STEPS, "--nodelist=host[1-2]")
-    found["short"] = TrainJob(cluster, "short", STEPS, "--time=2", "--nodelist=host[1-2]")
+    found["short"] = TrainJob(cluster, "short", STEPS, "--time=3", "--nodelist=host[1-2]", START_SECONDS="90")
     found["wrong-type"] = TrainJob(cluster, "wrong-type", STEPS, "--nodelist=host[1-2]", MPI_TYPE="none")
     found["undisturbed"].hurry()
     waiting = dict(INTERRUPTIONS)
