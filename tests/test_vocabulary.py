@@ -64,6 +64,10 @@ VERBS_IN_S = frozenset(
 )
 
 
+# Names of other libraries' interfaces, by the file that calls them.
+OF_OTHERS = {"wandb_run.py": ("finish",)}
+
+
 def identifiers(source: str) -> Iterator[tuple[int, str]]:
     """Yield line and name of everything that a module names, without leading underscores."""
     for node in ast.walk(ast.parse(source)):
@@ -151,7 +155,12 @@ def found_in(source: str) -> list[str]:
 
 @pytest.mark.parametrize("folder", ["mpitrain", "benchmarks"])
 def test_no_abandoned_name_is_used(folder: str) -> None:
-    found = [f"{path}, {text}" for path in sorted((ROOT / folder).rglob("*.py")) for text in found_in(path.read_text())]
+    found = [
+        f"{path}, {text}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for text in found_in(path.read_text())
+        if not any(f": {name} is " in text for name in OF_OTHERS.get(path.name, ()))
+    ]
     assert not found, "\n".join(found)
 
 

@@ -14,6 +14,7 @@ from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
 from mpitrain.errors import UsageError, printable
 from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
+from mpitrain.loggers import BACKENDS
 from mpitrain.records import KEEP
 from mpitrain.records.json_file import read_json
 from mpitrain.trainer.faults import Fault
@@ -218,6 +219,17 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         metavar="SECONDS",
         replaceable=True,
     )
+    log: tuple[str, ...] = option(
+        (),
+        "log numbers also to csv, tensorboard, wandb or mlflow; may be given several times (docs/watching.md)",
+        choices=tuple(BACKENDS),
+        checks_choices=False,
+        metavar="BACKEND",
+        default_text="none",
+        repeated=True,
+        collect=tuple,
+        replaceable=True,
+    )
     quiet: bool = option(False, "show no progress bar", parse=None, replaceable=True)
     verbose: bool = option(
         False,
@@ -280,7 +292,8 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
             document = read_json(path)["config"]
             check_types(document, cls)
             straggler = document["straggler"] and tuple(document["straggler"])
-            stored = cls(**{**document, "straggler": straggler, "inject": ()})  # the faults have happened
+            # The faults have happened. A list of JSON stands for a tuple.
+            stored = cls(**{**document, "straggler": straggler, "inject": (), "log": tuple(document.get("log", ()))})
         except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {printable(str(error))}"
             raise UsageError(f"{run} is not the folder of a run: {path} cannot be read ({why})") from error

@@ -22,6 +22,7 @@ from mpitrain.collectives.world.world import World
 from mpitrain.data.sampler import torch_seed
 from mpitrain.errors import UsageError, option_in_words
 from mpitrain.log import logger
+from mpitrain.loggers.run_logger import RunLogger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.trainer import checkpoints, initial_model, result, runfolder, runlock
@@ -40,6 +41,7 @@ from mpitrain.trainer.evaluation import Evaluations, Evaluator
 from mpitrain.trainer.faults import Faults, check_ranks
 from mpitrain.trainer.gradient_pass import GradientPass
 from mpitrain.trainer.learning_rate import LearningRate
+from mpitrain.trainer.logging_hook import LoggingHook
 from mpitrain.trainer.loss_watch import LossWatch
 from mpitrain.trainer.metrics import MetricsFile, tables
 from mpitrain.trainer.model_files import ModelFiles
@@ -179,8 +181,8 @@ def _prepare(
     evaluations = Evaluations(evaluator, world, deferred=config.defer_evaluation)
     optimizer = _optimizer(plan, model, world)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
-    hooks = [*_hooks_of_options(plan, budget, evaluator, world), *hooks]
     folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
+    hooks = [*_hooks_of_options(plan, budget, evaluator, world, folder), *hooks]
     state = None if resume is None else checkpoints.load_newest(resume, config, world)
     gradients, seconds = (0, 0.0) if state is None else (state["gradients"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
@@ -218,8 +220,10 @@ def _metrics_file(method: Method, folder: Path | None, world: World, *, continue
     return MetricsFile(folder, tables(world.size, method.metrics), method.metrics, continue_from)
 
 
-def _hooks_of_options(plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World) -> list[Hook]:
-    """Return the hooks that options ask for: a schedule of the learning rate, an early end, and files of models."""
+def _hooks_of_options(
+    plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World, folder: Path | None
+) -> list[Hook]:
+    """Return the hooks that options ask for: a schedule, an early end, files of models, and loggers."""
     config, hooks = plan.config, list[Hook]()
     curve = plan.rate_curve(budget, n_ranks=world.size)
     if curve is not None:
@@ -230,6 +234,10 @@ def _hooks_of_options(plan: RunPlan, budget: Budget, evaluator: Evaluator, world
         hooks.append(EarlyStopping(ranking, config.patience))
     if config.out is not None:
         hooks.append(ModelFiles(evaluator, ranking, deferred=config.defer_evaluation))
+    if config.log:
+        document = {"config": config.to_json(), "algorithm": config.algorithm, "settings": plan.method.settings()}
+        document |= {"world": world.describe(), "versions": runfolder.versions()}
+        hooks.append(LoggingHook(RunLogger(config.log, folder, world=world), document))
     return hooks
 
 

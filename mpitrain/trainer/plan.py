@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpitrain import algorithms
+from mpitrain import algorithms, loggers
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.settings import settings_of
@@ -45,8 +45,8 @@ class RunPlan:
         """Return the plan of a configuration.
 
         Raises:
-            UsageError: The method, the optimizer, the schedule or the average does not exist, or refuses its settings
-                or another option.
+            UsageError: The method, the optimizer, the schedule, the average or a logger does not exist, or refuses its
+                settings or another option.
         """
         method = _method(config)
         if config.accumulate > 1 and method.takes_gradients_early:
@@ -54,6 +54,7 @@ class RunPlan:
                 f"{method.name} sums gradients during the backward pass, before --accumulate has all: remove "
                 "--set overlap=true or --accumulate"
             )
+        loggers.check(config.log, has_folder=config.out is not None)
         optimizer = _optimizer(config, method)
         momentum = config.momentum
         if momentum is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import logging
@@ -239,6 +240,21 @@ def straggler(bench: Bench) -> None:
     assert slept == [3.0] * STEPS
 
 
+def log(bench: Bench) -> None:
+    folder = bench.folder / "run"
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+    found = bench.run("--out", str(folder), "--log", "csv", "--log", "tensorboard", "--evaluate-every", "4")
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tests = [(int(row["step"]), float(row["test/loss"])) for row in rows if row["test/loss"]]
+    assert tests == [(point["step"], point["test_loss"]) for point in found["evaluation"]]
+    last = next(row for row in reversed(rows) if row["train/loss"])
+    assert float(last["train/loss"]) == found["train_loss"]
+    assert (float(last["train/gradients"]), float(last["train/learning_rate"])) == (STEPS, 0.05)
+    assert list((folder / "tensorboard").iterdir())
+    assert not (folder / "mlruns").exists()
+
+
 def quiet(bench: Bench) -> None:
     for is_quiet in (True, False):
         main(["train", *BASE, "--steps", "4", *["--quiet"][:is_quiet]])
@@ -453,6 +469,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "straggler": straggler,
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),
+    "log": log,
     "quiet": quiet,
     "init_from": init_from,
     "verbose": verbose,

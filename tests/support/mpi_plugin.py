@@ -39,6 +39,7 @@ OPTIONAL_MARKS = {
     "gpu": "needs a CUDA device",
     "shared_data": "needs the CIFAR-10 archive (the fixture cifar10_archive)",
     "slow": "takes minutes",
+    "trackers": "needs the packages of the extras `wandb` and `mlflow`",
 }
 LIMIT_SECONDS = 60.0
 SINGLE_PROCESS_LIMIT_SECONDS = 300.0

@@ -82,6 +82,7 @@ ANOTHER = {
     "target": "loss=0.5",
     "patience": 3,
     "init_from": "run",
+    "log": ("csv",),
 }
 
 

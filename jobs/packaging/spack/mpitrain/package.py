@@ -30,6 +30,7 @@ class PyMpitrain(PythonPackage):
     depends_on("py-numba@0.61:", type=("build", "run"))
     depends_on("py-numpy@2.0:", type=("build", "run"))
     depends_on("py-pillow@10:", type=("build", "run"))
+    depends_on("py-rich@13.7:", type=("build", "run"))
     depends_on("py-safetensors@0.5:", type=("build", "run"))
     depends_on("py-scikit-learn@1.5:", type=("build", "run"))
     depends_on("py-torch@2.6:", type=("build", "run"))
