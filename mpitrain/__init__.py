@@ -48,6 +48,7 @@ _HOME_OF = {
     "RobustSGD": "mpitrain.algorithms.byzantine.robust",
     "SafeguardSGD": "mpitrain.algorithms.byzantine.safeguard",
     "RunLogger": "mpitrain.loggers.run_logger",
+    "Timeline": "mpitrain.records.timeline",
     "reestimate_batchnorm": "mpitrain.models.batchnorm",
 }
 

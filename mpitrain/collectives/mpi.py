@@ -147,7 +147,7 @@ class MPICommunicator(PeerMemory):
                     os.sched_yield()
                 else:
                     backoff.rest()
-        self.statistics.wait_seconds += time.perf_counter() - began
+        self.statistics.add_wait(began)
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to the array of every rank. Collective."""
@@ -185,7 +185,7 @@ class MPICommunicator(PeerMemory):
         self._publish_all()
         began = time.perf_counter()
         self.world.barrier()
-        self.statistics.wait_seconds += time.perf_counter() - began
+        self.statistics.add_wait(began)
 
     def free(self) -> None:
         """Free everything that this communicator has allocated. Collective."""

@@ -52,7 +52,7 @@ class PendingAllReduce:
         with self._world.polling(), self._world.waiting("an all-reduce in the background"):
             MPI.Request.Waitall(self._requests)
         self._requests.clear()
-        self._statistics.wait_seconds += time.perf_counter() - began
+        self._statistics.add_wait(began)
         if self._scale != 1.0:
             kernels.scale(self._sum, self._scale)
         if self._sum is not self._window.local:

@@ -13,10 +13,12 @@ import torch
 
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.peers import alive_ranks
+from mpitrain.collectives.world.phases import EVALUATION
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.optimizer.checks import KnownParameters
 from mpitrain.optimizer.local_replica import LocalReplica
+from mpitrain.optimizer.phase import phase_of
 
 MOST_MEASURED = 32
 """The most workers whose distance from the consensus is measured: reading a thousand would take minutes."""
@@ -58,6 +60,7 @@ class Evaluation:
         watch = self._replica.foreign_writes
         vector = self._evaluate()
         with (
+            phase_of(EVALUATION),
             restored_buffers(self._model),
             nullcontext() if watch is None else watch.ignored(),
             self._replica.flat.swapped_parameters(vector, copies=True),

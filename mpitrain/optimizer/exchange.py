@@ -15,10 +15,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+
+from torch.autograd import profiler
 
 from mpitrain.algorithms.base.worker import Worker
+from mpitrain.collectives.world.phases import EXCHANGE, UPDATE, recorder
 from mpitrain.kernels.gpu import Gpu
 from mpitrain.optimizer.flat import FlatParameters
+from mpitrain.optimizer.phase import begin_range
 
 
 @dataclass(slots=True)
@@ -73,13 +78,20 @@ class Exchanging:
     It is a class, like ``Computing``, because a generator would slow down the steps of small models by a few percent.
     """
 
-    __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_stream")
+    __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_previous", "_range", "_stream")
 
     def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch, copies: bool, counts: bool) -> None:
         self._flat, self._device, self._clock, self._copies, self._counts = flat, device, clock, copies, counts
+        self._previous: int | None = None
+        self._range: Any = None
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
+        if self._counts:
+            if recorder.is_on:
+                self._previous = recorder.enter(EXCHANGE, self._began)
+            if profiler._is_profiler_enabled:
+                self._range = begin_range(EXCHANGE)
         if self._copies:
             self._flat.to_host()
         if self._device is not None:
@@ -94,19 +106,30 @@ class Exchanging:
         if self._copies and kind is None:
             self._flat.to_device()
         if self._counts:
-            self._clock.seconds += time.perf_counter() - self._began
+            ended = time.perf_counter()
+            self._clock.seconds += ended - self._began
+            if self._previous is not None:
+                recorder.enter(self._previous, ended)
+            if self._range is not None:
+                self._range.__exit__(kind, error, trace)
 
 
 class Computing:
     """The context manager of ``ExchangeBoundary.computing``."""
 
-    __slots__ = ("_began", "_clock", "_device", "_flat", "_stream")
+    __slots__ = ("_began", "_clock", "_device", "_flat", "_previous", "_range", "_stream")
 
     def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch) -> None:
         self._flat, self._device, self._clock = flat, device, clock
+        self._previous: int | None = None
+        self._range: Any = None
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
+        if recorder.is_on:
+            self._previous = recorder.enter(UPDATE, self._began)
+        if profiler._is_profiler_enabled:
+            self._range = begin_range(UPDATE)
         self._flat.to_device()
         if self._device is not None:
             self._stream = self._device.computing(self._flat.compute_stream)
@@ -119,7 +142,12 @@ class Computing:
             self._stream.__exit__(kind, error, trace)
         if kind is None:
             self._flat.to_host()
-        self._clock.seconds -= time.perf_counter() - self._began
+        ended = time.perf_counter()
+        self._clock.seconds -= ended - self._began
+        if self._previous is not None:
+            recorder.enter(self._previous, ended)
+        if self._range is not None:
+            self._range.__exit__(kind, error, trace)
 
 
 class EarlyGradients:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from mpitrain.collectives.world.phases import CHECKPOINT
 from mpitrain.collectives.world.survivor_collectives import gather
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.log import logger
+from mpitrain.optimizer.phase import phase_of
 from mpitrain.records import checkpoint
 from mpitrain.records.checkpoint_writer import CheckpointWriter
 from mpitrain.trainer import rescaled
@@ -43,7 +45,7 @@ class Checkpoints(Hook):
 
     def save(self, run: Run) -> None:
         """Stop all ranks and the clock for a snapshot, and start to write it. Collective."""
-        with run.clock.paused():
+        with run.clock.paused(), phase_of(CHECKPOINT):
             run.optimizer.wait()
             run.world.barrier()
             self._write(run, _state_of(run))

@@ -230,6 +230,12 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         collect=tuple,
         replaceable=True,
     )
+    timeline: bool = option(
+        False,
+        "record what every rank does when, as RUN/timeline.json for ui.perfetto.dev (docs/watching.md)",
+        parse=None,
+        replaceable=True,
+    )
     quiet: bool = option(False, "show no progress bar", parse=None, replaceable=True)
     verbose: bool = option(
         False,
@@ -249,6 +255,8 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         self.check_objective()
         if self.quiet and self.verbose:
             raise UsageError("give --quiet or --verbose, not both")
+        if self.timeline and self.out is None:
+            raise UsageError("--timeline writes to the folder of the run: add --out RUN")
         if self.defer_evaluation and (self.target is not None or self.patience is not None):
             raise UsageError("--target and --patience need evaluations during the run: they cannot be deferred")
         for text in self.inject:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpitrain.collectives.world.phases import EVALUATION
 from mpitrain.collectives.world.world import World
 from mpitrain.data import Dataset
 from mpitrain.models import has_batchnorm, reestimate
@@ -23,6 +24,7 @@ from mpitrain.optimizer import module_state
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.module_state import ModuleState
+from mpitrain.optimizer.phase import phase_of
 from mpitrain.trainer.objective import Objective, Score
 from mpitrain.trainer.run import Hook, Point, Run
 
@@ -217,7 +219,7 @@ class Evaluations(Hook):
 
     def _evaluate(self, run: Run) -> None:
         """Evaluate the consensus, or store it for later, while the clock stands still. Local; lead only."""
-        with run.clock.paused():
+        with run.clock.paused(), phase_of(EVALUATION):
             self._last_seconds = run.clock.seconds
             run.report_totals(in_full=True)
             totals, vector = run.counters.totals(), run.optimizer.consensus_vector()

@@ -25,6 +25,7 @@ from mpitrain.log import logger
 from mpitrain.loggers.run_logger import RunLogger
 from mpitrain.optimizer.distributed import DistributedOptimizer
 from mpitrain.optimizer.replica_group import check_replica_size
+from mpitrain.records.timeline import Timeline
 from mpitrain.trainer import checkpoints, initial_model, result, runfolder, runlock
 from mpitrain.trainer.agreement import require_equal_options
 from mpitrain.trainer.batches import Batches
@@ -52,6 +53,7 @@ from mpitrain.trainer.progress import Progress, ProgressHook
 from mpitrain.trainer.ranking import Ranking
 from mpitrain.trainer.run import Hook, Hooks, Run
 from mpitrain.trainer.stop_signal import StopSignal
+from mpitrain.trainer.timeline_hook import TimelineHook
 
 
 def train(
@@ -223,7 +225,7 @@ def _metrics_file(method: Method, folder: Path | None, world: World, *, continue
 def _hooks_of_options(
     plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World, folder: Path | None
 ) -> list[Hook]:
-    """Return the hooks that options ask for: a schedule, an early end, files of models, and loggers."""
+    """Return the hooks that options ask for: a schedule, an early end, files of models, a timeline, and loggers."""
     config, hooks = plan.config, list[Hook]()
     curve = plan.rate_curve(budget, n_ranks=world.size)
     if curve is not None:
@@ -234,6 +236,8 @@ def _hooks_of_options(
         hooks.append(EarlyStopping(ranking, config.patience))
     if config.out is not None:
         hooks.append(ModelFiles(evaluator, ranking, deferred=config.defer_evaluation))
+    if config.timeline and folder is not None:
+        hooks.append(TimelineHook(Timeline(folder, world=world)))
     if config.log:
         document = {"config": config.to_json(), "algorithm": config.algorithm, "settings": plan.method.settings()}
         document |= {"world": world.describe(), "versions": runfolder.versions()}

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from support import plain_sgd, small_models
+from support import plain_sgd, small_models, trace_format
 from support.plain_sgd import DATA, MODEL, STEPS
 
 from mpitrain import data
@@ -255,6 +255,16 @@ def log(bench: Bench) -> None:
     assert not (folder / "mlruns").exists()
 
 
+def timeline(bench: Bench) -> None:
+    bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
+    for words in ([], ["--timeline"]):
+        folder = bench.folder / "-".join(["run", *words])
+        bench.run("--out", str(folder), *words)
+        assert (folder / "timeline.json").exists() is bool(words)
+    tracks = {track for _, track in trace_format.load(folder / "timeline.json").spans}
+    assert {"compute", "exchange", "evaluation", "checkpoint"} <= tracks
+
+
 def quiet(bench: Bench) -> None:
     for is_quiet in (True, False):
         main(["train", *BASE, "--steps", "4", *["--quiet"][:is_quiet]])
@@ -470,6 +480,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "replica_size": is_handed_over("replica_size", "2", 2),
     "wire": is_handed_over("wire", "int8", "int8"),
     "log": log,
+    "timeline": timeline,
     "quiet": quiet,
     "init_from": init_from,
     "verbose": verbose,

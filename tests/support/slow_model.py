@@ -29,3 +29,22 @@ def slow_mlp(*, seed: int, **arguments: Any) -> nn.Module:
     """Return the model."""
     torch.manual_seed(seed)
     return SlowMLP(hidden=(16,), **arguments)
+
+
+STEADY_STEP_SECONDS = 0.005
+
+
+class SteadyMLP(MLP):
+    """A perceptron whose training steps sleep for longer than they compute, whatever else runs on the machine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (b, ...) to logits (b, n_classes)."""
+        if self.training:
+            time.sleep(STEADY_STEP_SECONDS)
+        return super().forward(x)
+
+
+def steady_mlp(*, seed: int, **arguments: Any) -> nn.Module:
+    """Return the model."""
+    torch.manual_seed(seed)
+    return SteadyMLP(hidden=(16,), **arguments)

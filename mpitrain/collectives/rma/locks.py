@@ -28,7 +28,6 @@ from mpi4py import MPI
 
 from mpitrain.collectives.rma.node_barrier import SPIN_LIMIT, SPIN_LIMIT_WITHOUT_A_CORE
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
 
@@ -117,12 +116,6 @@ class LockTable:
     def free(self) -> None:
         """Free the words. Collective."""
         self._words.free()
-
-
-def count_wait(statistics: Statistics, seconds: float) -> None:
-    """Count time spent waiting for a lock."""
-    statistics.wait_seconds += seconds
-    statistics.lock_wait_seconds += seconds
 
 
 class Words(Protocol):

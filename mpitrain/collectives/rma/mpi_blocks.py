@@ -10,7 +10,7 @@ import numpy as np
 
 from mpitrain.collectives.rma.block_memory import BlockMemory
 from mpitrain.collectives.rma.blocks import Block, Blocks
-from mpitrain.collectives.rma.locks import LockTable, count_wait
+from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.rma.one_sided_blocks import OneSidedBlocks
 from mpitrain.collectives.rma.remote_blocks import N_STAGING_BUFFERS, RemoteBlocks
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
@@ -79,7 +79,7 @@ class MPIBlocks(Blocks):
         locks = self._locks
         block.version, waited = locks.acquire(self.homes[index], self._slots[index], self._before_wait)
         if waited:
-            count_wait(self._statistics, waited)
+            self._statistics.add_lock_wait(waited)
         if not locks.orders_memory:
             self._memory.data.sync()
         if prefetch is not None:

@@ -79,7 +79,7 @@ class NodeBarrier:
                 self._world.progress()
                 backoff.rest()
                 progress = poll(progress)
-        self._statistics.wait_seconds += time.perf_counter() - began
+        self._statistics.add_wait(began)
 
     def _missing(self) -> list[int]:
         """Return the ranks that have not reached the barrier at which this rank waits. Local."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpitrain.collectives.rma.block_memory import BlockMemory
 from mpitrain.collectives.rma.blocks import N_TAGS, Block
-from mpitrain.collectives.rma.locks import LockTable, count_wait
+from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.world.statistics import Statistics
 
 
@@ -52,7 +52,7 @@ class OneSidedBlocks:
         """Lock a block and copy it to a staging buffer. Local."""
         memory = self._memory
         version, waited = self._locks.acquire(memory.homes[index], memory.slots[index], self._before_wait)
-        count_wait(self._statistics, waited)
+        self._statistics.add_lock_wait(waited)
         self._current = (self._current + 1) % len(self.staging)
         data = self.staging[self._current][: memory.lengths[index]]
         block = Block(index, data, self._staged_tags[self._current], version)

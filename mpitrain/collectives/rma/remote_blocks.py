@@ -26,7 +26,6 @@ import numpy as np
 from mpitrain.collectives.rma.block_memory import BlockMemory
 from mpitrain.collectives.rma.blocks import N_TAGS, Block
 from mpitrain.collectives.rma.flight_window import FlightWindow
-from mpitrain.collectives.rma.locks import count_wait
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
 from mpitrain.collectives.world.progress import MOST_AWAITED, ProgressThread
@@ -235,7 +234,7 @@ class RemoteBlocks:
             self._before_wait()
         fetch = self._fetches[first_granted([fetch.transfer for fetch in self._fetches])]
         waited = fetch.transfer.wait_for_lock()
-        count_wait(self._statistics, waited)
+        self._statistics.add_lock_wait(waited)
         fetch.granted = True
         if not fetch.transfer.was_taken:
             self.window.record_round_trip(time.perf_counter() - fetch.began)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from mpitrain.collectives.world.phases import recorder
 
 SHARES = ("compute", "exchange", "waiting")
 """Shares of a worker's time; the rest is evaluation, checkpoints and loading."""
@@ -53,6 +56,22 @@ class Statistics:
     def numbers(self) -> dict[str, Any]:
         """Return a copy of all counters by name."""
         return copy.deepcopy({**vars(self), "n_nonfinite": int(self.n_nonfinite)})
+
+    def add_wait(self, began: float) -> None:
+        """Count the time since ``began``, by ``time.perf_counter``, as waiting."""
+        ended = time.perf_counter()
+        self.wait_seconds += ended - began
+        if recorder.is_on:
+            recorder.add_wait(began, ended)
+
+    def add_lock_wait(self, seconds: float) -> None:
+        """Count a wait for a lock that has just ended; 0 if the lock was free."""
+        if seconds:
+            self.wait_seconds += seconds
+            self.lock_wait_seconds += seconds
+            if recorder.is_on:
+                ended = time.perf_counter()
+                recorder.add_wait(ended - seconds, ended)
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
         """Count a visit after ``n_updates`` updates by others that have moved the center by ``distance``."""
