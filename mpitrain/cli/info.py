@@ -14,6 +14,7 @@ from typing import Any
 from mpitrain.cli import inspection
 from mpitrain.collectives.probe.cache import Probe, probe_hosts
 from mpitrain.collectives.probe.outcome import Outcome
+from mpitrain.collectives.world import link
 from mpitrain.collectives.world.device import gpu_names
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.shared_memory import SHARED_MEMORY
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="try MPI operations on each kind of memory, on each host (minutes with GPUs); the result is stored",
+        help="try MPI operations on each kind of memory, on each host (minutes with GPUs), and store the results, also "
+        "those of the network between nodes",
     )
 
 
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     world = init(args.device)
     probes = probe_hosts(world.comm, world.hosts, gpu_names(), again=args.probe)
     facts = world.comm.gather(inspection.facts_here(world))
-    document = describe(world)
+    document = {**describe(world), **_between_nodes(world, stores=args.probe)}
     if world.rank == 0:
         problems = inspection.verdicts(facts, threads=document["world"]["threads"])
         if args.json:
@@ -52,6 +54,17 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join([show(document, probes), "hosts", *_indented(inspection.host_table(facts)), "verdicts"]))
             print("\n".join(_indented(problems or ["nothing here will hurt a run"])))
     return 0
+
+
+def _between_nodes(world: World, *, stores: bool) -> dict[str, Any]:
+    """Measure the network between two nodes, and return its section of the document. Collective."""
+    measured = link.measure(world.comm, world.nodes)
+    if measured is None:
+        return {}
+    if stores and world.rank == 0:
+        link.store(measured)
+    used, origin = (measured, "measured, and stored for later runs") if stores else link.known(world.comm)
+    return {"between nodes": inspection.between_nodes(world.n_nodes, measured, used, origin)}
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpitrain.collectives.topology.allreduce_cost import Link, choose
 from mpitrain.collectives.world.device import gpu_names
 from mpitrain.collectives.world.network import bridges_among
 from mpitrain.collectives.world.shared_memory import SHARED_MEMORY
@@ -42,6 +43,9 @@ LAUNCHERS = {
 
 DIFFERS = " *"
 """The mark of a cell that differs from the first host's."""
+
+SHOWN_BYTES, SHOWN_NODES = (1e3, 1e5, 1e6, 1e7, 1e8), (64, 1024)
+"""Vectors and nodes for which the choice of an all-reduce is shown, beside the nodes of the launch."""
 
 SIOCGIFADDR = 0x8915
 
@@ -170,6 +174,25 @@ def _row(ranks: Sequence[RankFacts]) -> dict[str, str]:
         "MPI": first.mpi,
         "interfaces": ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in first.interfaces.items()),
         "launcher": first.launcher,
+    }
+
+
+def between_nodes(n_nodes: int, measured: Link, used: Link, origin: str) -> dict[str, Any]:
+    """Return the constants of the network between nodes, and the all-reduce that a run chooses for some sizes.
+
+    Args:
+        n_nodes: The number of nodes.
+        measured: The constants as they are now.
+        used: The constants that a run uses.
+        origin: Where these constants come from.
+    """
+    return {
+        "measured": measured.document(),
+        "used by runs": {"origin": origin, **used.document()},
+        **{
+            f"all-reduce on {n} nodes": {text.size(n_bytes): choose(n_bytes, n, used) for n_bytes in SHOWN_BYTES}
+            for n in sorted({n_nodes, *SHOWN_NODES})
+        },
     }
 
 

@@ -6,15 +6,18 @@ sum back to all of them, in one pass over cache-sized blocks. Nothing is packed,
 Across nodes::
 
     1. each of the first R local ranks sums its slice over its node       (R: the smallest number of ranks on a node)
-    2. the ranks with the same local rank sum this slice, by MPI_Allreduce if it is small and in a ring if it is large:
-       all R ranks carry traffic, nothing crosses twice
+    2. the ranks with the same local rank sum this slice, by MPI_Allreduce if it is small and by messages if it is
+       large: all R ranks carry traffic, nothing crosses twice
     3. each of them writes its slice to all ranks of its node
 
-The order of summation depends only on the rank numbers, so every rank gets the same bits in every run.
+A cost model chooses between MPI_Allreduce, a ring, recursive doubling, and recursive halving with doubling, from the
+size, the number of nodes, and constants of the network that do not change between runs (``world.link``).
 
-In a ring, float32 sums (including those of 16-bit vectors) travel in 16 bits if there is a wire format
-(``native.wire``). Two kinds of sums are always sent in full: small ones, whose time is mostly latency, and sums in the
-background, which MPI computes.
+The order of summation depends only on this choice and the rank numbers, so every rank gets the same bits in every run.
+
+If the choice is not MPI_Allreduce, float32 sums (including those of 16-bit vectors) travel in 16 bits if there is a
+wire format (``native.wire``), then always in a ring. Two kinds of sums are always sent in full: small ones, whose time
+is mostly latency, and sums in the background, which MPI computes.
 
 Vectors in GPU memory are summed in the same way, by one kernel per rank, if the ranks of a node map each other's
 memory. Their slices cross nodes through the host, or directly if MPI is known to support it. Vectors that are not
@@ -32,11 +35,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpitrain import kernels
-from mpitrain.collectives import ring
+from mpitrain.collectives import message_allreduce, ring
 from mpitrain.collectives.node_allreduce import NodeAllReduce
 from mpitrain.collectives.rma.device_window import AnyWindow, DeviceWindow
 from mpitrain.collectives.rma.node_barrier import NodeBarrier
 from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.topology import allreduce_cost
+from mpitrain.collectives.topology.allreduce_steps import buffer_size
 from mpitrain.collectives.topology.partition import split
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.transport import Transport
@@ -49,9 +54,6 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 1 << 30
 """Elements of one MPI_Allreduce: counts are 32-bit before MPI 4."""
-
-RING_BYTES = 1 << 17
-"""Bytes per node from which a ring is faster than MPI_Allreduce, which has fewer round trips."""
 
 CHUNK_BYTES = 8 << 20
 """Chunk of device memory that is summed on the host; its copy takes a fraction of a millisecond."""
@@ -222,20 +224,27 @@ class AllReduce:
             device.copy(total, host)
             return
         gpu.synchronize(total)
-        n_bytes = total.nbytes
+        algorithm = allreduce_cost.MPI
+        if world.service is not None and not on_gpu:  # the messages of a ring need a thread that calls MPI
+            algorithm = allreduce_cost.choose(total.nbytes, world.n_nodes, world.link)
         with world.polling(), world.waiting("an all-reduce between nodes"):
-            if world.service is not None and total.nbytes >= RING_BYTES * world.n_nodes and not on_gpu:
-                largest = max(part.stop - part.start for part in split(total.size, world.n_nodes))
-                incoming = self._buffer("incoming", total, largest)
-                if self._wire is not None and total.dtype == np.float32:
-                    n_bytes = self._wire.fetched_bytes(total.size)
-                    ring.allreduce_encoded(world.rail_comm, total, incoming, self._wire)
-                else:
-                    ring.allreduce(world.rail_comm, total, incoming)
-            else:
+            if algorithm == allreduce_cost.MPI:
                 for at in range(0, total.size, LARGEST_COUNT):
                     world.rail_comm.Allreduce(MPI.IN_PLACE, total[at : at + LARGEST_COUNT])
-        self._statistics.wire_bytes += 2 * (world.n_nodes - 1) * n_bytes // world.n_nodes
+                n_bytes = 2 * (world.n_nodes - 1) * total.nbytes // world.n_nodes
+            else:
+                n_bytes = self._by_messages(algorithm, total)
+        self._statistics.wire_bytes += n_bytes
+
+    def _by_messages(self, algorithm: str, total: Any) -> int:
+        """Sum this rank's slice over the nodes by messages, and return the bytes sent."""
+        world, encoded = self._world, self._wire is not None and total.dtype == np.float32
+        algorithm = "ring" if encoded else algorithm
+        incoming = self._buffer("incoming", total, buffer_size(algorithm, world.n_nodes, total.size))
+        if self._wire is not None and encoded:
+            ring.allreduce_encoded(world.rail_comm, total, incoming, self._wire)
+            return 2 * (world.n_nodes - 1) * self._wire.fetched_bytes(total.size) // world.n_nodes
+        return message_allreduce.allreduce(world.rail_comm, algorithm, total, incoming)
 
     def _sum_buffer(self, like: Any) -> Any:
         """Return a buffer for a sum of slices like this one, of at least 32 bits per element."""

@@ -1,17 +1,13 @@
-"""A ring all-reduce between nodes that uses both directions of every link.
-
-MPI_Allreduce negotiates large messages, and over TCP both Open MPI and MPICH then use one direction at a time. Here
-every message is short enough for the eager protocol::
+"""A ring all-reduce between nodes whose messages are in a wire format (``native.wire``)::
 
     p - 1 times    send a partial sum to the next rank, receive another from the previous rank and add to it
     p - 1 times    send a complete part to the next rank, receive another from the previous rank
 
 Each part is summed in one order, so that all ranks get the same bits in every run.
 
-Parts can travel in a wire format (``native.wire``). Every rank that they pass then sums them in float32. A complete
-part is encoded once, by the rank that completes it, and this rank also continues with the decoded values. A part is
-rounded once per rank. There is no error feedback, which would add a rounding error to the next exchange of the same
-vector: a sum is exchanged only once.
+Every rank that a part passes sums it in float32. A complete part is encoded once, by the rank that completes it, and
+this rank also continues with the decoded values. A part is rounded once per rank. There is no error feedback, which
+would add a rounding error to the next exchange of the same vector: a sum is exchanged only once.
 
 Source: Patarasuk, Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
 """
@@ -28,33 +24,14 @@ from mpitrain.collectives.world.transfers import pieces
 from mpitrain.kernels.native.wire import Format
 
 
-def allreduce(comm: Any, total: np.ndarray, incoming: np.ndarray) -> None:
-    """Replace ``total`` (n,) by the sum over the ranks of ``comm``. Collective.
-
-    Args:
-        comm: The ranks. There must be no other messages between them.
-        total: (n,) this rank's summand.
-        incoming: A buffer for incoming parts, with as many elements as the largest part of ``split(n, ranks)``.
-    """
-    rank, size = comm.Get_rank(), comm.Get_size()
-    parts = split(total.size, size)
-    for step in range(2 * (size - 1)):
-        going, coming = (total[parts[(rank - step - k) % size]] for k in (0, 1))
-        adds = step < size - 1
-        into = incoming[: coming.size] if adds else coming
-        requests = [comm.Irecv(piece, (rank - 1) % size) for piece in pieces(into)]
-        requests += [comm.Isend(piece, (rank + 1) % size) for piece in pieces(going)]
-        wait_all(requests)
-        if adds:
-            coming += into
-
-
 def allreduce_encoded(comm: Any, total: np.ndarray, incoming: np.ndarray, wire: Format) -> None:
     """Replace ``total`` (n,) float32 by the sum over the ranks of ``comm``, using a wire format. Collective.
 
     Args:
-        comm, total: As in ``allreduce``.
-        incoming: As in ``allreduce``. Here it holds two encoded parts, of 16 bits per element.
+        comm: The ranks. There must be no other messages between them.
+        total: (n,) this rank's summand.
+        incoming: A buffer with as many elements as the largest part of ``split(n, ranks)``. It holds two encoded
+            parts, of 16 bits per element.
         wire: The wire format. All parts are sent in its 16-bit format ``wire.fetched``.
     """
     rank, size = comm.Get_rank(), comm.Get_size()

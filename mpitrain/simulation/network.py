@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from mpitrain.collectives.topology.allreduce_steps import core_rank, fold
 
 REQUEST_BYTES = 64
 """A request, an acknowledgement: a message without a vector."""
@@ -77,20 +80,23 @@ class Network:
     def allreduce(self, n_bytes: float, nodes: Sequence[int]) -> float:
         """Return the seconds that an all-reduce takes once all ranks have arrived.
 
-        The ranks of a node add their vectors in its memory. Between n nodes, the faster of two algorithms is used:
+        The ranks of a node add their vectors in its memory. Between n = 2^k nodes, the fastest of three algorithms is
+        used (``collectives.topology.allreduce_steps``):
 
-            ring                 2*(n - 1)*(L + 2*o + max(g, m/n*G))
-            recursive doubling   ceil(log2 n)*(L + 2*o + max(g, m*G))
+            ring                   2*(n - 1)*(L + 2*o + max(g, m/n*G))
+            recursive doubling             k*(L + 2*o + max(g, m*G))
+            halving, doubling      2*sum over i = 1..k of (L + 2*o + max(g, m/2^i*G))
 
-        If messages cross racks, 1/G is the part of the uplink's bandwidth that is left to each of them; see ``ring``
-        and ``doubling``.
+        With other numbers of nodes, the last two take two more messages of m bytes. If messages cross racks, 1/G is the
+        part of the uplink's bandwidth that is left to each of them.
 
         Args:
             n_bytes: The size m of the vector.
             nodes: (ranks,) the node of each rank.
         """
         distinct, inside = self._inside(n_bytes, nodes)
-        return inside + min(self.ring(n_bytes, distinct), self.doubling(n_bytes, distinct))
+        algorithms = (self.ring, self.doubling, self.halving)
+        return inside + min(algorithm(n_bytes, distinct) for algorithm in algorithms)
 
     def ring(self, n_bytes: float, nodes: Sequence[int]) -> float:
         """Return the seconds of a ring all-reduce between distinct nodes.
@@ -102,22 +108,36 @@ class Network:
         return 2 * (n - 1) * self.message(n_bytes / max(n, 1), self.uplink if crosses else None)
 
     def doubling(self, n_bytes: float, nodes: Sequence[int]) -> float:
-        """Return the seconds of an all-reduce between distinct nodes by recursive doubling.
+        """Return the seconds of an all-reduce between distinct nodes by recursive doubling."""
+        return self._folded(n_bytes, nodes, lambda _: n_bytes, 1)
 
-        In step k, the node at position i exchanges with the node at position i XOR 2^k. Messages that leave a rack
-        share its uplink.
+    def halving(self, n_bytes: float, nodes: Sequence[int]) -> float:
+        """Return the seconds of an all-reduce between distinct nodes by recursive halving and doubling."""
+        return self._folded(n_bytes, nodes, lambda k: n_bytes / 2 ** (k + 1), 2)
+
+    def _folded(
+        self, n_bytes: float, nodes: Sequence[int], bytes_of_step: Callable[[int], float], n_times: int
+    ) -> float:
+        """Return the seconds of steps in which the node at position i of the core exchanges with that at i XOR 2^k.
+
+        Messages that leave a rack share its uplink.
         """
-        seconds, distance = 0.0, 1
-        while distance < len(nodes):
-            leaving: dict[int, int] = {}
-            for i, node in enumerate(nodes):
-                partner = i ^ distance
-                if partner < len(nodes) and self.rack(nodes[partner]) != self.rack(node):
-                    leaving[self.rack(node)] = leaving.get(self.rack(node), 0) + 1
-            share = self.uplink / max(leaving.values()) if leaving else None
-            seconds += self.message(n_bytes, share)
-            distance *= 2
+        core, rest = fold(len(nodes))
+        at = [core_rank(position, rest) for position in range(core)] if self.rack_nodes else []
+        seconds = 0.0
+        for k in range(core.bit_length() - 1):
+            pairs = [(at[position], at[position ^ (1 << k)]) for position in range(core) if self.rack_nodes]
+            seconds += n_times * self._step(bytes_of_step(k), nodes, pairs)
+        if rest:
+            pairs = [(2 * position, 2 * position + 1) for position in range(rest) if self.rack_nodes]
+            seconds += 2 * self._step(n_bytes, nodes, pairs)
         return seconds
+
+    def _step(self, n_bytes: float, nodes: Sequence[int], pairs: Sequence[tuple[int, int]]) -> float:
+        """Return the seconds of messages between pairs of positions at the same time."""
+        racks = ((self.rack(nodes[one]), self.rack(nodes[other])) for one, other in pairs)
+        leaving = Counter(rack for rack, to in racks if rack != to)
+        return self.message(n_bytes, self.uplink / max(leaving.values()) if leaving else None)
 
     def tree(self, n_bytes: float, nodes: Sequence[int]) -> float:
         """Return the seconds of a broadcast or reduction along a binomial tree: ceil(log2 n) messages in sequence."""

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mpitrain.cli.inspection import RankFacts, host_table, interfaces, launcher, verdicts
+from mpitrain.cli.inspection import RankFacts, between_nodes, host_table, interfaces, launcher, verdicts
+from mpitrain.collectives.topology.allreduce_cost import Link
 
 GIB = 2**30
 FACTS = RankFacts(
@@ -125,3 +126,13 @@ def test_interfaces_are_those_of_this_machine_without_the_loopback() -> None:
     assert "lo" not in found
     assert all(addresses for addresses in found.values())
     assert all("127.0.0.1" not in addresses for addresses in found.values())
+
+
+def test_the_network_has_units_and_a_choice_for_each_size_and_number_of_nodes() -> None:
+    measured, used = Link(latency=2e-5, mpi_bandwidth=1e9), Link()
+    section = between_nodes(3, measured, used, "assumed")
+    assert section["measured"]["latency_us"] == 20.0
+    assert section["used by runs"] == {"origin": "assumed", **used.document()}
+    assert section["all-reduce on 3 nodes"]["100 MB"] == "ring"
+    assert section["all-reduce on 1024 nodes"]["1 kB"] == "mpi"
+    assert list(section)[2:] == [f"all-reduce on {n} nodes" for n in (3, 64, 1024)]

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from mpitrain import log
+from mpitrain.collectives.topology.allreduce_cost import Link
 from mpitrain.collectives.world import launchers
 from mpitrain.collectives.world.agreement import require_equal
 from mpitrain.collectives.world.background import threads_may_call_mpi
@@ -19,6 +20,7 @@ from mpitrain.collectives.world.device import bind_all, report_shared_gpus
 from mpitrain.collectives.world.exception_hook import ExceptionHook
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance, fault_tolerance_of
 from mpitrain.collectives.world.launchers import check_before_start, check_world, is_launched
+from mpitrain.collectives.world.link import known as known_link
 from mpitrain.collectives.world.network import exclude_bridges
 from mpitrain.collectives.world.node_status import NodeStatus
 from mpitrain.collectives.world.progress import ProgressThread
@@ -138,6 +140,7 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
     if gpu is not None:
         chosen = choose(ranks, transport, gpu)
         report_shared_gpus(ranks.hosts[ranks.rank], gpu.identity, comm)
+    link = known_link(comm)[0] if ranks.n_nodes > 1 else Link()
     # Last of the steps that may raise: its thread must not outlive a world that was not created.
     fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=ranks.n_nodes > 1 or gpu is not None)
     needs_progress = ranks.n_nodes > 1 and threads_may_call_mpi()
@@ -150,6 +153,7 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
         wanted_transport=transport,
         progress_thread=ProgressThread(comm) if needs_progress else None,
         serves=path == "messages",
+        link=link,
     )
 
 

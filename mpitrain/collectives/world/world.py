@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mpitrain.collectives.topology.allreduce_cost import Link
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.ranks import RankInfo
@@ -18,6 +19,8 @@ from mpitrain.kernels.gpu import Gpu
 
 MESSAGES = "messages, served by the progress thread of the rank that has the vector"
 WINDOWS = "RMA window, Get/compute/Put under an owner-aware lock"
+
+ASSUMED = Link()
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ class World:
         progress_thread: The thread that calls MPI while this rank computes; None without one.
         serves: Whether ranks access vectors of other nodes by requests to the progress thread.
         members: For a part of a world, the rank in the run of each of its ranks.
+        link: The constants of the network between nodes, the same on all ranks.
 
     Attributes:
         ranks: See the argument.
@@ -59,6 +63,7 @@ class World:
         transport: See the argument.
         wanted_transport: See the argument.
         progress_thread: See the argument.
+        link: See the argument.
         service: The thread that serves requests of other nodes and sends this rank's own requests; None on one node,
             with ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
     """
@@ -75,6 +80,7 @@ class World:
         progress_thread: ProgressThread | None = None,
         serves: bool = False,
         members: Sequence[int] | None = None,
+        link: Link = ASSUMED,
     ) -> None:
         self.ranks = ranks
         self.rank, self.size = ranks.rank, ranks.size
@@ -84,7 +90,7 @@ class World:
         self.n_rails, self.cores = ranks.n_rails, ranks.cores
         self.node_comm, self.rail_comm = ranks.node_comm, ranks.rail_comm
         self.members = range(ranks.size) if members is None else members
-        self.device, self.gpu = device, gpu
+        self.device, self.gpu, self.link = device, gpu, link
         self.transport, self.wanted_transport = transport, wanted_transport
         self.progress_thread = progress_thread
         self.service = progress_thread if serves else None
@@ -111,6 +117,7 @@ class World:
             transport=self.transport and self.transport.of_part(ranks.n_nodes),
             progress_thread=self.progress_thread,
             members=members,
+            link=self.link,
         )
 
     def free(self) -> None:
@@ -231,6 +238,7 @@ class World:
                 **({} if self.transport is None else self.transport.describe()),
                 "between nodes": "not used" if self.n_nodes == 1 else between_nodes,
             },
+            **({"link": self.link.document()} if self.n_nodes > 1 else {}),
             "progress thread": self.progress_thread is not None,
             "a rank that dies": self._fault_tolerance.after_death,
         }

@@ -296,9 +296,9 @@ def test_a_ring_sums_to_the_precision_of_the_format_with_equal_bits(one_node, na
 @formats
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_ranks_have_the_same_bits_after_an_all_reduce(connect, two_nodes, name, dtype, monkeypatch):
-    from mpitrain.collectives import allreduce
+    from mpitrain.collectives.topology import allreduce_cost
 
-    monkeypatch.setattr(allreduce, "RING_BYTES", 0)
+    monkeypatch.setattr(allreduce_cost, "choose", lambda *_: "ring")
     comm, n = connect(name), 5003
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     vector = comm.vector(n, dtype)
@@ -326,9 +326,9 @@ def test_a_small_all_reduce_and_one_of_float64_are_exact(connect):
 
 @SEVERAL
 def test_infinite_gradients_stay_infinite(connect, monkeypatch):
-    from mpitrain.collectives import allreduce
+    from mpitrain.collectives.topology import allreduce_cost
 
-    monkeypatch.setattr(allreduce, "RING_BYTES", 0)
+    monkeypatch.setattr(allreduce_cost, "choose", lambda *_: "ring")
     for name in wire.FORMATS:
         comm = connect(name)
         vector = comm.vector(1000, np.float32)
@@ -388,12 +388,12 @@ def test_easgd_converges_as_in_float32_and_not_without_error_feedback(connect):
 @formats
 @pytest.mark.parametrize("transport", ["ipc", "staged"])
 def test_gpus_exchange_encoded_blocks_through_the_host(name, transport, monkeypatch):
-    from mpitrain.collectives import allreduce
     from mpitrain.collectives.mpi import MPICommunicator
     from mpitrain.collectives.rma import peer_memory
+    from mpitrain.collectives.topology import allreduce_cost
 
     monkeypatch.setattr(peer_memory, "LARGEST_STAGED_SHARD", 300)
-    monkeypatch.setattr(allreduce, "RING_BYTES", 0)
+    monkeypatch.setattr(allreduce_cost, "choose", lambda *_: "ring")
     n, n_rounds = 2000, 5
     with gpus(2, transport) as host_comm:
         comm = MPICommunicator(host_comm.world, wire=name)
