@@ -42,8 +42,8 @@ def allreduce(algorithm: str, totals: Sequence[np.ndarray], fabric: Fabric) -> T
     """
     size, n = len(totals), totals[0].size
     traffic = Traffic(np.zeros(size), *(np.zeros(size, np.int64) for _ in range(3)))
-    buffers = [np.zeros(buffer_size(algorithm, size, n), totals[0].dtype) for _ in range(size)]
-    steps = [exchanges(algorithm, rank, size, totals[rank], buffers[rank]) for rank in range(size)]
+    n_incoming = buffer_size(algorithm, size, n)
+    steps = [exchanges(algorithm, rank, size, x, np.zeros(n_incoming, x.dtype)) for rank, x in enumerate(totals)]
     under_way: dict[tuple[int, int], deque[tuple[np.ndarray, float]]] = {}
     sent_at = np.zeros(size)
 
@@ -58,19 +58,16 @@ def allreduce(algorithm: str, totals: Sequence[np.ndarray], fabric: Fabric) -> T
             traffic.n_sent[rank] += 1
             traffic.bytes_sent[rank] += exchange.sent.nbytes
             sent_at[rank], arrives = fabric.send(rank, exchange.target, exchange.sent.nbytes, traffic.seconds[rank])
-            messages = under_way.setdefault((rank, exchange.target), deque())
-            messages.append((exchange.sent.copy(), arrives))
+            under_way.setdefault((rank, exchange.target), deque()).append((exchange.sent.copy(), arrives))
         return exchange
 
     present = [advance(rank) for rank in range(size)]
-    waiting = deque(range(size))
-    n_stuck = 0
+    waiting, n_stuck = deque(range(size)), 0
     while waiting:
         if n_stuck > len(waiting):
-            raise RuntimeError(f"{algorithm}: all of {len(waiting)} ranks wait for messages that nobody sends")
+            raise RuntimeError(f"{algorithm}: {len(waiting)} ranks wait for messages that nobody sends")
         rank = waiting.popleft()
-        exchange = present[rank]
-        if exchange is None:
+        if (exchange := present[rank]) is None:
             continue
         waiting.append(rank)
         traffic.seconds[rank] = max(traffic.seconds[rank], sent_at[rank])
