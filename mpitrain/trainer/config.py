@@ -255,8 +255,6 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         self.check_objective()
         if self.quiet and self.verbose:
             raise UsageError("give --quiet or --verbose, not both")
-        if self.timeline and self.out is None:
-            raise UsageError("--timeline writes to the folder of the run: add --out RUN")
         if self.defer_evaluation and (self.target is not None or self.patience is not None):
             raise UsageError("--target and --patience need evaluations during the run: they cannot be deferred")
         for text in self.inject:

@@ -54,6 +54,8 @@ class RunPlan:
                 f"{method.name} sums gradients during the backward pass, before --accumulate has all: remove "
                 "--set overlap=true or --accumulate"
             )
+        if config.timeline and config.out is None:
+            raise UsageError("--timeline writes to the folder of the run: add --out RUN")
         loggers.check(config.log, has_folder=config.out is not None)
         optimizer = _optimizer(config, method)
         momentum = config.momentum

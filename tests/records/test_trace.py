@@ -110,8 +110,8 @@ NAMED = [
         ([SOUND, SOUND | {"ts": 0}], "not sorted"),
         ([SOUND, SOUND | {"ts": 2, "dur": 2}], "overlap"),
         ([NAMED[0]], "two names"),
-        ([NAMED[0] | {"name": "process_nam"}], "unknown metadata"),
-        ([NAMED[0] | {"args": {"nam": "p"}}], "args of"),
+        ([NAMED[0] | {"name": "process"}], "unknown metadata"),
+        ([NAMED[0] | {"args": {"title": "p"}}], "args of"),
     ],
 )
 def test_the_validator_finds_what_breaks_the_format(events: list[dict[str, object]], rule: str) -> None:

@@ -19,6 +19,7 @@ from mpitrain.optimizer import exchange
 from mpitrain.records import event_ring
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
+from mpitrain.trainer.plan import RunPlan
 
 STEPS = 24
 TINY: dict[str, Any] = {
@@ -202,4 +203,4 @@ def test_a_torch_profiler_sees_the_phases_by_name(world: Any) -> None:
 
 def test_a_timeline_needs_a_folder() -> None:
     with pytest.raises(UsageError, match="--timeline writes to the folder of the run: add --out RUN"):
-        TrainConfig(timeline=True)
+        RunPlan.of(TrainConfig(timeline=True))

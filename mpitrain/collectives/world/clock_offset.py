@@ -1,4 +1,4 @@
-"""The difference between the clocks of two ranks, by messages to and fro.
+"""The difference between the clocks of two ranks, by messages in both directions.
 
     this rank     sent               received
                      \\             /
