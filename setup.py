@@ -62,7 +62,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.20"],
         "completion": COMPLETION,
-        "examples": ["accelerate>=1.0", "lightning>=2.4", "timm>=1.0", "transformers>=4.46"],
+        "examples": ["accelerate>=1.0", "lightning>=2.4", "optuna>=4.0", "timm>=1.0", "transformers>=4.46"],
         "test": TEST,
         "docs": DOCS,
         "dev": TEST + LINT + NVRTC + DOCS,

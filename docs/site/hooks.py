@@ -7,6 +7,7 @@ the site, README.md is the home page, each method has a page of its own, and the
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import json
 import os
@@ -36,12 +37,17 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]+)\]\((?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^( *)(```.*?^\1```)", re.MULTILINE | re.DOTALL)
 
 
+def example_files() -> list[Path]:
+    """Return the scripts and notebooks of examples/ that are pages."""
+    return sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb"))
+
+
 def site_paths() -> dict[str, str]:
     """Return the path on the site of every file of the repository that is a page."""
     found = dict(PAGES)
     for path in sorted((ROOT / "docs").rglob("*.md")):
         found[path.relative_to(ROOT).as_posix()] = path.relative_to(ROOT / "docs").as_posix()
-    for path in sorted((ROOT / "examples").glob("*.py")):
+    for path in example_files():
         found[f"examples/{path.name}"] = f"examples/{path.stem}.md"
     found[METHODS] = "methods/index.md"
     return found
@@ -115,6 +121,22 @@ def example_page(path: Path) -> str:
     return f"# {title}\n\n`examples/{path.name}`\n\n```python\n{source}```\n"
 
 
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Return the page of a notebook with its outputs, and the pictures of the page by their names."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                name = f"{path.stem}-{len(pictures) + 1}.png"
+                pictures[name] = base64.b64decode(png)
+                parts.append(f"![output]({name})")
+            elif text := "".join(output.get("text", [])):
+                parts.append(f"```text\n{text}```")
+    return "\n\n".join(parts) + "\n", pictures
+
+
 def reference_pages() -> dict[str, str]:
     """Return the pages of the reference: mkdocstrings fills in what `SITE`/reference.yml lists."""
     groups: list[dict[str, Any]] = yaml.safe_load((ROOT / SITE / "reference.yml").read_text())
@@ -151,7 +173,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     groups = yaml.safe_load((ROOT / SITE / "reference.yml").read_text())
     results = sorted(path for path in (ROOT / "docs").glob("*/*.md") if path.parent.name != "site")
     listed: dict[str, list[Any]] = {
-        "Examples": [f"examples/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.py"))],
+        "Examples": [f"examples/{path.stem}.md" for path in example_files()],
         "Methods": ["methods/index.md", *(f"methods/{name}.md" for name in methods)],
         "Reference": [f"reference/{group['page']}.md" for group in groups],
         "Results": [path.relative_to(ROOT / "docs").as_posix() for path in results],
@@ -176,6 +198,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(page, (ROOT / source).read_text(), source)
     for path in sorted((ROOT / "examples").glob("*.py")):
         add(f"examples/{path.stem}.md", example_page(path), f"examples/{path.name}")
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        text, pictures = notebook_page(path)
+        add(f"examples/{path.stem}.md", text, f"examples/{path.name}")
+        for name, png in pictures.items():
+            files.append(File.generated(config, f"examples/{name}", content=png))
     add("methods/index.md", introduction, METHODS)
     for name, section in sections.items():
         picture = f"![The test loss of {name} beside that of all-reduce SGD]({name}.svg)"
