@@ -1,12 +1,15 @@
 """Workers on a simulated cluster: what their steps and exchanges take."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from support.quadratic import simulate
 
 from mpitrain.algorithms import EASGD, AllReduceSGD, Downpour, GossipSGD
+from mpitrain.collectives.rma.peer_memory import LARGEST_REMOTE_SHARD, SMALLEST_REMOTE_SHARD
 from mpitrain.simulation.compute import ComputeTime, Core
-from mpitrain.simulation.network import REQUEST_BYTES, Network
+from mpitrain.simulation.network import REQUEST_BYTES, Fabric, Network
 from mpitrain.simulation.network_time import NetworkTime
 from mpitrain.simulation.world import SimulatedWorld
 
@@ -135,3 +138,30 @@ def test_an_evaluation_takes_no_time():
 
     world.run(program)
     assert schedule.clocks.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("p", [2, 16, 1024])
+def test_an_exchange_makes_two_requests_of_one_node_on_any_number_of_nodes(p, monkeypatch):
+    """26,122 parameters are a single shard: one message asks for it, one returns it, however many nodes there are."""
+    sent, original = Counter(), Fabric.send
+
+    def send(fabric, source, target, *rest):
+        sent[source, target] += 1
+        return original(fabric, source, target, *rest)
+
+    monkeypatch.setattr(Fabric, "send", send)
+    schedule = NetworkTime(ComputeTime([1.0] * p), Network(latency=1e-4, bandwidth=1e9), range(p))
+    limits = {"smallest_shard": SMALLEST_REMOTE_SHARD, "largest_shard": LARGEST_REMOTE_SHARD}
+    world = SimulatedWorld(p, schedule, nodes=range(p), **limits)
+
+    def program(comm):
+        center = comm.shared_vector(26_122, np.float32)
+        center.update(lambda part, values: 0)
+        return center.homes
+
+    homes = world.run(program)
+    assert set(homes) == {(homes[0][0],)}
+    home = homes[0][0]
+    requests = {rank: sum(n for (source, target), n in sent.items() if source == rank != home) for rank in range(p)}
+    assert requests == {rank: 2 * (rank != home) for rank in range(p)}
+    assert sum(sent.values()) == 3 * (p - 1)  # and the shard comes

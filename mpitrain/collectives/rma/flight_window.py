@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mpitrain.collectives.world.progress import MOST_AWAITED
+
 FEWEST_BYTES = 1 << 20
 """Fills links of a few milliseconds. More blocks under way than needed keep their locks longer."""
 
@@ -9,7 +13,10 @@ MOST_BYTES = 1 << 24
 """1 Gbit/s for 130 ms. It bounds the memory of the staging buffers, of which there are twice as many bytes."""
 
 GAIN = 2.0
-"""Times the bandwidth-delay product: a window that is too small doubles with each visit, as in TCP's slow start."""
+"""Times the bandwidth-delay product: the bandwidth of a visit is a lower bound of that of the link."""
+
+QUEUED = 1.25
+"""Times the shortest round trip: an answer that takes longer has waited for other data on a full link."""
 
 
 class FlightWindow:
@@ -17,8 +24,10 @@ class FlightWindow:
 
     It is a multiple of the round-trip time times the bandwidth, as in BBR (Cardwell et al. 2016, doi
     10.1145/3012426.3022184). The round-trip time is the shortest that was measured. The bandwidth is the highest
-    that a whole visit reached. If the window limits a visit, the measured bandwidth is the window divided by the round
-    trip. The window therefore grows until the link is full.
+    that a visit reached between its first and its last block.
+
+    During a visit, the window grows with each answer by the size of the answered block, until answers have to queue.
+    It thus doubles with each round trip, as in the slow start of TCP, and the first visit fills the link already.
 
     Attributes:
         n_bytes: The window, in bytes.
@@ -29,14 +38,29 @@ class FlightWindow:
         self._round_trip_seconds = float("inf")
         self._bytes_per_second = 0.0
 
-    def record_round_trip(self, seconds: float) -> None:
-        """Record the time from a request to its answer. Call it only if nothing but the link has delayed the answer."""
+    def admits(self, requested: Sequence[int], n_bytes: int) -> bool:
+        """Return whether a block of ``n_bytes`` may be requested beside those under way, of ``requested`` bytes each.
+
+        Two at least may be under way, as one is worked on while another one comes.
+        """
+        n = len(requested)
+        return n < 2 or (n < MOST_AWAITED and sum(requested) + n_bytes <= self.n_bytes)
+
+    def record_answer(self, seconds: float, n_bytes: int) -> None:
+        """Record the time from a request for a block of ``n_bytes`` to its answer, and open the window further.
+
+        Call it only if nothing but the link has delayed the answer.
+        """
         self._round_trip_seconds = min(self._round_trip_seconds, seconds)
+        if seconds <= QUEUED * self._round_trip_seconds:
+            self.n_bytes = min(self.n_bytes + n_bytes, MOST_BYTES)
 
     def record_visit(self, n_bytes: int, seconds: float) -> None:
         """Record a visit that fetched ``n_bytes`` in ``seconds``, and set the window for the next one."""
         if seconds <= 0 or self._round_trip_seconds == float("inf"):
             return
-        self._bytes_per_second = max(self._bytes_per_second, n_bytes / seconds)
+        # The first block takes a round trip to come. A shorter visit was never limited by the link.
+        transfer_seconds = max(seconds - self._round_trip_seconds, min(seconds, self._round_trip_seconds))
+        self._bytes_per_second = max(self._bytes_per_second, n_bytes / transfer_seconds)
         product = self._bytes_per_second * self._round_trip_seconds
         self.n_bytes = int(min(max(GAIN * product, FEWEST_BYTES), MOST_BYTES))

@@ -28,7 +28,7 @@ from mpitrain.collectives.rma.blocks import N_TAGS, Block
 from mpitrain.collectives.rma.flight_window import FlightWindow
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
-from mpitrain.collectives.world.progress import MOST_AWAITED, ProgressThread
+from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.transfers import Transfer, first_granted
 from mpitrain.kernels.gpu import address_of
@@ -162,11 +162,11 @@ class RemoteBlocks:
         return self._arrived(fetch)
 
     def _start_more(self, awaited: deque[int], encoded: bool) -> None:
-        """Start to fetch blocks while the window is open: two at least, as one is worked on while another one comes."""
+        """Start to fetch blocks while the window is open."""
         requested = [fetch.n_bytes for fetch in self._fetches if not fetch.granted]
-        while awaited and len(requested) < MOST_AWAITED:
+        while awaited:
             n_bytes = self._memory.lengths[awaited[0]] * self._itemsize
-            if len(requested) >= 2 and sum(requested) + n_bytes > self.window.n_bytes:
+            if not self.window.admits(requested, n_bytes):
                 break
             requested.append(n_bytes)
             # A block takes a round trip to come and another one to go.
@@ -237,7 +237,7 @@ class RemoteBlocks:
         self._statistics.add_lock_wait(waited)
         fetch.granted = True
         if not fetch.transfer.was_taken:
-            self.window.record_round_trip(time.perf_counter() - fetch.began)
+            self.window.record_answer(time.perf_counter() - fetch.began, fetch.n_bytes)
         return fetch
 
     def _arrived(self, fetch: Fetch) -> Block:
