@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from mpitrain.trainer import runlock
+from mpitrain.records import lock_file
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 
@@ -221,7 +221,7 @@ class TestSbatch:
 
     def test_the_lock_is_read_as_it_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", "8")
-        assert '"job": "8"' in json.dumps(runlock.describe())
+        assert '"job": "8"' in json.dumps(lock_file.describe())
 
     @pytest.mark.parametrize("words", [["--data", "a.h5"], ["--data=a.h5"]])
     def test_staged_data_are_read_from_the_copy(self, tmp_path: Path, words: list[str]) -> None:

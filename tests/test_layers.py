@@ -68,6 +68,7 @@ LIBRARIES = {
     "networkx": ("collectives.topology",),
     "numba": ("kernels",),
     "PIL": ("data",),
+    "rich": ("cli.watch",),
     "sklearn": ("data",),
     "tensorboardX": ("loggers.tensorboard",),
     "torch": ("records.hdf5_tree", "optimizer", "collectives.world.device", "data", "models", "trainer"),

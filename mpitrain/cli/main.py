@@ -1,4 +1,4 @@
-"""``mpitrain info | algorithms | train | data | report | simulate | plan``
+"""``mpitrain info | algorithms | train | data | watch | report | simulate | plan``
 
 Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. A user
 error produces one line on standard error and exit code 2. A command's module and its imports are loaded only when the
@@ -24,6 +24,7 @@ COMMANDS = {
     "algorithms": "list every method with its paper and its settings",
     "train": "train a model (start it with mpirun or srun)",
     "data": "import data sets into HDF5 files",
+    "watch": "show the progress of a run in the terminal until it ends",
     "report": "plot and tabulate runs",
     "simulate": "run a method with many workers in one process, under a virtual clock",
     "plan": "compare the methods on a given cluster: time of an epoch, share of communication, which to pick",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from mpitrain.records.metrics import FAILURES, MetricsWriter
 from mpitrain.trainer.counters import HISTOGRAMS, METHOD_PREFIX, Totals
 from mpitrain.trainer.run import Hook, Point, Run
 
-PER_WORKER = ("workers", "method")
+PER_WORKER = ("workers", "method", "ranks")
 """The tables whose entries have one element per rank."""
+
+SECONDS_BETWEEN_RANKS = 1.0
+RANKS_PER_SECOND = 100
+"""The table of the ranks gets a row a second, and fewer rows in a job of more ranks than this."""
 
 
 def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
@@ -27,7 +32,17 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
     """
     return {
         "progress": [
-            *("seconds", "step", "gradients", "samples", "bytes", "loss", "learning_rate", "samples_per_second"),
+            *(
+                "seconds",
+                "step",
+                "gradients",
+                "samples",
+                "bytes",
+                "loss",
+                "learning_rate",
+                "samples_per_second",
+                "done",
+            ),
             *(f"{name}_share" for name in SHARES),
             *("n_nonfinite", "n_clipped", "exchanges", "lock_wait_seconds"),
             *("consensus_distance", "elastic_energy"),
@@ -35,6 +50,7 @@ def tables(n_workers: int, metrics: Sequence[str]) -> dict[str, list[Any]]:
         "evaluation": ["seconds", "step", "gradients", "bytes", "epoch", "test_loss", "test_accuracy", "test_metric"],
         # Sums over all workers; the table below has each worker's own.
         "staleness": ["seconds", ("histogram", (STALENESS_BINS,)), ("distance", (DISTANCE_BINS,))],
+        "ranks": ["seconds", *((name, (n_workers,)) for name in ("steps", "waiting_seconds", "alive"))],
         "workers": [
             "seconds",
             *((name, (n_workers,)) for name in ("steps", "bytes", "exchanges", "lock_wait_seconds", "waiting_seconds")),
@@ -64,6 +80,7 @@ class MetricsFile(Hook):
         self._path = None if run_folder is None else run_folder / "metrics.h5"
         self._wanted, self._names, self._continue_from = wanted, tuple(metrics), continue_from
         self._writer: MetricsWriter | None = None
+        self._ranks_written = -math.inf
 
     def on_start(self, run: Run) -> None:
         """Open the file. If a resume is refused before this call, the file does not change."""
@@ -91,6 +108,7 @@ class MetricsFile(Hook):
             loss=totals.loss,
             learning_rate=run.learning_rate,
             samples_per_second=samples / max(seconds, 1e-9),
+            done=_done(run, totals),
             n_nonfinite=totals.n_nonfinite,
             n_clipped=totals.n_clipped,
             exchanges=totals.exchanges,
@@ -102,6 +120,12 @@ class MetricsFile(Hook):
         if self._names:
             own = {name: scoreboard[METHOD_PREFIX + name] for name in self._names}
             self._writer.append("method", seconds=seconds, **own)
+        pause = SECONDS_BETWEEN_RANKS * max(1.0, run.world.size / RANKS_PER_SECOND)
+        if in_full or seconds - self._ranks_written >= pause:
+            self._ranks_written = seconds
+            alive = [rank not in run.world.dead for rank in range(run.world.size)]
+            steps, waits = scoreboard["steps"], scoreboard["waiting"]
+            self._writer.append("ranks", seconds=seconds, steps=steps, waiting_seconds=waits, alive=alive)
         if in_full:
             self._writer.append(
                 "workers",
@@ -126,6 +150,13 @@ class MetricsFile(Hook):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _done(run: Run, totals: Totals) -> float:
+    """Return the part of the budget that is used up, from 0 to 1."""
+    if run.budget.seconds is not None:
+        return min(run.clock.seconds / run.budget.seconds, 1.0)
+    return min(totals.gradients / run.budget.gradients, 1.0) if run.budget.gradients else 0.0
 
 
 def _open(path: Path, wanted: dict[str, list[Any]], continue_from: float | None) -> MetricsWriter | None:

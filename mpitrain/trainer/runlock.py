@@ -19,15 +19,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
+from mpitrain.records.lock_file import FRESH_SECONDS, NAME, describe, is_gone, read
 from mpitrain.trainer import runfolder
 from mpitrain.trainer.run import Hook, Run
 
-NAME = "lock"
-FRESH_SECONDS = 120.0
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_SETTLE = 0.2
 """The wait after a takeover, in which one that began at the same moment ends."""
@@ -133,49 +131,3 @@ class RunLock:
         if self._thread is not None and self._is_ours():
             with contextlib.suppress(OSError):
                 self._path.unlink()
-
-
-def describe() -> dict[str, Any]:
-    """Return the description of this process that the lock file contains."""
-    pid = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": pid,
-        "started": _started(pid),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
-    }
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the owner that a lock file names; empty if the file is incomplete or does not exist."""
-    try:
-        owner = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def is_gone(owner: dict[str, Any]) -> bool:
-    """Return whether the owner of a lock file is known to have ended."""
-    here = describe()
-    if owner.get("machine") == here["machine"]:
-        return _started(owner.get("pid", 0)) != owner.get("started")
-    is_of_this_job = here["job"] is not None and owner.get("job") == here["job"]
-    return is_of_this_job and owner.get("restart") != here["restart"]
-
-
-def _machine() -> str:
-    """Return the identity of this boot and process namespace, as containers may share a host name."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _started(pid: int) -> str | None:
-    """Return the start time of a process in ticks since boot; None if it does not exist or is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

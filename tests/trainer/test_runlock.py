@@ -12,6 +12,7 @@ import pytest
 from support import small_models
 
 from mpitrain.errors import UsageError
+from mpitrain.records import lock_file
 from mpitrain.trainer import runlock
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
@@ -36,7 +37,7 @@ def path(tmp_path, monkeypatch) -> Path:
 
 def leave(path: Path, seconds_ago: float = 0.0, **changes: object) -> None:
     """A lock of another machine, unless the changes make it one of this."""
-    path.write_text(json.dumps({**runlock.describe(), "host": "other", "machine": "other", **changes}))
+    path.write_text(json.dumps({**lock_file.describe(), "host": "other", "machine": "other", **changes}))
     when = path.stat().st_mtime - seconds_ago
     os.utime(path, (when, when))
 
@@ -47,7 +48,7 @@ def is_taken(path: Path) -> bool:
         lock.acquire()
     except UsageError:
         return False
-    assert runlock.read(path) == runlock.describe()
+    assert lock_file.read(path) == lock_file.describe()
     lock.release()
     assert not list(path.parent.iterdir())
     return True
@@ -71,7 +72,7 @@ def test_a_living_owner_on_this_machine_keeps_others_out_and_a_killed_one_does_n
 
 
 def test_a_number_of_a_process_that_another_one_has_now_does_not_matter(path):
-    here = runlock.describe()
+    here = lock_file.describe()
     leave(path, machine=here["machine"], pid=os.getppid(), started="1")
     assert is_taken(path)
 
