@@ -60,9 +60,10 @@ class Rows:
 
     def __init__(self, k: int, n: int, dtype: Any) -> None:
         self.values = np.zeros((k, n), dtype)
-        self._block = np.empty((k, BLOCK))
-        self._other = np.empty((k, BLOCK))
-        self._line = np.empty(BLOCK)
+        length = min(n, BLOCK)  # not more than the rows themselves
+        self._block = np.empty((k, length))
+        self._other = np.empty((k, length))
+        self._line = np.empty(length)
 
     def squared_distances(self, rows: np.ndarray) -> np.ndarray:
         """Return the squared Euclidean distances between the given rows: (k, k) float64, with 0 for all other rows."""
