@@ -1,4 +1,4 @@
-"""``mpitrain info | algorithms | train | data | watch | report | simulate | plan``
+"""``mpitrain demo | info | algorithms | train | data | watch | report | simulate | plan``
 
 Each command prints on one rank only. With ``--json`` the last line of standard output is one JSON document. A user
 error produces one line on standard error and exit code 2. A command's module and its imports are loaded only when the
@@ -14,12 +14,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from mpitrain.cli import completion
 from mpitrain.cli.failure import EXIT_DIVERGED, EXIT_FAILURE, fail
 from mpitrain.cli.options import Parser
 from mpitrain.errors import Diverged, RankFailed, UsageError
 from mpitrain.version import __version__
 
 COMMANDS = {
+    "demo": "train on 4 ranks of this machine and print the report",
     "info": "show the capabilities of this MPI, the GPUs and the machine, and what a run will use",
     "algorithms": "list every method with its paper and its settings",
     "train": "train a model (start it with mpirun or srun)",
@@ -38,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal does not know
     try:
+        if completion.is_requested():
+            completion.complete(*_parsers())
         if words and words[0] in COMMANDS:
             code = _run(words[0], words[1:])
             sys.stdout.flush()  # a full disk is noticed here
             return code
-        _parser().parse_args(words)  # exits: it shows the help or the version, or finds no such command
+        _parsers()[0].parse_args(words)  # exits: it shows the help or the version, or finds no such command
         return EXIT_FAILURE
     except UsageError as error:
         return fail(str(error), on_all_ranks=error.on_all_ranks)
@@ -61,14 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"cannot write {error.filename or 'the output'} ({error.strerror}): free some room")
 
 
-def _parser() -> Parser:
-    """Return the parser of everything but the commands' own options."""
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of everything but the commands' own options, and the parser of each command."""
     parser = Parser(prog="mpitrain", description="Train PyTorch models over MPI.")
     parser.add_argument("--version", action="version", version=f"mpitrain {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for name, summary in COMMANDS.items():
-        commands.add_parser(name, help=summary)
-    return parser
+    return parser, {name: commands.add_parser(name, help=summary) for name, summary in COMMANDS.items()}
 
 
 def _run(command: str, rest: Sequence[str]) -> int:

@@ -66,6 +66,7 @@ def add_options(
     *,
     help: Mapping[str, str] | None = None,
     keep_defaults: bool = False,
+    sections: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Add the options that a dataclass declares.
 
@@ -76,25 +77,36 @@ def add_options(
         help: Help texts that replace the declared ones, by field name.
         keep_defaults: Whether an option that is not given has the default of the field. Otherwise it is None, so that a
             resumed run can tell that the option was not given.
+        sections: The fields under each heading of the help. Other options are under the parser's own heading.
     """
     declared = options_of(config)
+    places = {name: heading for heading, fields in (sections or {}).items() for name in fields}
     for name in declared if names is None else names:
         option = declared[name]
         if option.on_command_line:
             default = default_of(config, name)
-            place = parser if option.group is None else _group(parser, option.group)
+            section = parser if name not in places else _section(parser, places[name])
+            place = section if option.group is None else _group(parser, option.group, section)
             text = f"{(help or {}).get(name, option.help)}{_default_text(option, default)}"
             place.add_argument(
                 flag_of(name, option), help=text, **_keywords(option, default if keep_defaults else None)
             )
 
 
-def _group(parser: argparse.ArgumentParser, name: str) -> Any:
-    """Return the parser's mutually exclusive group of this name, and create it on first use."""
+def _group(parser: argparse.ArgumentParser, name: str, section: Any) -> Any:
+    """Return the parser's mutually exclusive group of this name, and create it in a section on first use."""
     groups = parser.__dict__.setdefault("exclusive_groups", {})
     if name not in groups:
-        groups[name] = parser.add_mutually_exclusive_group()
+        groups[name] = section.add_mutually_exclusive_group()
     return groups[name]
+
+
+def _section(parser: argparse.ArgumentParser, heading: str) -> Any:
+    """Return the parser's section of the help under a heading, and create it on first use."""
+    sections = parser.__dict__.setdefault("sections", {})
+    if heading not in sections:
+        sections[heading] = parser.add_argument_group(heading)
+    return sections[heading]
 
 
 def _keywords(option: Option, default: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out": "folder for the metrics, for mpitrain report",
         "sampling": "each worker draws from the whole training set (independent) or from its part (sharded)",
     }
+    parser.usage = "%(prog)s [OPTION ...]"
     add_options(parser, TrainConfig, SHARED, help=in_total)
     add_options(parser, StudyConfig)
     add_options(parser, ClusterConfig)

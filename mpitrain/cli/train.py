@@ -18,10 +18,29 @@ from mpitrain.trainer.objective_options import metric_in_words
 from mpitrain.trainer.options import values_of
 from mpitrain.trainer.plan import RunPlan
 
+SECTIONS = {
+    "method, data and model": (
+        *("algorithm", "settings", "data", "model", "loss", "metric", "init_from", "seed"),
+        *("sampling", "augment", "verify"),
+    ),
+    "length of the run": ("epochs", "steps", "gradients", "minutes", "target", "patience"),
+    "local updates": (
+        *("optimizer", "optimizer_settings", "lr", "momentum", "weight_decay", "schedule", "schedule_settings"),
+        *("warmup", "clip_norm", "precision", "batch_size", "batch_sizes", "accumulate", "on_nonfinite"),
+    ),
+    "exchanges": ("average", "clip_displacement", "replica_size", "wire", "transport", "timeout", "device"),
+    "files and reports": (
+        *("out", "evaluate_every", "checkpoint_every", "keep", "log", "timeline", "quiet", "verbose"),
+    ),
+    "experiments": ("straggler", "inject"),
+}
+"""The headings of the help, with the options under each."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command: those of ``TrainConfig``, of files, and ``--json``."""
-    add_options(parser, TrainConfig)
+    parser.usage = "[mpirun -n P] %(prog)s [OPTION ...]"
+    add_options(parser, TrainConfig, sections=SECTIONS)
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="continue a run from its newest checkpoint, with its settings"
     )
