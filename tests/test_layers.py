@@ -71,6 +71,7 @@ LIBRARIES = {
     "rich": ("cli.watch",),
     "sklearn": ("data",),
     "tensorboardX": ("loggers.tensorboard",),
+    "tokenizers": ("data",),
     "torch": ("records.hdf5_tree", "optimizer", "collectives.world.device", "data", "models", "trainer"),
     "tqdm": ("data", "trainer"),
     "wandb": ("loggers.wandb_run",),

@@ -26,6 +26,7 @@ SHARED = (
     *(
         "data",
         "model",
+        "model_settings",
         "batch_size",
         "lr",
         "momentum",

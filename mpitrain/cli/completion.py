@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpitrain.cli.options import Parser
+from mpitrain.trainer.data_options import BUILT_IN
 
 VARIABLE = "_ARGCOMPLETE"
 
@@ -54,7 +55,7 @@ def typed_command(line: str, commands: Mapping[str, Any]) -> str | None:
 
 def _add_values(parser: argparse.ArgumentParser, files: Callable[..., Any]) -> None:
     """Attach the values that an option can have and that its declaration does not list."""
-    known = {"algorithm": algorithms, "model": model_names, "data": lambda: ["digits", "synthetic"]}
+    known = {"algorithm": algorithms, "model": model_names, "data": lambda: list(BUILT_IN)}
     for action in parser._actions:
         names = known.get(action.dest)
         if names is not None:

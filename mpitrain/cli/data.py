@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpitrain.data import digest
-from mpitrain.data.image_import import Imported, import_images
+from mpitrain.data.array_import import import_cifar, import_mnist
+from mpitrain.data.data_writer import Imported
+from mpitrain.data.image_import import import_images
 from mpitrain.data.option_parsing import between, sizes
+from mpitrain.data.text import TEST_FRACTION
+from mpitrain.data.text_import import ImportedText, import_text
 from mpitrain.errors import printable
 
 
@@ -24,13 +28,15 @@ class Importer:
 
     Attributes:
         summary: The description of the format, for the help.
+        source: The description of SOURCE, for the help.
         add_options: A function that adds the options of the format.
         run: A function that imports the data.
     """
 
     summary: str
+    source: str
     add_options: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], Imported]
+    run: Callable[[Namespace], Imported | ImportedText]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     kinds = action.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, importer in IMPORTERS.items():
         sub = kinds.add_parser(kind, help=importer.summary, description=f"Import {importer.summary}.")
-        sub.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive to import")
+        sub.add_argument("source", type=Path, metavar="SOURCE", help=importer.source)
         sub.add_argument("target", type=Path, metavar="FILE.h5", help="data file to write")
         sub.add_argument("--quiet", action="store_true", help="show no progress bar")
         importer.add_options(sub)
@@ -55,13 +61,7 @@ def run(args: Namespace) -> int:
         print(printable(f"{args.file}: its contents match its digest (SHA-256 {found})"))
         return 0
     done = IMPORTERS[args.kind].run(args)
-    remarks = [f"{n} {what}" for what, n in done.converted.items()]
-    remarks += [f"{len(done.unreadable)} unreadable left out"] if done.unreadable else []
-    remarks += [f"{n} {what} left out" for what, n in done.left_out.items()]
-    skipped = "".join(f", {remark}" for remark in remarks)
-    shape = "x".join(map(str, done.shape))
-    counts = f"{done.n_train} training and {done.n_test} test images of {shape}, {len(done.classes)} classes{skipped}"
-    print(printable(f"{done.target}: {counts}"))
+    print(printable(done.summary()))
     return 0
 
 
@@ -99,6 +99,25 @@ def _run_images(args: Namespace) -> Imported:
     )
 
 
+def _text_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="tokenizer.json of Hugging Face, which needs the extra 'text' (default: tokens are bytes)",
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=TEST_FRACTION,
+        help="fraction of the text, at its end, that becomes the test set (default: %(default)s)",
+    )
+
+
+def _run_text(args: Namespace) -> ImportedText:
+    return import_text(args.source, args.target, tokenizer=args.tokenizer, test_fraction=args.test_fraction)
+
+
 def _size(text: str) -> tuple[int, int]:
     try:
         height, *rest = sizes(text)
@@ -117,5 +136,28 @@ def _fraction(text: str) -> float:
 
 
 IMPORTERS: dict[str, Importer] = {
-    "images": Importer("class folders of image files, or an archive of class folders", _images_options, _run_images),
+    "images": Importer(
+        "class folders of image files, or an archive of class folders",
+        "folder or archive to import",
+        _images_options,
+        _run_images,
+    ),
+    "mnist": Importer(
+        "the files of MNIST, or of a data set in the same format",
+        "folder or archive with the idx files, plain or .gz",
+        lambda parser: None,
+        lambda args: import_mnist(args.source, args.target),
+    ),
+    "cifar": Importer(
+        "the files of CIFAR-10 or CIFAR-100, in the binary or in the Python version",
+        "archive as it is published, or a folder of its files",
+        lambda parser: None,
+        lambda args: import_cifar(args.source, args.target),
+    ),
+    "text": Importer(
+        "text as bytes, or as the tokens of a tokenizer",
+        "text file, folder or archive of text files, or python for the documentation of Python",
+        _text_options,
+        _run_text,
+    ),
 }

@@ -20,8 +20,8 @@ from mpitrain.trainer.plan import RunPlan
 
 SECTIONS = {
     "method, data and model": (
-        *("algorithm", "settings", "data", "model", "loss", "metric", "init_from", "seed"),
-        *("sampling", "augment", "verify"),
+        *("algorithm", "settings", "data", "model", "model_settings", "loss", "metric", "init_from", "seed"),
+        *("sampling", "augment", "verify", "workers"),
     ),
     "length of the run": ("epochs", "steps", "gradients", "minutes", "target", "patience"),
     "local updates": (

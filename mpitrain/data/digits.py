@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.data.dataset import Dataset, Normalisation
+from mpitrain.data.dataset import ArrayDataset, Normalisation
 from mpitrain.data.storage import MemoryImages
 from mpitrain.data.stratified_split import stratified_split
 from mpitrain.errors import UsageError
@@ -15,7 +15,7 @@ from mpitrain.errors import UsageError
 LARGEST_PIXEL = 16
 
 
-def load_digits(*, split_seed: int) -> Dataset:
+def load_digits(*, split_seed: int) -> ArrayDataset:
     """Return 1,797 digits of 8x8 pixels in 0..16 (UCI). Local.
 
     Args:
@@ -27,7 +27,7 @@ def load_digits(*, split_seed: int) -> Dataset:
     is_test = stratified_split(labels, 0.2, split_seed)
     train = images[~is_test]
     mean, std = float(train.mean() / LARGEST_PIXEL), float(train.std() / LARGEST_PIXEL)
-    return Dataset(
+    return ArrayDataset(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
         shape=(1, 8, 8),

@@ -15,6 +15,8 @@ For regression there are real-valued targets in place of labels and classes:
     train/targets  (N,) or (N, k) floating point, finite
     test/targets   (M,) or (M, k)
 
+For text there are tokens instead; see ``text_format``.
+
 Files are not compressed, because decoded images hardly compress, and a run reads each of them many times.
 """
 
@@ -110,11 +112,8 @@ def reading(file: h5py.File) -> Iterator[None]:
 
 def read_header(file: h5py.File) -> Header:
     """Return the validated description of a file. Labels are not read."""
-    path = file.filename
-    kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
-    if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
-        raise UsageError(f"{path} is {kind} version {version}, not {FORMAT} version {FORMAT_VERSION}: {REMEDY}")
-    kind = answers(file)
+    check_format(file)
+    path, kind = file.filename, answers(file)
     classes = _classes(file) if kind == LABELS else ()
     mean, std = (_numbers(file, name) for name in ("mean", "std"))
     images, labels = ({split: _dataset(file, f"{split}/{name}") for split in SPLITS} for name in ("images", kind))
@@ -150,6 +149,15 @@ def read_header(file: h5py.File) -> Header:
                 f"{path}: attribute {name} must be {shape[0]} finite numbers, std above 0: store that of train/images"
             )
     return Header(images["train"].shape[0], images["test"].shape[0], shape, dtype, classes, mean, std)
+
+
+def check_format(file: h5py.File) -> None:
+    """Raise `UsageError` unless a file is a data file of this version."""
+    kind, version = _text(_attribute(file, "format")), _attribute(file, "format_version")
+    if kind != FORMAT or not np.array_equal(version, FORMAT_VERSION):
+        raise UsageError(
+            f"{file.filename} is {kind} version {version}, not {FORMAT} version {FORMAT_VERSION}: {REMEDY}"
+        )
 
 
 def answers(file: h5py.File) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.data import digest
-from mpitrain.data.dataset import Dataset, Normalisation
+from mpitrain.data.dataset import ArrayDataset, Dataset, Normalisation
 from mpitrain.data.hdf5_format import (
     LABELS,
     SPLITS,
@@ -24,6 +24,8 @@ from mpitrain.data.hdf5_format import (
 )
 from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.storage import MAX_READ_BYTES, STORAGES, FileImages, Images, Limits, MemoryImages, choose, share_of
+from mpitrain.data.text import load_text_file
+from mpitrain.data.text_format import TextHeader, holds_text, read_text_header
 from mpitrain.errors import UsageError
 
 ANSWERS: dict[str, np.dtype[Any]] = {LABELS: np.dtype(np.int64), TARGETS: np.dtype(np.float32)}
@@ -33,15 +35,41 @@ LABEL_BYTES = 2**28
 """Labels of this size are read on every node, even if the images are not."""
 
 
-def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify: bool = False) -> Dataset:
+def load_hdf5(
+    path: Path, *, world: World, sampling: str, limits: Limits, verify: bool = False, context: int
+) -> Dataset:
     """Return the data set of a data file. Collective over the node.
 
     `storage.py` determines where the images are stored. With `verify`, the first rank of the node first compares the
     whole file with its digest.
+
+    Args:
+        path: The file.
+        world: The ranks of the node.
+        sampling: The way in which samples will be drawn.
+        limits: The memory that the data may occupy.
+        verify: Whether to compare the file with its digest.
+        context: The number of tokens of a sample, if the file contains text.
     """
     if verify:
         all_ok(world, lambda: digest.verify(path) if world.local_rank == 0 else None)
     file, header, file_digest = all_ok(world, lambda: _open(path))
+    if isinstance(header, TextHeader):
+        return load_text_file(file, header, context=context, world=world, limits=limits, file_digest=file_digest)
+    return _load_images(path, file, header, file_digest, world=world, sampling=sampling, limits=limits)
+
+
+def _load_images(
+    path: Path,
+    file: h5py.File,
+    header: Header,
+    file_digest: str | None,
+    *,
+    world: World,
+    sampling: str,
+    limits: Limits,
+) -> ArrayDataset:
+    """Return the data set of a file with images. Collective over the node."""
     preferred = choose(header.n_bytes, sampling=sampling, size=world.size, local_size=world.local_size, limits=limits)
     storage = STORAGES[agree(world, STORAGES.index(preferred))]
     n_labels = header.n_train + header.n_test
@@ -67,7 +95,7 @@ def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify
         file.close()
 
     scale = 255.0 if header.dtype == np.uint8 else 1.0
-    return Dataset(
+    return ArrayDataset(
         name=path.stem,
         classes=header.classes,
         shape=header.shape,
@@ -83,12 +111,13 @@ def load_hdf5(path: Path, *, world: World, sampling: str, limits: Limits, verify
     )
 
 
-def _open(path: Path) -> tuple[h5py.File, Header, str | None]:
+def _open(path: Path) -> tuple[h5py.File, Header | TextHeader, str | None]:
     """Return an open data file, its description and the digest of its import. Local."""
     file = open_data(path)
     try:
         with reading(file):
-            return file, read_header(file), digest.stored(path)
+            header = read_text_header(file) if holds_text(file) else read_header(file)
+            return file, header, digest.stored(path)
     except BaseException:
         file.close()
         raise

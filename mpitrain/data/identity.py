@@ -5,6 +5,9 @@ same if they have the same number of samples, the same shape and classes, and th
 
     names of the classes, normalisation, labels and images of the training and the test set
 
+For text, the tokens take the place of labels and images. Of data from a function of the user (``module:function``),
+only the numbers and the shape are compared, because reading its samples may be slow or random.
+
 If the images take more than 16 MiB, only up to 1,024 evenly spaced rows of them are used, so that no run has to read a
 large file at its start. Changes of other rows are found only in a file of ``mpitrain data import``, which holds a
 digest of all its bytes (``digest``): if both data sets have one, these must be equal too.
@@ -76,14 +79,10 @@ class Identity:
 
 def identity_of(dataset: Dataset) -> Identity:
     """Return the identity of a data set; it does not depend on where the images are stored. Local."""
-    found = hashlib.sha256(repr((dataset.classes, dataset.shape, asdict(dataset.normalisation))).encode())
-    for images, labels in (
-        (dataset.train_images, dataset.train_labels),
-        (dataset.test_images, dataset.test_labels),
-    ):
-        row_bytes = images.select(np.zeros(1, np.int64)).nbytes
-        _add(found, images.select(_sample(len(labels), row_bytes, MOST_ROWS)))
-        _add(found, labels[_sample(len(labels), labels.itemsize, MOST_LABELS)])
+    found = hashlib.sha256(repr(dataset.description()).encode())
+    for rows in dataset.arrays():
+        most = MOST_LABELS if rows.is_small else MOST_ROWS
+        _add(found, rows.select(_sample(rows.n, rows.row_bytes, most)))
     return Identity(
         train=dataset.n_train,
         test=dataset.n_test,

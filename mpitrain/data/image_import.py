@@ -5,14 +5,12 @@ headers, from which classes, split, size and colours follow; the second pass dec
 once, a chunk at a time.
 """
 
-import contextlib
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -20,14 +18,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from mpitrain.data import digest
 from mpitrain.data.class_folders import files, is_hidden, places
-from mpitrain.data.hdf5_format import SPLITS, SUFFIXES, create
+from mpitrain.data.data_writer import Decoded, ImageWriter, Imported, check_target, replace_data
+from mpitrain.data.hdf5_format import create
 from mpitrain.data.stratified_split import stratified_split
-from mpitrain.errors import UsageError, reason
+from mpitrain.errors import UsageError
 from mpitrain.log import is_terminal
 from mpitrain.records.contained_file import ContainedFile
-from mpitrain.records.durable import remedy, sync
 
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations of EXIF that exchange height and width."""
@@ -42,23 +39,6 @@ NO_IMAGES, HIDDEN = "files that are no images", "hidden files"
 """What is left out, for the last line."""
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a channel, which Pillow would clip
-
-T = TypeVar("T")
-Decoded = Iterator[tuple[str, NDArray[np.uint8] | None]]  # name; (C, H, W), or None if it cannot be decoded
-
-
-@dataclass(frozen=True)
-class Imported:
-    """The outcome of an import."""
-
-    target: Path
-    n_train: int
-    n_test: int
-    shape: tuple[int, int, int]  # (C, H, W)
-    classes: tuple[str, ...]
-    unreadable: tuple[str, ...]  # images that were left out
-    converted: Mapping[str, int]  # how many images were changed, by what was done to them
-    left_out: Mapping[str, int]  # how many other files were left out, by what they are
 
 
 @dataclass(frozen=True)
@@ -131,8 +111,7 @@ def import_images(
         skip_unreadable: Whether to leave out images that cannot be decoded, instead of raising an error.
         progress: Whether to show a progress bar on standard error, if that is a terminal.
     """
-    if target.suffix not in SUFFIXES or not target.parent.is_dir() or target.is_dir():
-        raise UsageError(f"cannot write {target}: give the path of an {SUFFIXES[0]} file in a folder that exists")
+    check_target(target)
     survey = _survey(source, progress)
     _report_unreadable(survey.unreadable, skip_unreadable)
     if not survey.headers:
@@ -143,42 +122,20 @@ def import_images(
     by_name = assigned.by_name(survey.headers)
     n_test = int(assigned.is_test.sum())
 
-    def fill(output: ContainedFile) -> tuple[_Writer, list[str]]:
+    def fill(output: ContainedFile) -> tuple[ImageWriter, list[str]]:
         with h5py.File(output, "w") as file:
             create(file, classes=assigned.classes, shape=shape, n=(len(by_name) - n_test, n_test))
-            writer = _Writer(file, output.check)
+            writer = ImageWriter(file, output.check)
             unreadable = survey.unreadable + writer.fill(_decoded(source, by_name, shape, progress), by_name)
             _report_unreadable(unreadable, skip_unreadable)
             writer.close()
             return writer, unreadable
 
-    writer, unreadable = _replace(target, fill)
+    writer, unreadable = replace_data(target, fill)
     converted = survey.conversions(width, height)
     return Imported(
         target, writer.n[0], writer.n[1], shape, assigned.classes, tuple(unreadable), converted, survey.left_out
     )
-
-
-def _replace(target: Path, fill: Callable[[ContainedFile], T]) -> T:
-    """Write a data file with its digest in place of the one at ``target``; return what ``fill`` returns.
-
-    Raises:
-        UsageError: The disk refuses; ``target`` is as it was, and nothing else is left.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with ContainedFile(temporary) as output:
-            result = fill(output)
-            digest.add(output)
-            output.sync()
-        os.replace(temporary, target)
-        sync(target.parent)
-        return result
-    except OSError as error:
-        raise UsageError(f"cannot write {target} ({reason(error)}): {remedy(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _assign(source: Path, survey: Survey, test_set: str | None, test_fraction: float, seed: int) -> Assignment:
@@ -202,66 +159,6 @@ def _assign(source: Path, survey: Survey, test_set: str | None, test_fraction: f
     if not is_test.any():
         raise UsageError(f"{source} has one image per class, so none is left for testing: add images, or a test folder")
     return Assignment(classes, labels, is_test)
-
-
-class _Writer:
-    """Fills a data file from front to back, a chunk at a time, and measures the training images meanwhile.
-
-    Args:
-        file: The data file.
-        check: Raises an error of the disk after a chunk.
-    """
-
-    def __init__(self, file: h5py.File, check: Callable[[], None]) -> None:
-        self.file, self._check = file, check
-        self.n = [0, 0]  # images written to each split
-        chunks = [file[split]["images"].chunks for split in SPLITS]
-        self._images = [np.empty(chunk, np.uint8) for chunk in chunks]
-        self._labels = [np.empty(chunk[0], np.int64) for chunk in chunks]
-        self._waiting = [0, 0]
-        self._histogram = np.zeros((chunks[0][1], 256), np.int64)  # (C, 256) of the training images
-
-    def fill(self, images: Decoded, places: dict[str, tuple[int, int]]) -> list[str]:
-        """Write all images with their (label, split), and return the names of those that are None."""
-        unreadable = []
-        for name, image in images:
-            if image is None:
-                unreadable.append(name)
-                continue
-            label, split = places[name]
-            place = self._waiting[split]
-            self._images[split][place], self._labels[split][place] = image, label
-            self._waiting[split] += 1
-            if self._waiting[split] == len(self._labels[split]):
-                self._flush(split)
-        return unreadable
-
-    def close(self) -> None:
-        """Write the last chunk, drop the rows of skipped images, and store the mean and standard deviation."""
-        for split, name in enumerate(SPLITS):
-            self._flush(split)
-            if not self.n[split]:
-                raise UsageError(f"no {name} image could be decoded: repair the images")
-            for array in self.file[name].values():
-                array.resize(self.n[split], axis=0)
-        pixel = np.arange(256) / 255
-        share = self._histogram / self._histogram.sum(axis=1, keepdims=True)
-        mean = share @ pixel
-        std = np.sqrt(np.maximum(share @ pixel**2 - mean**2, 0))
-        self.file.attrs["mean"] = mean
-        self.file.attrs["std"] = np.where(std > 0, std, 1.0)  # a constant channel is not scaled
-
-    def _flush(self, split: int) -> None:
-        n, waiting = self.n[split], self._waiting[split]
-        images = self._images[split][:waiting]
-        group = self.file[SPLITS[split]]
-        group["images"][n : n + waiting] = images
-        group["labels"][n : n + waiting] = self._labels[split][:waiting]
-        if split == 0:
-            for channel, counts in enumerate(self._histogram):
-                counts += np.bincount(images[:, channel].ravel(), minlength=256)
-        self.n[split], self._waiting[split] = n + waiting, 0
-        self._check()
 
 
 def _survey(source: Path, progress: bool) -> Survey:

@@ -1,7 +1,7 @@
 """The samples that a worker draws at a step, a pure function of (seed, rank, epoch, step).
 
-In the following, p workers draw batches of b samples. There are two modes because papers differ (Zhang et al. 2015:
-every worker samples the whole set; Parle, Jin et al., SGP: shards).
+In the following, p workers draw batches of b samples. There are several modes because papers differ (Zhang et al. 2015:
+every worker samples the whole set; Parle, Jin et al., SGP: shards; Hsu et al. 2019: unequal classes).
 
   independent   Each worker shuffles the WHOLE training set with a seed of its own, again and again: its indices are a
                 sequence of permutations of n, cut into batches without a remainder.
@@ -13,10 +13,14 @@ every worker samples the whole set; Parle, Jin et al., SGP: shards).
       permutation of the epoch   |-- global batch 0 --|-- global batch 1 --|-- ... --|left out|
                                  | r=0 | r=1 | r=2    | r=0 | r=1 | r=2    |
 
-Workers with batches of different sizes b_r take slices of their own size from a global batch of B = sum b_r samples,
-and p*b stands for B.
+  dirichlet:A   The training set is divided once, so that the shares of the classes differ between workers
+                (`partition`). Each worker shuffles its part with a seed of its own, again and again, as an independent
+                worker does with the whole set.
 
-In both modes, an epoch is n // (p*b) steps of each worker. In an epoch, all workers together compute the gradients of
+Workers with batches of different sizes b_r take slices of their own size from a global batch of B = sum b_r samples,
+and p*b stands for B. The parts of a Dirichlet partition are as large in proportion.
+
+In all modes, an epoch is n // (p*b) steps of each worker. In an epoch, all workers together compute the gradients of
 about n samples. Methods are compared in this unit. An independent worker has seen the whole set after p epochs. If p*b
 is more than n, an independent epoch is one step, and sharding is refused.
 
@@ -25,14 +29,17 @@ one worker, and this equality is the sharpest test of a synchronous method. For 
 `storage.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.data.partition import dirichlet_partition
 from mpitrain.errors import UsageError, unknown
 
 MODES = ("independent", "sharded")
+DIRICHLET = "dirichlet"
 
 TORCH_SEEDS = 2**63
 """torch takes seeds below this number. NumPy takes any."""
@@ -41,6 +48,26 @@ TORCH_SEEDS = 2**63
 def torch_seed(number: int) -> int:
     """Return a seed in torch's range for any whole number; a number in this range is returned unchanged."""
     return number % TORCH_SEEDS
+
+
+def parse_sampling(text: str) -> tuple[str, float]:
+    """Return the mode of a text such as ``dirichlet:0.5``, and its alpha; 0 for modes without one.
+
+    Raises:
+        UsageError: There is no such mode, or alpha is not a number above 0.
+    """
+    mode, colon, number = text.partition(":")
+    if mode == DIRICHLET:
+        try:
+            alpha = float(number)
+        except ValueError:
+            alpha = math.nan
+        if not 0 < alpha < math.inf:
+            raise UsageError(f"--sampling dirichlet:ALPHA needs a number above 0, such as dirichlet:0.5, not {text!r}")
+        return mode, alpha
+    if colon or mode not in MODES:
+        raise UsageError(unknown("sampling", text, (*MODES, "dirichlet:ALPHA")))
+    return mode, 0.0
 
 
 class Sampler:
@@ -52,8 +79,12 @@ class Sampler:
         rank: The rank of this worker, r.
         size: The number of workers, p.
         seed: The run's seed, the same on every rank.
-        mode: "independent" or "sharded".
+        mode: "independent", "sharded" or "dirichlet:ALPHA".
         all_sizes: The batch size of each worker, where they differ.
+        labels: The class of each training sample, (n,), for "dirichlet".
+
+    Raises:
+        UsageError: The data have no classes, or are too few.
     """
 
     def __init__(
@@ -66,16 +97,16 @@ class Sampler:
         seed: int = 0,
         mode: str = "independent",
         all_sizes: Sequence[int] | None = None,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise UsageError(unknown("sampling", mode, MODES))
+        mode, alpha = parse_sampling(mode)
         if batch_size < 1 or seed < 0:
             raise UsageError(f"batch size {batch_size}, seed {seed}: use a batch size above 0 and a seed of at least 0")
         if batch_size > n:
             raise UsageError(f"a batch of {batch_size} out of {n} training samples: use --batch-size {n} or less")
         sizes = [batch_size] * size if all_sizes is None else list(all_sizes)
         total = sum(sizes)
-        if mode == "sharded" and total > n:
+        if mode != "independent" and total > n:
             smaller = f"--batch-size {n // size} or less, " if n >= size else ""
             raise UsageError(
                 f"{size} workers with batches of {batch_size} need {total} samples per step, "
@@ -88,6 +119,13 @@ class Sampler:
         assert sizes[rank] == batch_size
         self.steps_per_epoch = max(1, n // total)
         self._total, self._offset = total, sum(sizes[:rank])
+        self._part, self._alpha = None, alpha
+        if mode == DIRICHLET:
+            if labels is None:
+                raise UsageError(
+                    "--sampling dirichlet needs data with one class per sample: use independent or sharded sampling"
+                )
+            self._part = dirichlet_partition(labels, sizes, alpha, seed)[rank]
         self.epoch = 0
         self.step = 0  # within the epoch
         self._permutations: dict[int, NDArray[np.int64]] = {}
@@ -100,14 +138,20 @@ class Sampler:
         if self.mode == "sharded":
             start = step * self._total + self._offset
             return self._permutation(epoch)[start : start + b].copy()
-        n_pass, start = divmod((epoch * self.steps_per_epoch + step) * b, self.n)
+        n = self.n if self._part is None else len(self._part)
+        n_pass, start = divmod((epoch * self.steps_per_epoch + step) * b, n)
         head = self._permutation(n_pass)[start : start + b]
         if len(head) == b:
             return head.copy()
         return np.concatenate([head, self._permutation(n_pass + 1)[: b - len(head)]])
 
     def shard(self, epoch: int) -> NDArray[np.int64]:
-        """Return this worker's batches of an epoch in order, (steps_per_epoch * batch_size,) int64. Local."""
+        """Return the samples that this worker may draw in an epoch, (k,) int64. Local.
+
+        They are its batches in order, or its whole part of a Dirichlet partition.
+        """
+        if self._part is not None:
+            return self._part
         return np.concatenate([self.indices(epoch, step) for step in range(self.steps_per_epoch)])
 
     def draw(self) -> NDArray[np.int64]:
@@ -118,27 +162,29 @@ class Sampler:
             self.epoch, self.step = self.epoch + 1, 0
         return indices
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, float]:
         """Return the position and the parameters of the sampler."""
         return {**self._identity(), "epoch": self.epoch, "step": self.step}
 
-    def load(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, float]) -> None:
         """Continue from a saved state. The saved sampler must have the same parameters."""
         for name, value in self._identity().items():
-            if int(state[name]) != value:
+            if state.get(name, 0) != value:
                 raise UsageError(
-                    f"the checkpoint has {name} {int(state[name])}, this run {value}: resume with the same value"
+                    f"the checkpoint has {name} {state.get(name, 0):g}, this run {value:g}: resume with the same value"
                 )
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, float]:
+        alpha = {"alpha": self._alpha} if self.mode == DIRICHLET else {}
         return {
             "n": self.n,
             "batch_size": self.batch_size,
             "rank": self.rank,
             "size": self.size,
             "seed": self.seed,
-            "mode": MODES.index(self.mode),
+            "mode": (*MODES, DIRICHLET).index(self.mode),
+            **alpha,
         }
 
     def _permutation(self, number: int) -> NDArray[np.int64]:
@@ -147,5 +193,6 @@ class Sampler:
             while len(self._permutations) > 1:
                 del self._permutations[next(iter(self._permutations))]
             stream = 0 if self.mode == "sharded" else 1 + self.rank
-            self._permutations[number] = np.random.default_rng([self.seed, stream, number]).permutation(self.n)
+            drawn_from = self.n if self._part is None else self._part
+            self._permutations[number] = np.random.default_rng([self.seed, stream, number]).permutation(drawn_from)
         return self._permutations[number]

@@ -55,14 +55,14 @@ def choose(total_bytes: int, *, sampling: str, size: int, local_size: int, limit
 
     Args:
         total_bytes: The size of all images and labels.
-        sampling: "independent" or "sharded".
+        sampling: "independent", "sharded" or "dirichlet:ALPHA".
         size: The number of ranks.
         local_size: The number of ranks on this node.
         limits: The memory that the data may occupy.
     """
     if total_bytes <= limits.shared_bytes:
         return "shared"
-    if sampling == "sharded" and -(-total_bytes // size) * local_size <= limits.private_bytes:
+    if sampling != "independent" and -(-total_bytes // size) * local_size <= limits.private_bytes:
         return "private"
     return "file"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.data.dataset import Dataset, Normalisation
+from mpitrain.data.dataset import ArrayDataset, Normalisation
 from mpitrain.data.node_agreement import World, agree, all_ok
 from mpitrain.data.option_parsing import between, choice, parse_options, positive, sizes
 from mpitrain.data.storage import Limits, MemoryImages, share_of
@@ -63,7 +63,7 @@ class Spec:
         return math.prod(self.shape)
 
 
-def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> Dataset:
+def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> ArrayDataset:
     """Return samples drawn from a formula. Collective over the node.
 
     With kind=clusters, x = m_y + z: m_y is the center of class y, and z is standard normal noise. Two centers are about
@@ -102,7 +102,7 @@ def load_synthetic(options: str, *, world: World, seed: int, limits: Limits) -> 
     all_ok(world, fill)
     images = x.reshape(spec.n, *spec.shape)
     n_channels = spec.shape[0]
-    return Dataset(
+    return ArrayDataset(
         name="synthetic",
         classes=tuple(str(label) for label in range(spec.n_classes)),
         shape=spec.shape,

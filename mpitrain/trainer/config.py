@@ -17,6 +17,7 @@ from mpitrain.kernels.native.wire import NAMES as WIRE_FORMATS
 from mpitrain.loggers import BACKENDS
 from mpitrain.records import KEEP
 from mpitrain.records.json_file import read_json
+from mpitrain.trainer.data_options import DataOptions
 from mpitrain.trainer.faults import Fault
 from mpitrain.trainer.objective_options import ObjectiveOptions
 from mpitrain.trainer.options import (
@@ -38,7 +39,7 @@ DEFAULT_EPOCHS = 10.0
 
 
 @dataclass(frozen=True)
-class TrainConfig(UpdateOptions, ObjectiveOptions):
+class TrainConfig(UpdateOptions, ObjectiveOptions, DataOptions):
     """The options of a run.
 
     Each field declares an option, and ``config.json`` stores its value under the name of the field. At most one budget
@@ -56,9 +57,11 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         collect=parse_settings,
     )
     data: str = option(
-        "digits", "digits, synthetic or FILE.h5; a resumed run takes another place of the same data", replaceable=True
+        "digits",
+        "digits, python-text, synthetic, FILE.h5 or module:function; a resumed run takes another place of a file",
+        replaceable=True,
     )
-    model: str = option("mlp", "mlp, cnn7, resnet20 or module:function")
+    model: str = option("mlp", "mlp, cnn7, resnet20, gpt (text) or module:function")
     epochs: float | None = option(
         None,
         "passes over the training set, by all ranks in total",
@@ -136,11 +139,6 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
     out: str | None = option(
         None, "folder for the configuration, metrics, checkpoints and plots", metavar="RUN", default_text="none"
     )
-    sampling: str = option(
-        "independent",
-        "each rank draws from the whole training set (independent) or from its part (sharded)",
-        choices=("independent", "sharded"),
-    )
     clip_displacement: float | None = option(
         None,
         "bound on the Euclidean norm by which one worker moves the center, or a peer, in an exchange",
@@ -149,10 +147,6 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         metavar="NORM",
         default_text="no bound",
     )
-    verify: bool = option(
-        False, "compare a data file with the digest of its import before training", parse=None, replaceable=True
-    )
-    augment: bool = option(False, "crop and flip training images at random", parse=None)
     evaluate_every: int | None = option(
         None,
         "steps of rank 0 between evaluations",
@@ -253,6 +247,7 @@ class TrainConfig(UpdateOptions, ObjectiveOptions):
         check_ranges(self)
         self.check_batch_sizes()
         self.check_objective()
+        self.check_data(self.data)
         if self.quiet and self.verbose:
             raise UsageError("give --quiet or --verbose, not both")
         if self.defer_evaluation and (self.target is not None or self.patience is not None):

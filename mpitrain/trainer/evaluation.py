@@ -9,6 +9,7 @@ these are first re-estimated from training data.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +26,14 @@ from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.module_state import ModuleState
 from mpitrain.optimizer.phase import phase_of
+from mpitrain.trainer.batches import to_model
 from mpitrain.trainer.objective import Objective, Score
 from mpitrain.trainer.run import Hook, Point, Run
 
 BATCHNORM_SAMPLES = 2000
 BATCH = 500
+MOST_OUTPUTS = 2**24
+"""The most outputs of a model in a batch of an evaluation: for text, tokens times the size of the vocabulary."""
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Point))
 N_LOGGED = 1024
@@ -53,6 +57,8 @@ class Evaluator:
     def __init__(self, model: torch.nn.Module, dataset: Dataset, device: str, objective: Objective) -> None:
         self.objective = objective
         self._model, self._dataset, self._device = model, dataset, device
+        per_sample = dataset.n_outputs * (math.prod(dataset.shape) if dataset.predicts_tokens else 1)
+        self._batch = max(1, min(BATCH, MOST_OUTPUTS // per_sample))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         copies = [torch.nn.Parameter(parameter.detach().to(device, copy=True)) for parameter in trained]
         layout = FlatLayout([{"params": copies}])
@@ -85,8 +91,8 @@ class Evaluator:
         """Return loss, accuracy and metric of parameters ``vector`` (n,) over the test set. Local."""
         model = self._model_with(vector)
         return self.objective.score(
-            (model(x.to(self._device, self._dtype)).float(), y.to(self._device))
-            for x, y in self._dataset.test_batches(BATCH)
+            (model(to_model(x, self._device, self._dtype)).float(), y.to(self._device))
+            for x, y in self._dataset.test_batches(self._batch)
         )
 
     @torch.no_grad()
@@ -105,7 +111,7 @@ class Evaluator:
         if has_batchnorm(model):
             limit = min(BATCHNORM_SAMPLES, self._dataset.n_train)
             batches = self._dataset.train_batches(min(BATCH, limit), limit)
-            reestimate(model, (x.to(self._device, self._dtype) for x, _ in batches))
+            reestimate(model, (to_model(x, self._device, self._dtype) for x, _ in batches))
         model.eval()
         self.evaluated = model.state_dict()
         return model

@@ -8,7 +8,7 @@ import torch
 from mpitrain import data
 from mpitrain.optimizer.flat import FlatParameters
 from mpitrain.optimizer.layout import FlatLayout
-from mpitrain.trainer.batches import cross_entropy
+from mpitrain.trainer.batches import cross_entropy, to_model
 from mpitrain.trainer.stacked_perceptron import SIZE, StackedPerceptron, linear_layers
 
 
@@ -47,7 +47,8 @@ class ModelGradient:
         self._x[...] = x
         self._flat.release_gradients()
         inputs, labels = self._dataset.batch(self._samplers[rank].draw())
-        loss = cross_entropy(self._model(inputs.to(self._flat.layout.torch_dtype)), labels)
+        inputs = to_model(inputs, "cpu", self._flat.layout.torch_dtype)
+        loss = cross_entropy(self._model(inputs), labels)
         loss.backward()
         self.losses[rank] = float(loss.detach())
         self._flat.collect_gradients()

@@ -75,6 +75,8 @@ def fill(model: torch.nn.Module, values: Tensors, source: str, *, leaves_frozen:
     given = {WRAPPERS.sub("", name): value for name, value in values.items()}
     wanted = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     left = {name for name, tensor in wanted.items() if leaves_frozen and name not in given and _is_frozen(tensor)}
+    present = {id(wanted[name]) for name in given if name in wanted}
+    left |= {name for name, tensor in wanted.items() if name not in given and id(tensor) in present}  # tied weights
     for name in (*wanted, *given):
         if name in left:
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mpitrain import data, models
+from mpitrain import data
 from mpitrain.algorithms.base.method import Method
 from mpitrain.collectives.world.device import share_cores
 from mpitrain.collectives.world.survivor_collectives import broadcast
@@ -28,7 +28,7 @@ from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.records.timeline import Timeline
 from mpitrain.trainer import checkpoints, initial_model, result, runfolder, runlock
 from mpitrain.trainer.agreement import require_equal_options
-from mpitrain.trainer.batches import Batches
+from mpitrain.trainer.batches import Batches, build_model
 from mpitrain.trainer.budget import Budget
 from mpitrain.trainer.checkpoints import Checkpoints
 from mpitrain.trainer.clock import Clock
@@ -96,6 +96,7 @@ def train(
             return _train(run)
         finally:
             run.hooks.close()
+            run.batches.close()
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -257,8 +258,7 @@ def _build_model(
     config: TrainConfig, batches: Batches, objective: Objective, world: World, *, is_new: bool
 ) -> torch.nn.Module:
     """Build the model for the data on the rank's device. Collective if it begins as the model of another run."""
-    shape, n_outputs = batches.dataset.shape, objective.n_outputs
-    model = models.build(config.model, shape=shape, n_classes=n_outputs, seed=config.seed).to(world.device)
+    model = build_model(config, batches.dataset, objective.n_outputs).to(world.device)
     if config.init_from is not None and is_new:
         initial_model.load(Path(config.init_from), model, world)
     batches.fit(model)

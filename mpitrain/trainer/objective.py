@@ -60,8 +60,11 @@ class Objective:
         if name == "binary" and dataset.n_classes != 2:
             raise UsageError(f"--loss binary is for 2 classes, and {dataset.name} has {dataset.n_classes}")
         self._is_binary = name == "binary"
-        self.metric_name = options.metric or ("accuracy" if has_classes else "mae")
+        if name == "binary" and dataset.predicts_tokens:
+            raise UsageError(f"--loss binary is for single answers, and {dataset.name} is text: use cross_entropy")
+        self.metric_name = options.metric or _default_metric(dataset, name)
         self._check_metric(dataset)
+        options.check_target(self.metric_name)
         self.n_outputs = 1 if self._is_binary else dataset.n_outputs
         others = f"use one of {', '.join(LOSSES)}"
         self.loss: Compare = _LOSSES[name] if name in _LOSSES else imported("loss", name, otherwise=others)
@@ -88,7 +91,7 @@ class Objective:
         """
         loss, n_right, total, n = 0.0, 0, 0.0, 0
         for outputs, targets in batches:
-            size = len(targets)
+            size = targets.numel() if self._has_classes else len(targets)  # each token of a text is an answer
             loss += float(self.loss(outputs, targets)) * size
             if self._has_classes:
                 n_right += int((self._classes(outputs) == targets).sum())
@@ -102,16 +105,22 @@ class Objective:
         return Score(loss / n, accuracy, total / n)
 
     def _classes(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the class (b,) of each sample."""
-        return (outputs.reshape(len(outputs)) > 0).long() if self._is_binary else outputs.argmax(1)
+        """Return the class (b,) of each sample, or the token (b, T) at each place of a text."""
+        return (outputs.reshape(len(outputs)) > 0).long() if self._is_binary else outputs.argmax(-1)
 
     def _total(self, outputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Return the metric, summed over the samples of a batch."""
+        """Return the metric, summed over the answers of a batch."""
         if self._own is not None:
-            return float(self._own(outputs, targets)) * len(targets)
+            return float(self._own(outputs, targets)) * (targets.numel() if self._has_classes else len(targets))
         if self.metric_name == "top5":
-            return float((outputs.topk(5, dim=1).indices == targets[:, None]).sum())
+            return float((outputs.topk(5, dim=-1).indices == targets[..., None]).sum())
         return float(l1(outputs, targets)) * len(targets)
+
+
+def _default_metric(dataset: Dataset, loss: str) -> str:
+    if dataset.predicts_tokens and loss == "cross_entropy":
+        return "perplexity"
+    return "accuracy" if dataset.n_classes else "mae"
 
 
 def _exp(value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpitrain.errors import UsageError, unknown
@@ -70,7 +71,7 @@ class ObjectiveOptions:
         None,
         "what is reported of the test set beside its loss: accuracy, top5, perplexity, mae or module:function",
         metavar="NAME",
-        default_text="accuracy, or mae with real-valued targets",
+        default_text="accuracy, perplexity of text, or mae with real-valued targets",
     )
     target: str | None = option(
         None,
@@ -108,7 +109,21 @@ class ObjectiveOptions:
             raise UsageError(f"--metric mae needs real-valued targets, which --loss {self.loss} does not have")
         if self.target is not None:
             name = Target.parse(self.target).name
-            default = "mae" if self.loss in OF_NUMBERS else "accuracy"
-            known = (LOSS, metric or default)
-            if name not in known:
-                raise UsageError(f"--target {name}: this run has {' and '.join(known)}; choose another with --metric")
+            defaults = ("mae",) if self.loss in OF_NUMBERS else ("accuracy",)
+            if metric is None and name == "perplexity" and self.loss == "cross_entropy":
+                return  # the default metric of text, which only the data show
+            _check_target(name, (LOSS, *((metric,) if metric else defaults)))
+
+    def check_target(self, metric: str) -> None:
+        """Check that the target is the loss or the metric of the run, once the data have decided the metric.
+
+        Raises:
+            UsageError: It is another metric.
+        """
+        if self.target is not None:
+            _check_target(Target.parse(self.target).name, (LOSS, metric))
+
+
+def _check_target(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UsageError(f"--target {name}: this run has {' and '.join(known)}; choose another with --metric")

@@ -7,15 +7,14 @@ their own.
 
 from __future__ import annotations
 
-import ast
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpitrain.algorithms.base.settings import boolean, check_settings, number, values_of_texts
-from mpitrain.errors import UsageError, suggestion, unknown
+from mpitrain.algorithms.base.settings import boolean, check_settings, literal, number, settings_taken, values_of_texts
+from mpitrain.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -194,29 +193,3 @@ def create(name: str, texts: Mapping[str, str]) -> LocalOptimizer:
     if name not in KINDS:
         raise UsageError(unknown("optimizer", name, KINDS, otherwise="module:Class for an optimizer of your own"))
     return KINDS[name](**values_of_texts(KINDS[name], name, texts))
-
-
-def literal(text: str) -> Any:
-    """Return the value of a Python literal, such as ``0.9`` or ``(0.9, 0.95)``; return any other text unchanged."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        return text
-
-
-def settings_taken(function: Any, path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that an imported function accepts these settings as keywords, and return the settings.
-
-    Raises:
-        UsageError: The function does not accept a setting; the message names the first one.
-    """
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError as error:  # implemented in C
-        raise UsageError(f"{path} has no inspectable signature: wrap it in Python") from error
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        for key in settings:
-            if key not in names:
-                raise UsageError(f"{path} has no setting {key!r}: {suggestion(key, names)}")
-    return dict(settings)

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from mpitrain.algorithms.base.settings import check_settings, integer, number, values_of_texts
+from mpitrain.algorithms.base.settings import check_settings, integer, literal, number, settings_taken, values_of_texts
 from mpitrain.errors import UsageError, unknown
-from mpitrain.trainer.optimizers import literal, settings_taken
 
 
 @dataclass(frozen=True)

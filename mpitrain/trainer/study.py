@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mpitrain import data, models
+from mpitrain import data
 from mpitrain.algorithms.base.peers import alive_ranks
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.world.device import limit_threads
@@ -27,6 +27,7 @@ from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.network_time import NetworkTime
 from mpitrain.simulation.schedules import ClockSchedule, Until, VirtualTime
 from mpitrain.simulation.world import SimulatedWorld
+from mpitrain.trainer.batches import build_model, load
 from mpitrain.trainer.cluster_config import ClusterConfig
 from mpitrain.trainer.evaluation import Evaluator
 from mpitrain.trainer.gradients import ModelGradient
@@ -94,13 +95,21 @@ def simulate(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig | None = 
 def _laboratory(plan: RunPlan, study: StudyConfig, cluster: ClusterConfig) -> Laboratory:
     """Load the data, and build the model and its workers."""
     config, p = plan.config, study.workers
-    dataset = data.load(config.data, world=OneProcess(), sampling=config.sampling)
+    dataset = load(config, OneProcess())
     samplers = [
-        data.Sampler(dataset.n_train, config.batch_size, rank=rank, size=p, seed=config.seed, mode=config.sampling)
+        data.Sampler(
+            dataset.n_train,
+            config.batch_size,
+            rank=rank,
+            size=p,
+            seed=config.seed,
+            mode=config.sampling,
+            labels=dataset.labels,
+        )
         for rank in range(p)
     ]
     objective = Objective(config, dataset)
-    model = models.build(config.model, shape=dataset.shape, n_classes=dataset.n_classes, seed=config.seed)
+    model = build_model(config, dataset, objective.n_outputs)
     evaluator = Evaluator(model, dataset, "cpu", objective)
     gradient = ModelGradient(model, dataset, samplers)
     simulation = Simulation(

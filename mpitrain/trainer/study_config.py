@@ -17,7 +17,19 @@ from mpitrain.trainer.options import (
 )
 
 SHARED = (
-    *("algorithm", "settings", "data", "model", "batch_size", "lr", "momentum", "weight_decay", "average", "sampling"),
+    *(
+        "algorithm",
+        "settings",
+        "data",
+        "model",
+        "model_settings",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "average",
+        "sampling",
+    ),
     *("clip_displacement", "seed", "out", "epochs", "gradients"),
 )
 """The fields of ``TrainConfig`` that are options of ``mpitrain simulate`` too."""

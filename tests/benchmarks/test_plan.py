@@ -71,6 +71,7 @@ def test_wrong_options_are_reported(configurations: Callable[..., dict[str, Any]
 GIVEN = {
     "data": "synthetic",
     "model": "cnn7",
+    "model_settings": "width=3",
     "batch_size": 7,
     "lr": 0.3,
     "momentum": 0.5,
@@ -90,9 +91,9 @@ def test_every_shared_option_reaches_the_configuration(
 ) -> None:
     assert GIVEN.keys() == set(load("benchmarks.comparison.plan").SHARED)
     for name, value in GIVEN.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = {"model_settings": "--model-set"}.get(name, f"--{name.replace('_', '-')}")
         config = configurations("--algorithms", "allreduce", flag, *([] if value is True else [str(value)]))
-        expected = {"straggler": (1, 4.0), "inject": (value,)}.get(name, value)
+        expected = {"straggler": (1, 4.0), "inject": (value,), "model_settings": {"width": "3"}}.get(name, value)
         assert getattr(config["allreduce"], name) == expected != getattr(configurations()["allreduce"], name)
 
 

@@ -227,6 +227,7 @@ CASES: dict[str, Callable[..., None]] = {
     "settings": settings,
     "data": dataset,
     "model": has_loss_of("--model", "mlp:hidden=5", model="mlp:hidden=5"),
+    "model_settings": has_loss_of("--model", "mlp", "--model-set", "hidden=5", model="mlp:hidden=5"),
     "batch_size": has_loss_of("--batch-size", "8", batch_size=8),
     "lr": has_loss_of("--lr", "0.2", lr=0.2),
     "clip_displacement": clip_displacement,

@@ -427,6 +427,26 @@ def patience(bench: Bench) -> None:
     assert bench.run("--evaluate-every", "1", "--patience", "2")["ended_by"] == "budget"
 
 
+def workers(bench: Bench) -> None:
+    made: list[int] = []
+
+    class Recorded(batches.WorkerProcesses):
+        def __init__(self, dataset: Any, indices_of: Any, n_workers: int, *, seed: int) -> None:
+            made.append(n_workers)
+            self._dataset, self._indices_of = dataset, indices_of
+
+        def batch(self, step: int) -> Any:
+            return self._dataset.batch(self._indices_of(step))
+
+        def close(self) -> None:
+            """End nothing."""
+
+    bench.monkeypatch.setattr(batches, "WorkerProcesses", Recorded)
+    own = ["--data", "support.own_data:synthetic"]
+    assert bench.run(*own, "--workers", "3")["test_loss"] == bench.run(*own)["test_loss"]
+    assert made == [3]
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "algorithm": algorithm,
     "settings": settings,
@@ -468,6 +488,8 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "transport": is_given_to_mpi("--transport", "staged", expected=("cpu", "staged", DEFAULT_TIMEOUT_SECONDS)),
     "timeout": is_given_to_mpi("--timeout", "7", expected=("cpu", "auto", 7.0)),
     "out": out,
+    "model_settings": has_loss_of("--model", "mlp", "--model-set", "hidden=5", model="mlp:hidden=5"),
+    "workers": workers,
     "sampling": has_loss_of("--sampling", "sharded", sampling="sharded"),
     "augment": augment,
     "evaluate_every": evaluate_every,

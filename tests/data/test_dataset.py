@@ -173,7 +173,7 @@ def test_synthetic_data_is_stored_where_it_fits(lone):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("imagenet", "unknown data 'imagenet': it must be one of digits, synthetic, or the path"),
+        ("imagenet", "unknown data 'imagenet': it must be one of digits, python-text, synthetic, or the path"),
         ("digits:n=3", "unknown data 'digits:n=3': did you mean digits"),
         ("missing.h5", "no data file missing.h5"),
         ("synthetic:m=3", "no option 'm=3'.*n, test, shape"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.damage import damaged
 from mpitrain.cli.main import main
-from mpitrain.data import digest, image_import, load
+from mpitrain.data import data_writer, digest, load
 from mpitrain.data.image_import import import_images
 from mpitrain.errors import UsageError
 from mpitrain.records import contained_file
@@ -205,7 +205,7 @@ def test_a_write_that_fails_at_any_moment_is_one_line(imported, tmp_path, monkey
             super().__init__(path)
             self._file = Failing(self._file)
 
-    monkeypatch.setattr(image_import, "ContainedFile", FailingFile)
+    monkeypatch.setattr(data_writer, "ContainedFile", FailingFile)
     with pytest.raises(UsageError, match=rf"cannot write .*data.h5 \({os.strerror(number)}\)"):
         import_images(imported / "images", tmp_path / "data.h5", progress=False)
     assert not list(tmp_path.iterdir())

@@ -52,6 +52,7 @@ ANOTHER = {
     "settings": {"period": "3"},
     "data": "synthetic",
     "model": "cnn7",
+    "model_settings": {"hidden": "5"},
     "epochs": 3.0,
     "steps": 5,
     "gradients": 5,
@@ -92,6 +93,7 @@ def test_every_option_is_compared(name):
     value = getattr(config, name)
     other = ANOTHER[name] if name in ANOTHER else not value if isinstance(value, bool) else type(value)(value + 1)
     budget = {"epochs": None} if name in ("steps", "gradients", "minutes") else {}
+    budget |= {"data": "own:data"} if name == "workers" else {}  # no other data have workers
     ours, theirs = (options_in_words(c, None) for c in (config, dataclasses.replace(config, **budget, **{name: other})))
     declared = options_of(TrainConfig)[name]
     flag = f"{flag_of(name, declared)}{f' {next(iter(other))}' if isinstance(other, dict) else ''}"

@@ -59,8 +59,10 @@ def test_a_run_that_diverges_stops_or_goes_on():
         TrainConfig(on_nonfinite="ignore")
 
 
-def test_sampling_is_one_of_two():
-    with pytest.raises(UsageError, match="unknown value 'random': it must be one of independent, sharded"):
+def test_sampling_is_one_of_three():
+    with pytest.raises(
+        UsageError, match="unknown sampling 'random': it must be one of independent, sharded, dirichlet:ALPHA"
+    ):
         TrainConfig(sampling="random")
 
 

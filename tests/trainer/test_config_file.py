@@ -28,6 +28,7 @@ def other_than_default(name):
     value = getattr(TrainConfig(), name)
     other = ANOTHER[name] if name in ANOTHER else not value if isinstance(value, bool) else type(value)(value + 1)
     budget = {"epochs": None} if name in BUDGETS and name != "epochs" else {}
+    budget |= {"data": "own:data"} if name == "workers" else {}  # no other data have workers
     return dataclasses.replace(TrainConfig(), **budget, **{name: other})
 
 

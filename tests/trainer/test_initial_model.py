@@ -114,3 +114,23 @@ def test_a_run_begins_with_what_another_one_has_evaluated(world, mpi_tmp_path):
     begin = train(config, world, hooks=[second])
     np.testing.assert_array_equal(second.vector, first.end)
     assert begin["evaluation"][0]["test_accuracy"] == end["test_accuracy"]
+
+
+class Tied(nn.Module):
+    """A model whose last layer shares the weight of the first, which a run stores once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.last.weight = self.first.weight
+
+
+def test_tied_weights_may_be_stored_under_one_name():
+    value = torch.arange(15.0).reshape(5, 3)
+    model = Tied()
+    initial_model.fill(model, {"first.weight": value}, "file")
+    assert torch.equal(model.last.weight, value)
+    other = Tied()
+    other.last.weight = nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(UsageError, match=r"last\.weight is absent there"):
+        initial_model.fill(other, {"first.weight": value}, "file")

@@ -8,7 +8,9 @@ synchronous: bool = boolean(False, "all workers exchange at once")
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -264,3 +266,29 @@ def values_of_texts(declaring: type[Any], name: str, texts: Mapping[str, str]) -
 
 def _field(setting: Setting) -> Any:
     return dataclasses.field(default=setting.default, metadata={"setting": setting})
+
+
+def literal(text: str) -> Any:
+    """Return the value of a Python literal, such as ``0.9`` or ``(0.9, 0.95)``; return any other text unchanged."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def settings_taken(function: Any, path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that an imported function accepts these settings as keywords, and return the settings.
+
+    Raises:
+        UsageError: The function does not accept a setting; the message names the first one.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # implemented in C
+        raise UsageError(f"{path} has no inspectable signature: wrap it in Python") from error
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for key in settings:
+            if key not in names:
+                raise UsageError(f"{path} has no setting {key!r}: {suggestion(key, names)}")
+    return dict(settings)
