@@ -24,7 +24,7 @@ def program(path: Path, body: str) -> None:
 
 def run(command: list[str], tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), **variables}
-    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.fixture

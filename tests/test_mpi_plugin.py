@@ -22,7 +22,7 @@ def comm():
 
 
 def run_pytest(
-    folder: Path, body: str, *options: str, mpi: str, n_ranks: int = 2, timeout_seconds: float = 60.0
+    folder: Path, body: str, *options: str, mpi: str, n_ranks: int = 2, timeout_seconds: float = 150.0
 ) -> Finished:
     """Run a test file with this body on `n_ranks` ranks."""
     (folder / "conftest.py").write_text('pytest_plugins = ("support.mpi_plugin",)\n')

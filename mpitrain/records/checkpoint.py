@@ -35,8 +35,13 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+MOST_KEPT_BYTES = 2**28
+
+
 class Parts(Sequence[dict[str, Any]]):
     """All parts of a checkpoint, each read from its file when it is used.
+
+    Parts of at most 256 MiB in all are read once and stay in memory. Of larger ones, only the last stays.
 
     Args:
         path: The folder of the checkpoint.
@@ -45,7 +50,9 @@ class Parts(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path, n: int) -> None:
         self.path, self._n = path, n
-        self._last: tuple[int, dict[str, Any]] | None = None
+        self._kept: dict[int, dict[str, Any]] = {}
+        n_bytes = sum(file.stat().st_size for file in path.glob("rank-*.h5"))
+        self._keeps_all = n_bytes <= MOST_KEPT_BYTES
 
     def __len__(self) -> int:
         return self._n
@@ -53,9 +60,11 @@ class Parts(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         if not 0 <= index < self._n:
             raise IndexError(index)
-        if self._last is None or self._last[0] != index:
-            self._last = index, _load_part(self.path, index)[1]
-        return self._last[1]
+        if index not in self._kept:
+            if not self._keeps_all:
+                self._kept.clear()
+            self._kept[index] = _load_part(self.path, index)[1]
+        return self._kept[index]
 
     def check(self) -> str:
         """Return the reason why a part cannot be read; an empty text if all can be read. Local."""

@@ -287,7 +287,7 @@ def test_two_ranks_make_the_table(only_json: bool) -> None:
 
 @pytest.mark.launches
 def test_one_rank_has_no_target() -> None:
-    finished = launch(1, ["python", "-m", "benchmarks.micro.windows"], timeout_seconds=60)
+    finished = launch(1, ["python", "-m", "benchmarks.micro.windows"], timeout_seconds=150)
     assert finished.returncode == 2, finished.output
     assert "2 or more ranks" in finished.output
     assert "Traceback" not in finished.output

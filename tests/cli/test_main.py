@@ -16,7 +16,7 @@ from mpitrain.algorithms import METHODS
 from mpitrain.cli.main import main
 from mpitrain.trainer.options import parse_settings, straggler
 
-IN_TIME_SECONDS = 60.0
+IN_TIME_SECONDS = 150.0
 
 
 def split(n_ranks: int, folder: Path, *arguments: str) -> tuple[Finished, str, str]:
@@ -174,13 +174,13 @@ HEAVY = ("cupy", "h5py", "matplotlib", "mpi4py", "numba", "torch")
 @pytest.mark.parametrize("statement", LOADED_BY.values(), ids=LOADED_BY)
 def test_commands_do_not_import_heavy_libraries_before_they_need_them(statement: str) -> None:
     probe = f"import sys\n{statement}\nprint(*sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.splitlines()[-1] == ""
 
 
 def test_importing_the_package_takes_a_moment() -> None:
     command = [python("active"), "-X", "importtime", "-c", "import mpitrain"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment("active"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, env=environment("active"))
     line = next(line for line in done.stderr.splitlines() if line.endswith("| mpitrain"))
     assert int(line.split("|")[1]) < 300_000  # microseconds
 

@@ -23,7 +23,7 @@ class Node:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.barrier = threading.Barrier(n, timeout=20)
+        self.barrier = threading.Barrier(n, timeout=120)
         self.arrays: dict[int, np.ndarray] = {}
         self.lock = threading.Lock()
 

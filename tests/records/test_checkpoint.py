@@ -500,3 +500,16 @@ def test_an_error_of_the_run_ends_the_writer_without_a_checkpoint(tmp_path):
     writer.close()
     assert not list(tmp_path.iterdir())
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+@pytest.mark.parametrize(("most_bytes", "read"), [(6, [0, 1, 2]), (5, [0, 1, 2, 0, 2])])
+def test_parts_are_read_once_if_memory_can_hold_all(tmp_path, monkeypatch, most_bytes, read):
+    for rank in range(3):
+        (tmp_path / f"rank-{rank:05d}.h5").write_bytes(b"ab")
+    seen = []
+    monkeypatch.setattr(checkpoint, "_load_part", lambda path, rank: seen.append(rank) or (0, {"rank": rank}))
+    monkeypatch.setattr(checkpoint, "MOST_KEPT_BYTES", most_bytes)
+    parts = checkpoint.Parts(tmp_path, 3)
+    assert [part["rank"] for part in parts] == [0, 1, 2]
+    assert (parts[0]["rank"], parts[0]["rank"], parts[2]["rank"]) == (0, 0, 2)
+    assert seen == read

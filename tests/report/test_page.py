@@ -118,7 +118,7 @@ def test_a_browser_draws_every_plot_within_the_window(tmp_path: Path, width: int
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=True,
     )
     dom = finished.stdout

@@ -41,8 +41,8 @@ OPTIONAL_MARKS = {
     "slow": "takes minutes",
     "trackers": "needs the packages of the extras `wandb` and `mlflow`",
 }
-LIMIT_SECONDS = 60.0
-SINGLE_PROCESS_LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 180.0
+SINGLE_PROCESS_LIMIT_SECONDS = 600.0
 GARBAGE_THRESHOLD = 20_000  # allocations of containers between two collections; Python's default is 700
 
 # The world sizes of every collected test, deselected or not. test_ranks_launched.py compares them with the launches.

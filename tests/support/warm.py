@@ -48,7 +48,7 @@ class Warm:
             assert stream is not None
             stream.close()
 
-    def run(self, *arguments: str, cwd: str | Path, timeout_seconds: float = 60.0) -> Finished:
+    def run(self, *arguments: str, cwd: str | Path, timeout_seconds: float = 150.0) -> Finished:
         """Run `mpitrain` with these arguments."""
         start = time.monotonic()
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018

@@ -10,7 +10,7 @@ import pytest
 
 from mpitrain.trainer.stop_signal import ENDINGS, REQUESTS, StopSignal
 
-IN_TIME_SECONDS = 30.0
+IN_TIME_SECONDS = 150.0
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mpitrain.errors import UsageError
 def on_ranks(settings_of_ranks, f):
     """Return f(gather, rank, settings), or its error, on each of as many threads."""
     p = len(settings_of_ranks)
-    barrier, posted = threading.Barrier(p, timeout=20), [None] * p
+    barrier, posted = threading.Barrier(p, timeout=120), [None] * p
 
     def of_rank(rank):
         def gather(value):

@@ -45,7 +45,7 @@ def start(head="", **variables):
 
 
 def wait(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return json.loads(out)
 
@@ -132,7 +132,7 @@ def test_kernels_compile_in_memory_without_a_writable_folder(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(path) for name, path in nowhere.items()}},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert process.returncode == 0, process.stderr
@@ -191,7 +191,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, compiled, which
     before = files(root)
     (root if which == "the folder" else root.parent).chmod(mode)
     process = start(MPITRAIN_CACHE_DIR=root, XDG_CACHE_HOME=tmp_path / "xdg")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert err.count("mpitrain: warning: ") == 1
     assert f"compiled kernels are not cached in {root}: " in err
