@@ -35,7 +35,7 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-MOST_KEPT_BYTES = 2**28
+MOST_LOADED_BYTES = 2**28
 
 
 class Parts(Sequence[dict[str, Any]]):
@@ -50,9 +50,9 @@ class Parts(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path, n: int) -> None:
         self.path, self._n = path, n
-        self._kept: dict[int, dict[str, Any]] = {}
+        self._loaded: dict[int, dict[str, Any]] = {}
         n_bytes = sum(file.stat().st_size for file in path.glob("rank-*.h5"))
-        self._keeps_all = n_bytes <= MOST_KEPT_BYTES
+        self._all_fit = n_bytes <= MOST_LOADED_BYTES
 
     def __len__(self) -> int:
         return self._n
@@ -60,11 +60,11 @@ class Parts(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         if not 0 <= index < self._n:
             raise IndexError(index)
-        if index not in self._kept:
-            if not self._keeps_all:
-                self._kept.clear()
-            self._kept[index] = _load_part(self.path, index)[1]
-        return self._kept[index]
+        if index not in self._loaded:
+            if not self._all_fit:
+                self._loaded.clear()
+            self._loaded[index] = _load_part(self.path, index)[1]
+        return self._loaded[index]
 
     def check(self) -> str:
         """Return the reason why a part cannot be read; an empty text if all can be read. Local."""

@@ -508,7 +508,7 @@ def test_parts_are_read_once_if_memory_can_hold_all(tmp_path, monkeypatch, most_
         (tmp_path / f"rank-{rank:05d}.h5").write_bytes(b"ab")
     seen = []
     monkeypatch.setattr(checkpoint, "_load_part", lambda path, rank: seen.append(rank) or (0, {"rank": rank}))
-    monkeypatch.setattr(checkpoint, "MOST_KEPT_BYTES", most_bytes)
+    monkeypatch.setattr(checkpoint, "MOST_LOADED_BYTES", most_bytes)
     parts = checkpoint.Parts(tmp_path, 3)
     assert [part["rank"] for part in parts] == [0, 1, 2]
     assert (parts[0]["rank"], parts[0]["rank"], parts[2]["rank"]) == (0, 0, 2)
