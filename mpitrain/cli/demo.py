@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpitrain.cli.launcher import launch
 from mpitrain.errors import UsageError
+from mpitrain.report import load_run, summarise, table
 
 MOST_RANKS = 64
 
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     words.append(f"--out={args.out}")
     print(f"mpirun -n {args.ranks} mpitrain {shlex.join(words)}", flush=True)
     code = launch(args.ranks, words)
-    report = args.out / "report.md"
-    if code == 0 and report.exists():
-        print(f"\n{report.read_text()}")
-        print(f"Next: open the plots in {args.out}, or read about your own training loop in docs/training-loop.md.")
+    if code == 0:
+        plots = sorted(path.name for path in args.out.glob("*.png"))
+        print(
+            "\n".join(["", *table([summarise(load_run(args.out))]), "", f"{args.out}: {', '.join(plots)}, report.md"])
+        )
     return code

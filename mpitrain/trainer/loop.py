@@ -184,8 +184,8 @@ def _prepare(
     evaluations = Evaluations(evaluator, world, deferred=config.defer_evaluation)
     optimizer = _optimizer(plan, model, world)
     budget = plan.budget(steps_per_epoch=per_epoch, n_ranks=world.size)
+    hooks = [*_hooks_of_options(plan, budget, evaluator, world, resume), *hooks]  # may refuse an option
     folder = resume or runfolder.create(config, method.settings(), batches.identity, world)
-    hooks = [*_hooks_of_options(plan, budget, evaluator, world, folder), *hooks]
     state = None if resume is None else checkpoints.load_newest(resume, config, world)
     gradients, seconds = (0, 0.0) if state is None else (state["gradients"], state["seconds"])
     counters = Counters(world, method.metrics, *(() if state is None else (state["loss"],)))
@@ -224,10 +224,11 @@ def _metrics_file(method: Method, folder: Path | None, world: World, *, continue
 
 
 def _hooks_of_options(
-    plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World, folder: Path | None
+    plan: RunPlan, budget: Budget, evaluator: Evaluator, world: World, resume: Path | None
 ) -> list[Hook]:
     """Return the hooks that options ask for: a schedule, an early end, files of models, a timeline, and loggers."""
     config, hooks = plan.config, list[Hook]()
+    folder = resume or (None if config.out is None else Path(config.out))
     curve = plan.rate_curve(budget, n_ranks=world.size)
     if curve is not None:
         hooks.append(LearningRate(curve))
