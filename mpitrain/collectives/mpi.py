@@ -15,6 +15,7 @@ from mpitrain.collectives.pending_allreduce import PendingAllReduce
 from mpitrain.collectives.rma.device_window import AnyWindow
 from mpitrain.collectives.rma.node_barrier import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS
 from mpitrain.collectives.rma.peer_memory import PeerMemory
+from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.world.background import Background, Backoff, Started, threads_may_call_mpi
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.errors import UsageError
@@ -101,6 +102,16 @@ class MPICommunicator(PeerMemory):
         window = super().vector(n, dtype)
         self._allreduce.prepare(window)
         return window
+
+    def adopt(self, window: Window) -> Window:
+        """Return a window of more ranks as one of these ranks, which can be all-reduced. Collective.
+
+        Args:
+            window: The window of a world of which these ranks are a part, all on one node.
+        """
+        adopted = window.of_part(self.world)
+        self._allreduce.prepare(adopted)
+        return adopted
 
     def allreduce(self, vector: Any, *, mean: bool = False, part: slice | None = None) -> None:
         """Replace every rank's vector by the sum (or mean) of all, with the same bits everywhere. Collective."""

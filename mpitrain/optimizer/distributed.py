@@ -23,17 +23,9 @@ from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.kernels.native.wire import FLOAT32
+from mpitrain.optimizer import checks
 from mpitrain.optimizer.agreement import check_equal
 from mpitrain.optimizer.amp import Scaling
-from mpitrain.optimizer.checks import (
-    FrozenParameters,
-    KnownParameters,
-    check_base,
-    check_device,
-    check_kinds,
-    check_memory,
-    check_unshared,
-)
 from mpitrain.optimizer.evaluation import Evaluation
 from mpitrain.optimizer.join import Join
 from mpitrain.optimizer.layout import FlatLayout
@@ -42,6 +34,7 @@ from mpitrain.optimizer.local_replica import LocalReplica, ReplicaOptions
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.optimizer.state import OptimizerState, Owner, describe
 from mpitrain.optimizer.step import LocalUpdate, Loss, ParamGroups, Stepper
+from mpitrain.optimizer.survivors import check_on_failure
 
 _open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
 """Optimizers that are not closed."""
@@ -99,6 +92,8 @@ class DistributedOptimizer(LinkedOptimizer):
             gradients is lost. Mailboxes (gossip) and background all-reduces (``dasgd``) are sent unchanged.
         fitness: A function that returns the loss of the model on held-out data, for methods that rank workers by it
             (``neuroevolution``). It is called without gradients, and must set train or eval mode itself.
+        on_failure: For synchronous methods, whether the other ranks ``"stop"`` or ``"continue"`` when a rank dies; see
+            docs/reliability.md. Continuing needs Open MPI 5, ``mpirun --with-ft ulfm`` and all ranks on one node.
 
     Attributes:
         world: All ranks.
@@ -131,23 +126,25 @@ class DistributedOptimizer(LinkedOptimizer):
         replica_size: int = 1,
         wire: str = FLOAT32,
         fitness: Callable[[], float] | None = None,
+        on_failure: str = "stop",
     ) -> None:
-        check_kinds(base, model, method)
+        checks.check_kinds(base, model, method)
         self.method = method
         self.world = world or init()
         share_cores(self.world.cores)
-        check_base(base, model, method)
-        check_unshared(base, (place.parameter for other in _open for place in other._open_parts.layout.places))
+        checks.check_base(base, model, method)
+        checks.check_unshared(base, (place.parameter for other in _open for place in other._open_parts.layout.places))
         equal = {"seed": seed, "average": average, "replica_size": replica_size, "wire": wire}
-        equal["fitness"] = "absent" if fitness is None else "given"
+        equal |= {"fitness": "absent" if fitness is None else "given", "on_failure": on_failure}
         check_equal(base, model, method, self.world, equal)
         check_replica_size(replica_size, self.world)
+        check_on_failure(on_failure, method, self.world, replica_size=replica_size, has_average=average is not None)
         layout = FlatLayout(base.param_groups)
-        check_memory(base, model)
+        checks.check_memory(base, model)
         super().__init__(base)
-        frozen, known = FrozenParameters(base, model), KnownParameters(model)
-        check_device((place.parameter for place in layout.places), self.world)
-        options = ReplicaOptions(seed, average, replica_size, wire, fitness)
+        frozen, known = checks.FrozenParameters(base, model), checks.KnownParameters(model)
+        checks.check_device((place.parameter for place in layout.places), self.world)
+        options = ReplicaOptions(seed, average, replica_size, wire, fitness, on_failure)
         replica = LocalReplica.make(base, model, method, layout=layout, world=self.world, options=options)
         update = LocalUpdate(base, replica)
         owner = Owner(method.name, self.world.rank, self.world.size, replica_size, replica.node_shared)
@@ -183,6 +180,11 @@ class DistributedOptimizer(LinkedOptimizer):
     @exchange_seconds.setter
     def exchange_seconds(self, seconds: float) -> None:
         self._exchange_clock.seconds = seconds
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks that take part in the steps; without those after whose death a synchronous method continues."""
+        return list(self._open_parts.replica.members)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, as torch does, or to zero. Local."""

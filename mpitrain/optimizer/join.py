@@ -50,6 +50,8 @@ class Join:
         if self._waits and (not method.can_join or method.takes_gradients_early or replica.size > 1):
             name = method.name if replica.size == 1 else "replica groups"
             raise UsageError(f"join() is not for {name}: every rank is needed in every step; give all as many batches")
+        if replica.survivors is not None:
+            raise UsageError("join() counts all ranks, dead ones too: use on_failure=stop, or leave out join()")
         self._combines, self._replica, self._stepper = method.combines_gradients, replica, stepper
 
     def __enter__(self) -> Join:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.surviving import SurvivingWorker
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.world import World
@@ -21,6 +22,7 @@ from mpitrain.optimizer.foreign_writes import ForeignWrites
 from mpitrain.optimizer.fused_sgd import is_plain_sgd
 from mpitrain.optimizer.layout import FlatLayout
 from mpitrain.optimizer.replica_group import ReplicaGroup
+from mpitrain.optimizer.survivors import Survivors
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ReplicaOptions:
     replica_size: int
     wire: str
     fitness: Callable[[], float] | None
+    on_failure: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LocalReplica:
         worker: The worker of the method.
         size: The number of ranks in the group.
         fuses_update: Whether fused kernels make the local update instead of the base optimizer.
+        survivors: The living ranks, if the method is synchronous and continues after a death; else None.
         foreign_writes: The check for direct changes of shared parameters; None if each worker has its own parameters.
     """
 
@@ -57,6 +61,12 @@ class LocalReplica:
     size: int
     fuses_update: bool
     foreign_writes: ForeignWrites | None
+    survivors: Survivors | None = None
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that take part in the steps: all of them, or the survivors after a death."""
+        return range(self.comm.size) if self.survivors is None else self.survivors.members
 
     @property
     def node_shared(self) -> bool:
@@ -86,8 +96,14 @@ class LocalReplica:
         boundary = ExchangeBoundary(flat, device)
         fitness = None if options.fitness is None else _fitness_of_vectors(options.fitness, flat)
 
+        survivors: Survivors | None = None
+
         def make_worker(workers: MPICommunicator) -> Worker:
+            nonlocal survivors
             replica = Replica(workers, group.x, group.g, options.seed, layout.layers, fitness, node_shared=node_shared)
+            if options.on_failure == "continue" and method.is_synchronous and comm.size > 1:
+                survivors = Survivors(workers, replica, options.wire)
+                return SurvivingWorker(method, survivors.start(method.worker), replica, survivors)
             worker = method.worker(replica)
             return worker if options.average is None else options.average.wrap(worker, replica)
 
@@ -98,7 +114,8 @@ class LocalReplica:
             early = EarlyGradients(worker, boundary)
             flat.watch_gradients(early.ready, early.complete)
         foreign_writes = ForeignWrites(model, layout, group.x.local) if node_shared else None
-        return cls(comm, group, flat, boundary, worker, size, fuses and not node_shared, foreign_writes)
+        fuses = fuses and not node_shared
+        return cls(comm, group, flat, boundary, worker, size, fuses, foreign_writes, survivors)
 
     def close(self, vector: Any) -> None:
         """Move the parameters back into ordinary memory, and free the shared memory. Collective.
@@ -109,6 +126,8 @@ class LocalReplica:
         with self.boundary.exchanging():
             self.flat.detach(vector)
             self.comm.barrier_of_survivors()
+            if self.survivors is not None:
+                self.survivors.close()
             self.group.close()
             self.comm.free()
 

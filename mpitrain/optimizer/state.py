@@ -123,12 +123,18 @@ class OptimizerState:
             parameters = _copy(self._replica.group.x.local)
             method = {name: _copy(value) for name, value in self._replica.worker.state()}
         return {
-            **vars(self._owner),
+            **vars(self._present_owner),
             "parameters": parameters,
             "layout": "\n".join(self._parameters),
             "base": copy.deepcopy(self._base.state_dict()),  # torch returns its own tensors
             "method": method,
         }
+
+    @property
+    def _present_owner(self) -> Owner:
+        """The owner; after a death, a rank of the survivors."""
+        members = self._replica.members
+        return dataclasses.replace(self._owner, rank=members.index(self._owner.rank), ranks=len(members))
 
     def load(self, state: Mapping[str, Any] | rescaled_state.States) -> None:
         """Continue from this rank's state, or from the states of any number of ranks. Collective.
@@ -137,7 +143,7 @@ class OptimizerState:
             UsageError: The state belongs to another owner or another model.
         """
         if isinstance(state, Mapping):
-            self._owner.check(state)
+            self._present_owner.check(state)
             self._check_model(state)
             self._load(state)
         elif len(state) == self._owner.ranks:

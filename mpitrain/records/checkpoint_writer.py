@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class CheckpointWriter:
         self._folder, self._world, self._keep = folder, world, keep
         self._thread: threading.Thread | None = None
         self._target = folder
+        self._members: Sequence[int] = range(world.size)
         self._n_bytes = 0  # of all ranks' arrays
         self._leads = False  # this rank renames the folder
         self._is_published = False
@@ -59,10 +60,12 @@ class CheckpointWriter:
         self._has_written = threading.Event()  # this rank's part, or failed to
         self._is_cancelled = threading.Event()
 
-    def start(self, step: int, state: dict[str, Any]) -> None:
+    def start(self, step: int, state: dict[str, Any], members: Sequence[int] | None = None) -> None:
         """Take a snapshot and start to write it. Collective; call ``wait`` for the previous checkpoint first.
 
         Args:
+            members: The ranks whose parts form the checkpoint, in ascending order; by default all. If another rank of
+                them has died, its part is a copy of the part of the next one alive.
             step: The number in the name of the checkpoint; a larger one is newer. If the ranks differ, the lead's
                 number is used.
             state: This rank's part. It may change as soon as the call returns.
@@ -72,6 +75,7 @@ class CheckpointWriter:
             TypeError: The state of this rank contains an object that cannot be saved.
         """
         assert self._thread is None
+        self._members = range(self._world.size) if members is None else list(members)
         number, image = 0, memoryview(b"")
         try:
             image = part.encode(state)
@@ -181,14 +185,15 @@ class CheckpointWriter:
         world = self._world
         try:
             try:
-                part.write(partial / part.file_name(world.rank), image, step=step, rank=world.rank, n_ranks=world.size)
+                rank = self._members.index(world.rank)
+                part.write(partial / part.file_name(rank), image, step=step, rank=rank, n_ranks=len(self._members))
             finally:
                 del image
                 if self._leads:
                     self._has_written.set()
             if self._leads:
                 self._wait_for_parts(partial)
-                _publish(partial, self._target, world.size, self._keep)
+                _publish(partial, self._target, len(self._members), self._keep)
                 self._is_published = True
         except (OSError, MemoryError, _Abandoned) as error:
             number = _number(error) if partial.exists() and not isinstance(error, _Abandoned) else -1
@@ -209,8 +214,8 @@ class CheckpointWriter:
                 there = set(os.listdir(partial))  # also refreshes what a network file system has cached
             except FileNotFoundError:
                 break
-            ranks = (rank for rank in range(self._world.size) if rank not in self._world.dead)
-            if all(part.file_name(rank) in there for rank in ranks):
+            dead = self._world.dead
+            if all(part.file_name(k) in there for k, rank in enumerate(self._members) if rank not in dead):
                 return
             time.sleep(seconds)
             seconds = min(2 * seconds, MAX_POLL_SECONDS)

@@ -81,7 +81,8 @@ class Checkpoints(Hook):
         self._complete(run)
         if self._writer is None:
             self._writer = CheckpointWriter(run.folder / "checkpoints", run.world, run.plan.config.keep)
-        self._writer.start(run.step, {**state, **self._evaluations.state(run)})
+        members = run.optimizer.members
+        self._writer.start(run.step, {**state, **self._evaluations.state(run)}, members)
         self._saved_at = run.step
 
     def _complete(self, run: Run) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpitrain.algorithms.base.surviving import ON_FAILURE
 from mpitrain.collectives.world.transport import TRANSPORTS
 from mpitrain.collectives.world.watchdog import DEFAULT_TIMEOUT_SECONDS
 from mpitrain.errors import UsageError, printable
@@ -115,6 +116,13 @@ class TrainConfig(UpdateOptions, ObjectiveOptions, DataOptions):
         "stop",
         "after 20 losses of a rank in a row that are not finite: end the run with exit code 5 (stop), or go on (skip)",
         choices=("stop", "skip"),
+        replaceable=True,
+    )
+    on_failure: str = option(
+        "stop",
+        "when a rank dies and the method waits for all: end all ranks (stop), or go on without it (continue, with "
+        "mpirun --with-ft ulfm)",
+        choices=ON_FAILURE,
         replaceable=True,
     )
     average: str | None = option(

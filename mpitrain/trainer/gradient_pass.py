@@ -40,12 +40,14 @@ class GradientPass:
         config, kind = plan.config, torch.device(world.device).type
         self._model, self._loss, self.objective = model, objective.loss, objective
         self._size = config.batch_size_of_rank(world.rank)
-        self._weight = plan.gradient_weight(world.rank, world.size)
+        self._plan, self._rank, self._members = plan, world.rank, list(range(world.size))
+        self._weight = plan.gradient_weight(self._rank, self._members)
         self._clip_norm = config.clip_norm
         dtype = None if config.precision == "float32" else getattr(torch, config.precision)
         self._dtype, self._device_type = dtype, kind
         self._scaler = torch.amp.GradScaler(kind) if config.precision == "float16" else None
         self._is_plain = dtype is None and config.accumulate == 1 and self._weight == 1
+        self._may_shrink = config.on_failure == "continue" and bool(config.batch_sizes)
 
     def backward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Compute the gradient of the samples of a step; return their mean loss. Local."""
@@ -73,6 +75,13 @@ class GradientPass:
 
         The call is Collective if the step of the optimizer is Collective.
         """
+        self._step(optimizer, loss)
+        if self._may_shrink and optimizer.members != self._members:  # the others have died
+            self._members = optimizer.members
+            self._weight = self._plan.gradient_weight(self._rank, self._members)
+            self._is_plain = self._is_plain and self._weight == 1
+
+    def _step(self, optimizer: DistributedOptimizer, loss: torch.Tensor) -> None:
         if self._scaler is None:
             if self._clip_norm is not None:
                 optimizer.clip_grad_norm_(self._clip_norm)

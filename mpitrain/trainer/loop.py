@@ -297,6 +297,7 @@ def _optimizer(plan: RunPlan, model: torch.nn.Module, world: World) -> Distribut
         average=plan.average,
         replica_size=config.replica_size,
         wire=config.wire,
+        on_failure=config.on_failure,
     )
 
 

@@ -9,6 +9,7 @@ from mpitrain import algorithms, loggers
 from mpitrain.algorithms import Method
 from mpitrain.algorithms.base.iterate_average import Average
 from mpitrain.algorithms.base.settings import settings_of
+from mpitrain.algorithms.base.surviving import check_on_failure
 from mpitrain.errors import UsageError
 from mpitrain.trainer import optimizers, schedules
 from mpitrain.trainer.budget import Budget, Calendar
@@ -57,6 +58,9 @@ class RunPlan:
         if config.timeline and config.out is None:
             raise UsageError("--timeline writes to the folder of the run: add --out RUN")
         loggers.check(config.log, has_folder=config.out is not None)
+        check_on_failure(
+            config.on_failure, method, replica_size=config.replica_size, has_average=config.average is not None
+        )
         optimizer = _optimizer(config, method)
         momentum = config.momentum
         if momentum is None:
@@ -76,14 +80,19 @@ class RunPlan:
         is_users_own = self.optimizer.name == "imported" and self.config.momentum is None
         return Rates(self.config.lr, None if is_users_own else self.base_momentum, self.config.weight_decay)
 
-    def gradient_weight(self, rank: int, n_ranks: int) -> float:
+    def gradient_weight(self, rank: int, members: Sequence[int]) -> float:
         """Return the factor by which a rank multiplies its gradient before gradients are averaged.
 
         The mean of the multiplied gradients is then the mean over all samples of these ranks.
+
+        Args:
+            rank: The rank.
+            members: The ranks that take part in the steps, in ascending order.
         """
-        sizes, k = self.config.samples_of_ranks(n_ranks), self.config.replica_size
+        sizes, k = self.config.samples_of_ranks(members[-1] + 1), self.config.replica_size
         first = rank - rank % k
-        averaged = sizes if self.method.averages_gradients else sizes[first : first + k]
+        group = members if self.method.averages_gradients else range(first, first + k)
+        averaged = [sizes[member] for member in group]
         return sizes[rank] * len(averaged) / sum(averaged)
 
     def n_samples(self, steps_of_ranks: Sequence[int]) -> int:
@@ -130,11 +139,12 @@ class RunPlan:
 def _method(config: TrainConfig) -> Method:
     """Return the method; ``--momentum`` is its own setting where it makes the update itself.
 
-    Only the optimizer changes parameters here, so the ranks of a node share them where the method can.
+    Only the optimizer changes parameters here, so the ranks of a node share them where the method can. With
+    ``on_failure="continue"`` they do not, because a rank that dies may leave its part half updated.
     """
     settings = dict(config.settings)
     if "node_shared" in settings_of(algorithms.METHODS.get(config.algorithm, Method)):
-        settings.setdefault("node_shared", "true")
+        settings.setdefault("node_shared", str(config.on_failure == "stop").lower())
     if config.clip_displacement is not None:
         names = [name for name, kind in algorithms.METHODS.items() if "clip_displacement" in settings_of(kind)]
         if config.algorithm in algorithms.METHODS and config.algorithm not in names:

@@ -82,7 +82,7 @@ def test_the_mean_of_unequal_ranks_is_the_gradient_of_all_samples():
 )
 def test_ranks_count_by_their_samples_where_gradients_are_averaged(options, expected):
     plan = RunPlan.of(TrainConfig(batch_size=10, batch_sizes={"2": "20"}, **options))
-    assert [plan.gradient_weight(rank, 4) for rank in range(4)] == pytest.approx(expected)
+    assert [plan.gradient_weight(rank, range(4)) for rank in range(4)] == pytest.approx(expected)
 
 
 def test_samples_of_unequal_ranks_are_counted():

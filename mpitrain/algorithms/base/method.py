@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts, mean_of_parts
 from mpitrain.algorithms.base.settings import check_settings
+from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.errors import suggestion
 
@@ -69,6 +70,9 @@ class Method(ABC):
             (``DistributedOptimizer.join``).
         starts_at: The checkpoint entry with the parameters from which all workers start when a run continues with a
             different number of workers. With None, they start from the mean of all workers' parameters.
+        can_lose_workers: Whether the workers of a synchronous method can continue after the death of one of them
+            (``base.surviving``).
+        lost: A description of what is lost with a worker, apart from its local steps since the last exchange.
         averages_optimizer: Whether the torch optimizers of such a run start with the mean of the saved optimizer
             states. Otherwise they start without a state.
         goes_on, begins_anew: Descriptions of the state that continues with a different number of ranks, and of the
@@ -92,6 +96,8 @@ class Method(ABC):
     can_join: ClassVar[bool] = True
     starts_at: ClassVar[str | None] = None
     averages_optimizer: ClassVar[bool] = True
+    can_lose_workers: ClassVar[bool] = True
+    lost: ClassVar[str] = ""
     goes_on: ClassVar[str] = "mean of the parameters and of the optimizer states"
     begins_anew: ClassVar[str] = "differences between workers"
 
@@ -168,6 +174,42 @@ class Method(ABC):
                 f"{interval.steps:.0f} steps: set {interval.setting}={interval.advice(steps / LEAST_PERIODS)}, "
                 "or make the run longer"
             )
+
+    def check_size(self, size: int) -> None:  # noqa: B027 - optional
+        """Check that the method can run with this number of workers. Local.
+
+        Raises:
+            UsageError: It cannot; the message says why.
+        """
+
+    def exchanges_before(self, worker: Any) -> bool:
+        """Return whether a worker communicates before the local update of its present step. Local.
+
+        Args:
+            worker: A worker of this method, in or after the step before.
+        """
+        return self.combines_gradients
+
+    def exchanges_after(self, worker: Any) -> bool:
+        """Return whether a worker communicates after the local update of its present step. Local.
+
+        By default, it does so at the end of a period, unless the method combines gradients.
+
+        Args:
+            worker: A worker of this method, in the step.
+        """
+        period = int(getattr(self, "period", None) or 1)
+        return not self.combines_gradients and (worker.t + 1) % period == 0
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries with which a survivor continues in a new worker. Local.
+
+        Args:
+            state: The survivor's checkpoint entries, at the beginning of the exchange that failed.
+            worker: The new worker, one of as many as there are survivors.
+            survivors: The former number of each new worker, in ascending order.
+        """
+        return state
 
     def elastic_coefficient(self, size: int, learning_rate: float) -> float:
         """Return rho, the strength of the springs between the workers and the consensus; 0 without springs.

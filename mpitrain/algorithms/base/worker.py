@@ -39,6 +39,7 @@ class Worker(ABC):
         n_nonfinite: The number of non-finite elements at the last check.
         joined_at: The value of t after this worker's last own step, while it only takes part in the steps of the other
             workers (``DistributedOptimizer.join``); else None.
+        unchanged_by_exchanges: The names of the entries that only local updates and the last exchange change.
         is_replicated: Whether all workers hold equal copies of all persistent attributes.
         positions: The worker's own vectors (n,) of parameters; ``x`` is the first.
         velocities: The worker's own vectors (n,) such as momenta, in which a non-finite element becomes zero.
@@ -46,6 +47,7 @@ class Worker(ABC):
 
     persistent: ClassVar[tuple[str, ...]] = ("t", "_finalized_at")
     is_replicated: ClassVar[bool] = False
+    unchanged_by_exchanges: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, replica: Replica) -> None:
         self.comm, self.x, self.g = replica.comm, replica.x, replica.g

@@ -26,6 +26,7 @@ the default of its radius r, the median of the distances from v, is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ import numpy as np
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
-from mpitrain.algorithms.base.state import Common
+from mpitrain.algorithms.base.state import Common, State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.byzantine.gradient_slices import COMMUNICATION, GradientSlices, SliceState
 from mpitrain.errors import UsageError
@@ -72,6 +73,7 @@ class RobustSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
     can_join: ClassVar[bool] = False
+    lost: ClassVar[str] = "v of centered clipping, which begins at 0 again"
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "everything"
     begins_anew: ClassVar[str] = "nothing"
@@ -92,6 +94,14 @@ class RobustSGD(Method):
                 f"robust: {self.rule} among {size} workers works with n_byzantine <= {most}, not {self.n_byzantine}"
             )
         return self.n_byzantine
+
+    def check_size(self, size: int) -> None:
+        """Check that the rule tolerates ``n_byzantine`` among ``size`` workers. Local."""
+        self.tolerated(size)
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries; v of centered clipping, whose slice the dead worker had, begins at 0 again. Local."""
+        return dict(worker.state()) | {name: state[name] for name in state if name != "aggregate"}
 
     def worker(self, replica: Replica) -> RobustWorker:
         """Make a worker. Collective."""

@@ -42,7 +42,7 @@ different distributions (shards by class, say) are biased, honest or not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -53,6 +53,7 @@ from mpitrain import kernels
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.settings import choice, integer, number
+from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.byzantine.gradient_slices import COMMUNICATION, GradientSlices
 from mpitrain.kernels.robust import BLOCK, Rows
@@ -91,6 +92,7 @@ class SafeguardSGD(Method):
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
     can_join: ClassVar[bool] = False
+    lost: ClassVar[str] = "sums of the windows, which begin anew; the good set is kept"
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "parameters and optimizer states"
     begins_anew: ClassVar[str] = "sums and good set: every worker is in it again"
@@ -108,6 +110,12 @@ class SafeguardSGD(Method):
                 f"safeguard: short_window = {self.short_window} is longer than long_window = {self.long_window}: "
                 "use short_window <= long_window"
             )
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries of the survivors. The sums, of which the dead worker had a slice, begin anew. Local."""
+        sums = {name: value for name, value in worker.state() if name.partition("_")[0] in ("long", "short")}
+        kept = list(survivors)
+        return {**state, **sums, "good": state["good"][kept], "removed_at": state["removed_at"][kept]}
 
     def worker(self, replica: Replica) -> SafeguardWorker:
         """Make a worker. Collective."""

@@ -94,6 +94,7 @@ class ADMM(Method):
     source: ClassVar[str] = "Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 4"
     communication: ClassVar[str] = "2 (center pulled, contribution pushed), 4 if K > 1; sync 2(p-1)/p"
     starts_at: ClassVar[str | None] = "center"
+    can_lose_workers: ClassVar[bool] = False
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "center"
     begins_anew: ClassVar[str] = "the workers' distances from it; multipliers, which begin at 0"

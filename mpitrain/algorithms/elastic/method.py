@@ -85,6 +85,7 @@ class ElasticMethod(Method):
     clip_displacement: float | None = clip_displacement()
 
     starts_at: ClassVar[str | None] = "center"
+    can_lose_workers: ClassVar[bool] = False
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "center"
     begins_anew: ClassVar[str] = "the workers' distances from it; velocities and optimizer states"

@@ -226,6 +226,9 @@ class EntropyWorker(InnerLoopWorker):
     """A worker of Entropy-SGD: all workers hold equal copies of x, y, z and the velocities."""
 
     is_replicated: ClassVar[bool] = True
+    unchanged_by_exchanges: ClassVar[frozenset[str]] = frozenset(
+        ("position", "running_average", "outer_velocity", "inner_velocity")
+    )
 
     def __init__(self, method: EntropySGD, replica: Replica) -> None:
         super().__init__(method, replica)

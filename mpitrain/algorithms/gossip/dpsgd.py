@@ -16,15 +16,17 @@ the weights of the others are scaled up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.replica import Replica
+from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
-from mpitrain.algorithms.gossip.neighbours import Neighbours
+from mpitrain.algorithms.gossip.neighbours import Neighbours, no_messages
 from mpitrain.collectives.topology.mixing import mixing_matrix
 
 
@@ -47,6 +49,18 @@ class DPSGD(GraphMethod):
     communication: ClassVar[str] = "the number of neighbours (ring: 2) received and as many sent"
     needs_gradient: ClassVar[bool] = False
     is_undirected: ClassVar[bool] = True
+
+    def exchanges_before(self, worker: Any) -> bool:
+        """Return True: the workers average before every local update. Local."""
+        return True
+
+    def exchanges_after(self, worker: Any) -> bool:
+        """Return False. Local."""
+        return False
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries without messages, all of which have been received. Local."""
+        return {**state, **no_messages(state, overlap=0)}
 
     def worker(self, replica: Replica) -> DPSGDWorker:
         """Make a worker. Collective."""

@@ -121,6 +121,10 @@ class GraphMethod(Method):
             )
         return found
 
+    def check_size(self, size: int) -> None:
+        """Check that there is a graph between ``size`` workers. Local."""
+        self.graph(size)
+
     def _is_connected(self, found: Topology) -> bool:
         """Return whether the vector of every worker reaches all others."""
         return found.is_connected

@@ -52,6 +52,18 @@ def under_way(parts: Parts, overlap: int) -> Iterator[tuple[Any, float]]:
             yield sent["messages"][step - first_late], float(sent["message_tags"][step % slots][WEIGHT])
 
 
+def no_messages(state: State, overlap: int) -> dict[str, Any]:
+    """Return the entries of ``Neighbours`` after the clock of ``state``, as if all messages had been received.
+
+    Args:
+        state: The entries of a worker, with its clock.
+        overlap: The number of steps by which a message may be late.
+    """
+    tags = np.zeros((overlap + 2, N_TAGS))
+    tags[:, RECEIVED] = int(state[CLOCK])
+    return {"posted": int(state[CLOCK]), "message_tags": tags, "due": "[]"}
+
+
 Receive = Callable[[int, Any, float], int | None]
 """``receive(sender, vector, weight)``: process a message; return the number of non-finite elements left out."""
 

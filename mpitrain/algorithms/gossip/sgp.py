@@ -26,18 +26,22 @@ OSGP; here it is bounded: a message is received as soon as it is there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
+
+import numpy as np
 
 from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts, mean_of_parts
 from mpitrain.algorithms.base.settings import integer
+from mpitrain.algorithms.base.state import State
 from mpitrain.algorithms.base.worker import Worker
 from mpitrain.algorithms.gossip.graph_method import GraphMethod, graph
-from mpitrain.algorithms.gossip.neighbours import Neighbours, under_way
+from mpitrain.algorithms.gossip.neighbours import Neighbours, no_messages, under_way
 from mpitrain.collectives.topology.graphs import Topology
 
 
@@ -63,12 +67,18 @@ class StochasticGradientPush(GraphMethod):
     communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
     needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
+    lost: ClassVar[str] = "push weights, which begin at 1 again; with overlap, the messages under way"
     goes_on: ClassVar[str] = "sum_i x_i / sum_i w_i with the messages under way; mean of the optimizer states"
 
     def common_start(self, parts: Parts) -> Any:
         """Return (sum_i x_i)/(sum_i w_i), including the messages under way."""
         own = ((part[PARAMETERS], float(part["push_weight"])) for part in parts)
         return mean_of_parts(chain(own, under_way(parts, self.overlap)))
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries with w = 1 and without messages under way. Local."""
+        weights = {"push_weight": 1.0, "shown": np.ones(1)}
+        return {**state, **weights, **no_messages(state, overlap=self.overlap)}
 
     def worker(self, replica: Replica) -> SGPWorker:
         """Make a worker. Collective."""

@@ -92,6 +92,7 @@ class LSGD(Method):
     summary: ClassVar[str] = "pulled towards the best worker of the group and the best of all"
     source: ClassVar[str] = "Teng et al. 2019, arXiv 1905.10395"
     can_join: ClassVar[bool] = False
+    can_lose_workers: ClassVar[bool] = False
     communication: ClassVar[str] = "1/tau + 1/tau_G (leaders read); nothing by leaders"
     needs_gradient: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = True

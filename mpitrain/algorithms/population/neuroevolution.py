@@ -48,7 +48,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.rescaling import PARAMETERS, Parts
 from mpitrain.algorithms.base.settings import choice, integer, number
-from mpitrain.algorithms.base.state import Located
+from mpitrain.algorithms.base.state import Located, State
 from mpitrain.algorithms.base.worker import Worker
 
 SKETCH = 256
@@ -63,19 +63,16 @@ BLOCK = 4096
 class NeuroevolutionSGD(Method):
     """An evolving population of models, one per worker.
 
-    The models train separately for a generation. Then children of the best models replace unfit models and models that
-    are too similar. This is a search with several models, not a faster training of one model. It is a reconstruction of
-    a paper of which only the abstract was available.
+    The models train separately for a generation. Then children of the best models replace unfit and too similar models.
+    This is a search with several models, not a faster training of one. It is a reconstruction from a paper's abstract.
 
     Args:
         period: The number of local steps per generation. An epoch is a good length.
         similarity: The similarity theta above which the updates of two models (or clusters of models) are too similar.
         elite_fraction: The fraction of the population that is always kept, at least one model.
         unfit_fraction: The fraction of the population that is replaced because of low fitness.
-        crossover: With ``convex``, a child is a point between its parents. With ``uniform``, it has each layer from one
-            of them.
-        mutation: The standard deviation sigma of mutations, relative to the root mean square of the parents' updates of
-            a layer.
+        crossover: ``convex``: a child is a point between its parents. ``uniform``: it has each layer from one of them.
+        mutation: The standard deviation sigma of mutations, over the root mean square of the parents' layer updates.
     """
 
     period: int = integer(100, "local steps of a generation", low=1)
@@ -89,6 +86,7 @@ class NeuroevolutionSGD(Method):
     summary: ClassVar[str] = "a population of models: local SGD, crossover of the best, too similar ones suppressed"
     source: ClassVar[str] = "our reconstruction of Zhang, Hao, Gao, Wei, Tang 2020, arXiv 2012.11184 (abstract)"
     can_join: ClassVar[bool] = False
+    lost: ClassVar[str] = "the individual of the dead rank"
     communication: ClassVar[str] = "at most 2/tau received (a child's parents)"
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "best individual"
@@ -107,6 +105,11 @@ class NeuroevolutionSGD(Method):
     def common_start(self, parts: Parts) -> Any:
         """Return the best individual of the last generation."""
         return parts[int(parts[0]["best"])][PARAMETERS]
+
+    def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
+        """Return the entries, with the new number of the best individual; 0 if it has died. Local."""
+        best, kept = int(state["best"]), list(survivors)
+        return {**state, "best": kept.index(best) if best in kept else 0}
 
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
         """Make a worker. Collective."""

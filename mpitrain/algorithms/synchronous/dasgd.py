@@ -63,6 +63,10 @@ class DaSGD(Method):
         if self.delay > self.steps_late:
             yield f"delay={self.delay} is cut to {self.steps_late}: it must be below period={self.period}"
 
+    def exchanges_after(self, worker: Any) -> bool:
+        """Return whether an average starts or arrives after the step. Local."""
+        return (worker.t + 1) % self.period in (0, self.steps_late)
+
     def worker(self, replica: Replica) -> DaSGDWorker:
         """Make a worker. Collective."""
         return DaSGDWorker(self, replica)

@@ -106,6 +106,14 @@ class PostLocalSGD(LocalSGD):
     combines_gradients: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"switch_step": 100})
 
+    def exchanges_before(self, worker: Any) -> bool:
+        """Return whether the worker has not switched to local steps before the present step. Local."""
+        return not worker.is_local
+
+    def exchanges_after(self, worker: Any) -> bool:
+        """Return whether the step is the last one of a round, after the switch. Local."""
+        return bool(worker.is_local and (worker.t + 1) % self.period == 0)
+
     def worker(self, replica: Replica) -> PeriodicWorker:
         """Make a worker. Collective."""
         return PostLocalWorker(self, replica)
@@ -121,6 +129,11 @@ class PostLocalWorker(PeriodicWorker):
         self._is_local = False
         self._last_rate = 0.0
         kernels.keep_finite(self.x.local[:0])  # compiled before the first average
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the worker has switched to local steps."""
+        return self._is_local
 
     def combine_gradients(self) -> None:
         """Compute gbar = (1/p) sum_i g_i before the switch (Collective), and nothing after it."""

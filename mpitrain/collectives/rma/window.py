@@ -10,6 +10,7 @@ See MPI 4.1, chapter 12 (one-sided communications). All windows stay in one pass
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,20 @@ class Window:
     def of(self, rank: int) -> np.ndarray | None:
         """Return the array of ``rank`` in place if it is on this node, else None. Local."""
         return self._direct.get(rank)
+
+    def of_part(self, world: World) -> Window:
+        """Return the same arrays as a window of a part of the ranks, all on this node. Local.
+
+        The memory still belongs to this window. Do not free the new one.
+
+        Args:
+            world: The part of the ranks of this window.
+        """
+        window = copy.copy(self)
+        position = {member: rank for rank, member in enumerate(self.world.members)}
+        window.world, window.plan = world, None
+        window._direct = {rank: self._direct[position[member]] for rank, member in enumerate(world.members)}
+        return window
 
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
         """Start to fill ``out`` from a remote ``rank``'s array at ``start``; ``flush`` completes it. Local."""

@@ -130,13 +130,27 @@ class FaultTolerance:
         """Raise ``RankFailed`` inside the context instead of an MPI error that a dead rank has caused. Local."""
         yield
 
-    def part(self, comm: Any) -> FaultTolerance:
+    def part(self, comm: Any, *, repeats: bool = True) -> FaultTolerance:
         """Return the fault tolerance of a subset of these ranks. Collective over the subset.
 
         Args:
             comm: The communicator of the subset.
+            repeats: Whether ``run_on_survivors`` repeats a collective in which a rank has died. Otherwise it raises
+                ``RankFailed``, and the subset never shrinks: its survivors form a new subset.
         """
         return FaultTolerance(comm)
+
+    def agree(self, succeeded: bool) -> bool:
+        """Return whether all ranks have succeeded and none has died, with the same result on all. Collective.
+
+        Args:
+            succeeded: Whether this rank has succeeded.
+        """
+        return succeeded
+
+    def comes_from_death(self, error: Exception) -> bool:
+        """Return whether the death of a rank has caused an error. Local; it may wait for the failure detector."""
+        return False
 
     def abort(self, code: int) -> None:
         """End all ranks now, with this exit code. Local."""
@@ -206,7 +220,7 @@ class ULFMFaultTolerance(FaultTolerance):
             try:
                 result, succeeded = collective(self.comm), True
             except Exception as error:  # a collective that is left half done may also deliver garbage
-                if not self._comes_from_death(error):
+                if not self.comes_from_death(error):
                     raise
                 self.comm.Revoke()  # others may wait in it
                 succeeded = False
@@ -227,13 +241,16 @@ class ULFMFaultTolerance(FaultTolerance):
         try:
             yield
         except MPI.Exception as error:
-            if self._comes_from_death(error):
+            if self.comes_from_death(error):
                 self.poll()
                 self.require_all()
             raise
 
-    def _comes_from_death(self, error: Exception) -> bool:
-        """Return whether an error comes from a death: not every collective says so in the error's class."""
+    def comes_from_death(self, error: Exception) -> bool:
+        """Return whether the death of a rank has caused an error. Local; it may wait for the failure detector.
+
+        Not every collective says so in the class of the error.
+        """
         from mpi4py import MPI
 
         classes = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
@@ -246,13 +263,53 @@ class ULFMFaultTolerance(FaultTolerance):
             self.poll()
         return len(self.dead) > n_known
 
-    def part(self, comm: Any) -> FaultTolerance:
+    def part(self, comm: Any, *, repeats: bool = True) -> FaultTolerance:
         """Return the fault tolerance of a subset of these ranks. Collective over the subset.
 
         Args:
-            comm: The communicator of the subset.
+            comm, repeats: See ``FaultTolerance.part``.
         """
-        return ULFMFaultTolerance(comm, self._detector, comm.allgather(self._rank_in_run(self.rank)))
+        kind = ULFMFaultTolerance if repeats else _UntilDeath
+        return kind(comm, self._detector, comm.allgather(self._rank_in_run(self.rank)))
+
+    def agree(self, succeeded: bool) -> bool:
+        """Return whether all ranks have succeeded and none has died, with the same result on all. Collective.
+
+        If this rank has not succeeded, it first revokes the communicator, so that no rank stays in a collective.
+
+        Args:
+            succeeded: Whether this rank has succeeded.
+        """
+        from mpi4py import MPI
+
+        if not succeeded:
+            self.comm.Revoke()
+        try:
+            return bool(self.comm.Agree(succeeded))
+        except MPI.Exception:  # on all ranks: one has died
+            return False
+
+
+class _UntilDeath(ULFMFaultTolerance):
+    """A communicator on which all collectives fail after a death, and which never shrinks."""
+
+    def comes_from_death(self, error: Exception) -> bool:
+        """Return whether the death of a rank has caused an error. Local; it may wait for the failure detector."""
+        return isinstance(error, RankFailed) or super().comes_from_death(error)
+
+    def run_on_survivors(self, collective: Callable[[Any], T]) -> T:
+        """Return ``collective(comm)``. Collective over all ranks.
+
+        Raises:
+            RankFailed: A rank has died.
+        """
+        try:
+            return collective(self.comm)
+        except Exception as error:
+            if not self.comes_from_death(error):
+                raise
+            self.comm.Revoke()  # others may wait in it
+            raise RankFailed("a rank died during a collective operation") from error
 
 
 def fault_tolerance_of(comm: Any, *, leaves_no_survivors: bool) -> FaultTolerance:

@@ -58,6 +58,7 @@ class World:
         node_comm: The mpi4py communicator of the ranks of this node.
         rail_comm: The mpi4py communicator of the ranks with this local rank, one of each node.
         members: The rank in the run of each of these ranks.
+        fault_tolerance: See the argument.
         device: The device for this rank's model: ``"cpu"`` or ``"cuda:K"``.
         gpu: See the argument.
         transport: See the argument.
@@ -94,31 +95,19 @@ class World:
         self.transport, self.wanted_transport = transport, wanted_transport
         self.progress_thread = progress_thread
         self.service = progress_thread if serves else None
-        self._fault_tolerance = fault_tolerance
+        self.fault_tolerance = fault_tolerance
         self._probed_comm = fault_tolerance.probed_comm
         self._shared_arrays: list[Any] = []
 
     @property
     def comm(self) -> Any:
         """The mpi4py communicator of all ranks, or of the survivors after a death."""
-        return self._fault_tolerance.comm
+        return self.fault_tolerance.comm
 
     def split(self, color: int) -> World:
         """Return the world of the ranks that pass the same ``color``, in the order of their ranks. Collective."""
         with self.waiting("a split of the ranks"):
-            comm = self.comm.Split(color, key=self.rank)
-            fault_tolerance, ranks = self._fault_tolerance.part(comm), self.ranks.part(comm)
-            members = comm.allgather(self.members[self.rank])
-        return World(
-            ranks,
-            fault_tolerance,
-            device=self.device,
-            gpu=self.gpu,
-            transport=self.transport and self.transport.of_part(ranks.n_nodes),
-            progress_thread=self.progress_thread,
-            members=members,
-            link=self.link,
-        )
+            return part_of(self, self.comm.Split(color, key=self.rank))
 
     def free(self) -> None:
         """Free the communicators of a part of a world. The world of all ranks is never freed. Collective."""
@@ -133,17 +122,17 @@ class World:
     @property
     def survives_failures(self) -> bool:
         """Whether the other ranks continue when a rank dies, and are notified. Local."""
-        return self._fault_tolerance.survives_failures
+        return self.fault_tolerance.survives_failures
 
     @property
     def dead(self) -> frozenset[int]:
         """The ranks known to have died (``collectives.world.fault_tolerance``). Local."""
-        return self._fault_tolerance.dead
+        return self.fault_tolerance.dead
 
     @property
     def is_whole(self) -> bool:
         """Whether no rank had died at the last ``run_on_survivors`` or ``barrier``; the same on all ranks. Local."""
-        return self._fault_tolerance.is_whole
+        return self.fault_tolerance.is_whole
 
     @property
     def leader(self) -> int:
@@ -157,11 +146,11 @@ class World:
         Raises:
             RankFailed: A rank is dead.
         """
-        self._fault_tolerance.require_all()
+        self.fault_tolerance.require_all()
 
     def translated_errors(self) -> AbstractContextManager[None]:
         """Raise ``RankFailed`` inside the context instead of an MPI error that a dead rank has caused. Local."""
-        return self._fault_tolerance.translated_errors()
+        return self.fault_tolerance.translated_errors()
 
     def run_on_survivors(self, collective: Callable[[Any], T], what: str = "a collective operation") -> T:
         """Return ``collective(comm)``, called on all survivors. Collective over them.
@@ -172,7 +161,7 @@ class World:
             what: The name of the operation, for the message of a rank that waits for too long.
         """
         with self.polling(), self.waiting(what):
-            return self._fault_tolerance.run_on_survivors(collective)
+            return self.fault_tolerance.run_on_survivors(collective)
 
     def progress(self) -> None:
         """Call MPI, so that it can answer requests of other ranks. Local."""
@@ -240,9 +229,31 @@ class World:
             },
             **({"link": self.link.document()} if self.n_nodes > 1 else {}),
             "progress thread": self.progress_thread is not None,
-            "a rank that dies": self._fault_tolerance.after_death,
+            "a rank that dies": self.fault_tolerance.after_death,
         }
 
     def abort(self, code: int = 1) -> None:
         """End all ranks now, with this exit code. Local."""
-        self._fault_tolerance.abort(code)
+        self.fault_tolerance.abort(code)
+
+
+def part_of(world: World, comm: Any, *, repeats: bool = True) -> World:
+    """Return the world of the ranks of ``comm``, which belongs to it from now on. Collective over them.
+
+    Args:
+        world: A world that contains these ranks.
+        comm: Their communicator.
+        repeats: Whether ``run_on_survivors`` repeats a collective in which a rank has died; otherwise it raises
+            ``RankFailed``.
+    """
+    fault_tolerance, ranks = world.fault_tolerance.part(comm, repeats=repeats), world.ranks.part(comm)
+    return World(
+        ranks,
+        fault_tolerance,
+        device=world.device,
+        gpu=world.gpu,
+        transport=world.transport and world.transport.of_part(ranks.n_nodes),
+        progress_thread=world.progress_thread,
+        members=comm.allgather(world.members[world.rank]),
+        link=world.link,
+    )

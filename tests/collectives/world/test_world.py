@@ -222,7 +222,7 @@ def test_the_path_between_nodes_is_described(two_nodes, windows, one_node):
 @pytest.mark.ranks(4, 5)
 def test_parts_of_parts_number_dead_ranks_as_their_own(world, monkeypatch):
     detector = SimpleNamespace(dead=frozenset({2, 3}), leaves_no_survivors=False)
-    monkeypatch.setattr(world, "_fault_tolerance", ULFMFaultTolerance(world.comm, detector))
+    monkeypatch.setattr(world, "fault_tolerance", ULFMFaultTolerance(world.comm, detector))
     odd = world.split(world.rank % 2)
     last = odd.split(odd.rank == odd.size - 1)
     others = world.split(world.rank in (1, 3))

@@ -1,0 +1,127 @@
+"""The living ranks of a synchronous method that continues after a death, and their communicator.
+
+The vectors of parameters and gradients stay where they are. After a death, the survivors form a new world and allocate
+everything else anew: the communicator, the barrier of the node and the memory of the method. The old memory, of which
+the dead rank has a part, is never freed (``collectives.rma.window.Window.free``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mpi4py import MPI
+
+from mpitrain.algorithms.base import surviving
+from mpitrain.algorithms.base.method import Method
+from mpitrain.algorithms.base.replica import Replica
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.world.world import World, part_of
+from mpitrain.errors import RankFailed, UsageError
+
+T = TypeVar("T")
+
+
+def check_on_failure(
+    on_failure: str, method: Method, world: World, *, replica_size: int = 1, has_average: bool = False
+) -> None:
+    """Check that the ranks can continue after a death if ``on_failure`` says so. Local.
+
+    Raises:
+        UsageError: They cannot; the message says why. All ranks raise it.
+    """
+    surviving.check_on_failure(on_failure, method, replica_size=replica_size, has_average=has_average)
+    if on_failure == "stop" or not method.is_synchronous or world.size == 1:
+        return
+    if not world.survives_failures or world.n_nodes > 1 or world.gpu is not None:
+        raise UsageError(
+            "on_failure=continue needs ranks that survive the death of another: Open MPI 5 with mpirun --with-ft ulfm, "
+            "all ranks on one node, and vectors in host memory; otherwise use stop",
+            on_all_ranks=True,
+        )
+    try:
+        method.check_size(world.size - 1)
+    except UsageError as error:
+        raise UsageError(f"on_failure=continue is not possible here: {error}; use stop", on_all_ranks=True) from None
+
+
+class Survivors:
+    """The living ranks of a world, which form a smaller group after a death; a ``surviving.Group``.
+
+    Args:
+        comm: The communicator of all ranks of the run.
+        replica: The replica of this rank, with vectors of ``comm``.
+        wire: The wire format.
+
+    Attributes:
+        members: The rank in ``comm`` of each living rank, in ascending order.
+    """
+
+    def __init__(self, comm: MPICommunicator, replica: Replica, wire: str) -> None:
+        self._world, self._statistics, self._replica, self._wire = comm.world, comm.statistics, replica, wire
+        assert isinstance(replica.x, Window)
+        assert isinstance(replica.g, Window)
+        self._x, self._g = replica.x, replica.g
+        self.members: Sequence[int] = range(comm.size)
+        self._part: World = comm.world
+        self._comm: MPICommunicator | None = None
+        self._abandoned: list[Any] = []  # with memory that stays until the process ends
+
+    def start(self, make: Callable[[Replica], T]) -> T:
+        """Form the first group, of all ranks. Collective."""
+        return self._form(lambda replica, _: make(replica))
+
+    def agree(self, succeeded: bool) -> bool:
+        """Return whether all ranks have succeeded and none has died, with the same result on all. Collective."""
+        with self._part.waiting("an agreement"):
+            return self._part.fault_tolerance.agree(succeeded)
+
+    def comes_from_death(self, error: Exception) -> bool:
+        """Return whether the death of a rank has caused an error. Local."""
+        return self._part.fault_tolerance.comes_from_death(error)
+
+    def shrink(self, make: Callable[[Replica, Sequence[int]], T]) -> T:
+        """Form a group of the survivors, and return what ``make`` returns; see ``surviving.Group``. Collective."""
+        _revoke(self._part)
+        self._abandoned.append((self._part, self._comm))
+        self._world.barrier()  # the communicator shrinks
+        return self._form(make)
+
+    def _form(self, make: Callable[[Replica, Sequence[int]], T]) -> T:
+        before = self.members
+
+        def form(comm: Any) -> tuple[World, MPICommunicator, list[int], T]:
+            part = part_of(self._world, comm.Dup(), repeats=False)
+            try:
+                members = [self._world.members.index(member) for member in part.members]
+                workers = MPICommunicator(part, self._statistics, wire=self._wire)
+                x, g = workers.adopt(self._x), workers.adopt(self._g)
+                replica = dataclasses.replace(self._replica, comm=workers, x=x, g=g)
+                made = make(replica, [before.index(member) for member in members])
+                part.barrier()
+            except Exception:
+                _revoke(part)
+                raise
+            return part, workers, members, made
+
+        self._part, self._comm, self.members, made = self._world.run_on_survivors(form, "the survivors")
+        return made
+
+    def close(self) -> None:
+        """Free the memory of the present group, unless one of its ranks has died. Collective."""
+        if self._comm is None or not self.agree(True):
+            return
+        try:
+            self._comm.free()
+            self._part.free()
+        except RankFailed:
+            self._abandoned.append((self._part, self._comm))
+
+
+def _revoke(part: World) -> None:
+    """End all collectives of a part of the ranks with an error, also those that other ranks are in. Local."""
+    for comm in (part.comm, part.node_comm, part.rail_comm):
+        if comm != MPI.COMM_NULL:
+            comm.Revoke()
