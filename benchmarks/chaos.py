@@ -1,20 +1,22 @@
 """Kill ranks at random moments, run after run, and count the runs that the others finish.
 
     python -m benchmarks.chaos --kills 20 [--ranks 4] [--algorithms easgd,gossip] [--aim checkpoint] [--seed 1] [--json]
+    python -m benchmarks.chaos --kills 40 --algorithms synchronous
     python -m benchmarks.chaos --whole-job 100      whole jobs are killed and resumed (``chaos_jobs``)
     python -m benchmarks.chaos --full-disk 200      checkpoints on a disk that fills up (``chaos_files``)
     python -m benchmarks.chaos --damage 100         damaged files of each kind (``chaos_files``)
 
 Each run trains the digits on a few ranks under `mpirun --with-ft ulfm` (Open MPI), with one method after the other, and
-loses ranks until two are left. A rank, rank 0 included, is killed at a random moment of the run, or aimed at
+loses ranks until two are left. Synchronous methods run with `--on-failure continue`. A rank, rank 0 included, is killed at a random moment of the run, or aimed at
 
 - ``checkpoint``: checkpoints are written every second step, and the kill follows a step at once;
 - ``evaluation``: rank 0 evaluates after every second step, and it is the one that is killed;
 - ``end``: the kill follows the last step of the rank.
 
 A run has survived if it ends with exit code 0, writes its result, and leaves neither processes nor shared memory. The
-pause is the longest time between two records of the progress, which are a quarter of a second apart where nothing
-happens. The last line is one JSON document with --json.
+pause of a synchronous method is what it prints: the time from the beginning of the exchange in which a rank died to the
+end of the repeated one. That of an asynchronous method is the longest time between two records of the progress, which
+are a quarter of a second apart where nothing happens. The last line is one JSON document with --json.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
 
 ALGORITHMS = "easgd,eamsgd,easgd-tree,downpour,adag,gossip,gosgd,adpsgd"
+SYNCHRONOUS = "synchronous"
+"""Stands for all methods that wait for each other by default."""
+
+PAUSE = re.compile(r"workers continue with step \d+, after a pause of ([\d.]+) s")
 AIMS = ("any", "checkpoint", "evaluation", "end")
 STEPS = 120
 LATEST_SECONDS = 0.15  # between a step and a kill that is aimed
@@ -56,7 +62,7 @@ class Outcome:
         survived: Whether the others finished it.
         died: Ranks that had died at its end; a kill may come after it.
         accuracy: On the test set, 0 to 1; 0 if it was lost.
-        pause_seconds: The longest between two records of the progress.
+        pause_seconds: The longest pause.
         reason: The last lines of a run that was lost.
     """
 
@@ -79,7 +85,9 @@ def main() -> int:
     kinds.add_argument("--damage", type=int, metavar="N", help="damage N files of each kind instead")
     parser.add_argument("--ranks", type=int, default=4, help="of each run, 3 or more (default: %(default)s)")
     defaults = f"default: {ALGORITHMS}; of whole jobs: {chaos_jobs.ALGORITHMS}"
-    parser.add_argument("--algorithms", metavar="NAME,NAME", help=defaults)
+    parser.add_argument(
+        "--algorithms", metavar="NAME,NAME", help=f"{SYNCHRONOUS}: all that wait for each other; {defaults}"
+    )
     parser.add_argument("--aim", default="any", choices=AIMS, help="what the kills are aimed at (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the ranks (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
@@ -94,6 +102,9 @@ def run(options: Any) -> int:
     """Kill as many ranks as asked for; return 1 if a run was lost."""
     default = ALGORITHMS if options.whole_job is None else chaos_jobs.ALGORITHMS
     names = (options.algorithms or default).split(",")
+    if SYNCHRONOUS in names:
+        at = names.index(SYNCHRONOUS)
+        names[at : at + 1] = [name for name, method in METHODS.items() if method().is_synchronous]
     for name in names:
         if name not in METHODS:
             raise UsageError(f"--algorithms: {name} is not one of {', '.join(METHODS)}")
@@ -176,7 +187,9 @@ def train(algorithm: str, n_ranks: int, faults: list[str], aim: str) -> Outcome:
     before = set(os.listdir("/dev/shm"))
     command = [str(ROOT / "jobs" / "local.sh"), str(n_ranks), "--with-ft", "ulfm"]
     command += [sys.executable, "-m", "mpitrain", "train", "--quiet", "--algorithm", algorithm, "--steps", str(STEPS)]
-    command += ["--timeout", str(LIMIT_SECONDS / 2), "--out", str(folder / "run")]
+    for key, value in METHODS[algorithm].short_run.items():
+        command += ["--set", f"{key}={value}"]
+    command += ["--on-failure", "continue", "--timeout", str(LIMIT_SECONDS / 2), "--out", str(folder / "run")]
     command += ["--checkpoint-every", "2" if aim in ("checkpoint", "end") else str(STEPS // 4)]
     command += ["--evaluate-every", "2" if aim == "evaluation" else str(STEPS // 4)]
     for fault in faults:
@@ -199,8 +212,10 @@ def _outcome(algorithm: str, faults: list[str], run: Path, output: str, code: in
         reason = "\n".join([f"exit code {code}; left in /dev/shm: {left}", *lines[-30:]])
         return Outcome(algorithm, faults, False, [], 0.0, 0.0, reason)
     died = sorted({int(rank) for rank in re.findall(r"rank (\d+) of \d+ died", output)} | set(result["died"]))
-    seconds = read_metrics(run / "metrics.h5")["progress"]["seconds"]
-    pause = float(np.diff(seconds).max(initial=0.0))
+    if METHODS[algorithm]().is_synchronous:
+        pause = max(map(float, PAUSE.findall(output)), default=0.0)
+    else:
+        pause = float(np.diff(read_metrics(run / "metrics.h5")["progress"]["seconds"]).max(initial=0.0))
     return Outcome(algorithm, faults, True, died, result["test_accuracy"], pause)
 
 
