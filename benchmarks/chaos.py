@@ -7,7 +7,8 @@
     python -m benchmarks.chaos --damage 100         damaged files of each kind (``chaos_files``)
 
 Each run trains the digits on a few ranks under `mpirun --with-ft ulfm` (Open MPI), with one method after the other, and
-loses ranks until two are left. Synchronous methods run with `--on-failure continue`. A rank, rank 0 included, is killed at a random moment of the run, or aimed at
+loses ranks until two are left. Synchronous methods run with `--on-failure continue`. A rank, rank 0 included, is killed
+at a random moment of the run, or aimed at
 
 - ``checkpoint``: checkpoints are written every second step, and the kill follows a step at once;
 - ``evaluation``: rank 0 evaluates after every second step, and it is the one that is killed;

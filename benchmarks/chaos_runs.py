@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 300.0
 """Of a run: one that hangs is lost."""
 
-SINGLETON = r"sm_segment\..*0000\.\d+"
-"""The name of Open MPI's memory of a process that no launcher started: of another program."""
+OTHERS = r"sm_segment\..*0000\.\d+|sem\.mp-.*"
+"""Names of files of other programs: of MPI processes that no launcher started, and of Python's multiprocessing."""
 
 
 def finished(command: Sequence[str], limit_seconds: float = LIMIT_SECONDS) -> tuple[str, int]:
@@ -39,7 +39,7 @@ def left_in_memory(before: Collection[str]) -> list[str]:
 
 def _is_mapped(name: str) -> bool:
     """Return whether a file in /dev/shm is in use, gone or of another kind: other programs run here too."""
-    if not Path("/dev/shm", name).exists() or re.fullmatch(SINGLETON, name):
+    if not Path("/dev/shm", name).exists() or re.fullmatch(OTHERS, name):
         return True
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
