@@ -13,6 +13,7 @@ from mpitrain.algorithms import METHODS, Method
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 ENDS = "all end"
+CONTINUES = "the others go on with `continue`"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -25,13 +26,25 @@ def what_survives(method: Method) -> list[str]:
     """Return the row of a method in the table of failures."""
     if method.is_synchronous:
         uneven = "inside `join()`" if method.can_join else "no"
-        return [f"`{method.name}`", "for all, or its neighbours", ENDS, ENDS, ENDS, uneven]
+        here, lead = (CONTINUES, "the next rank leads, too") if method.can_lose_workers else (ENDS, ENDS)
+        return [f"`{method.name}`", "for all, or its neighbours", here, lead, ENDS, uneven]
     return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", ENDS, "yes"]
 
 
 def what_goes_on(method: Method) -> list[str]:
     """Return the row of a method in the table of resumed runs."""
     return [f"`{method.name}`", method.goes_on, method.begins_anew]
+
+
+def what_is_lost(method: Method) -> list[str]:
+    """Return the row of a synchronous method in the table of what a death costs."""
+    if "topology" in method.settings():
+        steps = "its parameters, except what its neighbours have of them"
+    elif method.combines_gradients:
+        steps = "its gradient of the step"
+    else:
+        steps = "its local steps since the last exchange"
+    return [f"`{method.name}`", "; ".join(filter(None, [steps, method.lost]))]
 
 
 def tables() -> dict[str, str]:
@@ -47,6 +60,7 @@ def tables() -> dict[str, str]:
     ]
     return {
         "failures": table(failures, map(what_survives, methods)),
+        "lost": table(["method", "lost with the rank"], [what_is_lost(m) for m in methods if m.is_synchronous]),
         "resumed": table(["method", "goes on", "begins anew"], map(what_goes_on, methods)),
     }
 

@@ -110,3 +110,25 @@ def test_settings_outside_a_proven_region_are_warned_of():
     (text,) = RunPlan.of(TrainConfig(settings={"moving_rate": "0.5"})).warnings(n_workers=4)
     assert "moving_rate" in text
     assert "0.225" in text  # 0.9/p would be inside
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"algorithm": "allreduce", "settings": {"node_shared": "true"}}, "half updated"),
+        ({"algorithm": "allreduce", "settings": {"overlap": "true"}}, "overlap"),
+        ({"algorithm": "slowmo", "replica_size": 2}, "replica group"),
+        ({"algorithm": "slowmo", "average": "polyak"}, "average"),
+        ({"algorithm": "easgd", "settings": {"synchronous": "true"}}, "center"),
+    ],
+    ids=["node_shared", "overlap", "replica_size", "average", "center"],
+)
+def test_what_needs_each_rank_cannot_continue_after_a_death(options, reason):
+    RunPlan.of(TrainConfig(**options))
+    with pytest.raises(UsageError, match=f"on_failure=continue is not possible here: .*{reason}"):
+        RunPlan.of(TrainConfig(on_failure="continue", **options))
+
+
+def test_ranks_that_continue_have_parameters_of_their_own():
+    assert RunPlan.of(TrainConfig(algorithm="allreduce")).method.node_shared
+    assert not RunPlan.of(TrainConfig(algorithm="allreduce", on_failure="continue")).method.node_shared

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.launching import ROOT, Finished, launch, python
 
+from mpitrain.records.checkpoint import newest_parts
 from mpitrain.records.metrics import read_metrics
 
 pytestmark = pytest.mark.launches
@@ -170,3 +171,42 @@ def test_without_deaths_fault_tolerance_changes_nothing(tmp_path: Path) -> None:
     same = document_in(without.output)
     assert same["world"]["a rank that dies"] == "ends all ranks"
     assert (same["test_loss"], same["train_loss"]) == (result["test_loss"], result["train_loss"])
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    """A synchronous run whose rank 0 dies, after a checkpoint of 3 ranks and before one of 2."""
+    run = tmp_path_factory.mktemp("continued") / "run"
+    options = ["--steps", "60", "--checkpoint-every", "20", "--on-failure", "continue", "--out", str(run)]
+    return train(3, 0, "--algorithm", "allreduce", *options), run
+
+
+def test_a_synchronous_run_continues_without_its_lead(continued: tuple[Finished, Path]) -> None:
+    done, run = continued
+    assert done.returncode == 0, done.output
+    assert done.output.count("rank 0 of 3 died") == 1
+    assert "mpitrain (rank 1): 2 of 3 workers continue with step 30, after a pause of " in done.output
+    assert "Traceback" not in done.output
+    result = json.loads((run / "result.json").read_text())
+    assert (result["died"], result["complete"]) == ([0], True)
+    assert result["steps_of_ranks"] == [29, 60, 60]
+    assert result["test_accuracy"] > 0.8
+
+
+def test_its_checkpoints_are_of_as_many_ranks_as_live_and_continue_on_others(continued: tuple[Finished, Path]) -> None:
+    _, run = continued
+    parts = {path.name: len(list(path.glob("rank-*.h5"))) for path in run.glob("checkpoints/step-*")}
+    assert parts == {"step-00000040": 2, "step-00000060": 2}
+    states = newest_parts(run / "checkpoints")
+    assert [part["optimizer"]["rank"] for part in states] == [0, 1]
+    same = [part["optimizer"]["parameters"] for part in states]
+    assert (same[0] == same[1]).all()  # to the last bit
+    done = launch(
+        3,
+        ["mpitrain", "train", "--resume", str(run), "--steps", "65"],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"PYTHONPATH": str(ROOT / "tests"), "VICTIM": "-1"},
+    )
+    assert done.returncode == 0, done.output
+    result = json.loads((run / "result.json").read_text())
+    assert (result["died"], result["ranks"], result["complete"]) == ([], 3, True)

@@ -101,6 +101,7 @@ class PostLocalSGD(LocalSGD):
     summary: ClassVar[str] = "synchronous SGD first, local SGD once the learning rate has fallen"
     source: ClassVar[str] = "Lin, Stich, Patel, Jaggi 2018, arXiv 1808.07217"
     can_join: ClassVar[bool] = False
+    lost: ClassVar[str] = "after the switch, its local steps since the last exchange"
     communication: ClassVar[str] = "2(p-1)/p before the switch, 2(p-1)/(p*H) after it"
     needs_gradient: ClassVar[bool] = True
     combines_gradients: ClassVar[bool] = True
