@@ -123,7 +123,6 @@ class TrainConfig(UpdateOptions, ObjectiveOptions, DataOptions):
         "when a rank dies and the method waits for all: end all ranks (stop), or go on without it (continue, with "
         "mpirun --with-ft ulfm)",
         choices=ON_FAILURE,
-        replaceable=True,
     )
     average: str | None = option(
         None, "evaluate an average of the iterates: polyak or moving:RATE", metavar="KIND", default_text="no average"

@@ -203,7 +203,7 @@ def test_its_checkpoints_are_of_as_many_ranks_as_live_and_continue_on_others(con
     assert (same[0] == same[1]).all()  # to the last bit
     done = launch(
         3,
-        ["mpitrain", "train", "--resume", str(run), "--steps", "65"],
+        [*ULFM, "mpitrain", "train", "--resume", str(run), "--steps", "65"],
         timeout_seconds=IN_TIME_SECONDS,
         extra_env={"PYTHONPATH": str(ROOT / "tests"), "VICTIM": "-1"},
     )
