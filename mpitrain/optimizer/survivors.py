@@ -11,14 +11,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mpi4py import MPI
-
 from mpitrain.algorithms.base import surviving
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.world import World, part_of
+from mpitrain.collectives.world.world import World, part_of, revoke
 from mpitrain.errors import RankFailed, UsageError
 
 T = TypeVar("T")
@@ -84,7 +82,7 @@ class Survivors:
 
     def shrink(self, make: Callable[[Replica, Sequence[int]], T]) -> T:
         """Form a group of the survivors, and return what ``make`` returns; see ``surviving.Group``. Collective."""
-        _revoke(self._part)
+        revoke(self._part)
         self._abandoned.append((self._part, self._comm))
         self._world.barrier()  # the communicator shrinks
         return self._form(make)
@@ -102,7 +100,7 @@ class Survivors:
                 made = make(replica, [before.index(member) for member in members])
                 part.barrier()
             except Exception:
-                _revoke(part)
+                revoke(part)
                 raise
             return part, workers, members, made
 
@@ -118,10 +116,3 @@ class Survivors:
             self._part.free()
         except RankFailed:
             self._abandoned.append((self._part, self._comm))
-
-
-def _revoke(part: World) -> None:
-    """End all collectives of a part of the ranks with an error, also those that other ranks are in. Local."""
-    for comm in (part.comm, part.node_comm, part.rail_comm):
-        if comm != MPI.COMM_NULL:
-            comm.Revoke()

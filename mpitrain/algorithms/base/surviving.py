@@ -221,7 +221,7 @@ class SurvivingWorker(Worker):
             is_last: Whether it may change any entry of the worker, which the other exchanges do not.
         """
         began, n_before = time.perf_counter(), len(self._group.members)
-        kept = self._copies(changes, is_last=is_last)
+        copies = self._copies(changes, is_last=is_last)
         while True:
             result: Any = None
             try:
@@ -232,7 +232,7 @@ class SurvivingWorker(Worker):
                 succeeded = False
             if self._group.agree(succeeded):
                 break
-            self._continue_from(kept)
+            self._continue_from(copies)
         if len(self._group.members) < n_before:
             self.pause_seconds = time.perf_counter() - began
             self._report(n_before)
@@ -246,17 +246,17 @@ class SurvivingWorker(Worker):
         attributes = {name: getattr(worker, name) for name in CARRIED}
         return Copies(changes, getattr(worker, changes).local.copy(), entries, attributes)
 
-    def _continue_from(self, kept: Copies) -> None:
+    def _continue_from(self, copies: Copies) -> None:
         """Replace the worker by one in a group of the survivors, in the state of the copies. Collective."""
         former = self._worker
         unchanged = {name: value for name, value in former.state() if name in former.unchanged_by_exchanges}
-        entries = {**unchanged, **kept.entries}
+        entries = {**unchanged, **copies.entries}
 
         def make(replica: Replica, survivors: Sequence[int]) -> Worker:
-            kernels.assign(getattr(replica, kept.changed).local, kept.vector)
+            kernels.assign(getattr(replica, copies.changed).local, copies.vector)
             worker = self._method.worker(replica)
             worker.load(self._method.entries_after_death(entries, worker, survivors))
-            for name, value in kept.attributes.items():
+            for name, value in copies.attributes.items():
                 setattr(worker, name, value)
             return worker
 

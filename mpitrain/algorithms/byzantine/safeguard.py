@@ -114,8 +114,8 @@ class SafeguardSGD(Method):
     def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
         """Return the entries of the survivors. The sums, of which the dead worker had a slice, begin anew. Local."""
         sums = {name: value for name, value in worker.state() if name.partition("_")[0] in ("long", "short")}
-        kept = list(survivors)
-        return {**state, **sums, "good": state["good"][kept], "removed_at": state["removed_at"][kept]}
+        numbers = list(survivors)
+        return {**state, **sums, "good": state["good"][numbers], "removed_at": state["removed_at"][numbers]}
 
     def worker(self, replica: Replica) -> SafeguardWorker:
         """Make a worker. Collective."""

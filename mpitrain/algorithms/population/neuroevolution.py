@@ -108,8 +108,8 @@ class NeuroevolutionSGD(Method):
 
     def entries_after_death(self, state: State, worker: Any, survivors: Sequence[int]) -> State:
         """Return the entries, with the new number of the best individual; 0 if it has died. Local."""
-        best, kept = int(state["best"]), list(survivors)
-        return {**state, "best": kept.index(best) if best in kept else 0}
+        best, numbers = int(state["best"]), list(survivors)
+        return {**state, "best": numbers.index(best) if best in numbers else 0}
 
     def worker(self, replica: Replica) -> NeuroevolutionWorker:
         """Make a worker. Collective."""

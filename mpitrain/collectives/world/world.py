@@ -257,3 +257,12 @@ def part_of(world: World, comm: Any, *, repeats: bool = True) -> World:
         members=comm.allgather(world.members[world.rank]),
         link=world.link,
     )
+
+
+def revoke(world: World) -> None:
+    """End all collectives of these ranks with an error, also those that other ranks are in. Local."""
+    from mpi4py import MPI
+
+    for comm in (world.comm, world.node_comm, world.rail_comm):
+        if comm != MPI.COMM_NULL:
+            comm.Revoke()
