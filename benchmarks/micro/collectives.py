@@ -37,6 +37,8 @@ TRIALS = 2
 # The bars of the project, for 2 ranks.
 BAR_RANKS = 2
 EXCHANGE_AT_MOST = {2**25: 1.15}  # x the local pass, on vectors of these bytes
+SMALL_EXCHANGE_AT_MOST = dict.fromkeys((2**10, 2**12, 2**14), 1.5)  # x an MPI lock with Get and Put
+FORMS_AT_LEAST = {2**12: ("MPI_Reduce + Bcast", "MPI_Sendrecv + NumPy")}  # as slow as ours
 GET_PUT_AT_LEAST = {2**25: 3.0}  # x the exchange
 ALL_REDUCE_AT_LEAST = {2**25: {"MPI_Allreduce": 3.0, "gloo": 10.0}, 2**22: {"MPI_Allreduce": 3.0, "gloo": 20.0}}
 NEVER_SLOWER_FROM = 2**10  # bytes: the all-reduce than MPI_Allreduce
@@ -113,6 +115,14 @@ def verdicts(rows: list[dict[str, Any]], n_ranks: int) -> list[dict[str, Any]]:
     for n_bytes, peers in ALL_REDUCE_AT_LEAST.items():
         for name, least in peers.items():
             at_least(n_bytes, name, least, f"all-reduce at least {least:g} x faster than {name}")
+    for n_bytes, most in SMALL_EXCHANGE_AT_MOST.items():
+        if (n_bytes, GET_AND_PUT[0]) in ratios:
+            ratio = 1 / ratios[n_bytes, GET_AND_PUT[0]]
+            bar = f"{name_of(n_bytes)}: exchange at most {most:g} x {GET_AND_PUT[0]}"
+            bars.append({"bar": bar, "ratio": ratio, "passed": ratio <= most})
+    for n_bytes, names in FORMS_AT_LEAST.items():
+        for name in names:
+            at_least(n_bytes, name, 1.0, f"{REFERENCES[name]} at most as slow as {name}")
     others = {n: ratio for (n, name), ratio in ratios.items() if name == "MPI_Allreduce" and n >= NEVER_SLOWER_FROM}
     if others:
         worst = min(others, key=others.__getitem__)

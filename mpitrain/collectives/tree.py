@@ -1,7 +1,7 @@
 """Broadcast and reduce along a binomial tree, in ceil(log2 p) rounds, pipelined in chunks.
 
-``partition.binomial_tree`` computes the tree. MPI's point-to-point calls carry the chunks, so that a rank forwards a
-chunk while it receives the next one.
+Small vectors are left to MPI. For others, ``partition.binomial_tree`` computes the tree, and MPI's point-to-point calls
+carry the chunks, so that a rank forwards a chunk while it receives the next one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
 
 CHUNK_BYTES = 1 << 20
+
+SMALL_BYTES = 1 << 14
+"""Vectors that MPI's own collectives carry, at most: they use such a tree, too, and take one call."""
+
+MPI_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+"""The types that every MPI adds."""
+
 TAG = 17
 
 
@@ -32,6 +39,9 @@ def _raw(array: np.ndarray) -> list:
 
 def broadcast(world: World, array: np.ndarray, root: int = 0) -> None:
     """Copy the root's array (n,) to the array of every rank. Collective."""
+    if array.nbytes <= SMALL_BYTES:
+        world.comm.Bcast(_raw(array), root)
+        return
     parent, children = binomial_tree(world.rank, world.size, root)
     requests = []
     for part in _chunks(array):
@@ -46,6 +56,12 @@ def reduce(world: World, array: np.ndarray, root: int = 0) -> None:
 
     Each rank adds the arrays of its children in a fixed order, so the result has the same bits in every run.
     """
+    if array.nbytes <= SMALL_BYTES and array.dtype in MPI_DTYPES:
+        if world.rank == root:
+            world.comm.Reduce(MPI.IN_PLACE, array, root=root)
+        else:
+            world.comm.Reduce(array, None, root=root)
+        return
     parent, children = binomial_tree(world.rank, world.size, root)
     received = np.empty(min(array.size, max(CHUNK_BYTES // array.itemsize, 1)), array.dtype)
     requests = []

@@ -108,6 +108,11 @@ class LockTable:
                 f"the lock was taken over by rank {(found & OWNER_MASK) - 1}: this rank was considered dead"
             )
 
+    def word(self, home: int, index: int) -> LockWord:
+        """Return the word of a lock, which ``orders_memory``. Local."""
+        assert isinstance(self._words, NodeWords)
+        return self._words.word(home, index)
+
     def owner(self, home: int, index: int) -> int | None:
         """Return the rank that holds a lock; None if it is free. Local."""
         found = self._words.swap(home, index, 0, 0)
@@ -116,6 +121,24 @@ class LockTable:
     def free(self) -> None:
         """Free the words. Collective."""
         self._words.free()
+
+
+class LockWord:
+    """A lock word in the memory of this node, for a rank that acquires and releases it in few calls.
+
+    Attributes:
+        words: The array that contains the word.
+        place: The position of the word in the array.
+        mine: The owner bits of this rank.
+        acquire: The compiled function ``acquire(words, place, mine, spin_limit)``; it returns the former word.
+        swap: The compiled function ``swap(words, place, expected, new)``; it returns the former word.
+    """
+
+    __slots__ = ("acquire", "mine", "place", "swap", "words")
+
+    def __init__(self, words: np.ndarray, place: int, mine: int) -> None:
+        self.words, self.place, self.mine = words, place, mine
+        self.acquire, self.swap = lock_words.acquire(), lock_words.swap()
 
 
 class Words(Protocol):
@@ -148,6 +171,12 @@ class NodeWords:
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._words = [self._window.of(rank) for rank in range(world.size)]
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
+
+    def word(self, home: int, index: int) -> LockWord:
+        """Return a word. Local."""
+        words = self._words[home]
+        assert words is not None
+        return LockWord(words, STRIDE * index, self._mine)
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
         """Write this rank's owner bits to a word if it is free, and return the former word. Local."""

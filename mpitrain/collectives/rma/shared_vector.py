@@ -81,6 +81,7 @@ class SharedVector:
         # The version of each shard after this worker's last pull, None before the first one.
         self._seen: list[int | None] = [None] * len(self.parts)
         self._movement = _Movement(self.n)
+        self._has_pushed = False  # since the last pull
 
     def update(self, fn: Callable[[slice, Any], int | None], *, pushes: bool = True, pulls: bool = True) -> None:
         """Visit the shards in place, each under its lock. Local.
@@ -93,32 +94,40 @@ class SharedVector:
             pulls: Whether ``fn`` copies the values of the shard. Staleness is counted from the last visit with
                 ``pulls``.
         """
-        self._statistics.n_exchanges += 1
+        # A visit to a short vector takes some microseconds, of which each line here is a part.
+        statistics, sampled, all_seen = self._statistics, self._sampled, self._seen
+        statistics.n_exchanges += 1
+        n_transfers = pushes + pulls
         first_staleness: int | None = None
         for locked in self._blocks.visit(self._order, updated=pushes, encoded=True):
             with locked as block:
-                index = block.index
-                seen, self.tags = self._seen[index], block.tags
-                self.staleness = 0 if seen is None else block.version - seen
-                if index == self._sampled and pushes and seen is not None:
-                    first_staleness = self.staleness
-                    self._movement.record_found(block.data)
-                n_nonfinite = fn(self.parts[index], self._rows_of(block.data))
-                if index == self._sampled and pulls:
-                    self._movement.record_left(block.data)
+                index, data = block.index, block.data
+                seen, self.tags = all_seen[index], block.tags
+                self.staleness = staleness = 0 if seen is None else block.version - seen
+                if index == sampled and pushes and seen is not None:
+                    first_staleness = staleness
+                    if staleness or self._has_pushed:
+                        self._movement.record_found(data)
+                n_nonfinite = fn(self.parts[index], data if self._rows == 1 else self._rows_of(data))
+                if index == sampled and pulls:
+                    self._movement.record_left(data)
             # Others may wait for the lock; the rest does not need it.
             if n_nonfinite is not None:
-                self._statistics.n_nonfinite += n_nonfinite
-            self._statistics.bytes_sent += (pushes + pulls) * block.data.nbytes
+                statistics.n_nonfinite += n_nonfinite
+            statistics.bytes_sent += n_transfers * data.nbytes
             if pulls:
-                self._seen[index] = block.version + pushes
+                all_seen[index] = block.version + pushes
             elif seen is not None:
-                self._seen[index] = seen + pushes  # this worker's own updates do not count as staleness
+                all_seen[index] = seen + pushes  # this worker's own updates do not count as staleness
         # The samples of a GPU have arrived once all shards are released.
         if first_staleness is not None:
-            self._statistics.record_staleness(first_staleness, self._movement.distance())
+            is_unchanged = not first_staleness and not self._has_pushed
+            statistics.record_staleness(first_staleness, 0.0 if is_unchanged else self._movement.distance())
         if pulls:
+            self._has_pushed = False
             self._movement.advance()
+        elif pushes:
+            self._has_pushed = True
 
     def read(self, out: Any, row: int = 0) -> None:
         """Copy a row to ``out`` (n,), each shard under its lock. Local; not counted as an exchange."""
@@ -214,6 +223,8 @@ class _Movement:
         self._size = -1  # not allocated yet
         self._found = self._left = self._reference = self._difference = np.zeros(0)
         self._on_gpu = False
+        self._shard: Any = None  # the last shard that was left, and its sample
+        self._view = np.zeros(0)
 
     def record_found(self, shard: Any) -> None:
         """Copy the sample before the worker changes it. A sample from a GPU arrives by the release of the shard."""
@@ -223,8 +234,13 @@ class _Movement:
 
     def record_left(self, shard: Any) -> None:
         """Copy the sample after the worker has changed it. A sample from a GPU arrives by the release of the shard."""
+        if shard is self._shard:  # in place on the node: the same array at each visit
+            self._left[...] = self._view
+            return
         if self._size < 0:
             self._allocate(shard)
+        if not self._on_gpu:
+            self._shard, self._view = shard, shard[: self._size]
         self._copy(self._left, shard)
 
     def advance(self) -> None:
@@ -242,7 +258,9 @@ class _Movement:
         if self._on_gpu:
             samples = [gpu.current().page_locked(self._size, shard.dtype) for _ in range(3)]
         else:
-            samples = [np.zeros(self._size) for _ in range(3)]
+            # A copy without a conversion takes half the time; NumPy cannot subtract all 16-bit types.
+            dtype = shard.dtype if shard.dtype.itemsize >= 4 else np.dtype(np.float64)
+            samples = [np.zeros(self._size, dtype) for _ in range(3)]
         self._found, self._left, self._reference = samples
 
     def _copy(self, to: np.ndarray, shard: Any) -> None:

@@ -75,8 +75,8 @@ class Statistics:
 
     def record_staleness(self, n_updates: int, distance: float) -> None:
         """Count a visit after ``n_updates`` updates by others that have moved the center by ``distance``."""
-        self.staleness[min(n_updates, STALENESS_BINS - 1)] += 1
-        self.staleness_distance[distance_bin(distance)] += 1
+        self.staleness[n_updates if n_updates < STALENESS_BINS else -1] += 1
+        self.staleness_distance[distance_bin(distance) if distance > 0 else 0] += 1
 
 
 def distance_bin(distance: float) -> int:
