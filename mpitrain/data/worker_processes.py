@@ -21,8 +21,11 @@ from mpitrain.data.dataset import Batch
 from mpitrain.data.imported import ImportedDataset, checked
 from mpitrain.errors import UsageError
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals for the ranks, which still need their workers while they save a last checkpoint."""
+IGNORED = (signal.SIGINT, signal.SIGUSR1)
+"""Signals for the ranks. SIGTERM ends a worker, but later: its rank needs it until the last checkpoint is saved."""
+
+GRACE_SECONDS = 30
+"""Seconds from SIGTERM to the end of a worker whose rank has not ended it before."""
 
 WITHOUT_MPI = ("MPI4PY_RC_INITIALIZE", "false")
 """The environment variable with which importing mpi4py does not start MPI."""
@@ -59,7 +62,10 @@ class WorkerProcesses:
 
     def close(self) -> None:
         """End the processes. Local."""
-        self._batches = None
+        if self._batches is not None:
+            # A traceback may still refer to the iterator, whose deletion would end the processes otherwise.
+            self._batches._shutdown_workers()  # type: ignore[attr-defined]
+            self._batches = None
 
     def _start(self, step: int) -> None:
         self.close()
@@ -68,7 +74,7 @@ class WorkerProcesses:
             batch_sampler=_Steps(self._indices_of, step),
             num_workers=self._n_workers,
             multiprocessing_context="spawn",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_handle_signals,
             generator=torch.Generator().manual_seed(self._seed + step),
         )
         try:
@@ -109,6 +115,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _ignore_signals(worker: int) -> None:
+def end_later(*_: Any) -> None:
+    """End this process after the grace period. The handler of SIGTERM in a worker."""
+    signal.alarm(GRACE_SECONDS)
+
+
+def _handle_signals(worker: int) -> None:
+    signal.signal(signal.SIGTERM, end_later)
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from support import own_data
 
 from mpitrain.data import Sampler, identity_of
 from mpitrain.data.imported import load_imported
-from mpitrain.data.worker_processes import WorkerProcesses
+from mpitrain.data.worker_processes import GRACE_SECONDS, WorkerProcesses, end_later
 from mpitrain.errors import UsageError
 
 
@@ -87,12 +88,17 @@ def test_worker_processes_read_the_steps_in_order_without_mpi():
     processes = {int(process) for process in where[:, 1]}
     assert os.getpid() not in processes
     assert len(processes) == 4  # two at first, two after the return
-    assert where[:, 2:].tolist() == [[0, 1]] * len(where)  # no MPI; SIGTERM is for the rank
+    assert where[:, 2:].tolist() == [[0, 1]] * len(where)  # no MPI; after SIGTERM, the rank has time
     reading.close()
     end = time.monotonic() + 120
     while any(map(is_running, processes)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(map(is_running, processes))
+
+
+def test_a_worker_ends_some_time_after_sigterm():
+    end_later()
+    assert 0 < signal.alarm(0) <= GRACE_SECONDS
 
 
 def test_data_that_cannot_be_pickled_are_refused():

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from mpitrain import data
+from mpitrain.data.worker_processes import end_later
 from mpitrain.trainer.study import OneProcess
 
-WHERE = ("index", "process", "has started MPI", "ignores SIGTERM")
+WHERE = ("index", "process", "has started MPI", "ends later")
 
 
 class Arrays(Dataset):
@@ -45,9 +46,9 @@ class Witness(Dataset):
         return 40
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        ignores = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        later = signal.getsignal(signal.SIGTERM) is end_later
         mpi = sys.modules["mpi4py.MPI"]  # imported by this module, and started with the import in a process of its own
-        return torch.tensor([index, os.getpid(), mpi.Is_initialized(), ignores], dtype=torch.float64), 0
+        return torch.tensor([index, os.getpid(), mpi.Is_initialized(), later], dtype=torch.float64), 0
 
 
 def witness() -> tuple[Witness, Witness]:
