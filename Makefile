@@ -90,6 +90,7 @@ bench: setup
 	    record nodes-$$mpi $$mpi $$python -m benchmarks.network.nodes; \
 	    if [ "$$(id -u)" = 0 ]; then \
 	        record between-$$mpi $$mpi $$python -m benchmarks.network.hosts; \
+	        record sums-$$mpi $$mpi $$python -m benchmarks.network.sums; \
 	    fi; \
 	done; \
 	record steps-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.steps --repeats 5; \

@@ -36,6 +36,7 @@ TITLES = {
     "startup": "Start",
     "nodes": "More and more nodes",
     "between": "Between hosts",
+    "sums": "All-reduce between hosts",
     "compare": "Methods",
 }
 
