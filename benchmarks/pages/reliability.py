@@ -6,7 +6,7 @@ python -m benchmarks.pages.reliability      write them into the page
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mpitrain.algorithms import METHODS, Method
@@ -65,14 +65,22 @@ def tables() -> dict[str, str]:
     }
 
 
-def filled(page: str) -> str:
-    """Return the page with the tables in their places, between ``<!-- NAME -->`` and ``<!-- end -->``."""
-    for name, text in tables().items():
+def filled(page: str, made: Mapping[str, str] | None = None) -> str:
+    """Return a page with tables in their places, between ``<!-- NAME -->`` and ``<!-- end -->``.
+
+    Args:
+        page: The text of the page.
+        made: The tables by the names of their places, by default those of this page.
+
+    Raises:
+        ValueError: The page lacks a place.
+    """
+    for name, text in (tables() if made is None else made).items():
         page, n = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.S
         )
         if n != 1:
-            raise ValueError(f"{PAGE} has no place <!-- {name} -->")
+            raise ValueError(f"the page has no place <!-- {name} -->")
     return page
 
 

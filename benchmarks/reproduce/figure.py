@@ -2,7 +2,8 @@
 
 A script reproduces one published result. It says what would count as a success before it computes, prints one line for
 each criterion, draws one figure, and ends with a JSON document on the last line of stdout. Its exit code is 1 when a
-criterion is missed.
+criterion is missed. A result that contradicts the paper is a criterion with ``contradicts``, the likeliest reason. It
+is expected to be missed; if it is met, the script fails, because its text is then wrong.
 
     def main(arguments: Sequence[str] | None = None) -> int:
         options = parser(__doc__).parse_args(arguments)  # --out and --json; add the script's own before parsing
@@ -12,12 +13,12 @@ criterion is missed.
         figure, ((axes,),) = panels()
         axes.plot(x, y, color=COLOURS[0], label="measured")
         outcome.save(figure)  # OUT/staleness.png
-        return outcome.finish(p=p, mean_staleness=mean)
+        return outcome.conclude(p=p, mean_staleness=mean)
 
     if __name__ == "__main__":
         sys.exit(main())
 
-A script imports this by ``from figure import ...``: it stands beside it.
+``python -m benchmarks.pages.reproductions`` makes the pages of docs/reproductions from these documents.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from numpy.typing import NDArray
 from mpitrain import __version__
 from mpitrain.report.style import COLOURS, DASHES, tidy
 
-__all__ = ["COLOURS", "DASHES", "Outcome", "panels", "parser"]
+__all__ = ["COLOURS", "DASHES", "Outcome", "panels", "parser", "quick_parser"]
 
 DPI = 130
 
@@ -48,6 +49,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     made.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the figure (%(default)s)")
     made.add_argument("--json", action="store_true", help="print the JSON document only")
+    return made
+
+
+def quick_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that also has ``--quick``, for a run of seconds instead of minutes."""
+    made = parser(description)
+    made.add_argument("--quick", action="store_true", help="smaller sizes: seconds instead of minutes")
     return made
 
 
@@ -67,23 +75,43 @@ def panels(
 
 
 class Outcome:
-    """The outcome of one script: lines for a reader, criteria, a figure, a JSON document."""
+    """The outcome of one script: lines for a reader, criteria, a figure, a JSON document.
+
+    Args:
+        name: The name of the script and its figure.
+        options: The options of ``parser``.
+    """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self._out, self._silent = name, Path(options.out), bool(options.json)
+        self._lines: list[str] = []
+        self._options = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
         self._criteria: list[dict[str, Any]] = []
         self._figure: Path | None = None
 
     def say(self, line: str = "") -> None:
         """Print a line, unless only the document is wanted."""
+        self._lines.append(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         if not self._silent:
             print(line, flush=True)
 
-    def criterion(self, words: str, value: Any, passed: bool) -> None:
-        """Print ``criterion WORDS: VALUE PASS`` (or ``MISSED``) and remember it. Numbers are shown to 4 digits."""
+    def criterion(self, words: str, value: Any, passed: bool, *, contradicts: str = "") -> None:
+        """Print ``criterion WORDS: VALUE PASS`` (or ``MISSED``, ``CONTRADICTS THE PAPER``) and remember it.
+
+        Args:
+            words: The criterion.
+            value: The measured value. Numbers are shown to 4 digits.
+            passed: Whether it meets the criterion.
+            contradicts: For a claim that is known not to hold here, the likeliest reason.
+        """
         shown = f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-        self.say(f"criterion {words}: {shown} {'PASS' if passed else 'MISSED'}")
-        self._criteria.append({"criterion": words, "value": value, "passed": bool(passed)})
+        verdict = "PASS" if passed else "CONTRADICTS THE PAPER" if contradicts else "MISSED"
+        self._print(f"criterion {words}: {shown} {verdict}")
+        reason = {"contradicts": contradicts} if contradicts else {}
+        self._criteria.append({"criterion": words, "value": value, "passed": bool(passed), **reason})
 
     def save(self, figure: Figure) -> Path:
         """Write the figure to ``OUT/NAME.png``."""
@@ -94,9 +122,13 @@ class Outcome:
         return self._figure
 
     def conclude(self, **results: Any) -> int:
-        """Print the JSON document (NumPy values are allowed) and return the exit code: 0 if all criteria passed."""
+        """Print the JSON document, write it beside the figure, and return the exit code: 0 if all is as expected.
+
+        Args:
+            results: The figures of the page; NumPy values are allowed.
+        """
         assert self._criteria, "a reproduction says what would count as a success"
-        passed = all(one["passed"] for one in self._criteria)
+        passed = all(one["passed"] != ("contradicts" in one) for one in self._criteria)
         versions = {
             "mpitrain": __version__,
             "python": platform.python_version(),
@@ -107,11 +139,16 @@ class Outcome:
             "name": self.name,
             "passed": passed,
             "criteria": self._criteria,
-            "figure": None if self._figure is None else str(self._figure),
+            "figure": None if self._figure is None else self._figure.name,
+            "options": self._options,
+            "lines": self._lines,
             **results,
             "versions": versions,
         }
-        print(json.dumps(_plain(document), allow_nan=False), flush=True)
+        text = json.dumps(_plain(document), allow_nan=False)
+        if self._figure is not None:
+            (self._out / f"{self.name}.json").write_text(text + "\n")
+        print(text, flush=True)
         return 0 if passed else 1
 
 

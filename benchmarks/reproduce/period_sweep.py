@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
+from benchmarks.reproduce.digits import MiniBatches, Network
 from benchmarks.reproduce.figure import COLOURS, Outcome, panels, parser
 from mpitrain.algorithms import METHODS
-from mpitrain.simulation.engine import Gradient, Simulation
+from mpitrain.simulation.engine import Simulation
 from mpitrain.simulation.schedules import RandomOrder
 from mpitrain.simulation.world import SimulatedWorld
 
@@ -32,76 +32,6 @@ WORKERS, PERIODS = 4, (1, 4, 16, 64)
 LEARNING_RATES = {"downpour": (0.1, 0.02, 0.005), "easgd": (0.4, 0.2, 0.04), "eamsgd": (0.05, 0.02, 0.01)}
 LABELS = {"downpour": "DOWNPOUR", "easgd": "EASGD", "eamsgd": "EAMSGD"}
 CURVE_POINTS = 16
-
-
-class Network:
-    """A tanh and softmax classifier of digits, 64-32-10: losses and gradients of a flat parameter vector.
-
-    Args:
-        batch_size: Samples of a gradient, drawn with replacement.
-    """
-
-    def __init__(self, n_hidden: int = 32, batch_size: int = 16) -> None:
-        digits = load_digits()
-        order = np.random.default_rng(0).permutation(len(digits.target))
-        x, y = digits.data[order] / 16 - 0.5, digits.target[order]
-        n_train = len(y) * 4 // 5
-        self.train, self.test = (x[:n_train], y[:n_train]), (x[n_train:], y[n_train:])
-        self.batch_size = batch_size
-        self.shapes = ((64, n_hidden), (n_hidden,), (n_hidden, 10), (10,))
-        self.n = sum(int(np.prod(shape)) for shape in self.shapes)
-
-    def start(self, seed: int) -> Array:
-        """Return the initial vector (n,): weights of variance 1/fan-in, zero biases."""
-        rng, w = np.random.default_rng(seed), np.zeros(self.n)
-        for part in self.split(w)[::2]:
-            part[...] = rng.normal(size=part.shape) / np.sqrt(len(part))
-        return w
-
-    def split(self, w: Array) -> list[Array]:
-        """Return views of the vector: weights and biases of both layers."""
-        ends = np.cumsum([np.prod(shape) for shape in self.shapes])
-        return [part.reshape(shape) for part, shape in zip(np.split(w, ends[:-1]), self.shapes)]
-
-    def forward(self, w: Array, x: Array) -> tuple[Array, Array]:
-        """Return the hidden layer and the log-probabilities, (samples, 10)."""
-        w_1, b_1, w_2, b_2 = self.split(w)
-        hidden = np.tanh(x @ w_1 + b_1)
-        logits = hidden @ w_2 + b_2
-        logits -= logits.max(axis=1, keepdims=True)
-        return hidden, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-    def loss(self, w: Array, samples: tuple[Array, Array]) -> float:
-        """Return the mean cross-entropy; NaN for non-finite parameters."""
-        x, y = samples
-        return float(-self.forward(w, x)[1][np.arange(len(y)), y].mean())
-
-    def accuracy(self, w: Array) -> float:
-        """Return the accuracy on the test samples."""
-        x, y = self.test
-        return float((self.forward(w, x)[1].argmax(axis=1) == y).mean())
-
-    def gradient_on(self, w: Array, samples: tuple[Array, Array]) -> Array:
-        """Return the gradient (n,) of ``loss``."""
-        (x, y), g, w_2 = samples, np.empty(self.n), self.split(w)[2]
-        hidden, logs = self.forward(w, x)
-        error = np.exp(logs)
-        error[np.arange(len(y)), y] -= 1
-        error /= len(y)
-        below = (error @ w_2.T) * (1 - hidden**2)
-        for part, value in zip(self.split(g), (x.T @ below, below.sum(0), hidden.T @ error, error.sum(0))):
-            part[...] = value
-        return g
-
-    def gradient(self, seed: int) -> Gradient:
-        """Return the gradients of mini-batches that each worker draws from all training samples."""
-        draws = [np.random.default_rng([seed, rank]) for rank in range(WORKERS)]
-
-        def gradient(rank: int, w: Array) -> Array:
-            chosen = draws[rank].integers(len(self.train[1]), size=self.batch_size)
-            return self.gradient_on(w, (self.train[0][chosen], self.train[1][chosen]))
-
-        return gradient
 
 
 @dataclass(frozen=True)
@@ -119,7 +49,7 @@ def run(network: Network, name: str, period: int, learning_rate: float, steps: i
     """Let all workers make ``steps`` steps each."""
     world = SimulatedWorld(WORKERS, RandomOrder(seed))
     method = METHODS[name](period=period)  # type: ignore[call-arg]
-    simulation = Simulation(method, world, network.gradient(seed), network.start(seed), learning_rate)
+    simulation = Simulation(method, world, MiniBatches(network, WORKERS, seed=seed), network.start(seed), learning_rate)
     curve = [network.loss(simulation.consensus(), network.train)]
 
     def observe(simulation: Simulation, rank: int) -> None:
@@ -129,7 +59,7 @@ def run(network: Network, name: str, period: int, learning_rate: float, steps: i
     with np.errstate(all="ignore"):  # what diverges may overflow
         simulation.run(steps, observe)
         center = simulation.consensus()
-        loss, accuracy = network.loss(center, network.train), network.accuracy(center)
+        loss, accuracy = network.loss(center, network.train), 1 - network.error(center)
     n_bytes = sum(communicator.statistics.bytes_sent for communicator in world.communicators)
     return Run(learning_rate, np.array(curve), loss, accuracy, n_bytes)
 

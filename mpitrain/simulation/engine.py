@@ -99,8 +99,8 @@ class Simulation:
             for step in range(steps):
                 if is_over(worker):
                     break
+                comm.compute()  # first, so that others end their steps and announce gradients for the same batch
                 worker.g.local[...] = gradients(comm.rank, worker.x.local)
-                comm.compute()
                 skips = self.method.combines_gradients and not math.isfinite(norms.norm(worker.g.local))
                 loss = self._loss(worker) if self.method.needs_loss else None
                 found_nonfinite = worker.step(group_slices, update, loss, skips=skips)

@@ -11,15 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.reproduce.training import Cluster
 from mpitrain import kernels
+from mpitrain.algorithms import EASGD, AllReduceSGD, NeuroevolutionSGD
 from mpitrain.algorithms.byzantine.safeguard import Window
+from mpitrain.algorithms.elastic import easgd_tree
 from mpitrain.algorithms.elastic.center import SynchronousCenter
-from mpitrain.algorithms.elastic.method import ElasticMethod
+from mpitrain.algorithms.elastic.easgd_tree import EASGDTree
+from mpitrain.algorithms.elastic.method import ElasticMethod, ElasticWorker
+from mpitrain.algorithms.flat_minima.parle import ParleWorker
+from mpitrain.algorithms.gossip.sgp import StochasticGradientPush
 from mpitrain.algorithms.leader.worker import Following
-from mpitrain.algorithms.parameter_server import dynsgd
+from mpitrain.algorithms.parameter_server import agn, dynsgd
 from mpitrain.algorithms.parameter_server.adag import DampedDisplacement
 from mpitrain.algorithms.parameter_server.downpour import DownpourWorker
+from mpitrain.algorithms.parameter_server.gpu_asgd import GPUASGDWorker
+from mpitrain.algorithms.population import neuroevolution
 from mpitrain.algorithms.synchronous.allreduce import AllReduceWorker
+from mpitrain.collectives.topology.graphs import complete
 
 Patch = pytest.MonkeyPatch
 
@@ -88,6 +97,49 @@ def last_leads(patch: Patch) -> None:
 def rest_of_center(patch: Patch) -> None:
     rates = ElasticMethod.rates
     patch.setattr(ElasticMethod, "rates", lambda self, size, eta: (rates(self, size, eta)[0], 0.0))
+
+
+def every_step(patch: Patch) -> None:
+    """Let elastic methods exchange at every step."""
+    patch.setattr(ElasticWorker, "before_update", lambda self: self.exchange())
+
+
+def one_level(patch: Patch) -> None:
+    levels = easgd_tree.levels
+    patch.setattr(easgd_tree, "levels", lambda size, degree, nodes: levels(size, size, nodes))
+
+
+def whole_displacements(patch: Patch) -> None:
+    patch.setattr(agn, "inverse_steps", lambda shared, steps: 1.0)
+
+
+def follow_nobody(patch: Patch) -> None:
+    patch.setattr(Following, "choose", lambda self, losses: None)
+
+
+def average_twice(patch: Patch) -> None:
+    refer = ParleWorker._refer_to
+    patch.setattr(ParleWorker, "_refer_to", lambda self, values: (refer(self, values), refer(self, values)))
+
+
+def lose_commits(patch: Patch) -> None:
+    """Let the center get the commits of client 0 only."""
+    commit = GPUASGDWorker.commit
+    patch.setattr(GPUASGDWorker, "commit", lambda self: commit(self) if self.comm.rank == 0 else None)
+
+
+def prefer_the_unfit(patch: Patch) -> None:
+    plan = neuroevolution.make_plan
+    patch.setattr(neuroevolution, "make_plan", lambda fitness, *others: plan(-fitness, *others))
+
+
+def push_to_all(patch: Patch) -> None:
+    patch.setattr(StochasticGradientPush, "graph", lambda self, size: complete(size))
+
+
+def reverse_momentum(patch: Patch) -> None:
+    slow = kernels.slow_momentum
+    patch.setattr(kernels, "slow_momentum", lambda x, t, u, d, beta, *others: slow(x, t, u, d, -beta, *others))
 
 
 CASES = {
@@ -160,6 +212,102 @@ CASES = {
         {"LEARNING_RATES": {"downpour": (0.1,), "easgd": (0.4,), "eamsgd": (0.02,)}},
         rest_of_center,
         "DOWNPOUR's final loss at period 64 is more than twice EASGD's",
+    ),
+    "all-reduce that sums, on a cluster": (
+        "crossover",
+        ["--quick"],
+        {
+            "QUICK_WORKERS": (8,),
+            "QUICK_VARIED_WORKERS": (8,),
+            "NETWORKS": {"base": Cluster()},
+            "LEARNING_RATES": (1.4,),
+            "LONGEST_STEPS": 100,
+            "TARGET": 0.5,
+            "DECAYED_STEPS": 20,
+            "seeds_of": lambda n_workers: 1,
+        },
+        sum_gradients,
+        "all-reduce needs at most as many gradients as EASGD",
+    ),
+    "EASGD that exchanges at every step": (
+        "elastic_scaling",
+        ["--quick"],
+        {"WORKERS": (2, 4), "QUICK_STEPS": 10, "LEARNING_RATES": (0.01,)},
+        every_step,
+        "communication per gradient falls by 7 to 14",
+    ),
+    "a tree of one level": (
+        "tree_contention",
+        ["--quick"],
+        {
+            "QUICK_WORKERS": (4, 16),
+            "STEPS": 60,
+            "CASES": {
+                "EASGD, one server": (EASGD, Cluster(n_shards=1, bandwidth=0.3e9)),
+                "EASGD Tree": (lambda: EASGDTree(degree=4), Cluster(n_shards=1, bandwidth=0.3e9)),
+            },
+        },
+        one_level,
+        "tree: it keeps at least 80 %",
+    ),
+    "AGN that commits whole displacements": (
+        "agn_aeasgd",
+        ["--quick"],
+        {"QUICK_WORKERS": (10,), "QUICK_PERIODS": (4, 10), "LEARNING_RATES": (0.3,), "N_GRADIENTS": 800},
+        whole_displacements,
+        "AGN is ahead",
+    ),
+    "LSGD that follows nobody": (
+        "leaders",
+        ["--quick"],
+        {"QUICK_WORKERS": (4,), "LEARNING_RATES": (1.0,), "LEADING_STEPS": 160, "STEPS": 80},
+        follow_nobody,
+        "bytes of an exchange",
+    ),
+    "Parle that averages twice": (
+        "flat_minima",
+        ["--quick"],
+        {"QUICK_STEPS": 250},
+        average_twice,
+        "bytes per gradient: Elastic-SGD over Parle",
+    ),
+    "GPU A-SGD that loses the commits of all but one": (
+        "warm_start",
+        ["--quick"],
+        {"CLIENTS": (1, 2), "QUICK_STEPS": 60},
+        lose_commits,
+        "warm: the best speed-up",
+    ),
+    "a population led by its least fit": (
+        "neuroevolution",
+        ["--quick"],
+        {
+            "QUICK_GENERATIONS": 6,
+            "PERIOD": 8,
+            "POPULATION": 4,
+            "METHODS": {
+                "suppression": (NeuroevolutionSGD(period=8, similarity=0.5), 4),
+                "no suppression": (NeuroevolutionSGD(period=8, similarity=1.0), 4),
+                "independent": (NeuroevolutionSGD(period=10**6, similarity=1.0), 4),
+                "single": (AllReduceSGD(), 1),
+            },
+        },
+        prefer_the_unfit,
+        "equal gradients: error of the population over that of independent",
+    ),
+    "SGP that pushes to all": (
+        "gradient_push",
+        ["--quick"],
+        {"QUICK_WORKERS": (4, 16), "QUICK_STEPS": 10},
+        push_to_all,
+        "SGP: seconds per step",
+    ),
+    "SlowMo whose momentum has the wrong sign": (
+        "local_updates",
+        ["--quick"],
+        {"QUICK_PERIODS": (1, 8), "QUICK_STEPS": 64, "LEARNING_RATES": (0.3,), "MOMENTUM_WORKERS": (2, 3)},
+        reverse_momentum,
+        "H = 8: SlowMo's loss over Local SGD's",
     ),
 }
 
