@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SCRIPTS = ROOT / "benchmarks" / "reproduce"
-NOT_RECORDED = ("byzantine", "tree_contention")
+NOT_RECORDED = ("byzantine",)
 """Scripts that take long; their results are not checked in."""
 FOLDER = DOCS / "reproductions"
 

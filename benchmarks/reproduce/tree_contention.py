@@ -3,7 +3,7 @@
 Zhang's thesis 2016, https://arxiv.org/abs/1605.02216, chapter 6, proposes the EASGD Tree for hundreds of workers. A
 tree has the advantage that no node has more than a few neighbours, and the challenge that news take longer.
 
-Here the center of EASGD is a single shard on one of 16 to 128 simulated nodes, and the tree has 16 children per node
+Here the center of EASGD is a single shard on one of 16 to 64 simulated nodes, and the tree has 16 children per node
 and exchanges above the leaves every 100 steps. Both exchange every 10 steps with their center. Messages take the time
 of a ResNet-18 (47 MB) on 10 Gbit/s Ethernet. mpitrain divides the center of a large model into shards on all nodes;
 EASGD with this default is the third line.
@@ -26,7 +26,7 @@ from mpitrain.algorithms import EASGD
 from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.elastic.easgd_tree import EASGDTree
 
-WORKERS, QUICK_WORKERS = (16, 32, 64, 128), (16, 64)
+WORKERS, QUICK_WORKERS = (16, 32, 64), (16, 64)
 STEPS, LEARNING_RATE, POINTS = 200, 1.0, 10
 SHARDED = Cluster()
 SINGLE = replace(SHARDED, n_shards=1)
