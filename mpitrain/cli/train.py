@@ -28,7 +28,16 @@ SECTIONS = {
         *("optimizer", "optimizer_settings", "lr", "momentum", "weight_decay", "schedule", "schedule_settings"),
         *("warmup", "clip_norm", "precision", "batch_size", "batch_sizes", "accumulate", "on_nonfinite"),
     ),
-    "exchanges": ("average", "clip_displacement", "replica_size", "wire", "transport", "timeout", "device"),
+    "exchanges": (
+        "average",
+        "clip_displacement",
+        "replica_size",
+        "wire",
+        "transport",
+        "timeout",
+        "device",
+        "on_failure",
+    ),
     "files and reports": (
         *("out", "evaluate_every", "checkpoint_every", "keep", "log", "timeline", "quiet", "verbose"),
     ),

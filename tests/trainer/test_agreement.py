@@ -71,6 +71,7 @@ ANOTHER = {
     "clip_norm": 1.0,
     "clip_displacement": 1.0,
     "on_nonfinite": "skip",
+    "on_failure": "continue",
     "inject": ("kill:rank=2,step=50",),
     "optimizer": "lion",
     "optimizer_settings": {"nesterov": "true"},
