@@ -21,11 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from support import cluster
-from support.launching import MPIS, Finished, end_all, launch, python
+from support.launching import MPIS, WARM, Finished, end_all, launch, python, warm_processes
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
@@ -148,7 +149,8 @@ def run(
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
             mpi=this.mpi,
             timeout_seconds=timeout_seconds,
-            extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
+            # CI: the same Hypothesis examples every time. The single process launches others and starts as usual.
+            extra_env={"CI": os.environ.get("CI") or "1"} | ({} if this.n_ranks else {WARM: ""}),
         )
 
     def report(this: Launch, finished: Finished) -> None:
@@ -235,7 +237,8 @@ def main() -> int:
     if lacks and not selective and args.tier != "check" and 0 in ranks:
         print(f"tests/cluster: deselected, {lacks}", flush=True)
     launches = planned(args.tier, mpis, ranks, selective=selective, has_cluster=lacks is None)
-    return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
+    with nullcontext() if selective else warm_processes(mpis):
+        return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
 
 
 if __name__ == "__main__":
