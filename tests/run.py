@@ -215,9 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-x", action="store_true", help="as pytest's -x")
     parser.add_argument("--durations", help="as pytest's --durations; prints the output of every launch")
     parser.add_argument("--also", help="marks to run too: browser, examples, gpu, shared_data, slow, trackers")
-    parser.add_argument(
-        "--usual-start", action="store_true", help="start Python without forks (support/warm_server.py)"
-    )
+    parser.add_argument("--forks", action="store_true", help="start ranks as forks (support/warm_server.py)")
     parser.add_argument("--timeout", type=float, default=1500.0, help="seconds of a launch (default: %(default)g)")
     return parser.parse_args()
 
@@ -240,7 +238,7 @@ def main() -> int:
     if lacks and not selective and args.tier != "check" and 0 in ranks:
         print(f"tests/cluster: deselected, {lacks}", flush=True)
     launches = planned(args.tier, mpis, ranks, selective=selective, has_cluster=lacks is None)
-    with nullcontext() if selective or args.usual_start else warm_processes(mpis):
+    with warm_processes(mpis) if args.forks else nullcontext():
         return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
 
 
