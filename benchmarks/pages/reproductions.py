@@ -1,6 +1,6 @@
 """The pages of docs/reproductions, from the results that are checked in beside them.
 
-python -m benchmarks.pages.reproductions [--take runs/reproduce]      take new results, then write all pages
+python -m benchmarks.pages.reproductions [--from runs/reproduce]      copy new results, then write all pages
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def pages(found: Mapping[str, Result]) -> dict[Path, str]:
     return {**made, DOCS / "reproductions.md": index(found)}
 
 
-def take(source: Path, names: Iterable[str] = ()) -> None:
+def collect(source: Path, names: Iterable[str] = ()) -> None:
     """Copy results and figures from a folder that scripts have written."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json")):
@@ -148,10 +148,10 @@ def take(source: Path, names: Iterable[str] = ()) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write all pages; return the exit code."""
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    made.add_argument("--take", type=Path, help="a folder with new results")
+    made.add_argument("--from", dest="source", type=Path, help="a folder with new results")
     options = made.parse_args(arguments)
-    if options.take is not None:
-        take(options.take)
+    if options.source is not None:
+        collect(options.source)
     for path, text in pages(results()).items():
         path.write_text(text)
     return 0

@@ -74,8 +74,8 @@ def judge(outcome: Outcome, found: Mapping[str, Mapping[int, Curve]]) -> None:
     least, most = min(flat), max(flat)
     lost = flat[most].computing / flat[least].computing
     outcome.criterion(f"one server: the share of computation halves from {least} to {most} workers", lost, lost < 0.5)
-    kept = tree[most].computing / tree[least].computing
-    outcome.criterion("tree: it keeps at least 80 %", kept, kept >= 0.8)
+    share = tree[most].computing / tree[least].computing
+    outcome.criterion("tree: it keeps at least 80 %", share, share >= 0.8)
     ratio = tree[most].loss[-1] / flat[most].loss[-1]
     outcome.criterion(
         "the challenge: per gradient the root of the tree is behind the center, ratio of losses", ratio, ratio > 1
