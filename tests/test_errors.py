@@ -38,7 +38,7 @@ MISSPELT = {
     "setting": (["train", "--set", "perod=3"], "did you mean period?", ""),
     "value of a setting": (["train", "--set", "order=jacoby"], "did you mean jacobi?", ""),
     "transport": (["train", "--transport", "stagd"], "did you mean staged?", "mpitrain train --help"),
-    "sampling": (["train", "--sampling", "sharde"], "did you mean sharded?", "mpitrain train --help"),
+    "sampling": (["train", "--sampling", "sharde"], "did you mean sharded?", ""),
     "wire": (["train", "--wire", "bfloat"], "did you mean bfloat16?", "mpitrain train --help"),
     "average": (["train", "--average", "polyack"], "did you mean polyak?", ""),
     "algorithm of a simulation": (["simulate", "--algorithm", "gosip"], "did you mean gossip?", ""),

@@ -110,7 +110,7 @@ LOADED = {
         "leaves nothing of a run of 9 steps",
     ),
     "batch size of no rank": (["--batch-size-of", "1=4"], "names rank 1: there are ranks 0 to 0"),
-    "unknown data": (["--data", "nope"], "unknown data 'nope': it must be one of digits, synthetic"),
+    "unknown data": (["--data", "nope"], "unknown data 'nope': it must be one of digits, python-text, synthetic"),
     "no such file": (["--data", "nope.h5"], "no data file nope.h5"),
     "truncated file": (["--data", "truncated.h5"], "truncated.h5 is truncated"),
     "another kind of file": (["--data", "text.h5"], "text.h5 is not an HDF5 file"),

@@ -131,7 +131,7 @@ def test_help_is_given_at_every_level(arguments: list[str], capsys: pytest.Captu
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: mpitrain")
+    assert capsys.readouterr().out.startswith(("usage: mpitrain", "usage: [mpirun -n P] mpitrain"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["report"], ["data"], ["train", "--nope"], ["train", "extra"]])
@@ -160,7 +160,7 @@ except SystemExit:
 """
 LOADED_BY = {
     "mpitrain": "import mpitrain",
-    "the command": "import mpitrain.cli.main; mpitrain.cli.main._parser()",
+    "the command": "import mpitrain.cli.main; mpitrain.cli.main._parsers()",
     "the methods": "import mpitrain.algorithms",
     "mpitrain algorithms": "from mpitrain.cli.main import main; main(['algorithms', '--json']); print()",
     "the plan of a run": "from mpitrain.trainer.plan import *; RunPlan.of(TrainConfig())",

@@ -17,6 +17,7 @@ home directory shared by nodes with different CPUs:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -54,7 +55,7 @@ def compiled(name: str, label: str, source: str) -> Callable[..., int]:
     Returns:
         The compiled entry point. It does not check its arguments: arrays must have the declared types.
     """
-    with _lock:
+    with _lock, _without_reset_of_the_terminal():
         dispatcher = _dispatcher(name, f"{name}_{label}", source)
         statistics["loaded" if sum(dispatcher.stats.cache_hits.values()) else "compiled"] += 1
         # Return the entry point, not the dispatcher: it accepts read-only arrays as inputs, and it does not check the
@@ -85,6 +86,24 @@ def _dispatcher(name: str, stem: str, source: str) -> Any:
     module = ModuleType(_module_name(digest))
     exec(compile(source, f"<{stem}>", "exec"), module.__dict__)
     return numba.njit(module.SIGNATURE, **OPTIONS)(getattr(module, name))
+
+
+@contextlib.contextmanager
+def _without_reset_of_the_terminal() -> Iterator[None]:
+    """Undo an effect of Numba where colorama is installed: an escape code after the last line of the output.
+
+    Numba initialises colorama, which then resets the colours at the end of the process if the output is a terminal. It
+    is one for ranks under ``mpirun``, even if their output goes into a file.
+    """
+
+    def reset() -> Any:
+        initialise: Any = getattr(sys.modules.get("colorama"), "initialise", None)
+        return initialise.reset_all if getattr(initialise, "atexit_done", False) else None
+
+    was_registered = reset() is not None
+    yield
+    if not was_registered and reset() is not None:
+        atexit.unregister(reset())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -267,3 +268,14 @@ def test_cached_files_are_private_whatever_the_umask(tmp_path):
     everything = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
     assert not [path for path in everything if path.stat().st_mode & 0o077]
     assert wait(start("import os\nos.umask(0)\n", MPITRAIN_CACHE_DIR=tmp_path / "new" / "cache"))["loaded"] == 3
+
+
+def test_no_escape_code_follows_the_output_in_a_terminal(tmp_path):
+    """Numba initialises colorama where it is installed, which resets the colours at the end of the process."""
+    master, terminal = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPITRAIN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "import colorama\n" + SCRIPT]
+    subprocess.run(command, env=environment, stdout=terminal, stderr=subprocess.PIPE, timeout=400, check=True)
+    os.close(terminal)
+    assert os.read(master, 10_000).endswith(b"}\r\n")
+    os.close(master)
