@@ -21,12 +21,11 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from support import cluster
-from support.launching import MPIS, WARM, Finished, end_all, launch, python, warm_processes
+from support.launching import MPIS, Finished, end_all, launch, python
 
 LAUNCHED_RANKS = (1, 2, 3, 4, 5)  # odd and prime on purpose
 TIERS = {"check": (0, 2, 3), "test": (0, *LAUNCHED_RANKS), "all": (0, *LAUNCHED_RANKS)}
@@ -149,8 +148,7 @@ def run(
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
             mpi=this.mpi,
             timeout_seconds=timeout_seconds,
-            # CI: the same Hypothesis examples every time. The single process launches others and starts as usual.
-            extra_env={"CI": os.environ.get("CI") or "1"} | ({} if this.n_ranks else {WARM: ""}),
+            extra_env={"CI": os.environ.get("CI") or "1"},  # CI: the same Hypothesis examples every time
         )
 
     def report(this: Launch, finished: Finished) -> None:
@@ -215,7 +213,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-x", action="store_true", help="as pytest's -x")
     parser.add_argument("--durations", help="as pytest's --durations; prints the output of every launch")
     parser.add_argument("--also", help="marks to run too: browser, examples, gpu, shared_data, slow, trackers")
-    parser.add_argument("--forks", action="store_true", help="start ranks as forks (support/warm_server.py)")
     parser.add_argument("--timeout", type=float, default=1500.0, help="seconds of a launch (default: %(default)g)")
     return parser.parse_args()
 
@@ -238,8 +235,7 @@ def main() -> int:
     if lacks and not selective and args.tier != "check" and 0 in ranks:
         print(f"tests/cluster: deselected, {lacks}", flush=True)
     launches = planned(args.tier, mpis, ranks, selective=selective, has_cluster=lacks is None)
-    with warm_processes(mpis) if args.forks else nullcontext():
-        return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
+    return run(launches, passed_on, timeout_seconds=args.timeout, selective=selective, verbose=bool(args.durations))
 
 
 if __name__ == "__main__":

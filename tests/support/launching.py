@@ -6,14 +6,12 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +22,6 @@ MPIS = ("openmpi", "mpich")
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_CVAR_")
 LAUNCHER_NAMES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
 
-WARM_FOLDER = "MPITRAIN_TESTS_WARM_FOLDER"
-"""The folder of the warm processes, for all processes of a run of tests."""
-WARM = "MPITRAIN_TESTS_WARM"
-"""Where a command finds its warm process. Set it to "" in `extra_env` for a test of how Python or an import starts."""
-SESSIONS = "sessions"
-os.environ.pop(WARM, None)  # of this process alone: a subprocess with the same environment starts as usual
 
 _running: set[subprocess.Popen[bytes]] = set()
 
@@ -62,16 +54,11 @@ def python(mpi: str) -> str:
     return sys.executable if mpi == "active" else str(ROOT / ".venv" / mpi / "bin" / "python")
 
 
-def sleep_when_idle() -> Path | None:
-    """Return the library that makes waiting ranks sleep (sleep_when_idle.cpp), None without a compiler."""
-    return _library("sleep_when_idle")
-
-
 @functools.cache
-def _library(name: str) -> Path | None:
-    """Compile a library that the commands of a launch preload; return None without a compiler."""
-    source = Path(__file__).with_name(f"{name}.cpp")
-    library = ROOT / "build" / "tests" / f"{name}.so"
+def sleep_when_idle() -> Path | None:
+    """Compile the library that makes waiting ranks sleep (sleep_when_idle.cpp); return None without a compiler."""
+    source = Path(__file__).with_name("sleep_when_idle.cpp")
+    library = ROOT / "build" / "tests" / "sleep_when_idle.so"
     if library.exists() and library.stat().st_mtime >= source.stat().st_mtime:
         return library
     compiler = shutil.which("g++") or shutil.which("c++")
@@ -96,54 +83,8 @@ def environment(mpi: str, extra: Mapping[str, str] | None = None) -> dict[str, s
     env["PYTHONUNBUFFERED"] = "1"  # an abort loses nothing that was printed
     if library := sleep_when_idle():
         env["LD_PRELOAD"] = str(library)
-    if (folder := os.environ.get(WARM_FOLDER)) and (library := _library("warm_start")):
-        name = next((name for name in MPIS if python(mpi) == python(name)), None)
-        env["LD_PRELOAD"] += f":{library}"
-        env[WARM] = f"{folder}/{name}" if name else ""
     env.update(extra or {})
     return env
-
-
-@contextmanager
-def warm_processes(mpis: Sequence[str]) -> Iterator[None]:
-    """Let the Python commands of all launches start as forks of processes that have imported torch (warm_server.py).
-
-    That holds for this process and its children, within the context.
-    """
-    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
-        sessions = Path(folder, SESSIONS)
-        sessions.mkdir()
-        processes = []
-        os.environ[WARM_FOLDER] = folder
-        for name in dict.fromkeys(name for mpi in mpis for name in MPIS if python(mpi) == python(name)):
-            for parity in range(2):
-                program = [python(name), str(Path(__file__).with_name("warm_server.py"))]
-                with (
-                    Path(folder, f"{name}-{parity}.log").open("wb") as log,
-                    socket.socket(socket.AF_UNIX) as listener,
-                ):
-                    listener.bind(f"{folder}/{name}-{parity}")
-                    listener.listen(128)
-                    processes.append(
-                        subprocess.Popen(
-                            [*program, str(listener.fileno()), str(sessions), str(os.getpid())],
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=log,
-                            env=environment(name, {WARM: ""}),
-                            cwd=ROOT,
-                            pass_fds=[listener.fileno()],
-                            start_new_session=True,
-                        )
-                    )
-        try:
-            yield
-        finally:
-            del os.environ[WARM_FOLDER]
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
 
 
 def launch(
@@ -151,7 +92,7 @@ def launch(
     command: Sequence[str],
     *,
     mpi: str = "openmpi",
-    timeout_seconds: float = 150.0,
+    timeout_seconds: float = 60.0,
     extra_env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Finished:
@@ -209,11 +150,8 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def _session_members(session: int) -> list[int]:
-    """Return the running processes of a session, and of those of its forks of warm processes, without zombies."""
-    members, sessions = [], {session}
-    if folder := os.environ.get(WARM_FOLDER):
-        pairs = [name.split("-") for name in os.listdir(Path(folder, SESSIONS))]
-        sessions |= {int(fork) for parent, fork in pairs if int(parent) == session}
+    """Return the running processes of a session. A zombie holds nothing and is left out."""
+    members = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -221,6 +159,6 @@ def _session_members(session: int) -> list[int]:
             state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
         except (OSError, ValueError):
             continue
-        if int(sid) in sessions and state != "Z":
+        if int(sid) == session and state != "Z":
             members.append(int(entry.name))
     return members
