@@ -34,6 +34,12 @@ Key = tuple[str, int, int]
 """Start, n_sync, clients."""
 
 
+AGAINST_FREQUENT = (
+    "the classifier is small and leaves its random start within seconds, and clients that exchange at every step "
+    "differ little: their gradients add up as in a larger batch"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     options = quick_parser(__doc__).parse_args(arguments)
@@ -86,6 +92,14 @@ def judge(outcome: Outcome, times: Mapping[Key, float], early: Mapping[Key, floa
         f"cold, n_sync {longest}: {most} clients take longer than 2 to the target, or never reach it",
         slower,
         slower > 1,
+    )
+    shortest = min(periods)
+    frequent = times["cold", shortest, most] / times["cold", shortest, 1]
+    outcome.criterion(
+        f"cold, n_sync {shortest}: {most} clients take longer than 1 to the target, ratio of seconds",
+        frequent,
+        frequent > 1,
+        contradicts=AGAINST_FREQUENT,
     )
     helped = early["warm", longest, most] / early["cold", longest, most]
     outcome.criterion(f"the early loss is lower after a warm start, ratio with {most} clients", helped, helped < 1)

@@ -197,9 +197,9 @@ def checkpoint_every(bench: Bench) -> None:
     written: list[tuple[int, int]] = []
     start = CheckpointWriter.start
 
-    def note(writer: CheckpointWriter, number: int, state: dict[str, Any]) -> None:
+    def note(writer: CheckpointWriter, number: int, state: dict[str, Any], *others: Any) -> None:
         written.append((number, state["step"]))
-        start(writer, number, state)
+        start(writer, number, state, *others)
 
     bench.monkeypatch.setattr(CheckpointWriter, "start", note)
     bench.monkeypatch.setattr(command, "_write_report", lambda folder: None)  # drawing takes seconds
@@ -500,6 +500,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "verify": verify,
     "straggler": straggler,
     "replica_size": is_handed_over("replica_size", "2", 2),
+    "on_failure": is_handed_over("on_failure", "continue", "continue"),
     "wire": is_handed_over("wire", "int8", "int8"),
     "log": log,
     "timeline": timeline,

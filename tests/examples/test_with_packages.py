@@ -56,6 +56,7 @@ def test_the_notebook_runs(monkeypatch, capsys):
     for cell in json.loads((ROOT / "examples" / "simulator.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
+    names["plt"].close("all")
     assert names["easgd"]["seconds"][-1] < names["allreduce"]["seconds"][-1] / 3
     assert names["seconds"][16][-1] < names["seconds"][4][-1] < names["seconds"][1][-1]
     assert capsys.readouterr().out.count("simulated workers") == 14

@@ -107,7 +107,7 @@ def steps(n):
 
 steps(20)
 world.barrier()
-mpitrain.init(timeout=2)
+mpitrain.init(timeout=4)  # a fraction of it is the time within which the others write their lines
 """
 
 LOCK_NEVER_RELEASED = """
