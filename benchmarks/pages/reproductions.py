@@ -16,8 +16,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SCRIPTS = ROOT / "benchmarks" / "reproduce"
-NOT_RECORDED = ("byzantine",)
-"""Scripts that take long; their results are not checked in."""
 FOLDER = DOCS / "reproductions"
 
 Result = Mapping[str, Any]
