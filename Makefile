@@ -12,7 +12,7 @@
 #              BENCH_GPU_PARTS="kernels exchange training" are the parts
 # make docs   the generated pages of docs/
 # make site   the documentation site in site/; it is built without a network, and every warning is an error
-# make reproduce   published results, repeated with simulated workers, an hour; make reproduce-quick takes ten minutes
+# make reproduce   published results, repeated with simulated workers, ten minutes; make reproduce-quick   small versions
 # make dist    the wheel and the source archive in dist/, checked by twine
 # make clean   remove what the others made, the environments included
 
