@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-QUICK = {
+WHOLE = ("byzantine", "crossover", "flat_minima", "gradient_push", "neuroevolution", "warm_start")
+"""Scripts whose results hold at full size only; a quick run makes them as they are."""
+QUICK: dict[str, list[str]] = {
     "admm_stability": ["--points", "12"],
-    "byzantine": ["--steps", "300", "--seeds", "1"],
     "gossip_spread": ["--rounds", "200"],
+    **{name: [] for name in WHOLE},
 }
-"""The options of a quick run, for scripts without ``--quick`` that take long."""
+"""The options of a quick run, where they are not ``--quick``."""
 
 
 def scripts() -> list[str]:
@@ -32,7 +34,7 @@ def options_of(name: str, *, quick: bool) -> list[str]:
     if not quick:
         return []
     has_quick = "quick_parser(__doc__)" in (HERE / f"{name}.py").read_text()
-    return ["--quick"] if has_quick else QUICK.get(name, [])
+    return QUICK.get(name, ["--quick"] if has_quick else [])
 
 
 def run(name: str, out: Path, *, quick: bool) -> bool:

@@ -53,9 +53,10 @@ def test_the_guide_changes_with_a_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_quick_runs_are_those_of_scripts_that_take_long() -> None:
-    assert options_of("crossover", quick=True) == ["--quick"]
-    assert options_of("crossover", quick=False) == []
-    assert options_of("byzantine", quick=True) == QUICK["byzantine"]
+    assert options_of("leaders", quick=True) == ["--quick"]
+    assert options_of("leaders", quick=False) == []
+    assert options_of("admm_stability", quick=True) == QUICK["admm_stability"]
+    assert options_of("warm_start", quick=True) == []
 
 
 def test_verdicts_count_contradictions_apart() -> None:
