@@ -42,6 +42,7 @@ def example_files() -> list[Path]:
     return sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb"))
 
 
+@cache
 def site_paths() -> dict[str, str]:
     """Return the path on the site of every file of the repository that is a page."""
     found = dict(PAGES)
@@ -63,15 +64,13 @@ def page_titles() -> dict[str, str]:
     return found | {"README.md": "overview", "README": "overview"}
 
 
-def link_on_site(target: str, source: str, page: str, paths: dict[str, str], methods: set[str]) -> str | None:
+def link_on_site(target: str, source: str, page: str) -> str | None:
     """Return where a link leads on the site.
 
     Args:
         target: The link as it is written.
         source: The file that has the link, relative to the repository.
         page: The page on the site that the file becomes.
-        paths: `site_paths`.
-        methods: The names of the methods.
 
     Returns:
         The link relative to `page`; None if it names a file that is not on the site.
@@ -80,7 +79,8 @@ def link_on_site(target: str, source: str, page: str, paths: dict[str, str], met
         return target
     path, _, anchor = target.partition("#")
     file = posixpath.normpath(posixpath.join(posixpath.dirname(source), path)) if path else source
-    if file == METHODS and anchor in methods:
+    paths = site_paths()
+    if file == METHODS and anchor in methods()[1]:
         place, anchor = f"methods/{anchor}.md", ""
     elif file in paths:
         place = paths[file]
@@ -92,7 +92,7 @@ def link_on_site(target: str, source: str, page: str, paths: dict[str, str], met
     return f"{link}#{anchor}" if anchor else link
 
 
-def rewrite_links(text: str, source: str, page: str, paths: dict[str, str], methods: set[str]) -> str:
+def rewrite_links(text: str, source: str, page: str) -> str:
     """Return a page with the links that it needs on the site; code is left as it is.
 
     A link whose text is the name of a page gets the title of the page.
@@ -100,7 +100,7 @@ def rewrite_links(text: str, source: str, page: str, paths: dict[str, str], meth
     titles = page_titles()
 
     def replace(match: re.Match[str]) -> str:
-        link = link_on_site(match["target"], source, page, paths, methods)
+        link = link_on_site(match["target"], source, page)
         text = titles.get(match["text"], match["text"])
         return text if link is None else f"[{text}]({link})"
 
@@ -108,9 +108,10 @@ def rewrite_links(text: str, source: str, page: str, paths: dict[str, str], meth
     return "".join(LINK.sub(replace, part) if k % 3 == 0 else part for k, part in enumerate(parts))
 
 
-def split_methods(text: str) -> tuple[str, dict[str, str]]:
+@cache
+def methods() -> tuple[str, dict[str, str]]:
     """Return the introduction of docs/methods.md, and the section of each method."""
-    introduction, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    introduction, *sections = re.split(r"^## ", (ROOT / METHODS).read_text(), flags=re.MULTILINE)
     return introduction, {section.partition("\n")[0].strip(): section.partition("\n")[2] for section in sections}
 
 
@@ -169,12 +170,13 @@ def curve(name: str, curves: dict[str, Any]) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill in the parts of the navigation that list whole folders."""
-    _, methods = split_methods((ROOT / METHODS).read_text())
+    for cached in (site_paths, page_titles, methods):
+        cached.cache_clear()  # mkdocs serve builds again in the same process
     groups = yaml.safe_load((ROOT / SITE / "reference.yml").read_text())
     results = sorted(path for path in (ROOT / "docs").glob("*/*.md") if path.parent.name != "site")
     listed: dict[str, list[Any]] = {
         "Examples": [f"examples/{path.stem}.md" for path in example_files()],
-        "Methods": ["methods/index.md", *(f"methods/{name}.md" for name in methods)],
+        "Methods": ["methods/index.md", *(f"methods/{name}.md" for name in methods()[1])],
         "Reference": [f"reference/{group['page']}.md" for group in groups],
         "Results": [path.relative_to(ROOT / "docs").as_posix() for path in results],
     }
@@ -186,13 +188,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages whose sources are outside docs/."""
-    paths = site_paths()
-    introduction, sections = split_methods((ROOT / METHODS).read_text())
-    methods = set(sections)
+    introduction, sections = methods()
     curves = json.loads((ROOT / SITE / "curves.json").read_text())
 
     def add(page: str, text: str, source: str) -> None:
-        files.append(File.generated(config, page, content=rewrite_links(text, source, page, paths, methods)))
+        files.append(File.generated(config, page, content=rewrite_links(text, source, page)))
 
     for source, page in PAGES.items():
         add(page, (ROOT / source).read_text(), source)
@@ -219,5 +219,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is not None:
         return markdown
     source = os.path.relpath(str(page.file.abs_src_path), ROOT)
-    methods = set(split_methods((ROOT / METHODS).read_text())[1])
-    return rewrite_links(markdown, source, page.file.src_uri, site_paths(), methods)
+    return rewrite_links(markdown, source, page.file.src_uri)

@@ -15,7 +15,7 @@ from mpitrain.simulation.network import Fabric
 
 @dataclass(frozen=True)
 class Traffic:
-    """What an all-reduce has cost each rank.
+    """The cost of an all-reduce to each rank.
 
     Attributes:
         seconds: (ranks,) the virtual time at which the rank has the result.
