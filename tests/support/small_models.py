@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,26 @@ def kills_a_rank() -> nn.Module:
     def kill(n: int) -> None:
         if n == 30 and rank() == int(os.environ["VICTIM"]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return Watched(kill)
+
+
+def kills_a_rank_and_waits() -> nn.Module:
+    """Rank $VICTIM, in its 30th step. The others wait in their 31st step until one has reported the death.
+
+    They tell each other by the file $REPORTED.
+    """
+    reported = Path(os.environ["REPORTED"])
+    package = logging.getLogger("mpitrain")
+    tell = logging.Handler()
+    tell.emit = lambda record: reported.touch() if "died" in record.getMessage() else None  # type: ignore[method-assign]
+    package.addHandler(tell)
+
+    def kill(n: int) -> None:
+        if n == 30 and rank() == int(os.environ["VICTIM"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while n == 31 and not reported.exists():
+            time.sleep(0.01)
 
     return Watched(kill)
 

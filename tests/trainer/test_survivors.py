@@ -106,8 +106,9 @@ def test_a_run_of_ranks_that_wait_for_each_other_ends_with_the_reason(method: li
 def test_the_next_rank_takes_the_lead_of_a_run_whose_rank_0_died(tmp_path: Path) -> None:
     """It evaluates, saves, stores metrics and the result, and keeps the lock of the folder and earlier evaluations."""
     run = tmp_path / "run"
-    options = ["--gradients", "1000", "--checkpoint-every", "100", "--evaluate-every", "10"]
-    done = train(3, 0, *options, "--out", str(run), "--json")
+    options = ["--gradients", "1000", "--checkpoint-every", "50", "--evaluate-every", "10"]
+    model = ["--model", "support.small_models:kills_a_rank_and_waits"]  # or the run may be over before the new lead is
+    done = train(3, 0, *model, *options, "--out", str(run), "--json", REPORTED=str(tmp_path / "reported"))
     assert done.returncode == 0, done.output
     assert done.output.count("rank 0 of 3 died") == 1
     assert "Traceback" not in done.output
