@@ -63,7 +63,7 @@ def array_states(cluster: Cluster, number: int) -> dict[str, str]:
 def wait_for_array(cluster: Cluster, number: int, tasks: set[str]) -> None:
     wait_until(
         lambda: array_states(cluster, number) == dict.fromkeys(tasks, "COMPLETED"),
-        seconds=240,
+        seconds=400,
         text=lambda: f"{array_states(cluster, number)}\n{outputs(cluster)}",
     )
 
@@ -120,10 +120,10 @@ def test_other_batch_systems_run_the_same_loop(cluster: Cluster, script: str, tm
     }
     env = cluster.environment(**systems[script], RUN="run", OPTIONS=" ".join(DIGITS), JOBS=str(JOBS))
     env |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    done = cluster.run(["bash", str(JOBS / script)], env=env, cwd=tmp_path, seconds=100)
+    done = cluster.run(["bash", str(JOBS / script)], env=env, cwd=tmp_path, seconds=300)
     assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / "run" / "result.json").read_text())["ranks"] == 2
-    again = cluster.run(["bash", str(JOBS / script)], env=env, cwd=tmp_path, seconds=100)
+    again = cluster.run(["bash", str(JOBS / script)], env=env, cwd=tmp_path, seconds=300)
     assert (again.returncode, again.stdout.splitlines()[-1]) == (
         0,
         "run has finished already: see run/result.json",

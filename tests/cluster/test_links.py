@@ -16,7 +16,7 @@ TRAIN = "mpitrain train --data digits --model mlp:hidden=16 --batch-size 32 --st
 def train(hosts: Cluster, mpi: str = "openmpi", algorithm: str = "easgd", **variables: str) -> str:
     """Train on two hosts without SLURM and return the output; the run must finish."""
     command = [*hosts.mpirun(mpi, "host1", "host2"), *TRAIN, "--algorithm", algorithm]
-    done = hosts.run(command, env=hosts.environment(mpi, **variables), seconds=120)
+    done = hosts.run(command, env=hosts.environment(mpi, **variables), seconds=300)
     assert (hosts.folder / "run" / "result.json").exists(), done.stdout
     return done.stdout
 
@@ -50,7 +50,7 @@ def test_an_interface_with_the_same_address_on_all_hosts(name: str) -> None:
             return
         command = [*hosts.mpirun("openmpi", "host1", "host2"), *TRAIN, "--algorithm", "easgd"]
         script = ["bash", "-c", f'source {JOBS}/env.sh && exec "$@"', "with-settings", *command]
-        done = hosts.run(script, env=hosts.environment(NETWORK="eth0"), seconds=120)
+        done = hosts.run(script, env=hosts.environment(NETWORK="eth0"), seconds=300)
         assert (hosts.folder / "run" / "result.json").exists(), done.stdout
 
 

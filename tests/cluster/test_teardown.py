@@ -56,8 +56,8 @@ def test_no_process_outlives_the_cluster(killed: bool) -> None:
         if killed:
             process.kill()
         process.stdin.close()
-        process.wait(30)
-        wait_until(lambda: not processes_in(space), seconds=10)
+        process.wait(120)
+        wait_until(lambda: not processes_in(space), seconds=120)
         assert folder.exists() == killed
     finally:
         process.kill()

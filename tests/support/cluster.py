@@ -60,7 +60,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=10
-KillWait=8
+KillWait=20
 MinJobAge=300
 SlurmdParameters=config_overrides
 NodeName=host[1-3] CPUs=8 RealMemory=4000 Weight=2 State=UNKNOWN
@@ -130,7 +130,7 @@ class Cluster:
         host: str = "host1",
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        seconds: float = 60.0,
+        seconds: float = 180.0,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host and return what it printed, stdout and stderr in one."""
         return subprocess.run(
@@ -166,7 +166,7 @@ class Cluster:
         """Return the hosts that a job has, or had at its end."""
         return self.check(["scontrol", "show", "hostnames", self.job(number).facts["NodeList"]]).split()
 
-    def wait_for(self, number: int, *states: str, seconds: float = 90.0) -> Job:
+    def wait_for(self, number: int, *states: str, seconds: float = 240.0) -> Job:
         """Wait until a job is in one of these states (default: it has ended); return it."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         deadline = time.monotonic() + seconds
@@ -255,7 +255,7 @@ class Cluster:
         exported = [word for name in ("MPI4PY_LIBMPI", "VIRTUAL_ENV", "PATH") for word in ("-x", name)]
         return [str(DEBIAN_MPIRUN), *n, "--host", names, "--mca", "plm_rsh_agent", str(AGENT), *exported]
 
-    def wait_until_idle(self, seconds: float = 60.0) -> None:
+    def wait_until_idle(self, seconds: float = 180.0) -> None:
         """Wait until all hosts are idle."""
         deadline = time.monotonic() + seconds
         while self.run(["sinfo", "-h", "-o", "%D %t"]).stdout.split() != [str(N_HOSTS), "idle"]:

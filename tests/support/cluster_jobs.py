@@ -16,7 +16,7 @@ from support.lone_world import LoneWorld
 JOBS = ROOT / "jobs"
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 180.0, text: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300.0, text: Callable[[], str] = str) -> None:
     """Wait until a condition holds.
 
     Args:
@@ -74,7 +74,7 @@ class Submitted:
         """Submit the job, or submit it again as another job."""
         self.number = self.cluster.submit(*self._command, env=self._env, cwd=self.cluster.folder)
 
-    def end(self, seconds: float = 240.0) -> Job:
+    def end(self, seconds: float = 400.0) -> Job:
         """Wait for the end of the job."""
         return self.cluster.wait_for(self.number, seconds=seconds)
 

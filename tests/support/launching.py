@@ -92,7 +92,7 @@ def launch(
     command: Sequence[str],
     *,
     mpi: str = "openmpi",
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = 240.0,
     extra_env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Finished:
