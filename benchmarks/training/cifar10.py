@@ -74,7 +74,8 @@ def simulate(data: Path, run: Run, measured: Path, out: Path) -> Run:
     words += ["--algorithm", str(run.result["algorithm"]), "--model", MODEL, "--batch-size", str(BATCH_SIZE)]
     for name, value in run.result["settings"].items():
         words += [] if value is None else ["--set", f"{name}={value}"]
-    words += ["--workers", str(RANKS), "--workers-per-node", str(RANKS), "--lr", str(run.result["learning_rate"])]
+    lr = run.config["config"]["lr"]  # the comparison chooses the rate of each method from LEARNING_RATE
+    words += ["--workers", str(RANKS), "--workers-per-node", str(RANKS), "--lr", str(lr)]
     words += ["--gradients", str(run.result["gradients"]), "--out", str(out)]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return load_run(out)
