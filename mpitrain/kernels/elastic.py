@@ -26,7 +26,7 @@ elastic_exchange: Final = Kernel(
     scalars="a_w a_c",
     guard="d",
     source="Zhang et al. 2015, arXiv 1412.6651, Algorithm 1",
-    doc="Move a worker and the center towards each other, both from their old values.",
+    doc="Move a worker and the center towards each other; both moves use the old values.",
 )
 
 elastic_exchange_seen: Final = Kernel(

@@ -55,12 +55,17 @@ def delayed_radius(q: float, p: int) -> float:
 
 
 def downpour_q(eh: float, tau: int) -> float:
-    """Return the fraction of the error that a push of DOWNPOUR removes: 1 - (1-eh)^tau."""
+    """Return q = 1 - (1-eh)^tau, the fraction of the center's error that a push of DOWNPOUR removes.
+
+    Args:
+        eh: The learning rate times the curvature.
+        tau: The number of local steps between two pushes.
+    """
     return 1 - (1 - eh) ** tau
 
 
 def agn_q(eh: float, tau: int) -> float:
-    """Return the fraction of the error that a push of AGN removes: (1 - (1-eh)^tau) / tau.
+    """Return the fraction of the center's error that a push of AGN removes: (1 - (1-eh)^tau) / tau.
 
     AGN is accumulated gradient normalization. For eh <= 1 the result is at most min(eh, 1/tau).
     """
@@ -68,7 +73,7 @@ def agn_q(eh: float, tau: int) -> float:
 
 
 def dynsgd_q(eh: float, tau: int, p: int) -> float:
-    """Return the fraction of the error that a push of DynSGD removes: (1 - (1-eh)^tau) / p.
+    """Return the fraction of the center's error that a push of DynSGD removes: (1 - (1-eh)^tau) / p.
 
     DynSGD divides a push of staleness p-1 by p. The method is stable for all p and tau if 0 < eh < 1.
     """

@@ -99,7 +99,8 @@ class Countdown:
     A count costs a message to every rank of the other nodes and back, and rank 0 waits for the replies. The test
     therefore estimates the least time that the remaining gradients will take, and does not count again before that time
     has passed. It assumes twice the faster of two past paces: the average pace, and the pace between the last two
-    counts. Because the first steps are slow, the pause is never longer than the time since the first count.
+    counts. The first steps are slow, which would make the estimate too long. The time to the next count is therefore at
+    most the time since the first one, and at most ``MAX_SECONDS_BETWEEN_COUNTS``.
     """
 
     def __init__(self, goal: int) -> None:

@@ -290,7 +290,8 @@ class TrainConfig(UpdateOptions, ObjectiveOptions, DataOptions):
         Args:
             run: The folder of the run.
             changes: New values by field name; None keeps the value. Fields that affect the result must keep their
-                values. ``data`` may name another place of the same data; ``train`` compares the data.
+                values. ``data`` may name another location of the same data. ``runfolder.check_data``
+                compares the data later.
 
         Raises:
             UsageError: ``run`` is not the folder of a run, or a change would affect the result.

@@ -72,7 +72,7 @@ def create(config: TrainConfig, settings: dict[str, Any], identity: Identity, wo
 
 
 def make_folder(folder: Path, world: World, first: Callable[[], None]) -> None:
-    """Create a folder and call ``first``, which checks or fills it, on rank 0. Collective.
+    """Create a folder on rank 0 and call ``first`` there, which checks or fills the folder. Collective.
 
     Raises:
         UsageError: ``first`` has raised it, or the folder cannot be used. All ranks raise it.

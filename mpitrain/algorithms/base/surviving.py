@@ -139,7 +139,10 @@ class SurvivingWorker(Worker):
         skips: bool = False,
         is_combined: bool = False,
     ) -> bool:
-        """Make the method's step, each exchange of it as a transaction."""
+        """Make one step of the method.
+
+        If a worker dies during an exchange, all survivors undo the exchange and repeat it without the dead worker.
+        """
         worker, method = self._worker, self._method
         worker.use(group_slices)
         worker.loss = loss

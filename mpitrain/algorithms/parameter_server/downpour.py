@@ -79,7 +79,7 @@ class Downpour(CenterMethod):
         return Interval(max(self.n_push, self.n_fetch), name)
 
     def warnings(self, size: int, learning_rate: float) -> Iterator[str]:
-        """Yield a warning about settings outside the stability bound for round-robin workers."""
+        """Yield a warning if the settings are outside the stability bound of workers that push in turn."""
         text = downpour_warning(size, self.n_push)
         if text is not None:
             yield text

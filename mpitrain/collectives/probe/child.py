@@ -37,9 +37,14 @@ ABANDONED_SECONDS = 120.0
 def try_operation(pair: Pair, operation: Operation, sizes: Sequence[int]) -> dict[str, Any]:
     """Check and time an operation. Collective.
 
+    Args:
+        pair: The two ranks.
+        operation: The operation.
+        sizes: The sizes of the messages in bytes, in increasing order; one or two.
+
     Returns:
-        A dictionary with ``verdict``. On rank 0, it also has the median ``latency_us`` of the smallest size, and the
-        median ``gb_per_s`` if there are two sizes.
+        A dictionary with ``verdict``. On rank 0, it also has ``latency_us``, from the median time of the smallest
+        message, and, if there are two sizes, ``gb_per_s``, from the median time of the largest one.
     """
     right, seconds = True, {}
     for n_bytes in sizes:

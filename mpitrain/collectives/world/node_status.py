@@ -84,7 +84,7 @@ class NodeStatus:
         self._rows[:, HAS_ENDED] = 1
 
     def not_waiting(self) -> list[int]:
-        """Return the other ranks of the node that are not waiting. Local."""
+        """Return those other ranks of this node that do not wait for another rank. Local."""
         return [
             rank
             for local_rank, rank in enumerate(self.ranks)

@@ -93,10 +93,10 @@ def packs_at_once(equations: Equations, storages: Sequence[Storage]) -> int:
 
 
 def source(name: str, equations: Equations, storages: Sequence[Storage]) -> str:
-    """Return CUDA C with a self-contained ``extern "C" __global__`` function around the shared loop body.
+    """Return CUDA C: a self-contained ``extern "C" __global__`` function around the equations.
 
-    Outside the function that computes an element, names from the equations end in ``_at`` or ``_in``. They therefore
-    cannot collide with the names of the kernel itself.
+    A device function computes the equations for one element; it uses their names as they are. Everywhere else these
+    names have a suffix, such as ``_at`` for arrays and ``_in`` for scalars, and cannot collide with generated names.
     """
     parameters = [
         f"{'' if array in equations.stored else 'const '}{storage.c}* {array}_at"
