@@ -192,7 +192,7 @@ def test_it_is_the_same_in_a_process_of_its_own(folder: Path) -> None:
     ids=["data", "model"],
 )
 def test_an_error_on_one_rank_ends_all(folder: Path, mpi: str, arguments: list[str], words: str) -> None:
-    (folder / "here.py").write_text("from small_models import watched\n")
+    (folder / "here.py").write_text("from support.small_models import watched\n")
     script = '[ "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-}}" = 1 ] && cd elsewhere; exec mpitrain train --quiet "$@"'
     extra = {"PYTHONPATH": str(TESTS)}
     command = ["bash", "-c", script, "bash", *arguments]

@@ -1,4 +1,4 @@
-"""A run without compilation does not import torch's compiler; a run with it is left alone."""
+"""How a run starts: without an import of torch's compiler, and without collections of garbage meanwhile."""
 
 import subprocess
 import sys
@@ -9,11 +9,15 @@ import pytest
 pytestmark = pytest.mark.launches
 
 TRAIN = """
-import sys
+import gc, sys
 from mpitrain.cli import main as cli
+frozen = []
 for more in ([], ["--algorithm", "allreduce"], ["--algorithm", "eamsgd", "--average", "polyak"]):
     assert cli.main(["train", "--data", "synthetic", "--steps", "2", "--quiet", *more]) == 0
-    print("compiler:", "torch._dynamo" in sys.modules)
+    print("compiler:", "torch._dynamo" in sys.modules, "garbage:", gc.isenabled())
+    frozen.append(gc.get_freeze_count())
+assert frozen[0] > 100_000  # torch's modules
+assert frozen[2] <= frozen[0]  # the garbage of a run is no part of it
 """
 
 COMPILES = """
@@ -61,7 +65,7 @@ def said(program):
 
 
 def test_a_run_of_plain_sgd_does_not_import_the_compiler():
-    assert said(TRAIN) == "compiler: False"
+    assert said(TRAIN) == "compiler: False garbage: True"
 
 
 def test_an_imported_compiler_marks_the_methods_itself():

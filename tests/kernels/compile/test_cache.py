@@ -1,5 +1,6 @@
 """Compiled kernels on disk: concurrent processes, a later one that compiles nothing, and no folder to write to."""
 
+import importlib
 import json
 import os
 import pty
@@ -28,6 +29,7 @@ elastic_exchange(h, np.zeros(99, np.float16), 0.25, 0.5)
 out = np.empty(99)
 reduce_sum(out, [np.ones(99)] * 9)
 assert set(x) == {0.75} and set(c) == {0.5} and set(h) == {0.75} and set(out) == {9.0}
+assert "scipy.linalg" not in sys.modules
 print(json.dumps(cache.statistics))
 """
 ROOT = Path(mpitrain.kernels.__file__).parents[2]
@@ -138,6 +140,18 @@ def test_kernels_compile_in_memory_without_a_writable_folder(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == {"compiled": 3, "loaded": 0}
+
+
+def test_numba_finds_scipy_without_an_import_and_imports_it_for_a_product_of_matrices(monkeypatch):
+    monkeypatch.delitem(sys.modules, cache._BLAS, raising=False)
+    for _ in range(2):
+        with cache._without_import_of_scipy():
+            assert not hasattr(importlib.import_module(cache._BLAS), "__file__")
+        assert cache._BLAS not in sys.modules
+    blas = importlib.import_module(cache._BLAS)
+    with cache._without_import_of_scipy():
+        assert importlib.import_module(cache._BLAS) is blas
+    assert sys.modules[cache._BLAS] is blas
 
 
 @pytest.mark.parametrize("imported", ["native.atomics", "native.service.foreign", "compile.halves"])
