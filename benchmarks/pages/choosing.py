@@ -17,6 +17,9 @@ PAGE = reproductions.DOCS / "choosing.md"
 
 METHODS = ("all-reduce", "gossip", "EASGD")
 
+NETWORKS = {"base": "10 Gbit/s", "10 ms latency": "10 Gbit/s, 10 ms latency", "stragglers": "10 Gbit/s, stragglers"}
+"""Names of networks on the page, where they differ from those of the results."""
+
 
 def _seconds(value: float | None) -> str:
     return "never" if value is None or math.isinf(value) else f"{value:.1f}"
@@ -52,7 +55,7 @@ def networks(result: Mapping[str, Any]) -> str:
             first = _best(found, n)
             reduced, fastest = found["all-reduce"][n][0] or math.inf, found[first][n][0] or math.inf
             cells.append("all-reduce" if first == "all-reduce" else f"{first}, {reduced / fastest:.1f} times faster")
-        rows.append([key, *cells])
+        rows.append([NETWORKS.get(key, key), *cells])
     return table(["network", *(f"{n} workers" for n in numbers)], rows)
 
 

@@ -63,14 +63,15 @@ def page(result: Result) -> str:
     first, text, command = claim(name)
     given = {key: value for key, value in result["options"].items() if value is not False}
     used = ", ".join(f"`{_option(key, value)}`" for key, value in given.items())
+    printed = [line for line in result["lines"] if not line.startswith("wrote ")]
     lines = [
         f"# {name}",
         "",
-        first,
+        f"**Published result:** {first}",
         "",
         text,
         "",
-        f"Settings of this result: {used or 'the defaults'}.",
+        f"The script ran with {used or 'its default options'}.",
         "",
         "## Criteria",
         "",
@@ -80,17 +81,18 @@ def page(result: Result) -> str:
         "",
         f"![{name}]({name}.png)",
         "",
-        "```",
-        *(line for line in result["lines"] if not line.startswith("wrote ")),
-        "```",
-        "",
+        *(["```", *printed, "```", ""] if printed else []),
         "| criterion | value | verdict |",
         "|---|---|---|",
         *(f"| {k} | {shown(one['value'])} | {_verdict_of(one)} |" for k, one in enumerate(criteria, 1)),
         "",
         f"**Verdict:** {verdict(result)}.",
         "",
-        f"`{command}` repeats it.",
+        "To repeat the result:",
+        "",
+        "```",
+        command,
+        "```",
         "",
     ]
     return "\n".join(lines)
@@ -114,13 +116,13 @@ def index(found: Mapping[str, Result]) -> str:
     lines = [
         "# Published results, repeated",
         "",
-        "Each script of `benchmarks/reproduce/` repeats a result of a paper with the methods of mpitrain and simulated",
-        "workers. Criteria follow from the papers; sizes, learning rates and targets were chosen in trial runs. A",
-        "result that contradicts the paper is stated as such, with the likeliest reason, which was found afterwards.",
-        "`make reproduce` runs all scripts, `make reproduce-quick` runs small versions.",
-        "[choosing.md](choosing.md) draws the conclusions.",
+        "Each script of `benchmarks/reproduce/` repeats a published result with the methods of mpitrain and simulated",
+        "workers. The criteria follow from the papers. We chose sizes, learning rates and targets in trial runs. If a",
+        "result contradicts the paper, its page says so and gives the likeliest reason, which we sought afterwards.",
+        "`make reproduce` runs all scripts, and `make reproduce-quick` runs small versions of them.",
+        "[choosing.md](choosing.md) draws conclusions from the results.",
         "",
-        "| script | result | verdict |",
+        "| script | published result | verdict |",
         "|---|---|---|",
     ]
     for name, result in found.items():

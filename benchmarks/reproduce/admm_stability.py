@@ -1,12 +1,14 @@
 """B3: round-robin ADMM is unstable in regions where round-robin EASGD is stable.
 
-Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651, figure 1: the largest eigenvalue modulus of one sweep,
-with 3 and 8 workers, over learning rates eta up to 0.01 and elastic coefficients rho up to 10, at curvature 1. Beside
-it the center from the paper's start, 1000, at eta = 0.001 and rho = 2.5: ADMM falls first, as EASGD does, and then
-oscillates with a growing amplitude.
+Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651, figure 1. On a quadratic, one sweep, in which each
+worker makes its turn, is a linear map. A run is unstable if the spectral radius of this map, its largest eigenvalue
+modulus, is above 1. The figure shows the radius with 3 and 8 workers, for learning rates eta up to 0.01 and elastic
+coefficients rho up to 10, at curvature 1. It also shows the center over time, from the paper's start, 1000, with
+eta = 0.001 and rho = 2.5: the center of ADMM first falls, as that of EASGD does, and then oscillates with a growing
+amplitude.
 
-Everything is measured on the toolkit's ADMM and EASGD in a simulated world: the matrix of a sweep is what one sweep of
-their workers makes of the states of a basis, and the trajectories are runs.
+Everything is measured on mpitrain's ADMM and EASGD with simulated workers. The columns of the map's matrix are the
+results of one sweep from each state of a basis. The centers over time come from runs.
 
     python -m benchmarks.reproduce.admm_stability [--points 50] [--sweeps 6000] [--out runs/reproduce] [--json]
 """
@@ -132,21 +134,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for p in EXPECTED:
         outcome.say(f"{p:7}{fractions[p]:10.1%}{(easgd[p] > 1).mean():8.1%}{admm[p].max():14.6f}")
     for p, (low, high) in EXPECTED.items():
-        wanted = f"{low:.0%} to {high:.0%} of" if high else "nothing of"
+        wanted = f"on {low:.0%} to {high:.0%} of" if high else "nowhere on"
         outcome.criterion(
-            f"ADMM with {p} workers is unstable on {wanted} the grid", fractions[p], low <= fractions[p] <= high
+            f"ADMM with p = {p} is unstable {wanted} the grid. Value: the unstable fraction",
+            fractions[p],
+            low <= fractions[p] <= high,
         )
     largest = max(float(radius.max()) for radius in easgd.values())
-    outcome.criterion("EASGD is stable on all of the grid, largest radius minus 1", largest - 1, largest < 1)
+    outcome.criterion("EASGD is stable on all of the grid. Value: the largest radius minus 1", largest - 1, largest < 1)
     for name in METHODS:
         off = max(float(np.abs(measured[name, p] - radii_in_theory(name, p, options.points)).max()) for p in EXPECTED)
-        outcome.criterion(f"{name}: the radius is that of the paper's matrix, off by at most", off, off < 1e-6)
+        outcome.criterion(
+            f"{name}: the radius is that of the paper's matrix. Value: the largest difference", off, off < 1e-6
+        )
 
     admm_center, easgd_center = (trajectory(name, options.sweeps) for name in METHODS)
     swing = float(np.abs(admm_center[-options.sweeps // 6 :]).max())
-    outcome.criterion(f"ADMM's center beyond twice its start, {START:g}, at the end", swing, swing > 2 * START)
+    outcome.criterion(
+        f"ADMM's center swings beyond twice its start, {START:g}. Value: its largest modulus at the end",
+        swing,
+        swing > 2 * START,
+    )
     rest = float(np.abs(easgd_center[-1]))
-    outcome.criterion("EASGD's center below a hundredth of its start at the end", rest, rest < START / 100)
+    outcome.criterion(
+        "EASGD's center ends below a hundredth of its start. Value: its modulus at the end", rest, rest < START / 100
+    )
 
     draw(
         outcome,

@@ -1,13 +1,16 @@
 """B6: the numbers of workers and periods for which DOWNPOUR converges, and how AGN changes them.
 
 Hermans' thesis, CERN-THESIS-2017-103, reports that DOWNPOUR with period 1 converges with 10 workers and diverges with
-20, and with 10 workers diverges at periods 5, 10 and 20. Workers served in turn on the quadratic have a closed form,
+20, and that with 10 workers it diverges at periods 5, 10 and 20. For n workers that commit in turn on a quadratic, the
+condition for stability has a closed form. With learning rate e, curvature h and lam local steps between two commits, a
+run is
 
-    stable iff q < 2 sin(pi / (2(2n-1))),   q = 1 - (1-eh)^lam  (DOWNPOUR),   q = (1 - (1-eh)^lam)/lam  (AGN),
+    stable iff q < 2 sin(pi / (2(2n-1))),   q = 1 - (1-eh)^lam  (DOWNPOUR),   q = (1 - (1-eh)^lam)/lam  (AGN).
 
-and at eh = 0.1 all of these observations follow from it. Measured here: the toolkit's DOWNPOUR and AGN, in a simulated
-world. At each point of the map the lam local steps of a period are one step that does the same: it multiplies x by 1-q.
-At some points, the observed ones among them, the workers make all lam steps.
+At eh = 0.1, all of Hermans' observations follow from it. The script compares this bound with runs of mpitrain's
+DOWNPOUR and AGN with simulated workers, on a grid of n and lam. To save time, one step with the same effect, which
+multiplies x by 1-q, replaces the lam local steps of a period. At some points of the grid, among them those of the
+thesis, the workers also make all lam steps.
 
     python -m benchmarks.reproduce.downpour_phase [--eh 0.1] [--most 40] [--rounds 160] [--out runs/reproduce] [--json]
 """
@@ -96,12 +99,14 @@ def judge(outcome: Outcome, name: str, axes: Axes, eh: float, most: int, n_round
                 n_judged += 1
                 wrong += bool(one) != bool(q_one < bound)
     outcome.criterion(
-        f"{name}: the runs agree with the bound at all of {n_judged} points, exceptions", wrong, wrong == 0
+        f"{name}: the runs agree with the bound at all of {n_judged} points. Value: the exceptions", wrong, wrong == 0
     )
     points = [point for point in SIMULATED if point in converged]
     other = [point for point in points if simulated(name, *point, eh, min(n_rounds, 40)) != converged[point]]
     outcome.criterion(
-        f"{name}: with all local steps it is the same at {len(points)} points, exceptions", len(other), not other
+        f"{name}: runs with all local steps agree with the others at {len(points)} points. Value: the exceptions",
+        len(other),
+        not other,
     )
     for stable, marker, colour, label in (
         (True, "o", COLOURS[0], "converged"),
@@ -143,13 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     agn = judge(outcome, "AGN", right, options.eh, options.most, options.rounds)
     observed = {point: stable for point, stable in OBSERVED.items() if point in downpour}
     for (n, period), stable in observed.items():
-        words = (
-            f"{n} workers, period {period}: DOWNPOUR {'converges' if stable else 'diverges'} in Hermans' thesis, here"
-        )
+        words = f"{n} workers, period {period}: DOWNPOUR {'converges' if stable else 'diverges'}, as in Hermans' thesis"
         outcome.criterion(words, "converges" if downpour[n, period] else "diverges", downpour[n, period] == stable)
     rescued = sum(agn[point] and not downpour[point] for point in agn)
     lost = sum(downpour[point] and not agn[point] for point in agn)
-    outcome.criterion("AGN converges wherever DOWNPOUR does, and more often by", rescued, lost == 0 and rescued > 0)
+    outcome.criterion(
+        "AGN converges at every point where DOWNPOUR does, and at others. Value: the number of others",
+        rescued,
+        lost == 0 and rescued > 0,
+    )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     outcome.save(figure)

@@ -9,7 +9,7 @@ is expected to be missed; if it is met, the script fails, because its text is th
         options = parser(__doc__).parse_args(arguments)  # --out and --json; add the script's own before parsing
         outcome = Outcome("staleness", options)
         outcome.say("  p   mean staleness")  # tables; silent under --json
-        outcome.criterion("mean staleness is p - 1, within 1 %", error, error < 0.01)
+        outcome.criterion("the mean is p - 1 within 1 %. Value: the deviation", error, error < 0.01)
         figure, ((axes,),) = panels()
         axes.plot(x, y, color=COLOURS[0], label="measured")
         outcome.save(figure)  # OUT/staleness.png
@@ -102,7 +102,7 @@ class Outcome:
         """Print ``criterion WORDS: VALUE PASS`` (or ``MISSED``, ``CONTRADICTS THE PAPER``) and remember it.
 
         Args:
-            words: The criterion.
+            words: The criterion, and which value it is judged by: ``"SGP is faster. Value: the ratio"``.
             value: The measured value. Numbers are shown to 4 digits.
             passed: Whether it meets the criterion.
             contradicts: For a claim that is known not to hold here, the likeliest reason.

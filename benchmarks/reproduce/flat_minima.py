@@ -1,14 +1,16 @@
 """B17, B18, B19: Parle fits training data less and test data better, also with split data, at 1/25 of the bytes.
 
-Chaudhari et al. 2017, https://arxiv.org/abs/1707.00424: Parle's training error is above those of Elastic-SGD and SGD
-(CIFAR-10, WRN-28-10: 5.03 % against 0.003 and 0.01) and its validation error below (3.24 % against 4.38 and 4.29): it
-has found a wider valley. If each of 3 replicas sees half of the data, Parle (5.89 %) beats Elastic-SGD (6.51 %) and SGD
-with all data (6.15 %). It communicates once every L = 25 gradients.
+Chaudhari et al. 2017, https://arxiv.org/abs/1707.00424: with WRN-28-10 on CIFAR-10, Parle's training error is above
+those of Elastic-SGD and SGD (5.03 % against 0.003 and 0.01), and its validation error is below theirs (3.24 % against
+4.38 and 4.29): Parle has found a wider valley. In the experiment with split data, each of 3 replicas sees half of the
+data, and Parle (5.89 %) beats Elastic-SGD (6.51 %) and SGD with all data (6.15 %). Parle communicates once every
+L = 25 gradients.
 
-Here 3 replicas train a network of 64 hidden units on 400 digits of which a fifth have a random label, so that fitting
-the training data is not learning. Elastic-SGD is synchronous EASGD with period 1, SGD is a single worker; both with
-Nesterov momentum 0.9, as in the paper. Every replica of every method makes the same number of gradients, and all
-learning rates are divided by 10 after 60 %. Error bars are standard errors over seeds.
+Here 3 replicas train a network of 64 hidden units on 400 digits. A fifth of these have a random label, so that a low
+training error does not mean that the network has learnt the digits. Elastic-SGD is synchronous EASGD with period 1, and
+SGD is a single worker; both have Nesterov momentum 0.9, as in the paper. Every replica of every method computes the
+same number of gradients. All learning rates are divided by 10 after 60 % of them. Error bars are standard errors over
+seeds.
 
     python -m benchmarks.reproduce.flat_minima [--quick] [--out DIR] [--json]
 """
@@ -129,16 +131,26 @@ def judge(outcome: Outcome, found: Mapping[str, Result]) -> None:
     parle = found["Parle, all data"]
     for other in ("Elastic-SGD", "SGD"):
         ratio = parle.train_error.mean() / max(found[f"{other}, all data"].train_error.mean(), 1e-9)
-        outcome.criterion(f"Parle's training error is above that of {other}, ratio", ratio, ratio > 1)
+        outcome.criterion(f"Parle's training error is above that of {other}. Value: the ratio", ratio, ratio > 1)
         ratio = parle.test_error.mean() / found[f"{other}, all data"].test_error.mean()
-        outcome.criterion(f"Parle's test error is below that of {other}, ratio", ratio, ratio < 1)
+        outcome.criterion(f"Parle's test error is below that of {other}. Value: the ratio", ratio, ratio < 1)
     half = found["Parle, half each"]
     ratio = half.test_error.mean() / found["Elastic-SGD, half each"].test_error.mean()
-    outcome.criterion("half of the data each: Parle's test error is below Elastic-SGD's, ratio", ratio, ratio < 1)
+    outcome.criterion(
+        "half of the data each: Parle's test error is below Elastic-SGD's. Value: the ratio", ratio, ratio < 1
+    )
     ratio = half.test_error.mean() / found["SGD, all data"].test_error.mean()
-    outcome.criterion("and at most that of SGD with all data, ratio", ratio, ratio <= 1)
+    outcome.criterion(
+        "half of the data each: Parle's test error is at most that of SGD with all data. Value: the ratio",
+        ratio,
+        ratio <= 1,
+    )
     saved = found["Elastic-SGD, all data"].bytes_per_gradient / parle.bytes_per_gradient
-    outcome.criterion("bytes per gradient: Elastic-SGD over Parle, 25 within 10 %", saved, abs(saved / 25 - 1) < 0.1)
+    outcome.criterion(
+        "bytes per gradient: Elastic-SGD sends 25 times as many as Parle, within 10 %. Value: the ratio",
+        saved,
+        abs(saved / 25 - 1) < 0.1,
+    )
 
 
 def draw(outcome: Outcome, found: Mapping[str, Result]) -> None:

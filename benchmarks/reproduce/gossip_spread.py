@@ -1,17 +1,20 @@
 """B16: the spread of gossiping workers as a function of their number.
 
 Jin, Yuan, Iandola, Keutzer 2016, https://arxiv.org/abs/1611.04581, section 3: each of p workers pulls from (or pushes
-to) another one drawn uniformly. A worker that pulls multiplies the spread V = sum_i |x_i - mean|^2 on average by
+to) another one drawn uniformly. The spread of the workers is V = sum_i |x_i - mean|^2. The pull of one worker
+multiplies it on average by
 
     c(p) = 1 - (p + 1)/(2p(p - 1))
 
-and moves the mean at random: E|mean' - mean|^2 = V/(2p^2(p - 1)). A round of pushes shrinks V by less (theory:
-push_contraction). With curvature h and gradient noise of variance sigma^2 the spread settles where steps and pulls
-balance. Workers that step one after the other in random order, as asynchronous ones do, have then
+and moves the mean of the workers at random: E|mean' - mean|^2 = V/(2p^2(p - 1)). A round, in which each worker pushes
+once, multiplies V by the factor that ``mpitrain.theory.push_contraction(p)`` returns.
 
-    V/(p - 1) in units of (eta sigma)^2     from the second moments of x and of who has averaged with whom (``settled``)
+With curvature h and gradient noise of variance sigma^2, V settles where the noise of the steps and the contraction of
+the pulls balance. The script measures V/(p - 1) in units of (eta sigma)^2, for workers that step one after the other in
+random order, as asynchronous workers do. For 2 and 3 workers, it also computes this value from the second moments of x,
+one for each possible set of pairs that have averaged since their last steps (the function ``settled``).
 
-All of it is measured on the steps that training makes.
+All of this is measured on the steps that the gossip method makes in training.
 
     python -m benchmarks.reproduce.gossip_spread [--rounds 400] [--out runs/reproduce] [--json]
 """
@@ -188,13 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, words in {
         "pull": "a pull multiplies V by 1-(p+1)/(2p(p-1))",
-        "drift": "it moves the mean by V/(2p^2(p-1))",
-        "push": "a round of pushes multiplies V as the theory says",
-        "noise": "with noise V settles where the second moments say",
+        "drift": "a pull moves the mean by a squared distance of V/(2p^2(p-1))",
+        "push": "a round of pushes multiplies V by the factor of the theory",
+        "noise": "with noise, V settles at the value from the second moments",
     }.items():
         mean, error = np.array(found[name])[: len(wanted[name])].T
         off = float((np.abs(mean - wanted[name]) / np.maximum(error, 1e-12)).max())
-        outcome.criterion(f"{words}; largest deviation in standard errors", off, off < LIMIT)
+        outcome.criterion(f"{words}. Value: the largest deviation in standard errors", off, off < LIMIT)
 
     draw(outcome, found)
     return outcome.conclude(

@@ -1,13 +1,14 @@
-"""B22, B23: on a slow network a step of SGP takes the same time at any number of nodes, and stragglers cost it less.
+"""B22, B23: on a slow network, a step of SGP takes the same time at any number of nodes, and stragglers cost SGP less.
 
 Assran, Loizou, Ballas, Rabbat 2019, https://arxiv.org/abs/1811.10792, train a ResNet-50 on 4 to 32 nodes with 10 Gbit/s
-Ethernet. A step of all-reduce SGD takes the longer the more nodes there are, and one of stochastic gradient push (SGP)
-does not, since each node sends to one other. SGP is a little less accurate with many nodes. Overlapped SGP (OSGP) does
-not wait for late messages.
+Ethernet. The more nodes there are, the longer a step of all-reduce SGD takes. A step of stochastic gradient push (SGP)
+does not take longer, since each node sends to one other node. SGP is a little less accurate with many nodes. Overlapped
+SGP (OSGP) does not wait for late messages.
 
-Here simulated nodes train a classifier of digits, with the messages of a ResNet-18 (47 MB) on 1 Gbit/s and a latency of
-10 ms. A gradient takes 0.1 s; stragglers are steps whose length varies by a log-normal factor with s = 0.6 instead of
-0.1. Consensus errors are those after as many steps.
+Here simulated nodes train a classifier of digits, with messages of the size of a ResNet-18 (47 MB), on 1 Gbit/s with a
+latency of 10 ms. A gradient takes 0.1 s. The length of a step varies by a log-normal factor: with s = 0.1 on the
+"steady" cluster, and with s = 0.6 on the cluster with "stragglers". Losses and errors are those of the consensus, after
+the same number of steps for all methods.
 
     python -m benchmarks.reproduce.gradient_push [--quick] [--out DIR] [--json]
 """
@@ -79,29 +80,31 @@ def judge(outcome: Outcome, found: Runs) -> None:
         return float(curves[most].seconds[-1] / curves[least].seconds[-1])
 
     outcome.criterion(
-        f"SGP: seconds per step with {most} workers over {least}, below 1.25",
+        f"SGP: seconds per step grow by a factor below 1.25 from {least} to {most} workers. Value: the factor",
         growth(steady["SGP"]),
         growth(steady["SGP"]) < 1.25,
     )
     outcome.criterion(
-        "all-reduce: the same ratio is above 1.5",
+        f"all-reduce: seconds per step grow by a factor above 1.5 from {least} to {most} workers. Value: the factor",
         growth(steady["all-reduce"]),
         growth(steady["all-reduce"]) > 1.5,
-        contradicts="the simulated all-reduce chooses recursive halving and doubling, whose latency grows with the "
-        "logarithm of the nodes, and messages of different nodes never share a link",
+        contradicts="the simulated all-reduce chooses recursive halving and doubling, whose latency grows only with "
+        "the logarithm of the number of nodes, and messages of different nodes never share a link",
     )
     ratio = steady["SGP"][most].seconds[-1] / steady["all-reduce"][most].seconds[-1]
-    outcome.criterion(f"{most} workers: a step of SGP over one of all-reduce", ratio, ratio < 1)
+    outcome.criterion(
+        f"{most} workers: a step of SGP is shorter than one of all-reduce. Value: the ratio", ratio, ratio < 1
+    )
     gaps = {n: steady["SGP"][n].loss[-1] / steady["all-reduce"][n].loss[-1] for n in steady["SGP"]}
     outcome.criterion(
-        f"SGP's loss after as many steps exceeds all-reduce's, but by at most 25 % with {most} workers, ratio",
+        f"{most} workers: after equally many steps, SGP's loss is at most 25 % above all-reduce's. Value: the ratio",
         gaps[most],
         gaps[most] <= 1.25,
     )
     cost = {name: slowed[name][most].seconds[-1] - steady[name][most].seconds[-1] for name in METHODS}
     for name in ("SGP", "OSGP"):
         ratio = cost[name] / cost["all-reduce"]
-        outcome.criterion(f"stragglers: the seconds that they cost {name} over those of all-reduce", ratio, ratio < 1)
+        outcome.criterion(f"stragglers cost {name} fewer seconds than all-reduce. Value: the ratio", ratio, ratio < 1)
 
 
 def draw(outcome: Outcome, found: Runs, steps: int) -> None:

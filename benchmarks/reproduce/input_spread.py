@@ -1,14 +1,17 @@
-"""B5: the bound from the spread of the inputs, negative moving rates, and where EASGD is trapped.
+"""B5: a bound from the spread of the inputs, a negative best moving rate, and a trap between two valleys.
 
-Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5, in three pictures.
+Zhang's thesis, 2016, https://arxiv.org/abs/1605.02216, chapter 5. The figure has three panels.
 
-1. Under multiplicative noise, curvatures u ~ Gamma(lam, om), p workers that average their gradients multiply E x^2 by
-   1/(p lam + 1) a step at best. The wider the inputs spread (small lam), the more workers it takes to gain anything.
-2. For fixed learning rate and center rate EASGD's mean and center converge fastest at a negative moving rate. The price
-   is drawn too: what workers differ by is multiplied by 1 - eh - alpha, above 1 there.
-3. Two workers in a double well rest in different wells, the center on the saddle, as long as rho < 2/3.
+1. The noise is multiplicative: in each gradient, the curvature is a random number u ~ Gamma(lam, om). If p workers
+   average their gradients, a step multiplies E x^2 by 1/(p lam + 1) at best. The wider the spread of the inputs is
+   (small lam), the more workers it takes to gain anything.
+2. For a fixed learning rate eta, curvature h and center rate beta, the mean of the workers and the center of EASGD
+   converge fastest at a negative moving rate alpha. The panel also shows the price: a step multiplies the differences
+   between workers by 1 - eh - alpha, where eh is eta times h. This factor is above 1 at the best moving rate.
+3. In a double well, a function with two minima, two workers of EASGD rest in different wells, and the center rests on
+   the saddle between them, as long as rho < 2/3.
 
-All of it is measured on the toolkit's all-reduce SGD and EASGD in a simulated world.
+All of this is measured on mpitrain's all-reduce SGD and EASGD with simulated workers.
 
     python -m benchmarks.reproduce.input_spread [--samples 20000] [--steps 15000] [--out runs/reproduce] [--json]
 """
@@ -128,7 +131,11 @@ def spread(outcome: Outcome, axes: Axes, n: int) -> dict[str, Any]:
         axes.plot(p_line, 1 / (p_line * shape + 1), color=colour, label=f"λ = {shape:g}")
         factors, errors = np.array(measured).T
         axes.errorbar(WORKERS, factors, 4 * errors, fmt="o", color=colour, markersize=4, capsize=2)
-    outcome.criterion("all sampled rates within 4 standard errors of 1/(p lam + 1), worst", worst, worst < 4)
+    outcome.criterion(
+        "all sampled rates within 4 standard errors of 1/(p lam + 1). Value: the largest deviation in standard errors",
+        worst,
+        worst < 4,
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(WORKERS, [str(p) for p in WORKERS])
@@ -151,18 +158,32 @@ def moving_rate(outcome: Outcome, axes: Axes) -> dict[str, Any]:
         abs(rate - theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA))) for alpha, rate in zip(dots, measured)
     )
     outcome.say(f"eh = {EH:g}, beta = {BETA:g}: radius {center.min():.4f} at alpha {found:.3f}, SGD {1 - EH:g}")
-    outcome.criterion("the best moving rate is negative", found, found < 0)
+    outcome.criterion("the best moving rate is negative. Value: this rate", found, found < 0)
     outcome.criterion(
-        f"it is -(sqrt(beta)-sqrt(eh))^2 = {best:.3f}, off by", abs(found - best), abs(found - best) < 2e-3
+        f"the best moving rate is -(sqrt(beta)-sqrt(eh))^2 = {best:.3f}. Value: the difference",
+        abs(found - best),
+        abs(found - best) < 2e-3,
     )
     radius = float(center.min())
-    outcome.criterion("there the mean converges faster than SGD, radius", radius, radius < 1 - EH)
-    outcome.criterion("runs of the algorithm shrink as predicted, off by at most", error, error < 0.01)
+    outcome.criterion(
+        "at the best moving rate, the mean converges faster than SGD. Value: the spectral radius",
+        radius,
+        radius < 1 - EH,
+    )
+    outcome.criterion(
+        "runs of the algorithm shrink as predicted. Value: the largest difference of the rates", error, error < 0.01
+    )
     wanted = [theory.spectral_radius(theory.easgd_matrix(EH, alpha, BETA)) for alpha in alphas]
     off = float(np.abs(center - wanted).max())
-    outcome.criterion("a step of the workers has the radius of the thesis' matrix, off by at most", off, off < 1e-6)
+    outcome.criterion(
+        "a step of the workers has the radius of the thesis' matrix. Value: the largest difference", off, off < 1e-6
+    )
     alone = float(np.interp(best, alphas, apart))
-    outcome.criterion("the price: differences between workers grow there, factor", alone, alone > 1)
+    outcome.criterion(
+        "the price: at the best moving rate, differences between workers grow. Value: the factor per step",
+        alone,
+        alone > 1,
+    )
     axes.plot(alphas, center, color=COLOURS[0], label="mean and center")
     axes.plot(dots, measured, "o", color=COLOURS[0], markersize=4)
     axes.plot(alphas, apart, color=COLOURS[1], linestyle="--", label="differences between workers")
@@ -186,8 +207,14 @@ def double_well(outcome: Outcome, axes: Axes, n_steps: int) -> dict[str, Any]:
     off = float(np.abs(ends[0] - expected).max())
     outcome.say(f"double well: trapped up to rho = {last:.2f}, free from {first:.2f}")
     around = last < theory.EASGD_TRAP < first and first - last < 0.03
-    outcome.criterion("the trap ends between neighbours of rho = 2/3", f"{last:.2f} to {first:.2f}", around)
-    outcome.criterion("the workers end at sqrt(1-rho) or at 1, off by at most", off, off < 1e-3)
+    outcome.criterion(
+        "the trap ends at rho = 2/3. Value: the largest rho with the trap, and the smallest without it",
+        f"{last:.2f} to {first:.2f}",
+        around,
+    )
+    outcome.criterion(
+        "the workers end at sqrt(1-rho) in the trap, and else at 1. Value: the largest difference", off, off < 1e-3
+    )
     line = np.linspace(0, theory.EASGD_TRAP, 200)
     for sign in (1, -1):
         axes.plot(line, sign * np.sqrt(1 - line), color="#777777", linewidth=1)

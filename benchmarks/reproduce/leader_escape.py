@@ -1,18 +1,20 @@
-"""B13: between valleys an average is worse than its members and traps them; a leader does not.
+"""B13: between two valleys, an average is worse than its members and traps them; a leader does not.
 
 LGD and EAGD are LSGD and EASGD with exact gradients. Teng et al. 2019, arXiv 1905.10395, report that LGD beats EAGD in
-low-rank matrix completion at every rank; the sizes here are our own, and so are the thresholds of the double well.
+low-rank matrix completion at every rank. The sizes of the matrices here, and the thresholds of the double well, are not
+from the paper.
 
-Double well f(x) = (1 - x^2)^2/4, one worker in each valley. Per step both are pulled by a fraction of their distance,
-the "pull", to the center or the leader. Elastic averaging has the center on the hill between them, a local minimum of
-the sum that it minimises, up to pull/eta = 2/3; a follower stays in its valley up to 1/4, and the leader is at the
-bottom of its own whatever the pull.
+Double well f(x) = (1 - x^2)^2/4, with one worker in each valley: in each step, the center or the leader pulls both
+workers by a fraction of their distance from it, the "pull". With elastic averaging, the center stays on the hill
+between the valleys up to pull/eta = 2/3; this is a local minimum of the sum that elastic averaging minimises. With a
+leader, a follower stays in its valley only up to pull/eta = 1/4, and the leader reaches the bottom of its own valley
+with any pull.
 
-Matrix completion: half of the entries of a symmetric matrix of rank r are known; min over X (d, r) of a quarter of the
-squared error of X X' there. If X is a solution then X Q is one for every rotation Q, and a mean of solutions is none.
-As in the paper, the best of eight workers counts. The table includes the cells in which LGD loses: under a strong pull
-all workers follow the first leader immediately, and if it reaches a plateau (rank 5, pull 0.1), no worker is left to
-find a way around the plateau.
+Matrix completion: half of the entries of a symmetric matrix of rank r are known. The objective F, a function of X
+(d, r), is a quarter of the squared error of X X' in the known entries. If X is a solution, then X Q is a solution for
+every rotation Q, and a mean of different solutions is not. As in the paper, the best of eight workers counts. The table
+includes the cells in which LGD loses: under a strong pull, all workers follow the first leader immediately, and if it
+reaches a plateau (rank 5, pull 0.1), no worker is left to find a way around the plateau.
 
     python -m benchmarks.reproduce.leader_escape [--steps 400] [--seeds 3] [--ranks 1 5 20] [--out DIR] [--json]
 """
@@ -169,18 +171,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for name, wanted in (("EAGD", EASGD_TRAP), ("LGD", LGD_TRAP)):
         error = abs(found[name] - wanted)
-        outcome.criterion(f"{name} lets go within 0.01 of pull/eta = {wanted:.3f}, off by", error, error < 0.01)
+        outcome.criterion(
+            f"{name}: the trap ends within 0.01 of pull/eta = {wanted:.3f}. Value: the difference", error, error < 0.01
+        )
     trapped = float(np.abs(well["EAGD"][2, RATIOS < 0.65]).max())
-    outcome.criterion("below it EAGD's center, which is evaluated, is on the hill, at most", trapped, trapped < 1e-3)
+    outcome.criterion(
+        "EAGD: in the trap, the center stays on the hill. Value: its largest distance from the top",
+        trapped,
+        trapped < 1e-3,
+    )
     leader = float(np.abs(well["LGD"][0] - 1).max())
-    outcome.criterion("LGD's leader is at the bottom of its valley at every pull, off by", leader, leader < 1e-6)
+    outcome.criterion(
+        "LGD's leader is at the bottom of its valley at every pull. Value: its largest distance from it",
+        leader,
+        leader < 1e-6,
+    )
 
     def best(name: str, rank: int, pulls: Sequence[float]) -> float:
         return min(float(curves[name, rank, pull][-1, 0]) for pull in pulls)
 
     for words, pulls in ((f"pull {SHOWN:g}", [SHOWN]), ("the best pull of each", PULLS)):
         worst = max(best("LGD", rank, pulls) / best("EAGD", rank, pulls) for rank in options.ranks)
-        outcome.criterion(f"{words}: LGD's best worker over EAGD's, at the worst of the ranks", worst, worst < 1)
+        outcome.criterion(
+            f"{words}: at every rank, the F of LGD's best worker is below EAGD's. Value: the largest ratio",
+            worst,
+            worst < 1,
+        )
 
     figure, ((left, middle, right),) = panels(3)
     left.plot(RATIOS, well["EAGD"][2], color=COLOURS[0], label="EAGD, center")

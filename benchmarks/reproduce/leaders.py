@@ -1,12 +1,13 @@
-"""B11, B12, B14: LSGD is ahead of EASGD at first, every worker leads about as often, and it sends half of the bytes.
+"""B11, B12, B14: LSGD is ahead of EASGD at first, every worker leads about as often, and LSGD sends half of the bytes.
 
-Teng et al. 2019, https://arxiv.org/abs/1905.10395: with 4 and 16 workers, later 12, LSGD reaches middling test errors
-in less time than EASGD; the leader changes constantly and each worker leads a similar number of times; a pull reads
-one vector, where an elastic exchange moves two.
+Teng et al. 2019, https://arxiv.org/abs/1905.10395: with 4, 12 and 16 workers, LSGD reaches middling test errors in less
+time than EASGD. The leader changes constantly, and each worker leads a similar number of times. A pull reads one
+vector, whereas an elastic exchange moves two.
 
-Here simulated workers train a classifier of digits with identically distributed data. Both methods exchange every 10
-steps, at the best of the same learning rates; a middling target is a training loss of 0.5. Leaders are counted at every
-pull of a run, and compared with equal chances by a chi-square test at 1 %.
+Here simulated workers train a classifier of digits, and draw their samples from the same distribution. Both methods
+exchange every 10 steps, and have the best of the same learning rates. The middling target is a training loss of 0.5. At
+every pull of another run, the script records which worker leads. A chi-square test at 1 % compares these counts with
+equal chances.
 
     python -m benchmarks.reproduce.leaders [--quick] [--out DIR] [--json]
 """
@@ -91,10 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome.say(f"chi-square {statistic:.1f} with {led.size - 1} degrees of freedom, p = {chance:.3f}")
     for n_workers, curves in found.items():
         ratio = curves["LSGD"].to(TARGET)[1] / curves["EASGD"].to(TARGET)[1]
-        outcome.criterion(f"{n_workers} workers: gradients of LSGD over EASGD's", ratio, ratio <= 1)
-    outcome.criterion("equal chances to lead are not rejected at 1 %, p", chance, chance > SIGNIFICANCE)
+        outcome.criterion(
+            f"{n_workers} workers: LSGD needs at most as many gradients as EASGD. Value: the ratio", ratio, ratio <= 1
+        )
+    outcome.criterion(
+        "the test at 1 % does not reject equal chances to lead. Value: the p-value", chance, chance > SIGNIFICANCE
+    )
     half = volume["LSGD"] / volume["EASGD"]
-    outcome.criterion("bytes of an exchange: LSGD over EASGD between 0.4 and 0.55", half, 0.4 <= half <= 0.55)
+    outcome.criterion(
+        "bytes of an exchange: LSGD sends 0.4 to 0.55 times as many as EASGD. Value: the ratio",
+        half,
+        0.4 <= half <= 0.55,
+    )
     draw(outcome, found, led)
     to_target = {name: {n: found[n][name].to(TARGET) for n in found} for name in METHODS}
     return outcome.conclude(to_target=to_target, led=led, chance=chance, megabytes=volume)

@@ -1,13 +1,14 @@
-"""B24: with an outer optimizer, long periods between exchanges hardly cost accuracy; more workers want more momentum.
+"""B24: with an outer optimizer, long periods between exchanges hardly cost accuracy; more workers need more momentum.
 
 DiLoCo (Douillard et al. 2023, https://arxiv.org/abs/2311.08105): 8 workers match fully synchronous training with 500
-times less communication. SlowMo (Wang, Tantia, Ballas, Rabbat 2019, https://arxiv.org/abs/1910.00643): a slow momentum
-improves Local SGD; the values that fairscale documents as best grow from 0 with fewer than 4 nodes to 0.6 with 16.
+times less communication. SlowMo (Wang, Tantia, Ballas, Rabbat 2019, https://arxiv.org/abs/1910.00643): a slow momentum,
+that of the outer optimizer, improves Local SGD. The slow momenta that fairscale documents as best grow from 0 with
+fewer than 4 nodes to 0.6 with 16 nodes.
 
-Here 8 simulated workers train a classifier of digits with Local SGD, SlowMo and DiLoCo and periods H = 1 to 64, the
-best of the same learning rates for each, and the same numbers of gradients. Compared is the training loss of the
-consensus over the bytes sent. Then SlowMo's slow momentum is varied for 2 to 16 workers at H = 16, with the best
-of two learning rates.
+Here 8 simulated workers train a classifier of digits with Local SGD, SlowMo and DiLoCo, and with periods of H = 1 to 64
+steps. Each method has the best of the same learning rates, and all compute the same number of gradients. The script
+compares the training loss of the consensus and the bytes sent. A second experiment varies SlowMo's slow momentum for 2
+to 16 workers at H = 16, with the best of two learning rates.
 
     python -m benchmarks.reproduce.local_updates [--quick] [--out DIR] [--json]
 """
@@ -80,24 +81,28 @@ def judge(
     longest = max(found["DiLoCo"])
     synchronous = found["Local SGD"][1].loss[-1]
     ratio = found["DiLoCo"][longest].loss[-1] / synchronous
-    outcome.criterion(f"DiLoCo with H = {longest}: loss over that of synchronous SGD, at most 1.1", ratio, ratio <= 1.1)
+    outcome.criterion(
+        f"H = {longest}: DiLoCo's loss is at most 1.1 times that of synchronous SGD. Value: the ratio",
+        ratio,
+        ratio <= 1.1,
+    )
     ratio = found["DiLoCo"][longest].loss[-1] / found["Local SGD"][longest].loss[-1]
-    outcome.criterion(f"H = {longest}: DiLoCo's loss over Local SGD's", ratio, ratio < 1)
+    outcome.criterion(f"H = {longest}: DiLoCo's loss is below Local SGD's. Value: the ratio", ratio, ratio < 1)
     ratio = found["SlowMo"][longest].loss[-1] / found["Local SGD"][longest].loss[-1]
-    outcome.criterion(f"H = {longest}: SlowMo's loss over Local SGD's", ratio, ratio < 1)
+    outcome.criterion(f"H = {longest}: SlowMo's loss is below Local SGD's. Value: the ratio", ratio, ratio < 1)
     volume = max(
         abs(curve.gigabytes[-1] * h / curves[1].gigabytes[-1] - 1)
         for name, curves in found.items()
         for h, curve in curves.items()
     )
-    outcome.criterion("bytes fall as 1/H, largest relative deviation", volume, volume < 0.01)
+    outcome.criterion("the bytes are proportional to 1/H. Value: the largest relative deviation", volume, volume < 0.01)
     best = [min(row, key=lambda m: row[m]) for row in losses.values()]
     grows = all(a <= b for a, b in pairwise(best)) and best[-1] > best[0]
     outcome.criterion(
-        f"the best slow momentum grows from {min(losses)} to {max(losses)} workers",
+        f"the best slow momentum grows from {min(losses)} to {max(losses)} workers. Value: the best ones in this order",
         ", ".join(f"{m:g}" for m in best),
         grows,
-        contradicts="gradients of this easy problem have too little noise to limit the momentum: the largest is best "
+        contradicts="gradients of this easy problem have too little noise to limit the momentum: a large one is best "
         "for any number of workers",
     )
 

@@ -1,14 +1,18 @@
-"""B21: a population that evolves between phases of SGD ends below SGD alone; suppression keeps it diverse.
+"""B21: a population that evolves between phases of SGD has a lower error than SGD alone; suppression keeps it diverse.
 
-Zhang, Hao, Gao, Wei, Tang 2020, https://arxiv.org/abs/2012.11184: on four data sets, networks found by neuroevolution
-and SGD together are better than those of SGD alone. Individuals whose weight updates are similar are suppressed. Only
-the abstract was available to us, so mpitrain's method is a reconstruction.
+Zhang, Hao, Gao, Wei, Tang 2020, https://arxiv.org/abs/2012.11184: on four data sets, networks that neuroevolution and
+SGD find together are better than those that SGD finds alone. Individuals whose weight updates are similar are
+suppressed. Only the abstract was available to us, so mpitrain's method is a reconstruction.
 
-Here populations of 8 networks train on 500 digits, a fifth with random labels. Fitness is the loss on 400 other
-samples; test errors are those on the remaining 897. Compared at equal numbers of gradients in total: the best
-individual of the population, with and without suppression; the best of 8 networks that train independently, chosen by
-the same fitness; a single network with eight times as many steps. The likeness of a population is the mean cosine
-between the weight updates of two individuals in half a generation.
+Here populations of 8 networks train on 500 digits, a fifth of which have random labels. The fitness is the loss on 400
+other samples; test errors are those on the remaining 897. The script compares three ways to spend the same total number
+of gradients:
+
+- a population, with and without suppression, from which the fittest network is chosen;
+- 8 networks that train independently ("independent"), from which the fittest is chosen;
+- a network with eight times as many steps ("single").
+
+The likeness of a population is the mean cosine between the weight updates of two individuals in half a generation.
 
     python -m benchmarks.reproduce.neuroevolution [--quick] [--out DIR] [--json]
 """
@@ -38,8 +42,8 @@ METHODS: dict[str, tuple[Method, int]] = {
 }
 
 AGAINST = {
-    "independent": "on this small problem nearly all of the gain is that of choosing the best of several short runs by "
-    "their fitness, which independent networks have too",
+    "independent": "on this small problem, nearly all of the gain comes from choosing the best of several short runs "
+    "by their fitness. Independent networks have this gain too",
 }
 """Why the result contradicts the paper, by the population that it is compared with."""
 
@@ -117,7 +121,7 @@ def judge(outcome: Outcome, found: Mapping[str, np.ndarray]) -> None:
     for other in ("single", "independent"):
         ratio = error["suppression"] / error[other]
         outcome.criterion(
-            f"equal gradients: error of the population over that of {other}",
+            f'equal gradients: the error of the population is below that of "{other}". Value: the ratio',
             ratio,
             ratio < 1,
             contradicts=AGAINST.get(other, ""),
@@ -126,10 +130,10 @@ def judge(outcome: Outcome, found: Mapping[str, np.ndarray]) -> None:
     noise = float(pairs.std(ddof=1) / np.sqrt(pairs.size))
     difference = float(pairs.mean())
     outcome.criterion(
-        "suppression makes updates less alike by 2 standard errors, difference of the cosines",
+        "suppression lowers the likeness by more than 2 standard errors. Value: the difference",
         difference,
         difference < -2 * noise,
-        contradicts="networks from different starts have nearly orthogonal updates, so there is little to suppress; a "
+        contradicts="networks from different starts have nearly orthogonal updates, so there is little to suppress. A "
         "suppressed network becomes a child of two survivors, and children of the same parents are alike",
     )
 

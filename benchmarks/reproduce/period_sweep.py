@@ -1,9 +1,9 @@
-"""B1: with long communication periods DOWNPOUR becomes unstable; EASGD and EAMSGD do not.
+"""B1: with long communication periods, DOWNPOUR becomes unstable; EASGD and EAMSGD do not.
 
-Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651, figure 2: 4 workers, tau = 1, 4, 16, 64, the best of a
-few learning rates for each method and period. Here the workers are simulated, in a random order, and train a network of
-one hidden layer on the digits of scikit-learn. What is compared is the loss of the center on all training samples after
-a fixed number of gradients.
+Zhang, Choromanska, LeCun 2015, https://arxiv.org/abs/1412.6651, figure 2: 4 workers exchange every tau = 1, 4, 16 or 64
+steps, with the best of a few learning rates for each method and period. Here the workers are simulated. They step in a
+random order, and train a network of one hidden layer on the digits of scikit-learn. The script compares the loss of the
+center on all training samples after a fixed number of gradients.
 
     python -m benchmarks.reproduce.period_sweep [--steps 640] [--seeds 1] [--out runs/reproduce] [--json]
 """
@@ -124,18 +124,26 @@ def judge(outcome: Outcome, found: dict[str, dict[int, list[Run]]]) -> None:
     """Check the criteria of the published picture."""
     downpour, easgd, eamsgd = (found[name] for name in LEARNING_RATES)
     ratio = downpour[64][0].loss / easgd[64][0].loss
-    outcome.criterion("DOWNPOUR's final loss at period 64 is more than twice EASGD's, or NaN", ratio, not ratio <= 2)
+    outcome.criterion(
+        "DOWNPOUR's final loss at period 64 is more than twice EASGD's, or NaN. Value: the ratio", ratio, not ratio <= 2
+    )
     best = best_at_1(downpour, 64)
     grown = best.loss / best.curve[0]
-    outcome.criterion("with the learning rate for period 1 it ends above where it began, ratio", grown, not grown <= 1)
+    outcome.criterion(
+        "DOWNPOUR at period 64, with the best rate of period 1: the loss ends above its start. Value: the ratio",
+        grown,
+        not grown <= 1,
+    )
     own = easgd[64][0].loss / easgd[1][0].loss
-    outcome.criterion("EASGD's final loss at period 64 is below twice that at period 1", own, own < 2)
+    outcome.criterion("EASGD's final loss at period 64 is below twice that at period 1. Value: the ratio", own, own < 2)
     worst = max(eamsgd[period][0].loss / easgd[period][0].loss for period in PERIODS)
-    outcome.criterion("EAMSGD's final loss is below EASGD's at every period, largest ratio", worst, worst < 1)
+    outcome.criterion(
+        "EAMSGD's final loss is below EASGD's at every period. Value: the largest ratio", worst, worst < 1
+    )
     off = max(
         abs(runs[period][0].n_bytes * period / runs[1][0].n_bytes - 1) for runs in found.values() for period in PERIODS
     )
-    outcome.criterion("bytes fall as 1/period, largest relative deviation", off, off < 0.01)
+    outcome.criterion("the bytes are proportional to 1/period. Value: the largest relative deviation", off, off < 0.01)
 
 
 def draw(outcome: Outcome, found: dict[str, dict[int, list[Run]]], steps: int) -> None:

@@ -1,9 +1,14 @@
-"""B9: the mean staleness of n workers is n - 1 for any step times; its distribution depends on them.
+"""B9: the mean staleness of n workers is n - 1 for any step times; its distribution depends on the step times.
 
-Hermans' thesis, CERN-THESIS-2017-103, shows histograms for 10, 20, 30 and 60 workers whose mean is n - 1. Measured here
-is the staleness of DOWNPOUR's commits, under three kinds of workers: served in turn; equal machines whose steps vary in
-length by 10 % (log-normal); and steps of exponentially distributed length, which make the next one always anybody's
-turn. Then the staleness is geometric, and asynchrony acts as momentum 1 - 1/n (Mitliagkas et al. 2016).
+The staleness of a commit to a parameter server is the number of other commits since the last pull of its worker.
+Hermans' thesis, CERN-THESIS-2017-103, shows histograms for 10, 20, 30 and 60 workers whose mean is n - 1. The script
+measures the staleness of DOWNPOUR's commits with three kinds of workers:
+
+- workers that commit in turn;
+- equally fast machines, whose steps vary in length by 10 % (log-normal);
+- workers whose steps have an exponentially distributed length, so that each worker is equally likely to be the next.
+
+With the third kind, the staleness is geometric, and asynchrony acts as momentum 1 - 1/n (Mitliagkas et al. 2016).
 
     python -m benchmarks.reproduce.staleness [--commits 300] [--seed 0] [--out runs/reproduce] [--json]
 """
@@ -72,15 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome.say(f"  {n:7}  {n - 1:5}{cells}")
     for name in KINDS:
         worst = max(abs(found[name, n].mean() / (n - 1) - 1) for n in WORKERS)
-        outcome.criterion(f"{name}: the mean is n - 1 within 1 %, worst", worst, worst < 0.01)
+        outcome.criterion(
+            f"{name}: the mean is n - 1 within 1 %. Value: the largest relative deviation", worst, worst < 0.01
+        )
     spread = max(int(np.ptp(found["in turn", n])) for n in WORKERS)
-    outcome.criterion("in turn: every commit is n - 1 old, spread", spread, spread == 0)
+    outcome.criterion(
+        "in turn: all commits have the same staleness. Value: the largest difference", spread, spread == 0
+    )
     distances = []
     for n in WORKERS:
         counts = np.bincount(found["exponential", n]) / found["exponential", n].size
         geometric = (1 / n) * (1 - 1 / n) ** np.arange(counts.size)
         distances.append(float((np.abs(counts - geometric).sum() + 1 - geometric.sum()) / 2))
-    words = "exponential: total variation distance from (1/n)(1-1/n)^l is below 0.1, largest"
+    words = "exponential: the total variation distance from (1/n)(1-1/n)^l is below 0.1. Value: the largest distance"
     outcome.criterion(words, max(distances), max(distances) < 0.1)
 
     figure, (axes_of,) = panels(2, sharey=False)

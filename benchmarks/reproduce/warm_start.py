@@ -1,12 +1,13 @@
-"""B10: a cold start hurts a parameter server the more clients it has; a warm start gives a sub-linear speed-up.
+"""B10: from a cold start, more clients of a server are slower; from a warm start, they give a sub-linear speed-up.
 
 Paine, Jin, Yang, Lin, Huang 2013, https://arxiv.org/abs/1312.6186, train with up to 8 clients that exchange with a
-parameter server every n_sync steps. From random parameters more clients are slower; after a warm start by one client
-every n_sync gives a speed-up, up to 3.2.
+parameter server every n_sync steps. From random parameters, more clients are slower. After a warm start, in which one
+client trains alone, there is a speed-up of up to 3.2 with every n_sync.
 
 Here 1 to 8 simulated clients train a classifier of digits at the same learning rate, with n_sync 1, 4 and 16. The
-speed-up is the time of one client to a training loss of 0.5 over that of several. After a warm start both times count
-from its end, as in the paper, where the warm start is a given checkpoint.
+speed-up is the time of one client until the training loss is 0.5, divided by that of several clients. A time of "inf"
+means that a run never reaches this loss. After a warm start, both times count from its end, as in the paper, where the
+warm start is a given checkpoint.
 
     python -m benchmarks.reproduce.warm_start [--quick] [--out DIR] [--json]
 """
@@ -35,8 +36,8 @@ Key = tuple[str, int, int]
 
 
 AGAINST_FREQUENT = (
-    "the classifier is small and leaves its random start within seconds, and clients that exchange at every step "
-    "differ little: their gradients add up as in a larger batch"
+    "the classifier is small and leaves its random start within seconds. Clients that exchange at every step differ "
+    "little, and their gradients add up as in a larger batch"
 )
 
 
@@ -89,24 +90,34 @@ def judge(outcome: Outcome, times: Mapping[Key, float], early: Mapping[Key, floa
     most, longest = max(CLIENTS), max(periods)
     slower = times["cold", longest, most] / times["cold", longest, 2]
     outcome.criterion(
-        f"cold, n_sync {longest}: {most} clients take longer than 2 to the target, or never reach it",
+        f"cold, n_sync {longest}: {most} clients take longer to the target than 2, or never reach it. Value: the ratio",
         slower,
         slower > 1,
     )
     shortest = min(periods)
     frequent = times["cold", shortest, most] / times["cold", shortest, 1]
     outcome.criterion(
-        f"cold, n_sync {shortest}: {most} clients take longer than 1 to the target, ratio of seconds",
+        f"cold, n_sync {shortest}: {most} clients take longer to the target than 1. Value: the ratio",
         frequent,
         frequent > 1,
         contradicts=AGAINST_FREQUENT,
     )
     helped = early["warm", longest, most] / early["cold", longest, most]
-    outcome.criterion(f"the early loss is lower after a warm start, ratio with {most} clients", helped, helped < 1)
+    outcome.criterion(
+        f"n_sync {longest}, {most} clients: the loss after 2 s is lower from a warm start. Value: the ratio",
+        helped,
+        helped < 1,
+    )
     gains = [times["warm", period, 1] / min(times["warm", period, n] for n in CLIENTS[1:]) for period in periods]
-    outcome.criterion("warm: the best speed-up of every n_sync is above 1, smallest", min(gains), min(gains) > 1)
+    outcome.criterion(
+        "warm: the best speed-up is above 1 for every n_sync. Value: the smallest one", min(gains), min(gains) > 1
+    )
     efficiency = max(times["warm", period, 1] / times["warm", period, most] / most for period in periods)
-    outcome.criterion(f"it is sub-linear: largest speed-up of {most} clients over {most}", efficiency, efficiency < 1)
+    outcome.criterion(
+        f"warm: the speed-up of {most} clients is below {most}. Value: the largest one, over {most}",
+        efficiency,
+        efficiency < 1,
+    )
 
 
 def draw(outcome: Outcome, times: Mapping[Key, float], early: Mapping[Key, float], periods: Sequence[int]) -> None:

@@ -234,7 +234,7 @@ CASES = {
         ["--quick"],
         {"WORKERS": (2, 4), "QUICK_STEPS": 10, "LEARNING_RATES": (0.01,)},
         every_step,
-        "communication per gradient falls by 7 to 14",
+        "communication per gradient falls by a factor of 7 to 14",
     ),
     "a tree of one level": (
         "tree_contention",
@@ -248,7 +248,7 @@ CASES = {
             },
         },
         one_level,
-        "tree: it keeps at least 80 %",
+        "tree: the share of computation falls by at most",
     ),
     "AGN that commits whole displacements": (
         "agn_aeasgd",
@@ -269,7 +269,7 @@ CASES = {
         ["--quick"],
         {"QUICK_STEPS": 250},
         average_twice,
-        "bytes per gradient: Elastic-SGD over Parle",
+        "bytes per gradient: Elastic-SGD sends 25 times",
     ),
     "GPU A-SGD that loses the commits of all but one": (
         "warm_start",
@@ -293,7 +293,7 @@ CASES = {
             },
         },
         prefer_the_unfit,
-        "equal gradients: error of the population over that of independent",
+        'equal gradients: the error of the population is below that of "independent"',
     ),
     "SGP that pushes to all": (
         "gradient_push",
@@ -307,7 +307,7 @@ CASES = {
         ["--quick"],
         {"QUICK_PERIODS": (1, 8), "QUICK_STEPS": 64, "LEARNING_RATES": (0.3,), "MOMENTUM_WORKERS": (2, 3)},
         reverse_momentum,
-        "H = 8: SlowMo's loss over Local SGD's",
+        "H = 8: SlowMo's loss is below Local SGD's",
     ),
 }
 

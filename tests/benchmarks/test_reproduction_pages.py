@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -34,6 +35,21 @@ def test_a_result_is_as_expected_and_whole(name: str) -> None:
         assert one["passed"] != bool(one.get("contradicts")), one["criterion"]
     page = (reproductions.FOLDER / f"{name}.md").read_text()
     assert page.index("## Criteria") < page.index("## Result")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_has_the_wording_of_its_script(name: str) -> None:
+    """Compare the recorded criteria and reasons with the strings of the script, whose placeholders match anything."""
+    known = {
+        "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else re.escape(str(node.value))
+        for node in ast.walk(ast.parse((reproductions.SCRIPTS / f"{name}.py").read_text()))
+        if isinstance(node, ast.Constant | ast.JoinedStr)
+    }
+    for one in RESULTS[name]["criteria"]:
+        for words in filter(None, (one["criterion"], one.get("contradicts"))):
+            assert any(len(pattern) > 30 and re.fullmatch(pattern, words) for pattern in known), words
 
 
 def test_the_guide_has_the_numbers_of_the_results() -> None:
