@@ -39,9 +39,9 @@ def what_goes_on(method: Method) -> list[str]:
 def what_is_lost(method: Method) -> list[str]:
     """Return the row of a synchronous method in the table of what a death costs."""
     if "topology" in method.settings():
-        steps = "its parameters, except what its neighbours have of them"
+        steps = "its parameters, apart from the part that its neighbours have averaged"
     elif method.combines_gradients:
-        steps = "its gradient of the step"
+        steps = "its gradient of this step"
     else:
         steps = "its local steps since the last exchange"
     return [f"`{method.name}`", "; ".join(filter(None, [steps, method.lost]))]
@@ -61,7 +61,7 @@ def tables() -> dict[str, str]:
     return {
         "failures": table(failures, map(what_survives, methods)),
         "lost": table(["method", "lost with the rank"], [what_is_lost(m) for m in methods if m.is_synchronous]),
-        "resumed": table(["method", "goes on", "begins anew"], map(what_goes_on, methods)),
+        "resumed": table(["method", "continues", "starts anew"], map(what_goes_on, methods)),
     }
 
 

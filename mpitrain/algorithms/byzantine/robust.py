@@ -73,7 +73,7 @@ class RobustSGD(Method):
     summary: ClassVar[str] = "synchronous SGD on a robust mean of all gradients: median, Krum, ..."
     source: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498; Blanchard et al. 2017, arXiv 1703.02757"
     can_join: ClassVar[bool] = False
-    lost: ClassVar[str] = "v of centered clipping, which begins at 0 again"
+    lost: ClassVar[str] = "the vector v of centered clipping, which starts at 0 again"
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "everything"
     begins_anew: ClassVar[str] = "nothing"

@@ -92,10 +92,10 @@ class SafeguardSGD(Method):
     summary: ClassVar[str] = "synchronous SGD that throws out workers whose gradients are wrong"
     source: ClassVar[str] = "Allen-Zhu, Ebrahimianghazani, Li, Alistarh 2021, arXiv 2012.14368"
     can_join: ClassVar[bool] = False
-    lost: ClassVar[str] = "sums of the windows, which begin anew; the good set is kept"
+    lost: ClassVar[str] = "the sums of the windows, which start at 0 again"
     communication: ClassVar[str] = COMMUNICATION
     goes_on: ClassVar[str] = "parameters and optimizer states"
-    begins_anew: ClassVar[str] = "sums and good set: every worker is in it again"
+    begins_anew: ClassVar[str] = "sums of the windows; the good set, which contains all workers again"
     combines_gradients: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"short_window": 50, "long_window": 150})

@@ -97,7 +97,7 @@ class ADMM(Method):
     can_lose_workers: ClassVar[bool] = False
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "center"
-    begins_anew: ClassVar[str] = "the workers' distances from it; multipliers, which begin at 0"
+    begins_anew: ClassVar[str] = "the workers' distances from the center; multipliers, which start at 0"
     owns_update: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 10.0
 

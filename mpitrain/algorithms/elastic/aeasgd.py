@@ -72,7 +72,7 @@ class AEASGD(Method):
     starts_at: ClassVar[str | None] = "center"
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "center"
-    begins_anew: ClassVar[str] = "the workers' distances from it; optimizer states"
+    begins_anew: ClassVar[str] = "the workers' distances from the center; optimizer states"
     grad_point: ClassVar[str] = "post"
     order: ClassVar[str] = "jacobi"
 

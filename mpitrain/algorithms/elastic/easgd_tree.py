@@ -97,7 +97,7 @@ class EASGDTree(Method):
     source: ClassVar[str] = "Zhang 2016, arXiv 1605.02216, chapter 6"
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "root"
-    begins_anew: ClassVar[str] = "the other nodes' distances from it; optimizer states"
+    begins_anew: ClassVar[str] = "the distances of the other nodes of the tree from the root; optimizer states"
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"degree": 2, "period": 4, "slow_period": 16})
     communication: ClassVar[str] = "1/tau_up + 1/tau_down, and a share of what the nodes above exchange"
     needs_gradient: ClassVar[bool] = False

@@ -88,7 +88,7 @@ class ElasticMethod(Method):
     can_lose_workers: ClassVar[bool] = False
     averages_optimizer: ClassVar[bool] = False
     goes_on: ClassVar[str] = "center"
-    begins_anew: ClassVar[str] = "the workers' distances from it; velocities and optimizer states"
+    begins_anew: ClassVar[str] = "the workers' distances from the center; velocities and optimizer states"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -131,7 +131,7 @@ class Parle(EntropyMethod):
     communication: ClassVar[str] = "2(p-1)/(p*L); 4(p-1)/(p*L) with reference=z"
     starts_at: ClassVar[str | None] = "reference"
     goes_on: ClassVar[str] = "reference r"
-    begins_anew: ClassVar[str] = "the replicas' distances from it; velocities"
+    begins_anew: ClassVar[str] = "the replicas' distances from the reference; velocities"
     metrics: ClassVar[tuple[str, ...]] = ("gamma_inverse", "rho_inverse")
     short_run: ClassVar[Mapping[str, Any]] = MappingProxyType({"period": 10})
 

@@ -59,7 +59,7 @@ class GoSGD(Method):
     needs_gradient: ClassVar[bool] = False
     short_run: ClassVar[MappingProxyType[str, Any]] = MappingProxyType({"probability": 0.2})
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
-    goes_on: ClassVar[str] = "sum_i w_i x_i with the unread messages; mean of the optimizer states"
+    goes_on: ClassVar[str] = "weighted mean sum_i w_i x_i, with the unread messages; mean of the optimizer states"
 
     @property
     def is_synchronous(self) -> bool:

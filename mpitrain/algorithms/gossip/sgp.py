@@ -67,8 +67,8 @@ class StochasticGradientPush(GraphMethod):
     communication: ClassVar[str] = "the number of peers a step (default: 1) sent and as many received"
     needs_gradient: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("push_weight",)
-    lost: ClassVar[str] = "push weights, which begin at 1 again; with overlap, the messages under way"
-    goes_on: ClassVar[str] = "sum_i x_i / sum_i w_i with the messages under way; mean of the optimizer states"
+    lost: ClassVar[str] = "the push weights, which start at 1 again; with overlap, the messages under way"
+    goes_on: ClassVar[str] = "mean sum_i x_i / sum_i w_i, with the messages under way; mean of the optimizer states"
 
     def common_start(self, parts: Parts) -> Any:
         """Return (sum_i x_i)/(sum_i w_i), including the messages under way."""

@@ -55,7 +55,7 @@ class DiLoCo(Method):
     summary: ClassVar[str] = "hundreds of local steps, then a Nesterov step with what they have changed"
     source: ClassVar[str] = "Douillard et al. 2023, arXiv 2311.08105"
     communication: ClassVar[str] = "2(p-1)/(p*H)"
-    goes_on: ClassVar[str] = "theta and its momentum; mean of the parameters and of the optimizer states"
+    goes_on: ClassVar[str] = "outer parameters theta and their momentum; mean of the parameters and optimizer states"
     begins_anew: ClassVar[str] = "differences between workers"
     needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"

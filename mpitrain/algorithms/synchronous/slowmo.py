@@ -51,7 +51,7 @@ class SlowMo(Method):
     summary: ClassVar[str] = "local steps, averaged with a slow momentum over the rounds"
     source: ClassVar[str] = "Wang, Tantia, Ballas, Rabbat 2019, arXiv 1910.00643"
     communication: ClassVar[str] = "2(p-1)/(p*tau)"
-    goes_on: ClassVar[str] = "x0 and u; mean of the parameters and of the optimizer states"
+    goes_on: ClassVar[str] = "outer parameters x0 and slow momentum u; mean of the parameters and optimizer states"
     begins_anew: ClassVar[str] = "differences between workers"
     needs_gradient: ClassVar[bool] = False
     grad_point: ClassVar[str] = "post"
