@@ -84,7 +84,7 @@ def test_a_failure_on_one_rank_fails_all_and_shows_its_traceback(failures: Finis
 def test_a_set_up_that_fails_on_one_rank_keeps_the_others_out_of_the_test(failures: Finished) -> None:
     assert "failed on rank 1 of 2: OSError: no table on rank one" in failures.output
     assert "has not ended" not in failures.output
-    assert failures.seconds < 30
+    assert not failures.timed_out
 
 
 @pytest.mark.launches
@@ -100,13 +100,12 @@ def test_left_alone(comm):
 def wait_for_peer(comm):
     comm.barrier()
 """
-    finished = run_pytest(tmp_path, body, "--time-limit", "2", mpi=mpi)
+    finished = run_pytest(tmp_path, body, "--time-limit", "5", mpi=mpi)
     assert not finished.timed_out
     assert finished.returncode != 0
-    assert finished.seconds < 30
-    assert "[rank 0 of 2] test_tiny.py::test_left_alone has not ended after 2 s" in finished.output
+    assert "[rank 0 of 2] test_tiny.py::test_left_alone has not ended after 5 s" in finished.output
     assert "in wait_for_peer" in finished.output
-    assert "[rank 1 of 2] test_tiny.py::test_left_alone has not ended after 2 s" in finished.output
+    assert "[rank 1 of 2] test_tiny.py::test_left_alone has not ended after 5 s" in finished.output
     assert "ValueError: rank one leaves" in finished.output
 
 
@@ -137,12 +136,12 @@ def test_a_hang_that_holds_the_interpreter_lock_ends_too(tmp_path: Path) -> None
     body = """
 def test_in_compiled_code():
     import ctypes
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(120)
 """
-    finished = run_pytest(tmp_path, body, "--time-limit", "0.5", mpi="active", n_ranks=0)
+    finished = run_pytest(tmp_path, body, "--time-limit", "3", mpi="active", n_ranks=0)
     assert "in test_in_compiled_code" in finished.output
     assert finished.returncode != 0
-    assert finished.seconds < 30
+    assert "1 passed" not in finished.output
 
 
 SELECTION = """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from support.launching import launch
 
 from mpitrain.errors import UsageError
 
@@ -265,13 +265,21 @@ def test_what_does_not_fit_is_told_on_all_ranks(world: Any, windows: ModuleType)
     assert "shared memory" in windows.no_room(world, 2**56)
 
 
-@pytest.mark.launches
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("only_json", [True, False])
-def test_two_ranks_make_the_table(only_json: bool) -> None:
-    command = ["python", "-m", "benchmarks.micro.windows", "--sizes", "8,4K,16M", "--most", "64K", "--repeats", "2"]
-    finished = launch(2, [*command, *(["--json"] if only_json else [])], timeout_seconds=120)
-    assert finished.returncode == 0, finished.output
-    *lines, last = finished.output.splitlines()
+def test_two_ranks_make_the_table(
+    windows: ModuleType,
+    world: Any,
+    only_json: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--sizes", "8,4K,16M", "--most", "64K", "--repeats", "2", *["--json"][: int(only_json)]]
+    monkeypatch.setattr(sys, "argv", ["windows", *words])
+    assert windows.main() == 0
+    output = capsys.readouterr().out.splitlines()
+    assert bool(output) == (world.rank == 0)
+    *lines, last = world.comm.bcast(output)
     document = json.loads(last)
     if only_json:
         assert not lines
@@ -285,9 +293,13 @@ def test_two_ranks_make_the_table(only_json: bool) -> None:
     assert {"versions", "world", "machine", "load_average"} <= document.keys()
 
 
-@pytest.mark.launches
-def test_one_rank_has_no_target() -> None:
-    finished = launch(1, ["python", "-m", "benchmarks.micro.windows"], timeout_seconds=150)
-    assert finished.returncode == 2, finished.output
-    assert "2 or more ranks" in finished.output
-    assert "Traceback" not in finished.output
+@ONE_RANK
+def test_one_rank_has_no_target(
+    windows: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["windows"])
+    assert windows.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "2 or more ranks" in err

@@ -6,22 +6,30 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launching import launch, python
+from support.launching import installed, launch, python
 
 from mpitrain.cli import demo
 from mpitrain.cli.main import main
 
 
 @pytest.mark.launches
-@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
-def test_the_demo_trains_on_its_ranks_and_prints_the_report(mpi: str, tmp_path: Path) -> None:
+def test_the_demo_trains_on_its_ranks_and_prints_the_report(tmp_path: Path) -> None:
     words = ["demo", "--ranks", "2", "--epochs", "2", "--out", "tried"]
-    done = launch(0, [python(mpi), "-m", "mpitrain", *words], mpi=mpi, timeout_seconds=200, cwd=tmp_path)
+    done = launch(0, [python("active"), "-m", "mpitrain", *words], mpi="active", timeout_seconds=200, cwd=tmp_path)
     assert done.returncode == 0, done.output
     assert "mpirun -n 2 mpitrain train --algorithm easgd" in done.output
     assert "| easgd" in done.output  # the table of the report
     result = json.loads((tmp_path / "tried" / "result.json").read_text())
     assert (result["ranks"], result["algorithm"], result["complete"]) == (2, "easgd", True)
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("mpi", installed())
+def test_its_launcher_starts_ranks_of_the_mpi_of_this_python(mpi: str, tmp_path: Path) -> None:
+    starts = "from mpitrain.cli.launcher import launch; raise SystemExit(launch(2, ['info', '--json']))"
+    done = launch(0, [python(mpi), "-c", starts], mpi=mpi, timeout_seconds=200, cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    assert json.loads(done.output.splitlines()[-1])["world"]["ranks"] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from support.launching import Finished, environment, launch, python
 
 from mpitrain.algorithms import METHODS
@@ -70,23 +68,19 @@ def test_info_of_several_ranks_is_one_document_and_tries_the_mpi_when_asked(
 ) -> None:
     monkeypatch.setenv("MPITRAIN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # with host memory only: every crash with a GPU's costs a start
-    _, stdout, stderr = split(3, tmp_path, "info", "--json")
-    document = json.loads(stdout)
-    assert document["world"]["ranks"] == 3
-    assert [one["rank"] for one in document["ranks"]] == [0, 1, 2]
-    assert document["probes"] == []  # a probe can take minutes, and nobody asked for one
+    _, stdout, stderr = split(0, tmp_path, "info", "--json")
+    assert json.loads(stdout)["probes"] == []  # a probe can take minutes, and nobody asked for one
     assert stderr == ""
-    _, stdout, stderr = split(3, tmp_path, "info", "--probe", "--json")
+    _, stdout, stderr = split(2, tmp_path, "info", "--probe", "--json")
     document = json.loads(stdout)
+    assert document["world"]["ranks"] == 2
+    assert [one["rank"] for one in document["ranks"]] == [0, 1]
     assert stderr.startswith("mpitrain: probing MPI operations")
     assert stderr.count("\n") == 1
     [probe] = document["probes"]
     assert {row["host"]["verdict"] for row in probe["outcomes"].values()} == {"ok"}
-    _, stdout, stderr = split(3, tmp_path, "info", "--json")
-    assert json.loads(stdout)["probes"] == [probe]
-    assert stderr == ""
-    _, stdout, stderr = split(0, tmp_path, "info")
-    assert f"measured {probe['measured']}" in stdout
+    _, stdout, stderr = split(2, tmp_path, "info")
+    assert stdout.count(f"measured {probe['measured']}") == 1
     assert stderr == ""
 
 
@@ -95,23 +89,6 @@ def test_one_rank_without_a_launcher_prints_nothing_else(tmp_path: Path) -> None
     _, stdout, stderr = split(0, tmp_path, "train", "--data", "synthetic:n=100", "--steps", "30", "--quiet", "--json")
     assert json.loads(stdout.splitlines()[-1])["ranks"] == 1
     assert stderr == ""
-
-
-@pytest.mark.launches
-def test_images_are_imported_and_trained_on(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    for part, n in (("train", 24), ("test", 8)):
-        for name, brightness in (("dark", 60), ("light", 190)):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for k in range(n):
-                pixels = (brightness + draw.integers(-50, 50, (32, 32, 3))).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{k}.png")
-    _, stdout, _ = split(0, tmp_path, "data", "import", "images", "images", "images.h5")
-    assert stdout == "images.h5: 48 training and 16 test images of 3x32x32, 2 classes\n"
-    options = ["--data", "images.h5", "--model", "resnet20", "--augment", "--sampling", "sharded", "--batch-size", "4"]
-    _, stdout, _ = split(2, tmp_path, "train", *options, "--steps", "6", "--algorithm", "allreduce", "--json")
-    assert 0 <= json.loads(stdout.splitlines()[-1])["test_accuracy"] <= 1
 
 
 def test_algorithms_are_listed_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from support.launching import ROOT, launch
@@ -40,12 +42,13 @@ def test_optuna_finds_settings(tmp_path):
     assert f"test loss {min(results):.4f}" in done.stdout
 
 
-@pytest.mark.launches
-def test_ddp_runs_inside_groups_of_ranks():
-    command = [sys.executable, str(ROOT / "examples" / "ddp_groups.py")]
-    finished = launch(4, command, timeout_seconds=300.0, extra_env={"PYTHONPATH": str(ROOT)})
-    assert finished.returncode == 0, finished.output
-    (accuracy,) = re.findall(r"test accuracy (.*)%, equal on all ranks: True", finished.output)
+@pytest.mark.ranks(4)
+@pytest.mark.time_limit(300)
+def test_ddp_runs_inside_groups_of_ranks(world, mpi_tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(mpi_tmp_path))
+    runpy.run_path(str(ROOT / "examples" / "ddp_groups.py"), run_name="__main__")
+    said = world.comm.bcast(capsys.readouterr().out)
+    (accuracy,) = re.findall(r"test accuracy (.*)%, equal on all ranks: True", said)
     assert float(accuracy) > 90
 
 

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 EXIT_CODE = 70  # EX_SOFTWARE; pytest's own end at 5
 STAGGER_SECONDS = 0.1  # rank i writes i times this later, so that the stacks of two ranks do not mix
-BACKUP_SECONDS = 3.0
+OUTPUT_SECONDS = 3.0  # within which the others write their stacks, on a busy machine
+BACKUP_SECONDS = 8.0
 UNINTERESTING = ("/site-packages/pluggy/", "/site-packages/_pytest/", "/site-packages/pytest/", "<frozen runpy>")
 
 
@@ -68,7 +69,7 @@ class Watchdog:
             f"\n[rank {self.rank} of {self.size}] {what} has not ended after {seconds:g} s. {note}"
             f"The stack of every thread:\n{self._stacks()}"
         )
-        time.sleep((self.size - self.rank) * STAGGER_SECONDS + 0.5)  # until the others have written theirs
+        time.sleep((self.size - self.rank) * STAGGER_SECONDS + OUTPUT_SECONDS)  # until the others have written theirs
         self.die("aborting")
 
     @staticmethod

@@ -28,6 +28,10 @@ TRAIN = [
 ]
 
 
+# Where the others need not wait for the dead rank: or their run may be over before they know of its death.
+WAITS = ["--model", "support.small_models:kills_a_rank_and_waits"]
+
+
 def document_in(output: str) -> dict[str, Any]:
     """Return the JSON document in the output, which this launcher ends with a NUL."""
     found: dict[str, Any] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
@@ -62,7 +66,8 @@ def test_survivors_take_over_the_lock_of_a_dead_rank_and_keep_its_exchanges() ->
 )
 def test_a_run_goes_on_without_a_rank_that_died(method: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = train(3, 2, "--algorithm", *method, "--gradients", "1000", "--checkpoint-every", "0", "--out", str(run))
+    options = ["--gradients", "1000", "--checkpoint-every", "0", "--out", str(run)]
+    done = train(3, 2, *WAITS, "--algorithm", *method, *options, REPORTED=str(tmp_path / "reported"))
     assert done.returncode == 0, done.output
     assert done.output.count("mpitrain: rank 2 of 3 died") == 1
     assert "Traceback" not in done.output
@@ -107,8 +112,7 @@ def test_the_next_rank_takes_the_lead_of_a_run_whose_rank_0_died(tmp_path: Path)
     """It evaluates, saves, stores metrics and the result, and keeps the lock of the folder and earlier evaluations."""
     run = tmp_path / "run"
     options = ["--gradients", "1000", "--checkpoint-every", "50", "--evaluate-every", "10"]
-    model = ["--model", "support.small_models:kills_a_rank_and_waits"]  # or the run may be over before the new lead is
-    done = train(3, 0, *model, *options, "--out", str(run), "--json", REPORTED=str(tmp_path / "reported"))
+    done = train(3, 0, *WAITS, *options, "--out", str(run), "--json", REPORTED=str(tmp_path / "reported"))
     assert done.returncode == 0, done.output
     assert done.output.count("rank 0 of 3 died") == 1
     assert "Traceback" not in done.output

@@ -96,7 +96,7 @@ print(json.dumps({name: {memory: asdict(row[memory]) for memory in row} for name
 def measured_by(mpi: str, script: Path, *names: str) -> dict[str, Any]:
     """Return the outcomes of `measure` in the environment of an MPI, with the operations of a script."""
     script.write_text(BROKEN)
-    command = [python(mpi), "-c", MEASURE, "host", "2", str(script), *names]
+    command = [python(mpi), "-c", MEASURE, "host", "8", str(script), *names]
     done = launch(0, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
     assert done.returncode == 0, done.output
     return {name: row["host"] for name, row in json.loads(done.output.splitlines()[-1]).items()}
@@ -137,7 +137,7 @@ def test_an_operation_that_ends_a_pair_gets_a_verdict_and_the_next_is_tried(mpi:
         "rests": ("ok", ""),
         "dies": ("crashed", "signal 11"),
         "lies": ("wrong", ""),
-        "hangs": ("hung", "nothing for 2 s"),
+        "hangs": ("hung", "nothing for 8 s"),
         "fails": ("error", "a reason"),
         "window creation": ("error", "no windows"),
         "put": ("not tried", "no window can be made"),

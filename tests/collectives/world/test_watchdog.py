@@ -10,7 +10,7 @@ import mpitrain
 from mpitrain.collectives.world.watchdog import Waiting, Watchdog
 from mpitrain.errors import EXIT_TIMEOUT, UsageError
 
-IN_TIME_SECONDS = 120.0  # a hang would last forever
+IN_TIME_SECONDS = 150.0  # a hang would last forever
 
 
 def wait_of(dog, what="something", ranks=None):
@@ -107,7 +107,7 @@ def steps(n):
 
 steps(20)
 world.barrier()
-mpitrain.init(timeout=4)  # a fraction of it is the time within which the others write their lines
+mpitrain.init(timeout=8)  # a fraction of it is the time within which the others write their lines
 """
 
 LOCK_NEVER_RELEASED = """
@@ -204,8 +204,25 @@ world.barrier()
 
 @pytest.mark.launches
 def test_a_killed_rank_is_named_with_its_place_by_one_other_rank():
-    """Open MPI ends the others a quarter of a second later; under MPICH they end at once."""
-    script = "if world.rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(1000)"
+    """Open MPI ends the others a quarter of a second later; under MPICH they end at once.
+
+    The launcher, which leads the session, is stopped until one of the others has said it.
+    """
+    script = """
+import logging
+
+class Continue(logging.Handler):
+    def emit(self, record):
+        if "was killed" in record.getMessage():
+            os.kill(os.getsid(0), signal.SIGCONT)
+
+logging.getLogger("mpitrain").addHandler(Continue())
+world.barrier()
+if world.rank == 0:
+    os.kill(os.getsid(0), signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(1000)
+"""
     done = launch(3, [python("openmpi"), "-c", HEAD + script], timeout_seconds=IN_TIME_SECONDS)
     assert not done.timed_out, done.output
     assert done.returncode not in (0, EXIT_TIMEOUT)
