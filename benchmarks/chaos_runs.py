@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,10 +18,18 @@ OTHERS = r"sm_segment\..*0000\.\d+|sem\.mp-.*"
 """Names of files of other programs: of MPI processes that no launcher started, and of Python's multiprocessing."""
 
 
-def finished(command: Sequence[str], limit_seconds: float = LIMIT_SECONDS) -> tuple[str, int]:
+def finished(
+    command: Sequence[str], limit_seconds: float = LIMIT_SECONDS, env: Mapping[str, str] | None = None
+) -> tuple[str, int]:
     """Return the output and the exit code of a command, which is ended if it hangs."""
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
     ) as process:
         try:
             output, _ = process.communicate(timeout=limit_seconds)

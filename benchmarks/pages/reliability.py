@@ -28,7 +28,8 @@ def what_survives(method: Method) -> list[str]:
         uneven = "inside `join()`" if method.can_join else "no"
         here, lead = (CONTINUES, "the next rank leads, too") if method.can_lose_workers else (ENDS, ENDS)
         return [f"`{method.name}`", "for all, or its neighbours", here, lead, ENDS, uneven]
-    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", ENDS, "yes"]
+    elsewhere = "the others go on" if method.can_lose_nodes else ENDS
+    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", elsewhere, "yes"]
 
 
 def what_goes_on(method: Method) -> list[str]:
@@ -55,7 +56,7 @@ def tables() -> dict[str, str]:
         "waits",
         "a rank of its node dies",
         "rank 0 dies",
-        "a rank elsewhere dies",
+        "a rank elsewhere dies, or a node",
         "uneven steps",
     ]
     return {

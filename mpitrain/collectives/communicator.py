@@ -62,8 +62,8 @@ class Communicator(Protocol):
     def dead(self) -> frozenset[int]:
         """The workers known to have died. Local.
 
-        Collectives raise ``errors.RankFailed`` instead of waiting for them. The memory of a dead worker on the same
-        node can still be read.
+        Collectives raise ``errors.RankFailed`` instead of waiting for them. The memory of a dead worker can still be
+        read while another worker of its node lives.
         """
 
     def split(self, color: int) -> Communicator:
@@ -89,7 +89,9 @@ class Communicator(Protocol):
         """
 
     def read(self, vector: Vector, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the peer's present vector. Local; not counted as an exchange.
+        """Call ``fn`` with the peer's present vector, unless it is lost. Local; not counted as an exchange.
+
+        A vector is lost if all workers of its node are dead.
 
         The vector is not locked. If the peer changes it meanwhile, one part may be a step newer than another part.
         """

@@ -139,6 +139,8 @@ class DistributedOptimizer(LinkedOptimizer):
         check_equal(base, model, method, self.world, equal)
         check_replica_size(replica_size, self.world)
         check_on_failure(on_failure, method, self.world, replica_size=replica_size, has_average=average is not None)
+        if self.world.n_nodes > 1 and (method.is_synchronous or not method.can_lose_nodes or replica_size > 1):
+            self.world.fault_tolerance.leave_no_survivors()
         layout = FlatLayout(base.param_groups)
         checks.check_memory(base, model)
         super().__init__(base)

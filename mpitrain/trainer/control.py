@@ -128,19 +128,22 @@ class Control:
         now = time.perf_counter()
         if now - self._polled >= ORDER_POLL_SECONDS:
             self._polled = now
-            if self._world.rank != self._world.leader:
+            if self._world.rank != self._world.leader or self._world.dead:
                 self._read_orders()
 
     def _read_orders(self) -> bool:
         """Read the orders of the lead and of those before it; return whether all ranks have made their last step.
 
-        Local. The orders of a dead rank stay in the memory of its node.
+        Local. The orders of a dead rank stay in the memory of its node. If that is lost, other ranks may still know
+        orders that this one has not read: each rank repeats the orders that it knows, and after a death, all are read.
         """
-        over = False
-        for rank in range(self._world.leader + 1):
+        before, over = (self._saves, self._stop), False
+        for rank in range(self._world.size if self._world.dead else self._world.leader + 1):
             row = self._scoreboard.read_rank(rank)
             self._saves, self._stop = max(self._saves, int(row["saves"])), self._stop or bool(row["stop"])
             over = over or bool(row["over"])
+        if (self._saves, self._stop) != before:
+            self._scoreboard.write(saves=self._saves, stop=self._stop)
         return over
 
     def report_done(self) -> None:
@@ -156,6 +159,8 @@ class Control:
         if self._synchronous:
             return Orders(over=True)
         if self._world.rank == self._world.leader:
+            if self._world.dead:
+                self._read_orders()
             has_finished = self._scoreboard.read()["finished"]
             has_finished[list(self._world.dead)] = True
             over = self._saves == self._saved and bool(has_finished.all())

@@ -118,7 +118,7 @@ class Evaluator:
 
 
 class PointLog:
-    """A copy of the lead's newest evaluations, which other ranks can read after the lead's death. Collective to create.
+    """A copy of the lead's newest evaluations for other ranks of its node, after its death. Collective to create.
 
     The memory is never freed. It is allocated only if ranks can survive the death of another rank.
 
@@ -129,7 +129,7 @@ class PointLog:
     def __init__(self, world: World) -> None:
         self._world = world
         self._rows: np.ndarray | None = None
-        if world.survives_failures and world.n_nodes == 1:
+        if world.survives_failures:
             self._rows = world.shared_array((N_LOGGED + 1, len(FIELDS)), np.float64)
 
     def write(self, points: Sequence[Point]) -> None:

@@ -1,10 +1,11 @@
 """The lock of a run folder: two jobs in one folder would destroy each other's checkpoints.
 
-    RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ...}
+    RUN/lock    {"host": ..., "pid": ..., "started": ..., "job": ..., "restart": ..., "run": ...}
 
 The lead, the first rank alive, creates the file (O_EXCL), touches it every few seconds, and removes it at the end of
 the run, also after an error. If the lead is killed, the file remains. If other ranks of the run continue, the next lead
-takes the file over. Another job takes it over
+takes the file over, also on another host: "run" is a number that only the ranks of this run know. Another job takes
+it over
 
 - at once, if the owner was a process of this machine that is gone, or this SLURM job before it was requeued;
 - otherwise, once the file has not been touched for two minutes by the clock of the file system.
@@ -15,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpitrain.collectives.world.survivor_collectives import broadcast
 from mpitrain.collectives.world.world import World
 from mpitrain.errors import UsageError
 from mpitrain.records.lock_file import FRESH_SECONDS, NAME, describe, is_gone, read
@@ -60,7 +63,7 @@ def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
     if folder is None:
         yield None
         return
-    lock = RunLock(folder / NAME)
+    lock = RunLock(folder / NAME, broadcast(world, lambda: secrets.token_hex(8)))
     runfolder.make_folder(folder, world, lock.acquire)
     try:
         runfolder.require_shared(folder, world)
@@ -70,16 +73,21 @@ def held(folder: Path | None, world: World) -> Iterator[RunLock | None]:
 
 
 class RunLock:
-    """The lock file of a run folder. Only the lead acquires it. All methods are Local."""
+    """The lock file of a run folder. Only the lead acquires it. All methods are Local.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._text = json.dumps(describe())
+    Args:
+        path: The file.
+        run: The number of this run; empty for a run of one process.
+    """
+
+    def __init__(self, path: Path, run: str = "") -> None:
+        self._path, self._run = path, run
+        self._text = json.dumps({**describe(), "run": run})
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock, or take it over from a process that has ended.
+        """Acquire the lock, or take it over from a process that has ended or from a dead lead of this run.
 
         Raises:
             UsageError: Another job holds the lock.
@@ -101,7 +109,8 @@ class RunLock:
                 age = ours.stat().st_mtime - self._path.stat().st_mtime
             except FileNotFoundError:  # its owner has just released it
                 age = FRESH_SECONDS
-            if age < FRESH_SECONDS and not is_gone(owner):
+            is_of_this_run = bool(self._run) and owner.get("run") == self._run
+            if age < FRESH_SECONDS and not is_gone(owner) and not is_of_this_run:
                 job = f" (job {owner['job']})" if owner.get("job") else ""
                 raise UsageError(
                     f"{self._path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}{job}, "

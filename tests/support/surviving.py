@@ -2,6 +2,8 @@
 
     surviving.py VICTIM
 
+With MPITRAIN_EMULATED_NODES, it holds the lock of a shard of another node then, which the other node has not got back.
+
 Every element of the vector counts the visits to it. Rank 0 prints a JSON document: who died, how many visits each rank
 has finished, how many elements the dead one has changed in its unfinished one, and the elements that were changed once
 more than the finished visits say, or not as often as that.

@@ -42,13 +42,13 @@ def leave(path: Path, seconds_ago: float = 0.0, **changes: object) -> None:
     os.utime(path, (when, when))
 
 
-def is_taken(path: Path) -> bool:
-    lock = RunLock(path)
+def is_taken(path: Path, run: str = "") -> bool:
+    lock = RunLock(path, run)
     try:
         lock.acquire()
     except UsageError:
         return False
-    assert lock_file.read(path) == lock_file.describe()
+    assert lock_file.read(path) == {**lock_file.describe(), "run": run}
     lock.release()
     assert not list(path.parent.iterdir())
     return True
@@ -75,6 +75,12 @@ def test_a_number_of_a_process_that_another_one_has_now_does_not_matter(path):
     here = lock_file.describe()
     leave(path, machine=here["machine"], pid=os.getppid(), started="1")
     assert is_taken(path)
+
+
+@pytest.mark.parametrize(("owner", "mine", "taken"), [("7", "7", True), ("8", "7", False), ("", "", False)])
+def test_the_next_lead_of_a_run_takes_the_lock_from_a_dead_one_on_another_host(path, owner, mine, taken):
+    leave(path, run=owner)
+    assert is_taken(path, mine) is taken
 
 
 @pytest.mark.parametrize(("seconds_ago", "taken"), [(0, False), (100, False), (130, True)])

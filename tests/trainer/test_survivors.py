@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.launching import ROOT, Finished, launch, python
 
@@ -46,9 +48,15 @@ def train(n_ranks: int, victim: int, *arguments: str, **environment: str) -> Fin
     return done
 
 
-def test_survivors_take_over_the_lock_of_a_dead_rank_and_keep_its_exchanges() -> None:
+@pytest.mark.parametrize("n_nodes", [1, 2], ids=lambda n: f"nodes={n}")
+def test_survivors_take_over_the_lock_of_a_dead_rank_and_keep_its_exchanges(n_nodes: int) -> None:
     script = str(ROOT / "tests" / "support" / "surviving.py")
-    done = launch(4, [*ULFM, python("openmpi"), script, "1"], timeout_seconds=IN_TIME_SECONDS)
+    done = launch(
+        4,
+        [*ULFM, python("openmpi"), script, "1"],
+        timeout_seconds=IN_TIME_SECONDS,
+        extra_env={"MPITRAIN_EMULATED_NODES": str(n_nodes)},
+    )
     assert done.returncode == 0, done.output
     assert done.output.count("mpitrain: rank 1 of 4 died") == 1
     found = document_in(done.output)
@@ -56,7 +64,9 @@ def test_survivors_take_over_the_lock_of_a_dead_rank_and_keep_its_exchanges() ->
     assert found["finished"][1] == 20
     assert all(found["finished"][rank] >= 50 for rank in (0, 2, 3))
     assert found["wrong"] == 0
-    assert found["once_more"] == found["unfinished"] > 0
+    assert found["unfinished"] > 0
+    # A shard of another node is changed in a copy, which its home gets back as a whole or, after a death, in part.
+    assert found["once_more"] == found["unfinished"] if n_nodes == 1 else found["once_more"] <= found["unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +140,55 @@ def test_the_next_rank_takes_the_lead_of_a_run_whose_rank_0_died(tmp_path: Path)
     assert read_metrics(run / "metrics.h5")["evaluation"]["gradients"][-1] == result["gradients"]
 
 
-def test_where_vectors_are_on_several_nodes_all_ranks_end_and_one_reports_the_reason() -> None:
-    done = train(3, 2, "--minutes", "100", MPITRAIN_EMULATED_NODES="2")
+NODES = {"MPITRAIN_EMULATED_NODES": "2"}  # of 4 ranks: 0 and 1, 2 and 3
+LOSSES = {
+    "the other node, rank by rank": ("eamsgd", "kill:rank=3,step=30", "kill:rank=2,step=90"),
+    "the node of rank 0, which has the center": ("downpour", "kill:rank=0,step=30", "kill:rank=1,step=90"),
+}
+
+
+@pytest.fixture(scope="module", params=LOSSES.values(), ids=LOSSES)
+def without_a_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    """A run on two nodes that loses first one rank of a node, and then the other one."""
+    method, *kills = request.param
+    run = tmp_path_factory.mktemp("nodes") / "run"
+    faults = [word for kill in kills for word in ("--inject", kill)]
+    arguments = ["--algorithm", method, *faults, "--gradients", "1500", "--checkpoint-every", "200", "--out", str(run)]
+    return train(4, -1, *arguments, **NODES), run
+
+
+def test_a_run_goes_on_without_ranks_of_other_nodes_and_without_nodes(without_a_node: tuple[Finished, Path]) -> None:
+    """The rank that dies first serves the memory of its node; the next one of the node takes it over, and dies too."""
+    done, run = without_a_node
+    assert done.returncode == 0, done.output
+    assert "Traceback" not in done.output
+    result = json.loads((run / "result.json").read_text())
+    assert result["died"] in ([0, 1], [2, 3])
+    assert (result["ranks"], result["complete"]) == (4, True)
+    assert result["test_accuracy"] > 0.8
+    for rank in result["died"]:
+        assert len(re.findall(rf"ranks? [\d, ]*\b{rank}\b[\d, ]* of 4 died", done.output)) == 1
+
+
+def test_its_checkpoints_are_complete(without_a_node: tuple[Finished, Path]) -> None:
+    _, run = without_a_node
+    states = newest_parts(run / "checkpoints")
+    died = json.loads((run / "result.json").read_text())["died"]
+    assert len(states) == 4
+    assert not {part["optimizer"]["rank"] for part in states} & set(died)  # theirs are copies of living ranks' parts
+    for part in states:
+        assert np.isfinite(np.asarray(part["optimizer"]["parameters"])).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "environment"),
+    [("allreduce", NODES), ("easgd-tree", NODES), ("easgd", {**NODES, "MPITRAIN_BETWEEN_NODES": "windows"})],
+    ids=["synchronous", "parts of the ranks", "windows"],
+)
+def test_where_a_death_leaves_nobody_who_can_continue_all_ranks_end(method: str, environment: dict[str, str]) -> None:
+    done = train(4, 2, "--algorithm", method, "--minutes", "100", **environment)
     assert done.returncode == 1, done.output
-    assert "rank 2 of 3 died, with memory that the others need: resume from the newest checkpoint" in done.output
+    assert "rank 2 of 4 died, with memory that the others need: resume from the newest checkpoint" in done.output
 
 
 def test_a_rank_that_has_ended_hears_of_a_death_among_the_others() -> None:
@@ -142,11 +197,13 @@ import os, signal, time
 import mpitrain
 world = mpitrain.init()
 world.barrier()
-if world.rank:
+if world.rank == 2:
     time.sleep(0.5)
-    if world.rank == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+if world.rank == 1:
+    while not world.dead:
+        time.sleep(0.1)
+    print("rank 1 has gone on")
 """
     done = launch(
         3,
@@ -155,8 +212,9 @@ if world.rank:
         extra_env={"MPITRAIN_EMULATED_NODES": "2"},
     )
     assert not done.timed_out, done.output
-    assert done.returncode == 1, done.output
-    assert "rank 2 of 3 died, with memory that the others need" in done.output
+    assert done.returncode == 0, done.output
+    assert "rank 2 of 3 died" in done.output
+    assert "rank 1 has gone on" in done.output
     assert "Traceback" not in done.output
 
 

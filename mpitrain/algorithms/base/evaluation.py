@@ -33,9 +33,15 @@ def mean_of(peers: Sequence[int], read: Read, out: Any, weight_of: Callable[[int
     total = out if out.dtype == dtype else np.zeros_like(out, dtype=dtype)
     total[...] = 0
     weight = 0.0
+
+    def add(x: Any) -> None:
+        nonlocal weight
+        kernels.scaled_add(total, x, share)
+        weight += share
+
     for peer in peers:
-        weight += (share := weight_of(peer))
-        read(peer, lambda x, share=share: kernels.scaled_add(total, x, share))  # type: ignore[misc]
+        share = weight_of(peer)
+        read(peer, add)  # which a lost peer does not call
     if kernels.keep_finite(total):  # rare: vector by vector
         weight = _sum_of_finite(peers, read, total, weight_of)
     kernels.scale(total, 1.0 / weight if weight else float("nan"))
@@ -49,6 +55,7 @@ def _sum_of_finite(peers: Sequence[int], read: Read, total: Any, weight_of: Call
     one, weight = np.empty_like(total), 0.0
     for peer in peers:
         share = weight_of(peer)
+        one[...] = np.nan
         read(peer, lambda x: kernels.copy(one, x))
         if not kernels.keep_finite(one):
             kernels.scaled_add(total, one, share)

@@ -18,6 +18,10 @@ class SharedRows:
 
     Worker 0 sets the first values of the rows. In a checkpoint, only the part of the first living worker contains rows.
 
+    If a node is lost with shards of the rows, such a shard continues from the worker that visits it first. The first
+    row, and all rows that start as equal to it, get the present values of the worker's own vector, the start
+    of the first row. All other rows and the tags continue with zeros.
+
     Args:
         comm: The communicator of the workers.
         start: The first values (n,) of each row, by the name that the row has in a checkpoint. The rows are at least
@@ -36,7 +40,9 @@ class SharedRows:
         self._comm, self._names, self._tags, self._counts_pulls = comm, tuple(start), tags, counts_pulls
         like = start[self._names[0]]
         self._dtype = kernels.accumulator(like.dtype)
+        self._own, self._follows = like, [values is like for values in start.values()]
         self.vector = comm.shared_vector(like.size, self._dtype, rows=len(start))
+        self.vector.restart_from(self._restart)
         self._seed(start, 0)
 
     def empty_shard(self, like: Any) -> Any:
@@ -80,6 +86,14 @@ class SharedRows:
     def place(self, start: Any) -> None:
         """Set all rows to ``start`` (n,). Collective."""
         self._seed(dict.fromkeys(self._names, start), 0)
+
+    def _restart(self, part: slice, shard: Any) -> None:
+        """Set the values from which a lost shard continues. Local."""
+        for row, follows in zip(shard if len(self._names) > 1 else [shard], self._follows, strict=True):
+            if follows:
+                kernels.assign(row, self._own[part])
+            else:
+                row[...] = 0
 
     def _seed(self, values: State, lags: Any, tags: str | None = None) -> None:
         if self._comm.rank == 0:

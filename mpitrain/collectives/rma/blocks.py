@@ -13,7 +13,7 @@ that push.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -97,6 +97,14 @@ class Blocks(ABC):
     @abstractmethod
     def release(self, block: Block, *, updated: bool) -> None:
         """Store a block if it was updated, and unlock it. Local."""
+
+    def watch_restarts(self, on_restart: Callable[[Block, bool], object]) -> None:  # noqa: B027 - optional
+        """Set a function to call where a block continues with other values, because its node is lost. Local.
+
+        Args:
+            on_restart: Called with the locked block, before this worker visits it there for the first time, and whether
+                the block has no values yet. If so, the function must set them.
+        """
 
     @abstractmethod
     def peek_tags(self, index: int, out: np.ndarray) -> None:

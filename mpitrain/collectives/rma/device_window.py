@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mpi4py import MPI
 
-from mpitrain.collectives.rma.window import Window, pieces_of
+from mpitrain.collectives.rma.remote_copies import pieces_of
+from mpitrain.collectives.rma.window import Window
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World

@@ -1,5 +1,7 @@
 """Mailboxes: vectors at every worker, which other workers read, or in which they leave messages.
 
+A mailbox is lost with the node of its worker. Visits to it then have no effect: no function is called.
+
 A mailbox is read and changed as a whole, under one lock, together with its tags. Two slots make a double buffer:
 ``publish`` writes the older one while others read the newer one, so that neither waits for the other.
 """
@@ -7,12 +9,14 @@ A mailbox is read and changed as a whole, under one lock, together with its tags
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from mpitrain.collectives.rma.blocks import N_TAGS, Blocks
 from mpitrain.collectives.world.statistics import Statistics
+from mpitrain.errors import RankFailed
 from mpitrain.kernels.gpu import assign
 
 SEQUENCE_TAG = 0
@@ -58,7 +62,7 @@ class Mailboxes:
 
     def read(self, rank: int, fn: Callable[[Any, np.ndarray], object], slot: int = 0) -> None:
         """Call ``fn`` like ``receive``, for evaluation and checkpoints. Local; not counted as an exchange."""
-        with self._blocks.locked(rank * self._slots + slot, updated=False) as block:
+        with suppress(RankFailed), self._blocks.locked(rank * self._slots + slot, updated=False) as block:
             fn(block.data, block.tags)
 
     def peek(self, rank: int, slot: int = 0) -> np.ndarray:
@@ -78,18 +82,21 @@ class Mailboxes:
         """Call ``fn`` with the newest vector that ``rank`` has published, never a mix of two vectors. Local."""
         newest, most = 0, -1.0
         for slot in range(self._slots):
-            number = float(self.peek(rank, slot)[SEQUENCE_TAG])
+            with suppress(RankFailed):
+                self.peek(rank, slot)
+            number = float(self._peeked[SEQUENCE_TAG])
             if number > most:
                 newest, most = slot, number
         self._count(rank, self._visit(rank * self._slots + newest, lambda box, _: fn(box), updated=False))
 
     def _visit(self, index: int, fn: Callable[[Any, np.ndarray], int | None], *, updated: bool) -> int:
         """Call ``fn`` under a mailbox's lock and return the size of the mailbox."""
-        with self._blocks.locked(index, updated=updated) as block:
-            n_nonfinite = fn(block.data, block.tags)
-        if n_nonfinite is not None:
-            self._statistics.n_nonfinite += n_nonfinite
-        return int(block.data.nbytes)
+        n_bytes = 0
+        with suppress(RankFailed), self._blocks.locked(index, updated=updated) as block:
+            n_nonfinite, n_bytes = fn(block.data, block.tags), int(block.data.nbytes)
+            if n_nonfinite is not None:
+                self._statistics.n_nonfinite += n_nonfinite
+        return n_bytes
 
     def _count(self, rank: int, n_bytes: int) -> None:
         """Count an exchange if the mailbox is another worker's."""

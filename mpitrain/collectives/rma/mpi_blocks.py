@@ -36,6 +36,7 @@ class MPIBlocks(Blocks):
             operations.
         n_staging_buffers: The number of remote blocks that this worker can hold at a time.
         encoding: The wire format of encoded visits to remote float32 blocks; None without one.
+        continues: Whether a block continues at another rank if its node is lost. Otherwise ``RankFailed`` is raised.
         before_wait: Called before this worker waits for a lock. A caller that releases blocks late must release them
             here to avoid a deadlock.
     """
@@ -51,6 +52,7 @@ class MPIBlocks(Blocks):
         make_window: Callable[..., Any] = Window,
         n_staging_buffers: int = N_STAGING_BUFFERS,
         encoding: Format | None = None,
+        continues: bool = False,
         before_wait: Callable[[], object] | None = None,
     ) -> None:
         self.homes, self.lengths = tuple(homes), tuple(lengths)
@@ -62,7 +64,7 @@ class MPIBlocks(Blocks):
         options: Any = {"n_staging_buffers": n_staging_buffers, "before_wait": before_wait}
         if world.service is not None and isinstance(self._memory.data.local, np.ndarray):
             self._locks = locks = RemoteLocks(world, self._memory.n_slots, world.service)
-            options["encoding"] = encoding if np.dtype(dtype) == np.float32 else None
+            options |= {"encoding": encoding if np.dtype(dtype) == np.float32 else None, "continues": continues}
             self._remote = RemoteBlocks(self._memory, locks, world.service, statistics, **options)
         else:
             self._locks = LockTable(world, self._memory.n_slots)
@@ -138,6 +140,11 @@ class MPIBlocks(Blocks):
             locks.release(self.homes[index], self._slots[index], block.version, updated=updated)
         if not self._has_next:
             self._remote.wait()
+
+    def watch_restarts(self, on_restart: Callable[[Block, bool], object]) -> None:
+        """Call ``on_restart`` where a block continues at another rank; see ``Blocks``. Local."""
+        if isinstance(self._remote, RemoteBlocks):
+            self._remote.on_restart = on_restart
 
     @property
     def residuals(self) -> dict[int, np.ndarray]:

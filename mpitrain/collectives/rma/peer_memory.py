@@ -15,6 +15,7 @@ from mpitrain.collectives.rma.shared_vector import LARGEST_SHARD, SMALLEST_SHARD
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.topology.partition import shards
 from mpitrain.collectives.world.statistics import Statistics
+from mpitrain.errors import RankFailed
 from mpitrain.kernels import gpu
 from mpitrain.kernels.native.wire import Format
 
@@ -100,7 +101,9 @@ class PeerMemory:
             vector.sync()
 
     def read(self, vector: Any, peer: int, fn: Callable[[Any], object]) -> None:
-        """Call ``fn`` with the peer's present vector. Local; not counted as an exchange.
+        """Call ``fn`` with the peer's present vector, unless it is lost. Local; not counted as an exchange.
+
+        A vector is lost if all ranks of its node are dead.
 
         If the vector is on a GPU and this rank does not map it, ``fn`` receives the values that were published last.
         """
@@ -111,7 +114,11 @@ class PeerMemory:
         elif isinstance(vector, DeviceWindow):
             self._read_mirror(vector, peer, fn)
         else:
-            fn(self._fetch(vector, peer))
+            try:
+                fetched = self._fetch(vector, peer)
+            except RankFailed:
+                return
+            fn(fetched)
 
     def _read_mirror(self, vector: DeviceWindow, peer: int, fn: Callable[[Any], object]) -> None:
         assert vector.mirror is not None
@@ -135,7 +142,8 @@ class PeerMemory:
         """Allocate a vector of zeros, divided into shards, or ``rows`` such vectors, updated together. Collective."""
         smallest, largest = self._shard_sizes()
         parts = shards(n, self.nodes, largest, smallest=-(-smallest // rows))
-        blocks = self._blocks([s.owner for s in parts], [rows * s.size for s in parts], dtype, self._encoding)
+        lengths = [rows * s.size for s in parts]
+        blocks = self._blocks([s.owner for s in parts], lengths, dtype, encoding=self._encoding, continues=True)
         # Usually the next node first: a rank that begins with its own shards finds some of them taken by slightly
         # earlier ranks of another node, whose visits take longer.
         first = (self.rank + self.world.n_rails) % self.size
@@ -147,10 +155,21 @@ class PeerMemory:
         return Mailboxes(self._blocks(homes, [n] * len(homes), dtype), self.rank, slots, self.statistics)
 
     def _blocks(
-        self, homes: Sequence[int], lengths: Sequence[int], dtype: Any, encoding: Format | None = None
+        self,
+        homes: Sequence[int],
+        lengths: Sequence[int],
+        dtype: Any,
+        *,
+        encoding: Format | None = None,
+        continues: bool = False,
     ) -> MPIBlocks | DeviceBlocks:
-        kind = MPIBlocks if self._gpu is None else DeviceBlocks
-        blocks = kind(self.world, homes, lengths, dtype, self.statistics, encoding=encoding)
+        blocks: MPIBlocks | DeviceBlocks
+        if self._gpu is None:
+            blocks = MPIBlocks(
+                self.world, homes, lengths, dtype, self.statistics, encoding=encoding, continues=continues
+            )
+        else:
+            blocks = DeviceBlocks(self.world, homes, lengths, dtype, self.statistics, encoding=encoding)
         self._made.append(blocks)
         return blocks
 

@@ -10,6 +10,10 @@ needs to be full (``FlightWindow``), whichever homes they have, and takes them i
 
 Ranks cannot wait for each other in a circle: a block is worked on as soon as it is here, whichever other locks this
 rank still waits for, and a store waits for no lock.
+
+If the rank that serves a block dies, its requests fail, and are repeated at the block's next place (``rma.heirs``). A
+rank of the same node has the same memory and the same lock word, which says how far the dead rank had come. An heir of
+a lost node has other values, and nothing that was on its way to the lost node is repeated there.
 """
 
 from __future__ import annotations
@@ -17,42 +21,44 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
 from mpitrain.collectives.rma.block_memory import BlockMemory
+from mpitrain.collectives.rma.block_requests import BlockRequests, RemoteBlock
 from mpitrain.collectives.rma.blocks import N_TAGS, Block
 from mpitrain.collectives.rma.flight_window import FlightWindow
+from mpitrain.collectives.rma.heirs import Place, Places
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
 from mpitrain.collectives.world.progress import ProgressThread
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.collectives.world.transfers import Transfer, first_granted
-from mpitrain.kernels.gpu import address_of
+from mpitrain.collectives.world.transfers import ServerLost, Transfer, first_granted
+from mpitrain.errors import RankFailed
 from mpitrain.kernels.native.lock_words import OWNER_BITS
-from mpitrain.kernels.native.wire import PLAIN, Encoded, Format
+from mpitrain.kernels.native.wire import Format
 
 N_STAGING_BUFFERS = 4
 """One for a block that is fetched, one for a block that is worked on, and two for blocks that are stored. A visit with
 more blocks under way allocates more."""
 
-NOTHING = np.zeros(0, np.uint8)
 
-
-@dataclass(slots=True)
-class RemoteBlock(Block):
-    """A block in a staging buffer.
+@dataclass(slots=True, eq=False)
+class Store:
+    """The request that stores and unlocks a block.
 
     Attributes:
-        buffer: The number of the staging buffer.
-        encoded: The encoded block as it was fetched, and a buffer for its encoded change; None without encoding.
+        block: The block. It owns its staging buffer until the end of the request.
+        transfer: The transfer that carries the request and its answer.
+        updated: Whether the block was changed.
     """
 
-    buffer: int = 0
-    encoded: tuple[np.ndarray, np.ndarray] | None = None
+    block: RemoteBlock
+    transfer: Transfer
+    updated: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +90,12 @@ class RemoteBlocks:
         statistics: The counters of bytes and waiting.
         n_staging_buffers: The number of buffers to allocate at first.
         encoding: The wire format of encoded visits; None without one.
+        continues: Whether blocks continue at an heir if their node is lost.
         before_wait: Called before this worker waits for a lock.
 
     Attributes:
+        on_restart: Called with a locked block at this worker's first visit to an heir, and whether the block has no
+            values yet, which the call must then set.
         residuals: The rounding error of each block's last encoded change, (length,), which the next change includes.
         window: The number of bytes under way that fills the link.
     """
@@ -100,24 +109,25 @@ class RemoteBlocks:
         *,
         n_staging_buffers: int,
         encoding: Format | None = None,
+        continues: bool = False,
         before_wait: Callable[[], object] | None = None,
     ) -> None:
-        self._memory, self._locks, self._progress, self._statistics = memory, locks, progress, statistics
-        self._before_wait = before_wait
+        self._memory, self._statistics, self._before_wait = memory, statistics, before_wait
         self._wire = None if encoding is None else WireBuffers(memory, encoding, statistics)
         self.residuals: dict[int, np.ndarray] = {} if self._wire is None else self._wire.residuals
+        self._places = Places(memory, locks, continues=continues)
+        self._requests = BlockRequests(memory, locks, progress, statistics, self._places, self._wire)
         self.window = FlightWindow()
-        local = memory.data.local
-        self._itemsize = local.dtype.itemsize
-        bases = address_of(local), address_of(memory.tags.local)
-        self._bases: list[tuple[int, int]] = memory.world.allgather(bases)
+        self.on_restart: Callable[[Block, bool], object] | None = None
+        self._heir_of: dict[int, int] = {}  # the heirs at which this worker has visited blocks
+        self._itemsize = memory.data.local.dtype.itemsize
         self.staging: list[np.ndarray] = []
         self._staged_tags: list[np.ndarray] = []
         self._encoded_staging: list[tuple[np.ndarray, np.ndarray]] = []
         self._free: deque[int] = deque()
         self._add_staging_buffers(n_staging_buffers)
         self._fetches: list[Fetch] = []
-        self._stores: deque[tuple[Transfer, int]] = deque()
+        self._stores: deque[Store] = deque()
 
     def _add_staging_buffers(self, n: int) -> None:
         first = len(self.staging)
@@ -177,16 +187,8 @@ class RemoteBlocks:
     def release(self, block: Block, *, updated: bool) -> None:
         """Start to store an updated block and to unlock it; ``wait`` waits for the end. Local."""
         assert isinstance(block, RemoteBlock)
-        index, arrays = block.index, (NOTHING, NOTHING)
-        addresses, description = self._addresses(index, encoded=updated and block.encoded is not None)
-        if updated and self._wire is not None and block.encoded is not None:
-            arrays = self._wire.encode_change(index, block.data, *block.encoded), block.tags
-        elif updated:
-            arrays = block.data, block.tags
-        self._statistics.wire_bytes += arrays[0].nbytes
-        home = self._memory.homes[index]
-        swap = self._locks.release_swap(home, self._memory.slots[index], block.version, updated=updated)
-        self._stores.append((self._progress.store(home, addresses, arrays, swap, description), block.buffer))
+        updated = updated or block.restarted
+        self._stores.append(Store(block, self._requests.store(block, updated=updated), updated))
 
     def wait(self) -> None:
         """Wait until the released blocks are stored and unlocked. Local."""
@@ -203,37 +205,68 @@ class RemoteBlocks:
         self._fetches = [fetch for fetch in self._fetches if fetch.block.index == index]
         while unwanted:
             fetch = unwanted.pop(first_granted([fetch.transfer for fetch in unwanted]))
-            fetch.block.version = fetch.transfer.wait() >> OWNER_BITS
-            self.release(fetch.block, updated=False)
+            with suppress(RankFailed):  # its lock is lost with its node
+                self._complete(fetch)
+                self.release(fetch.block, updated=False)
+        if self._memory.world.dead:
+            self.wait()  # a lost release is repeated before the lock is requested again
 
     def _wait_for_store(self) -> None:
         """Wait for the oldest store. It still reads from its staging buffer."""
-        transfer, buffer = self._stores.popleft()
-        transfer.wait()
-        self._free.append(buffer)
+        store = self._stores.popleft()
+        transfer: Transfer | None = store.transfer
+        while transfer is not None:
+            try:
+                transfer.wait()
+                break
+            except ServerLost:
+                transfer = self._requests.store_again(store.block, updated=store.updated)
+        self._free.append(store.block.buffer)
 
     def _start(self, index: int, encoded: bool) -> None:
         """Start to lock and fetch a block."""
-        block = self._staging_block(index)
-        data = block.data
-        if encoded and self._wire is not None:
-            fetched, change = self._encoded_staging[block.buffer]
-            data = self._wire.fetched(fetched, block.data.size)
-            block.encoded = data, change
-        addresses, description = self._addresses(index, encoded=block.encoded is not None)
-        self._statistics.wire_bytes += data.nbytes
-        home = self._memory.homes[index]
-        owner = self._locks.acquire_swap(home, self._memory.slots[index])
+        place = self._places.place(index)
+        block = self._staging_block(index, place)
         began = time.perf_counter()
-        transfer = self._progress.fetch(home, addresses, (data, block.tags), owner, description)
-        self._fetches.append(Fetch(block, transfer, block.data.nbytes, began))
+        self._fetches.append(Fetch(block, self._requests.fetch(block, place, encoded), block.data.nbytes, began))
+
+    def _restart(self, fetch: Fetch) -> None:
+        """Repeat a fetch whose server has died, at the next place of the block.
+
+        Raises:
+            RankFailed: The block is lost.
+        """
+        self.wait()  # for stores of the same block, which may have to be repeated, too
+        try:
+            place = self._places.place(fetch.block.index)
+        except RankFailed:
+            if fetch in self._fetches:
+                self._fetches.remove(fetch)
+            self._free.append(fetch.block.buffer)
+            raise
+        fetch.transfer, fetch.granted = self._requests.fetch(fetch.block, place, encoded=False, retakes=True), False
+
+    def _complete(self, fetch: Fetch) -> None:
+        """Wait until the block of a fetch is here, and set its version."""
+        while True:
+            try:
+                fetch.block.version = fetch.transfer.wait() >> OWNER_BITS
+            except ServerLost:
+                self._restart(fetch)
+            else:
+                return
 
     def _granted(self) -> Fetch:
         """Wait until this rank has the lock of a block under way, and return the fetch."""
         if self._before_wait is not None:
             self._before_wait()
-        fetch = self._fetches[first_granted([fetch.transfer for fetch in self._fetches])]
-        waited = fetch.transfer.wait_for_lock()
+        while True:
+            fetch = self._fetches[first_granted([fetch.transfer for fetch in self._fetches])]
+            try:
+                waited = fetch.transfer.wait_for_lock()
+                break
+            except ServerLost:
+                self._restart(fetch)
         self._statistics.add_lock_wait(waited)
         fetch.granted = True
         if not fetch.transfer.was_taken:
@@ -243,28 +276,30 @@ class RemoteBlocks:
     def _arrived(self, fetch: Fetch) -> Block:
         """Wait until the block is here."""
         block = fetch.block
-        block.version = fetch.transfer.wait() >> OWNER_BITS
+        self._complete(fetch)
         self._fetches.remove(fetch)
+        if block.place.is_heir:
+            self._meet_heir(block)
         if block.encoded is not None and self._wire is not None:
             self._wire.decode(block.encoded[0], block.data)
         return block
 
-    def _staging_block(self, index: int) -> RemoteBlock:
+    def _meet_heir(self, block: RemoteBlock) -> None:
+        """Tell the owner of the blocks if a block continues at an heir that this worker has not visited before."""
+        is_empty, block.restarted = block.version == 0, block.version == 0
+        if is_empty or self._heir_of.get(block.index) != block.place.server:
+            self._heir_of[block.index] = block.place.server
+            self.residuals.pop(block.index, None)
+            if self.on_restart is not None:
+                self.on_restart(block, is_empty)
+
+    def _staging_block(self, index: int, place: Place) -> RemoteBlock:
         while not self._free:
             self._wait_for_store()
         buffer = self._free.popleft()
         data = self.staging[buffer][: self._memory.lengths[index]]
-        return RemoteBlock(index, data, self._staged_tags[buffer], version=0, buffer=buffer)
-
-    def _addresses(self, index: int, *, encoded: bool) -> tuple[tuple[int, int], Encoded]:
-        """Return the addresses of a block, or of its encoding, and of its tags at its home; and the encoding."""
-        memory = self._memory
-        data, tags = self._bases[memory.homes[index]]
-        data += memory.starts[index] * self._itemsize
-        tags += memory.slots[index] * N_TAGS * 8
-        if not encoded or self._wire is None:
-            return (data, tags), PLAIN
-        return (self._wire.address(index), tags), self._wire.encoded(index, data)
+        encoding = None if self._wire is None else self._encoded_staging[buffer]
+        return RemoteBlock(index, data, self._staged_tags[buffer], 0, buffer, place, encoding)
 
 
 class Arrival:

@@ -10,6 +10,7 @@ import numpy as np
 from mpitrain.collectives.rma.locks import LockTable
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.errors import RankFailed
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
 
@@ -32,14 +33,18 @@ class RemoteLocks(LockTable):
         self.orders_memory = True  # every word is swapped by a CPU of its own node
         self._words: RemoteWords = RemoteWords(world, counts, progress)
 
-    def acquire_swap(self, home: int, index: int) -> tuple[int, int]:
-        """Return the address of a lock word at its home, and the owner bits with which this rank acquires it. Local."""
-        return self._words.address(home, index), self._me
+    @property
+    def mine(self) -> int:
+        """The owner bits of this rank. Local."""
+        return self._me
 
-    def release_swap(self, home: int, index: int, version: int, *, updated: bool) -> tuple[int, int, int]:
-        """Return the address of a lock word at its home, its present value, and its value after a release. Local."""
-        held = version << OWNER_BITS | self._me
-        return self._words.address(home, index), held, (version + updated) << OWNER_BITS
+    def address(self, home: int, index: int, server: int) -> int:
+        """Return the address of a lock word in the process of a rank of its node. Local."""
+        return self._words.address(home, index, server)
+
+    def release_swap(self, version: int, *, updated: bool) -> tuple[int, int]:
+        """Return the present value of a lock word that this rank holds, and its value after the release. Local."""
+        return version << OWNER_BITS | self._me, (version + updated) << OWNER_BITS
 
 
 class RemoteWords:
@@ -52,14 +57,13 @@ class RemoteWords:
     """
 
     def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
-        self._mine, self._progress = world.rank + 1, progress
+        self._mine, self._progress, self._world = world.rank + 1, progress, world
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
-        self._bases: list[int] = world.allgather(self._window.local.ctypes.data)
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 
-    def address(self, home: int, index: int) -> int:
-        """Return the address of a word in the process of its home. Local."""
-        return self._bases[home] + 8 * STRIDE * index
+    def address(self, home: int, index: int, server: int) -> int:
+        """Return the address of a word in the process of a rank of its node. Local."""
+        return self._window.book.address(home, server) + 8 * STRIDE * index
 
     def acquire(self, home: int, index: int, *, spin: bool = False) -> int:
         """Write this rank's owner bits to a word if it is free, and return the former word. Local."""
@@ -78,7 +82,10 @@ class RemoteWords:
         words = self._window.of(home)
         if words is not None:
             return self._swap(words, STRIDE * index, expected, new)
-        return self._progress.swap(home, self.address(home, index), expected, new)
+        server = self._world.server_of(home)
+        if server is None:
+            raise RankFailed(f"rank {home} died with its node")
+        return self._progress.swap(server, self.address(home, index, server), expected, new)
 
     def free(self) -> None:
         """Free the words. Collective."""

@@ -6,11 +6,13 @@ Rank 0 uses it to show the progress of all ranks without their participation.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain.collectives.rma.window import Window
+from mpitrain.errors import RankFailed
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
@@ -22,6 +24,8 @@ Field = str | tuple[str, int]
 
 class Scoreboard:
     """Values that each rank writes and all ranks can read, by name. Collective to create and to free.
+
+    If all ranks of a node are dead, each other rank keeps the values of that node that it has read last.
 
     Args:
         world: The ranks.
@@ -53,21 +57,22 @@ class Scoreboard:
             if row is not None:
                 row[place] = value
             else:
-                self._window.put(rank, np.array([value], np.float64), place)
-                self._window.flush(rank)
+                with suppress(RankFailed):
+                    self._window.put(rank, np.array([value], np.float64), place)
+                    self._window.flush(rank)
 
     def read(self) -> dict[str, np.ndarray]:
         """Return the present values of all ranks by name: (p,) for a single value, (p, n) for n values. Local."""
         self._window.sync()
         for rank in [rank for rank in range(self._world.size) if not self._fetch(rank)]:
-            self._window.flush(rank)
+            self._flush(rank)
         return {name: self._rows[:, place].copy() for name, place in self._places.items()}
 
     def read_rank(self, rank: int) -> dict[str, Any]:
         """Return the present values of one rank by name. Local."""
         self._window.sync()
         if not self._fetch(rank):
-            self._window.flush(rank)
+            self._flush(rank)
         row = self._rows[rank]
         return {name: row[place].tolist() for name, place in self._places.items()}
 
@@ -75,10 +80,15 @@ class Scoreboard:
         """Start to copy the values of a rank; return whether they have arrived, as they have from this node."""
         row = self._window.of(rank)
         if row is None:
-            self._window.get(rank, self._rows[rank])
+            with suppress(RankFailed):
+                self._window.get(rank, self._rows[rank])
         else:
             self._rows[rank] = row
         return row is not None
+
+    def _flush(self, rank: int) -> None:
+        with suppress(RankFailed):
+            self._window.flush(rank)
 
     def free(self) -> None:
         """Free the memory. Collective."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.blocks import N_TAGS, Blocks
+from mpitrain.collectives.rma.blocks import N_TAGS, Block, Blocks
 from mpitrain.collectives.topology.partition import visiting_order
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.kernels import gpu
@@ -82,6 +82,23 @@ class SharedVector:
         self._seen: list[int | None] = [None] * len(self.parts)
         self._movement = _Movement(self.n)
         self._has_pushed = False  # since the last pull
+        self._first_values: Callable[[slice, Any], object] | None = None
+        blocks.watch_restarts(self._restart)
+
+    def restart_from(self, first_values: Callable[[slice, Any], object]) -> None:
+        """Set the values from which a shard continues if its node is lost; by default zeros. Local.
+
+        Args:
+            first_values: Called with the slice and the array of such a shard, which it fills. Only the first worker
+                that visits the shard afterwards calls it.
+        """
+        self._first_values = first_values
+
+    def _restart(self, block: Block, is_empty: bool) -> None:
+        """Continue with a shard whose versions and values have begun anew."""
+        self._seen[block.index] = None
+        if is_empty and self._first_values is not None:
+            self._first_values(self.parts[block.index], self._rows_of(block.data))
 
     def update(self, fn: Callable[[slice, Any], int | None], *, pushes: bool = True, pulls: bool = True) -> None:
         """Visit the shards in place, each under its lock. Local.

@@ -1,8 +1,8 @@
 """Vectors in memory that other ranks can access: node-shared segments that MPI exposes to other nodes without a copy.
 
 Between the ranks of a node, a vector is plain memory: ``window.of(peer)`` is an array that kernels read and write in
-place. Between nodes, ``get`` and ``put`` copy it by MPI's one-sided operations on an MPI window over the same bytes, so
-that there is no second copy.
+place. Between nodes, ``get`` and ``put`` copy from and to the same bytes (``rma.remote_copies``): there is no second
+copy.
 
 See MPI 4.1, chapter 12 (one-sided communications). All windows stay in one passive-target epoch for their whole life
 (``Lock_all`` at creation); ``rma.locks`` synchronises the ranks.
@@ -11,33 +11,19 @@ See MPI 4.1, chapter 12 (one-sided communications). All windows stay in one pass
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
 
+from mpitrain.collectives.rma.remote_copies import AddressBook, OneSidedCopies, RemoteCopies, ServedCopies
 from mpitrain.collectives.topology.partition import split
 from mpitrain.collectives.world.shared_memory import check_free_memory_on_all
 from mpitrain.errors import RankFailed
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
-
-LARGEST_MESSAGE_BYTES = 1 << 30
-"""Of one Get or Put: counts are 32-bit before MPI 4, and Open MPI 5 rejects the datatype that mpi4py then creates."""
-
-
-def pieces_of(array: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """Yield an array's bytes in pieces that fit into a message, each with its offset in a window.
-
-    Args:
-        array: An array in host or device memory.
-        first: The offset of the array in the window, in bytes.
-    """
-    raw = array.view(np.uint8)
-    for at in range(0, raw.size, LARGEST_MESSAGE_BYTES):
-        yield first + at, raw[at : at + LARGEST_MESSAGE_BYTES]
 
 
 class Window:
@@ -78,12 +64,12 @@ class Window:
             array = np.frombuffer(memory, np.uint8)[: lengths[local_rank] * self.dtype.itemsize]
             self._direct[rank] = array.view(self.dtype)
         self.local = self._direct[world.rank]
-        self._bytes = self.local.view(np.uint8)
         self._touch(split(n, world.local_size)[world.local_rank] if node_shared else slice(n))
-        self._remote: MPI.Win | None = None
-        if world.n_nodes > 1:
-            self._remote = MPI.Win.Create(self._bytes, 1, comm=world.comm)
-            self._remote.Lock_all(MPI.MODE_NOCHECK)
+        self._remote: RemoteCopies | None = None
+        if world.n_nodes > 1 and world.service is not None:
+            self._remote = ServedCopies(world, world.service, self._direct)
+        elif world.n_nodes > 1:
+            self._remote = OneSidedCopies(world, self.local.view(np.uint8))
         self.sync()
         world.comm.Barrier()
 
@@ -113,29 +99,44 @@ class Window:
         window._direct = {rank: self._direct[position[member]] for rank, member in enumerate(world.members)}
         return window
 
+    @property
+    def book(self) -> AddressBook:
+        """The addresses of the arrays, where requests of other nodes are served. Local."""
+        assert isinstance(self._remote, ServedCopies)
+        return self._remote.book
+
     def get(self, rank: int, out: np.ndarray, start: int = 0) -> None:
-        """Start to fill ``out`` from a remote ``rank``'s array at ``start``; ``flush`` completes it. Local."""
+        """Start to fill ``out`` from a remote ``rank``'s array at ``start``; ``flush`` completes it. Local.
+
+        Raises:
+            RankFailed: All ranks of that node are dead.
+        """
         assert self._remote is not None
-        for at, piece in pieces_of(out, start * self.dtype.itemsize):
-            self._remote.Get([piece, MPI.BYTE], rank, at)
+        self._remote.get(rank, out, start * self.dtype.itemsize)
 
     def put(self, rank: int, values: np.ndarray, start: int = 0) -> None:
-        """Start to copy ``values`` to a remote ``rank``'s array at ``start``; ``flush`` completes it. Local."""
+        """Start to copy ``values`` to a remote ``rank``'s array at ``start``; ``flush`` completes it. Local.
+
+        Raises:
+            RankFailed: All ranks of that node are dead.
+        """
         assert self._remote is not None
-        for at, piece in pieces_of(values, start * self.dtype.itemsize):
-            self._remote.Put([piece, MPI.BYTE], rank, at)
+        self._remote.put(rank, values, start * self.dtype.itemsize)
 
     def flush(self, rank: int) -> None:
-        """Complete all copies from and to ``rank``. Local."""
+        """Complete all copies of this thread from and to ``rank``. Local.
+
+        Raises:
+            RankFailed: All ranks of that node are dead.
+        """
         assert self._remote is not None
-        with self.world.waiting("memory of another node", lambda: [rank]):
-            self._remote.Flush(rank)
+        self._remote.flush(rank)
 
     def sync(self) -> None:
         """Order the accesses of this rank to shared memory with those of other ranks. Local."""
         self._shared.Sync()
         if self._remote is not None:
-            self._remote.Sync()
+            self._remote.sync()
 
     def free(self) -> None:
         """Free the memory. Collective; do not use its arrays afterwards.
@@ -152,8 +153,7 @@ class Window:
         try:
             with self.world.waiting("the release of shared memory"), self.world.translated_errors():
                 if self._remote is not None:
-                    self._remote.Unlock_all()
-                    self._remote.Free()
+                    self._remote.free()
                 self._shared.Unlock_all()
                 self._shared.Free()
         except RankFailed:  # it has died since the barrier

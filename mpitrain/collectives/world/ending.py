@@ -89,8 +89,17 @@ def _print_line(text: str, rank: int) -> None:
 def all_have_failed(grace_seconds: float = GRACE_SECONDS) -> bool:
     """Return whether every rank calls this function within the grace time. Collective if so, else Local.
 
-    MPI must be running.
+    MPI must be running. The result is False if a rank is dead.
     """
+    from mpi4py import MPI
+
+    try:
+        return _all_have_failed(grace_seconds)
+    except MPI.Exception:
+        return False
+
+
+def _all_have_failed(grace_seconds: float) -> bool:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from mpitrain.collectives.world.background import threads_may_call_mpi
 from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, UsageError
@@ -71,10 +73,12 @@ class FailureDetector:
 
     Attributes:
         dead: The ranks known to have died. The set is replaced when it changes.
+        dead_words: (ranks,) int64, 1 for each rank in ``dead``, for compiled code.
+        leaves_no_survivors: See the argument.
     """
 
     def __init__(self, comm: Any, *, leaves_no_survivors: bool) -> None:
-        self.dead = NOBODY
+        self.dead, self.dead_words = NOBODY, np.zeros(comm.Get_size(), np.int64)
         self.leaves_no_survivors = leaves_no_survivors
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
         self._stopped, self._polling = threading.Event(), threading.Lock()
@@ -96,6 +100,7 @@ class FailureDetector:
             dead = frozenset(MPI.Group.Translate_ranks(failed, range(failed.Get_size()), ours))
             failed.Free()
             ours.Free()
+            self.dead_words[list(dead)] = 1
             new, self.dead = dead - self.dead, dead
         if new and self._rank == min(set(range(self._size)) - dead):
             self._report(new)

@@ -11,8 +11,10 @@ https://fault-tolerance.org). This module builds on that:
 - A rank that waits for a dead rank stops waiting and raises ``RankFailed``.
 - Collective work at the edges of a run (a barrier, a checkpoint, the result) is done by the survivors
   (``run_on_survivors``).
-- Memory of another node, or of a GPU, disappears with its rank, and others may wait for it in calls that never return.
-  If a run has vectors in such memory, the thread ends all ranks, with a line that gives the reason.
+- The memory of a dead rank is served to other nodes by the next living rank of its node (``World.server_of``). If all
+  ranks of a node are dead, its memory is lost, and shared vectors continue elsewhere (``rma.heirs``).
+- Memory in MPI windows between nodes, or of a GPU, disappears with its rank, and others may wait for it in calls that
+  never return. If a run has vectors in such memory, the thread ends all ranks, with a line that gives the reason.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from mpitrain.collectives.world.ending import end_all
 from mpitrain.collectives.world.failure_detector import (
@@ -80,16 +84,24 @@ class FaultTolerance:
         rank, size: The rank of this process and the number of ranks, including dead ones.
         dead: The ranks known to have died.
         survives_failures: Whether the other ranks continue after a death and are notified.
-        after_death: A description of what happens after a death, for messages.
+        dead_words: (ranks,) int64, 1 for each rank known to have died, for compiled code.
     """
 
     survives_failures = False
-    after_death = "ends all ranks"
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self.dead_words = np.zeros(self.size, np.int64)
+
+    @property
+    def after_death(self) -> str:
+        """What happens after a death, in words. Local."""
+        return "ends all ranks"
+
+    def leave_no_survivors(self) -> None:
+        """Let a death end all ranks from now on, because none can continue without all others. Local."""
 
     @property
     def dead(self) -> frozenset[int]:
@@ -172,8 +184,19 @@ class ULFMFaultTolerance(FaultTolerance):
     def __init__(self, comm: Any, detector: FailureDetector, members: Sequence[int] | None = None) -> None:
         super().__init__(comm)
         self._detector, self._members = detector, members
-        if not detector.leaves_no_survivors:
-            self.after_death = "is left behind by methods in which nobody waits; it ends the others"
+        if members is None:
+            self.dead_words = detector.dead_words
+
+    @property
+    def after_death(self) -> str:
+        """What happens after a death, in words. Local."""
+        if self._detector.leaves_no_survivors:
+            return super().after_death
+        return "is left behind by methods in which nobody waits; it ends the others"
+
+    def leave_no_survivors(self) -> None:
+        """Let a death end all ranks from now on, because none can continue without all others. Local."""
+        self._detector.leaves_no_survivors = True
 
     @property
     def dead(self) -> frozenset[int]:

@@ -142,7 +142,7 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
         report_shared_gpus(ranks.hosts[ranks.rank], gpu.identity, comm)
     link = known_link(comm)[0] if ranks.n_nodes > 1 else Link()
     # Last of the steps that may raise: its thread must not outlive a world that was not created.
-    fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=ranks.n_nodes > 1 or gpu is not None)
+    fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=gpu is not None)
     needs_progress = ranks.n_nodes > 1 and threads_may_call_mpi()
     return World(
         ranks,
@@ -151,7 +151,7 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
         gpu=gpu,
         transport=chosen,
         wanted_transport=transport,
-        progress_thread=ProgressThread(comm) if needs_progress else None,
+        progress_thread=ProgressThread(comm, fault_tolerance) if needs_progress else None,
         serves=path == "messages",
         link=link,
     )

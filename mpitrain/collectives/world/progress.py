@@ -32,9 +32,10 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.world.fault_tolerance import wait_to_be_ended
+from mpitrain.collectives.world.fault_tolerance import FaultTolerance, wait_to_be_ended
 from mpitrain.collectives.world.transfers import Arrays, NativeMPI, Transfer, polls_per_wakeup
 from mpitrain.collectives.world.wakeup import event_files, poll_structs, request_short_slices
+from mpitrain.errors import RankFailed
 from mpitrain.kernels.native import service
 from mpitrain.kernels.native.wire import PLAIN, Encoded
 
@@ -54,11 +55,14 @@ class ProgressThread:
 
     Args:
         comm: The ranks. MPI must have been started with MPI_THREAD_MULTIPLE.
+        fault_tolerance: The handling of dead ranks; by default, a death ends all ranks.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, fault_tolerance: FaultTolerance | None = None) -> None:
         self._comm = comm.Dup()  # kept alive: compiled code has only its handle
-        self._mpi = NativeMPI(self._comm)
+        fault_tolerance = fault_tolerance or FaultTolerance(self._comm)
+        self._ending = fault_tolerance.part(comm.Dup())
+        self._mpi = NativeMPI(self._comm, fault_tolerance)
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._tags = itertools.cycle(TAGS)
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
@@ -90,6 +94,7 @@ class ProgressThread:
             requests,
             states,
             slots,
+            mpi.dead,
             np.array(memory, np.int64),
         )
         if result < 0:
@@ -108,6 +113,9 @@ class ProgressThread:
 
         Returns:
             The former value.
+
+        Raises:
+            ServerLost: The other rank has died.
         """
         return self._request(service.SWAP, rank, (0, 0), (), (word, before, after)).wait()
 
@@ -118,6 +126,8 @@ class ProgressThread:
         arrays: Arrays,
         acquire: tuple[int, int] = (0, 0),
         encoded: Encoded = PLAIN,
+        *,
+        retakes: bool = False,
     ) -> Transfer:
         """Start to copy memory of another rank to arrays. Local.
 
@@ -127,9 +137,10 @@ class ProgressThread:
             arrays: The destination.
             acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
             encoded: A block of the other rank, to be encoded to the first address when the lock has been acquired.
+            retakes: Whether this rank may have the lock already, from a request whose answer is lost.
         """
         kind = service.ACQUIRE if acquire[0] else service.FETCH
-        return self._request(kind, rank, addresses, arrays, (acquire[0], 0, acquire[1]), encoded)
+        return self._request(kind, rank, addresses, arrays, (acquire[0], int(retakes), acquire[1]), encoded)
 
     def store(
         self,
@@ -145,7 +156,7 @@ class ProgressThread:
             rank: The other rank.
             addresses: The addresses of that memory at the other rank, one for each array.
             arrays: The source.
-            swap: The address of a lock word, its expected value and its new value.
+            swap: The address of a lock word, its expected value and its new value; zeros to swap none.
             encoded: A block of the other rank, to which the encoded change at the first address is added before the
                 swap.
         """
@@ -172,7 +183,7 @@ class ProgressThread:
         return self._mpi.polling()
 
     def _end(self) -> None:
-        """Serve until every rank has reached its end, then stop. Collective, even if one has stopped before.
+        """Serve until every living rank has reached its end, then stop. Collective, even if one has stopped before.
 
         The rank that ends first holds data that the others still request; in MPI_Finalize it could not answer.
         """
@@ -180,16 +191,26 @@ class ProgressThread:
 
         try:
             if not MPI.Is_finalized():
-                ended = self._comm.Ibarrier()
                 with self.polling():
-                    while not ended.Test():
-                        time.sleep(SHUTDOWN_POLL_SECONDS)
+                    self._ending.run_on_survivors(self._wait_for_all)
         except BaseException as error:  # atexit would only print it and go on: the others would wait
             if isinstance(error, MPI.Exception):
                 wait_to_be_ended()
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
             self.stop()
+
+    def _wait_for_all(self, comm: Any) -> None:
+        """Wait for all ranks, with pauses between polls. Collective.
+
+        Raises:
+            RankFailed: A rank of ``comm`` is known to be dead. Open MPI would say in its own words that it is.
+        """
+        if len(self._ending.dead) > self._ending.size - comm.Get_size():
+            raise RankFailed("a rank died before its end")
+        ended = comm.Ibarrier()
+        while not ended.Test():
+            time.sleep(SHUTDOWN_POLL_SECONDS)
 
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""

@@ -19,6 +19,8 @@ from mpitrain.collectives.world.background import (
     Backoff,
     in_background,
 )
+from mpitrain.collectives.world.failure_detector import FAILURE_POLL_SECONDS
+from mpitrain.collectives.world.fault_tolerance import FaultTolerance
 from mpitrain.collectives.world.wakeup import WakeupPipe
 from mpitrain.collectives.world.watchdog import waiting
 from mpitrain.kernels.native import lock_words, service
@@ -32,15 +34,29 @@ FOREGROUND = 200, 1, 20
 BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKOFF_SECONDS)
 
 
+DETECTION_SECONDS = 20.0
+"""Longest time from an MPI error to the detection of the death that caused it, also on a busy machine."""
+
+LATE_POLLS = 1000
+"""Calls of compiled code after the death of the server, in which MPI may still complete a request."""
+
+
+class ServerLost(Exception):
+    """The error of a request to a rank that has died."""
+
+
 class NativeMPI:
     """MPI for compiled code: the addresses of its functions, handles, sizes, and words shared with the serving thread.
 
     Args:
         comm: The ranks.
+        fault_tolerance: The handling of dead ranks.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, fault_tolerance: FaultTolerance) -> None:
         from mpi4py import MPI
+
+        self.fault_tolerance, self.dead = fault_tolerance, fault_tolerance.dead_words
 
         library = ctypes.CDLL(MPI.__file__)  # and the libraries it is linked with: MPI and the C library
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in service.FUNCTIONS]
@@ -52,6 +68,7 @@ class NativeMPI:
         self.error = MPI.Exception
         self.pending: set[Transfer] = set()  # keeps memory that MPI reads and writes, even if the waiting thread fails
         self.shared = np.zeros(service.SHARED_WORDS, np.int64)
+        self.shared[service.SURVIVES] = fault_tolerance.survives_failures
         self.wakeup, self._lock = WakeupPipe(), threading.Lock()
         self._completed, self._may_watch = WakeupPipe(blocking=True), threading.Lock()
         self._swap = lock_words.swap()
@@ -94,6 +111,16 @@ class NativeMPI:
             self.shared[service.OUTCOME] = code
             self._completed.wake()
 
+    def has_died(self, rank: int) -> bool:
+        """Return whether a rank has died, when MPI has reported an error. Local; it waits for the failure detector."""
+        if not self.fault_tolerance.survives_failures:
+            return False
+        deadline = time.monotonic() + DETECTION_SECONDS
+        while not self.dead[rank] and time.monotonic() < deadline:
+            self.fault_tolerance.poll()
+            time.sleep(FAILURE_POLL_SECONDS)
+        return bool(self.dead[rank])
+
     @contextmanager
     def polling(self) -> Iterator[None]:
         """Let the serving thread poll MPI with pauses inside the context, because another thread polls, too. Local."""
@@ -128,14 +155,19 @@ class Transfer:
         self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
         self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (mpi.request_bytes, mpi.status_bytes))
         mpi.pending.add(self)
+        self._is_lost = False
         known = mpi.functions, mpi.comm, mpi.byte, mpi.request_bytes
-        self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
+        try:
+            self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
+        except ServerLost:  # raised again where this request is awaited
+            self._is_lost = True
 
     def wait(self) -> int:
         """Wait until the request is complete, and return the former lock word. Local.
 
         Raises:
             RuntimeError: The former lock word was not the expected one.
+            ServerLost: The other rank has died. The memory of the request may have been written in part.
         """
         self._wait_for(self._n)
         self._mpi.pending.discard(self)
@@ -150,9 +182,14 @@ class Transfer:
         return self._mpi.polling()
 
     def granted(self) -> bool:
-        """Poll MPI once, and return whether this rank has the lock. Local."""
+        """Poll MPI once, and return whether this rank has the lock, or never gets it from a dead rank. Local."""
+        if self._is_lost:
+            return True
         known = self._mpi.functions, 1, self._requests, self._statuses, self._flag
-        return bool(self._checked(service.test_requests()(*known, polls_per_wakeup())))
+        try:
+            return bool(self._checked(service.test_requests()(*known, polls_per_wakeup())))
+        except ServerLost:
+            return True
 
     @property
     def was_taken(self) -> bool:
@@ -164,6 +201,9 @@ class Transfer:
 
         Returns:
             The seconds waited if another rank had the lock, else 0.
+
+        Raises:
+            ServerLost: The other rank has died.
         """
         began = time.perf_counter()
         self._wait_for(1)
@@ -171,6 +211,8 @@ class Transfer:
 
     def _wait_for(self, n: int) -> None:
         """Wait until the first n MPI requests are complete."""
+        if self._is_lost:
+            raise ServerLost
         with waiting("an answer of another node", lambda: [self.rank]):
             if not in_background():
                 self._poll(n, FOREGROUND)
@@ -182,12 +224,17 @@ class Transfer:
         waited = np.zeros(2, np.int64)
         known = self._mpi.functions, n, self._requests, self._statuses, self._flag, polls_per_wakeup(), waited
         with self._mpi.polling():
+            n_late = 0
             while not self._checked(service.wait_for_requests()(*known, *backoff)):
-                pass
+                n_late += int(self._mpi.dead[self.rank])
+                if n_late > LATE_POLLS:
+                    self._is_lost = True
+                    raise ServerLost
 
     def _checked(self, result: int) -> int:
         if result < 0:
-            raise self._mpi.error(-result)
+            self._is_lost = self._mpi.has_died(self.rank)
+            raise ServerLost if self._is_lost else self._mpi.error(-result)
         return result
 
 

@@ -140,6 +140,18 @@ class World:
         dead = self.dead
         return next(rank for rank in range(self.size) if rank not in dead) if dead else 0
 
+    def server_of(self, rank: int) -> int | None:
+        """Return the living rank that serves the memory of a rank to other nodes; None if its node is lost. Local.
+
+        It is the rank itself or, after its death, the next living rank of its node.
+        """
+        dead = self.dead
+        if rank not in dead:
+            return rank
+        ranks = [other for other in range(self.size) if self.nodes[other] == self.nodes[rank]]
+        at = ranks.index(rank)
+        return next((other for other in (*ranks[at:], *ranks[:at]) if other not in dead), None)
+
     def require_all(self) -> None:
         """Raise an error if a rank is dead. Local.
 

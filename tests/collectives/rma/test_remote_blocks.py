@@ -106,9 +106,9 @@ class CountedRequests:
     def __init__(self, progress):
         self._progress, self.calls = progress, []
 
-    def fetch(self, home, *arguments):
+    def fetch(self, home, *arguments, **options):
         self.calls.append(("fetch", home))
-        return self._progress.fetch(home, *arguments)
+        return self._progress.fetch(home, *arguments, **options)
 
     def store(self, home, *arguments):
         self.calls.append(("store", home))
@@ -121,7 +121,7 @@ def test_a_visit_to_a_short_vector_is_one_fetch_and_one_store(comm, smallest_sha
     smallest_shards(1 << 15)
     center = comm.shared_vector(26_122, np.float32)
     remote = center._blocks._remote
-    requests = remote._progress = CountedRequests(remote._progress)
+    requests = remote._requests.progress = CountedRequests(remote._requests.progress)
     comm.barrier()
     center.update(lambda part, shard: shard.__iadd__(1) is None)
     expected = [] if comm.nodes[comm.rank] == comm.nodes[0] else [("fetch", 0), ("store", 0)]
@@ -135,7 +135,7 @@ def test_the_requests_of_a_visit_do_not_wait_for_each_other(comm, largest_shards
     largest_shards(64)
     center = comm.shared_vector(64 * 3 * comm.size, np.float32)
     remote = center._blocks._remote
-    requests = remote._progress = CountedRequests(remote._progress)
+    requests = remote._requests.progress = CountedRequests(remote._requests.progress)
     comm.barrier()
     center.update(lambda part, shard: shard.__iadd__(1) is None)
     n_remote = sum(block is None for block in center._blocks._memory.in_place)
@@ -157,7 +157,8 @@ class LateStores:
     A fetch writes to its staging buffer at once, and a store reads from its own only when it is awaited.
     """
 
-    def fetch(self, home, addresses, arrays, owner, encoded):
+    def fetch(self, home, addresses, arrays, owner, encoded, retakes):
+        assert not retakes
         word = array_at(owner[0], 1, np.int64)
         assert not word[0] & OWNER_MASK
         found, word[0] = int(word[0]), word[0] | owner[1]
@@ -189,6 +190,10 @@ class LateStores:
 N_BLOCKS, LENGTH, N_ROUNDS = 11, 20, 3
 
 
+def book_of(array):
+    return SimpleNamespace(address=lambda home, server: array.ctypes.data)
+
+
 def rounds_of_visits(encoding):
     """Add 1 to all blocks several times, in a pipeline; return their elements (blocks, length) and lock words."""
     from mpitrain.collectives.rma.blocks import N_TAGS
@@ -199,23 +204,22 @@ def rounds_of_visits(encoding):
     tags, words = np.zeros(N_BLOCKS * N_TAGS), np.zeros(N_BLOCKS, np.int64)
     indices = list(range(N_BLOCKS))
     memory = SimpleNamespace(
-        world=SimpleNamespace(rank=0, size=1, allgather=lambda value: [value]),
+        world=SimpleNamespace(
+            rank=0, size=1, dead=frozenset(), survives_failures=False, allgather=lambda value: [value]
+        ),
         homes=[0] * N_BLOCKS,
         lengths=[LENGTH] * N_BLOCKS,
         starts=[LENGTH * index for index in indices],
         slots=indices,
-        data=SimpleNamespace(local=elements),
-        tags=SimpleNamespace(local=tags),
+        data=SimpleNamespace(local=elements, dtype=elements.dtype, book=book_of(elements)),
+        tags=SimpleNamespace(local=tags, book=book_of(tags)),
         staging_buffers=lambda n: [np.zeros(LENGTH, np.float32) for _ in range(n)],
         longest_remote=LENGTH,
     )
     locks = SimpleNamespace(
-        acquire_swap=lambda home, slot: (words.ctypes.data + 8 * slot, 1),
-        release_swap=lambda home, slot, version, updated: (
-            words.ctypes.data + 8 * slot,
-            version << OWNER_BITS | 1,
-            (version + updated) << OWNER_BITS,
-        ),
+        mine=1,
+        address=lambda home, slot, server: words.ctypes.data + 8 * slot,
+        release_swap=lambda version, updated: (version << OWNER_BITS | 1, (version + updated) << OWNER_BITS),
     )
     options = {"n_staging_buffers": N_STAGING_BUFFERS, "encoding": encoding}
     blocks = RemoteBlocks(memory, locks, LateStores(), Statistics(), **options)
@@ -297,7 +301,7 @@ def test_delayed_stores_neither_mix_blocks_nor_hang(comm, largest_shards):
     remote = center._blocks._remote
     remote.window.record_visit = lambda n_bytes, seconds: None
     remote.window.n_bytes *= comm.rank % 2
-    delayed = remote._progress = DelayedStores(remote._progress, comm.rank)
+    delayed = remote._requests.progress = DelayedStores(remote._requests.progress, comm.rank)
     if comm.rank == 0:
         center.write(np.repeat([part.start for part in center.parts], 64))
     comm.barrier()

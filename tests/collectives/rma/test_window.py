@@ -47,9 +47,10 @@ def test_a_rank_has_the_writes_of_others(world, window, store, dtype):
 @pytest.mark.ranks(2, 3, 5)
 @pytest.mark.parametrize("largest", [1, 7, 64, 99, 100, 101])
 def test_large_copies_are_split_into_messages(world, window, fetch, store, monkeypatch, largest):
-    from mpitrain.collectives.rma import window as module
+    from mpitrain.collectives.rma import remote_copies
 
-    monkeypatch.setattr(module, "LARGEST_MESSAGE_BYTES", largest)
+    for name in ("LARGEST_MESSAGE_BYTES", "LARGEST_REQUEST_BYTES"):
+        monkeypatch.setattr(remote_copies, name, largest)
     n = 25
     shared = window(n * world.size + 3, np.float32)
     for rank in range(world.size):

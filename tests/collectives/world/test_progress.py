@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from mpitrain.collectives.world.fault_tolerance import FaultTolerance
 from mpitrain.kernels.native import service
+from mpitrain.kernels.native.lock_words import OWNER_BITS
 
 BUSY_SECONDS = 1.0  # an exchange takes milliseconds
 
@@ -187,3 +189,64 @@ def test_a_watched_request_raises_the_error_of_the_service(failing):
     with pytest.raises(MPI.Exception):
         started.wait()
     background.stop()
+
+
+class Survivors(FaultTolerance):
+    """A fault tolerance of ranks that survive; the test says who is dead."""
+
+    survives_failures = True
+
+    def __init__(self, comm):
+        super().__init__(comm)
+        self.dead_words = np.zeros(8, np.int64)
+
+
+@pytest.fixture
+def survivor():
+    """Return a thread that serves this rank alone and knows the deaths of others, and its fault tolerance."""
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world.progress import ProgressThread
+
+    survivors = Survivors(MPI.COMM_SELF)
+    thread = ProgressThread(MPI.COMM_SELF, survivors)
+    yield thread, survivors
+    thread.stop()
+
+
+def polled(transfer, n=300):
+    return any(transfer.granted() for _ in range(n))
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_request_gets_the_lock_of_a_rank_once_that_is_dead(survivor):
+    thread, survivors = survivor
+    there, here, none = np.arange(8.0), np.zeros(8), np.zeros(0)
+    word = np.array([7 << OWNER_BITS | 5])  # rank 4 has it
+    transfer = thread.fetch(0, (there.ctypes.data, 0), (here, none), (word.ctypes.data, 1))
+    assert not polled(transfer)
+    survivors.dead_words[4] = 1
+    assert transfer.wait() == 7 << OWNER_BITS
+    assert np.array_equal(here, there)
+    assert word[0] == 7 << OWNER_BITS | 1
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_rank_takes_its_own_lock_again_only_if_it_says_that_the_answer_was_lost(survivor):
+    thread, _ = survivor
+    there, here, none = np.arange(8.0), np.zeros(8), np.zeros(0)
+    word = np.array([7 << OWNER_BITS | 1])
+    arguments = 0, (there.ctypes.data, 0), (here, none), (word.ctypes.data, 1)
+    waits = thread.fetch(*arguments)
+    assert not polled(waits)
+    assert thread.fetch(*arguments, retakes=True).wait() == 7 << OWNER_BITS
+    word[0] = 8 << OWNER_BITS
+    assert waits.wait() == 8 << OWNER_BITS
+
+
+@pytest.mark.ranks(1, 2)
+def test_values_are_stored_without_a_lock(survivor):
+    thread, _ = survivor
+    there, values, none = np.zeros(8), np.arange(8.0), np.zeros(0)
+    assert thread.store(0, (there.ctypes.data, 0), (values, none), (0, 0, 0)).wait() == 0
+    assert np.array_equal(there, values)

@@ -221,7 +221,8 @@ def test_the_path_between_nodes_is_described(two_nodes, windows, one_node):
 
 @pytest.mark.ranks(4, 5)
 def test_parts_of_parts_number_dead_ranks_as_their_own(world, monkeypatch):
-    detector = SimpleNamespace(dead=frozenset({2, 3}), leaves_no_survivors=False)
+    words = np.isin(np.arange(world.size), (2, 3)).astype(np.int64)
+    detector = SimpleNamespace(dead=frozenset({2, 3}), dead_words=words, leaves_no_survivors=False)
     monkeypatch.setattr(world, "fault_tolerance", ULFMFaultTolerance(world.comm, detector))
     odd = world.split(world.rank % 2)
     last = odd.split(odd.rank == odd.size - 1)

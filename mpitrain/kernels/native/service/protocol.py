@@ -20,6 +20,10 @@ With a wire format (``native.wire``; 0 means none), the first stretch is not the
 encodes the block into the buffer before sending. STORE receives an encoded change in the buffer, decodes it and adds
 it to the block before the swap. The owner of the lock also owns the buffer. A change from a rank that has meanwhile
 lost its lock is not added.
+
+Where ranks survive the death of others, a request of a dead rank is dropped, and the lock of a dead rank counts as
+free. With ``before`` = 1, ACQUIRE also takes a lock that the requester has already: a former server of the same memory
+has granted it, and died before its answer arrived. STORE swaps no word at address 0.
 """
 
 from __future__ import annotations
@@ -62,7 +66,9 @@ STOP, ASLEEP, POLLING, TRUSTED = 0, 1, 2, 3
 # Requests that another thread hands to the serving thread to watch: their outcome, number, address, the address of
 # their statuses, and the file to write to at the end.
 OUTCOME, N_WATCHED, WATCHED, WATCHED_STATUSES, WAKEUP_OF_WATCHED = 4, 5, 6, 7, 8
-SHARED_WORDS: Final = 9
+# Whether an MPI error ends only the requests of the rank that it concerns, because ranks survive deaths.
+SURVIVES: Final = 9
+SHARED_WORDS: Final = 10
 NONE, WATCHING, COMPLETE, CLOSED = 0, 1, 2, 3  # values of OUTCOME; a negative value is an MPI error code
 
 DRAIN_BYTES: Final = 64

@@ -60,6 +60,7 @@ from mpitrain.kernels.native.service.protocol import (
     STOP,
     STORE,
     STORED,
+    SURVIVES,
     SWAP,
     TAG,
     TAG_REQUEST,
@@ -87,6 +88,8 @@ MOST_IN_VAIN: Final = 64  # announcements without a message: a file that is alwa
 # Trust counts the announced messages. A message between two sleeps is not announced; it costs half the credit of one
 # that is. Files are trusted from ENOUGH_TRUST on, until no trust is left.
 CREDIT, ENOUGH_TRUST, MOST_TRUST = 2, 4, 8
+
+ERRORS_OF_A_DEATH: Final = 8  # of receives, at most; more of them have another cause
 
 _SERVE: Final = f"""\
 from numba import carray, njit
@@ -140,16 +143,16 @@ def answer(functions, comm, byte, state, header, found):
 
 SIGNATURE = (
     "int64(int64[::1], int64, int64, int64, int64, "
-    "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1])"
+    "int64[::1], int32[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], int64[::1])"
 )
-def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, memory):
+def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, dead, memory):
     at_flag, at_requests, at_statuses, at_pieces, at_states = memory[0], memory[1], memory[2], memory[3], memory[4]
     at_files, n_files, wakeup, at_drain = memory[5], memory[6], memory[7], memory[8]
-    n_ranks = requests.shape[0]
+    n_ranks, survives = requests.shape[0], shared[{SURVIVES}]
     waited = {QUIET_MICROSECONDS}
     slept, announced, woken, trust = 0, 0, 0, 0
     polls, in_vain, trusted = 0, 0, 0
-    n_served, n_used, code = 0, 0, 0
+    n_served, n_used, n_failed, code = 0, 0, 0, 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
     for rank in range(n_ranks):
         here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
@@ -167,19 +170,28 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
             turn += 1
             header = at_states + 8 * ({STATE_WORDS} * slot + {HEADER})
             pieces = at_pieces + slot * {N_PIECES} * request_bytes
-            if state[{KIND}] == {ACQUIRE}:
+            if state[{KIND}] == {ACQUIRE} and dead[state[{RANK}]] == 0:
                 word = swap_at(state[{WORD}], 0, 0)
-                if word & {OWNER_MASK} != 0 or swap_at(state[{WORD}], word, word | state[{AFTER}]) != word:
+                owner, free = word & {OWNER_MASK}, word & ~{OWNER_MASK}
+                keeps = owner != 0 and dead[owner - 1] == 0 and (owner != state[{AFTER}] or state[{BEFORE}] == 0)
+                if keeps or swap_at(state[{WORD}], word, free | state[{AFTER}]) != word:
                     state[{ACQUIRED}] += 1
                     n_locks += 1
                     continue
                 if state[{FORMAT}] != 0:
                     encode(state)
                 happened = 1
-                code = code or answer(functions, comm, byte, state, header, word)
+                code = code or answer(functions, comm, byte, state, header, free)
                 state[{KIND}] = {FETCH}
                 code = code or post(functions, comm, byte, state, pieces, request_bytes)
-            code = code or call(functions[{TESTALL}], (state[{STARTED}], pieces, at_flag, at_statuses))
+            if state[{KIND}] != {ACQUIRE}:
+                code = code or call(functions[{TESTALL}], (state[{STARTED}], pieces, at_flag, at_statuses))
+            if survives != 0 and (code != 0 or state[{KIND}] == {ACQUIRE}):  # the rank is dead, and so is its request
+                code, happened = 0, 1
+                n_used -= 1
+                turn -= 1
+                slots[turn], slots[n_used] = slots[n_used], slot
+                continue
             if code != 0:
                 break
             if flag[0] != 0:
@@ -189,10 +201,14 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
                 else:
                     if state[{KIND}] == {STORE}:
                         came = 1
-                        if state[{FORMAT}] != 0 and swap_at(state[{WORD}], 0, 0) == state[{BEFORE}]:
-                            add(state)
-                        found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
+                        found = state[{BEFORE}]
+                        if state[{WORD}] != 0:
+                            if state[{FORMAT}] != 0 and swap_at(state[{WORD}], 0, 0) == state[{BEFORE}]:
+                                add(state)
+                            found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
                         code = answer(functions, comm, byte, state, header, found)
+                        if survives != 0:
+                            code = 0
                     n_served += 1
                     n_used -= 1
                     turn -= 1
@@ -200,6 +216,8 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
         if asks < 0:
             flag[0] = 0
             code = code or call(functions[{TESTANY}], (n_ranks, at_next, at_flag + 4, at_flag, at_statuses))
+            if code != 0 and survives != 0 and n_failed < {ERRORS_OF_A_DEATH} * n_ranks:
+                code, flag[0], n_failed = 0, 0, n_failed + 1  # a rank is dead; MPI has freed its receive
             if flag[0] != 0:
                 asks = flag[1]
                 happened, came = 1, 1
@@ -233,6 +251,8 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
             state[{BUFFER}] = state[{DATA}]
             here, at = at_requests + 8 * {REQUEST_WORDS} * asks, at_next + asks * request_bytes
             code = call(functions[{IRECV}], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
+            if survives != 0:
+                code = 0
             asks = -1
             header = at_states + 8 * ({STATE_WORDS} * free + {HEADER})
             if state[{KIND}] == {SWAP}:
@@ -244,6 +264,9 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
                     code = code or answer(functions, comm, byte, state, header, 0)
                 pieces = at_pieces + free * {N_PIECES} * request_bytes
                 code = code or post(functions, comm, byte, state, pieces, request_bytes)
+            if code != 0 and survives != 0:
+                code = 0
+                n_used -= state[{KIND}] != {SWAP}
             polls = 0
         elif polls < n_polls:
             continue
@@ -278,7 +301,7 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
     if code != 0:
         return -code
     for rank in range(n_ranks):
-        if rank != asks:
+        if rank != asks and dead[rank] == 0:
             call(functions[{CANCEL}], (at_next + rank * request_bytes,))
             call(functions[{WAIT}], (at_next + rank * request_bytes, at_statuses))
     return n_served
@@ -289,7 +312,7 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
 def serve() -> Callable[..., int]:
     """Return the compiled serving loop, which runs until STOP is set and nothing is watched.
 
-    ``serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, memory)``
+    ``serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests, states, slots, dead, memory)``
 
     - ``functions``: the addresses of FUNCTIONS
     - ``comm``, ``byte``: MPI handles
@@ -300,6 +323,7 @@ def serve() -> Callable[..., int]:
     - ``states``: (slots, STATE_WORDS) zeros. A request that waits for a lock occupies a slot until the lock is free, so
       there must be more slots than requests of that kind. A poll looks only at the slots in use.
     - ``slots``: (slots,) the numbers 0, 1, ...
+    - ``dead``: (ranks,) not 0 for each rank that is known to be dead; another thread of the rank sets it
     - ``memory``: the addresses of ``flag``, ``requests``, N_PIECES statuses, slots * N_PIECES + ranks MPI_Requests,
       ``states`` and structs pollfd; the number of these structs; the file to which other threads write to wake the
       loop; and the address of DRAIN_BYTES bytes
