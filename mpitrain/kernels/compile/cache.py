@@ -117,11 +117,11 @@ def _without_import_of_scipy() -> Iterator[None]:
     if _BLAS in sys.modules or importlib.util.find_spec("scipy") is None:
         yield
         return
-    sys.modules[_BLAS] = stand_in = ModuleType(_BLAS)
+    sys.modules[_BLAS] = placeholder = ModuleType(_BLAS)
     try:
         yield
     finally:
-        if sys.modules.get(_BLAS) is stand_in:
+        if sys.modules.get(_BLAS) is placeholder:
             del sys.modules[_BLAS]
 
 
