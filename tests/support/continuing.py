@@ -19,6 +19,7 @@ import torch
 import mpitrain
 from mpitrain import DistributedOptimizer
 from mpitrain.algorithms import Method
+from mpitrain.trainer.compiler import do_without_compiler
 
 H, B = [0.5, 1.0, 2.0, 0.8], [1.0, -2.0, 0.5, 3.0]
 ETA, MOMENTUM, N = 0.1, 0.9, 8
@@ -33,6 +34,7 @@ METHODS: dict[str, Method] = {
 def main() -> None:
     victim, step, n_steps = map(int, sys.argv[1:])
     world = mpitrain.init()
+    do_without_compiler()  # its import takes a second on every rank
     models, optimizers = {}, {}
     for name, method in METHODS.items():
         models[name] = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(N, dtype=torch.float64))])

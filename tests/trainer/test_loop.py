@@ -156,7 +156,8 @@ def test_a_straggler_delays_a_synchronous_method(world, settings):
 def test_a_budget_of_minutes_ends_all_ranks_together(world, name):
     result = train(TrainConfig(algorithm=name, lr=0.005, minutes=0.005, quiet=True), world)
     assert result["seconds"] >= 0.3  # by how much more is the machine's business; that it ends is the watchdog's
-    assert min(result["steps_of_ranks"]) > 0
+    assert result["complete"]
+    assert len(result["steps_of_ranks"]) == world.size  # how many is the machine's business too
 
 
 @pytest.mark.ranks(1, 2)
@@ -168,7 +169,10 @@ def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
         if n == 40:
             time.sleep(0.6)  # two rows are a quarter of a second apart
         if n == 60 and world.rank == world.size - 1:
-            seen.append(read_metrics(folder / "metrics.h5")["progress"]["step"])
+            until = time.monotonic() + 100
+            while not len(rows := read_metrics(folder / "metrics.h5")["progress"]["step"]) and time.monotonic() < until:
+                time.sleep(0.05)  # rank 0 writes them, in its own time
+            seen.append(rows)
 
     small_models.on_batch = look
     try:

@@ -35,9 +35,9 @@ if world.rank == 1:
 world.barrier()
 print("went on")
 """
-    finished = run(mpi, 3, script, MPITRAIN_EMULATED_NODES=n_nodes)
+    finished = run(mpi, 2, script, MPITRAIN_EMULATED_NODES=n_nodes)
     assert finished.returncode != 0
-    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "rank 1 of 2 failed:\nTraceback (most recent call last):" in finished.output
     assert "in fail\n" in finished.output
     assert "ValueError: a reason" in finished.output
     assert "went on" not in finished.output
@@ -58,10 +58,10 @@ mpitrain.init()
 print("went on")
 """
     command = [python(mpi), "-c", "import mpitrain" + script]
-    finished = launch(3, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
+    finished = launch(2, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
     assert not finished.timed_out, finished.output
     assert finished.returncode == 1
-    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "rank 1 of 2 failed:\nTraceback (most recent call last):" in finished.output
     assert "ValueError: a reason" in finished.output
     assert "went on" not in finished.output
 
@@ -82,10 +82,10 @@ mpitrain.init()
 print("went on")
 """
     command = [python(mpi), "-c", "import mpitrain" + script]
-    finished = launch(3, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
+    finished = launch(2, command, mpi=mpi, timeout_seconds=IN_TIME_SECONDS)
     assert not finished.timed_out, finished.output
     assert finished.returncode == 1
-    assert "rank 1 of 3 failed:\nTraceback (most recent call last):" in finished.output
+    assert "rank 1 of 2 failed:\nTraceback (most recent call last):" in finished.output
     assert "went on" not in finished.output
 
 
@@ -189,7 +189,7 @@ print("went on")
 @pytest.mark.parametrize("mpi", installed())
 @pytest.mark.parametrize("waiting", ["world.barrier()", "time.sleep(1000)"])
 def test_an_interrupted_launcher_leaves_no_rank(mpi, waiting):
-    """Ctrl-C while rank 0 sleeps and the others wait for it in MPI or sleep too."""
+    """Ctrl-C while rank 0 sleeps and the other waits for it in MPI or sleeps too."""
     script = f"""
 world.barrier()
 if world.rank == 0:
@@ -197,7 +197,7 @@ if world.rank == 0:
     time.sleep(1000)
 {waiting}
 """
-    finished = run(mpi, 3, script)
+    finished = run(mpi, 2, script)
     assert finished.returncode != 0
 
 
