@@ -12,7 +12,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mpitrain
@@ -29,16 +29,28 @@ def measure(module: str, method: str, *, compiler: str = "inductor") -> Result:
         ``before`` and ``after``, losses; under all-reduce also ``deviation`` from one process, None on other ranks
         than 0.
     """
-    train = importlib.import_module(f"examples.compatibility.scripts.{module}").train
-    world = mpitrain.init()
-    result: Result = {}
-    if method == "all-reduce":
-        ours: Outcome = train(Run(METHODS[method], is_exact=True, compiler=compiler))
-        alone = train(Run(None, is_exact=True, compiler=compiler)) if world.rank == 0 else None
-        result["deviation"] = None if alone is None else deviation(ours, alone)
-        world.barrier()
-    outcome = train(Run(METHODS[method], compiler=compiler))
-    return {"before": outcome.before, "after": outcome.after, **result}
+    compared = {"deviation": compare(module, compiler=compiler)["deviation"]} if method == "all-reduce" else {}
+    outcome: Outcome = _train(module)(Run(METHODS[method], compiler=compiler))
+    return {"before": outcome.before, "after": outcome.after, **compared}
+
+
+def compare(module: str, *, compiler: str = "inductor") -> Result:
+    """Run a script under all-reduce and in one process, in the form that can be compared. Collective.
+
+    Returns:
+        ``before`` and ``after``, losses under all-reduce; ``deviation`` from one process, None on other ranks than 0.
+    """
+    train, world = _train(module), mpitrain.init()
+    ours = train(Run(METHODS["all-reduce"], is_exact=True, compiler=compiler))
+    alone = train(Run(None, is_exact=True, compiler=compiler)) if world.rank == 0 else None
+    world.barrier()
+    return {"before": ours.before, "after": ours.after, "deviation": alone and deviation(ours, alone)}
+
+
+def _train(module: str) -> Callable[[Run], Outcome]:
+    """Return the function of a script."""
+    train: Callable[[Run], Outcome] = importlib.import_module(f"examples.compatibility.scripts.{module}").train
+    return train
 
 
 def failure(result: Mapping[str, Any]) -> str | None:

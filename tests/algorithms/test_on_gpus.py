@@ -23,10 +23,14 @@ FIRST = list({method.name: name for name, method in reversed(ON_GPUS)}.values())
 WHERE = [(1, transport) for transport in TRANSPORTS] + [(2, "staged")]
 
 
-def on_gpus(*, synchronous):
-    """Return all variants in one place, and a variant of each method in all other places."""
+def on_gpus(*, synchronous, several):
+    """Return all variants in one place, and a variant of each method in all other places.
+
+    All of them run on a single rank. Several ranks run one variant of each method: what a switch of a method changes is
+    the same in host memory, where test_simulated_and_real.py and test_contract.py have all variants.
+    """
     return [
-        pytest.param(method, where, id=f"{name}-{where[0]}-{where[1]}")
+        pytest.param(method, where, id=f"{name}-{where[0]}-{where[1]}", marks=several if name in FIRST else [])
         for name, method in ON_GPUS
         for where in WHERE
         if method.is_synchronous == synchronous and (where == WHERE[0] or name in FIRST)
@@ -75,8 +79,8 @@ class Run:
         return np.stack([kernels.to_host(self.x), kernels.to_host(out)])
 
 
-@pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=True))
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=True, several=pytest.mark.ranks(1, 2)))
 def test_a_synchronous_method_makes_the_same_steps(world, method, where):
     with ranks(where[0]) as comm:
         wanted = Run(method, comm).steps(STEPS).found()
@@ -86,8 +90,8 @@ def test_a_synchronous_method_makes_the_same_steps(world, method, where):
     assert np.abs(found[0] - START).max() > 1e-3
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=False))
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(("method", "where"), on_gpus(synchronous=False, several=pytest.mark.ranks(1, 3)))
 def test_an_asynchronous_method_comes_near_the_minimum(world, method, where):
     """The result of several ranks depends on their order; that of one rank equals the host's."""
     with gpus(*where) as comm:

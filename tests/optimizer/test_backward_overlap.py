@@ -91,7 +91,7 @@ def test_the_mean_is_in_place_when_backward_returns(comm, passes, set_to_none):
     assert np.abs(seen[0]).max() > 0
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.time_limit(180)
 def test_clipping_clips_the_mean(comm):
     found, seen = train(comm, overlap=True, clip=0.1)
@@ -101,7 +101,7 @@ def test_clipping_clips_the_mean(comm):
     assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("where", [(1, "ipc"), (1, "staged"), (2, "staged")], ids=str)
 def test_on_gpus_the_mean_is_the_same(world, where, monkeypatch):

@@ -23,7 +23,7 @@ from mpitrain import (
     UsageError,
 )
 
-pytestmark = [pytest.mark.ranks(2, 3), pytest.mark.time_limit(180)]
+pytestmark = [pytest.mark.ranks(3), pytest.mark.time_limit(180)]
 
 ETA, MOMENTUM = 0.1, 0.9
 H, B, N_STEPS = np.array([0.5, 1.0, 2.0]), np.array([1.0, -2.0, 3.0]), np.array([3, 8, 5])

@@ -26,7 +26,7 @@ from mpitrain.collectives.world.agreement import ranks_in_words
 from mpitrain.log import logger
 
 # The first optimizer imports a large part of torch, which is slow where ranks share a core.
-pytestmark = [pytest.mark.ranks(1, 2, 3), pytest.mark.time_limit(180)]
+pytestmark = [pytest.mark.ranks(3), pytest.mark.time_limit(180)]
 
 
 SHARED = AllReduceSGD(node_shared=True)
@@ -86,7 +86,7 @@ def test_all_ranks_begin_with_the_buffers_of_rank_0_that_no_state_dict_holds(wor
         assert model.layer.count == 1
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize(
     ("other", "words"),
     [({"size": 4}, r"layer\.mask.*\(3,\) float32"), ({"dtype": torch.float64}, r"layer\.mask.*float64")],
@@ -150,7 +150,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("difference", OTHERS)
 def test_a_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
     make, words = OTHERS[difference]
@@ -161,7 +161,7 @@ def test_a_model_that_differs_on_one_rank_is_refused_on_all(world, difference):
         DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, EASGD())
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 def test_the_order_of_the_parameters_must_be_the_same_on_all_ranks(world):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     layers = model if world.rank == 0 else reversed(model)
@@ -214,7 +214,7 @@ def make_optimizer(method=None, lr=0.1, momentum=None, kind=torch.optim.SGD, n_g
     return DistributedOptimizer(base, model, method or AllReduceSGD(), **options)
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_that_differs_on_one_rank_is_refused_on_all_with_its_values(world, setting):
     arguments, words = SETTINGS[setting]
@@ -224,7 +224,7 @@ def test_a_setting_that_differs_on_one_rank_is_refused_on_all_with_its_values(wo
     assert f"on rank {last}" in str(error.value)
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("method", [EASGD, NeuroevolutionSGD])
 def test_learning_rates_may_differ_where_workers_are_independent_with_a_warning(world, method, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
@@ -458,7 +458,7 @@ def test_a_nan_stays_on_its_rank_which_recovers(world):
         world.barrier()
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 def test_an_average_does_not_disturb_an_overlapped_all_reduce(world):
     model = Point(np.full(8, 1.0 + world.rank))
     base, average = torch.optim.SGD(model.parameters(), lr=0.1), Average("moving", 0.5)

@@ -66,7 +66,7 @@ ONE_WORKER = {
 }
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("name", ONE_WORKER)
 def test_a_group_equals_one_rank_with_all_samples(world, name, dtype, tolerance):
@@ -95,7 +95,7 @@ def test_a_group_equals_one_rank_with_all_samples(world, name, dtype, tolerance)
     alone.free()
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 def test_a_group_has_one_average_of_the_iterates(world):
     model = Point(np.zeros(7))
     average = Average("polyak", source="workers")
@@ -116,7 +116,7 @@ def test_a_group_has_one_average_of_the_iterates(world):
 H, B = np.array([0.5, 1.0, 2.0, 0.8]), np.array([1.0, -2.0, 0.5, 3.0])
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     "method",
     [
@@ -156,7 +156,7 @@ def test_groups_equal_simulated_workers(world, method, k):
         world.barrier()
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     "method", [EASGD(period=1), EAMSGD(momentum=0.5, period=1), GossipSGD(), LSGD(period=1)], ids=lambda m: m.name
 )
@@ -172,7 +172,7 @@ def test_groups_of_an_asynchronous_method_do_not_wait_for_each_other(world, meth
         assert all(np.array_equal(vector, of_all[0]) for vector in of_all)
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 def test_a_member_is_answered_while_its_head_waits_in_a_barrier(world):
     model = Point(np.full(50, 2.0))
     with DistributedOptimizer(sgd(model), model, EASGD(period=1), world=world, replica_size=2) as optimizer:
@@ -187,7 +187,7 @@ def test_a_member_is_answered_while_its_head_waits_in_a_barrier(world):
         assert len(set(of_all)) == 1
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(4)
 def test_bytes_sent_inside_a_group_are_counted(world):
     n, k = 64, 2 if world.size == 4 else world.size
     model = Point(np.ones(n))
@@ -203,7 +203,7 @@ def test_bytes_sent_inside_a_group_are_counted(world):
         world.barrier()
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 def test_a_group_leaves_out_the_step_of_a_nonfinite_gradient(world):
     model = Point(np.ones(8))
     with DistributedOptimizer(sgd(model), model, EASGD(period=1), world=world, replica_size=world.size) as optimizer:
@@ -218,7 +218,7 @@ def test_a_group_leaves_out_the_step_of_a_nonfinite_gradient(world):
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     "method", [EASGD(moving_rate=0.3, period=2), EAMSGD(momentum=0.5, period=2), LSGD(period=2)], ids=lambda m: m.name
 )
@@ -255,7 +255,7 @@ def test_a_state_of_other_groups_is_refused(world):
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 5)
+@pytest.mark.ranks(3, 4)
 def test_ranks_that_cannot_be_divided_are_refused(world):
     model = Point(np.ones(3))
     for k in (0, -1, world.size + 1, *(k for k in range(2, world.size) if world.size % k)):
@@ -358,7 +358,7 @@ def test_a_group_is_interrupted_and_resumed_as_a_whole(world, go, interrupt_at):
         TrainConfig.of_run(go.folder / "run", replica_size=1)
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 def test_a_resumed_run_of_groups_equals_an_uninterrupted_one(world, go):
     # No two runs with several asynchronous workers are equal.
     settings = {"synchronous": "true"} if world.size > 2 else {}

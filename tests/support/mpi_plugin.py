@@ -240,17 +240,30 @@ class Ranks(Selection):
         self.rank = self.comm.rank
         self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
         self.collect_errors: list[str] = []
+        self._sizes: dict[Path, frozenset[int] | None] = {}
         super().__init__(config, self.comm.size, Watchdog(self.rank, self.comm.size, MPI.COMM_WORLD.Abort))
         reporter = config.pluginmanager.getplugin("terminalreporter")
         if self.rank > 0 and reporter is not None:
             config.pluginmanager.unregister(reporter)
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        """Import no file without a test for this world size. Most have none, and every rank would import them."""
-        if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
-            return None
-        sizes = marked_sizes(collection_path.read_text())
-        return True if sizes is not None and self.size not in sizes else None
+        """Import no file, and no conftest.py of a folder, without a test for this world size.
+
+        Most have none, and every rank would import them: a single one that imports torch costs each rank two seconds.
+        """
+        if self.config.rootpath / "tests" in collection_path.parents and collection_path.is_dir():
+            files = collection_path.rglob("test_*.py")
+            return None if any(map(self._may_have_tests, files)) else True
+        if collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+            return None if self._may_have_tests(collection_path) else True
+        return None
+
+    def _may_have_tests(self, file: Path) -> bool:
+        """Return whether a test file may have a test for this world size."""
+        if file not in self._sizes:
+            self._sizes[file] = marked_sizes(file.read_text())
+        sizes = self._sizes[file]
+        return sizes is None or self.size in sizes
 
     def pytest_report_header(self) -> str:
         return f"ranks: {self.size}, {self.library}, {self.limit_seconds:g} s a test"

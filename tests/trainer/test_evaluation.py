@@ -49,9 +49,9 @@ MODELS = ["centered", "centered_in_secret", "narrow"]
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_with_a_mean_of_its_own_and_models_of_every_type_are_evaluated_as_trained(world, model, deferred):
     config = TrainConfig(
-        "allreduce", model=f"trainer.test_evaluation:{model}", epochs=10, quiet=True, defer_evaluation=deferred
+        "allreduce", model=f"trainer.test_evaluation:{model}", epochs=3, quiet=True, defer_evaluation=deferred
     )
-    assert train(config, world)["test_accuracy"] > 0.85  # 0.1 with the buffer of the start
+    assert train(config, world)["test_accuracy"] > 0.5  # 0.1 with the buffer of the start
 
 
 class Constant(nn.Module):

@@ -71,7 +71,7 @@ def saved_center(world, run: Path) -> np.ndarray | None:
 OVERLAPPED = TrainConfig("easgd", {"overlap": "true", "period": "1"}, model="support.small_models:watched", quiet=True)
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("average", [None, "moving:0.5"])
 def test_a_checkpoint_includes_pending_exchanges(world, mpi_tmp_path, monkeypatch, far_away, centers, average):
     def interrupt(n: int) -> None:
@@ -86,7 +86,7 @@ def test_a_checkpoint_includes_pending_exchanges(world, mpi_tmp_path, monkeypatc
     np.testing.assert_array_equal(saved_center(world, run), centers[0])
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(2)
 def test_the_end_is_evaluated_with_pending_exchanges(world, mpi_tmp_path, far_away, centers, evaluated):
     run = Path(mpi_tmp_path) / "run"
     assert train(dataclasses.replace(OVERLAPPED, epochs=None, steps=3, out=str(run)), world)["complete"]
@@ -95,7 +95,7 @@ def test_the_end_is_evaluated_with_pending_exchanges(world, mpi_tmp_path, far_aw
         assert (saved_center(world, run) != centers[0]).any()  # a longer run continues before the last exchange
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", ["diloco", "easgd", "parle"])
 def test_a_run_shorter_than_a_period_evaluates_and_saves_what_was_trained(world, mpi_tmp_path, evaluated, caplog, name):
     run = Path(mpi_tmp_path) / "run"
@@ -114,7 +114,7 @@ def not_committed(world, run: Path) -> np.ndarray:
     return world.comm.allreduce(state["parameters"].double().numpy() - state["method"]["origin"].double().numpy())
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("settings", [{"period": "7"}, {"push_period": "100", "fetch_period": "3"}])
 def test_the_end_is_evaluated_with_every_step_and_saved_in_the_middle_of_a_period(
     world, mpi_tmp_path, evaluated, settings

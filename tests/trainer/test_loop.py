@@ -33,31 +33,32 @@ def kinds() -> list[str]:
     return list({kind(name): name for name in reversed(METHODS)}.values())
 
 
+BUDGETED = ["allreduce", "easgd", "gossip"]
+"""One method for each way to end a run: the ranks in lockstep, with a center, and on their own."""
+
+
 GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD = 3000  # of a tiny model, in a second in which rank 0 does not get its turn
 
 
-def kinds_of_families() -> list[str]:
-    """Return the first method of each of these kinds in each family.
+def one_of_each_family() -> list[str]:
+    """Return the first method of each family.
 
     test_contract.py has the convergence and the state of every method, test_equal_gradients.py its accuracy.
     """
-    first: dict[tuple[object, ...], str] = {}
-    for name, method in METHODS.items():
-        first.setdefault((method.__module__.split(".")[2], *kind(name)), name)
-    return list(first.values())
+    return list({METHODS[name].__module__.split(".")[2]: name for name in reversed(METHODS)}.values())
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("name", kinds_of_families())
-def test_every_kind_of_method_learns_the_digits(world, name):
+@pytest.mark.parametrize("name", one_of_each_family())
+def test_a_method_of_each_family_learns_the_digits(world, name):
     lr = 0.05 * METHODS[name].learning_rate_factor
     settings = {key: str(value) for key, value in METHODS[name].short_run.items()}
     for _ in range(3):  # gossip with a rank that gets no core pulls the others back to its parameters
-        result = train(TrainConfig(name, settings, lr=lr, epochs=10, batch_size=16, quiet=True), world)
+        result = train(TrainConfig(name, settings, lr=lr, epochs=6, batch_size=16, quiet=True), world)
         if min(result["steps_of_ranks"]) > max(result["steps_of_ranks"]) / 2:
             break
-    assert result["test_accuracy"] >= 0.9
-    assert result["test_loss"] < 0.5
+    assert result["test_accuracy"] >= 0.85
+    assert result["test_loss"] < 0.7
     assert result["n_nonfinite"] == 0
 
 
@@ -77,7 +78,7 @@ def three_for_every_period(name):
     return {field.name: 3 for field in dataclasses.fields(METHODS[name]) if field.name.endswith("period")}
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 def test_the_result_says_what_was_asked_for_and_what_came_out(world, finished):
     name, folder, result = finished
     p = world.size
@@ -106,7 +107,7 @@ def test_the_result_says_what_was_asked_for_and_what_came_out(world, finished):
     assert json.loads((folder / "config.json").read_text())["config"]["steps"] == 20
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 def test_a_finished_run_is_saved_as_it_was_evaluated(world, finished):
     _, folder, result = finished
     again = train(TrainConfig.of_run(folder, quiet=True), world, resume=folder)  # nothing left to do
@@ -115,7 +116,7 @@ def test_a_finished_run_is_saved_as_it_was_evaluated(world, finished):
     assert json.loads((folder / "result.json").read_text())["steps"] == 20
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_a_run_that_diverges_still_writes_documents_that_any_reader_takes(world, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
     train(TrainConfig(algorithm="allreduce", lr=1e30, steps=20, out=str(folder), quiet=True), world)
@@ -126,8 +127,8 @@ def test_a_run_that_diverges_still_writes_documents_that_any_reader_takes(world,
     assert json.loads((folder / "result.json").read_text(), parse_constant=refuse)["test_loss"] is None
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("name", kinds())
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_of_gradients_counts_those_of_all_ranks(world, name):
     result = train(TrainConfig(algorithm=name, lr=0.005, gradients=121, quiet=True), world)
     more = world.size if METHODS[name]().is_synchronous else GRADIENTS_MADE_BEFORE_AN_ORDER_IS_HEARD
@@ -136,7 +137,7 @@ def test_a_budget_of_gradients_counts_those_of_all_ranks(world, name):
 
 
 @pytest.mark.ranks(3)
-@pytest.mark.parametrize("name", [name for name in kinds_of_families() if name in ASYNCHRONOUS])
+@pytest.mark.parametrize("name", [name for name in one_of_each_family() if name in ASYNCHRONOUS])
 def test_a_straggler_does_not_delay_asynchronous_methods(world, name):
     config = TrainConfig(algorithm=name, lr=0.005, gradients=300, straggler=(1, 20.0), quiet=True)
     fast, slow, also_fast = train(config, world)["steps_of_ranks"]
@@ -151,8 +152,8 @@ def test_a_straggler_delays_a_synchronous_method(world, settings):
     assert train(config, world)["steps_of_ranks"] == [30, 30, 30]
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("name", kinds())
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_of_minutes_ends_all_ranks_together(world, name):
     result = train(TrainConfig(algorithm=name, lr=0.005, minutes=0.005, quiet=True), world)
     assert result["seconds"] >= 0.3  # by how much more is the machine's business; that it ends is the watchdog's
@@ -160,7 +161,7 @@ def test_a_budget_of_minutes_ends_all_ranks_together(world, name):
     assert len(result["steps_of_ranks"]) == world.size  # how many is the machine's business too
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
     seen = []
@@ -194,7 +195,7 @@ def test_metrics_can_be_read_while_the_run_goes_on(world, mpi_tmp_path):
     assert np.all(workers["lock_wait_seconds"][-1] <= workers["waiting_seconds"][-1])
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_without_checkpoints_there_is_no_folder_for_them(world, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
     train(TrainConfig(steps=5, checkpoint_every=0, out=str(folder), quiet=True), world)
@@ -203,11 +204,10 @@ def test_without_checkpoints_there_is_no_folder_for_them(world, mpi_tmp_path):
     assert (folder / "result.json").exists()
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("sampling", ["independent", "sharded"])
-@pytest.mark.parametrize("name", ["allreduce", "easgd"])
-def test_both_ways_of_sampling_train(world, name, sampling):
-    config = TrainConfig(algorithm=name, sampling=sampling, epochs=3.5, quiet=True)
+def test_both_ways_of_sampling_train(world, sampling):
+    config = TrainConfig(algorithm="allreduce", sampling=sampling, epochs=3.5, quiet=True)
     result = train(config, world)
     assert result["test_accuracy"] > 0.5
     assert result["steps"] == round(3.5 * (1438 // (32 * world.size)))

@@ -9,15 +9,13 @@ from support.on_gpus import gpus
 from mpitrain.trainer.config import TrainConfig
 from mpitrain.trainer.loop import train
 
-pytestmark = [pytest.mark.ranks(1, 2), pytest.mark.time_limit(180)]
+pytestmark = [pytest.mark.ranks(2), pytest.mark.time_limit(180)]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "transport"),
     [
-        ("allreduce", "ipc"),
         ("easgd", "ipc"),
-        ("easgd", "staged"),
         ("downpour", "staged"),
         ("gossip", "ipc"),
         ("slowmo", "staged"),

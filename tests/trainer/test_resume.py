@@ -29,15 +29,9 @@ from mpitrain.trainer.plan import RunPlan
 
 SYNCHRONOUS = {
     "allreduce": TrainConfig(algorithm="allreduce", model="support.small_models:watched"),
-    "allreduce, sharded": TrainConfig(algorithm="allreduce", model="support.small_models:watched", sampling="sharded"),
-    "easgd": TrainConfig(algorithm="easgd", settings={"synchronous": "true", "period": "4"}),
     "eamsgd": TrainConfig(algorithm="eamsgd", settings={"synchronous": "true", "period": "4"}, lr=0.005),
 }
-ASYNCHRONOUS = [
-    ("easgd", {}),
-    ("eamsgd", {}),
-    *(("gossip", {"direction": direction}) for direction in ("pull", "push")),
-]
+ASYNCHRONOUS = [("eamsgd", {}), ("gossip", {"direction": "push"})]
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def same(a, b) -> bool:
     return np.array_equal(a, b, equal_nan=isinstance(a, (float, np.ndarray)))
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("config", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
 def test_a_resumed_synchronous_run_equals_an_uninterrupted_one(world, go, config):
     whole = go(config, "whole", steps=30, evaluate_every=7)
@@ -113,11 +107,8 @@ def test_the_seconds_of_computing_and_exchanging_go_on_after_a_resume(world, go)
 TINY = {"data": "synthetic:n=96,shape=64,classes=10", "model": "support.small_models:watched", "batch_size": 8}
 RANDOM = {
     **{name: TrainConfig(name, **TINY, lr=0.01 * METHODS[name].learning_rate_factor) for name in METHODS},
-    "another seed": TrainConfig("allreduce", **TINY, seed=7),
-    "sharded": TrainConfig("allreduce", **TINY, sampling="sharded"),
+    "another seed, sharded, moving": TrainConfig("allreduce", **TINY, seed=7, sampling="sharded", average="moving:0.2"),
     "polyak": TrainConfig("easgd", {"synchronous": "true"}, **TINY, average="polyak"),
-    "moving": TrainConfig("allreduce", **TINY, average="moving:0.2"),
-    "gossip push": TrainConfig("gossip", {"direction": "push"}, **TINY),
 }
 """All of these draw for dropout, and the method or the option may draw as well."""
 
@@ -128,11 +119,13 @@ def of_each_family(names: list[str]) -> list[str]:
     return [name for name in names if name in families.values() or name not in METHODS]
 
 
-IN_LOCKSTEP = [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous]
+SYNCHRONOUS_NAMES = [name for name in RANDOM if RunPlan.of(RANDOM[name]).method.is_synchronous]
+IN_LOCKSTEP = [name for name in of_each_family(SYNCHRONOUS_NAMES) if name != "allreduce"]  # the options have allreduce
+ALONE = [name for name in of_each_family(list(RANDOM)) if name not in SYNCHRONOUS_NAMES]
 
 
 def check_resumed_as_if_uninterrupted(world, go, config):
-    whole = go(config, "whole", steps=29, evaluate_every=5)
+    whole = go(config, "whole", steps=29, evaluate_every=5, checkpoint_every=100)  # at the end only
     go(config, "parts", steps=13)  # in the middle of an epoch
     parts = go(config, "parts", resume=True, steps=29, evaluate_every=5)
     assert (parts["test_loss"], parts["bytes_sent"]) == (whole["test_loss"], whole["bytes_sent"])
@@ -143,18 +136,18 @@ def check_resumed_as_if_uninterrupted(world, go, config):
 
 
 @pytest.mark.ranks(1)
-@pytest.mark.parametrize("name", of_each_family(list(RANDOM)))
+@pytest.mark.parametrize("name", ALONE)
 def test_one_rank_draws_the_same_after_a_resume(world, go, name):
     check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("name", of_each_family(IN_LOCKSTEP))
+@pytest.mark.parametrize("name", IN_LOCKSTEP)
 def test_ranks_in_lockstep_draw_the_same_after_a_resume(world, go, name):
     check_resumed_as_if_uninterrupted(world, go, RANDOM[name])
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_augmentation_draws_the_same_after_a_resume(world, go):
     file = go.folder / "images.h5"
     if world.rank == 0:
@@ -175,7 +168,7 @@ def test_augmentation_draws_the_same_after_a_resume(world, go):
     assert plain["test_loss"] != whole["test_loss"]
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("budget", [{"steps": 40}, {"minutes": 5}])
 def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, go, at_batch, budget):
     config = SYNCHRONOUS["allreduce"]
@@ -194,7 +187,7 @@ def test_a_synchronous_run_stopped_by_a_signal_goes_on_as_if_it_had_not(world, g
     assert same(saved(world, go.folder / "stopped"), saved(world, go.folder / "whole"))
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_evaluations_that_are_deferred_wait_in_the_checkpoint(world, go, at_batch):
     config = dataclasses.replace(SYNCHRONOUS["allreduce"], defer_evaluation=True, evaluate_every=7)
     whole = go(config, "whole", steps=40)
@@ -215,7 +208,7 @@ def test_evaluations_that_are_deferred_wait_in_the_checkpoint(world, go, at_batc
     assert found["test_loss"].tolist() == [point["test_loss"] for point in longer["evaluation"]]
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(("name", "settings"), ASYNCHRONOUS)
 def test_a_resumed_asynchronous_run_continues_every_counter(world, go, at_batch, name, settings):
     config = TrainConfig(algorithm=name, settings=settings, model="support.small_models:watched", lr=0.005)
@@ -265,7 +258,7 @@ def heard():
     signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_a_signal_after_the_last_step_does_not_interrupt_the_end_of_a_run(world, go, monkeypatch, heard):
     evaluate, start = Evaluator.evaluate, CheckpointWriter.start
 
@@ -303,7 +296,7 @@ def test_a_run_that_fails_puts_the_handler_of_the_signal_back(world, go, at_batc
         go(TrainConfig(model="support.small_models:watched"), "run", steps=5)
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_a_finished_run_goes_on_with_a_longer_budget_and_is_unfinished_meanwhile(world, go, at_batch):
     config = TrainConfig(model="support.small_models:watched", settings={"period": "3"})
     go(config, "run", steps=10)
@@ -320,7 +313,7 @@ def test_a_finished_run_goes_on_with_a_longer_budget_and_is_unfinished_meanwhile
     assert TrainConfig.of_run(go.folder / "run").epochs == 1  # and is kept for the next time
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_the_remains_of_a_checkpoint_after_a_crash_do_no_harm(world, go):
     config = TrainConfig(algorithm="allreduce")
     go(config, "run", steps=10)
@@ -339,7 +332,7 @@ def test_the_remains_of_a_checkpoint_after_a_crash_do_no_harm(world, go):
     assert not stale.exists()
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_a_refused_resume_leaves_the_metrics_as_they_are(world, go, monkeypatch):
     config = TrainConfig(algorithm="allreduce", checkpoint_every=5)
     go(config, "run", steps=8)
@@ -359,7 +352,7 @@ def test_a_refused_resume_leaves_the_metrics_as_they_are(world, go, monkeypatch)
     assert metrics.read_bytes() == before
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_metrics_that_cannot_be_read_do_not_keep_a_run_from_going_on(world, go, capfd):
     go(TrainConfig(algorithm="allreduce"), "run", steps=10)
     folder = go.folder / "run"
@@ -375,7 +368,7 @@ def test_metrics_that_cannot_be_read_do_not_keep_a_run_from_going_on(world, go, 
     assert max(read_metrics(folder / "metrics.h5")["progress"]["step"]) == 20
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_a_run_without_a_place_for_its_metrics_goes_on_without(world, go, capfd):
     folder = go.folder / "run"
     if world.rank == 0:

@@ -49,7 +49,7 @@ def begun(world, mpi_tmp_path):
     return folder, file
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_data_that_moved_are_named_anew_and_the_run_continues(world, begun):
     folder, file = begun
     moved = file.parent / "moved" / "other.h5"
@@ -63,7 +63,7 @@ def test_data_that_moved_are_named_anew_and_the_run_continues(world, begun):
     assert train(TrainConfig.of_run(folder, steps=6), world, resume=folder)["steps"] == 6  # the new name is kept
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("data", [None, "another name", "digits", "synthetic:n=64,shape=1x8x8,classes=2,test=8"])
 def test_other_data_are_refused_under_any_name_and_nothing_changes(world, begun, data):
     folder, file = begun
@@ -121,7 +121,7 @@ NETS = {
 }
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 def test_another_model_of_the_same_function_is_refused_with_one_line(world, mpi_tmp_path, monkeypatch):
     folder = Path(mpi_tmp_path) / "run"
     begins_with = (("a", "b"), 8, {"seen": 1})

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.time_limit(180)
 @pytest.mark.parametrize(("name", "wire"), [("easgd", "int8"), ("allreduce", "bfloat16")])
 def test_the_digits_are_learned(name, wire, mpi_tmp_path):
     folder = Path(mpi_tmp_path) / "run"
-    config = TrainConfig(name, wire=wire, epochs=8, batch_size=16, out=str(folder), quiet=True)
+    config = TrainConfig(name, wire=wire, epochs=4, batch_size=16, out=str(folder), quiet=True)
     with ranks(2) as comm:
         result = train(config, comm.world)
     assert result["test_accuracy"] >= 0.9

@@ -292,7 +292,7 @@ def test_a_child_counts_what_it_reads():
     assert statistics(end, "bytes_sent") == [0, 8 * n, 8 * n]  # the others are copies of worker 0
 
 
-@pytest.mark.ranks(2, 5)
+@pytest.mark.ranks(2, 3)
 @pytest.mark.time_limit(180)
 @pytest.mark.parametrize("crossover", ["convex", "uniform"])
 def test_ranks_do_what_simulated_workers_do(world, crossover):
@@ -325,7 +325,7 @@ def test_ranks_do_what_simulated_workers_do(world, crossover):
         world.barrier()
 
 
-@pytest.mark.ranks(2, 5)
+@pytest.mark.ranks(2, 3)
 @pytest.mark.time_limit(180)
 def test_the_optimizer_asks_for_the_fitness_of_the_model(world):
     model = nn.Module()

@@ -5,7 +5,7 @@ import pytest
 
 from mpitrain.collectives.topology.graphs import uniform_peer
 
-ALL = pytest.mark.ranks(1, 2, 3, 5)
+ALL = pytest.mark.ranks(1, 2, 3)
 
 
 @pytest.fixture(scope="module", params=["one_node", "two_nodes", "windows"])

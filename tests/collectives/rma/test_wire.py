@@ -16,8 +16,8 @@ SHORT = {
     "float16": np.dtype(np.float16),
     "int8": np.dtype(ml_dtypes.bfloat16),
 }
-ALL = pytest.mark.ranks(1, 2, 3, 5)
-SEVERAL = pytest.mark.ranks(2, 3, 5)
+ALL = pytest.mark.ranks(1, 2, 3)
+SEVERAL = pytest.mark.ranks(2, 3)
 formats = pytest.mark.parametrize("name", wire.FORMATS)
 
 
@@ -371,7 +371,7 @@ def center_of_easgd(comm, *, feedback=True):
     return np.delete(out, np.s_[::16])
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.time_limit(120)
 def test_easgd_converges_as_in_float32_and_not_without_error_feedback(connect):
     exact = center_of_easgd(connect("float32"))
@@ -383,7 +383,7 @@ def test_easgd_converges_as_in_float32_and_not_without_error_feedback(connect):
     assert blind > 0.2
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.time_limit(120)
 @formats
 @pytest.mark.parametrize("transport", ["ipc", "staged"])
@@ -410,7 +410,7 @@ def test_gpus_exchange_encoded_blocks_through_the_host(name, transport, monkeypa
             left[center.parts[index]] += of_block
         total = comm.world.comm.allreduce(mine64)
         np.testing.assert_allclose(out + comm.world.comm.allreduce(left), n_rounds * total, rtol=0, atol=1e-4)
-        assert comm.size == 1 or np.abs(out - n_rounds * total).max() > 1e-4
+        assert np.abs(out - n_rounds * total).max() > 1e-4
         comm.allreduce(x)
         np.testing.assert_allclose(gpu.to_host(x.local), total, rtol=0, atol=0.1)
         assert len(set(comm.world.comm.allgather(gpu.to_host(x.local).tobytes()))) == 1

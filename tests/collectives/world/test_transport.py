@@ -9,7 +9,7 @@ from mpitrain import UsageError
 from mpitrain.collectives.rma.device_window import DeviceWindow
 from mpitrain.collectives.world.transport import TRANSPORTS, Transport, mapping_problem
 
-ranks = pytest.mark.ranks(1, 2, 3)
+ranks = pytest.mark.ranks(1, 3)
 YES, NO = (True, True), (False, False)
 
 
