@@ -126,10 +126,11 @@ class Selection:
             return "for a single process"
         if ranks and self.size not in ranks:
             return "for other rank counts"
+        names = {mark.name for mark in item.iter_markers()}
         for name in OPTIONAL_MARKS:
-            if item.get_closest_marker(name) and name not in _also(self.config):
+            if name in names and name not in _also(self.config):
                 return f"{name} (--also {name})"
-        if item.get_closest_marker("cluster") and cluster.missing():
+        if "cluster" in names and cluster.missing():
             return f"cluster ({cluster.missing()})"
         return None
 

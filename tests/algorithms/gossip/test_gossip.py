@@ -44,7 +44,7 @@ def test_pull_contracts_as_the_formula_says(p, wanted):
     assert after.mean(-1).var() == pytest.approx(v * (p - 2) / (4 * p * (p - 1) ** 2), abs=1e-14)
 
 
-@pytest.mark.parametrize(("p", "wanted"), [(3, 0.3541667), (4, 0.4482168), (5, 0.4946615), (6, 0.5223584)])
+@pytest.mark.parametrize(("p", "wanted"), [(3, 0.3541667), (4, 0.4482168), (5, 0.4946615)])
 def test_push_contracts_as_enumeration_says(p, wanted):
     # E[V'] is V times a factor whatever x is, so the coordinates can be of any start.
     x = np.random.default_rng(p).normal(size=(p, 2))

@@ -44,8 +44,11 @@ def compiled(source, capability):
     return ptx.decode()
 
 
-@pytest.mark.parametrize("capability", [70, 80, 90])
-@pytest.mark.parametrize("dtype", STORAGES)
+# The oldest and the newest capability see both 16-bit types, of which bfloat16 has no instructions before 80.
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [("float32", 70), ("float64", 90), ("float16", 70), ("bfloat16", 70), ("bfloat16", 80), ("float16", 90)],
+)
 def test_every_kernel_compiles(dtype, capability):
     # One translation unit for all, because starting NVRTC takes longer than compiling the kernels.
     sources = [kernel.cuda_source(dtype).removeprefix(cuda_source.PREAMBLE) for kernel in library()]
