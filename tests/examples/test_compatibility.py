@@ -5,7 +5,8 @@ import json
 import re
 import subprocess
 import sys
-from types import ModuleType
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def digits_read_once():
     """The digits without scikit-learn, whose import takes a second and which reads a text file at each call."""
     from mpitrain.data import digits
 
-    table, package, datasets = digits._table(), ModuleType("sklearn"), ModuleType("sklearn.datasets")
+    table = digits._table()
+    package, datasets = (module_from_spec(ModuleSpec(name, None)) for name in ("sklearn", "sklearn.datasets"))
     datasets.load_digits = lambda *, return_X_y: (table[:, :-1], table[:, -1].astype(np.int64))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, package.__name__, package)
