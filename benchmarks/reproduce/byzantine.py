@@ -164,8 +164,8 @@ class Cell:
 
     Attributes:
         accuracies: (EVALUATIONS,) on the test set, at equal distances.
-        caught: The steps in which attackers were thrown out.
-        n_lost: Honest workers thrown out.
+        caught: The steps in which attackers were excluded.
+        n_lost: The number of honest workers that were excluded.
     """
 
     accuracies: Array
@@ -226,7 +226,7 @@ def say_table(outcome: Outcome, table: dict[str, dict[str, Cell]], n_seeds: int)
     outcome.say("in the paper, ResNet-20 on CIFAR-10, best of the run")
     for rule, values in PUBLISHED.items():
         outcome.say(f"{rule:20}" + "".join(f"{value:16.1f}" for value in values))
-    outcome.say(f"attackers thrown out of {ATTACKERS * n_seeds}, in which steps; honest workers thrown out")
+    outcome.say(f"attackers excluded of {ATTACKERS * n_seeds}, and in which steps; honest workers excluded")
     for rule in ("double safeguard", "single safeguard"):
         for attack in ATTACKS:
             cell = table[rule][attack]

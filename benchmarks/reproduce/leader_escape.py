@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     outcome.say()
     outcome.say(f"matrix completion, F after {options.steps} steps, median of {options.seeds}")
-    outcome.say("                     best worker        what is evaluated")
+    outcome.say("                     best worker        consensus")
     outcome.say("  rank   pull      EAGD       LGD       EAGD       LGD")
     for rank in options.ranks:
         for pull in PULLS:
