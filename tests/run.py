@@ -52,8 +52,7 @@ WITHOUT_LAUNCHES = ("-m", "not launches and not cluster")
 RANKS_UNDER_OTHER_MPIS = (1, 2, 3)
 
 CORES = len(os.sched_getaffinity(0))
-# The single-process tests are shared by one process more than there are cores, since many wait for what they launch.
-PROCESSES = ["-n", str(min(CORES, 8) + 1), "--dist", "worksteal"] if find_spec("xdist") else []
+N_PROCESSES = min(CORES, 8)  # that share the single-process tests
 CLUSTERS = ["-n", "2", "--dist", "loadfile"] if find_spec("xdist") else []
 # Launches that run at the same time. Waiting ranks sleep (support/sleep_when_idle.cpp), so two launches fill the cores.
 LANES = min(2, CORES)
@@ -141,7 +140,7 @@ def run(
     """Run the launches, print the table, and return the exit code."""
 
     def finished_of(this: Launch) -> Finished:
-        kind = ["-m", "ranks"] if this.n_ranks else CLUSTERS if this.selection == CLUSTER else PROCESSES
+        kind = ["-m", "ranks"] if this.n_ranks else CLUSTERS if this.selection == CLUSTER else processes(this)
         return launch(
             this.n_ranks,
             [python(this.mpi), "-m", "pytest", *kind, *pytest_arguments, *this.selection],
@@ -172,6 +171,16 @@ def run(
         end_all()  # each launch leads a session of its own, which the signal does not reach
         raise
     return summarize({this: verdicts[this] for this in launches}, time.monotonic() - began)
+
+
+def processes(this: Launch) -> list[str]:
+    """Return the options of pytest-xdist for the single-process tests.
+
+    There is one process more than there are cores if many of the tests wait for what they launch. Each process imports
+    and collects all tests, which takes 14 seconds of CPU time.
+    """
+    n = N_PROCESSES + (this.selection != WITHOUT_LAUNCHES)
+    return ["-n", str(n), "--dist", "worksteal"] if find_spec("xdist") else []
 
 
 def in_lanes(launches: Sequence[Launch]) -> tuple[list[Launch], list[Launch]]:

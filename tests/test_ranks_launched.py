@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from run import LAUNCHED_RANKS, TIERS, UNDER_EVERY_MPI
 from support.launching import ROOT
-from support.mpi_plugin import MARKED_RANKS, marked_sizes
+from support.mpi_plugin import MARKED_RANKS, marked_sizes, may_have_tests
 
 
 def test_every_marked_rank_count_is_launched(request: pytest.FixtureRequest) -> None:
@@ -27,6 +29,17 @@ def test_the_text_of_a_file_names_every_world_size_of_its_tests(request: pytest.
         if (named_sizes := named[file]) is not None and not sizes <= named_sizes
     }
     assert not missed, f"write pytest.mark.ranks(...) in the test file itself: {missed}"
+
+
+def test_no_folder_with_a_test_for_a_world_size_is_left_out(request: pytest.FixtureRequest) -> None:
+    """A launch on ranks leaves out folders, with their conftest.py, in which no file names its size."""
+    marked = {
+        (nodeid.partition("::")[0], n) for nodeid, ranks in request.config.stash[MARKED_RANKS].items() for n in ranks
+    }
+    assert marked
+    for file, n in marked:
+        assert all(may_have_tests(ROOT / folder, n) for folder in Path(file).parents), (file, n)
+    assert not may_have_tests(ROOT / "tests" / "theory", 2)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ The fixtures of pytest-mpi (mpi_tmp_path, ...) may be used: the mark `ranks` imp
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
@@ -105,6 +106,17 @@ def marked_sizes(source: str) -> frozenset[int] | None:
             return None
         sizes.update(map(int, names))
     return frozenset(sizes)
+
+
+@functools.cache
+def _sizes_of(file: Path) -> frozenset[int] | None:
+    return marked_sizes(file.read_text())
+
+
+def may_have_tests(path: Path, size: int) -> bool:
+    """Return whether a test file, or a file of tests below a folder, may have a test for a world size."""
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    return any(sizes is None or size in sizes for sizes in map(_sizes_of, files))
 
 
 class Selection:
@@ -241,7 +253,6 @@ class Ranks(Selection):
         self.rank = self.comm.rank
         self.library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
         self.collect_errors: list[str] = []
-        self._sizes: dict[Path, frozenset[int] | None] = {}
         super().__init__(config, self.comm.size, Watchdog(self.rank, self.comm.size, MPI.COMM_WORLD.Abort))
         reporter = config.pluginmanager.getplugin("terminalreporter")
         if self.rank > 0 and reporter is not None:
@@ -252,19 +263,9 @@ class Ranks(Selection):
 
         Most have none, and every rank would import them: a single one that imports torch costs each rank two seconds.
         """
-        if self.config.rootpath / "tests" in collection_path.parents and collection_path.is_dir():
-            files = collection_path.rglob("test_*.py")
-            return None if any(map(self._may_have_tests, files)) else True
-        if collection_path.name.startswith("test_") and collection_path.suffix == ".py":
-            return None if self._may_have_tests(collection_path) else True
-        return None
-
-    def _may_have_tests(self, file: Path) -> bool:
-        """Return whether a test file may have a test for this world size."""
-        if file not in self._sizes:
-            self._sizes[file] = marked_sizes(file.read_text())
-        sizes = self._sizes[file]
-        return sizes is None or self.size in sizes
+        is_folder = self.config.rootpath / "tests" in collection_path.parents and collection_path.is_dir()
+        is_file = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+        return True if (is_folder or is_file) and not may_have_tests(collection_path, self.size) else None
 
     def pytest_report_header(self) -> str:
         return f"ranks: {self.size}, {self.library}, {self.limit_seconds:g} s a test"
