@@ -26,8 +26,9 @@ def what_survives(method: Method) -> list[str]:
     """Return the row of a method in the table of failures."""
     if method.is_synchronous:
         uneven = "inside `join()`" if method.can_join else "no"
-        here, lead = (CONTINUES, "the next rank leads, too") if method.can_lose_workers else (ENDS, ENDS)
-        return [f"`{method.name}`", "for all, or its neighbours", here, lead, ENDS, uneven]
+        here, lead = (CONTINUES, "the next rank leads") if method.can_lose_workers else (ENDS, ENDS)
+        waits = "for its neighbours" if "topology" in method.settings() else "for all ranks"
+        return [f"`{method.name}`", waits, here, lead, ENDS, uneven]
     elsewhere = "the others go on" if method.can_lose_nodes else ENDS
     return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", elsewhere, "yes"]
 
