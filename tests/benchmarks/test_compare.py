@@ -63,7 +63,7 @@ def check(lines: list[str], out: Path) -> None:
 def test_a_wrong_algorithm_is_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["python", "benchmarks/compare.py", "--algorithms", "easgd,nosuch", "--out", str(out)]
-    finished = launch(2, command, timeout_seconds=120)
+    finished = launch(2, command, timeout_seconds=250)
     assert finished.returncode == 2, finished.output
     errors = [line for line in finished.output.splitlines() if "error" in line and "nosuch" in line]
     assert len(errors) == 1

@@ -15,7 +15,7 @@ from mpitrain.data import hdf5_format
 
 pytestmark = pytest.mark.launches
 
-IN_TIME_SECONDS = 150.0  # a hang would last for ever
+IN_TIME_SECONDS = 250.0  # a hang would last for ever
 TESTS = Path(__file__).resolve().parents[1]
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 

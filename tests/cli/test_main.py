@@ -14,7 +14,7 @@ from mpitrain.algorithms import METHODS
 from mpitrain.cli.main import main
 from mpitrain.trainer.options import parse_settings, straggler
 
-IN_TIME_SECONDS = 150.0
+IN_TIME_SECONDS = 250.0
 
 
 def split(n_ranks: int, folder: Path, *arguments: str) -> tuple[Finished, str, str]:

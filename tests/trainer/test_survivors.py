@@ -16,7 +16,7 @@ from mpitrain.records.metrics import read_metrics
 
 pytestmark = pytest.mark.launches
 
-IN_TIME_SECONDS = 240.0  # a hang would last for ever
+IN_TIME_SECONDS = 400.0  # a hang would last for ever
 ULFM = ["--with-ft", "ulfm"]
 TRAIN = [
     *ULFM,

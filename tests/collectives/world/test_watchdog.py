@@ -10,7 +10,7 @@ import mpitrain
 from mpitrain.collectives.world.watchdog import Waiting, Watchdog
 from mpitrain.errors import EXIT_TIMEOUT, UsageError
 
-IN_TIME_SECONDS = 150.0  # a hang would last forever
+IN_TIME_SECONDS = 250.0  # a hang would last forever
 
 
 def wait_of(dog, what="something", ranks=None):
