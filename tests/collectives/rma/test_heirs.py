@@ -269,3 +269,13 @@ def test_a_visit_is_one_fetch_and_one_store_of_each_block_whoever_has_died_befor
     all_blocks.servers.n_requests = 0
     all_blocks.add_one()
     assert all_blocks.servers.n_requests == 2 * N_BLOCKS
+
+
+def test_a_store_that_is_lost_with_its_node_is_not_repeated_at_the_heir():
+    """Even if this rank already has the lock of the block there, with the same version."""
+    all_blocks = Blocks()
+    block = all_blocks.blocks.acquire(0, None, encoded=False)
+    all_blocks.dead |= {1, 2}
+    heir = all_blocks.blocks._places.place(0)
+    array_at(heir.word, 1, np.int64)[0] = ME
+    assert all_blocks.blocks._requests.store_again(block, updated=True) is None

@@ -224,6 +224,9 @@ def test_a_request_gets_the_lock_of_a_rank_once_that_is_dead(survivor):
     transfer = thread.fetch(0, (there.ctypes.data, 0), (here, none), (word.ctypes.data, 1))
     assert not polled(transfer)
     survivors.dead_words[4] = 1
+    deadline = time.monotonic() + 60.0
+    while not transfer.granted():
+        assert time.monotonic() < deadline
     assert transfer.wait() == 7 << OWNER_BITS
     assert np.array_equal(here, there)
     assert word[0] == 7 << OWNER_BITS | 1
