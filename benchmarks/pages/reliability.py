@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mpitrain.algorithms import METHODS, Method
+from mpitrain.algorithms import METHODS, Method, RobustSGD, SafeguardSGD
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 ENDS = "all end"
@@ -22,15 +22,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def what_an_infinity_does(method: Method) -> str:
+    """Return what a step does if ``GradScaler`` finds an infinite gradient on one rank."""
+    if isinstance(method, RobustSGD | SafeguardSGD):
+        return "the step leaves out that gradient"
+    return "all ranks skip the step" if method.combines_gradients else "that rank skips its local update"
+
+
 def what_survives(method: Method) -> list[str]:
     """Return the row of a method in the table of failures."""
+    infinity = what_an_infinity_does(method)
     if method.is_synchronous:
         uneven = "inside `join()`" if method.can_join else "no"
         here, lead = (CONTINUES, "the next rank leads") if method.can_lose_workers else (ENDS, ENDS)
         waits = "for its neighbours" if "topology" in method.settings() else "for all ranks"
-        return [f"`{method.name}`", waits, here, lead, ENDS, uneven]
+        return [f"`{method.name}`", waits, here, lead, ENDS, uneven, infinity]
     elsewhere = "the others go on" if method.can_lose_nodes else ENDS
-    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", elsewhere, "yes"]
+    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", elsewhere, "yes", infinity]
 
 
 def what_goes_on(method: Method) -> list[str]:
@@ -59,6 +67,7 @@ def tables() -> dict[str, str]:
         "rank 0 dies",
         "a rank elsewhere dies, or a node",
         "uneven steps",
+        "`GradScaler`",
     ]
     return {
         "failures": table(failures, map(what_survives, methods)),

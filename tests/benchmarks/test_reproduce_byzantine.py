@@ -60,6 +60,6 @@ def test_a_short_run_draws_the_whole_table_and_says_what_it_missed(
     for row in document["accuracy_percent"].values():
         assert set(row) == set(byzantine.ATTACKS)
         assert all(0 <= value <= 100 for value in row.values())
-    assert any(line.endswith("throws all attackers out: 0 MISSED") for line in lines)
+    assert any(line.endswith("excludes all attackers. Value: the number that it excludes: 0 MISSED") for line in lines)
     assert not document["passed"]
     assert (tmp_path / "byzantine.png").read_bytes().startswith(b"\x89PNG")
