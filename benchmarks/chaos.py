@@ -16,6 +16,8 @@ at a random moment of the run, or aimed at
 - ``evaluation``: rank 0 evaluates after every second step, and it is the one that is killed;
 - ``end``: the kill follows the last step of the rank.
 
+Before them, each method makes one run without kills, whose accuracy is reported beside that of the others.
+
 A run has survived if it ends with exit code 0, writes its result, and leaves neither processes nor shared memory. The
 pause of a synchronous method is what it prints: the time from the beginning of the exchange in which a rank died to the
 end of the repeated one. That of an asynchronous method is the longest time between two records of the progress, which
@@ -131,18 +133,23 @@ def run(options: Any) -> int:
             raise UsageError(problem)
         if options.ranks % options.hosts:
             raise UsageError(f"--ranks {options.ranks} is no multiple of --hosts {options.hosts}")
-    outcomes = kill_loop(options, names)
-    document = summary(outcomes, options.kills)
+    undisturbed, outcomes = kill_loop(options, names)
+    document = summary(outcomes, options.kills, undisturbed)
     if not options.json:
         print(table(document))
     print(json.dumps(document))
     return 0 if document["lost"] == 0 else 1
 
 
-def kill_loop(options: Any, names: list[str]) -> list[Outcome]:
-    """Make runs with kills, until there are as many kills as asked for."""
+def kill_loop(options: Any, names: list[str]) -> tuple[dict[str, float], list[Outcome]]:
+    """Make a run of each method without kills, then runs with kills until there are as many kills as asked for.
+
+    Returns:
+        The accuracy of each method's run without kills, and the outcomes of the runs with kills.
+    """
     rng, outcomes, n_kills = random.Random(options.seed), [], 0
     with Place(options.ranks, options.nodes, options.hosts) as place:
+        undisturbed = {name: train(name, place, [], options.aim).accuracy for name in names}
         while n_kills < options.kills:
             name = names[len(outcomes) % len(names)]
             faults = kills(rng, options.ranks, min(options.ranks - 2, options.kills - n_kills), options.aim)
@@ -155,7 +162,7 @@ def kill_loop(options: Any, names: list[str]) -> list[Outcome]:
                 else f"LOST\n{outcome.reason}"
             )
             print(f"{n_kills} of {options.kills} kills: {name}, {' '.join(faults)}: {how}", file=sys.stderr, flush=True)
-    return outcomes
+    return undisturbed, outcomes
 
 
 class Place:
@@ -291,9 +298,17 @@ def _outcome(algorithm: str, faults: list[str], run: Path, output: str, code: in
     return Outcome(algorithm, faults, True, died, result["test_accuracy"], pause)
 
 
-def summary(outcomes: list[Outcome], n_kills: int) -> dict[str, Any]:
-    """Return the JSON document."""
+def summary(outcomes: list[Outcome], n_kills: int, undisturbed: dict[str, float]) -> dict[str, Any]:
+    """Return the JSON document.
+
+    Args:
+        outcomes: Of the runs with kills.
+        n_kills: The number of kills in them.
+        undisturbed: The accuracy of each method's run without kills. Their mean has the weights of the runs that
+            survived.
+    """
     survived = [outcome for outcome in outcomes if outcome.survived]
+    without_kills = [undisturbed[outcome.algorithm] for outcome in survived]
     return {
         "kills": n_kills,
         "runs": len(outcomes),
@@ -301,6 +316,7 @@ def summary(outcomes: list[Outcome], n_kills: int) -> dict[str, Any]:
         "lost": len(outcomes) - len(survived),
         "deaths_seen": sum(len(outcome.died) for outcome in survived),
         "mean_accuracy": float(np.mean([outcome.accuracy for outcome in survived])) if survived else None,
+        "undisturbed_accuracy": float(np.mean(without_kills)) if survived else None,
         "longest_pause_seconds": max((outcome.pause_seconds for outcome in survived), default=None),
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
