@@ -17,6 +17,7 @@ from run import (
     run,
     summarize,
 )
+from support import launching
 from support.launching import Finished, environment, is_launched, launch, python, sleep_when_idle
 
 
@@ -172,3 +173,20 @@ for _ in range(50):
 print(switches() - before)
 """
     assert int(launch(0, [python("active"), "-c", script], mpi="active").output) >= 50
+
+
+ABORTED = "MPI_ABORT was invoked on rank 1\n    Errorcode: 4\nprterun has exited due to process rank 1 calling abort"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "output", "expected"),
+    [(4, ABORTED, 4), (-11, "a rank crashed", -11), (-9, ABORTED, -9)],
+    ids=["the launcher ends", "a crash before", "killed"],
+)
+def test_the_exit_code_of_a_launch_is_that_of_the_launcher(returncode, output, expected):
+    assert launching._exit_code(returncode, output) == expected
+
+
+def test_a_launcher_that_crashes_after_it_has_ended_all_ranks_is_a_warning():
+    with pytest.warns(UserWarning, match="mpirun crashed"):
+        assert launching._exit_code(-11, ABORTED) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +125,19 @@ def launch(
         seconds = time.monotonic() - start
         output.seek(0)
         text = output.read().decode(errors="replace")
-    return Finished(process.returncode, text, seconds, timed_out)
+    return Finished(_exit_code(process.returncode, text), text, seconds, timed_out)
+
+
+def _exit_code(returncode: int, output: str) -> int:
+    """Return the exit code of a launch, also where Open MPI's launcher itself has crashed after it had ended the ranks.
+
+    The launcher has then printed the code with which a rank ended all ranks. A rank that crashes has another exit code.
+    """
+    codes = re.findall(r"^ +Errorcode: (\d+)$", output, re.MULTILINE)
+    if returncode != -signal.SIGSEGV or not codes or "prterun has exited due to" not in output:
+        return returncode
+    warnings.warn("mpirun crashed after it had ended all ranks", stacklevel=3)
+    return int(codes[-1])
 
 
 def end_all() -> None:

@@ -79,6 +79,7 @@ class FailureDetector:
 
     def __init__(self, comm: Any, *, leaves_no_survivors: bool) -> None:
         self.dead, self.dead_words = NOBODY, np.zeros(comm.Get_size(), np.int64)
+        self._reported = NOBODY
         self.leaves_no_survivors = leaves_no_survivors
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
         self._stopped, self._polling = threading.Event(), threading.Lock()
@@ -91,7 +92,11 @@ class FailureDetector:
             self.poll()
 
     def poll(self) -> None:
-        """Update ``dead``. The lowest surviving rank reports new deaths. Local."""
+        """Update ``dead``. Local.
+
+        The lowest surviving rank reports new deaths. Its first report names all deaths: a lower rank may have died
+        before it reported them, and ranks learn of deaths in different orders.
+        """
         from mpi4py import MPI
 
         MPI.COMM_SELF.Iprobe()  # MPI detects failures inside calls; no rank of this communicator dies
@@ -101,8 +106,10 @@ class FailureDetector:
             failed.Free()
             ours.Free()
             self.dead_words[list(dead)] = 1
-            new, self.dead = dead - self.dead, dead
-        if new and self._rank == min(set(range(self._size)) - dead):
+            self.dead, new = dead, NOBODY
+            if self._rank == min(set(range(self._size)) - dead):
+                new, self._reported = dead - self._reported, dead
+        if new:
             self._report(new)
 
     def _report(self, new: frozenset[int]) -> None:
