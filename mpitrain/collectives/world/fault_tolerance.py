@@ -97,7 +97,7 @@ class FaultTolerance:
 
     @property
     def after_death(self) -> str:
-        """What happens after a death, in words. Local."""
+        """The description of what happens after a death, for messages. Local."""
         return "ends all ranks"
 
     def leave_no_survivors(self) -> None:
@@ -189,7 +189,7 @@ class ULFMFaultTolerance(FaultTolerance):
 
     @property
     def after_death(self) -> str:
-        """What happens after a death, in words. Local."""
+        """The description of what happens after a death, for messages. Local."""
         if self._detector.leaves_no_survivors:
             return super().after_death
         return "is left behind by methods in which nobody waits; it ends the others"
