@@ -62,11 +62,20 @@ def kills_rank_1_after_a_checkpoint() -> nn.Module:
     return Watched(kill)
 
 
+def when_reported(text: str, call: Callable[[], object]) -> None:
+    """Call a function whenever mpitrain reports something with this text on this rank."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if text in record.getMessage():
+                call()
+
+    logging.getLogger("mpitrain").addHandler(Handler())
+
+
 def continues_the_launcher() -> nn.Module:
     """A model; the launcher, which leads the session, is continued when this rank has reported a death."""
-    tell = logging.Handler()
-    tell.emit = lambda record: "was killed" in record.getMessage() and os.kill(os.getsid(0), signal.SIGCONT)  # type: ignore
-    logging.getLogger("mpitrain").addHandler(tell)
+    when_reported("was killed", lambda: os.kill(os.getsid(0), signal.SIGCONT))
     return Watched(lambda n: None)
 
 
@@ -86,10 +95,7 @@ def kills_a_rank_and_waits() -> nn.Module:
     They tell each other by the file $REPORTED.
     """
     reported = Path(os.environ["REPORTED"])
-    package = logging.getLogger("mpitrain")
-    tell = logging.Handler()
-    tell.emit = lambda record: reported.touch() if "died" in record.getMessage() else None  # type: ignore[method-assign]
-    package.addHandler(tell)
+    when_reported("died", reported.touch)
 
     def kill(n: int) -> None:
         if n == 30 and rank() == int(os.environ["VICTIM"]):
