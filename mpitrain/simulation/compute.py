@@ -58,24 +58,30 @@ class ComputeTime:
         return seconds
 
 
-class Core:
-    """A core that several workers share in time slices.
+class Cores:
+    """The cores of a node, which its workers share in time slices.
 
-    A worker keeps the core until its time slice ends, and longer if no other worker needs the core. It releases the
-    core when it waits for others.
+    A worker keeps its core until its time slice ends, and longer if no other worker needs the core. It releases the
+    core when it waits for others. The worker that has waited longest gets the first core that is free, as under a
+    scheduler that moves processes to idle cores.
 
     Args:
-        slice_seconds: The time slice.
+        n_cores: The number of cores.
+        slice_seconds: The mean time slice.
+        spread: The largest relative deviation of a slice from the mean. Slices are uniformly distributed; those of an
+            operating system vary because of its clock ticks and of processes that wake up.
+        seed: The seed of the slices.
     """
 
-    def __init__(self, slice_seconds: float) -> None:
-        self._slice = slice_seconds
-        self._owner: int | None = None
-        self._slice_end = self._busy_until = 0.0
+    def __init__(self, n_cores: int, slice_seconds: float, *, spread: float = 0.0, seed: int = 0) -> None:
+        self._slice, self._spread, self._rng = slice_seconds, spread, np.random.default_rng([seed, 11])
+        self._owner: list[int | None] = [None] * n_cores
+        self._slice_end, self._busy_until = [0.0] * n_cores, [0.0] * n_cores
+        self._core_of: dict[int, int] = {}
         self._queue: deque[int] = deque()
 
     def run(self, rank: int, now: float, left: float) -> tuple[float, float]:
-        """Let a worker compute on the core, or wait for it. ``now`` must not decrease from call to call.
+        """Let a worker compute on a core, or wait for one. ``now`` must not decrease from call to call.
 
         Args:
             rank: The worker.
@@ -86,22 +92,46 @@ class Core:
             The time at which the worker must call again, and the seconds of computation that it will still need then.
         """
         others = any(other != rank for other in self._queue)
-        is_over = now >= self._slice_end - TICK_SECONDS
-        has_slice = rank == self._owner and not (is_over and others)
-        if now >= self._busy_until and (has_slice or not self._queue or self._queue[0] == rank):
-            if rank != self._owner or is_over:
-                self._owner, self._slice_end = rank, now + self._slice
-            if rank in self._queue:
-                self._queue.remove(rank)
-            seconds = min(left, self._slice_end - now) if others else left
-            self._busy_until = now + seconds
-            return self._busy_until, left - seconds
-        if rank not in self._queue:
-            self._queue.append(rank)
-        later = TICK_SECONDS * (1 + self._queue.index(rank))
-        return max(now, self._busy_until) + later, left
+        core = self._core_of.get(rank)
+        keeps = core is not None and now >= self._busy_until[core] and not (others and self._is_over(core, now))
+        if not keeps:
+            core = self._free_core(now, core) if not self._queue or self._queue[0] == rank else None
+        if core is None:
+            if rank not in self._queue:
+                self._queue.append(rank)
+            later = TICK_SECONDS * (1 + self._queue.index(rank))
+            return max(now, min(self._busy_until)) + later, left
+        if self._owner[core] != rank or self._is_over(core, now):
+            self._give(core, rank)
+            self._slice_end[core] = now + self._slice * (1 + self._spread * self._rng.uniform(-1, 1))
+        if rank in self._queue:
+            self._queue.remove(rank)
+        seconds = min(left, self._slice_end[core] - now)  # others may come in the meantime
+        self._busy_until[core] = now + seconds
+        return now + seconds, left - seconds
 
     def keep(self, rank: int, until: float) -> None:
-        """Let a worker that has the core keep it until the given time, while it accesses memory."""
-        if rank == self._owner:
-            self._busy_until = max(self._busy_until, until)
+        """Let a worker that has a core keep it until the given time, while it accesses memory."""
+        core = self._core_of.get(rank)
+        if core is not None:
+            self._busy_until[core] = max(self._busy_until[core], until)
+
+    def _is_over(self, core: int, now: float) -> bool:
+        return now >= self._slice_end[core] - TICK_SECONDS
+
+    def _free_core(self, now: float, own: int | None) -> int | None:
+        """Return a core on which nobody computes, if possible the worker's own or one without an owner."""
+        if own is not None and self._busy_until[own] <= now:
+            return own
+        # The owner has called at the end of its computation, and may have continued.
+        free = [core for core, until in enumerate(self._busy_until) if until < now - TICK_SECONDS / 2 or not until]
+        return min(free, key=lambda core: self._owner[core] is not None, default=None)
+
+    def _give(self, core: int, rank: int) -> None:
+        """Make a worker the owner of a core, and of no other."""
+        former, before = self._owner[core], self._core_of.get(rank)
+        if former is not None:
+            del self._core_of[former]
+        if before is not None and before != core:
+            self._owner[before] = None
+        self._owner[core], self._core_of[rank] = rank, core

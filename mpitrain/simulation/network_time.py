@@ -8,14 +8,18 @@ and cores in the order of virtual time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
-from mpitrain.simulation.compute import ComputeTime, Core
+from mpitrain.simulation.compute import ComputeTime, Cores
 from mpitrain.simulation.network import Fabric, Network
 from mpitrain.simulation.schedules import ClockSchedule, Watched
+
+SLICE_SPREAD = 0.5
+"""The largest relative deviation of a time slice from the mean."""
 
 
 class NetworkTime(ClockSchedule):
@@ -26,7 +30,7 @@ class NetworkTime(ClockSchedule):
         network: The constants of the network.
         nodes: (p,) the node of each worker.
         cores: The number of cores of a node, which its workers share; None if each worker has its own core.
-        slice_seconds: The time slice of a core with several workers.
+        slice_seconds: The mean time slice of a core with several workers.
         starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
@@ -64,17 +68,17 @@ class NetworkTime(ClockSchedule):
 
     def computing(self, rank: int) -> bool:
         """Advance the worker's clock by the time of its gradient, or a part of it; return whether to call again."""
-        left, core = self._left[rank], self._cores[rank]
+        left, cores = self._left[rank], self._cores[rank]
         if left == 0:
             self._left[rank] = None
             return False
         if left is None:
             left = self._compute.draw(rank)
-        if core is None:
+        if cores is None:
             self._left[rank] = 0.0
             self._set(rank, self.clocks[rank] + left)
         else:
-            until, self._left[rank] = core.run(rank, float(self.clocks[rank]), left)
+            until, self._left[rank] = cores.run(rank, float(self.clocks[rank]), left)
             self._set(rank, until)
         return True
 
@@ -140,24 +144,20 @@ class NetworkTime(ClockSchedule):
     def _spend(self, rank: int, until: float) -> None:
         """Advance a clock while the worker uses its core."""
         self._set(rank, until)
-        core = self._cores[rank]
-        if core is not None:
-            core.keep(rank, until)
+        cores = self._cores[rank]
+        if cores is not None:
+            cores.keep(rank, until)
 
     def _set(self, rank: int, seconds: float) -> None:
         self.clocks[rank] = seconds
         self._turns.add((rank,))
 
 
-def _cores(nodes: Sequence[int], n_cores: int | None, slice_seconds: float) -> list[Core | None]:
-    """Return the core of each worker; None for a worker that has one for itself."""
-    if n_cores is None:
-        return [None] * len(nodes)
-    made: dict[tuple[int, int], Core] = {}
-    n_on_node: dict[int, int] = {}
-    cores: list[Core | None] = []
-    for node in nodes:
-        k = n_on_node.get(node, 0)
-        n_on_node[node] = k + 1
-        cores.append(made.setdefault((node, k % n_cores), Core(slice_seconds)))
-    return cores
+def _cores(nodes: Sequence[int], n_cores: int | None, slice_seconds: float) -> list[Cores | None]:
+    """Return the cores of each worker's node; None if each of its workers has a core of its own."""
+    made = {
+        node: Cores(n_cores, slice_seconds, spread=SLICE_SPREAD, seed=node)
+        for node, n_workers in Counter(nodes).items()
+        if n_cores is not None and n_workers > n_cores
+    }
+    return [made.get(node) for node in nodes]

@@ -1,8 +1,11 @@
 """The constants of a cluster, fitted to the metrics of a real run, for ``mpitrain simulate --calibrate``.
 
-    gradient     the time per step * the share of computation * the number of cores per rank (at most 1)
+    gradient     the time of computation per step; its CPU time if ranks shared cores
     exchange     the time per exchange without waiting, as a bandwidth: from one run, a latency cannot be told from it
     time slice and jitter    the values for which the simulated staleness is closest to the staleness of the run
+
+A rank that shares a core stops while others compute, and its times say nothing about its own work. The CPU time of its
+steps does, and it is divided between computation and exchanges in the proportion of their times.
 
 The distance of two histograms is their total variation, half the sum of the absolute differences of their frequencies.
 """
@@ -44,6 +47,7 @@ class Measured:
         algorithm, settings: The method and its settings.
         nodes: (ranks,) the node of each rank.
         step_seconds: The time between two steps of a rank.
+        cpu_seconds: The CPU time of a step.
         compute_share, exchange_share: The fractions of this time that a rank spends on computation and on exchanges.
             The rest is waiting.
         exchanges_per_step: The number of exchanges of a rank per step.
@@ -55,6 +59,7 @@ class Measured:
     settings: Mapping[str, Any]
     nodes: tuple[int, ...]
     step_seconds: float
+    cpu_seconds: float
     compute_share: float
     exchange_share: float
     exchanges_per_step: float
@@ -79,6 +84,7 @@ def measured(run: Path) -> Measured:
             settings=result["settings"],
             nodes=tuple(nodes),
             step_seconds=result["seconds"] * len(nodes) / steps,
+            cpu_seconds=result["cpu_seconds"] / steps,
             compute_share=shares["compute"],
             exchange_share=shares["exchange"],
             exchanges_per_step=float(np.nanmax(tables["progress"]["exchanges"])) / steps,
@@ -104,10 +110,12 @@ def calibrated(run: Path, cores: int | None = None) -> dict[str, Any]:
     found = measured(run)
     per_node = max(found.nodes.count(node) for node in set(found.nodes))
     n_cores = _cores(run) if cores is None else cores
-    share = min(1.0, n_cores / per_node)
-    step = found.step_seconds * found.compute_share * share
-    options = {"network": "loggp", "workers_per_node": per_node, "cores": n_cores, "step_seconds": step}
-    exchange = found.step_seconds * found.exchange_share * share / max(found.exchanges_per_step, 1e-12)
+    compute, exchange = found.step_seconds * found.compute_share, found.step_seconds * found.exchange_share
+    if n_cores < per_node:
+        factor = found.cpu_seconds / max(compute + exchange, 1e-12)
+        compute, exchange = factor * compute, factor * exchange
+    options = {"network": "loggp", "workers_per_node": per_node, "cores": n_cores, "step_seconds": compute}
+    exchange /= max(found.exchanges_per_step, 1e-12)
     if exchange > 0 and found.exchanges_per_step > 0:
         link = "node_bandwidth" if len(set(found.nodes)) == 1 else "bandwidth"
         options[link] = found.vector_bytes / exchange

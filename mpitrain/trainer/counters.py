@@ -13,7 +13,7 @@ from mpitrain.collectives.world.world import World
 LOSS_MEMORY = 0.95
 """The memory of the running mean of the loss."""
 
-COUNTERS = ("steps", "loss", *SHARES, "bytes", "n_nonfinite", "n_clipped", "exchanges", "lock_wait")
+COUNTERS = ("steps", "loss", *SHARES, "cpu", "bytes", "n_nonfinite", "n_clipped", "exchanges", "lock_wait")
 HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
 METHOD_PREFIX = "method_"
 """Precedes the names of the method's own metrics on the scoreboard."""
@@ -37,6 +37,7 @@ class Totals:
         self.gradients, self.bytes = int(scoreboard["steps"].sum()), int(scoreboard["bytes"].sum())
         self.n_nonfinite, self.exchanges = int(scoreboard["n_nonfinite"].sum()), int(scoreboard["exchanges"].sum())
         self.n_clipped = int(scoreboard["n_clipped"].sum())
+        self.cpu_seconds = float(scoreboard["cpu"].sum())
         self.lock_wait_seconds = float(scoreboard["lock_wait"].sum())
         self.scoreboard = scoreboard
         counts = np.isfinite(scoreboard["loss"]) & (scoreboard["steps"] > 0)
@@ -70,7 +71,14 @@ class Counters:
         self._loss = loss if np.isnan(self._loss) else LOSS_MEMORY * self._loss + (1 - LOSS_MEMORY) * loss
 
     def publish(
-        self, *, step: int, compute: float, exchange: float, statistics: Statistics, metrics: Mapping[str, float]
+        self,
+        *,
+        step: int,
+        compute: float,
+        exchange: float,
+        cpu: float,
+        statistics: Statistics,
+        metrics: Mapping[str, float],
     ) -> None:
         """Publish this rank's counters. Local.
 
@@ -78,6 +86,7 @@ class Counters:
             step: The number of gradients of this rank. In a run that was continued on another number of ranks, it
                 includes this rank's share of the gradients from before.
             compute, exchange: The seconds of computation and of exchanges so far; exchanges include waiting.
+            cpu: The CPU time of this rank so far, in seconds.
             statistics: The statistics of the exchanges.
             metrics: The method's own metrics of this worker.
         """
@@ -87,6 +96,7 @@ class Counters:
             compute=compute,
             exchange=max(exchange - statistics.wait_seconds, 0.0),
             waiting=statistics.wait_seconds,
+            cpu=cpu,
             bytes=statistics.bytes_sent,
             n_nonfinite=int(statistics.n_nonfinite),
             n_clipped=statistics.n_clipped,

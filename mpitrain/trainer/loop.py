@@ -108,7 +108,7 @@ def _train(run: Run) -> dict[str, Any]:
     run.clock.start()
     run.hooks.on_start(run)
     while not run.is_over:
-        began, exchange_before = time.perf_counter(), optimizer.exchange_seconds
+        began, exchange_before, cpu_before = time.perf_counter(), optimizer.exchange_seconds, time.process_time()
         x, y = batches.draw(run.position)
         optimizer.zero_grad()
         loss = passes.backward(x, y)
@@ -117,7 +117,7 @@ def _train(run: Run) -> dict[str, Any]:
         run.faults.act(run.step + 1, time.perf_counter() - began, model)
         passes.step(optimizer, loss)
         losses.add(value)
-        run.end_step(value, began, exchange_before)
+        run.end_step(value, began, exchange_before, cpu_before)
         run.hooks.on_step(run)
     run.hooks.on_last_step(run)
     run.is_ending = True

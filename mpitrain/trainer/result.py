@@ -41,6 +41,7 @@ def document(run: Run) -> dict[str, Any]:
         "n_clipped": totals.n_clipped,
         "samples_per_second": plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
         "shares": totals.shares,
+        "cpu_seconds": totals.cpu_seconds,
         "parameters": run.optimizer.n_parameters,
         "evaluation": [vars(point) for point in run.points],
         "out": None if run.folder is None else str(run.folder),

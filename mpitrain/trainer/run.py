@@ -175,6 +175,7 @@ class Run:
         steps_before, gradients_before: The amounts by which ``position`` and ``gradients`` exceed ``step``. They are 0,
             except in a run that was continued on another number of ranks.
         compute_seconds: The time that this rank has spent outside exchanges.
+        cpu_seconds: The CPU time of all threads of this rank during its steps.
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
@@ -202,6 +203,7 @@ class Run:
     steps_before: int = 0
     gradients_before: int = 0
     compute_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     points: list[Point] = field(default_factory=list)
     is_leader: bool = False
     is_ending: bool = False
@@ -248,17 +250,19 @@ class Run:
         """
         self.stop_requested = self.stop_requested or reason
 
-    def end_step(self, loss: float, began: float, exchange_before: float) -> None:
+    def end_step(self, loss: float, began: float, exchange_before: float, cpu_before: float) -> None:
         """Count a step. Local.
 
         Args:
             loss: The loss of the mini-batch.
             began: ``time.perf_counter()`` at the beginning of the step.
             exchange_before: The optimizer's ``exchange_seconds`` at the beginning of the step.
+            cpu_before: ``time.process_time()`` at the beginning of the step.
         """
         self.step += 1
         exchange = self.optimizer.exchange_seconds - exchange_before
         self.compute_seconds += time.perf_counter() - began - exchange
+        self.cpu_seconds += time.process_time() - cpu_before
         self.counters.add_loss(loss)
         self.publish()
         self.look_for_lead()
@@ -271,6 +275,7 @@ class Run:
             step=self.gradients,
             compute=self.compute_seconds,
             exchange=self.optimizer.exchange_seconds,
+            cpu=self.cpu_seconds,
             statistics=self.optimizer.statistics,
             metrics=self.optimizer.metrics(),
         )

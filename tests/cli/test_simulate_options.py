@@ -115,6 +115,7 @@ def calibrate(run: Run, tmp_path: Path, **_: Any) -> None:
         "parameters": 10,
         "steps_of_ranks": [100],
         "shares": {"compute": 0.5, "exchange": 0.0},
+        "cpu_seconds": 25.0,
         "world": {"ranks_of_node": [1]},
     }
     (tmp_path / "result.json").write_text(json.dumps(document))

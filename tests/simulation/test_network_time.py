@@ -8,7 +8,7 @@ from support.quadratic import simulate
 
 from mpitrain.algorithms import EASGD, AllReduceSGD, Downpour, GossipSGD
 from mpitrain.collectives.rma.peer_memory import LARGEST_REMOTE_SHARD, SMALLEST_REMOTE_SHARD
-from mpitrain.simulation.compute import ComputeTime, Core
+from mpitrain.simulation.compute import ComputeTime, Cores
 from mpitrain.simulation.network import REQUEST_BYTES, Fabric, Network
 from mpitrain.simulation.network_time import NetworkTime
 from mpitrain.simulation.world import SimulatedWorld
@@ -71,13 +71,32 @@ def test_a_busy_server_bounds_the_steps_of_all_workers():
 
 def test_two_workers_on_a_core_take_twice_as_long():
     for method in (AllReduceSGD(), EASGD(period=1)):
-        found = clocks(method, 4, 50, Network(), nodes=[0] * 4, cores=2, slice_seconds=3.0, step_seconds=0.1)
-        np.testing.assert_allclose(found.max(), 2 * 50 * 0.1, rtol=1e-3)
+        found = clocks(method, 4, 5, Network(), nodes=[0] * 4, cores=2, slice_seconds=3e-4, step_seconds=0.1)
+        np.testing.assert_allclose(found.max(), 2 * 5 * 0.1, rtol=0.03)
 
 
 def test_workers_on_cores_of_their_own_are_not_delayed():
     found = clocks(EASGD(period=1), 4, 50, Network(), nodes=[0] * 4, cores=4, step_seconds=0.1)
     np.testing.assert_allclose(found, 5.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("p", "n_cores"), [(3, 2), (5, 2), (7, 3)])
+def test_workers_move_to_idle_cores(p, n_cores):
+    """The cores of a node are busy as long as any worker has something to compute, so p workers take p/cores times."""
+    found = clocks(AllReduceSGD(), p, 5, Network(), nodes=[0] * p, cores=n_cores, slice_seconds=3e-4, step_seconds=0.1)
+    np.testing.assert_allclose(found.max(), 5 * 0.1 * p / n_cores, rtol=0.04)
+
+
+def test_a_worker_that_waits_gets_the_first_core_that_is_free():
+    cores = Cores(2, 2.0)
+    assert cores.run(0, 0.0, 1.5) == (1.5, 0.0)
+    assert cores.run(1, 0.0, 1.0) == (1.0, 0.0)
+    assert cores.run(2, 0.25, 4.0) == (pytest.approx(1.0), 4.0)  # waits for worker 1
+    assert cores.run(1, 1.0, 3.0) == (pytest.approx(2.0), 2.0)  # to the end of its slice
+    assert cores.run(2, 1.0 + 1e-9, 4.0) == (pytest.approx(1.5), 4.0)  # now the core of worker 0 is free first
+    assert cores.run(2, 1.5 + 1e-9, 4.0) == (pytest.approx(3.5), pytest.approx(2.0))
+    cores.keep(1, 3.0)
+    assert cores.run(0, 1.6, 1.0) == (pytest.approx(3.0), 1.0)
 
 
 def share_of_fresh_visits(slice_seconds):
@@ -95,7 +114,7 @@ def test_long_slices_make_the_visits_of_a_worker_follow_each_other():
 
 
 def test_a_core_goes_round_its_workers():
-    core = Core(2.0)
+    core = Cores(1, 2.0)
     assert core.run(0, 0.0, 1.0) == (1.0, 0.0)
     assert core.run(1, 0.5, 3.0) == (pytest.approx(1.0), 3.0)  # waits
     assert core.run(0, 1.0, 5.0) == (2.0, 4.0)  # to the end of its slice

@@ -14,7 +14,7 @@ from mpitrain.trainer.calibration import calibrated, measured, simulated_stalene
 from mpitrain.trainer.metrics import tables
 
 
-def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1), histogram=None, host=None):
+def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1), cpu=36.0, histogram=None, host=None):
     """A run of DOWNPOUR with 1000 steps and exchanges of each rank and a model of 1000 parameters."""
     p = sum(ranks_of_node)
     folder.mkdir()
@@ -28,6 +28,7 @@ def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1
         "seconds": seconds,
         "steps_of_ranks": [1000] * p,
         "parameters": 1000,
+        "cpu_seconds": cpu,
         "shares": dict(zip(("compute", "exchange", "waiting"), shares, strict=True)),
         "world": {"ranks_of_node": list(ranks_of_node), "hosts": [host or socket.gethostname()]},
     }
@@ -35,10 +36,12 @@ def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1
     return folder
 
 
-def test_gradients_take_the_computing_share_of_a_step_times_the_cores_of_a_rank(tmp_path):
-    run = write_run(tmp_path / "run")
+def test_gradients_take_the_computing_share_of_a_step_or_of_its_cpu_time_on_shared_cores(tmp_path):
+    run = write_run(tmp_path / "run", cpu=28.0)
     assert calibrated(run, 8)["step_seconds"] == pytest.approx(0.02 * 0.6)
-    assert calibrated(run, 2)["step_seconds"] == pytest.approx(0.02 * 0.6 * 2 / 4)
+    shared = calibrated(run, 2)
+    assert shared["step_seconds"] == pytest.approx(0.007 * 0.6 / 0.9)
+    assert shared["node_bandwidth"] == pytest.approx(4 * 1000 / (0.007 * 0.3 / 0.9))
     assert calibrated(run)["cores"] == len(os.sched_getaffinity(0))
 
 
