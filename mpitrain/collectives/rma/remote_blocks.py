@@ -173,12 +173,12 @@ class RemoteBlocks:
 
     def _start_more(self, awaited: deque[int], encoded: bool) -> None:
         """Start to fetch blocks while the window is open."""
-        requested = [fetch.n_bytes for fetch in self._fetches if not fetch.granted]
+        requested = [(fetch.block.place.server, fetch.n_bytes) for fetch in self._fetches if not fetch.granted]
         while awaited:
-            n_bytes = self._memory.lengths[awaited[0]] * self._itemsize
-            if not self.window.admits(requested, n_bytes):
+            n_bytes, server = self._memory.lengths[awaited[0]] * self._itemsize, self._places.place(awaited[0]).server
+            if not self.window.admits(requested, server, n_bytes):
                 break
-            requested.append(n_bytes)
+            requested.append((server, n_bytes))
             # A block takes a round trip to come and another one to go.
             if not self._free and len(self.staging) < 2 * (2 + self.window.n_bytes // n_bytes):
                 self._add_staging_buffers(1)
