@@ -2,7 +2,7 @@
 
     python -m benchmarks.chaos --kills 20 [--ranks 4] [--algorithms easgd,gossip] [--aim checkpoint] [--seed 1] [--json]
     python -m benchmarks.chaos --kills 40 --algorithms synchronous
-    python -m benchmarks.chaos --kills 40 --nodes 2         the ranks are on two emulated nodes
+    python -m benchmarks.chaos --kills 40 --nodes 2         the ranks are on two emulated nodes (also synchronous ones)
     python -m benchmarks.chaos --kills 40 --hosts 2         and on two hosts of this machine (network/hosts.sh; root)
     python -m benchmarks.chaos --whole-job 100      whole jobs are killed and resumed (``chaos_jobs``)
     python -m benchmarks.chaos --full-disk 200      checkpoints on a disk that fills up (``chaos_files``)
@@ -52,8 +52,8 @@ from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
 
 ALGORITHMS = "easgd,eamsgd,easgd-tree,downpour,adag,gossip,gosgd,adpsgd"
-BETWEEN_NODES = "easgd,eamsgd,aeasgd,downpour,adownpour,adag,gossip,gosgd,adpsgd,zealous"
-"""On several nodes, where all ranks of ``easgd-tree`` end."""
+BETWEEN_NODES = "easgd,eamsgd,aeasgd,easgd-tree,downpour,adownpour,adag,gossip,gosgd,adpsgd,zealous"
+"""On several nodes."""
 
 SYNCHRONOUS = "synchronous"
 """Stands for all methods that wait for each other by default."""

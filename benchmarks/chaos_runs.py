@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 300.0
 """Of a run: one that hangs is lost."""
 
-OTHERS = r"sm_segment\..*0000\.\d+|sem\.mp-.*"
-"""Names of files of other programs: of MPI processes that no launcher started, and of Python's multiprocessing."""
+OTHERS = r"sm_segment\..*0000\.\d+|sem\.mp-.*|mpitrain-test-.*"
+"""Names of files of others: MPI processes that no launcher started, Python's multiprocessing, tests of mpitrain."""
 
 
 def finished(

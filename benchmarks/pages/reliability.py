@@ -36,9 +36,9 @@ def what_survives(method: Method) -> list[str]:
         uneven = "inside `join()`" if method.can_join else "no"
         here, lead = (CONTINUES, "the next rank leads") if method.can_lose_workers else (ENDS, ENDS)
         waits = "for its neighbours" if "topology" in method.settings() else "for all ranks"
-        return [f"`{method.name}`", waits, here, lead, ENDS, uneven, infinity]
-    elsewhere = "the others go on" if method.can_lose_nodes else ENDS
-    return [f"`{method.name}`", "for locks only", "the others go on", "the next rank leads", elsewhere, "yes", infinity]
+        return [f"`{method.name}`", waits, here, lead, here, uneven, infinity]
+    goes_on = "the others go on"
+    return [f"`{method.name}`", "for locks only", goes_on, "the next rank leads", goes_on, "yes", infinity]
 
 
 def what_goes_on(method: Method) -> list[str]:

@@ -76,9 +76,8 @@ class MPICommunicator(PeerMemory):
             return
         if self.world.service is None:
             raise UsageError(
-                f"wire {self._wire} needs progress threads between the nodes. They exist among all ranks (not in "
-                "replica groups or the tree of easgd_tree), with MPI_THREAD_MULTIPLE, and without "
-                "MPITRAIN_BETWEEN_NODES=windows. Otherwise remove wire"
+                f"wire {self._wire} needs progress threads between the nodes. They exist with MPI_THREAD_MULTIPLE and "
+                "without MPITRAIN_BETWEEN_NODES=windows. Otherwise remove wire"
             )
         if transport is not None and (transport.in_place or transport.sums):
             raise UsageError(
@@ -107,7 +106,7 @@ class MPICommunicator(PeerMemory):
         """Return a window of more ranks as one of these ranks, which can be all-reduced. Collective.
 
         Args:
-            window: The window of a world of which these ranks are a part, all on one node.
+            window: The window of a world of which these ranks are a part. Between nodes, they need progress threads.
         """
         adopted = window.of_part(self.world)
         self._allreduce.prepare(adopted)

@@ -34,7 +34,7 @@ from mpitrain.optimizer.local_replica import LocalReplica, ReplicaOptions
 from mpitrain.optimizer.replica_group import check_replica_size
 from mpitrain.optimizer.state import OptimizerState, Owner, describe
 from mpitrain.optimizer.step import LocalUpdate, Loss, ParamGroups, Stepper
-from mpitrain.optimizer.survivors import check_on_failure
+from mpitrain.optimizer.survivors import prepare_for_deaths
 
 _open: weakref.WeakSet[DistributedOptimizer] = weakref.WeakSet()
 """Optimizers that are not closed."""
@@ -93,7 +93,7 @@ class DistributedOptimizer(LinkedOptimizer):
         fitness: A function that returns the loss of the model on held-out data, for methods that rank workers by it
             (``neuroevolution``). It is called without gradients, and must set train or eval mode itself.
         on_failure: For synchronous methods, whether the other ranks ``"stop"`` or ``"continue"`` when a rank dies; see
-            docs/reliability.md. Continuing needs Open MPI 5, ``mpirun --with-ft ulfm`` and all ranks on one node.
+            docs/reliability.md. Continuing needs Open MPI 5 and ``mpirun --with-ft ulfm``.
 
     Attributes:
         world: All ranks.
@@ -138,9 +138,7 @@ class DistributedOptimizer(LinkedOptimizer):
         equal |= {"fitness": "absent" if fitness is None else "given", "on_failure": on_failure}
         check_equal(base, model, method, self.world, equal)
         check_replica_size(replica_size, self.world)
-        check_on_failure(on_failure, method, self.world, replica_size=replica_size, has_average=average is not None)
-        if self.world.n_nodes > 1 and (method.is_synchronous or not method.can_lose_nodes or replica_size > 1):
-            self.world.fault_tolerance.leave_no_survivors()
+        prepare_for_deaths(on_failure, method, self.world, replica_size=replica_size, has_average=average is not None)
         layout = FlatLayout(base.param_groups)
         checks.check_memory(base, model)
         super().__init__(base)

@@ -16,6 +16,7 @@ from mpitrain.algorithms.base.method import Method
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.collectives.mpi import MPICommunicator
 from mpitrain.collectives.rma.window import Window
+from mpitrain.collectives.world.ranks import revoke_all
 from mpitrain.collectives.world.world import World, part_of, revoke
 from mpitrain.errors import RankFailed, UsageError
 
@@ -33,16 +34,38 @@ def check_on_failure(
     surviving.check_on_failure(on_failure, method, replica_size=replica_size, has_average=has_average)
     if on_failure == "stop" or not method.is_synchronous or world.size == 1:
         return
-    if not world.survives_failures or world.n_nodes > 1 or world.gpu is not None:
+    if not world.survives_failures or world.gpu is not None:
         raise UsageError(
             "on_failure=continue needs ranks that survive the death of another: Open MPI 5 with mpirun --with-ft ulfm, "
-            "all ranks on one node, and vectors in host memory; otherwise use stop",
+            "and vectors in host memory; otherwise use stop",
+            on_all_ranks=True,
+        )
+    if world.n_nodes > 1 and world.service is None:
+        raise UsageError(
+            "on_failure=continue needs messages between the nodes, but MPITRAIN_BETWEEN_NODES=windows is set: remove "
+            "it, or use stop",
             on_all_ranks=True,
         )
     try:
         method.check_size(world.size - 1)
     except UsageError as error:
         raise UsageError(f"on_failure=continue is not possible here: {error}; use stop", on_all_ranks=True) from None
+
+
+def prepare_for_deaths(
+    on_failure: str, method: Method, world: World, *, replica_size: int = 1, has_average: bool = False
+) -> None:
+    """Check that the ranks can do what ``on_failure`` says, and let a death end all ranks if none can continue. Local.
+
+    Without this, a rank could wait for ever for a rank of another node that has not learned of the death.
+
+    Raises:
+        UsageError: See ``check_on_failure``.
+    """
+    check_on_failure(on_failure, method, world, replica_size=replica_size, has_average=has_average)
+    waits = method.is_synchronous and on_failure == "stop"
+    if world.n_nodes > 1 and (waits or replica_size > 1):
+        world.fault_tolerance.leave_no_survivors()
 
 
 class Survivors:
@@ -73,6 +96,8 @@ class Survivors:
 
     def agree(self, succeeded: bool) -> bool:
         """Return whether all ranks have succeeded and none has died, with the same result on all. Collective."""
+        if not succeeded:
+            revoke(self._part)  # between nodes, a rank may wait for this one without knowing the dead one
         with self._part.waiting("an agreement"):
             return self._part.fault_tolerance.agree(succeeded)
 
@@ -91,7 +116,12 @@ class Survivors:
         before = self.members
 
         def form(comm: Any) -> tuple[World, MPICommunicator, list[int], T]:
-            part = part_of(self._world, comm.Dup(), repeats=False)
+            own = comm.Dup()
+            try:
+                part = part_of(self._world, own, repeats=False)
+            except Exception:
+                revoke_all(own)
+                raise
             try:
                 members = [self._world.members.index(member) for member in part.members]
                 workers = MPICommunicator(part, self._statistics, wire=self._wire)

@@ -5,23 +5,54 @@ from types import SimpleNamespace
 import pytest
 
 from mpitrain import DPSGD, EASGD, AllReduceSGD, RobustSGD, UsageError
-from mpitrain.optimizer.survivors import check_on_failure
+from mpitrain.optimizer.survivors import check_on_failure, prepare_for_deaths
 
 
-def world(size=4, *, survives=True, n_nodes=1, gpu=None):
-    return SimpleNamespace(size=size, survives_failures=survives, n_nodes=n_nodes, gpu=gpu)
+def world(size=4, *, survives=True, n_nodes=1, gpu=None, service=None):
+    ends = []
+    tolerance = SimpleNamespace(leave_no_survivors=lambda: ends.append(True), ends=ends)
+    facts = {"survives_failures": survives, "n_nodes": n_nodes, "gpu": gpu, "service": service}
+    return SimpleNamespace(size=size, fault_tolerance=tolerance, **facts)
+
+
+def between_nodes():
+    return world(n_nodes=2, service=object())
 
 
 @pytest.mark.parametrize(
     "ranks",
-    [world(survives=False), world(n_nodes=2), world(gpu=object())],
-    ids=["without ulfm", "two nodes", "on GPUs"],
+    [world(survives=False), world(gpu=object())],
+    ids=["without ulfm", "on GPUs"],
 )
 def test_ranks_that_end_with_the_dead_cannot_continue(ranks):
     check_on_failure("stop", AllReduceSGD(), ranks)
     with pytest.raises(UsageError, match=r"on_failure=continue needs .* mpirun --with-ft ulfm") as error:
         check_on_failure("continue", AllReduceSGD(), ranks)
     assert error.value.on_all_ranks
+
+
+def test_windows_between_nodes_do_not_survive_a_death():
+    check_on_failure("continue", AllReduceSGD(), between_nodes())
+    with pytest.raises(UsageError, match=r"MPITRAIN_BETWEEN_NODES=windows is set: remove it, or use stop") as error:
+        check_on_failure("continue", AllReduceSGD(), world(n_nodes=2))
+    assert error.value.on_all_ranks
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "ends"),
+    [
+        pytest.param(AllReduceSGD(), {"on_failure": "stop"}, True, id="all-reduce, stop"),
+        pytest.param(AllReduceSGD(), {"on_failure": "continue"}, False, id="all-reduce, continue"),
+        pytest.param(EASGD(), {"on_failure": "stop"}, False, id="EASGD"),
+        pytest.param(EASGD(), {"on_failure": "stop", "replica_size": 2}, True, id="EASGD of replica groups"),
+    ],
+)
+def test_a_death_ends_all_ranks_of_several_nodes_where_ranks_wait_for_each_other(method, options, ends):
+    ranks, node = between_nodes(), world()
+    prepare_for_deaths(method=method, world=ranks, **options)
+    prepare_for_deaths(method=method, world=node, **options)
+    assert ranks.fault_tolerance.ends == [True] * ends
+    assert not node.fault_tolerance.ends
 
 
 def test_asynchronous_methods_and_single_ranks_accept_it_anywhere():

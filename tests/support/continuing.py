@@ -1,6 +1,6 @@
-"""Run on ranks, by test_continuing.py: several synchronous methods in turn, and one rank is killed between two of them.
+"""Run on ranks, by test_continuing.py: several synchronous methods in turn, and ranks are killed between two of them.
 
-    continuing.py VICTIM STEP N_STEPS
+    continuing.py VICTIM:STEP,VICTIM:STEP N_STEPS
 
 Rank i minimizes h_i (x - b_i)^2 / 2. In its step number STEP (from 0), rank VICTIM is killed after the step of the
 first method. Each survivor prints a JSON document with the parameters of each method and what it knows of the others.
@@ -28,11 +28,13 @@ METHODS: dict[str, Method] = {
     "localsgd": mpitrain.LocalSGD(period=4),
     "slowmo": mpitrain.SlowMo(period=4),
     "dpsgd": mpitrain.DPSGD(),
+    "sgp": mpitrain.StochasticGradientPush(),
 }
 
 
 def main() -> None:
-    victim, step, n_steps = map(int, sys.argv[1:])
+    kills = [tuple(map(int, kill.split(":"))) for kill in sys.argv[1].split(",")]
+    n_steps = int(sys.argv[2])
     world = mpitrain.init()
     do_without_compiler()  # its import takes a second on every rank
     models, optimizers = {}, {}
@@ -42,7 +44,7 @@ def main() -> None:
         optimizers[name] = DistributedOptimizer(base, models[name], method, on_failure="continue")
     for t in range(n_steps):
         for name, optimizer in optimizers.items():
-            if (world.rank, t, name) == (victim, step, "localsgd"):
+            if (world.rank, t) in kills and name == "localsgd":
                 os.kill(os.getpid(), signal.SIGKILL)
             x = models[name][0]
             x.grad = H[world.rank] * (x.detach() - B[world.rank])

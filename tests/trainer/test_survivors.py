@@ -142,18 +142,19 @@ def test_the_next_rank_takes_the_lead_of_a_run_whose_rank_0_died(tmp_path: Path)
 
 NODES = {"MPITRAIN_EMULATED_NODES": "2"}  # of 4 ranks: 0 and 1, 2 and 3
 LOSSES = {
-    "the other node, rank by rank": ("eamsgd", "kill:rank=3,step=30", "kill:rank=2,step=90"),
-    "the node of rank 0, which has the center": ("downpour", "kill:rank=0,step=30", "kill:rank=1,step=90"),
+    "the other node, rank by rank": ("easgd-tree", "degree=2", "kill:rank=3,step=30", "kill:rank=2,step=90"),
+    "the node of rank 0, which has the center": ("downpour", "period=5", "kill:rank=0,step=30", "kill:rank=1,step=90"),
 }
 
 
 @pytest.fixture(scope="module", params=LOSSES.values(), ids=LOSSES)
 def without_a_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """A run on two nodes that loses first one rank of a node, and then the other one."""
-    method, *kills = request.param
+    method, setting, *kills = request.param
     run = tmp_path_factory.mktemp("nodes") / "run"
     faults = [word for kill in kills for word in ("--inject", kill)]
-    arguments = ["--algorithm", method, *faults, "--gradients", "1500", "--checkpoint-every", "200", "--out", str(run)]
+    arguments = ["--algorithm", method, "--set", setting, *faults, "--gradients", "1500"]
+    arguments += ["--checkpoint-every", "200", "--out", str(run)]
     return train(4, -1, *arguments, **NODES), run
 
 
@@ -182,11 +183,13 @@ def test_its_checkpoints_are_complete(without_a_node: tuple[Finished, Path]) -> 
 
 @pytest.mark.parametrize(
     ("method", "environment"),
-    [("allreduce", NODES), ("easgd-tree", NODES), ("easgd", {**NODES, "MPITRAIN_BETWEEN_NODES": "windows"})],
-    ids=["synchronous", "parts of the ranks", "windows"],
+    [(["allreduce"], {}), (["easgd", "--replica-size", "2"], {}), (["easgd"], {"MPITRAIN_BETWEEN_NODES": "windows"})],
+    ids=["synchronous", "replica groups", "windows"],
 )
-def test_where_a_death_leaves_nobody_who_can_continue_all_ranks_end(method: str, environment: dict[str, str]) -> None:
-    done = train(4, 2, "--algorithm", method, "--minutes", "100", **environment)
+def test_where_a_death_leaves_nobody_who_can_continue_all_ranks_end(
+    method: list[str], environment: dict[str, str]
+) -> None:
+    done = train(4, 2, "--algorithm", *method, "--minutes", "100", **NODES, **environment)
     assert done.returncode == 1, done.output
     assert "rank 2 of 4 died, with memory that the others need: resume from the newest checkpoint" in done.output
 
@@ -238,10 +241,13 @@ def test_without_deaths_fault_tolerance_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
-    """A synchronous run whose rank 0 dies, after a checkpoint of 3 ranks and before one of 2."""
+    """A synchronous run on two nodes whose rank 0 dies, after a checkpoint of 3 ranks and before one of 2.
+
+    Ranks 0 and 1 share a node, so that each node has one survivor.
+    """
     run = tmp_path_factory.mktemp("continued") / "run"
     options = ["--steps", "60", "--checkpoint-every", "20", "--on-failure", "continue", "--out", str(run)]
-    return train(3, 0, "--algorithm", "allreduce", *options), run
+    return train(3, 0, "--algorithm", "allreduce", *options, **NODES), run
 
 
 def test_a_synchronous_run_continues_without_its_lead(continued: tuple[Finished, Path]) -> None:

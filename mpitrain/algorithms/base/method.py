@@ -70,8 +70,6 @@ class Method(ABC):
             (``DistributedOptimizer.join``).
         starts_at: The checkpoint entry with the parameters from which all workers start when a run continues with a
             different number of workers. With None, they start from the mean of all workers' parameters.
-        can_lose_nodes: Whether the workers of an asynchronous method can continue after the death of one on another
-            node.
         can_lose_workers: Whether the workers of a synchronous method can continue after the death of one of them
             (``base.surviving``).
         lost: A description of what is lost with a worker, apart from its local steps since the last exchange.
@@ -98,7 +96,6 @@ class Method(ABC):
     can_join: ClassVar[bool] = True
     starts_at: ClassVar[str | None] = None
     averages_optimizer: ClassVar[bool] = True
-    can_lose_nodes: ClassVar[bool] = True
     can_lose_workers: ClassVar[bool] = True
     lost: ClassVar[str] = ""
     goes_on: ClassVar[str] = "mean of the parameters and of the optimizer states"

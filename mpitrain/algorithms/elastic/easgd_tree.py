@@ -93,7 +93,6 @@ class EASGDTree(Method):
     grad_point: str = choice("pre", "gradient before or after the exchange", ("pre", "post"))
 
     name: ClassVar[str] = "easgd-tree"
-    can_lose_nodes: ClassVar[bool] = False  # its inner nodes belong to parts of the ranks
     summary: ClassVar[str] = "elastic averaging over a tree of centers, fast nearby and slow far away"
     source: ClassVar[str] = "Zhang 2016, arXiv 1605.02216, chapter 6"
     averages_optimizer: ClassVar[bool] = False

@@ -137,8 +137,9 @@ class SGPWorker(Worker):
         weights: list[float] = []
 
         def weight_of(peer: int) -> float:
+            weights.clear()
             self.comm.read(self._shown, peer, lambda w: weights.append(float(w[0])))
-            return weights[-1]
+            return weights[0] if weights else 0.0  # a lost peer has no vector either
 
         mean_of(range(self.comm.size), lambda peer, fn: self.comm.read(self.x, peer, fn), out, weight_of)
 

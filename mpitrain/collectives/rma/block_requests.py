@@ -11,7 +11,7 @@ from mpitrain.collectives.rma.blocks import Block
 from mpitrain.collectives.rma.heirs import Place, Places
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
-from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.collectives.world.service import Service
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.transfers import Arrays, ServerLost, Transfer
 from mpitrain.errors import RankFailed
@@ -45,7 +45,7 @@ class BlockRequests:
     Args:
         memory: The memory of all blocks.
         locks: The locks of the blocks.
-        progress: The progress thread of this rank.
+        progress: The requests of this rank to other progress threads.
         statistics: The counters of bytes.
         places: The places of the blocks.
         wire: The buffers of encoded blocks; None without encoding.
@@ -58,7 +58,7 @@ class BlockRequests:
         self,
         memory: BlockMemory,
         locks: RemoteLocks,
-        progress: ProgressThread,
+        progress: Service,
         statistics: Statistics,
         places: Places,
         wire: WireBuffers | None,

@@ -4,6 +4,8 @@ A lock word holds a version and an owner::
 
     word = version << 24 | owner + 1        owner bits 0: free
 
+The owner is a rank of the run, also in the words of a part of its ranks: compiled code compares it with the dead.
+
 One compare-and-swap acquires the lock and returns its version. A second one releases the lock and counts the update.
 One compare-and-swap also takes the lock over from a rank that is known to be dead, whereas an exclusive
 ``MPI_Win_lock`` of a dead rank is lost for ever and does not tell its owner. The version is read while the lock
@@ -39,6 +41,11 @@ SLEEP_SECONDS = 50e-6
 LONGEST_SLEEP_SECONDS = 1e-3
 
 
+def owner_bits(world: World) -> int:
+    """Return the owner bits of this rank in the lock words of a world, which may be a part of the run. Local."""
+    return world.members[world.rank] + 1
+
+
 class LockTable:
     """A table of locks whose words are distributed over the ranks. Collective to create and to free.
 
@@ -53,7 +60,8 @@ class LockTable:
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._world = world
-        self._me = world.rank + 1
+        self._me = owner_bits(world)
+        self._rank_of = {member: rank for rank, member in enumerate(world.members)}
         self.orders_memory = world.n_nodes == 1
         self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
 
@@ -74,9 +82,9 @@ class LockTable:
         if before_wait is not None:
             before_wait()
         began, n_waits = time.perf_counter(), 0
-        with self._world.waiting("a lock", lambda: [(found & OWNER_MASK) - 1]) as wait:
+        with self._world.waiting("a lock", lambda: [self._owner(found)]) as wait:
             while found & OWNER_MASK:
-                if (found & OWNER_MASK) - 1 not in self._world.dead:
+                if self._owner(found) not in self._world.dead:
                     if n_waits:  # most owners release the lock before the next poll
                         self._back_off(n_waits)
                     n_waits += 1
@@ -116,7 +124,11 @@ class LockTable:
     def owner(self, home: int, index: int) -> int | None:
         """Return the rank that holds a lock; None if it is free. Local."""
         found = self._words.swap(home, index, 0, 0)
-        return (found & OWNER_MASK) - 1 if found & OWNER_MASK else None
+        return self._owner(found) if found & OWNER_MASK else None
+
+    def _owner(self, word: int) -> int:
+        """Return the owner in a lock word, as a rank of this world. Local."""
+        return self._rank_of[(word & OWNER_MASK) - 1]
 
     def free(self) -> None:
         """Free the words. Collective."""
@@ -166,7 +178,7 @@ class NodeWords:
     """Lock words in the memory of the only node, swapped by the CPU. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
-        self._mine = world.rank + 1
+        self._mine = owner_bits(world)
         self._spin_limit = SPIN_LIMIT if world.cores >= 1 else SPIN_LIMIT_WITHOUT_A_CORE
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._words = [self._window.of(rank) for rank in range(world.size)]
@@ -196,7 +208,7 @@ class MPIWords:
     """Lock words that ranks of several nodes swap through MPI. Collective to create and to free."""
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
-        self._world, self._mine = world, world.rank + 1
+        self._world, self._mine = world, owner_bits(world)
         self._window = MPI.Win.Allocate(8 * max(counts[world.rank], 1), 8, comm=world.comm)
         memory: Any = self._window.tomemory()
         words = np.frombuffer(memory, np.int64)

@@ -34,7 +34,7 @@ from mpitrain.collectives.rma.flight_window import FlightWindow
 from mpitrain.collectives.rma.heirs import Place, Places
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.wire_buffers import WireBuffers
-from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.collectives.world.service import Service
 from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.collectives.world.transfers import ServerLost, Transfer, first_granted
 from mpitrain.errors import RankFailed
@@ -86,7 +86,7 @@ class RemoteBlocks:
     Args:
         memory: The memory of all blocks.
         locks: The locks of the blocks.
-        progress: The progress thread of this rank.
+        progress: The requests of this rank to other progress threads.
         statistics: The counters of bytes and waiting.
         n_staging_buffers: The number of buffers to allocate at first.
         encoding: The wire format of encoded visits; None without one.
@@ -104,7 +104,7 @@ class RemoteBlocks:
         self,
         memory: BlockMemory,
         locks: RemoteLocks,
-        progress: ProgressThread,
+        progress: Service,
         statistics: Statistics,
         *,
         n_staging_buffers: int,

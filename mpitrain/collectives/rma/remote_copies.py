@@ -13,7 +13,7 @@ from mpitrain.collectives.world.transfers import ServerLost, Transfer
 from mpitrain.errors import RankFailed
 
 if TYPE_CHECKING:
-    from mpitrain.collectives.world.progress import ProgressThread
+    from mpitrain.collectives.world.service import Service
     from mpitrain.collectives.world.world import World
 
 LARGEST_MESSAGE_BYTES = 1 << 30
@@ -126,14 +126,14 @@ class ServedCopies:
 
     Args:
         world: The ranks.
-        service: The progress thread of this rank.
+        service: The requests of this rank to other progress threads.
         arrays: The arrays of the ranks of this node, by rank.
 
     Attributes:
         book: The addresses of the arrays.
     """
 
-    def __init__(self, world: World, service: ProgressThread, arrays: Mapping[int, np.ndarray]) -> None:
+    def __init__(self, world: World, service: Service, arrays: Mapping[int, np.ndarray]) -> None:
         self._world, self._service = world, service
         self.book = AddressBook(world, arrays)
         # By rank and thread: whether data come, the piece, its offset in the array, and the request under way.

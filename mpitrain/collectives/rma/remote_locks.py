@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpitrain.collectives.rma.locks import LockTable
+from mpitrain.collectives.rma.locks import LockTable, owner_bits
 from mpitrain.collectives.rma.window import Window
-from mpitrain.collectives.world.progress import ProgressThread
+from mpitrain.collectives.world.service import Service
 from mpitrain.errors import RankFailed
 from mpitrain.kernels.native import lock_words
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE
@@ -24,12 +24,13 @@ class RemoteLocks(LockTable):
     Args:
         world: The ranks.
         counts: (ranks,) the number of words that each rank stores.
-        progress: The progress thread of this rank.
+        progress: The requests of this rank to other progress threads.
     """
 
-    def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
+    def __init__(self, world: World, counts: Sequence[int], progress: Service) -> None:
         self._world = world
-        self._me = world.rank + 1
+        self._me = owner_bits(world)
+        self._rank_of = {member: rank for rank, member in enumerate(world.members)}
         self.orders_memory = True  # every word is swapped by a CPU of its own node
         self._words: RemoteWords = RemoteWords(world, counts, progress)
 
@@ -53,11 +54,11 @@ class RemoteWords:
     Args:
         world: The ranks.
         counts: (ranks,) the number of words that each rank stores.
-        progress: The progress thread of this rank.
+        progress: The requests of this rank to other progress threads.
     """
 
-    def __init__(self, world: World, counts: Sequence[int], progress: ProgressThread) -> None:
-        self._mine, self._progress, self._world = world.rank + 1, progress, world
+    def __init__(self, world: World, counts: Sequence[int], progress: Service) -> None:
+        self._mine, self._progress, self._world = owner_bits(world), progress, world
         self._window = Window(world, STRIDE * counts[world.rank], np.int64)
         self._acquire, self._swap = lock_words.acquire(), lock_words.swap()
 

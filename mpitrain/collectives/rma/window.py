@@ -86,7 +86,7 @@ class Window:
         return self._direct.get(rank)
 
     def of_part(self, world: World) -> Window:
-        """Return the same arrays as a window of a part of the ranks, all on this node. Local.
+        """Return the same arrays as a window of a part of the ranks. Collective over the part.
 
         The memory still belongs to this window. Do not free the new one.
 
@@ -96,7 +96,11 @@ class Window:
         window = copy.copy(self)
         position = {member: rank for rank, member in enumerate(self.world.members)}
         window.world, window.plan = world, None
-        window._direct = {rank: self._direct[position[member]] for rank, member in enumerate(world.members)}
+        window._direct = {rank: self._direct[position[world.members[rank]]] for rank in world.node_ranks}
+        window._remote = None
+        if world.n_nodes > 1:
+            assert world.service is not None
+            window._remote = ServedCopies(world, world.service, window._direct)
         return window
 
     @property

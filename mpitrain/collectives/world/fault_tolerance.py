@@ -39,8 +39,8 @@ from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed
 
 T = TypeVar("T")
 
-DETECTION_SECONDS = 1.0
-"""Longest time from an MPI error to the detection of the death that caused it."""
+DETECTION_SECONDS, LONGEST_DETECTION_SECONDS = 1.0, 20.0
+"""Longest time from an error, or from an error of MPI, to the detection of the death that caused it."""
 
 
 def wait_to_be_ended() -> None:
@@ -72,9 +72,7 @@ def require_all(dead: Collection[int]) -> None:
 
 
 class FaultTolerance:
-    """A communicator and its behaviour after the death of a rank; in this base class, all ranks end.
-
-    Subclasses continue with the survivors.
+    """A communicator and its behaviour after the death of a rank: all ranks end. Subclasses continue with survivors.
 
     Args:
         comm: The ranks.
@@ -272,7 +270,7 @@ class ULFMFaultTolerance(FaultTolerance):
     def comes_from_death(self, error: Exception) -> bool:
         """Return whether the death of a rank has caused an error. Local; it may wait for the failure detector.
 
-        Not every collective says so in the class of the error.
+        The class of an error need not say so. A rank that learned of the death first has revoked the communicator.
         """
         from mpi4py import MPI
 
@@ -280,11 +278,12 @@ class ULFMFaultTolerance(FaultTolerance):
         if isinstance(error, MPI.Exception) and error.Get_error_class() in classes:
             return True
         n_known = self.size - self.comm.Get_size()  # when the communicator was made
-        deadline = time.monotonic() + DETECTION_SECONDS
-        while len(self.dead) == n_known and time.monotonic() < deadline:
+        is_named = isinstance(error, MPI.Exception | RankFailed)
+        deadline = time.monotonic() + (LONGEST_DETECTION_SECONDS if is_named else DETECTION_SECONDS)
+        while len(self.dead) == n_known and not self.comm.Is_revoked() and time.monotonic() < deadline:
             time.sleep(FAILURE_POLL_SECONDS)
             self.poll()
-        return len(self.dead) > n_known
+        return len(self.dead) > n_known or bool(self.comm.Is_revoked())
 
     def part(self, comm: Any, *, repeats: bool = True) -> FaultTolerance:
         """Return the fault tolerance of a subset of these ranks. Collective over the subset.

@@ -143,7 +143,7 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
     link = known_link(comm)[0] if ranks.n_nodes > 1 else Link()
     # Last of the steps that may raise: its thread must not outlive a world that was not created.
     fault_tolerance = fault_tolerance_of(comm, leaves_no_survivors=gpu is not None)
-    needs_progress = ranks.n_nodes > 1 and threads_may_call_mpi()
+    progress_thread = ProgressThread(comm, fault_tolerance) if ranks.n_nodes > 1 and threads_may_call_mpi() else None
     return World(
         ranks,
         fault_tolerance,
@@ -151,8 +151,8 @@ def create_world(comm: Any, device: str = "cpu", transport: str = "auto") -> Wor
         gpu=gpu,
         transport=chosen,
         wanted_transport=transport,
-        progress_thread=ProgressThread(comm, fault_tolerance) if needs_progress else None,
-        serves=path == "messages",
+        progress_thread=progress_thread,
+        service=progress_thread if path == "messages" else None,
         link=link,
     )
 

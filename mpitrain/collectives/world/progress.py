@@ -26,30 +26,28 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance, wait_to_be_ended
-from mpitrain.collectives.world.transfers import Arrays, NativeMPI, Transfer, polls_per_wakeup
+from mpitrain.collectives.world.service import TAGS, Service
+from mpitrain.collectives.world.transfers import NativeMPI, polls_per_wakeup
 from mpitrain.collectives.world.wakeup import event_files, poll_structs, request_short_slices
 from mpitrain.errors import RankFailed
 from mpitrain.kernels.native import service
-from mpitrain.kernels.native.wire import PLAIN, Encoded
 
 MOST_AWAITED = 16
 """Locks that a thread of a rank may wait for at one home."""
 
 SLOTS_OF_A_RANK = 2 * MOST_AWAITED + 4  # two of its threads exchange; a request that returns a block never waits
-TAGS = range(2, 4000)  # of requests and their data, in turn: only some are pending
 
 SHUTDOWN_POLL_SECONDS = 0.01  # of a rank at its end for the others
 
 
-class ProgressThread:
-    """A thread that serves requests of other ranks until ``stop``.
+class ProgressThread(Service):
+    """A thread that serves requests of other ranks until ``stop``, and this rank's requests to theirs.
 
     Collective to create, because it duplicates ``comm``.
 
@@ -62,9 +60,8 @@ class ProgressThread:
         self._comm = comm.Dup()  # kept alive: compiled code has only its handle
         fault_tolerance = fault_tolerance or FaultTolerance(self._comm)
         self._ending = fault_tolerance.part(comm.Dup())
-        self._mpi = NativeMPI(self._comm, fault_tolerance)
-        self._rank, self._size = comm.Get_rank(), comm.Get_size()
-        self._tags = itertools.cycle(TAGS)
+        self._size: int = comm.Get_size()
+        super().__init__(NativeMPI(self._comm, fault_tolerance), range(self._size), itertools.cycle(TAGS))
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # runs before MPI is finalized
@@ -101,82 +98,6 @@ class ProgressThread:
             mpi.close(result)
             wait_to_be_ended()
             raise RuntimeError(f"this rank can no longer serve other nodes: {mpi.error(-result)}")
-
-    def swap(self, rank: int, word: int, before: int, after: int) -> int:
-        """Compare and swap a lock word of another rank. Local.
-
-        Args:
-            rank: The other rank.
-            word: The address of the word at that rank.
-            before: The expected value.
-            after: The new value, which is stored if the word has the expected value.
-
-        Returns:
-            The former value.
-
-        Raises:
-            ServerLost: The other rank has died.
-        """
-        return self._request(service.SWAP, rank, (0, 0), (), (word, before, after)).wait()
-
-    def fetch(
-        self,
-        rank: int,
-        addresses: tuple[int, int],
-        arrays: Arrays,
-        acquire: tuple[int, int] = (0, 0),
-        encoded: Encoded = PLAIN,
-        *,
-        retakes: bool = False,
-    ) -> Transfer:
-        """Start to copy memory of another rank to arrays. Local.
-
-        Args:
-            rank: The other rank.
-            addresses: The addresses of that memory at the other rank, one for each array.
-            arrays: The destination.
-            acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
-            encoded: A block of the other rank, to be encoded to the first address when the lock has been acquired.
-            retakes: Whether this rank may have the lock already, from a request whose answer is lost.
-        """
-        kind = service.ACQUIRE if acquire[0] else service.FETCH
-        return self._request(kind, rank, addresses, arrays, (acquire[0], int(retakes), acquire[1]), encoded)
-
-    def store(
-        self,
-        rank: int,
-        addresses: tuple[int, int],
-        arrays: Arrays,
-        swap: tuple[int, int, int],
-        encoded: Encoded = PLAIN,
-    ) -> Transfer:
-        """Start to copy arrays to memory of another rank, and to swap a lock word afterwards. Local.
-
-        Args:
-            rank: The other rank.
-            addresses: The addresses of that memory at the other rank, one for each array.
-            arrays: The source.
-            swap: The address of a lock word, its expected value and its new value; zeros to swap none.
-            encoded: A block of the other rank, to which the encoded change at the first address is added before the
-                swap.
-        """
-        return self._request(service.STORE, rank, addresses, arrays, swap, encoded)
-
-    def _request(
-        self,
-        kind: int,
-        rank: int,
-        addresses: tuple[int, int],
-        arrays: Sequence[np.ndarray],
-        word: tuple[int, int, int],
-        encoded: Encoded = PLAIN,
-    ) -> Transfer:
-        here, there = np.zeros(4, np.int64), [0, 0, 0, 0]
-        for k, (address, array) in enumerate(zip(addresses, arrays, strict=False)):
-            here[2 * k : 2 * k + 2] = array.ctypes.data, array.nbytes
-            there[2 * k : 2 * k + 2] = address, array.nbytes
-        words = np.array([kind, self._rank, *there, *word, next(self._tags), *encoded], np.int64)
-        return Transfer(self._mpi, rank, words, here, arrays)
 
     def polling(self) -> AbstractContextManager[None]:
         """Return a context in which this thread polls MPI with pauses, because the calling thread polls, too. Local."""

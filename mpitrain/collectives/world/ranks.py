@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mpitrain.collectives.topology.partition import emulated_nodes, share_of_cores
-from mpitrain.errors import UsageError
+from mpitrain.errors import RankFailed, UsageError
 
 EMULATED_NODES = "MPITRAIN_EMULATED_NODES"
 """Environment: treat the ranks of one machine as this many nodes, to run the path between nodes on one machine."""
@@ -47,12 +49,41 @@ class RankInfo:
     n_rails: int
     cores: float
 
-    def part(self, comm: Any) -> RankInfo:
+    def part(self, comm: Any, agree: Callable[[bool], bool]) -> RankInfo:
         """Return the ``RankInfo`` of a part of the ranks, with the same nodes. Collective over the part.
 
         The share of cores does not change, because the other ranks compute, too.
+
+        Args:
+            comm: The communicator of the part.
+            agree: Returns whether all ranks of the part have passed True, and none has died.
+
+        Raises:
+            RankFailed: A rank has died meanwhile.
         """
-        return _gather(comm, comm.Split(self.node, key=comm.Get_rank()), self.cores)
+        from mpi4py import MPI
+
+        node_comm = None
+        with suppress(MPI.Exception):
+            node_comm = comm.Split(self.node, key=comm.Get_rank())
+        # Without a dead rank, the collectives of a node end only if all its living ranks are in them.
+        if not agree(node_comm is not None):
+            raise RankFailed("a rank died while a part of the ranks was formed")
+        try:
+            return _gather(comm, node_comm, self.cores)
+        except MPI.Exception:
+            revoke_all(comm, node_comm)
+            raise
+
+
+def revoke_all(*comms: Any) -> None:
+    """End all operations on these communicators with an error, also those that other ranks are in. Local."""
+    from mpi4py import MPI
+
+    for comm in comms:
+        if comm is not None and comm != MPI.COMM_NULL:
+            with suppress(NotImplementedError):  # this MPI ends all ranks after a death
+                comm.Revoke()
 
 
 def find_ranks(comm: Any) -> RankInfo:

@@ -20,7 +20,7 @@ from mpitrain.collectives.world.background import (
     in_background,
 )
 from mpitrain.collectives.world.failure_detector import FAILURE_POLL_SECONDS
-from mpitrain.collectives.world.fault_tolerance import FaultTolerance
+from mpitrain.collectives.world.fault_tolerance import LONGEST_DETECTION_SECONDS, FaultTolerance
 from mpitrain.collectives.world.wakeup import WakeupPipe
 from mpitrain.collectives.world.watchdog import waiting
 from mpitrain.kernels.native import lock_words, service
@@ -33,9 +33,6 @@ Arrays = tuple[np.ndarray, np.ndarray]
 FOREGROUND = 200, 1, 20
 BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKOFF_SECONDS)
 
-
-DETECTION_SECONDS = 20.0
-"""Longest time from an MPI error to the detection of the death that caused it, also on a busy machine."""
 
 LATE_POLLS = 1000
 """Calls of compiled code after the death of the server, in which MPI may still complete a request."""
@@ -57,6 +54,7 @@ class NativeMPI:
         from mpi4py import MPI
 
         self.fault_tolerance, self.dead = fault_tolerance, fault_tolerance.dead_words
+        self.rank: int = comm.Get_rank()
 
         library = ctypes.CDLL(MPI.__file__)  # and the libraries it is linked with: MPI and the C library
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in service.FUNCTIONS]
@@ -115,7 +113,7 @@ class NativeMPI:
         """Return whether a rank has died, when MPI has reported an error. Local; it waits for the failure detector."""
         if not self.fault_tolerance.survives_failures:
             return False
-        deadline = time.monotonic() + DETECTION_SECONDS
+        deadline = time.monotonic() + LONGEST_DETECTION_SECONDS
         while not self.dead[rank] and time.monotonic() < deadline:
             self.fault_tolerance.poll()
             time.sleep(FAILURE_POLL_SECONDS)

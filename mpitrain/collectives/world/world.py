@@ -11,7 +11,8 @@ import numpy as np
 from mpitrain.collectives.topology.allreduce_cost import Link
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance
 from mpitrain.collectives.world.progress import ProgressThread
-from mpitrain.collectives.world.ranks import RankInfo
+from mpitrain.collectives.world.ranks import RankInfo, revoke_all
+from mpitrain.collectives.world.service import Service
 from mpitrain.collectives.world.shared_memory import allocate_shared_array
 from mpitrain.collectives.world.transport import Transport
 from mpitrain.collectives.world.watchdog import Ranks, Waiting, waiting
@@ -38,7 +39,8 @@ class World:
         transport: The transport of vectors on GPUs; None on the host.
         wanted_transport: The transport that the user has requested, one of ``TRANSPORTS``.
         progress_thread: The thread that calls MPI while this rank computes; None without one.
-        serves: Whether ranks access vectors of other nodes by requests to the progress thread.
+        service: The requests to the progress threads of other ranks, with which ranks access vectors of other nodes;
+            None without them.
         members: For a part of a world, the rank in the run of each of its ranks.
         link: The constants of the network between nodes, the same on all ranks.
 
@@ -65,8 +67,8 @@ class World:
         wanted_transport: See the argument.
         progress_thread: See the argument.
         link: See the argument.
-        service: The thread that serves requests of other nodes and sends this rank's own requests; None on one node,
-            with ``MPITRAIN_BETWEEN_NODES=windows``, in a part of a world, and where MPI lets only one thread call it.
+        service: See the argument. It is None on one node, with ``MPITRAIN_BETWEEN_NODES=windows``, and where MPI lets
+            only one thread call it.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class World:
         transport: Transport | None = None,
         wanted_transport: str = "auto",
         progress_thread: ProgressThread | None = None,
-        serves: bool = False,
+        service: Service | None = None,
         members: Sequence[int] | None = None,
         link: Link = ASSUMED,
     ) -> None:
@@ -93,8 +95,7 @@ class World:
         self.members = range(ranks.size) if members is None else members
         self.device, self.gpu, self.link = device, gpu, link
         self.transport, self.wanted_transport = transport, wanted_transport
-        self.progress_thread = progress_thread
-        self.service = progress_thread if serves else None
+        self.progress_thread, self.service = progress_thread, service
         self.fault_tolerance = fault_tolerance
         self._probed_comm = fault_tolerance.probed_comm
         self._shared_arrays: list[Any] = []
@@ -258,7 +259,9 @@ def part_of(world: World, comm: Any, *, repeats: bool = True) -> World:
         repeats: Whether ``run_on_survivors`` repeats a collective in which a rank has died; otherwise it raises
             ``RankFailed``.
     """
-    fault_tolerance, ranks = world.fault_tolerance.part(comm, repeats=repeats), world.ranks.part(comm)
+    fault_tolerance = world.fault_tolerance.part(comm, repeats=repeats)
+    ranks = world.ranks.part(comm, fault_tolerance.agree)
+    members = comm.allgather(world.members[world.rank])
     return World(
         ranks,
         fault_tolerance,
@@ -266,15 +269,12 @@ def part_of(world: World, comm: Any, *, repeats: bool = True) -> World:
         gpu=world.gpu,
         transport=world.transport and world.transport.of_part(ranks.n_nodes),
         progress_thread=world.progress_thread,
-        members=comm.allgather(world.members[world.rank]),
+        service=world.service.of_part(members) if world.service is not None and ranks.n_nodes > 1 else None,
+        members=members,
         link=world.link,
     )
 
 
-def revoke(world: World) -> None:
-    """End all collectives of these ranks with an error, also those that other ranks are in. Local."""
-    from mpi4py import MPI
-
-    for comm in (world.comm, world.node_comm, world.rail_comm):
-        if comm != MPI.COMM_NULL:
-            comm.Revoke()
+def revoke(part: World) -> None:
+    """End all operations on the communicators of these ranks with an error, also those that others are in. Local."""
+    revoke_all(part.comm, part.node_comm, part.rail_comm)

@@ -428,12 +428,34 @@ def test_wire_formats_need_progress_threads(windows, two_nodes, one_node):
     if windows.n_nodes > 1:
         with pytest.raises(UsageError, match="MPITRAIN_BETWEEN_NODES=windows"):
             MPICommunicator(windows, wire="bfloat16")
-        whole = MPICommunicator(two_nodes, wire="bfloat16")
-        with pytest.raises(UsageError, match="replica groups"):
-            whole.split(0)
     with pytest.raises(UsageError, match="fp4"):
         MPICommunicator(one_node, wire="fp4")
     MPICommunicator(one_node, wire="int8").free()  # one node needs none
+
+
+@SEVERAL
+def test_a_part_of_the_ranks_sums_and_updates_in_a_wire_format(connect):
+    whole = connect("bfloat16")
+    part = whole.split(int(whole.rank > 0))
+    n = 100_001
+    vector, center = part.vector(n, np.float32), part.shared_vector(n, np.float32)
+    values = [np.random.default_rng(k).normal(size=n).astype(np.float32) for k in range(part.size)]
+    vector.local[...] = values[part.rank]
+    center.write(np.zeros(n, np.float32))
+    part.barrier()
+    before = part.statistics.wire_bytes
+    part.allreduce(vector)
+    sent = part.statistics.wire_bytes - before
+    assert sent < 3 * n  # 2 bytes per element, and 4 without a format
+    assert (sent > 0) == (part.world.n_nodes > 1)
+    np.testing.assert_allclose(vector.local, sum(values), rtol=0, atol=0.1)
+    assert len(set(part.world.comm.allgather(vector.local.tobytes()))) == 1
+    center.update(lambda part_, c: np.add(c, values[part.rank][part_], out=c) is None)
+    part.barrier()
+    found = np.zeros(n, np.float32)
+    center.read(found)
+    np.testing.assert_allclose(found, sum(values), rtol=0, atol=0.1)
+    part.barrier()
 
 
 @SEVERAL

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
+SEVERAL = pytest.mark.ranks(3, 4, 5)
 
 
 @ALL
@@ -106,3 +107,86 @@ def test_free_waits_for_a_pending_all_reduce(world):
         comm.free()
         assert events == [[sum(range(1, 1 + world.size))], "freed"]
         wait()
+
+
+@pytest.fixture
+def rest(two_nodes, monkeypatch):
+    """Return a communicator of all ranks but the first, and one of the whole; an MPI window between nodes is an error.
+
+    The first rank gets a communicator of itself. Collective.
+    """
+    from mpi4py import MPI
+
+    from mpitrain.collectives.mpi import MPICommunicator
+
+    def refuse(*_, **__):
+        raise AssertionError("a window between nodes")
+
+    class OnNodes(MPI.Win):
+        Create, Allocate = refuse, refuse
+
+    monkeypatch.setattr(MPI, "Win", OnNodes)
+    whole = MPICommunicator(two_nodes)
+    part = whole.split(int(whole.rank > 0))
+    yield part, whole
+    two_nodes.comm.Barrier()
+    whole.free()
+
+
+@SEVERAL
+def test_a_part_of_several_nodes_uses_the_progress_threads_of_the_run(rest):
+    part, whole = rest
+    if part.size > 1:
+        assert part.world.members == list(range(1, whole.size))
+        assert (part.world.n_nodes > 1) == (part.world.service is not None)
+    n = 5000
+    center = part.shared_vector(n, np.float32)
+    for _ in range(10):
+        center.update(lambda _, c: np.add(c, 1, out=c) is None)
+    boxes, seen = part.mailboxes(4, np.float64), []
+    for peer in range(part.size):
+        boxes.update(peer, lambda box, tags: np.add(box, 1 + part.rank, out=box) is None)
+    part.barrier()
+    out = np.zeros(n, np.float32)
+    center.read(out)
+    assert np.all(out == 10 * part.size)  # no update is lost
+    for peer in range(part.size):
+        boxes.read(peer, lambda box, _: seen.append(box.copy()))
+    assert np.all(np.array(seen) == sum(range(1, part.size + 1)))
+    part.barrier()
+
+
+@SEVERAL
+def test_lock_words_of_a_part_name_ranks_of_the_run_and_its_waits_ranks_of_the_part(rest):
+    """A thread that serves a lock compares its owner with the dead ranks of the run."""
+    part, _ = rest
+    blocks = part._blocks([part.size - 1], [10], np.float32)
+    word = blocks._locks._words.swap
+    for owner in range(part.size):
+        if part.rank == owner:
+            block = blocks.acquire(0)
+        part.barrier()
+        assert blocks.lock_owner(0) == owner
+        assert word(part.size - 1, 0, 0, 0) & 0xFFFFFF == part.world.members[owner] + 1
+        part.barrier()
+        if part.rank == owner:
+            blocks.release(block, updated=True)
+        part.barrier()
+    assert blocks.lock_owner(0) is None
+
+
+@SEVERAL
+def test_a_part_adopts_vectors_of_the_whole_with_which_it_computes_and_which_it_reads(rest):
+    part, whole = rest
+    x = whole.vector(1000, np.float64)
+    x.local[...] = whole.rank
+    adopted, found = part.adopt(x), []
+    assert adopted.local is x.local
+    part.barrier()
+    for peer in range(part.size):
+        part.read(adopted, peer, lambda values: found.append(float(values[0])))
+    assert found == list(part.world.members)
+    part.barrier()
+    part.allreduce(adopted, mean=True)
+    assert np.all(x.local == np.mean(part.world.members))
+    whole.barrier()
