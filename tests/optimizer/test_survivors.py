@@ -1,11 +1,13 @@
 """The conditions under which ranks can continue after the death of another one."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from mpitrain import DPSGD, EASGD, AllReduceSGD, RobustSGD, UsageError
-from mpitrain.optimizer.survivors import check_on_failure, prepare_for_deaths
+from mpitrain.collectives.rma.window import Window
+from mpitrain.optimizer.survivors import Survivors, check_on_failure, prepare_for_deaths
 
 
 def world(size=4, *, survives=True, n_nodes=1, gpu=None, service=None):
@@ -70,3 +72,19 @@ def test_asynchronous_methods_and_single_ranks_accept_it_anywhere():
 def test_what_fits_this_number_of_workers_only_is_refused(method, reason):
     with pytest.raises(UsageError, match=f"on_failure=continue is not possible here: .*{reason}.*; use stop"):
         check_on_failure("continue", method, world(4 if method.name == "dpsgd" else 5))
+
+
+@pytest.mark.parametrize("succeeded", [True, False])
+def test_a_rank_whose_exchange_failed_releases_the_others_before_it_agrees(succeeded):
+    """A rank may wait for it on a node or a rail without a dead rank, and would never come to the agreement."""
+    events = []
+    comms = {
+        name: SimpleNamespace(Revoke=lambda name=name: events.append(name))
+        for name in ("comm", "node_comm", "rail_comm")
+    }
+    tolerance = SimpleNamespace(agree=lambda value: events.append("agree") or value)
+    part = SimpleNamespace(fault_tolerance=tolerance, waiting=lambda what: nullcontext(), **comms)
+    vectors = SimpleNamespace(x=Window.__new__(Window), g=Window.__new__(Window))
+    survivors = Survivors(SimpleNamespace(world=part, statistics=None, size=4), vectors, "float32")
+    assert survivors.agree(succeeded) == succeeded
+    assert events == ([] if succeeded else [*comms]) + ["agree"]
