@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,40 @@ class RemoteBlock(Block):
     restarted: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class Store:
+    """The request that stores and unlocks a block.
+
+    Attributes:
+        block: The block. It owns its staging buffer until the end of the request.
+        transfer: The transfer that carries the request and its answer.
+        updated: Whether the block was changed.
+    """
+
+    block: RemoteBlock
+    transfer: Transfer
+    updated: bool
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """The request that locks and fetches a block.
+
+    Attributes:
+        block: The block, in a staging buffer.
+        transfer: The transfer that carries the request and its answer.
+        n_bytes: The number of bytes to receive.
+        began: The time of the request, in seconds.
+        granted: Whether this rank has the lock.
+    """
+
+    block: RemoteBlock
+    transfer: Transfer
+    n_bytes: int
+    began: float
+    granted: bool = False
+
+
 class BlockRequests:
     """The requests of this rank for blocks. Local to create.
 
@@ -66,7 +102,16 @@ class BlockRequests:
         self._memory, self._locks, self.progress, self._statistics = memory, locks, progress, statistics
         self._places, self._wire = places, wire
 
-    def fetch(self, block: RemoteBlock, place: Place, encoded: bool, *, retakes: bool = False) -> Transfer:
+    def fetch(
+        self,
+        block: RemoteBlock,
+        place: Place,
+        encoded: bool,
+        *,
+        retakes: bool = False,
+        sent: bool = True,
+        also: Sequence[Transfer] = (),
+    ) -> Transfer:
         """Start to lock and fetch a block from a place, which is its place from now on. Local.
 
         Only the home of a block encodes it, because the buffer for that is its own.
@@ -75,6 +120,7 @@ class BlockRequests:
             block, place: The block and its place.
             encoded: Whether the block may be encoded.
             retakes: Whether this rank may have the lock already, from a server that has died.
+            sent, also: As in ``Service.fetch``.
         """
         block.place, block.encoded, data = place, None, block.data
         if encoded and self._wire is not None and place.server == self._memory.homes[block.index]:
@@ -85,17 +131,24 @@ class BlockRequests:
         addresses, description = self._addresses(place, block.index, encoded=block.encoded is not None)
         self._statistics.wire_bytes += data.nbytes
         arrays, owner = (data, block.tags), (place.word, self._locks.mine)
-        return self.progress.fetch(place.server, addresses, arrays, owner, description, retakes=retakes)
+        options: Any = {"retakes": retakes, "sent": sent, "also": also}
+        return self.progress.fetch(place.server, addresses, arrays, owner, description, **options)
 
-    def store(self, block: RemoteBlock, *, updated: bool) -> Transfer:
-        """Start to store an updated block at its place and to unlock it there. Local."""
+    def store(self, block: RemoteBlock, *, updated: bool, also: Sequence[Transfer] = ()) -> Transfer:
+        """Start to store an updated block at its place and to unlock it there. Local.
+
+        Args:
+            block: The block.
+            updated: Whether it was changed.
+            also: As in ``Service.store``.
+        """
         arrays = NOTHING, NOTHING
         if updated and self._wire is not None and block.encoded is not None:
             arrays = self._wire.encode_change(block.index, block.data, *block.encoded), block.tags
         elif updated:
             arrays = block.data, block.tags
         self._statistics.wire_bytes += arrays[0].nbytes
-        return self._store(block.place, block, arrays, updated=updated)
+        return self._store(block.place, block, arrays, updated=updated, also=also)
 
     def store_again(self, block: RemoteBlock, *, updated: bool) -> Transfer | None:
         """Repeat a store whose server has died; return None if there is nothing to repeat. Local.
@@ -117,11 +170,14 @@ class BlockRequests:
             return self._store(place, block, (NOTHING, NOTHING), updated=False)
         return self._store(place, block, (block.data, block.tags), updated=True)
 
-    def _store(self, place: Place, block: RemoteBlock, arrays: Arrays, *, updated: bool) -> Transfer:
+    def _store(
+        self, place: Place, block: RemoteBlock, arrays: Arrays, *, updated: bool, also: Sequence[Transfer] = ()
+    ) -> Transfer:
         """Start to store arrays at a place of a block, and to unlock it there."""
         held, released = self._locks.release_swap(block.version, updated=updated)
         addresses, description = self._addresses(place, block.index, encoded=updated and block.encoded is not None)
-        return self.progress.store(place.server, addresses, arrays, (place.word, held, released), description)
+        swap = place.word, held, released
+        return self.progress.store(place.server, addresses, arrays, swap, description, also=also)
 
     def _addresses(self, place: Place, index: int, *, encoded: bool) -> tuple[tuple[int, int], Encoded]:
         """Return the addresses of a block, or of its encoding, and of its tags at a place; and the encoding."""

@@ -2,11 +2,12 @@
 
 A visit takes two round trips: the home's progress thread (``world.progress``) acquires the lock and sends the block,
 and later stores the block and releases the lock. A visit of several blocks has as many of them under way as the link
-needs to be full (``FlightWindow``), whichever homes they have, and takes them in the order in which they arrive::
+needs to be full (``FlightWindow``), whichever homes they have, and takes them in the order in which they arrive. The
+first message to a home requests several blocks, and each block that returns carries the requests for further ones::
 
-    block 0   fetch | change | store
-    block 1   fetch          | change | store
-    block 2           fetch           | change | store
+    block 0   fetch | change | store, fetch block 2
+    block 1   fetch          | change | store, fetch block 3
+    block 2                           fetch | change | store
 
 Ranks cannot wait for each other in a circle: a block is worked on as soon as it is here, whichever other locks this
 rank still waits for, and a store waits for no lock.
@@ -22,13 +23,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
+from mpitrain.collectives.rma.awaited_blocks import AwaitedBlocks
 from mpitrain.collectives.rma.block_memory import BlockMemory
-from mpitrain.collectives.rma.block_requests import BlockRequests, RemoteBlock
+from mpitrain.collectives.rma.block_requests import BlockRequests, Fetch, RemoteBlock, Store
 from mpitrain.collectives.rma.blocks import N_TAGS, Block
 from mpitrain.collectives.rma.flight_window import FlightWindow
 from mpitrain.collectives.rma.heirs import Place, Places
@@ -44,40 +45,6 @@ from mpitrain.kernels.native.wire import Format
 N_STAGING_BUFFERS = 4
 """One for a block that is fetched, one for a block that is worked on, and two for blocks that are stored. A visit with
 more blocks under way allocates more."""
-
-
-@dataclass(slots=True, eq=False)
-class Store:
-    """The request that stores and unlocks a block.
-
-    Attributes:
-        block: The block. It owns its staging buffer until the end of the request.
-        transfer: The transfer that carries the request and its answer.
-        updated: Whether the block was changed.
-    """
-
-    block: RemoteBlock
-    transfer: Transfer
-    updated: bool
-
-
-@dataclass(slots=True, eq=False)
-class Fetch:
-    """The request that locks and fetches a block.
-
-    Attributes:
-        block: The block, in a staging buffer.
-        transfer: The transfer that carries the request and its answer.
-        n_bytes: The number of bytes to receive.
-        began: The time of the request, in seconds.
-        granted: Whether this rank has the lock.
-    """
-
-    block: RemoteBlock
-    transfer: Transfer
-    n_bytes: int
-    began: float
-    granted: bool = False
 
 
 class RemoteBlocks:
@@ -157,38 +124,78 @@ class RemoteBlocks:
         After the visit, blocks may still be under way to their homes; ``wait`` waits for them.
         """
         self.abandon()
-        began, awaited = time.perf_counter(), deque(order)
+        began, awaited = time.perf_counter(), AwaitedBlocks(order, self._memory.homes)
         self._start_more(awaited, encoded)
         for _ in order:
             yield Arrival(self, awaited, updated=updated, encoded=encoded)
         n_bytes = sum(self._memory.lengths[index] for index in order) * self._itemsize
         self.window.record_visit(n_bytes, time.perf_counter() - began)
 
-    def next_arrival(self, awaited: deque[int], encoded: bool) -> Block:
+    def next_arrival(self, awaited: AwaitedBlocks, encoded: bool) -> Block:
         """Wait for the next block to arrive, and request further blocks of the visit. Local."""
         self._start_more(awaited, encoded)
-        fetch = self._granted()  # its data follow: the link has room for another block
-        self._start_more(awaited, encoded)
-        return self._arrived(fetch)
+        return self._arrived(self._granted())
 
-    def _start_more(self, awaited: deque[int], encoded: bool) -> None:
-        """Start to fetch blocks while the window is open."""
+    def _start_more(self, awaited: AwaitedBlocks, encoded: bool) -> None:
+        """Start to fetch blocks while the window is open, with one message to each server."""
+        started: dict[int, list[Transfer]] = {}
+        for index, server, is_last in self._admitted(awaited):
+            also = started.setdefault(server, [])
+            also.append(self._start(index, encoded, sent=is_last, also=also if is_last else ()).transfer)
+
+    def _start_beside(self, block: RemoteBlock, awaited: AwaitedBlocks, encoded: bool) -> list[Transfer]:
+        """Return fetches of further blocks from the server of a block, to be sent with the store of this block."""
+        with suppress(RankFailed):  # raised again by the next request
+            return [
+                self._start(index, encoded, sent=False).transfer
+                for index, _, _ in self._admitted(awaited, self._memory.homes[block.index], block.place.server)
+            ]
+        return []
+
+    def _admitted(
+        self, awaited: AwaitedBlocks, home: int | None = None, server: int | None = None
+    ) -> list[tuple[int, int, bool]]:
+        """Select blocks from ``awaited`` while the window is open, and provide staging buffers for them.
+
+        Args:
+            awaited: The blocks that are not requested yet.
+            home, server: The only home to select blocks of, and the server from which they must come.
+
+        Returns:
+            The blocks, their servers, and whether a block is the last one of its server.
+        """
         requested = [(fetch.block.place.server, fetch.n_bytes) for fetch in self._fetches if not fetch.granted]
-        while awaited:
-            n_bytes, server = self._memory.lengths[awaited[0]] * self._itemsize, self._places.place(awaited[0]).server
-            if not self.window.admits(requested, server, n_bytes):
+        selected: list[tuple[int, int]] = []
+        while (index := awaited.first(home)) is not None:
+            there, n_bytes = self._places.place(index).server, self._memory.lengths[index] * self._itemsize
+            if not self.window.admits(requested, there, n_bytes):
                 break
-            requested.append((server, n_bytes))
             # A block takes a round trip to come and another one to go.
-            if not self._free and len(self.staging) < 2 * (2 + self.window.n_bytes // n_bytes):
+            if len(self._free) <= len(selected) and len(self.staging) < 2 * (2 + self.window.n_bytes // n_bytes):
                 self._add_staging_buffers(1)
-            self._start(awaited.popleft(), encoded)
+            if home is not None and (there != server or len(self._free) + len(self._stores) <= len(selected)):
+                break
+            requested.append((there, n_bytes))
+            awaited.remove(index)
+            selected.append((index, there))
+        last = {there: index for index, there in selected}
+        return [(index, there, last[there] == index) for index, there in selected]
 
-    def release(self, block: Block, *, updated: bool) -> None:
-        """Start to store an updated block and to unlock it; ``wait`` waits for the end. Local."""
+    def release(
+        self, block: Block, *, updated: bool, awaited: AwaitedBlocks | None = None, encoded: bool = False
+    ) -> None:
+        """Start to store an updated block and to unlock it; ``wait`` waits for the end. Local.
+
+        Args:
+            block: The block.
+            updated: Whether it was changed.
+            awaited: Blocks of which some are requested in the same message.
+            encoded: Whether these may be encoded.
+        """
         assert isinstance(block, RemoteBlock)
         updated = updated or block.restarted
-        self._stores.append(Store(block, self._requests.store(block, updated=updated), updated))
+        also = [] if awaited is None else self._start_beside(block, awaited, encoded)
+        self._stores.append(Store(block, self._requests.store(block, updated=updated, also=also), updated))
 
     def wait(self) -> None:
         """Wait until the released blocks are stored and unlocked. Local."""
@@ -223,12 +230,15 @@ class RemoteBlocks:
                 transfer = self._requests.store_again(store.block, updated=store.updated)
         self._free.append(store.block.buffer)
 
-    def _start(self, index: int, encoded: bool) -> None:
+    def _start(self, index: int, encoded: bool, *, sent: bool = True, also: Sequence[Transfer] = ()) -> Fetch:
         """Start to lock and fetch a block."""
         place = self._places.place(index)
         block = self._staging_block(index, place)
         began = time.perf_counter()
-        self._fetches.append(Fetch(block, self._requests.fetch(block, place, encoded), block.data.nbytes, began))
+        transfer = self._requests.fetch(block, place, encoded, sent=sent, also=also)
+        fetch = Fetch(block, transfer, block.data.nbytes, began)
+        self._fetches.append(fetch)
+        return fetch
 
     def _restart(self, fetch: Fetch) -> None:
         """Repeat a fetch whose server has died, at the next place of the block.
@@ -307,7 +317,7 @@ class Arrival:
 
     __slots__ = ("_awaited", "_block", "_blocks", "_encoded", "_updated")
 
-    def __init__(self, blocks: RemoteBlocks, awaited: deque[int], *, updated: bool, encoded: bool) -> None:
+    def __init__(self, blocks: RemoteBlocks, awaited: AwaitedBlocks, *, updated: bool, encoded: bool) -> None:
         self._blocks, self._awaited = blocks, awaited
         self._updated, self._encoded = updated, encoded
 
@@ -319,7 +329,8 @@ class Arrival:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._blocks.release(self._block, updated=self._updated)
+            awaited = self._awaited if kind is None else None
+            self._blocks.release(self._block, updated=self._updated, awaited=awaited, encoded=self._encoded)
         finally:
             if kind is not None:
                 self._blocks.abandon()

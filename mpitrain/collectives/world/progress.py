@@ -70,7 +70,8 @@ class ProgressThread(Service):
         request_short_slices()
         mpi, n_ranks = self._mpi, self._size
         n_slots = SLOTS_OF_A_RANK * n_ranks
-        flag, requests = np.zeros(2, np.int32), np.zeros((n_ranks, service.REQUEST_WORDS), np.int64)
+        flag = np.zeros(2, np.int32)
+        requests = np.zeros((n_ranks, service.MOST_REQUESTS * service.REQUEST_WORDS), np.int64)
         states = np.zeros((n_slots, service.STATE_WORDS), np.int64)
         statuses = np.zeros(service.N_PIECES * mpi.status_bytes, np.uint8)
         pieces = np.zeros((n_slots * service.N_PIECES + n_ranks) * mpi.request_bytes, np.uint8)

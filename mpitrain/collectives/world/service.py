@@ -63,6 +63,8 @@ class Service:
         encoded: Encoded = PLAIN,
         *,
         retakes: bool = False,
+        sent: bool = True,
+        also: Sequence[Transfer] = (),
     ) -> Transfer:
         """Start to copy memory of another rank to arrays. Local.
 
@@ -73,9 +75,12 @@ class Service:
             acquire: The address of a lock word, and the owner bits with which the lock is acquired first.
             encoded: A block of the other rank, to be encoded to the first address when the lock has been acquired.
             retakes: Whether this rank may have the lock already, from a request whose answer is lost.
+            sent: Whether to send the request now. Otherwise another one sends it, or it is sent when it is awaited.
+            also: Fetches from the same rank that are not sent yet, and that the message of this one contains.
         """
         kind = service.ACQUIRE if acquire[0] else service.FETCH
-        return self._request(kind, rank, addresses, arrays, (acquire[0], int(retakes), acquire[1]), encoded)
+        word = acquire[0], int(retakes), acquire[1]
+        return self._request(kind, rank, addresses, arrays, word, encoded, sent=sent, also=also)
 
     def store(
         self,
@@ -84,6 +89,8 @@ class Service:
         arrays: Arrays,
         swap: tuple[int, int, int],
         encoded: Encoded = PLAIN,
+        *,
+        also: Sequence[Transfer] = (),
     ) -> Transfer:
         """Start to copy arrays to memory of another rank, and to swap a lock word afterwards. Local.
 
@@ -94,8 +101,9 @@ class Service:
             swap: The address of a lock word, its expected value and its new value; zeros to swap none.
             encoded: A block of the other rank, to which the encoded change at the first address is added before the
                 swap.
+            also: Fetches from the same rank that are not sent yet, and that the message of the store contains.
         """
-        return self._request(service.STORE, rank, addresses, arrays, swap, encoded)
+        return self._request(service.STORE, rank, addresses, arrays, swap, encoded, also=also)
 
     def _request(
         self,
@@ -105,10 +113,13 @@ class Service:
         arrays: Sequence[np.ndarray],
         word: tuple[int, int, int],
         encoded: Encoded = PLAIN,
+        *,
+        sent: bool = True,
+        also: Sequence[Transfer] = (),
     ) -> Transfer:
         here, there = np.zeros(4, np.int64), [0, 0, 0, 0]
         for k, (address, array) in enumerate(zip(addresses, arrays, strict=False)):
             here[2 * k : 2 * k + 2] = array.ctypes.data, array.nbytes
             there[2 * k : 2 * k + 2] = address, array.nbytes
         words = np.array([kind, self._rank, *there, *word, next(self._tags), *encoded], np.int64)
-        return Transfer(self._mpi, self._members[rank], words, here, arrays)
+        return Transfer(self._mpi, self._members[rank], words, here, arrays, sent=sent, also=also)

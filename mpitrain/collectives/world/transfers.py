@@ -33,6 +33,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 FOREGROUND = 200, 1, 20
 BACKGROUND = 0, round(1e6 * SHORTEST_BACKOFF_SECONDS), round(1e6 * LONGEST_BACKOFF_SECONDS)
 
+NO_MESSAGE = np.zeros(0, np.int64)
 
 LATE_POLLS = 1000
 """Calls of compiled code after the death of the server, in which MPI may still complete a request."""
@@ -142,10 +143,20 @@ class Transfer:
         words: The request, laid out as in ``native.service.protocol``.
         here: (4,) the addresses and sizes of the blocks to send or to receive.
         arrays: The arrays that own this memory.
+        sent: Whether to send the request now. Otherwise another transfer sends it, or this one when it is awaited.
+        also: Transfers whose requests this one sends in its message, if they are to the same rank.
     """
 
     def __init__(
-        self, mpi: NativeMPI, rank: int, words: np.ndarray, here: np.ndarray, arrays: Sequence[np.ndarray]
+        self,
+        mpi: NativeMPI,
+        rank: int,
+        words: np.ndarray,
+        here: np.ndarray,
+        arrays: Sequence[np.ndarray],
+        *,
+        sent: bool = True,
+        also: Sequence[Transfer] = (),
     ) -> None:
         n = service.n_messages(int(here[1]), int(here[3]))
         self.rank = rank
@@ -153,12 +164,24 @@ class Transfer:
         self._header, self._flag = np.zeros(service.HEADER_WORDS, np.int64), np.zeros(1, np.int32)
         self._requests, self._statuses = (np.zeros(n * k, np.uint8) for k in (mpi.request_bytes, mpi.status_bytes))
         mpi.pending.add(self)
-        self._is_lost = False
+        self._is_lost, self._is_sent, self._n = False, sent, 0
+        also = [transfer for transfer in also if transfer.rank == rank and not transfer._is_sent]
+        self._message = message_of(words, *(transfer._words for transfer in also)) if sent else NO_MESSAGE
         known = mpi.functions, mpi.comm, mpi.byte, mpi.request_bytes
         try:
-            self._n = self._checked(service.ask()(*known, rank, words, here, self._header, self._requests))
+            request = words, self._message, here
+            self._n = self._checked(service.ask()(*known, rank, *request, self._header, self._requests))
         except ServerLost:  # raised again where this request is awaited
             self._is_lost = True
+        for transfer in also:
+            transfer._is_sent = True  # or lost
+
+    def _send(self) -> None:
+        """Send the request, which no other transfer has sent."""
+        self._is_sent, self._message = True, message_of(self._words)
+        known = self._mpi.functions, self._mpi.comm, self._mpi.byte, self.rank, self._message
+        self._checked(service.send()(*known, self._requests[self._n * self._mpi.request_bytes :]))
+        self._n += 1
 
     def wait(self) -> int:
         """Wait until the request is complete, and return the former lock word. Local.
@@ -167,7 +190,7 @@ class Transfer:
             RuntimeError: The former lock word was not the expected one.
             ServerLost: The other rank has died. The memory of the request may have been written in part.
         """
-        self._wait_for(self._n)
+        self._wait_for()
         self._mpi.pending.discard(self)
         found = int(self._header[0])
         if self._words[service.KIND] == service.STORE and found != self._words[service.BEFORE]:
@@ -185,6 +208,8 @@ class Transfer:
             return True
         known = self._mpi.functions, 1, self._requests, self._statuses, self._flag
         try:
+            if not self._is_sent:
+                self._send()
             return bool(self._checked(service.test_requests()(*known, polls_per_wakeup())))
         except ServerLost:
             return True
@@ -207,10 +232,13 @@ class Transfer:
         self._wait_for(1)
         return time.perf_counter() - began if self._header[1] else 0.0
 
-    def _wait_for(self, n: int) -> None:
-        """Wait until the first n MPI requests are complete."""
+    def _wait_for(self, most: int | None = None) -> None:
+        """Wait until the MPI requests are complete, or the first ``most`` of them."""
         if self._is_lost:
             raise ServerLost
+        if not self._is_sent:
+            self._send()
+        n = most or self._n
         with waiting("an answer of another node", lambda: [self.rank]):
             if not in_background():
                 self._poll(n, FOREGROUND)
@@ -234,6 +262,21 @@ class Transfer:
             self._is_lost = self._mpi.has_died(self.rank)
             raise ServerLost if self._is_lost else self._mpi.error(-result)
         return result
+
+
+def message_of(*requests: np.ndarray) -> np.ndarray:
+    """Return a message that contains requests. Local.
+
+    Raises:
+        ValueError: There are more of them than fit into a message.
+    """
+    if len(requests) == 1:
+        return requests[0]
+    if len(requests) > service.MOST_REQUESTS:
+        raise ValueError(f"a message has at most {service.MOST_REQUESTS} requests, not {len(requests)}")
+    message = np.concatenate(requests)
+    message[service.KIND] += service.FOLLOWING * (len(requests) - 1)
+    return message
 
 
 def first_granted(transfers: Sequence[Transfer]) -> int:

@@ -68,7 +68,7 @@ class Servers:
     def __init__(self, dead: set[int]) -> None:
         self.dead, self.plan, self.n_requests = dead, {}, 0
 
-    def fetch(self, server, addresses, arrays, owner, encoded, *, retakes=False):
+    def fetch(self, server, addresses, arrays, owner, encoded, *, retakes=False, sent=True, also=()):
         def serve(part: str) -> int:
             word = array_at(owner[0], 1, np.int64)
             holder = int(word[0]) & OWNER_MASK
@@ -81,7 +81,7 @@ class Servers:
 
         return self._request("fetch", server, serve)
 
-    def store(self, server, addresses, arrays, swap, encoded):
+    def store(self, server, addresses, arrays, swap, encoded, *, also=()):
         def serve(part: str) -> int:
             for address, array in zip(addresses, arrays, strict=True):
                 n = array.size if part == "whole" else array.size // 2

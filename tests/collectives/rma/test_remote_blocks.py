@@ -101,18 +101,24 @@ def test_a_visit_interrupted_between_two_blocks_leaves_the_next_visit_intact(com
 
 
 class CountedRequests:
-    """The progress thread of this rank, which records its requests: ``fetch`` or ``store``, and the home."""
+    """The progress thread of this rank, which records its messages: ``fetch`` or ``store``, and the home.
+
+    A message may contain further requests for blocks of that home; ``also`` counts those.
+    """
 
     def __init__(self, progress):
-        self._progress, self.calls = progress, []
+        self._progress, self.calls, self.also = progress, [], 0
 
     def fetch(self, home, *arguments, **options):
-        self.calls.append(("fetch", home))
+        if options["sent"]:
+            self.calls.append(("fetch", home))
+            self.also += len(options["also"])
         return self._progress.fetch(home, *arguments, **options)
 
-    def store(self, home, *arguments):
+    def store(self, home, *arguments, also):
         self.calls.append(("store", home))
-        return self._progress.store(home, *arguments)
+        self.also += len(also)
+        return self._progress.store(home, *arguments, also=also)
 
 
 @pytest.mark.ranks(2, 3)
@@ -130,6 +136,31 @@ def test_a_visit_to_a_short_vector_is_one_fetch_and_one_store(comm, smallest_sha
 
 
 @pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("window", [0, 1 << 20], ids=["two blocks", "all blocks"])
+def test_a_visit_sends_one_message_to_each_home_and_one_with_each_block(comm, largest_shards, window):
+    """The first one asks for as many blocks as the window admits, and each block that returns for the next ones."""
+    largest_shards(64)
+    center = comm.shared_vector(64 * 5 * comm.size, np.float32)
+    remote = center._blocks._remote
+    requests = remote._requests.progress = CountedRequests(remote._requests.progress)
+    remote.window.record_answer = remote.window.record_visit = lambda *_: None
+    remote.window.n_bytes = window
+    comm.barrier()
+    center.update(lambda part, shard: shard.__iadd__(1) is None)
+    elsewhere = [home for home in center.homes if comm.nodes[home] != comm.nodes[comm.rank]]
+    fetches = sorted(home for kind, home in requests.calls if kind == "fetch")
+    assert sorted(home for kind, home in requests.calls if kind == "store") == elsewhere
+    if window or len(set(elsewhere)) == 1:
+        assert fetches == sorted(set(elsewhere))
+    assert set(fetches) == set(elsewhere)  # where one home ends before another, the other one gets its place at once
+    assert len(fetches) + requests.also == len(elsewhere)
+    comm.barrier()
+    out = np.zeros(center.n, np.float32)
+    center.read(out)
+    assert np.all(out == comm.size)
+
+
+@pytest.mark.ranks(2, 3)
 def test_the_requests_of_a_visit_do_not_wait_for_each_other(comm, largest_shards):
     """All blocks of other nodes are requested before the first one is stored, as far as the window allows."""
     largest_shards(64)
@@ -138,8 +169,10 @@ def test_the_requests_of_a_visit_do_not_wait_for_each_other(comm, largest_shards
     requests = remote._requests.progress = CountedRequests(remote._requests.progress)
     comm.barrier()
     center.update(lambda part, shard: shard.__iadd__(1) is None)
-    n_remote = sum(block is None for block in center._blocks._memory.in_place)
-    assert [kind for kind, _ in requests.calls] == ["fetch"] * n_remote + ["store"] * n_remote
+    kinds = [kind for kind, _ in requests.calls]
+    n_homes, n_remote = kinds.count("fetch"), sum(block is None for block in center._blocks._memory.in_place)
+    assert kinds == ["fetch"] * n_homes + ["store"] * n_remote
+    assert n_homes + requests.also == n_remote
     comm.barrier()
 
 
@@ -157,7 +190,7 @@ class LateStores:
     A fetch writes to its staging buffer at once, and a store reads from its own only when it is awaited.
     """
 
-    def fetch(self, home, addresses, arrays, owner, encoded, retakes):
+    def fetch(self, home, addresses, arrays, owner, encoded, retakes, sent, also):
         assert not retakes
         word = array_at(owner[0], 1, np.int64)
         assert not word[0] & OWNER_MASK
@@ -170,7 +203,7 @@ class LateStores:
         tags[:] = array_at(addresses[1], tags.size, np.float64)
         return SimpleNamespace(wait=lambda: found, wait_for_lock=lambda: 0.0, granted=lambda: True, was_taken=False)
 
-    def store(self, home, addresses, arrays, swap, encoded):
+    def store(self, home, addresses, arrays, swap, encoded, also):
         data, tags = arrays
 
         def wait():
@@ -249,8 +282,8 @@ def test_late_stores_show_a_staging_buffer_that_is_reused_too_early(monkeypatch)
 
     release = RemoteBlocks.release
 
-    def release_and_free(self, block, *, updated):
-        release(self, block, updated=updated)
+    def release_and_free(self, block, **options):
+        release(self, block, **options)
         self._free.append(block.buffer)
 
     monkeypatch.setattr(RemoteBlocks, "release", release_and_free)
@@ -283,7 +316,7 @@ class DelayedStores:
         self._progress, self._rng = progress, np.random.default_rng(seed)
         self.fetch, self.n_stores = progress.fetch, 0
 
-    def store(self, *arguments):
+    def store(self, *arguments, also):  # these fetches are sent when they are awaited
         self.n_stores += 1
         return DelayedStore(lambda: self._progress.store(*arguments), self._rng.uniform(0, 0.1))
 
@@ -351,6 +384,72 @@ def test_the_server_releases_a_lock_only_once_the_block_is_stored():
     assert np.array_equal(block, new_block)
     assert np.array_equal(tags, new_tags)
     thread.stop()
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("n", [1, protocol.MOST_REQUESTS - 1])
+def test_a_message_with_several_requests_gets_the_answer_of_each(n):
+    """A block returns, and n others are requested in the same message; one of them is locked for some time."""
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world.progress import ProgressThread
+
+    thread = ProgressThread(MPI.COMM_SELF)
+    blocks, tags = np.arange(100.0 * (n + 1)).reshape(n + 1, 100), np.arange(4.0 * (n + 1)).reshape(n + 1, 4)
+    held, taken, mine = 5 << OWNER_BITS | 1, 7 << OWNER_BITS | 1, 1
+    words = np.array([held] + [k << OWNER_BITS for k in range(1, n)] + [taken])
+    address = [(blocks[k].ctypes.data, tags[k].ctypes.data) for k in range(n + 1)]
+    word = [words.ctypes.data + 8 * k for k in range(n + 1)]
+    found = [(np.zeros(100), np.zeros(4)) for _ in range(n)]
+    fetches = [thread.fetch(0, address[k], found[k - 1], (word[k], mine), sent=False) for k in range(1, n + 1)]
+    returned = np.full(100, -1.0), np.full(4, -1.0)
+    store = thread.store(0, address[0], returned, (word[0], held, 6 << OWNER_BITS), also=fetches)
+    assert store.wait() == held
+    for k in range(1, n):
+        assert fetches[k - 1].wait() == k << OWNER_BITS
+    assert not fetches[-1].granted()
+    words[n] = 8 << OWNER_BITS
+    assert fetches[-1].wait() == 8 << OWNER_BITS
+    assert np.all(blocks[0] == -1)
+    assert np.all(tags[0] == -1)
+    for k, (block, its_tags) in enumerate(found, start=1):
+        assert np.array_equal(block, blocks[k])
+        assert np.array_equal(its_tags, tags[k])
+    thread.stop()
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_request_that_no_message_contains_is_sent_when_it_is_awaited():
+    from mpi4py import MPI
+
+    from mpitrain.collectives.world.progress import ProgressThread
+    from mpitrain.collectives.world.transfers import first_granted
+
+    thread = ProgressThread(MPI.COMM_SELF)
+    blocks, tags, words = np.arange(30.0).reshape(3, 10), np.zeros((3, 4)), np.zeros(3, np.int64)
+    found = [(np.zeros(10), np.zeros(4)) for _ in range(3)]
+    fetches = [
+        thread.fetch(
+            0, (blocks[k].ctypes.data, tags[k].ctypes.data), found[k], (words.ctypes.data + 8 * k, 1), sent=False
+        )
+        for k in range(3)
+    ]
+    fetches.pop(first_granted(fetches)).wait()
+    for fetch in fetches:
+        fetch.wait()
+    assert np.array_equal([block for block, _ in found], blocks)
+    assert np.array_equal(words, [1, 1, 1])
+    thread.stop()
+
+
+def test_a_message_has_room_for_a_block_and_the_most_requests_of_a_home():
+    from mpitrain.collectives.world.progress import MOST_AWAITED
+    from mpitrain.collectives.world.transfers import message_of
+
+    request = np.zeros(protocol.REQUEST_WORDS, np.int64)
+    assert message_of(*[request] * (1 + MOST_AWAITED)).size == (1 + MOST_AWAITED) * protocol.REQUEST_WORDS
+    with pytest.raises(ValueError, match="at most 17 requests, not 18"):
+        message_of(*[request] * 18)
 
 
 @pytest.mark.ranks(2, 3)

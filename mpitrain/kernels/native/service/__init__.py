@@ -4,7 +4,7 @@
 interpreter lock. The serving thread also watches MPI requests for the background threads of its own rank.
 """
 
-from mpitrain.kernels.native.service.client import ask, test_requests, wait_for_requests
+from mpitrain.kernels.native.service.client import ask, send, test_requests, wait_for_requests
 from mpitrain.kernels.native.service.protocol import (
     ACQUIRE,
     ASLEEP,
@@ -13,9 +13,11 @@ from mpitrain.kernels.native.service.protocol import (
     COMPLETE,
     DRAIN_BYTES,
     FETCH,
+    FOLLOWING,
     FUNCTIONS,
     HEADER_WORDS,
     KIND,
+    MOST_REQUESTS,
     N_PIECES,
     N_WATCHED,
     NONE,
@@ -40,6 +42,7 @@ from mpitrain.kernels.native.service.server import serve
 
 __all__ = [
     "ask",
+    "send",
     "serve",
     "test_requests",
     "wait_for_requests",
@@ -49,6 +52,8 @@ __all__ = [
     "ACQUIRE",
     "STORE",
     "KIND",
+    "FOLLOWING",
+    "MOST_REQUESTS",
     "BEFORE",
     "REQUEST_WORDS",
     "HEADER_WORDS",

@@ -13,7 +13,6 @@ from mpitrain.kernels.native.service.protocol import (
     ISEND,
     KIND,
     PIECE_BYTES,
-    REQUEST_WORDS,
     STORE,
     STORED,
     TAG,
@@ -27,19 +26,20 @@ POLLS_PER_CALL: Final = 100  # of wait_for_requests
 _ASK: Final = f"""\
 from mpitrain.kernels.native.service.foreign import call
 
-SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], uint8[::1])"
-def ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests):
+SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], int64[::1], uint8[::1])"
+def ask(functions, comm, byte, request_bytes, rank, words, message, stretches, header, requests):
     at, tag = requests.ctypes.data, words[{TAG}]
     stores = words[{KIND}] == {STORE}
     code = call(functions[{IRECV}], (header.ctypes.data, 8 * {HEADER_WORDS}, byte, rank, tag, comm, at))
     n = 1
     for turn in range(2):
         if (turn == 0) == stores:  # receives are posted before the request, sends follow it
-            code = code or call(
-                functions[{ISEND}],
-                (words.ctypes.data, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at + n * request_bytes),
-            )
-            n += 1
+            if message.size > 0:
+                code = code or call(
+                    functions[{ISEND}],
+                    (message.ctypes.data, 8 * message.size, byte, rank, {TAG_REQUEST}, comm, at + n * request_bytes),
+                )
+                n += 1
             continue
         for k in (0, 2):
             here, left = stretches[k], stretches[k + 1]
@@ -77,6 +77,16 @@ def wait_for_requests(functions, n, requests, statuses, flag, n_polls, waited, n
     return 0
 """
 
+_SEND: Final = f"""\
+from mpitrain.kernels.native.service.foreign import call
+
+SIGNATURE = "int64(int64[::1], int64, int64, int64, int64[::1], uint8[::1])"
+def send(functions, comm, byte, rank, message, request):
+    at = request.ctypes.data
+    return -call(
+        functions[{ISEND}], (message.ctypes.data, 8 * message.size, byte, rank, {TAG_REQUEST}, comm, at)
+    )
+"""
 
 _TEST_REQUESTS: Final = f"""\
 from mpitrain.kernels.native.service.foreign import call
@@ -97,14 +107,28 @@ def test_requests(functions, n, requests, statuses, flag, n_polls):
 def ask() -> Callable[..., int]:
     """Return the compiled function that sends a request to the server of a rank.
 
-    ``ask(functions, comm, byte, request_bytes, rank, words, stretches, header, requests)``
+    ``ask(functions, comm, byte, request_bytes, rank, words, message, stretches, header, requests)``
 
     The first four arguments are as in ``server.serve``, and ``rank`` is that of the server. ``words`` is the request.
-    ``stretches`` (4,) are the addresses and sizes of the local memory to send or to receive. ``header`` receives the
-    answer. ``requests`` has room for ``n_messages`` MPI_Requests, the first of which is that of the header. MPI uses
-    all this memory until the requests complete. The result is the number of requests, or a negative MPI error code.
+    ``message`` contains this request and maybe others. If it is empty, another message will contain the request, and
+    the function only posts the receives of the answer. ``stretches`` (4,) are the addresses and sizes of the local
+    memory to send or to receive. ``header`` receives the answer. ``requests`` has room for ``n_messages`` MPI_Requests,
+    the first of which is that of the header. MPI uses all this memory until the requests complete. The result is the
+    number of requests, or a negative MPI error code.
     """
     return cache.compiled("ask", "words", _ASK)
+
+
+@functools.cache
+def send() -> Callable[..., int]:
+    """Return the compiled function that sends a message to the server of a rank.
+
+    ``send(functions, comm, byte, rank, message, request)``
+
+    ``message`` contains requests whose receives ``ask`` has posted. ``request`` has room for an MPI_Request. The result
+    is 0 or a negative MPI error code.
+    """
+    return cache.compiled("send", "words", _SEND)
 
 
 @functools.cache

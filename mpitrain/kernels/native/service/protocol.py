@@ -1,6 +1,7 @@
 """The protocol between the client and the server: request layout, message sizes, and the words that threads share.
 
-A request is an array of int64 words::
+A message to the server contains up to MOST_REQUESTS requests, the first of which says in its kind how many follow. A
+request is an array of int64 words::
 
     kind, rank, address of the data, bytes, address of the tags, bytes, address of a lock word, before, after,
     message tag, wire format, address of the block, elements of the block
@@ -38,6 +39,9 @@ REQUEST_WORDS: Final = 13
 # and the address where the data begin.
 STARTED, ACQUIRED, HEADER, BUFFER, STATE_WORDS = 13, 14, 15, 17, 18
 HEADER_WORDS: Final = 2
+
+FOLLOWING: Final = 1 << 8  # added to the kind of the first request of a message for each request that follows it
+MOST_REQUESTS: Final = 17  # of a message: a block that returns, and requests for 16 others
 
 PIECE_BYTES: Final = 60_000  # with a header, below the eager limit of 64 KiB of both Open MPI and MPICH
 N_PIECES: Final = 128  # pieces of one request under way at a time

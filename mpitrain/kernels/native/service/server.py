@@ -36,6 +36,7 @@ from mpitrain.kernels.native.service.protocol import (
     DATA_BYTES,
     DRAIN_BYTES,
     FETCH,
+    FOLLOWING,
     FORMAT,
     HEADER,
     HEADER_WORDS,
@@ -154,10 +155,11 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
     polls, in_vain, trusted = 0, 0, 0
     n_served, n_used, n_failed, code = 0, 0, 0, 0
     at_next = at_pieces + states.shape[0] * {N_PIECES} * request_bytes
+    longest = 8 * requests.shape[1]  # bytes of a message of requests
     for rank in range(n_ranks):
-        here, at = at_requests + 8 * {REQUEST_WORDS} * rank, at_next + rank * request_bytes
-        code = code or call(functions[{IRECV}], (here, 8 * {REQUEST_WORDS}, byte, rank, {TAG_REQUEST}, comm, at))
-    asks = -1
+        here, at = at_requests + longest * rank, at_next + rank * request_bytes
+        code = code or call(functions[{IRECV}], (here, longest, byte, rank, {TAG_REQUEST}, comm, at))
+    asks, first, n_left = -1, 0, 0  # the sender of a message, its next request, and how many follow that
     # Stopping refuses new requests to watch; those already watched are watched to their end.
     while code == 0 and (
         load_acquire(shared, {STOP}) == 0 or compare_and_swap(shared, {OUTCOME}, {NONE}, {CLOSED}) != {NONE}
@@ -219,7 +221,8 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
             if code != 0 and survives != 0 and n_failed < {ERRORS_OF_A_DEATH} * n_ranks:
                 code, flag[0], n_failed = 0, 0, n_failed + 1  # a rank is dead; MPI has freed its receive
             if flag[0] != 0:
-                asks = flag[1]
+                asks, first = flag[1], 0
+                n_left = requests[asks, {KIND}] // {FOLLOWING}
                 happened, came = 1, 1
         if code != 0:
             break
@@ -247,13 +250,16 @@ def serve(functions, comm, byte, request_bytes, n_polls, shared, flag, requests,
             state = states[free]
             state[{ACQUIRED}] = 0
             for k in range({REQUEST_WORDS}):
-                state[k] = requests[asks, k]
+                state[k] = requests[asks, first + k]
+            state[{KIND}] %= {FOLLOWING}
             state[{BUFFER}] = state[{DATA}]
-            here, at = at_requests + 8 * {REQUEST_WORDS} * asks, at_next + asks * request_bytes
-            code = call(functions[{IRECV}], (here, 8 * {REQUEST_WORDS}, byte, asks, {TAG_REQUEST}, comm, at))
-            if survives != 0:
-                code = 0
-            asks = -1
+            first, n_left = first + {REQUEST_WORDS}, n_left - 1
+            if n_left < 0:
+                here, at = at_requests + longest * asks, at_next + asks * request_bytes
+                code = call(functions[{IRECV}], (here, longest, byte, asks, {TAG_REQUEST}, comm, at))
+                if survives != 0:
+                    code = 0
+                asks = -1
             header = at_states + 8 * ({STATE_WORDS} * free + {HEADER})
             if state[{KIND}] == {SWAP}:
                 found = swap_at(state[{WORD}], state[{BEFORE}], state[{AFTER}])
@@ -319,7 +325,7 @@ def serve() -> Callable[..., int]:
     - ``request_bytes``: the size of an MPI_Request
     - ``n_polls``: polls between two sleeps
     - ``shared``: (SHARED_WORDS,) zeros, shared with the other threads of the rank
-    - ``flag`` (2,), ``requests`` (ranks, REQUEST_WORDS): buffers
+    - ``flag`` (2,), ``requests`` (ranks, MOST_REQUESTS * REQUEST_WORDS): buffers
     - ``states``: (slots, STATE_WORDS) zeros. A request that waits for a lock occupies a slot until the lock is free, so
       there must be more slots than requests of that kind. A poll looks only at the slots in use.
     - ``slots``: (slots,) the numbers 0, 1, ...
