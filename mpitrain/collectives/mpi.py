@@ -67,6 +67,7 @@ class MPICommunicator(PeerMemory):
             self._check_wire()
         self._allreduce = AllReduce(world, self.statistics, self._encoding)
         self._pending: PendingAllReduce | None = None
+        self._gathered: tuple[np.ndarray, np.ndarray] | None = None
         self._background = Background(threads=threads_may_call_mpi())
 
     def _check_wire(self) -> None:
@@ -181,6 +182,7 @@ class MPICommunicator(PeerMemory):
             self._gpu.synchronize()
         mine = np.asarray(values, np.float64)
         all_values = np.empty((self.size, mine.size))
+        self._gathered = mine, all_values  # kept alive: after a death, MPI may still write to them
         self.world.run_on_survivors(lambda comm: comm.Allgather(mine, all_values[: comm.Get_size()]), "a gather")
         self.world.require_all()
         return all_values

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -251,7 +251,8 @@ class ULFMFaultTolerance(FaultTolerance):
                 all_succeeded = False
             if all_succeeded:
                 return cast(T, result)
-            self.comm = self.comm.Shrink()
+            with suppress(MPI.Exception):  # on all ranks: one has died meanwhile, so this communicator fails again
+                self.comm = self.comm.Shrink()
             self.poll()  # now all ranks know of the death
 
     @contextmanager

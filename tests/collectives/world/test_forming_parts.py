@@ -103,3 +103,29 @@ def test_an_error_comes_from_a_death_of_which_only_another_rank_knows(monkeypatc
     tolerance = ULFMFaultTolerance(comm, detector, [0, 1, 2, 3])
     assert tolerance.comes_from_death(MPI.Exception(MPI.ERR_IN_STATUS)) == is_revoked
     assert not FaultTolerance(comm).comes_from_death(MPI.Exception(MPI.ERR_IN_STATUS))
+
+
+def test_a_death_while_the_communicator_shrinks_repeats_the_shrinking():
+    from mpi4py import MPI
+
+    made = Comm()
+    made.Agree = lambda succeeded: succeeded
+
+    class Dying(Comm):
+        """Its first shrinking fails on all ranks."""
+
+        n_shrinks = 0
+
+        def Agree(self, succeeded):
+            raise MPI.Exception(MPI.ERR_PROC_FAILED)
+
+        def Shrink(self):
+            self.n_shrinks += 1
+            if self.n_shrinks == 1:
+                raise MPI.Exception(MPI.ERR_PROC_FAILED)
+            return made
+
+    dying = Dying()
+    tolerance = ULFMFaultTolerance(dying, SimpleNamespace(dead=frozenset({3}), poll=lambda: None), [0, 1, 2, 3])
+    assert tolerance.run_on_survivors(lambda comm: comm) is made
+    assert dying.n_shrinks == 2
