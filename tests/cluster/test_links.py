@@ -1,12 +1,16 @@
-"""Runs over links that delay, lose frames or go down for seconds, with interfaces that lead nowhere, and on IPv6."""
+"""Runs over links that delay, lose frames, or go down for seconds or for good, interfaces that lead nowhere, IPv6."""
 
 from __future__ import annotations
 
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.cluster import Cluster, emulated_hosts
 from support.cluster_jobs import JOBS, TrainJob, checkpoints
+
+from mpitrain.errors import EXIT_TIMEOUT
 
 pytestmark = pytest.mark.cluster
 
@@ -58,3 +62,46 @@ def test_hosts_that_have_ipv6_only() -> None:
     with emulated_hosts() as hosts:
         hosts.leave_ipv4()
         train(hosts)
+
+
+# By name: what the ranks do without end, and what the rank on the launcher's host then says.
+WAITS = {
+    "all-reduce": ("comm.allreduce(vector)", "waiting in an all-reduce between nodes for another rank"),
+    "exchange": ("center.update(lambda part, values: None)", r"waiting in an answer of another node for rank 1"),
+}
+WAIT = """
+import time
+from pathlib import Path
+import numpy as np
+import mpitrain
+from mpitrain.collectives.mpi import MPICommunicator
+from mpitrain.collectives.world.watchdog import watchdog
+world = mpitrain.init()
+comm = MPICommunicator(world)
+vector, center = comm.vector(100_000, np.float32), comm.shared_vector(100_000, np.float32)
+world.barrier()
+Path(f"ready{{world.rank}}").touch()
+while not Path("is-cut").exists():
+    time.sleep(0.1)
+mpitrain.init(timeout=6)
+while True:
+    watchdog.begin_step()
+    {step}
+"""
+
+
+@pytest.mark.parametrize(("mpi", "wait"), [("openmpi", "all-reduce"), ("openmpi", "exchange"), ("mpich", "all-reduce")])
+def test_a_link_that_is_cut_ends_the_job_with_a_line(mpi: str, wait: str) -> None:
+    step, line = WAITS[wait]
+    with emulated_hosts(3) as hosts:
+        command = [*hosts.mpirun(mpi, "host1", "host2"), "python", "-c", WAIT.format(step=step)]
+        with ThreadPoolExecutor(1) as pool:
+            ending = pool.submit(hosts.run, command, env=hosts.environment(mpi), seconds=240)
+            while not all((hosts.folder / f"ready{rank}").exists() for rank in range(2)) and not ending.done():
+                time.sleep(0.1)
+            hosts.cut("host2")
+            (hosts.folder / "is-cut").touch()
+            done = ending.result()
+    assert len(re.findall(rf"^mpitrain: no progress for \S+ s: in step \d+, {line}", done.stdout, re.M)) == 1
+    # Open MPI's launcher cannot end its daemon beyond the link, and is ended itself.
+    assert done.returncode in ((EXIT_TIMEOUT, 1) if mpi == "openmpi" else (EXIT_TIMEOUT,)), done.stdout

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpitrain.collectives.world.failure_detector import ulfm_requested
+from mpitrain.collectives.world.launcher_watch import abort, watch_launcher
 from mpitrain.collectives.world.launchers import is_launched, is_set, launched_rank
 from mpitrain.collectives.world.thread_level import import_mpi
 from mpitrain.collectives.world.watchdog import watchdog
@@ -167,8 +168,9 @@ def end_all(comm: Any, code: int) -> NoReturn:
     _flush()
     time.sleep(OUTPUT_SECONDS)
     if _exit_ends_all(code):
+        watch_launcher()
         os._exit(code)
-    comm.Abort(code)
+    abort(comm, code)
     os._exit(code)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain.collectives.world.background import threads_may_call_mpi
+from mpitrain.collectives.world.launcher_watch import abort
 from mpitrain.collectives.world.watchdog import watchdog
 from mpitrain.errors import OUTPUT_SECONDS, UsageError
 from mpitrain.log import logger
@@ -120,7 +121,7 @@ class FailureDetector:
         if self.leaves_no_survivors:
             watchdog.announce_end_of_all()
             self._stopped.wait(OUTPUT_SECONDS)
-            self._comm.Abort(1)
+            abort(self._comm, 1)
 
     def stop(self) -> None:
         """End the thread. Local; safe to call again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+from functools import partial
 from typing import Any
 
 from mpitrain import log
@@ -19,6 +20,7 @@ from mpitrain.collectives.world.background import threads_may_call_mpi
 from mpitrain.collectives.world.device import bind_all, report_shared_gpus
 from mpitrain.collectives.world.exception_hook import ExceptionHook
 from mpitrain.collectives.world.fault_tolerance import FaultTolerance, fault_tolerance_of
+from mpitrain.collectives.world.launcher_watch import abort
 from mpitrain.collectives.world.launchers import check_before_start, check_world, is_launched
 from mpitrain.collectives.world.link import known as known_link
 from mpitrain.collectives.world.network import exclude_bridges
@@ -107,7 +109,7 @@ def _start(device: str, transport: str) -> World:
     hook.ranks = FaultTolerance(everyone)
     if everyone.Get_size() == 1:
         return create_world(everyone.Dup(), device, transport)
-    watchdog.attach(everyone.Get_rank(), everyone.Abort)
+    watchdog.attach(everyone.Get_rank(), partial(abort, everyone))
     with waiting("the start of the ranks"):
         world = create_world(everyone.Dup(), device, transport)
         status = NodeStatus(world.node_comm, world.node_ranks, world.hosts[world.rank])

@@ -47,6 +47,11 @@ def is_set(*names: str) -> bool:
     return any(name in os.environ or name in _hidden for name in names)
 
 
+def openmpi_starts_other_hosts() -> bool:
+    """Return whether Open MPI's launcher has also started ranks on other hosts."""
+    return _number("OMPI_COMM_WORLD_SIZE", 0) > _number("OMPI_COMM_WORLD_LOCAL_SIZE", 0)
+
+
 def hide_launcher() -> None:
     """Remove the launcher's variables from the environment, so that other libraries see a single process. Local.
 
