@@ -202,7 +202,7 @@ def serving(*words: str, seconds: Callable[[float], float]) -> Callable[..., Non
 
 def time_slice(run: Run, **_: Any) -> None:
     words = (*LOGGP, "--algorithm", "gossip", "--cores", "1")
-    for seconds, steps in (("0.01", [3, 3]), ("1", [6, 0])):
+    for seconds, steps in (("0.001", [3, 3]), ("1", [6, 0])):
         assert run(*words, "--time-slice", seconds, budget=("--gradients", "6"))["steps_of_workers"] == steps
 
 

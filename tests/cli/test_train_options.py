@@ -234,7 +234,7 @@ def verify(bench: Bench) -> None:
 def straggler(bench: Bench) -> None:
     slept: list[float] = []
     ticks = itertools.count()
-    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), sleep=slept.append)
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), process_time=lambda: 0.0, sleep=slept.append)
     bench.monkeypatch.setattr(loop, "time", clock)  # a gradient takes a second
     bench.run("--straggler", "0:4")
     assert slept == [3.0] * STEPS

@@ -257,8 +257,9 @@ if world.rank == 1:
 @pytest.mark.parametrize("mpi", installed())
 def test_an_error_in_the_service_of_one_rank_ends_all(mpi):
     script = """
-if world.rank == 0:  # a request longer than there is room for
-    world.progress_thread._comm.Send(np.zeros(100), 1, 1)
+from mpitrain.kernels.native.service import MOST_REQUESTS, REQUEST_WORDS
+if world.rank == 0:  # a message longer than there is room for
+    world.progress_thread._comm.Send(np.zeros(MOST_REQUESTS * REQUEST_WORDS + 1), 1, 1)
 time.sleep(1000)
 """
     finished = run(mpi, 2, SHARES + script, MPITRAIN_EMULATED_NODES="2")
