@@ -18,7 +18,8 @@ at a random moment of the run, or aimed at
 
 Before them, each method makes one run without kills, whose accuracy is reported beside that of the others.
 
-A run has survived if it ends with exit code 0, writes its result, and leaves neither processes nor shared memory. The
+A run has survived if it ends with exit code 0, writes its result, loses no other rank than those that are killed, and
+leaves neither processes nor shared memory. The
 pause of a synchronous method is what it prints: the time from the beginning of the exchange in which a rank died to the
 end of the repeated one. That of an asynchronous method is the longest time between two records of the progress, which
 are a quarter of a second apart where nothing happens. The last line is one JSON document with --json.
@@ -286,16 +287,17 @@ def _outcome(algorithm: str, faults: list[str], run: Path, output: str, code: in
         result = json.loads((run / "result.json").read_text())
     except (OSError, ValueError):
         result = None
-    if code or result is None or left:
+    died = {int(rank) for rank in re.findall(r"rank (\d+) of \d+ died", output)} | set((result or {}).get("died", ()))
+    others = sorted(died - {int(rank) for rank in re.findall(r"rank=(\d+)", " ".join(faults))})
+    if code or result is None or left or others:
         lines = [line for line in output.splitlines() if line.strip() and "help message" not in line]
-        reason = "\n".join([f"exit code {code}; left in /dev/shm: {left}", *lines[-30:]])
-        return Outcome(algorithm, faults, False, [], 0.0, 0.0, reason)
-    died = sorted({int(rank) for rank in re.findall(r"rank (\d+) of \d+ died", output)} | set(result["died"]))
+        reason = [f"exit code {code}; left in /dev/shm: {left}; died without being killed: {others}", *lines[-30:]]
+        return Outcome(algorithm, faults, False, sorted(died), 0.0, 0.0, "\n".join(reason))
     if METHODS[algorithm]().is_synchronous:
         pause = max(map(float, PAUSE.findall(output)), default=0.0)
     else:
         pause = float(np.diff(read_metrics(run / "metrics.h5")["progress"]["seconds"]).max(initial=0.0))
-    return Outcome(algorithm, faults, True, died, result["test_accuracy"], pause)
+    return Outcome(algorithm, faults, True, sorted(died), result["test_accuracy"], pause)
 
 
 def summary(outcomes: list[Outcome], n_kills: int, undisturbed: dict[str, float]) -> dict[str, Any]:
