@@ -19,10 +19,10 @@ at a random moment of the run, or aimed at
 Before them, each method makes one run without kills, whose accuracy is reported beside that of the others.
 
 A run has survived if it ends with exit code 0, writes its result, loses no other rank than those that are killed, and
-leaves neither processes nor shared memory. The
-pause of a synchronous method is what it prints: the time from the beginning of the exchange in which a rank died to the
-end of the repeated one. That of an asynchronous method is the longest time between two records of the progress, which
-are a quarter of a second apart where nothing happens. The last line is one JSON document with --json.
+leaves neither processes nor shared memory. The pause of a synchronous method is what it prints: the time from the
+beginning of the exchange in which a rank died to the end of the repeated one. That of an asynchronous method is the
+longest time between two records of the progress, which are a quarter of a second apart where nothing happens. The last
+line is one JSON document with --json.
 """
 
 from __future__ import annotations

@@ -52,18 +52,20 @@ class LockTable:
     Args:
         world: The ranks.
         counts: (ranks,) the number of words that each rank stores. The home of a word is the rank that stores it.
+        words: The words, if they are neither in the memory of the only node nor in an MPI window.
 
     Attributes:
         orders_memory: Whether the lock makes writes to shared memory visible to the next owner. If not, a
             ``Window.sync`` is needed.
     """
 
-    def __init__(self, world: World, counts: Sequence[int]) -> None:
-        self._world = world
+    def __init__(self, world: World, counts: Sequence[int], words: Words | None = None) -> None:
+        if words is None:
+            words = NodeWords(world, counts) if world.n_nodes == 1 else MPIWords(world, counts)
+        self._world, self._words = world, words
         self._me = owner_bits(world)
         self._rank_of = {member: rank for rank, member in enumerate(world.members)}
-        self.orders_memory = world.n_nodes == 1
-        self._words: Words = NodeWords(world, counts) if self.orders_memory else MPIWords(world, counts)
+        self.orders_memory = not isinstance(words, MPIWords)
 
     def acquire(self, home: int, index: int, before_wait: Callable[[], object] | None = None) -> tuple[int, float]:
         """Wait for a lock and acquire it; take it over if its owner is dead. Local.

@@ -28,11 +28,8 @@ class RemoteLocks(LockTable):
     """
 
     def __init__(self, world: World, counts: Sequence[int], progress: Service) -> None:
-        self._world = world
-        self._me = owner_bits(world)
-        self._rank_of = {member: rank for rank, member in enumerate(world.members)}
-        self.orders_memory = True  # every word is swapped by a CPU of its own node
-        self._words: RemoteWords = RemoteWords(world, counts, progress)
+        self._remote_words = RemoteWords(world, counts, progress)
+        super().__init__(world, counts, self._remote_words)
 
     @property
     def mine(self) -> int:
@@ -41,7 +38,7 @@ class RemoteLocks(LockTable):
 
     def address(self, home: int, index: int, server: int) -> int:
         """Return the address of a lock word in the process of a rank of its node. Local."""
-        return self._words.address(home, index, server)
+        return self._remote_words.address(home, index, server)
 
     def release_swap(self, version: int, *, updated: bool) -> tuple[int, int]:
         """Return the present value of a lock word that this rank holds, and its value after the release. Local."""

@@ -49,7 +49,7 @@ def is_set(*names: str) -> bool:
 
 def openmpi_starts_other_hosts() -> bool:
     """Return whether Open MPI's launcher has also started ranks on other hosts."""
-    return _number("OMPI_COMM_WORLD_SIZE", 0) > _number("OMPI_COMM_WORLD_LOCAL_SIZE", 0)
+    return _number("OMPI_COMM_WORLD_SIZE") > _number("OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def hide_launcher() -> None:
