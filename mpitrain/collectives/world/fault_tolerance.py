@@ -35,6 +35,7 @@ from mpitrain.collectives.world.failure_detector import (
     ulfm_available,
     ulfm_requested,
 )
+from mpitrain.collectives.world.ulfm_agreement import agreed
 from mpitrain.errors import OUTPUT_SECONDS, TURN_SECONDS, RankFailed
 
 T = TypeVar("T")
@@ -246,7 +247,7 @@ class ULFMFaultTolerance(FaultTolerance):
                 self.comm.Revoke()  # others may wait in it
                 succeeded = False
             try:
-                all_succeeded = bool(self.comm.Agree(succeeded))
+                all_succeeded = agreed(self.comm, succeeded)
             except MPI.Exception:  # on all ranks: one has died
                 all_succeeded = False
             if all_succeeded:
@@ -308,7 +309,7 @@ class ULFMFaultTolerance(FaultTolerance):
         if not succeeded:
             self.comm.Revoke()
         try:
-            return bool(self.comm.Agree(succeeded))
+            return agreed(self.comm, succeeded)
         except MPI.Exception:  # on all ranks: one has died
             return False
 

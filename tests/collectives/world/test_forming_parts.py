@@ -109,7 +109,7 @@ def test_a_death_while_the_communicator_shrinks_repeats_the_shrinking():
     from mpi4py import MPI
 
     made = Comm()
-    made.Agree = lambda succeeded: succeeded
+    made.Agree = lambda value: value
 
     class Dying(Comm):
         """Its first shrinking fails on all ranks."""
