@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class NetworkTime(ClockSchedule):
         super().__init__(np.zeros(len(nodes)) if starts is None else np.array(starts, np.float64))
         self._compute, self._network, self._nodes = compute, network, nodes
         self._fabric = Fabric(network, nodes)
-        self._cores = _cores(nodes, cores, slice_seconds)
+        self._cores, self._n_cores = _cores(nodes, cores, slice_seconds), cores
         self._left: list[float | None] = [None] * len(nodes)  # of the gradient that is being computed
         self._lock_free: dict[Watched, float] = {}
         self._asked: list[Watched | None] = [None] * len(nodes)  # whose lock each worker has asked for
@@ -137,9 +138,17 @@ class NetworkTime(ClockSchedule):
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
         """Advance the clocks of the workers to the end of a collective. It begins when the last worker arrives."""
         members = list(ranks)
-        cost = self._network.collective(kind, n_bytes, [self._nodes[rank] for rank in members])
+        nodes = [self._nodes[rank] for rank in members]
+        cost = self._shared(nodes).collective(kind, n_bytes, nodes)
         self.clocks[members] = self.clocks[members].max() + cost
         self._turns.add(members)
+
+    def _shared(self, nodes: Sequence[int]) -> Network:
+        """Return the network of a collective, whose workers take turns on the cores for their pass over memory."""
+        share = 1.0 if self._n_cores is None or not nodes else self._n_cores / max(Counter(nodes).values())
+        if share >= 1:
+            return self._network
+        return replace(self._network, node_bandwidth=share * self._network.node_bandwidth)
 
     def _spend(self, rank: int, until: float) -> None:
         """Advance a clock while the worker uses its core."""

@@ -75,6 +75,17 @@ def test_two_workers_on_a_core_take_twice_as_long():
         np.testing.assert_allclose(found.max(), 2 * 5 * 0.1, rtol=0.03)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "n_cores", "turns"),
+    [([0] * 4, 1, 4), ([0] * 4, 2, 2), ([0] * 4, 8, 1), ([0] * 3, 2, 1.5), ([0, 0, 0, 1], 1, 3), ([0] * 4, None, 1)],
+)
+def test_the_workers_of_a_node_take_turns_for_their_pass_in_a_collective(nodes, n_cores, turns):
+    network = Network(node_latency=0.5, node_bandwidth=400.0)
+    schedule = NetworkTime(ComputeTime([1.0] * len(nodes)), network, nodes, cores=n_cores)
+    schedule.all_met(range(len(nodes)), "allreduce", 800)
+    np.testing.assert_allclose(schedule.clocks, 0.5 + turns * 800 / 400)
+
+
 def test_workers_on_cores_of_their_own_are_not_delayed():
     found = clocks(EASGD(period=1), 4, 50, Network(), nodes=[0] * 4, cores=4, step_seconds=0.1)
     np.testing.assert_allclose(found, 5.0, rtol=1e-6)
