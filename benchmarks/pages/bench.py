@@ -37,6 +37,7 @@ TITLES = {
     "nodes": "More and more nodes",
     "between": "Between hosts",
     "sums": "All-reduce between hosts",
+    "prediction": "Predictions of the simulator",
     "compare": "Methods",
 }
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ORDER = ("kernels", "collectives", "windows", "steps", "stragglers", "startup", "nodes", "between", "compare")
+ORDER = (
+    *("kernels", "collectives", "windows", "steps", "stragglers", "startup", "nodes", "between", "sums"),
+    *("prediction", "compare"),
+)
 MPIS = ("openmpi", "mpich")
 MPI_NAMES = {"openmpi": "Open MPI", "mpich": "MPICH"}
 ON_GPU = "gpu-"

