@@ -8,6 +8,7 @@ and cores in the order of virtual time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class NetworkTime(ClockSchedule):
         nodes: (p,) the node of each worker.
         cores: The number of cores of a node, which its workers share; None if each worker has its own core.
         slice_seconds: The mean time slice of a core with several workers.
+        wake_up: The time after a collective until workers that share cores run again.
         starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
@@ -46,12 +48,13 @@ class NetworkTime(ClockSchedule):
         *,
         cores: int | None = None,
         slice_seconds: float = 3e-3,
+        wake_up: float = 0.0,
         starts: Sequence[float] | None = None,
     ) -> None:
         super().__init__(np.zeros(len(nodes)) if starts is None else np.array(starts, np.float64))
         self._compute, self._network, self._nodes = compute, network, nodes
         self._fabric = Fabric(network, nodes)
-        self._cores, self._n_cores = _cores(nodes, cores, slice_seconds), cores
+        self._cores, self._n_cores, self._wake_up = _cores(nodes, cores, slice_seconds), cores, wake_up
         self._left: list[float | None] = [None] * len(nodes)  # of the gradient that is being computed
         self._lock_free: dict[Watched, float] = {}
         self._asked: list[Watched | None] = [None] * len(nodes)  # whose lock each worker has asked for
@@ -138,17 +141,18 @@ class NetworkTime(ClockSchedule):
     def all_met(self, ranks: Sequence[int], kind: str = "set-up", n_bytes: int = 0) -> None:
         """Advance the clocks of the workers to the end of a collective. It begins when the last worker arrives."""
         members = list(ranks)
-        nodes = [self._nodes[rank] for rank in members]
-        cost = self._shared(nodes).collective(kind, n_bytes, nodes)
+        cost = self._collective(kind, n_bytes, [self._nodes[rank] for rank in members])
         self.clocks[members] = self.clocks[members].max() + cost
         self._turns.add(members)
 
-    def _shared(self, nodes: Sequence[int]) -> Network:
-        """Return the network of a collective, whose workers take turns on the cores for their pass over memory."""
-        share = 1.0 if self._n_cores is None or not nodes else self._n_cores / max(Counter(nodes).values())
-        if share >= 1:
-            return self._network
-        return replace(self._network, node_bandwidth=share * self._network.node_bandwidth)
+    def _collective(self, kind: str, n_bytes: int, nodes: Sequence[int]) -> float:
+        """Return the seconds of a collective. Workers that share cores take turns for their pass over memory."""
+        n_sharing = max(Counter(nodes).values(), default=0)
+        n_turns = 1 if self._n_cores is None else math.ceil(n_sharing / self._n_cores)
+        if n_turns <= 1 or kind == "set-up":
+            return self._network.collective(kind, n_bytes, nodes)
+        network = replace(self._network, node_bandwidth=self._network.node_bandwidth / n_turns)
+        return network.collective(kind, n_bytes, nodes) + self._wake_up
 
     def _spend(self, rank: int, until: float) -> None:
         """Advance a clock while the worker uses its core."""

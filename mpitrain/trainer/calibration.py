@@ -3,6 +3,7 @@
     gradient     the time of computation per step; its CPU time if ranks shared cores
     exchange     the time per exchange without waiting, as a bandwidth: from one run, a latency cannot be told from it
     time slice and jitter    the values for which the simulated staleness is closest to the staleness of the run
+    wake-up      of a synchronous method whose ranks shared cores: the time of a step in which the cores were idle
 
 A rank that shares a core stops while others compute, and its times say nothing about its own work. The CPU time of its
 steps does, and it is divided between computation and exchanges in the proportion of their times.
@@ -13,6 +14,7 @@ The distance of two histograms is their total variation, half the sum of the abs
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain import algorithms
+from mpitrain.algorithms import Method
 from mpitrain.collectives.world.statistics import STALENESS_BINS
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import read_metrics
@@ -119,7 +122,29 @@ def calibrated(run: Path, cores: int | None = None) -> dict[str, Any]:
     if exchange > 0 and found.exchanges_per_step > 0:
         link = "node_bandwidth" if len(set(found.nodes)) == 1 else "bandwidth"
         options[link] = found.vector_bytes / exchange
-    return options | _fit_staleness(found, options)
+    return options | _fit_staleness(found, options) | _fit_wake_up(found, n_cores, compute, exchange)
+
+
+def _fit_wake_up(found: Measured, n_cores: int, compute: float, exchange: float) -> dict[str, float]:
+    """Return the time of an exchange in which workers that share cores neither compute nor pass over memory.
+
+    Args:
+        found: The measurements.
+        n_cores: The cores of each node.
+        compute, exchange: The seconds of a gradient and of an exchange.
+    """
+    per_node = max(found.nodes.count(node) for node in set(found.nodes))
+    if not _method(found).is_synchronous or n_cores >= per_node or found.exchanges_per_step <= 0:
+        return {}
+    busy = math.ceil(per_node / n_cores) * (compute + exchange * found.exchanges_per_step)
+    return {"wake_up": max(found.step_seconds - busy, 0.0) / found.exchanges_per_step}
+
+
+def _method(found: Measured) -> Method:
+    """Return the method of the run, with its settings."""
+    return algorithms.create(
+        found.algorithm, {name: str(value) for name, value in found.settings.items() if value is not None}
+    )
 
 
 def _cores(run: Path) -> int:
@@ -160,11 +185,8 @@ def simulated_staleness(found: Measured, options: Mapping[str, Any], slice_secon
         cores=options["cores"],
         slice_seconds=slice_seconds,
     )
-    settings = {name: str(value) for name, value in found.settings.items() if value is not None}
     world = SimulatedWorld(len(found.nodes), clock, nodes=found.nodes)
-    simulation = Simulation(
-        algorithms.create(found.algorithm, settings), world, lambda rank, x: x, np.ones(n, np.float32), 1e-6
-    )
+    simulation = Simulation(_method(found), world, lambda rank, x: x, np.ones(n, np.float32), 1e-6)
     simulation.run(VISITS)
     histogram = np.sum([comm.statistics.staleness for comm in world.communicators], axis=0)
     return np.asarray(histogram / histogram.sum()) if histogram.sum() else np.zeros(STALENESS_BINS)

@@ -79,6 +79,7 @@ class ClusterConfig:
     time_slice: float = option(
         0.003, "turn of a worker on a core that it shares", parse=float, within=POSITIVE, metavar="SECONDS"
     )
+    wake_up: float = _seconds("time after a collective until workers that share cores run again")
     pauses: tuple[float, float] = option(
         (0.0, 0.0),
         "random pauses of a worker: how many in a second of computation, and their length",

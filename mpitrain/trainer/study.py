@@ -155,6 +155,7 @@ def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSche
         study.nodes_of_workers(),
         cores=cluster.cores,
         slice_seconds=cluster.time_slice,
+        wake_up=cluster.wake_up,
         starts=study.starts_of_workers(),
     )
 

@@ -263,6 +263,7 @@ CASES: dict[str, Callable[..., None]] = {
     "service_bandwidth": serving("--service-bandwidth", "1000", seconds=lambda n_bytes: 3 * n_bytes / 1000),
     "cores": takes("--cores", "1", "--time-slice", "1", more=lambda n_bytes: 0.01),
     "time_slice": time_slice,
+    "wake_up": takes("--cores", "1", "--time-slice", "1", "--wake-up", "0.125", more=lambda n_bytes: 0.01 + 0.125),
     "pauses": pauses,
 }
 

@@ -77,13 +77,15 @@ def test_two_workers_on_a_core_take_twice_as_long():
 
 @pytest.mark.parametrize(
     ("nodes", "n_cores", "turns"),
-    [([0] * 4, 1, 4), ([0] * 4, 2, 2), ([0] * 4, 8, 1), ([0] * 3, 2, 1.5), ([0, 0, 0, 1], 1, 3), ([0] * 4, None, 1)],
+    [([0] * 4, 1, 4), ([0] * 4, 2, 2), ([0] * 4, 8, 1), ([0] * 3, 2, 2), ([0, 0, 0, 1], 1, 3), ([0] * 4, None, 1)],
 )
 def test_the_workers_of_a_node_take_turns_for_their_pass_in_a_collective(nodes, n_cores, turns):
     network = Network(node_latency=0.5, node_bandwidth=400.0)
-    schedule = NetworkTime(ComputeTime([1.0] * len(nodes)), network, nodes, cores=n_cores)
+    schedule = NetworkTime(ComputeTime([1.0] * len(nodes)), network, nodes, cores=n_cores, wake_up=0.25)
     schedule.all_met(range(len(nodes)), "allreduce", 800)
-    np.testing.assert_allclose(schedule.clocks, 0.5 + turns * 800 / 400)
+    np.testing.assert_allclose(schedule.clocks, 0.5 + turns * 800 / 400 + 0.25 * (turns > 1))
+    schedule.all_met(range(len(nodes)), "set-up")
+    np.testing.assert_allclose(schedule.clocks, 0.5 + turns * 800 / 400 + 0.25 * (turns > 1))
 
 
 def test_workers_on_cores_of_their_own_are_not_delayed():

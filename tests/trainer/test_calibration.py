@@ -6,16 +6,28 @@ import socket
 
 import numpy as np
 import pytest
+from support.quadratic import simulate
 
+from mpitrain.algorithms import AllReduceSGD
 from mpitrain.cli.main import main
 from mpitrain.errors import UsageError
 from mpitrain.records.metrics import MetricsWriter
+from mpitrain.simulation.compute import ComputeTime
+from mpitrain.simulation.network import Network
+from mpitrain.simulation.network_time import NetworkTime
 from mpitrain.trainer.calibration import calibrated, measured, simulated_staleness, total_variation
 from mpitrain.trainer.metrics import tables
 
 
-def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1), cpu=36.0, histogram=None, host=None):
-    """A run of DOWNPOUR with 1000 steps and exchanges of each rank and a model of 1000 parameters."""
+def write_run(folder, *, ranks_of_node=(4,), algorithm="downpour", histogram=None, host=None, **facts):
+    """A run with 1000 steps and exchanges of each rank and a model of 1000 parameters.
+
+    The facts are the seconds of the run, the CPU seconds of its steps and the shares of their time.
+    """
+    seconds, cpu, shares = (
+        facts.get(name, otherwise)
+        for name, otherwise in (("seconds", 20.0), ("cpu", 36.0), ("shares", (0.6, 0.3, 0.1)))
+    )
     p = sum(ranks_of_node)
     folder.mkdir()
     with MetricsWriter(folder / "metrics.h5", tables(p, ())) as metrics:
@@ -23,8 +35,8 @@ def write_run(folder, *, ranks_of_node=(4,), seconds=20.0, shares=(0.6, 0.3, 0.1
         metrics.append("progress", seconds=seconds)  # as at an evaluation: the other columns are NaN
         metrics.append("staleness", seconds=seconds, histogram=np.zeros(33) if histogram is None else histogram)
     document = {
-        "algorithm": "downpour",
-        "settings": {"period": 1, "push_period": None, "fetch_period": None},
+        "algorithm": algorithm,
+        "settings": {"period": 1, "push_period": None, "fetch_period": None} if algorithm == "downpour" else {},
         "seconds": seconds,
         "steps_of_ranks": [1000] * p,
         "parameters": 1000,
@@ -67,6 +79,24 @@ def test_time_slice_and_jitter_reproduce_the_staleness(tmp_path, slice_seconds, 
 
 def test_a_run_without_staleness_leaves_slice_and_jitter_as_they_are(tmp_path):
     assert {"time_slice", "jitter"}.isdisjoint(calibrated(write_run(tmp_path / "run"), 2))
+
+
+def test_idle_cores_of_a_synchronous_method_are_waiting_for_its_ranks_to_wake_up(tmp_path):
+    run = write_run(tmp_path / "run", algorithm="allreduce", cpu=32.0)  # 4 ranks on 2 cores: 16 of 20 seconds
+    found = calibrated(run, 2)
+    assert found["wake_up"] == pytest.approx(0.004)
+    network = Network(node_bandwidth=found["node_bandwidth"])
+    clock = NetworkTime(
+        ComputeTime([found["step_seconds"]] * 4), network, [0] * 4, cores=2, slice_seconds=1.0, wake_up=found["wake_up"]
+    )
+    simulation = simulate(AllReduceSGD(), 4, start=np.ones(500), eta=0.1, schedule=clock)  # 8 bytes an element
+    simulation.run(10)
+    np.testing.assert_allclose(clock.clocks, 10 * 0.02, rtol=1e-3)
+
+
+def test_ranks_with_cores_of_their_own_and_asynchronous_ones_do_not_wait_to_wake_up(tmp_path):
+    assert "wake_up" not in calibrated(write_run(tmp_path / "alone", algorithm="allreduce", cpu=32.0), 4)
+    assert "wake_up" not in calibrated(write_run(tmp_path / "free", cpu=32.0), 2)
 
 
 def test_cores_of_another_machine_must_be_given(tmp_path):
