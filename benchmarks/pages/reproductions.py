@@ -9,6 +9,7 @@ import argparse
 import ast
 import json
 import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def claim(name: str) -> tuple[str, str, str]:
     first, _, body = docstring.partition("\n\n")
     text, _, command = body.rpartition("\n\n")
     sentence = first.partition(": ")[2]
-    return sentence[:1].upper() + sentence[1:], text.strip(), command.strip()
+    return sentence[:1].upper() + sentence[1:], text.strip(), textwrap.dedent(command)
 
 
 def page(result: Result) -> str:
@@ -119,7 +120,8 @@ def index(found: Mapping[str, Result]) -> str:
         "Each script of `benchmarks/reproduce/` repeats a published result with the methods of mpitrain and simulated",
         "workers. The criteria follow from the papers. We chose sizes, learning rates and targets in trial runs. If a",
         "result contradicts the paper, its page says so and gives the likeliest reason, which we sought afterwards.",
-        "`make reproduce` runs all scripts, and `make reproduce-quick` runs small versions of them.",
+        "`make reproduce` runs all scripts, and `make reproduce-quick` runs small versions of them. Only",
+        "`cifar10` trains on real ranks; it needs a data file, and its page has the command.",
         "[choosing.md](choosing.md) draws conclusions from the results.",
         "",
         "| script | published result | verdict |",

@@ -27,6 +27,7 @@ import argparse
 import json
 import math
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,14 @@ class Outcome:
     Args:
         name: The name of the script and its figure.
         options: The options of ``parser``.
+        not_shown: The names of options that have no influence on the result.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, *, not_shown: Collection[str] = ()) -> None:
         self.name, self._out, self._silent = name, Path(options.out), bool(options.json)
         self._lines: list[str] = []
-        self._options = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
+        left_out = {"out", "json", *not_shown}
+        self._options = {key: value for key, value in vars(options).items() if key not in left_out}
         self._criteria: list[dict[str, Any]] = []
         self._figure: Path | None = None
 
