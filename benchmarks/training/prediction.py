@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the one with the median time counts")
     args = parser.parse_args(arguments)
     ranks = [int(n) for n in args.ranks.split(",")]
+    if args.hosts < 1 or args.repeats < 1:
+        parser.error("--hosts and --repeats must be 1 or more")
     uneven = [n for n in ranks if n % args.hosts]
     absent = missing(os.geteuid() == 0, {name: shutil.which(name) for name in TOOLS}) if args.hosts > 1 else None
     if uneven or absent:
