@@ -244,7 +244,6 @@ class ULFMFaultTolerance(FaultTolerance):
             except Exception as error:  # a collective that is left half done may also deliver garbage
                 if not self.comes_from_death(error):
                     raise
-                self.comm.Revoke()  # others may wait in it
                 succeeded = False
             try:
                 all_succeeded = agreed(self.comm, succeeded)
@@ -306,8 +305,6 @@ class ULFMFaultTolerance(FaultTolerance):
         """
         from mpi4py import MPI
 
-        if not succeeded:
-            self.comm.Revoke()
         try:
             return agreed(self.comm, succeeded)
         except MPI.Exception:  # on all ranks: one has died

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import pytest
 
-from mpitrain.collectives.world.ulfm_agreement import agreed
+from mpitrain.collectives.world.ulfm_agreement import FAILED, SUCCEEDED, agreed
 
 
 class Comm:
-    """A communicator whose agreements lose all values a few times.
+    """A communicator of two ranks.
 
     Args:
-        others: The outcomes of the other ranks.
-        n_losses: The number of agreements without a result.
+        other: The outcome of the other rank.
+        lost: The result that this rank gets instead of the right one.
     """
 
-    def __init__(self, others: list[bool], n_losses: int) -> None:
-        self._others, self.n_losses, self.n_agreements = others, n_losses, 0
+    def __init__(self, other: bool, lost: int | None) -> None:
+        self._other, self._lost, self.is_revoked, self.n_agreements = other, lost, not other, 0
 
     def Agree(self, value: int) -> int:
         self.n_agreements += 1
-        if self.n_agreements <= self.n_losses:
-            return 0
-        return reduce(int.__and__, [Contribution(outcome).value for outcome in self._others], value)
+        return value & (SUCCEEDED if self._other else FAILED) if self._lost is None else self._lost
+
+    def Revoke(self) -> None:
+        self.is_revoked = True
+
+    def Is_revoked(self) -> bool:
+        return self.is_revoked
 
 
-class Contribution:
-    """Records what a rank of a given outcome contributes to an agreement."""
-
-    def __init__(self, succeeded: bool) -> None:
-        self.value = 0
-        agreed(self, succeeded)
-
-    def Agree(self, value: int) -> int:
-        self.value = value
-        return value
-
-
-@pytest.mark.parametrize("n_losses", [0, 1, 3])
+@pytest.mark.parametrize("lost", [None, 0, 1, -1705140472], ids=lambda lost: "kept" if lost is None else f"lost={lost}")
 @pytest.mark.parametrize("mine", [True, False])
-@pytest.mark.parametrize("others", [[True, True], [True, False], [False, False]])
-def test_an_agreement_is_the_conjunction_of_all_ranks(others, mine, n_losses):
-    comm = Comm(others, n_losses)
-    assert agreed(comm, mine) == (mine and all(others))
-    assert comm.n_agreements == n_losses + 1
+@pytest.mark.parametrize("other", [True, False])
+def test_an_agreement_is_the_conjunction_of_all_ranks_and_never_repeated(other, mine, lost):
+    comm = Comm(other, lost)
+    assert agreed(comm, mine) == (mine and other)
+    assert comm.n_agreements == 1
+    assert comm.is_revoked == (not (mine and other))
