@@ -147,9 +147,10 @@ class NetworkTime(ClockSchedule):
 
     def _collective(self, kind: str, n_bytes: int, nodes: Sequence[int]) -> float:
         """Return the seconds of a collective. Workers that share cores take turns for their pass over memory."""
-        n_sharing = max(Counter(nodes).values(), default=0)
-        n_turns = 1 if self._n_cores is None else math.ceil(n_sharing / self._n_cores)
-        if n_turns <= 1 or kind == "set-up":
+        if self._n_cores is None or kind == "set-up":
+            return self._network.collective(kind, n_bytes, nodes)
+        n_turns = math.ceil(max(Counter(nodes).values(), default=0) / self._n_cores)
+        if n_turns <= 1:
             return self._network.collective(kind, n_bytes, nodes)
         network = replace(self._network, node_bandwidth=self._network.node_bandwidth / n_turns)
         return network.collective(kind, n_bytes, nodes) + self._wake_up

@@ -122,21 +122,21 @@ def calibrated(run: Path, cores: int | None = None) -> dict[str, Any]:
     if exchange > 0 and found.exchanges_per_step > 0:
         link = "node_bandwidth" if len(set(found.nodes)) == 1 else "bandwidth"
         options[link] = found.vector_bytes / exchange
-    return options | _fit_staleness(found, options) | _fit_wake_up(found, n_cores, compute, exchange)
+    return options | _fit_staleness(found, options) | _fit_wake_up(found, options, exchange)
 
 
-def _fit_wake_up(found: Measured, n_cores: int, compute: float, exchange: float) -> dict[str, float]:
+def _fit_wake_up(found: Measured, options: Mapping[str, Any], exchange: float) -> dict[str, float]:
     """Return the time of an exchange in which workers that share cores neither compute nor pass over memory.
 
     Args:
         found: The measurements.
-        n_cores: The cores of each node.
-        compute, exchange: The seconds of a gradient and of an exchange.
+        options: The options that are fitted so far.
+        exchange: The seconds of an exchange.
     """
-    per_node = max(found.nodes.count(node) for node in set(found.nodes))
+    per_node, n_cores = options["workers_per_node"], options["cores"]
     if not _method(found).is_synchronous or n_cores >= per_node or found.exchanges_per_step <= 0:
         return {}
-    busy = math.ceil(per_node / n_cores) * (compute + exchange * found.exchanges_per_step)
+    busy = math.ceil(per_node / n_cores) * (options["step_seconds"] + exchange * found.exchanges_per_step)
     return {"wake_up": max(found.step_seconds - busy, 0.0) / found.exchanges_per_step}
 
 
