@@ -19,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from mpitrain.kernels.compile import cache, host
-from mpitrain.kernels.compile.declare import READABLE, WRITEABLE, as_bits
+from mpitrain.kernels.compile.declare import as_bits
+from mpitrain.kernels.compile.entry import READABLE, WRITEABLE
 from mpitrain.kernels.compile.storage import Storage, compute_type, storage_of
 from mpitrain.kernels.mixing import sum_everywhere, sum_into
 

@@ -26,6 +26,7 @@ from mpitrain.kernels import (
 from mpitrain.kernels import __file__ as package
 from mpitrain.kernels.compile import host
 from mpitrain.kernels.compile.cache import OPTIONS
+from mpitrain.kernels.compile.entry import entry
 
 ROOT = Path(package).parents[2]
 
@@ -120,7 +121,8 @@ def streaming(monkeypatch):
 
     def make(kernel):
         fresh = copy.copy(kernel)
-        fresh._entries = {}
+        fresh._functions = {}
+        fresh._entry = entry(fresh.equations, fresh._functions, fresh._otherwise)
         return fresh
 
     return make

@@ -7,18 +7,16 @@ CUDA kernel (`cuda`). None of them contracts or reassociates, so all three give 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
 from mpitrain.kernels.compile import cuda, cuda_source, host, reference
+from mpitrain.kernels.compile.entry import READABLE, entry, flags_of
 from mpitrain.kernels.compile.equations import parse
-from mpitrain.kernels.compile.storage import STORAGES, Storage, storage_of, storages_of
+from mpitrain.kernels.compile.storage import storage_of, storages_of
 from mpitrain.kernels.gpu import is_device
 
-# Bits of numpy.ndarray.flags.num: C contiguous, aligned and, for assigned arrays, writeable. One test instead of three.
-READABLE: Final = 0x0001 | 0x0100
-WRITEABLE: Final = READABLE | 0x0400
 _UINT16: Final = np.dtype(np.uint16)
 
 
@@ -67,8 +65,8 @@ class Kernel:
         self.doc = doc
         self._n_arrays = len(self.equations.arrays)
         self._n_operands = self._n_arrays + len(self.equations.scalars)
-        self._flags = tuple(WRITEABLE if a in self.equations.stored else READABLE for a in self.equations.arrays)
-        self._entries: dict[tuple[np.dtype, ...], tuple[Callable[..., int], bool]] = {}
+        self._functions: dict[tuple[np.dtype, ...], Callable[..., int]] = {}
+        self._entry = entry(self.equations, self._functions, self._otherwise)
         text = "\n    ".join(line.strip() for line in equations.strip().splitlines())
         guarded = f"Guard: {guard} is replaced by 0 where it is not finite, and counted.\n" if guard else ""
         self.__doc__ = (
@@ -106,19 +104,7 @@ class Kernel:
             operands = self._bind(operands, scalars)
         elif len(operands) != self._n_operands:
             self._bind(operands, scalars)
-        # This runs at every exchange and takes about a microsecond; `_refuse` explains what is wrong.
-        arrays = operands[: self._n_arrays]
-        shape = getattr(arrays[0], "shape", None)
-        for array, flags in zip(arrays, self._flags, strict=True):
-            if type(array) is not np.ndarray or array.flags.num & flags != flags or array.shape != shape:
-                return self._elsewhere(arrays, operands[self._n_arrays :])
-        if len(shape) != 1:  # type: ignore[arg-type]
-            self._refuse(arrays)
-        entry = self._entries.get(tuple([array.dtype for array in arrays]))
-        function, has_halves = entry or self._compile(arrays)
-        if has_halves:
-            operands = (*as_bits(arrays), *operands[self._n_arrays :])
-        return function(*operands)
+        return self._entry(*operands)
 
     def reference(self, *operands: Any, **scalars: float) -> int:
         """Evaluate the kernel with NumPy, one operator at a time. Tests compare the compiled back-ends with it."""
@@ -157,48 +143,46 @@ class Kernel:
         given = f"{n_given} by position" + (f" and {', '.join(scalars)}" if scalars else "")
         raise ValueError(f"{self!r} takes {self._n_arrays} arrays, then these scalars; it was given {given}")
 
-    def _compile(self, arrays: Sequence[np.ndarray]) -> tuple[Callable[..., int], bool]:
-        """Return the compiled function for the arrays' dtypes, and whether it takes 16-bit arrays as uint16."""
-        storages: list[Storage] = []
-        for name, array in zip(self.equations.arrays, arrays, strict=True):
-            try:
-                storages.append(storage_of(array.dtype))
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {name}: {error}") from None
-        entry = (
-            host.compiled(self.name, self.equations, storages),
-            any(storage.itemsize == 2 for storage in storages),
-        )
-        self._entries[tuple([array.dtype for array in arrays])] = entry
-        return entry
-
-    def _elsewhere(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
-        """Run on CuPy arrays and NumPy subclasses such as memmap; raise for any other operands."""
+    def _otherwise(self, arrays: Sequence[Any], scalars: Sequence[float]) -> int:
+        """Run on CuPy arrays or NumPy subclasses such as memmap, or compile for new dtypes; raise for all others."""
         if is_device(arrays[0]):
             # A NonfiniteCount is no int, but supports what callers do with one.
             return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
-        if not all(isinstance(array, np.ndarray) for array in arrays) or all(type(a) is np.ndarray for a in arrays):
-            self._refuse(arrays)
-        return self(*[np.asarray(array) for array in arrays], *scalars)
+        self._check(arrays)
+        arrays = [np.asarray(array) for array in arrays]
+        dtypes = tuple([array.dtype for array in arrays])
+        if dtypes not in self._functions:
+            self._functions[dtypes] = self._compile(dtypes)
+        return self._entry(*arrays, *scalars)
 
-    def _refuse(self, arrays: Sequence[Any]) -> NoReturn:
-        """Raise a ValueError that names the first array at fault."""
+    def _compile(self, dtypes: Sequence[np.dtype]) -> Callable[..., int]:
+        """Return the compiled function for the arrays' dtypes."""
+        storages = storages_of(tuple(dtypes), self._n_arrays)
+        function = host.compiled(self.name, self.equations, storages)
+        if all(storage.itemsize != 2 for storage in storages):
+            return function
+        n = self._n_arrays
+        return lambda *operands: function(*as_bits(operands[:n]), *operands[n:])
+
+    def _check(self, arrays: Sequence[Any]) -> None:
+        """Raise a ValueError that names the first array at fault, if there is one."""
         shape = getattr(arrays[0], "shape", None)
-        for name, array, flags in zip(self.equations.arrays, arrays, self._flags, strict=True):
-            start = f"{self.name}: {name}"
+        for name, array in zip(self.equations.arrays, arrays, strict=True):
+            start, flags = f"{self.name}: {name}", flags_of(self.equations, name)
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{start} is a {type(array).__name__}; pass NumPy arrays only or CuPy arrays only")
             if array.ndim != 1:
                 raise ValueError(f"{start} has shape {array.shape}; pass a vector (array.reshape(-1))")
             if array.shape != shape:
                 raise ValueError(f"{start} has {array.size} elements, the first array {shape}; lengths must agree")
-            if array.dtype.name not in STORAGES:
+            try:
                 storage_of(array.dtype)
-            if array.flags.num & flags & READABLE != READABLE:
+            except ValueError as error:
+                raise ValueError(f"{start}: {error}") from None
+            if array.flags.num & READABLE != READABLE:
                 raise ValueError(f"{start} is strided or unaligned; pass a contiguous array (numpy.ascontiguousarray)")
             if array.flags.num & flags != flags:
                 raise ValueError(f"{start} is read-only, and the kernel assigns to it")
-        raise AssertionError(f"{self.name}: refused for no reason")
 
 
 def as_bits(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
