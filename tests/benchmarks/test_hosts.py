@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -168,3 +169,43 @@ def test_both_ends_see_the_round_trips(tcp: ModuleType) -> None:
             lambda: tcp.round_trip(first, 5, first=True), lambda: tcp.round_trip(second, 5, first=False)
         )
     assert all(value > 0 for value in seconds)
+
+
+@pytest.fixture
+def cluster(hosts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setattr(hosts.os, "sched_getaffinity", lambda pid: {5, 1, 3, 2})
+    monkeypatch.setattr(hosts, "hosts", lambda n_hosts: nullcontext({"HOSTS_DIR": "here"}))
+    monkeypatch.setenv("VIRTUAL_ENV", "/env")
+    return hosts.Cluster
+
+
+def test_ranks_on_this_machine_are_started_by_the_local_script(cluster: Callable[..., Any]) -> None:
+    with cluster(1, {"NODES": "2"}) as here:
+        words, env = here.on_ranks(3, ["true"], flags=["--flag"], is_bound=True)
+    assert words[0].endswith("jobs/local.sh")
+    assert words[1:] == ["3", "--flag", "true"]
+    assert env["NODES"] == "2"
+    assert "HOSTS_DIR" not in env
+    assert here.cores == 4
+
+
+def test_bound_hosts_share_the_cores_of_the_machine(cluster: Callable[..., Any]) -> None:
+    with cluster(2) as two:
+        words, env = two.on_ranks(4, ["true"], is_bound=True)
+    assert two.cores == 2
+    assert "cores=(1,2 3,5); exec taskset -c ${cores[OMPI_COMM_WORLD_RANK / 2]}" in words[words.index("-c") + 1]
+    assert words[-1] == "true"
+    assert "host1:2,host2:2" in words
+    assert (env["HOSTS_DIR"], env["VIRTUAL_ENV"]) == ("here", "/env")
+
+
+def test_hosts_have_all_cores_unless_they_are_bound(cluster: Callable[..., Any]) -> None:
+    with cluster(2) as two:
+        words, _ = two.on_ranks(4, ["true"], flags=["--flag"])
+        commands = two.on_each(["ls"])
+    assert words[-2:] == ["--flag", "true"]
+    assert "taskset" not in " ".join(words)
+    assert [(name, words[1:]) for name, words, _ in commands] == [
+        ("host1", ["enter", "host1", "ls"]),
+        ("host2", ["enter", "host2", "ls"]),
+    ]

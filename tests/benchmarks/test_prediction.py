@@ -1,7 +1,6 @@
 """The benchmark of the simulator's predictions, with runs of known times."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 
@@ -41,20 +40,6 @@ def test_ranks_that_do_not_divide_evenly_among_hosts_are_refused(capsys):
     with pytest.raises(SystemExit):
         prediction.main(["--hosts", "2", "--ranks", "4,3"])
     assert "3 ranks cannot be divided evenly among 2 hosts" in capsys.readouterr().err
-
-
-def test_hosts_share_the_cores_of_the_machine(monkeypatch):
-    monkeypatch.setattr(prediction.os, "sched_getaffinity", lambda pid: {5, 1, 3, 2})
-    monkeypatch.setattr(prediction, "hosts", lambda n_hosts: nullcontext({"HOSTS_DIR": "here"}))
-    ran = []
-    monkeypatch.setattr(prediction.subprocess, "run", lambda words, **options: ran.append((words, options["env"])))
-    with prediction.Cluster(2) as cluster:
-        assert cluster.cores == 2
-        cluster.run(4, ["true"])
-    ((words, env),) = ran
-    assert "cores=(1,2 3,5); exec taskset -c ${cores[OMPI_COMM_WORLD_RANK / 2]}" in words[words.index("-c") + 1]
-    assert words[-1] == "true"
-    assert env["HOSTS_DIR"] == "here"
 
 
 @pytest.mark.parametrize(("ratio", "passed"), [(1.14, True), (0.86, True), (1.16, False), (0.84, False)])
