@@ -41,7 +41,7 @@ from mpitrain.collectives.topology.graphs import topology
 from mpitrain.collectives.topology.mixing import mixing_matrix
 from mpitrain.collectives.topology.partition import split, visiting_order
 from mpitrain.collectives.world.world import World
-from mpitrain.kernels import elastic_exchange, weighted_average
+from mpitrain.kernels import elastic_exchange
 
 RATE = 0.1  # alpha; with zeros any will do
 
@@ -164,15 +164,8 @@ class Forms:
 
     def _mix(self, x: np.ndarray) -> None:
         """Mix as ``algorithms.gossip.dpsgd`` does."""
-        met = self._row[self._comm.rank]
-
-        def average(sender: int, z: Any, _: float) -> int:
-            nonlocal met
-            met += self._row[sender]
-            return weighted_average(x, z, self._row[sender] / met)
-
         self._neighbours.post(x)
-        self._neighbours.receive(average)
+        self._neighbours.average(x, self._row[self._comm.rank], self._row)
 
     def _shift_and_mix(self, x: np.ndarray) -> None:
         rank, size = self._comm.rank, self._comm.size

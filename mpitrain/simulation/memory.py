@@ -101,10 +101,11 @@ class SimulatedBlocks(Blocks):
         )
         scheduler.n_locked -= 1
 
-    def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy the tags of a block without a lock."""
+    def peek_tags(self, index: int) -> np.ndarray:
+        """Return the tags of a block without a lock."""
         self._scheduler.read((self._number, index))
-        out[:] = self._memory.tags[index]
+        tags: np.ndarray = self._memory.tags[index]
+        return tags
 
     def free(self) -> None:
         """Do nothing, because there are no windows to free."""

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpitrain import kernels
 from mpitrain.algorithms.base.evaluation import mean_of_workers
 from mpitrain.algorithms.base.replica import Replica
 from mpitrain.algorithms.base.state import State
@@ -79,20 +78,12 @@ class DPSGDWorker(Worker):
         self._rows = [  # of W, one for each step of the graph's period
             mixing_matrix(graph, step, "metropolis")[self.comm.rank].tolist() for step in range(graph.period)
         ]
-        kernels.weighted_average(x[:0], x[:0].copy(), 1.0)  # compiled before the first exchange
 
     def before_update(self) -> None:
         """Compute x_i <- sum_j W_ij x_j, as a running weighted mean over the neighbours. Waits for the neighbours."""
         x, row = self.x.local, self._rows[self.t % len(self._rows)]
-        met = row[self.comm.rank]
-
-        def average(sender: int, z: Any, _: float) -> int:
-            nonlocal met
-            met += row[sender]
-            return kernels.weighted_average(x, z, row[sender] / met)
-
         self._neighbours.post(x)
-        self._neighbours.receive(average)
+        self._neighbours.average(x, row[self.comm.rank], row)
 
     def consensus(self, out: Any) -> None:
         """Write the mean of all workers' present parameters. Local; exact while no worker makes a step."""

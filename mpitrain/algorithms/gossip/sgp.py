@@ -98,8 +98,7 @@ class SGPWorker(Worker):
         # All w_i stay 1; without this they would stay so up to rounding only.
         self._stays_one = method.overlap == 0 and is_regular(graph)
         self._neighbours = Neighbours(self.comm, graph, z, method.overlap)
-        kernels.weighted_average(z[:0], z[:0].copy(), 1.0)  # compiled before the first step
-        kernels.scale(z[:0], 1.0)
+        kernels.scale(z[:0], 1.0)  # compiled before the first step
         kernels.debias(z[:0], z[:0], 1.0)
         self._shown.local[0] = self._push_weight
         self.comm.barrier()
@@ -116,7 +115,7 @@ class SGPWorker(Worker):
             kernels.debias(z, z, self._push_weight)
         self._push_weight /= 1 + self._neighbours.out_degree(self.t)
         self._neighbours.post(z, self._push_weight)
-        self._neighbours.receive(self._add)
+        self._push_weight = self._neighbours.average(z, self._push_weight)
         if self._stays_one:
             self._push_weight = 1.0
         else:
@@ -124,13 +123,8 @@ class SGPWorker(Worker):
 
     def exchange_remaining(self) -> None:
         """Receive the messages that are still under way. Waits for the in-neighbours."""
-        self._neighbours.receive(self._add, overlap=0)
+        self._push_weight = self._neighbours.average(self.x.local, self._push_weight, overlap=0)
         self._shown.local[0] = self._push_weight
-
-    def _add(self, _: int, z: Any, w: float) -> int:
-        """(z_i, w_i) <- ((w_i z_i + w z)/(w_i + w), w_i + w)"""
-        self._push_weight += w
-        return kernels.weighted_average(self.x.local, z, w / self._push_weight)
 
     def consensus(self, out: Any) -> None:
         """Write the present value of (sum_i x_i)/(sum_i w_i). Local; exact while no worker is in a step."""

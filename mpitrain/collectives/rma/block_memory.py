@@ -61,6 +61,7 @@ class BlockMemory:
         self.slots, self.n_slots = pack(self.homes, [1] * len(self.homes), world.size)
         self.data = make_window(world, n_elements[world.rank], dtype)
         self.tags = Window(world, self.n_slots[world.rank] * N_TAGS, np.float64)
+        self._fetched_tags = np.zeros(N_TAGS)
         self.in_place = [self._block(index) for index in range(len(self.homes))]
         remote = (n for n, block in zip(self.lengths, self.in_place, strict=True) if block is None)
         self.longest_remote = max(remote, default=0)
@@ -110,15 +111,15 @@ class BlockMemory:
             tags[:] = block.tags
         self.data.flush(home)
 
-    def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without locking. Local."""
+    def peek_tags(self, index: int) -> np.ndarray:
+        """Return a block's tags (N_TAGS,) without a lock. Local; see ``Blocks.peek_tags``."""
         tags = self._tags_in_place(index)
         if tags is not None:
             self.tags.sync()
-            out[:] = tags
-        else:
-            self.tags.get(self.homes[index], out, self.slots[index] * N_TAGS)
-            self.tags.flush(self.homes[index])
+            return tags
+        self.tags.get(self.homes[index], self._fetched_tags, self.slots[index] * N_TAGS)
+        self.tags.flush(self.homes[index])
+        return self._fetched_tags
 
     def arrays(self) -> list[Any]:
         """Return the arrays of elements that this rank can access directly. Local."""

@@ -22,8 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain.kernels import weighted_average
+from mpitrain.kernels.gpu import assign
+
 N_TAGS = 4
 """Numbers that travel with a block: a count, a weight, a clock."""
+
+WEIGHT_TAG = 1
+"""The tag that is the weight of a block in averages."""
 
 
 @dataclass(slots=True)
@@ -54,7 +60,9 @@ class Blocks(ABC):
     homes: Sequence[int]
     lengths: Sequence[int]
 
-    def locked(self, index: int, prefetch: int | None = None, *, updated: bool, encoded: bool = False) -> LockedBlock:
+    def locked(
+        self, index: int, prefetch: int | None = None, *, updated: bool, encoded: bool = False
+    ) -> AbstractContextManager[Block]:
         """Return a context manager that holds the lock of a block. Local; entering it waits for the present owner.
 
         Args:
@@ -98,6 +106,39 @@ class Blocks(ABC):
     def release(self, block: Block, *, updated: bool) -> None:
         """Store a block if it was updated, and unlock it. Local."""
 
+    def write(self, index: int, values: Any | None, tags: np.ndarray) -> None:
+        """Replace the elements and the tags of a block under its lock, as an update. Local; waits for its owner.
+
+        Args:
+            index: The number of the block.
+            values: (length,) the elements; None to leave them as they are.
+            tags: (N_TAGS,) float64.
+        """
+        with self.locked(index, updated=True) as block:
+            if values is not None:
+                assign(block.data, values)
+            block.tags[:] = tags
+
+    def prepare(self, like: Any) -> None:
+        """Compile what ``write`` and ``average`` need for vectors such as ``like`` (length,). Local."""
+        weighted_average.prepare(like)
+
+    def average(self, index: int, x: Any, own: float, weight: float | None = None) -> tuple[float, int]:
+        """Replace x by its weighted average with a block, under the block's lock. Local; waits for its owner.
+
+        Args:
+            index: The number of the block.
+            x: (length,) the vector.
+            own: The weight of x.
+            weight: The weight of the block; by default its tag ``WEIGHT_TAG``.
+
+        Returns:
+            The weight of the block, and the number of non-finite elements that were left out.
+        """
+        with self.locked(index, updated=False) as block:
+            weight = float(block.tags[WEIGHT_TAG]) if weight is None else weight
+            return weight, weighted_average(x, block.data, weight / (own + weight))
+
     def watch_restarts(self, on_restart: Callable[[Block, bool], object]) -> None:  # noqa: B027 - optional
         """Set a function to call where a block continues with other values, because its node is lost. Local.
 
@@ -107,8 +148,11 @@ class Blocks(ABC):
         """
 
     @abstractmethod
-    def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
+    def peek_tags(self, index: int) -> np.ndarray:
+        """Return a block's tags (N_TAGS,) without a lock. Local; the tags may come from different updates.
+
+        The array may be the memory of the block itself, which others change, or a copy that the next call overwrites.
+        """
 
     @abstractmethod
     def free(self) -> None:

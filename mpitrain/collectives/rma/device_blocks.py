@@ -129,9 +129,9 @@ class DeviceBlocks(Blocks):
         """Discard the residuals, which are of no use once all blocks get new values. Local."""
         self._blocks.drop_residuals()
 
-    def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
-        self._blocks.peek_tags(index, out)
+    def peek_tags(self, index: int) -> np.ndarray:
+        """Return a block's tags (N_TAGS,) without a lock. Local; see ``Blocks.peek_tags``."""
+        return self._blocks.peek_tags(index)
 
     def lock_owner(self, index: int) -> int | None:
         """Return the rank that holds a block's lock; None if it is free. Local."""

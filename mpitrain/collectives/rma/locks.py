@@ -144,15 +144,12 @@ class LockWord:
         words: The array that contains the word.
         place: The position of the word in the array.
         mine: The owner bits of this rank.
-        acquire: The compiled function ``acquire(words, place, mine, spin_limit)``; it returns the former word.
-        swap: The compiled function ``swap(words, place, expected, new)``; it returns the former word.
     """
 
-    __slots__ = ("acquire", "mine", "place", "swap", "words")
+    __slots__ = ("mine", "place", "words")
 
     def __init__(self, words: np.ndarray, place: int, mine: int) -> None:
         self.words, self.place, self.mine = words, place, mine
-        self.acquire, self.swap = lock_words.acquire(), lock_words.swap()
 
 
 class Words(Protocol):

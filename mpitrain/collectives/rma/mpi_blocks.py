@@ -11,12 +11,12 @@ import numpy as np
 from mpitrain.collectives.rma.block_memory import BlockMemory
 from mpitrain.collectives.rma.blocks import Block, Blocks
 from mpitrain.collectives.rma.locks import LockTable, LockWord
+from mpitrain.collectives.rma.node_visits import NodeBlock, NodeVisit
 from mpitrain.collectives.rma.one_sided_blocks import OneSidedBlocks
 from mpitrain.collectives.rma.remote_blocks import N_STAGING_BUFFERS, RemoteBlocks
 from mpitrain.collectives.rma.remote_locks import RemoteLocks
 from mpitrain.collectives.rma.window import Window
 from mpitrain.collectives.world.statistics import Statistics
-from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK
 from mpitrain.kernels.native.wire import Format
 
 if TYPE_CHECKING:
@@ -72,11 +72,13 @@ class MPIBlocks(Blocks):
         self._has_next = False
         # By `updated`: a context manager for each block, if all are on this node.
         self._node_visits: tuple[list[NodeVisit], list[NodeVisit]] | None = None
-        if world.n_nodes == 1 and None not in self._in_place:
-            words = [self._locks.word(home, slot) for home, slot in zip(self.homes, self._slots, strict=True)]
+        self._node_blocks: list[NodeBlock] | None = None  # if all are on this node, and after ``prepare``
+        in_place = [block for block in self._in_place if block is not None]
+        if world.n_nodes == 1 and len(in_place) == len(self._in_place):
+            words = self._words()
             self._node_visits = (
-                [NodeVisit(self, index, word, updated=False) for index, word in enumerate(words)],
-                [NodeVisit(self, index, word, updated=True) for index, word in enumerate(words)],
+                [NodeVisit(self, block, word, updated=False) for block, word in zip(in_place, words, strict=True)],
+                [NodeVisit(self, block, word, updated=True) for block, word in zip(in_place, words, strict=True)],
             )
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
@@ -96,6 +98,14 @@ class MPIBlocks(Blocks):
         if prefetch is not None:
             self._remote.prefetch(prefetch, encoded)
         return block
+
+    def locked(
+        self, index: int, prefetch: int | None = None, *, updated: bool, encoded: bool = False
+    ) -> AbstractContextManager[Block]:
+        """Return a context manager that holds the lock of a block. Local; entering it waits for the present owner."""
+        if self._node_visits is not None:
+            return self._node_visits[updated][index]
+        return super().locked(index, prefetch, updated=updated, encoded=encoded)
 
     def visit(
         self, order: Sequence[int], *, updated: bool, encoded: bool = False
@@ -141,6 +151,30 @@ class MPIBlocks(Blocks):
         if not self._has_next:
             self._remote.wait()
 
+    def write(self, index: int, values: Any | None, tags: np.ndarray) -> None:
+        """Replace the elements and the tags of a block under its lock; see ``Blocks``. Local; waits for its owner."""
+        if values is None or self._node_blocks is None or not self._node_blocks[index].write(values, tags):
+            super().write(index, values, tags)
+
+    def prepare(self, like: Any) -> None:
+        """Compile what ``write`` and ``average`` need. Local."""
+        super().prepare(like)
+        if self._node_visits is not None:
+            in_place = [block for block in self._in_place if block is not None]
+            self._node_blocks = [NodeBlock(block, word) for block, word in zip(in_place, self._words(), strict=True)]
+
+    def average(self, index: int, x: Any, own: float, weight: float | None = None) -> tuple[float, int]:
+        """Replace x by its weighted average with a block, under the block's lock; see ``Blocks``. Local."""
+        if self._node_blocks is not None:
+            averaged = self._node_blocks[index].average(x, own, weight)
+            if averaged is not None:
+                return averaged
+        return super().average(index, x, own, weight)
+
+    def _words(self) -> list[LockWord]:
+        """Return the word of each lock, all in the memory of this node. Local."""
+        return [self._locks.word(home, slot) for home, slot in zip(self.homes, self._slots, strict=True)]
+
     def watch_restarts(self, on_restart: Callable[[Block, bool], object]) -> None:
         """Call ``on_restart`` where a block continues at another rank; see ``Blocks``. Local."""
         if isinstance(self._remote, RemoteBlocks):
@@ -155,9 +189,12 @@ class MPIBlocks(Blocks):
         """Discard the residuals, which are of no use once all blocks get new values. Local."""
         self.residuals.clear()
 
-    def peek_tags(self, index: int, out: np.ndarray) -> None:
-        """Copy a block's tags to ``out`` without a lock. Local; the tags may come from different updates."""
-        self._memory.peek_tags(index, out)
+    def peek_tags(self, index: int) -> np.ndarray:
+        """Return a block's tags (N_TAGS,) without a lock. Local; see ``Blocks.peek_tags``."""
+        block = self._in_place[index]
+        if block is not None and self._locks.orders_memory:
+            return block.tags
+        return self._memory.peek_tags(index)
 
     def arrays(self) -> list[Any]:
         """Return all arrays of which ``acquire`` may return a part. Local."""
@@ -171,37 +208,3 @@ class MPIBlocks(Blocks):
         """Free the memory. Collective."""
         self._locks.free()
         self._memory.free()
-
-
-class NodeVisit:
-    """A context manager that holds the lock of a block on the only node. A block is in place, and its lock is a word.
-
-    It does what ``LockedBlock`` does, in a few calls: a visit to a small block takes some microseconds.
-
-    Args:
-        blocks: All blocks.
-        index: The number of the block.
-        word: The word of its lock.
-        updated: Whether the body changes the block.
-    """
-
-    __slots__ = ("_block", "_blocks", "_index", "_updated", "_word")
-
-    def __init__(self, blocks: MPIBlocks, index: int, word: LockWord, *, updated: bool) -> None:
-        block = blocks._in_place[index]
-        assert block is not None
-        self._blocks, self._index, self._block, self._word, self._updated = blocks, index, block, word, updated
-
-    def __enter__(self) -> Block:
-        word = self._word
-        found = word.acquire(word.words, word.place, word.mine, 0)
-        if found & OWNER_MASK:
-            return self._blocks.acquire(self._index)  # waits for the owner
-        self._block.version = found >> OWNER_BITS
-        return self._block
-
-    def __exit__(self, *_: object) -> None:
-        word, version = self._word, self._block.version
-        held = version << OWNER_BITS | word.mine
-        if word.swap(word.words, word.place, held, (version + self._updated) << OWNER_BITS) != held:
-            self._blocks.release(self._block, updated=self._updated)  # raises

@@ -111,6 +111,30 @@ class Kernel:
         operands = self._bind(operands, scalars)
         return reference.evaluate(self.equations, operands[: self._n_arrays], operands[self._n_arrays :])
 
+    def check(self, arrays: Sequence[Any]) -> None:
+        """Check NumPy arrays for a call.
+
+        Raises:
+            ValueError: An array does not fit the declaration or the first array; the message names it.
+        """
+        shape = getattr(arrays[0], "shape", None)
+        for name, array in zip(self.equations.arrays, arrays, strict=True):
+            start, flags = f"{self.name}: {name}", flags_of(self.equations, name)
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{start} is a {type(array).__name__}; pass NumPy arrays only or CuPy arrays only")
+            if array.ndim != 1:
+                raise ValueError(f"{start} has shape {array.shape}; pass a vector (array.reshape(-1))")
+            if array.shape != shape:
+                raise ValueError(f"{start} has {array.size} elements, the first array {shape}; lengths must agree")
+            try:
+                storage_of(array.dtype)
+            except ValueError as error:
+                raise ValueError(f"{start}: {error}") from None
+            if array.flags.num & READABLE != READABLE:
+                raise ValueError(f"{start} is strided or unaligned; pass a contiguous array (numpy.ascontiguousarray)")
+            if array.flags.num & flags != flags:
+                raise ValueError(f"{start} is read-only, and the kernel assigns to it")
+
     def bytes_per_element(self, dtype: Any) -> int:
         """Return the bytes moved per element. An array counts once if it is read, and once more if it is written.
 
@@ -148,7 +172,7 @@ class Kernel:
         if is_device(arrays[0]):
             # A NonfiniteCount is no int, but supports what callers do with one.
             return cast(int, cuda.run(self.name, self.equations, arrays, scalars))
-        self._check(arrays)
+        self.check(arrays)
         arrays = [np.asarray(array) for array in arrays]
         dtypes = tuple([array.dtype for array in arrays])
         if dtypes not in self._functions:
@@ -163,26 +187,6 @@ class Kernel:
             return function
         n = self._n_arrays
         return lambda *operands: function(*as_bits(operands[:n]), *operands[n:])
-
-    def _check(self, arrays: Sequence[Any]) -> None:
-        """Raise a ValueError that names the first array at fault, if there is one."""
-        shape = getattr(arrays[0], "shape", None)
-        for name, array in zip(self.equations.arrays, arrays, strict=True):
-            start, flags = f"{self.name}: {name}", flags_of(self.equations, name)
-            if not isinstance(array, np.ndarray):
-                raise ValueError(f"{start} is a {type(array).__name__}; pass NumPy arrays only or CuPy arrays only")
-            if array.ndim != 1:
-                raise ValueError(f"{start} has shape {array.shape}; pass a vector (array.reshape(-1))")
-            if array.shape != shape:
-                raise ValueError(f"{start} has {array.size} elements, the first array {shape}; lengths must agree")
-            try:
-                storage_of(array.dtype)
-            except ValueError as error:
-                raise ValueError(f"{start}: {error}") from None
-            if array.flags.num & READABLE != READABLE:
-                raise ValueError(f"{start} is strided or unaligned; pass a contiguous array (numpy.ascontiguousarray)")
-            if array.flags.num & flags != flags:
-                raise ValueError(f"{start} is read-only, and the kernel assigns to it")
 
 
 def as_bits(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -17,9 +17,8 @@ OWNER_BITS: Final = 24
 OWNER_MASK: Final = (1 << OWNER_BITS) - 1
 STRIDE: Final = 8  # words: a cache line
 
-_ACQUIRE: Final = f"""\
+ACQUIRE_AND_RELEASE: Final = f"""\
 from mpitrain.kernels.native.atomics import compare_and_swap, load_acquire
-SIGNATURE = "int64(int64[::1], int64, int64, int64)"
 def acquire(words, at, mine, spin_limit):
     while True:
         found = load_acquire(words, at)
@@ -31,11 +30,19 @@ def acquire(words, at, mine, spin_limit):
         if spin_limit == 0:
             return found
         spin_limit -= 1
+def release(words, at, mine, updates):
+    found = load_acquire(words, at)
+    if found & {OWNER_MASK} != mine:
+        return found
+    return compare_and_swap(words, at, found, ((found >> {OWNER_BITS}) + updates) << {OWNER_BITS})
 """
+"""The source of two functions; generated code that includes it compiles them into itself."""
 
-_SWAP: Final = """\
+_SIGNATURE: Final = 'SIGNATURE = "int64(int64[::1], int64, int64, int64)"\n'
+_LOCK: Final = ACQUIRE_AND_RELEASE + _SIGNATURE
+_SWAP: Final = f"""\
 from mpitrain.kernels.native.atomics import compare_and_swap
-SIGNATURE = "int64(int64[::1], int64, int64, int64)"
+{_SIGNATURE}
 def swap(words, at, expected, new):
     return compare_and_swap(words, at, expected, new)
 """
@@ -49,7 +56,17 @@ def acquire() -> Callable[..., int]:
     the lock is taken, it polls up to ``spin_limit`` times more. ``words`` are int64, shared by the ranks. The result is
     the former word. If its owner bits are zero, the lock has been acquired; otherwise they identify the owner.
     """
-    return cache.compiled("acquire", "word", _ACQUIRE)
+    return cache.compiled("acquire", "word", _LOCK)
+
+
+@functools.cache
+def release() -> Callable[..., int]:
+    """Return the compiled function that releases a lock and counts updates.
+
+    ``release(words, at, mine, updates)`` adds ``updates`` to the version in ``words[at]`` and clears its owner bits, if
+    they are ``mine``. The result is the former word. If its owner bits are not ``mine``, the word has not changed.
+    """
+    return cache.compiled("release", "word", _LOCK)
 
 
 @functools.cache
