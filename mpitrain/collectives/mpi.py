@@ -11,6 +11,7 @@ import numpy as np
 
 from mpitrain.collectives import tree
 from mpitrain.collectives.allreduce import AllReduce
+from mpitrain.collectives.node_tree import NodeTree, fits
 from mpitrain.collectives.pending_allreduce import PendingAllReduce
 from mpitrain.collectives.rma.device_window import AnyWindow
 from mpitrain.collectives.rma.node_barrier import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS
@@ -21,6 +22,7 @@ from mpitrain.collectives.world.statistics import Statistics
 from mpitrain.errors import UsageError
 from mpitrain.kernels import gpu
 from mpitrain.kernels.native.wire import FLOAT32, format_of
+from mpitrain.kernels.reductions import DIRECT
 
 if TYPE_CHECKING:
     from mpitrain.collectives.world.world import World
@@ -67,6 +69,7 @@ class MPICommunicator(PeerMemory):
             self._check_wire()
         self._allreduce = AllReduce(world, self.statistics, self._encoding)
         self._pending: PendingAllReduce | None = None
+        self._node_tree: NodeTree | None = None  # created by the first small vector
         self._gathered: tuple[np.ndarray, np.ndarray] | None = None
         self._background = Background(threads=threads_may_call_mpi())
 
@@ -162,19 +165,35 @@ class MPICommunicator(PeerMemory):
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """Copy the root's array to the array of every rank. Collective."""
-        self._on_host_copy(tree.broadcast, array, root)
+        host = gpu.to_host(array)
+        node_tree = self._node_tree_for(host)
+        if node_tree is not None:
+            node_tree.broadcast(host, root)
+        else:
+            with self.world.polling(), self.world.waiting("a broadcast"):
+                tree.broadcast(self.world, host, root)
+        if host is not array:
+            gpu.assign(array, host)
 
     def reduce(self, array: Any, root: int = 0) -> None:
         """Replace the root's array by the sum of all arrays; the other arrays become undefined. Collective."""
-        self._on_host_copy(tree.reduce, array, root)
-
-    def _on_host_copy(self, collective: Callable[[World, np.ndarray, int], None], array: Any, root: int) -> None:
-        """Call a collective of host arrays with an array in host or device memory."""
         host = gpu.to_host(array)
-        with self.world.polling(), self.world.waiting("a broadcast or a reduction"):
-            collective(self.world, host, root)
+        node_tree = self._node_tree_for(host)
+        if node_tree is not None:
+            node_tree.reduce(host, root)
+        else:
+            with self.world.polling(), self.world.waiting("a reduction"):
+                tree.reduce(self.world, host, root)
         if host is not array:
             gpu.assign(array, host)
+
+    def _node_tree_for(self, array: np.ndarray) -> NodeTree | None:
+        """Return the tree of the node if it carries such a vector between these ranks. Collective."""
+        if not fits(array):
+            return None
+        if self._node_tree is None and self.world.n_nodes == 1 and 1 < self.size <= DIRECT:
+            self._node_tree = NodeTree(self.world, self.statistics)
+        return self._node_tree
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """Return a few numbers of each rank to all ranks: (size, len(values)) float64. Collective."""
@@ -207,3 +226,6 @@ class MPICommunicator(PeerMemory):
             self._pending = None
         super().free()
         self._allreduce.free()
+        if self._node_tree is not None:
+            self._node_tree.free()
+            self._node_tree = None

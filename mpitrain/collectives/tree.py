@@ -1,7 +1,8 @@
 """Broadcast and reduce along a binomial tree, in ceil(log2 p) rounds, pipelined in chunks.
 
-Small vectors are left to MPI. For others, ``partition.binomial_tree`` computes the tree, and MPI's point-to-point calls
-carry the chunks, so that a rank forwards a chunk while it receives the next one.
+Small vectors are left to MPI, or to ``node_tree`` if all ranks share a node. For others, ``partition.binomial_tree``
+computes the tree, and MPI's point-to-point calls carry the chunks, so that a rank forwards a chunk while it receives
+the next one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Broadcast and reduce along a tree, for every root and for sizes around that of a chunk."""
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,11 +10,15 @@ ALL = pytest.mark.ranks(1, 2, 3, 4, 5)
 CHUNK_BYTES = 64
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    from mpitrain.collectives import tree
+@pytest.fixture(params=["as small vectors", "in chunks"])
+def small_chunks(monkeypatch, request):
+    """Send the same sizes as small vectors, through MPI or the memory of the node, and in chunks along the tree."""
+    from mpitrain.collectives import node_tree, tree
 
     monkeypatch.setattr(tree, "CHUNK_BYTES", CHUNK_BYTES)
+    if request.param == "in chunks":
+        monkeypatch.setattr(tree, "SMALL_BYTES", -1)
+        monkeypatch.setattr(node_tree, "LARGEST_BYTES", -1)
 
 
 def sizes(dtype):
@@ -65,3 +71,38 @@ def test_reduce_and_broadcast_make_an_all_reduce(comm):
         comm.reduce(array, root)
         comm.broadcast(array, root)
         assert np.all(array == 2.0**comm.size - 1)
+
+
+@ALL
+@pytest.mark.parametrize("n_bytes", [1 << 14, (1 << 14) + 8])
+def test_the_largest_small_vector_and_the_next_one_follow_each_other(comm, n_bytes):
+    for turn in range(6):
+        root = turn % comm.size
+        array = np.full(n_bytes // 8, float(comm.rank + turn))
+        comm.reduce(array, root)
+        comm.broadcast(array, root)
+        assert np.all(array == comm.size * turn + comm.size * (comm.size - 1) // 2)
+
+
+@pytest.mark.ranks(1, 2)
+def test_small_vectors_of_a_node_take_few_python_calls(one_node):
+    """A call into Python costs a tenth of a microsecond or more, and the whole reduction two."""
+    from mpitrain.collectives.mpi import MPICommunicator
+
+    comm, array, calls = MPICommunicator(one_node), np.ones(100, np.float32), []
+
+    def both():
+        comm.reduce(array)
+        comm.broadcast(array)
+
+    both()
+    profile = lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None  # noqa: E731
+    sys.setprofile(profile)
+    try:
+        both()
+    finally:
+        sys.setprofile(None)
+    comm.barrier()
+    comm.free()
+    # Of each: the method, whether the array is on a GPU, which tree, whether it is small, and the tree's.
+    assert comm.size == 1 or len(calls) <= 1 + 2 * 7, calls

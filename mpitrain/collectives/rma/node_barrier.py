@@ -37,6 +37,7 @@ class NodeBarrier:
     Args:
         world: The ranks.
         statistics: The counters of waiting.
+        what: The name of what a rank waits for, with an article.
 
     Attributes:
         words: (STRIDE*local_size,) int64, the number of the barrier that each rank has reached.
@@ -44,7 +45,10 @@ class NodeBarrier:
         spin_limit: The number of polls before the rank yields its core.
     """
 
-    def __init__(self, world: World, statistics: Statistics) -> None:
+    def __init__(
+        self, world: World, statistics: Statistics, what: str = "a barrier or a sum of the ranks of the node"
+    ) -> None:
+        self._what = what
         self._me, self._n, self._world, self._statistics = world.local_rank, world.local_size, world, statistics
         self._window = Window(world, node_barrier.STRIDE * self._n if self._me == 0 else 0, np.int64)
         words = self._window.of(world.node_ranks[0])
@@ -73,7 +77,7 @@ class NodeBarrier:
             RankFailed: A rank has died.
         """
         began, backoff = time.perf_counter(), Backoff(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
-        with self._world.waiting("a barrier or a sum of the ranks of the node", self._missing):
+        with self._world.waiting(self._what, self._missing):
             while progress != end:
                 self._world.require_all()
                 self._world.progress()

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mpitrain.collectives.rma.blocks import WEIGHT_TAG, Block
+from mpitrain.collectives.rma.blocks import WEIGHT_TAG, Block, Blocks
 from mpitrain.collectives.rma.locks import LockWord
+from mpitrain.kernels import weighted_average
 from mpitrain.kernels.compile.declare import as_bits
 from mpitrain.kernels.native import lock_words, locked
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK
-
-if TYPE_CHECKING:
-    from mpitrain.collectives.rma.mpi_blocks import MPIBlocks
 
 WRITTEN_BYTES = 1 << 16
 """Size of a block that is written by compiled code, at most. NumPy copies large vectors past the caches."""
@@ -36,7 +34,7 @@ class NodeVisit(AbstractContextManager[Block]):
 
     __slots__ = ("_acquire", "_block", "_blocks", "_mine", "_place", "_release", "_updated", "_words")
 
-    def __init__(self, blocks: MPIBlocks, block: Block, word: LockWord, *, updated: bool) -> None:
+    def __init__(self, blocks: Blocks, block: Block, word: LockWord, *, updated: bool) -> None:
         self._blocks, self._block, self._updated = blocks, block, updated
         self._words, self._place, self._mine = word.words, word.place, word.mine
         self._acquire, self._release = lock_words.acquire(), lock_words.release()
@@ -66,7 +64,7 @@ class NodeBlock:
         self._lock = word.words, word.place, word.mine
         self._data, self._tags, (self._bits,) = block.data, block.tags, as_bits([block.data])
         dtype = block.data.dtype
-        self._write, self._average = locked.write(dtype), locked.average(dtype, WEIGHT_TAG)
+        self._write, self._average = locked.write(dtype), locked.average(weighted_average, dtype, WEIGHT_TAG)
         self._weights = np.zeros(2)
         self._checked: Any = None  # the vector of the last call, which most callers pass again
         self._checked_bits = self._bits

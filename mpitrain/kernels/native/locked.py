@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from mpitrain.kernels.compile import cache, host
+from mpitrain.kernels.compile.declare import Kernel
 from mpitrain.kernels.compile.storage import Storage, compute_type, storage_of
-from mpitrain.kernels.mixing import weighted_average
 from mpitrain.kernels.native.lock_words import ACQUIRE_AND_RELEASE, OWNER_MASK
 
 TAKEN: Final = -1
@@ -56,25 +56,28 @@ def write(words, at, mine, data, tags, values, new_tags):
 
 
 @functools.cache
-def average(dtype: Any, weight_tag: int) -> Callable[..., int]:
-    """Return the compiled weighted average with a vector under a lock, without an update.
+def average(kernel: Kernel, dtype: Any, weight_tag: int) -> Callable[..., int]:
+    """Return the compiled kernel that averages with a vector under a lock, without an update.
 
-    ``average(words, at, mine, x, z, tags, weights)`` replaces x by (w_x*x + w_z*z)/(w_x + w_z), as the kernel
-    ``weighted_average`` computes it; x and z are (n,) of this dtype. ``weights`` is (2,) float64: w_x and w_z. If w_z
-    is NaN, the call sets it to ``tags[weight_tag]``. The first three arguments are those of ``lock_words.acquire``.
-    The result is the number of non-finite elements, or ``TAKEN``. 16-bit vectors are passed as uint16.
+    ``average(words, at, mine, x, z, tags, weights)`` calls ``kernel(x, z, w_z / (w_x + w_z))``; x and z are (n,) of
+    this dtype. ``weights`` is (2,) float64: w_x and w_z. If w_z is NaN, the call sets it to ``tags[weight_tag]``. The
+    first three arguments are those of ``lock_words.acquire``. The result is that of the kernel, or ``TAKEN``. 16-bit
+    vectors are passed as uint16.
 
     Args:
+        kernel: The kernel, of two arrays and a scalar.
         dtype: The type of the vectors.
         weight_tag: The index of the weight of z in its tags.
     """
     storage = storage_of(dtype)
-    return cache.compiled("average", f"{weight_tag}_{storage.short}", average_source(storage, weight_tag))
+    return cache.compiled(
+        "average", f"{kernel.name}_{weight_tag}_{storage.short}", average_source(kernel, storage, weight_tag)
+    )
 
 
-def average_source(storage: Storage, weight_tag: int) -> str:
+def average_source(kernel: Kernel, storage: Storage, weight_tag: int) -> str:
     """Return the Python source of ``average`` and of the constant ``SIGNATURE``, its types."""
-    kernel, vectors = weighted_average, f"{storage.numba}[::1], {storage.numba}[::1]"
+    vectors = f"{storage.numba}[::1], {storage.numba}[::1]"
     return f"""\
 {host.source(kernel.name, kernel.equations, [storage] * len(kernel.equations.arrays))}
 {_HEAD}

@@ -18,7 +18,7 @@ STRIDE: Final = 8  # words: a cache line
 YIELDS: Final = 200  # offers of the core before a call returns although ranks are missing
 POLL_ONCE: Final = -YIELDS  # a spin limit: poll without spinning or yielding
 
-_WAIT: Final = f"""\
+WAIT: Final = f"""\
 def wait(words, first, n, number, spin_limit):
     for k in range(first, n):
         tries = 0
@@ -34,7 +34,7 @@ def wait(words, first, n, number, spin_limit):
 _HEAD: Final = f"""\
 from numba import njit
 from mpitrain.kernels.native.atomics import give_way, load_acquire, store_release
-{_WAIT}
+{WAIT}
 wait = njit(wait, nogil=True)
 """
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from mpitrain.collectives.rma.blocks import WEIGHT_TAG
 from mpitrain.collectives.topology.graphs import uniform_peer
+from mpitrain.kernels import weighted_average
 
 ALL = pytest.mark.ranks(1, 2, 3)
 
@@ -123,6 +125,48 @@ def test_receiving_counts_as_an_exchange_and_reading_does_not(comm):
     assert found == [({float(peer)}, [peer, 1, 2, 3])] * 3
     assert boxes.peek(peer, 1).tolist() == [peer, 1, 2, 3]
     assert boxes.peek(peer, 0).tolist() == [0, 0, 0, 0]
+
+
+@ALL
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("n", [300, 2**15 + 1000])  # elements; of the larger ones, NumPy copies the vector
+def test_a_posted_vector_is_averaged_with_its_weight_or_a_given_one(comm, n, is_prepared):
+    boxes = comm.mailboxes(n, np.float32, 2)
+    values, tags, x = np.full(n, comm.rank + 1, np.float32), np.zeros(4), np.zeros(n, np.float32)
+    if is_prepared:
+        boxes.prepare(values)
+    values[0] = np.nan
+    tags[WEIGHT_TAG] = comm.rank + 0.5
+    boxes.post(values, tags, 1)
+    boxes.post(None, tags + 1)
+    comm.barrier()
+    for peer in range(comm.size):
+        for weight in (None, 0.25):
+            x[:] = np.arange(n)
+            used = boxes.average(peer, x, 3.0, weight, slot=1)
+            assert used == (peer + 0.5 if weight is None else weight)
+            expected = np.arange(n, dtype=np.float32)
+            weighted_average(
+                expected, np.where(np.arange(n) == 0, np.nan, peer + 1).astype(np.float32), used / (3 + used)
+            )
+            assert x.tobytes() == expected.tobytes()
+        assert boxes.peek(peer).tolist() == [1, peer + 1.5, 1, 1]
+    assert comm.statistics.n_exchanges == 2 * (comm.size - 1)
+    assert comm.statistics.n_nonfinite == 2 * comm.size
+    comm.barrier()
+
+
+@ALL
+def test_a_message_waits_for_the_owner_of_the_lock(comm):
+    boxes, tags, x = comm.mailboxes(100, np.float32), np.zeros(4), np.zeros(100, np.float32)
+    boxes.prepare(x)
+    for number in range(1, 200):
+        x[:] = number
+        tags[:] = number
+        boxes.post(x, tags)
+        boxes.average((comm.rank + 1) % comm.size, x, 1.0, 1.0)
+        assert np.all(x == x[0])
+    comm.barrier()
 
 
 @ALL

@@ -36,6 +36,43 @@ def test_an_exchange_on_a_node_takes_few_python_calls(one_node):
     assert len(calls) <= OF_A_VISIT + OF_A_SHARD * len(vector.parts), calls
 
 
+@pytest.mark.ranks(2)
+def test_a_message_between_neighbours_of_a_node_takes_few_python_calls(one_node):
+    from mpitrain.algorithms.gossip.neighbours import Neighbours
+    from mpitrain.collectives.mpi import MPICommunicator
+    from mpitrain.collectives.topology.graphs import topology
+
+    comm, calls = MPICommunicator(one_node), []
+    x = np.ones(1000, np.float32)
+    neighbours = Neighbours(comm, topology("ring", 2), x)
+
+    def step() -> None:
+        neighbours.post(x)
+        neighbours.average(x, 0.5, [0.5, 0.5])
+
+    for _ in range(3):
+        step()
+    comm.barrier()
+    neighbours.post(x)
+    comm.barrier()  # the message has arrived
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(profile)
+    try:
+        neighbours.average(x, 0.5, [0.5, 0.5])
+        neighbours.post(x)
+    finally:
+        sys.setprofile(None)
+    neighbours.average(x, 0.5, [0.5, 0.5])
+    comm.barrier()
+    comm.free()
+    # Average: is the message there (3), average (3), count. Post: acknowledgements (2), message (3); end of the profile.
+    assert len(calls) <= 2 + 7 + 5 + 1, calls
+
+
 @pytest.mark.ranks(1)
 def test_a_distance_is_measured_only_if_the_vector_has_moved(one_node):
     """By updates of others, or by pushes of this worker since its last pull."""

@@ -1,22 +1,16 @@
 """Locks in shared words: they have one owner at a time, and the next owner sees all writes of the previous one."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import pytest
+from support.threads import in_threads
 
 from mpitrain.kernels.native.atomics import compare_and_swap, give_way, load_acquire, store_release
 from mpitrain.kernels.native.lock_words import OWNER_BITS, OWNER_MASK, STRIDE, acquire, swap
 
 THREADS = pytest.mark.parametrize("n", [1, 2, 5])
-
-
-def in_threads(n, body):
-    """Run ``body(rank)`` on n threads; compiled code releases the interpreter lock."""
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(body, range(n)))
 
 
 @numba.njit(nogil=True)

@@ -5,30 +5,13 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from support.threads import in_threads
 
 from mpitrain.kernels.compile.declare import as_bits
 from mpitrain.kernels.native.node_barrier import STRIDE, sum_on_node, wait_for_all
 from mpitrain.kernels.reductions import DIRECT
 
 SPIN_LIMIT = 1
-
-
-def in_threads(n, body):
-    """Run ``body(rank)`` on n threads; compiled code waits without the interpreter lock."""
-    failed = []
-
-    def guarded(rank):
-        try:
-            body(rank)
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(n)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
