@@ -69,7 +69,7 @@ def test_a_message_between_neighbours_of_a_node_takes_few_python_calls(one_node)
     neighbours.average(x, 0.5, [0.5, 0.5])
     comm.barrier()
     comm.free()
-    # Average: is the message there (3), average (3), count. Post: acknowledgements (2), message (3); end of the profile.
+    # Average: is the message there (3), average (3), count. Post: acknowledgements (2), message (3); the end.
     assert len(calls) <= 2 + 7 + 5 + 1, calls
 
 
