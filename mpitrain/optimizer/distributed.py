@@ -182,6 +182,11 @@ class DistributedOptimizer(LinkedOptimizer):
         self._exchange_clock.seconds = seconds
 
     @property
+    def exchange_cpu_seconds(self) -> float:
+        """The CPU time of ``exchange_seconds``, of the calling thread."""
+        return self._exchange_clock.cpu_seconds
+
+    @property
     def members(self) -> list[int]:
         """The ranks that take part in the steps; without those after whose death a synchronous method continues."""
         return list(self._open_parts.replica.members)

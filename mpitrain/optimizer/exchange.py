@@ -28,9 +28,15 @@ from mpitrain.optimizer.phase import begin_range
 
 @dataclass(slots=True)
 class Stopwatch:
-    """A sum of measured times, in seconds."""
+    """Sums of measured times, in seconds.
+
+    Attributes:
+        seconds: The time.
+        cpu_seconds: The CPU time of the calling thread.
+    """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class ExchangeBoundary:
@@ -78,7 +84,7 @@ class Exchanging:
     It is a class, like ``Computing``, because a generator would slow down the steps of small models by a few percent.
     """
 
-    __slots__ = ("_began", "_clock", "_copies", "_counts", "_device", "_flat", "_previous", "_range", "_stream")
+    __slots__ = ("_began", "_clock", "_copies", "_counts", "_cpu", "_device", "_flat", "_previous", "_range", "_stream")
 
     def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch, copies: bool, counts: bool) -> None:
         self._flat, self._device, self._clock, self._copies, self._counts = flat, device, clock, copies, counts
@@ -86,6 +92,8 @@ class Exchanging:
         self._range: Any = None
 
     def __enter__(self) -> None:
+        if self._counts:
+            self._cpu = time.thread_time()  # outside the measured time: the call may be where a time slice ends
         self._began = time.perf_counter()
         if self._counts:
             if recorder.is_on:
@@ -108,6 +116,7 @@ class Exchanging:
         if self._counts:
             ended = time.perf_counter()
             self._clock.seconds += ended - self._began
+            self._clock.cpu_seconds += time.thread_time() - self._cpu
             if self._previous is not None:
                 recorder.enter(self._previous, ended)
             if self._range is not None:
@@ -117,7 +126,7 @@ class Exchanging:
 class Computing:
     """The context manager of ``ExchangeBoundary.computing``."""
 
-    __slots__ = ("_began", "_clock", "_device", "_flat", "_previous", "_range", "_stream")
+    __slots__ = ("_began", "_clock", "_cpu", "_device", "_flat", "_previous", "_range", "_stream")
 
     def __init__(self, flat: FlatParameters, device: Gpu | None, clock: Stopwatch) -> None:
         self._flat, self._device, self._clock = flat, device, clock
@@ -125,7 +134,7 @@ class Computing:
         self._range: Any = None
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self._cpu = time.perf_counter(), time.thread_time()
         if recorder.is_on:
             self._previous = recorder.enter(UPDATE, self._began)
         if profiler._is_profiler_enabled:
@@ -142,6 +151,7 @@ class Computing:
             self._stream.__exit__(kind, error, trace)
         if kind is None:
             self._flat.to_host()
+        self._clock.cpu_seconds -= time.thread_time() - self._cpu
         ended = time.perf_counter()
         self._clock.seconds -= ended - self._began
         if self._previous is not None:

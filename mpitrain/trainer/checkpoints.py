@@ -101,7 +101,8 @@ class Checkpoints(Hook):
         with torch.no_grad():
             for name, buffer in run.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
-        run.step, run.compute_seconds, run.cpu_seconds = state["step"], state["compute_seconds"], state["cpu_seconds"]
+        run.step, run.compute_seconds, run.cpu.seconds = state["step"], state["compute_seconds"], state["cpu_seconds"]
+        run.serving_cpu_before = state["serving_cpu_seconds"]
         run.steps_before, run.gradients_before = state["position"] - run.step, state["gradients"] - run.step
         run.optimizer.exchange_seconds = state["exchange_seconds"]
         vars(run.optimizer.statistics).update(state["statistics"])
@@ -163,7 +164,8 @@ def _state_of(run: Run) -> dict[str, Any]:
         "loss": run.counters.loss,
         "seconds": run.clock.seconds,
         "compute_seconds": run.compute_seconds,
-        "cpu_seconds": run.cpu_seconds,
+        "cpu_seconds": run.cpu.seconds,
+        "serving_cpu_seconds": run.serving_cpu_seconds,
         "exchange_seconds": run.optimizer.exchange_seconds,
         "statistics": run.optimizer.statistics.numbers(),
         "torch_rng": torch.get_rng_state(),

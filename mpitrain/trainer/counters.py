@@ -13,7 +13,13 @@ from mpitrain.collectives.world.world import World
 LOSS_MEMORY = 0.95
 """The memory of the running mean of the loss."""
 
-COUNTERS = ("steps", "loss", *SHARES, "cpu", "bytes", "n_nonfinite", "n_clipped", "exchanges", "lock_wait")
+CPU = ("cpu", "serving_cpu", "gradient_cpu", "exchange_cpu")
+"""CPU seconds: of all threads, of the thread that serves other nodes, of an undisturbed gradient and exchange."""
+
+COUNTERS = (
+    *("steps", "loss", *SHARES, *CPU, "bytes", "wire_bytes", "n_nonfinite", "n_clipped", "exchanges"),
+    "lock_wait",
+)
 HISTOGRAMS = {"staleness": STALENESS_BINS, "staleness_distance": DISTANCE_BINS}
 METHOD_PREFIX = "method_"
 """Precedes the names of the method's own metrics on the scoreboard."""
@@ -76,7 +82,7 @@ class Counters:
         step: int,
         compute: float,
         exchange: float,
-        cpu: float,
+        cpu: Mapping[str, float],
         statistics: Statistics,
         metrics: Mapping[str, float],
     ) -> None:
@@ -86,7 +92,7 @@ class Counters:
             step: The number of gradients of this rank. In a run that was continued on another number of ranks, it
                 includes this rank's share of the gradients from before.
             compute, exchange: The seconds of computation and of exchanges so far; exchanges include waiting.
-            cpu: The CPU time of this rank so far, in seconds.
+            cpu: The CPU times of this rank so far, by their names in ``CPU``.
             statistics: The statistics of the exchanges.
             metrics: The method's own metrics of this worker.
         """
@@ -96,12 +102,13 @@ class Counters:
             compute=compute,
             exchange=max(exchange - statistics.wait_seconds, 0.0),
             waiting=statistics.wait_seconds,
-            cpu=cpu,
             bytes=statistics.bytes_sent,
+            wire_bytes=statistics.wire_bytes,
             n_nonfinite=int(statistics.n_nonfinite),
             n_clipped=statistics.n_clipped,
             exchanges=statistics.n_exchanges,
             lock_wait=statistics.lock_wait_seconds,
+            **cpu,
             **{name: getattr(statistics, name) for name in HISTOGRAMS},
             **{METHOD_PREFIX + name: value for name, value in metrics.items()},
         )

@@ -105,10 +105,11 @@ def _train(run: Run) -> dict[str, Any]:
     losses = LossWatch(run.plan.config.on_nonfinite == "stop")
     model.train()
     run.world.barrier()
-    run.clock.start()
+    run.begin_first_step()
     run.hooks.on_start(run)
     while not run.is_over:
-        began, exchange_before, cpu_before = time.perf_counter(), optimizer.exchange_seconds, time.process_time()
+        began, exchange_before = time.perf_counter(), optimizer.exchange_seconds
+        run.cpu.begin(optimizer.exchange_cpu_seconds, optimizer.statistics.n_exchanges)
         x, y = batches.draw(run.position)
         optimizer.zero_grad()
         loss = passes.backward(x, y)
@@ -117,7 +118,7 @@ def _train(run: Run) -> dict[str, Any]:
         run.faults.act(run.step + 1, time.perf_counter() - began, model)
         passes.step(optimizer, loss)
         losses.add(value)
-        run.end_step(value, began, exchange_before, cpu_before)
+        run.end_step(value, began, exchange_before)
         run.hooks.on_step(run)
     run.hooks.on_last_step(run)
     run.is_ending = True

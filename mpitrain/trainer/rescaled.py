@@ -23,7 +23,7 @@ from mpitrain.data.sampler import torch_seed
 from mpitrain.records.checkpoint import Parts
 from mpitrain.trainer.config import TrainConfig
 
-SUMMED = ("compute_seconds", "exchange_seconds", "cpu_seconds")
+SUMMED = ("compute_seconds", "exchange_seconds", "cpu_seconds", "serving_cpu_seconds")
 OF_THE_LEAD = ("points", "snapshots", "module_states", "has_evaluated_end")
 
 

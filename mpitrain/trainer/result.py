@@ -42,6 +42,10 @@ def document(run: Run) -> dict[str, Any]:
         "samples_per_second": plan.n_samples(totals.steps_of_ranks) / max(seconds, 1e-9),
         "shares": totals.shares,
         "cpu_seconds": totals.cpu_seconds,
+        "of_ranks": {
+            name: totals.scoreboard[name].tolist()
+            for name in ("exchanges", "bytes", "wire_bytes", "exchange_cpu", "serving_cpu", "gradient_cpu")
+        },
         "parameters": run.optimizer.n_parameters,
         "evaluation": [vars(point) for point in run.points],
         "out": None if run.folder is None else str(run.folder),

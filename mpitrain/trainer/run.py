@@ -28,6 +28,7 @@ from mpitrain.trainer.counters import Counters, Totals
 from mpitrain.trainer.faults import Faults
 from mpitrain.trainer.gradient_pass import GradientPass
 from mpitrain.trainer.plan import RunPlan
+from mpitrain.trainer.step_cpu import StepCPU
 
 SECONDS_BETWEEN_TOTALS = 0.25
 
@@ -175,7 +176,9 @@ class Run:
         steps_before, gradients_before: The amounts by which ``position`` and ``gradients`` exceed ``step``. They are 0,
             except in a run that was continued on another number of ranks.
         compute_seconds: The time that this rank has spent outside exchanges.
-        cpu_seconds: The CPU time of all threads of this rank during its steps.
+        cpu: The CPU time of this rank's steps.
+        serving_cpu_before: The ``serving_cpu_seconds`` of the checkpoint from which this run continues, less the CPU
+            time of the thread at the first step.
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
@@ -203,7 +206,8 @@ class Run:
     steps_before: int = 0
     gradients_before: int = 0
     compute_seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    cpu: StepCPU = field(default_factory=StepCPU)
+    serving_cpu_before: float = 0.0
     points: list[Point] = field(default_factory=list)
     is_leader: bool = False
     is_ending: bool = False
@@ -250,24 +254,23 @@ class Run:
         """
         self.stop_requested = self.stop_requested or reason
 
-    def end_step(self, loss: float, began: float, exchange_before: float, cpu_before: float) -> None:
+    def end_step(self, loss: float, began: float, exchange_before: float) -> None:
         """Count a step. Local.
 
         Args:
             loss: The loss of the mini-batch.
             began: ``time.perf_counter()`` at the beginning of the step.
             exchange_before: The optimizer's ``exchange_seconds`` at the beginning of the step.
-            cpu_before: ``time.process_time()`` at the beginning of the step.
         """
         self.step += 1
         exchange = self.optimizer.exchange_seconds - exchange_before
         self.compute_seconds += time.perf_counter() - began - exchange
-        self.cpu_seconds += time.process_time() - cpu_before
         self.counters.add_loss(loss)
         self.publish()
         self.look_for_lead()
         if self.is_leader:
             self.report_totals()
+        self.cpu.end(self.optimizer.exchange_cpu_seconds, self.optimizer.statistics.n_exchanges)
 
     def publish(self) -> None:
         """Publish this rank's counters. Local."""
@@ -275,10 +278,29 @@ class Run:
             step=self.gradients,
             compute=self.compute_seconds,
             exchange=self.optimizer.exchange_seconds,
-            cpu=self.cpu_seconds,
+            cpu=self.cpu_times(),
             statistics=self.optimizer.statistics,
             metrics=self.optimizer.metrics(),
         )
+
+    @property
+    def serving_cpu_seconds(self) -> float:
+        """The CPU time of the thread that serves other nodes, since the first step."""
+        thread = self.world.progress_thread
+        return self.serving_cpu_before + (0.0 if thread is None else thread.cpu_seconds)
+
+    def begin_first_step(self) -> None:
+        """Start the clock, and count the CPU time of the thread that serves other nodes from now on. Local."""
+        self.clock.start()
+        self.serving_cpu_before = 2 * self.serving_cpu_before - self.serving_cpu_seconds
+
+    def cpu_times(self) -> dict[str, float]:
+        """Return the CPU seconds of this rank, by the names of counters. Local."""
+        times = {"cpu": self.cpu.seconds}
+        if self.is_ending:
+            times["serving_cpu"] = self.serving_cpu_seconds
+            times["gradient_cpu"], times["exchange_cpu"] = self.cpu.undisturbed()
+        return times
 
     def report_totals(self, *, in_full: bool = False) -> None:
         """Pass the totals of all ranks to the hooks, if enough time has passed or if ``in_full``. Local; lead only."""

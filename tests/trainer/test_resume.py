@@ -66,7 +66,8 @@ def interrupt() -> None:
 def saved(world, run: Path) -> dict:
     """Return this rank's part of a run's newest checkpoint, without values that depend on the clock. Collective."""
     state = checkpoint.load(checkpoint.latest(run / "checkpoints"), world)
-    for name in ("seconds", "compute_seconds", "exchange_seconds", "cpu_seconds", "statistics", "points"):
+    of_clocks = ("seconds", "compute_seconds", "exchange_seconds", "cpu_seconds", "serving_cpu_seconds")
+    for name in (*of_clocks, "statistics", "points"):
         del state[name]
     return state
 

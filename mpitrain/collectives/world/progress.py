@@ -100,6 +100,11 @@ class ProgressThread(Service):
             wait_to_be_ended()
             raise RuntimeError(f"this rank can no longer serve other nodes: {mpi.error(-result)}")
 
+    @property
+    def cpu_seconds(self) -> float:
+        """The CPU time of this thread so far. Local; before its end."""
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident)) if self._thread.ident else 0.0
+
     def polling(self) -> AbstractContextManager[None]:
         """Return a context in which this thread polls MPI with pauses, because the calling thread polls, too. Local."""
         return self._mpi.polling()
