@@ -116,6 +116,11 @@ class Cores:
         if core is not None:
             self._busy_until[core] = max(self._busy_until[core], until)
 
+    def turn_at(self, at: float) -> float:
+        """Return when a thread that needs a core briefly gets it: at once if a core is idle, else after a slice."""
+        idle = any(until < at - TICK_SECONDS / 2 and not self._queue for until in self._busy_until)
+        return at if idle else max(at, min(self._slice_end))
+
     def _is_over(self, core: int, now: float) -> bool:
         return now >= self._slice_end[core] - TICK_SECONDS
 

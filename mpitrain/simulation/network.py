@@ -73,6 +73,10 @@ class Network:
         slowest = self.bandwidth if bandwidth is None else min(self.bandwidth, bandwidth)
         return self.latency + 2 * self.overhead + max(self.gap, n_bytes / slowest)
 
+    def service_time(self, n_bytes: float) -> float:
+        """Return the time that a request with as many bytes of data takes on the processor that serves it."""
+        return self.service + n_bytes / self.service_bandwidth
+
     def rack(self, node: int) -> int:
         """Return the rack of a node."""
         return node // self.rack_nodes if self.rack_nodes else 0
@@ -257,7 +261,7 @@ class Fabric:
 
     def serve(self, rank: int, n_bytes: float, at: float) -> float:
         """Let a rank's processor serve a request that arrives at the time ``at``; return the end of the service."""
-        seconds = self.network.service + n_bytes / self.network.service_bandwidth
+        seconds = self.network.service_time(n_bytes)
         return self._resource("processor", rank).reserve(at, seconds) + seconds
 
     def is_local(self, one: int, other: int) -> bool:

@@ -4,6 +4,10 @@ A worker's clock advances by the time of each gradient and of each operation of 
 or a mailbox) takes a request, the wait for its lock, and the transfer of the data to the worker and back. A collective
 takes the time of its algorithm. The worker with the smallest clock goes first, so that workers occupy links, processors
 and cores in the order of virtual time.
+
+A request is served by a thread of the rank whose memory holds the block, and wakes such a thread of the rank that
+visits, too. If the workers of a node have all its cores, the time of the service is missing to the next gradient of its
+rank; if they share the cores, the service waits for the end of a time slice.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ class NetworkTime(ClockSchedule):
         cores: The number of cores of a node, which its workers share; None if each worker has its own core.
         slice_seconds: The mean time slice of a core with several workers.
         wake_up: The time after a collective until workers that share cores run again.
+        sharing: The factor by which gradients take longer on shared cores, because workers that alternate on a core
+            empty each other's caches.
         starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
@@ -49,13 +55,19 @@ class NetworkTime(ClockSchedule):
         cores: int | None = None,
         slice_seconds: float = 3e-3,
         wake_up: float = 0.0,
+        sharing: float = 1.0,
         starts: Sequence[float] | None = None,
     ) -> None:
         super().__init__(np.zeros(len(nodes)) if starts is None else np.array(starts, np.float64))
         self._compute, self._network, self._nodes = compute, network, nodes
         self._fabric = Fabric(network, nodes)
         self._cores, self._n_cores, self._wake_up = _cores(nodes, cores, slice_seconds), cores, wake_up
+        self._sharing = sharing
         self._left: list[float | None] = [None] * len(nodes)  # of the gradient that is being computed
+        self._served: list[float] = [0.0] * len(nodes)  # the core time of services since each worker's last gradient
+        n_workers = Counter(nodes)
+        self._has_idle_cores = [cores is None or n_workers[node] < cores for node in nodes]
+        self._turns_awaited: list[Watched | None] = [None] * len(nodes)  # for whose service each worker waits
         self._lock_free: dict[Watched, float] = {}
         self._asked: list[Watched | None] = [None] * len(nodes)  # whose lock each worker has asked for
         self._prefetched: list[tuple[Watched, float] | None] = [None] * len(nodes)
@@ -77,7 +89,8 @@ class NetworkTime(ClockSchedule):
             self._left[rank] = None
             return False
         if left is None:
-            left = self._compute.draw(rank)
+            left = self._compute.draw(rank) * (1.0 if cores is None else self._sharing) + self._served[rank]
+            self._served[rank] = 0.0
         if cores is None:
             self._left[rank] = 0.0
             self._set(rank, self.clocks[rank] + left)
@@ -87,12 +100,20 @@ class NetworkTime(ClockSchedule):
         return True
 
     def asking(self, rank: int, block: Watched, home: int) -> bool:
-        """Advance the worker's clock to the arrival of its request for a lock; return whether to call again."""
-        if self._is_paused or self._asked[rank] == block:
+        """Advance the worker's clock until its request for a lock is being served; return whether to call again."""
+        if self._is_paused:
             return False
+        if self._asked[rank] == block:
+            needs_turn, self._turns_awaited[rank] = self._turns_awaited[rank] == block, None
+            now = float(self.clocks[rank])
+            turn = self._turn_at(home, now) if needs_turn else now
+            if turn > now:
+                self._set(rank, turn)
+            return turn > now
         now, prefetched = float(self.clocks[rank]), self._prefetched[rank]
         self._asked[rank], self._prefetched[rank] = block, None
         if not self._fabric.is_local(rank, home):
+            self._turns_awaited[rank] = block
             sent = prefetched[1] if prefetched is not None and prefetched[0] == block else now
             self._set(rank, max(now, self._fabric.send(rank, home, self._network.request_bytes, sent)[1]))
         return True
@@ -106,7 +127,7 @@ class NetworkTime(ClockSchedule):
         if fabric.is_local(rank, home):
             self._spend(rank, free + self._network.node_latency)
             return
-        _, received = fabric.send(home, rank, n_bytes, fabric.serve(home, n_bytes, free))
+        _, received = fabric.send(home, rank, n_bytes, self._serve(rank, home, n_bytes, free))
         self._set(rank, received)
         if following is not None:
             self._prefetched[rank] = following, received
@@ -122,7 +143,7 @@ class NetworkTime(ClockSchedule):
             return
         n_sent = n_bytes if updated else self._network.request_bytes
         done, arrived = self._fabric.send(rank, home, n_sent, now)
-        self._lock_free[block] = self._fabric.serve(home, n_sent, arrived)
+        self._lock_free[block] = self._serve(rank, home, n_sent, self._turn_at(home, arrived))
         self._set(rank, done)
 
     def peer_read(self, rank: int, peer: int, n_bytes: int) -> None:
@@ -154,6 +175,18 @@ class NetworkTime(ClockSchedule):
             return self._network.collective(kind, n_bytes, nodes)
         network = replace(self._network, node_bandwidth=self._network.node_bandwidth / n_turns)
         return network.collective(kind, n_bytes, nodes) + self._wake_up
+
+    def _serve(self, rank: int, home: int, n_bytes: float, at: float) -> float:
+        """Let the home of a block serve a request of a worker; return the end of the service."""
+        for end in (rank, home):
+            if not self._has_idle_cores[end]:
+                self._served[end] += self._network.service_time(n_bytes)
+        return self._fabric.serve(home, n_bytes, at)
+
+    def _turn_at(self, home: int, at: float) -> float:
+        """Return when the thread of a rank that serves a request from the time ``at`` on has a core."""
+        cores = self._cores[home]
+        return at if cores is None else cores.turn_at(at)
 
     def _spend(self, rank: int, until: float) -> None:
         """Advance a clock while the worker uses its core."""

@@ -80,6 +80,13 @@ class ClusterConfig:
         0.003, "turn of a worker on a core that it shares", parse=float, within=POSITIVE, metavar="SECONDS"
     )
     wake_up: float = _seconds("time after a collective until workers that share cores run again")
+    sharing: float = option(
+        1.0,
+        "factor by which gradients take longer on shared cores",
+        parse=float,
+        within=POSITIVE,
+        metavar="FACTOR",
+    )
     pauses: tuple[float, float] = option(
         (0.0, 0.0),
         "random pauses of a worker: how many in a second of computation, and their length",

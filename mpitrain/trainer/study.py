@@ -156,6 +156,7 @@ def clock_of(study: StudyConfig, cluster: ClusterConfig, seed: int) -> ClockSche
         cores=cluster.cores,
         slice_seconds=cluster.time_slice,
         wake_up=cluster.wake_up,
+        sharing=cluster.sharing,
         starts=study.starts_of_workers(),
     )
 

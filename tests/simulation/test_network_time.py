@@ -126,6 +126,50 @@ def test_long_slices_make_the_visits_of_a_worker_follow_each_other():
     assert share_of_fresh_visits(50.0) > share_of_fresh_visits(1.0)
 
 
+def test_gradients_take_longer_where_workers_share_cores():
+    for nodes, n_cores, seconds in (([0] * 4, 2, 2 * 5 * 0.125), ([0] * 4, 4, 5 * 0.1), ([0] * 4, None, 5 * 0.1)):
+        options = {"cores": n_cores, "slice_seconds": 3e-4, "step_seconds": 0.1, "sharing": 1.25}
+        found = clocks(EASGD(period=1), 4, 5, Network(), nodes=nodes, **options)
+        np.testing.assert_allclose(found.max(), seconds, rtol=0.03)
+
+
+@pytest.mark.parametrize(("n_cores", "taken"), [(1, 1.0), (2, 0.0), (None, 0.0)])
+def test_a_service_takes_the_time_of_both_ranks_unless_a_core_is_idle(n_cores, taken):
+    """A visit has two requests, whose service takes half a second each; the next gradients take as much longer."""
+    schedule = NetworkTime(ComputeTime([1.0] * 2), Network(service=0.5), range(2), cores=n_cores)
+    schedule.asking(0, ("vector", 0), 1)
+    schedule.visit_begun(0, ("vector", 0), 1, 128, None)
+    schedule.visit_ended(0, ("vector", 0), 1, 128, updated=True)
+    for rank in (0, 1):
+        for seconds in (1 + taken, 1.0):  # the gradient after the visit, and the next one
+            before = schedule.clocks[rank]
+            while schedule.computing(rank):
+                pass
+            assert schedule.clocks[rank] - before == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("p_of_home", "turn"), [(1, 0.25), (2, 2.0)])
+def test_a_request_waits_for_a_time_slice_where_workers_share_cores(p_of_home, turn):
+    nodes = [0, 1, 1][: 1 + p_of_home]
+    schedule = NetworkTime(ComputeTime([8.0] * len(nodes)), Network(), nodes, cores=1, slice_seconds=2.0)
+    schedule.computing(1)  # its slice takes 1 to 3 seconds
+    end_of_slice = schedule.clocks[1] if p_of_home == 2 else turn
+    schedule.clocks[0] = 0.25
+    while schedule.asking(0, ("vector", 0), 1):
+        pass
+    assert schedule.clocks[0] == end_of_slice
+    assert schedule.clocks[0] == pytest.approx(turn, abs=1.0 * (p_of_home == 2))
+
+
+def test_a_request_is_served_at_once_by_an_idle_core():
+    schedule = NetworkTime(ComputeTime([8.0] * 4), Network(), [0, 1, 1, 1], cores=2, slice_seconds=2.0)
+    schedule.computing(1)
+    schedule.clocks[0] = 0.25
+    while schedule.asking(0, ("vector", 0), 1):
+        pass
+    assert schedule.clocks[0] == 0.25
+
+
 def test_a_core_goes_round_its_workers():
     core = Cores(1, 2.0)
     assert core.run(0, 0.0, 1.0) == (1.0, 0.0)
