@@ -39,7 +39,8 @@ def median_run(
 def train(cluster: Cluster, folder: Path, algorithm: str, ranks: int, steps: int) -> dict[str, Any]:
     """Train on real ranks and return the result document."""
     words = [sys.executable, "-m", "mpitrain", "train", "--algorithm", algorithm]
-    words += ["--steps", str(steps), "--lr", "0.01", "--evaluate-every", str(10 * steps), "--checkpoint-every", "0"]
+    words += ["--gradients", str(ranks * steps), "--lr", "0.01"]  # in total, as in a simulation
+    words += ["--evaluate-every", str(10 * steps), "--checkpoint-every", "0"]
     command, env = cluster.on_ranks(ranks, [*words, "--quiet", "--out", str(folder)], is_bound=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
     document: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -71,6 +72,13 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float | None:
     return total_variation([n / sum(one) for n in one], [n / sum(other) for n in other])
 
 
+def described(row: dict[str, Any]) -> str:
+    """Return a line with a prediction."""
+    line = "{algorithm:10} {ranks} ranks: {predicted_over_measured:.2f} of the measured time".format(**row)
+    apart = row["staleness_distance"]
+    return line if apart is None else f"{line}, staleness histograms {apart:.2f} apart"
+
+
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the verdict on each method: the predicted time of the run that is worst predicted."""
     bars = []
@@ -90,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, default=1, help="for the ranks, as many on each (default: this machine)")
     parser.add_argument("--algorithms", default="downpour,easgd,allreduce")
     parser.add_argument("--ranks", default="4,3,2", help="the first number calibrates")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="of each rank on average (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the one with the median time counts")
     args = parser.parse_args(arguments)
     ranks = [int(n) for n in args.ranks.split(",")]
@@ -120,12 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "staleness_distance": distance(staleness_of(folder), predicted["staleness"]),
                     }
                 )
-                print(
-                    "{algorithm:10} {ranks} ranks: {predicted_over_measured:.2f} of the measured time".format(
-                        **rows[-1]
-                    ),
-                    flush=True,
-                )
+                print(described(rows[-1]), flush=True)
     bars = verdicts(rows)
     for bar in bars:
         print(f"{'PASS' if bar['passed'] else 'MISSED'}: {bar['bar']}: {bar['text']}")

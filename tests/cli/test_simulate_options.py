@@ -115,7 +115,8 @@ def calibrate(run: Run, tmp_path: Path, **_: Any) -> None:
         "parameters": 10,
         "steps_of_ranks": [100],
         "shares": {"compute": 0.5, "exchange": 0.0},
-        "cpu_seconds": 25.0,
+        "of_ranks": {name: [0] for name in ("bytes", "wire_bytes", "exchange_cpu", "serving_cpu", "gradient_cpu")}
+        | {"exchanges": [100]},
         "world": {"ranks_of_node": [1]},
     }
     (tmp_path / "result.json").write_text(json.dumps(document))
@@ -206,6 +207,11 @@ def time_slice(run: Run, **_: Any) -> None:
         assert run(*words, "--time-slice", seconds, budget=("--gradients", "6"))["steps_of_workers"] == steps
 
 
+def sharing(run: Run, **_: Any) -> None:
+    words = (*LOGGP, "--cores", "1", "--time-slice", "1", "--sharing", "1.5")
+    assert seconds_of_three_steps(run, *words) == close(3 * (0.015 + 0.015))
+
+
 def pauses(run: Run, **_: Any) -> None:
     found = run("--network", "loggp", "--pauses", "1e6:1e-3")
     assert found["seconds"] == pytest.approx(STEPS * 0.01 * (1 + 1e6 * 1e-3), rel=0.03)
@@ -264,6 +270,7 @@ CASES: dict[str, Callable[..., None]] = {
     "cores": takes("--cores", "1", "--time-slice", "1", more=lambda n_bytes: 0.01),
     "time_slice": time_slice,
     "wake_up": takes("--cores", "1", "--time-slice", "1", "--wake-up", "0.125", more=lambda n_bytes: 0.01 + 0.125),
+    "sharing": sharing,
     "pauses": pauses,
 }
 
