@@ -38,8 +38,8 @@ class NetworkTime(ClockSchedule):
         cores: The number of cores of a node, which its workers share; None if each worker has its own core.
         slice_seconds: The mean time slice of a core with several workers.
         wake_up: The time after a collective until workers that share cores run again.
-        sharing: The factor by which gradients take longer on shared cores, because workers that alternate on a core
-            empty each other's caches.
+        sharing: The part s by which gradients take longer on shared cores, because workers that alternate on a core
+            empty each other's caches: a gradient takes 1 + s*(w/c - 1) times as long if w workers share c cores.
         starts: (p,) the time at which each worker joins; by default 0.
 
     Attributes:
@@ -55,18 +55,18 @@ class NetworkTime(ClockSchedule):
         cores: int | None = None,
         slice_seconds: float = 3e-3,
         wake_up: float = 0.0,
-        sharing: float = 1.0,
+        sharing: float = 0.0,
         starts: Sequence[float] | None = None,
     ) -> None:
         super().__init__(np.zeros(len(nodes)) if starts is None else np.array(starts, np.float64))
         self._compute, self._network, self._nodes = compute, network, nodes
         self._fabric = Fabric(network, nodes)
         self._cores, self._n_cores, self._wake_up = _cores(nodes, cores, slice_seconds), cores, wake_up
-        self._sharing = sharing
         self._left: list[float | None] = [None] * len(nodes)  # of the gradient that is being computed
         self._served: list[float] = [0.0] * len(nodes)  # the core time of services since each worker's last gradient
         n_workers = Counter(nodes)
         self._has_idle_cores = [cores is None or n_workers[node] < cores for node in nodes]
+        self._slowdown = [1 + sharing * max(n_workers[node] / (cores or math.inf) - 1, 0) for node in nodes]
         self._turns_awaited: list[Watched | None] = [None] * len(nodes)  # for whose service each worker waits
         self._lock_free: dict[Watched, float] = {}
         self._asked: list[Watched | None] = [None] * len(nodes)  # whose lock each worker has asked for
@@ -89,7 +89,7 @@ class NetworkTime(ClockSchedule):
             self._left[rank] = None
             return False
         if left is None:
-            left = self._compute.draw(rank) * (1.0 if cores is None else self._sharing) + self._served[rank]
+            left = self._compute.draw(rank) * self._slowdown[rank] + self._served[rank]
             self._served[rank] = 0.0
         if cores is None:
             self._left[rank] = 0.0

@@ -6,8 +6,8 @@
                  crosses the network and that of an exchange within a node fit the exchanges of all ranks best
     service      the CPU time of the threads that serve other nodes, per exchange with another node: a quarter, as an
                  exchange has two requests, and a message wakes the threads of both ranks
-    sharing      of an asynchronous method whose ranks shared cores: the factor of gradients with which a simulation of
-                 the run takes as long as the run
+    sharing      of an asynchronous method whose ranks shared cores: the part by which gradients take longer with which
+                 a simulation of the run takes as long as the run
     time slice and jitter    the values for which the simulated staleness is closest to the staleness of the run
     wake-up      of a synchronous method whose ranks shared cores: the time of a step in which the cores were idle
 
@@ -50,7 +50,7 @@ VISITS, STEPS = 200, 1000
 """Steps of each worker in a simulation of the staleness, and of the time of a step."""
 
 N_CORRECTIONS = 3
-LEAST_SHARING = 0.5
+"""Simulations of the run in the fit of ``sharing``; each corrects the error of the one before."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _cores(run: Path) -> int:
 
 
 def _fit_turns(found: Measured, options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the jitter, and the time slice and the factor of gradients on shared cores, of an asynchronous method.
+    """Return the jitter of an asynchronous method, and on shared cores the time slice and ``sharing``.
 
     The jitter and the slice are those whose staleness is closest to that of the run.
     """
@@ -248,13 +248,13 @@ def _fit_turns(found: Measured, options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _fit_sharing(found: Measured, options: Mapping[str, Any], turns: Mapping[str, float]) -> float:
-    """Return the factor of gradients on shared cores with which a simulation takes as long as the run."""
-    factor, others = 1.0, {**options, **turns}
+    """Return the ``sharing`` with which a simulation takes as long as the run; 0 if it takes longer without."""
+    sharing, per_core = 0.0, options["workers_per_node"] / options["cores"]
     for _ in range(N_CORRECTIONS):
-        seconds, _ = simulated(found, {**others, "sharing": factor}, STEPS)
-        missing = (found.step_seconds - seconds) * options["cores"] / options["workers_per_node"]
-        factor = max(factor + missing / options["step_seconds"], LEAST_SHARING)
-    return factor
+        seconds, _ = simulated(found, {**options, **turns, "sharing": sharing}, STEPS)
+        missing = (found.step_seconds - seconds) / per_core  # of each gradient
+        sharing = max(sharing + missing / options["step_seconds"] / (per_core - 1), 0.0)
+    return sharing
 
 
 def total_variation(one: Any, other: Any) -> float:
@@ -291,7 +291,7 @@ def simulated(found: Measured, options: Mapping[str, Any], n_steps: int = VISITS
         found.nodes,
         cores=options["cores"],
         slice_seconds=options["time_slice"],
-        sharing=options.get("sharing", 1.0),
+        sharing=options.get("sharing", 0.0),
     )
     world = SimulatedWorld(len(found.nodes), clock, nodes=found.nodes)
     simulation = Simulation(_method(found), world, lambda rank, x: x, np.ones(n, np.float32), 1e-6)

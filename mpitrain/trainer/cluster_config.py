@@ -81,11 +81,11 @@ class ClusterConfig:
     )
     wake_up: float = _seconds("time after a collective until workers that share cores run again")
     sharing: float = option(
-        1.0,
-        "factor by which gradients take longer on shared cores",
+        0.0,
+        "part by which gradients take longer for each further worker of a core",
         parse=float,
-        within=POSITIVE,
-        metavar="FACTOR",
+        within=NON_NEGATIVE,
+        metavar="PART",
     )
     pauses: tuple[float, float] = option(
         (0.0, 0.0),

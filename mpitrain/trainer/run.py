@@ -177,8 +177,8 @@ class Run:
             except in a run that was continued on another number of ranks.
         compute_seconds: The time that this rank has spent outside exchanges.
         cpu: The CPU time of this rank's steps.
-        serving_cpu_before: The ``serving_cpu_seconds`` of the checkpoint from which this run continues, less the CPU
-            time of the thread at the first step.
+        serving_cpu_before: The ``serving_cpu_seconds`` of the checkpoint from which this run continues.
+        serving_cpu_at_start: The CPU time of the thread that serves other nodes at the first step.
         points: The evaluations so far. On the lead only.
         is_stopped: Whether this rank has followed an order to stop.
         is_leader: Whether this rank is the lead: the rank that evaluates, writes the metrics and gives orders.
@@ -208,6 +208,7 @@ class Run:
     compute_seconds: float = 0.0
     cpu: StepCPU = field(default_factory=StepCPU)
     serving_cpu_before: float = 0.0
+    serving_cpu_at_start: float = 0.0
     points: list[Point] = field(default_factory=list)
     is_leader: bool = False
     is_ending: bool = False
@@ -286,13 +287,16 @@ class Run:
     @property
     def serving_cpu_seconds(self) -> float:
         """The CPU time of the thread that serves other nodes, since the first step."""
+        return self.serving_cpu_before + self._cpu_of_thread() - self.serving_cpu_at_start
+
+    def _cpu_of_thread(self) -> float:
         thread = self.world.progress_thread
-        return self.serving_cpu_before + (0.0 if thread is None else thread.cpu_seconds)
+        return 0.0 if thread is None else thread.cpu_seconds
 
     def begin_first_step(self) -> None:
         """Start the clock, and count the CPU time of the thread that serves other nodes from now on. Local."""
         self.clock.start()
-        self.serving_cpu_before = 2 * self.serving_cpu_before - self.serving_cpu_seconds
+        self.serving_cpu_at_start = self._cpu_of_thread()
 
     def cpu_times(self) -> dict[str, float]:
         """Return the CPU seconds of this rank, by the names of counters. Local."""

@@ -208,7 +208,7 @@ def time_slice(run: Run, **_: Any) -> None:
 
 
 def sharing(run: Run, **_: Any) -> None:
-    words = (*LOGGP, "--cores", "1", "--time-slice", "1", "--sharing", "1.5")
+    words = (*LOGGP, "--cores", "1", "--time-slice", "1", "--sharing", "0.5")  # two workers
     assert seconds_of_three_steps(run, *words) == close(3 * (0.015 + 0.015))
 
 

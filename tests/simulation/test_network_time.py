@@ -127,9 +127,10 @@ def test_long_slices_make_the_visits_of_a_worker_follow_each_other():
 
 
 def test_gradients_take_longer_where_workers_share_cores():
-    for nodes, n_cores, seconds in (([0] * 4, 2, 2 * 5 * 0.125), ([0] * 4, 4, 5 * 0.1), ([0] * 4, None, 5 * 0.1)):
-        options = {"cores": n_cores, "slice_seconds": 3e-4, "step_seconds": 0.1, "sharing": 1.25}
-        found = clocks(EASGD(period=1), 4, 5, Network(), nodes=nodes, **options)
+    """By a quarter for each further worker of a core."""
+    for n_cores, seconds in ((1, 4 * 5 * 0.175), (2, 2 * 5 * 0.125), (4, 5 * 0.1), (None, 5 * 0.1)):
+        options = {"cores": n_cores, "slice_seconds": 3e-4, "step_seconds": 0.1, "sharing": 0.25}
+        found = clocks(EASGD(period=1), 4, 5, Network(), nodes=[0] * 4, **options)
         np.testing.assert_allclose(found.max(), seconds, rtol=0.03)
 
 

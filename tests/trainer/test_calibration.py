@@ -89,12 +89,14 @@ def test_ranks_near_and_far_from_the_center_tell_memory_from_network(tmp_path):
 
 def test_a_simulation_of_the_run_takes_as_long_as_the_run(tmp_path):
     facts = {"wire_bytes": [0, 0, 8e6, 8e6], "exchange_cpu": [3e-4, 3e-4, 1e-3, 1e-3], "serving_cpu": 0.2}
-    for seconds in (20.0, 14.0):
+    for seconds in (20.0, 24.0):
         run = write_run(tmp_path / str(seconds), ranks_of_node=(2, 2), seconds=seconds, **facts)
         found = calibrated(run, 1)
         again, _ = simulated(measured(run), {"time_slice": 3e-3, "jitter": 0.0, **found})
         assert again == pytest.approx(seconds / 1000, rel=0.03)
     assert "sharing" not in calibrated(run, 2)
+    fast = write_run(tmp_path / "fast", ranks_of_node=(2, 2), seconds=5.0, **facts)
+    assert calibrated(fast, 1)["sharing"] == 0
 
 
 @pytest.mark.parametrize(("slice_seconds", "jitter", "other"), [(4e-4, 0.3, 1e-2), (1e-2, 0.1, 4e-4)])
