@@ -28,12 +28,19 @@ TOLERANCE = 0.15
 """The largest relative error of a predicted time that counts as agreement."""
 
 
-def median_run(
-    cluster: Cluster, folder: Path, algorithm: str, ranks: int, steps: int, repeats: int
-) -> tuple[Path, dict[str, Any]]:
-    """Train several times on real ranks, and return the folder and result of the run whose time is the median."""
-    runs = [(folder / str(k), train(cluster, folder / str(k), algorithm, ranks, steps)) for k in range(repeats)]
-    return sorted(runs, key=lambda run: float(run[1]["seconds"]))[(repeats - 1) // 2]
+def median_runs(
+    cluster: Cluster, folder: Path, algorithm: str, ranks: Sequence[int], steps: int, repeats: int
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Train several times on each number of real ranks, and return the folder and result of each median run.
+
+    The numbers take turns, so that a machine that is slow for a while slows all of them down.
+    """
+    runs: list[list[tuple[Path, dict[str, Any]]]] = [[] for _ in ranks]
+    for k in range(repeats):
+        for number, n in enumerate(ranks):
+            place = folder / f"{number}-{k}"
+            runs[number].append((place, train(cluster, place, algorithm, n, steps)))
+    return [sorted(of_n, key=lambda run: float(run[1]["seconds"]))[(repeats - 1) // 2] for of_n in runs]
 
 
 def train(cluster: Cluster, folder: Path, algorithm: str, ranks: int, steps: int) -> dict[str, Any]:
@@ -111,11 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as temporary, Cluster(args.hosts) as cluster:
         for algorithm in args.algorithms.split(","):
-            known = Path(temporary) / f"{algorithm}-calibration"
-            calibration, _ = median_run(cluster, known, algorithm, ranks[0], args.steps, args.repeats)
-            for n in ranks:
-                folder = Path(temporary) / f"{algorithm}-{n}"
-                folder, real = median_run(cluster, folder, algorithm, n, args.steps, args.repeats)
+            place, numbers = Path(temporary) / algorithm, [ranks[0], *ranks]
+            (calibration, _), *runs = median_runs(cluster, place, algorithm, numbers, args.steps, args.repeats)
+            for n, (folder, real) in zip(ranks, runs, strict=True):
                 predicted = simulate(cluster, calibration, algorithm, n, real["gradients"])
                 rows.append(
                     {
