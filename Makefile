@@ -5,7 +5,7 @@
 # make test    set-up, lint, all tests: one process, then 1 to 5 ranks under Open MPI and MPICH
 # make cluster-setup   as root on Debian or Ubuntu: SLURM and the system's Open MPI for tests/cluster, which make test
 #              runs where they are installed (no daemon is started or enabled)
-# make bench   the benchmarks, twenty minutes; docs/benchmarks/bench.md has all tables and plots (BENCH_RANKS=4 for the
+# make bench   the benchmarks, half an hour; docs/benchmarks/bench.md has all tables and plots (BENCH_RANKS=4 for the
 #              comparison of methods, BENCH_MORE_RANKS="3 6" for the collectives)
 # make bench-gpu   those on an NVIDIA GPU, ten minutes at most, without make setup; docs/benchmarks/gpu.md has all.
 #              PYTHON=python3 has torch, CuPy and mpi4py, MPIRUN is its mpirun (default: that on PATH),
@@ -97,6 +97,9 @@ bench: setup
 	record steps-mpich mpich jobs/local.sh 2 python -m benchmarks.training.steps --model mlp --repeats 5; \
 	record stragglers-openmpi openmpi jobs/local.sh 2 python -m benchmarks.training.stragglers; \
 	record prediction-openmpi openmpi $(OPENMPI)/bin/python -m benchmarks.training.prediction --steps 1000; \
+	if [ "$$(id -u)" = 0 ]; then \
+	    record prediction-hosts-openmpi openmpi $(OPENMPI)/bin/python -m benchmarks.training.prediction --hosts 2 --ranks 4,2 --steps 1000; \
+	fi; \
 	record compare openmpi jobs/local.sh $(BENCH_RANKS) python benchmarks/compare.py --out $(BENCH_OUT); \
 	$(OPENMPI)/bin/python -m benchmarks.pages.bench || failed="$$failed page"; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
