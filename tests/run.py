@@ -221,7 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-x", action="store_true", help="as pytest's -x")
     parser.add_argument("--durations", help="as pytest's --durations; prints the output of every launch")
     parser.add_argument("--also", help="marks to run too: browser, examples, gpu, shared_data, slow, trackers")
-    parser.add_argument("--timeout", type=float, default=1500.0, help="seconds of a launch (default: %(default)g)")
+    parser.add_argument("--timeout", type=float, default=3000.0, help="seconds of a launch (default: %(default)g)")
     return parser.parse_args()
 
 
