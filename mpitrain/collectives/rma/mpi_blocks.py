@@ -73,12 +73,10 @@ class MPIBlocks(Blocks):
         # By `updated`: a context manager for each block, if all are on this node.
         self._node_visits: tuple[list[NodeVisit], list[NodeVisit]] | None = None
         self._node_blocks: list[NodeBlock] | None = None  # if all are on this node, and after ``prepare``
-        in_place = [block for block in self._in_place if block is not None]
-        if world.n_nodes == 1 and len(in_place) == len(self._in_place):
-            words = self._words()
+        if world.n_nodes == 1 and None not in self._in_place:
             self._node_visits = (
-                [NodeVisit(self, block, word, updated=False) for block, word in zip(in_place, words, strict=True)],
-                [NodeVisit(self, block, word, updated=True) for block, word in zip(in_place, words, strict=True)],
+                [NodeVisit(self, block, word, updated=False) for block, word in self._with_words()],
+                [NodeVisit(self, block, word, updated=True) for block, word in self._with_words()],
             )
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
@@ -160,8 +158,7 @@ class MPIBlocks(Blocks):
         """Compile what ``write`` and ``average`` need. Local."""
         super().prepare(like)
         if self._node_visits is not None:
-            in_place = [block for block in self._in_place if block is not None]
-            self._node_blocks = [NodeBlock(block, word) for block, word in zip(in_place, self._words(), strict=True)]
+            self._node_blocks = [NodeBlock(block, word) for block, word in self._with_words()]
 
     def average(self, index: int, x: Any, own: float, weight: float | None = None) -> tuple[float, int]:
         """Replace x by its weighted average with a block, under the block's lock; see ``Blocks``. Local."""
@@ -171,9 +168,10 @@ class MPIBlocks(Blocks):
                 return averaged
         return super().average(index, x, own, weight)
 
-    def _words(self) -> list[LockWord]:
-        """Return the word of each lock, all in the memory of this node. Local."""
-        return [self._locks.word(home, slot) for home, slot in zip(self.homes, self._slots, strict=True)]
+    def _with_words(self) -> list[tuple[Block, LockWord]]:
+        """Return the blocks in place, each with the word of its lock, which is in the memory of this node. Local."""
+        places = zip(self._in_place, self.homes, self._slots, strict=True)
+        return [(block, self._locks.word(home, slot)) for block, home, slot in places if block is not None]
 
     def watch_restarts(self, on_restart: Callable[[Block, bool], object]) -> None:
         """Call ``on_restart`` where a block continues at another rank; see ``Blocks``. Local."""

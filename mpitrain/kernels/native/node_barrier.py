@@ -19,6 +19,8 @@ YIELDS: Final = 200  # offers of the core before a call returns although ranks a
 POLL_ONCE: Final = -YIELDS  # a spin limit: poll without spinning or yielding
 
 WAIT: Final = f"""\
+from numba import njit
+from mpitrain.kernels.native.atomics import give_way, load_acquire, store_release
 def wait(words, first, n, number, spin_limit):
     for k in range(first, n):
         tries = 0
@@ -29,17 +31,12 @@ def wait(words, first, n, number, spin_limit):
                     return k
                 give_way()
     return n
-"""
-
-_HEAD: Final = f"""\
-from numba import njit
-from mpitrain.kernels.native.atomics import give_way, load_acquire, store_release
-{WAIT}
 wait = njit(wait, nogil=True)
 """
+"""The source of a function that waits for ranks; generated code that includes it compiles it into itself."""
 
 _WAIT_FOR_ALL: Final = f"""\
-{_HEAD}
+{WAIT}
 SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64)"
 def wait_for_all(words, me, n, number, first, spin_limit):
     store_release(words, {STRIDE} * me, number)
@@ -80,7 +77,7 @@ def source(k: int, storage: Storage) -> str:
     total = " + ".join(f"{storage.widen}({z}[i])" for z in vectors)
     lines = [
         *host.conversion_imports([storage]),
-        _HEAD,
+        WAIT,
         f'SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, {arrays}, int64, int64, {compute})"',
         f"def sum_on_node(words, me, number, progress, spin_limit, {', '.join(vectors)}, start, stop, scale):",
         f"    if progress < {k}:",

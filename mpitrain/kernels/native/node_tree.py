@@ -23,15 +23,8 @@ from mpitrain.kernels.compile import cache, host
 from mpitrain.kernels.compile.storage import Storage, storage_of
 from mpitrain.kernels.native.node_barrier import STRIDE, WAIT
 
-_HEAD: Final = f"""\
-from numba import njit
-from mpitrain.kernels.native.atomics import give_way, load_acquire, store_release
-{WAIT}
-wait = njit(wait, nogil=True)
-"""
-
 _COPY: Final = f"""\
-{_HEAD}
+{WAIT}
 SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, int64, uint8[::1], uint8[::1])"
 def put(words, me, n, number, first, spin_limit, slot, vector):
     first = wait(words, first, n, number - 1, spin_limit)
@@ -89,7 +82,7 @@ def add_source(k: int, storage: Storage) -> str:
     total = " + ".join(f"{storage.widen}({z}[i])" for z in vectors)
     lines = [
         *host.conversion_imports([storage]),
-        _HEAD,
+        WAIT,
         f'SIGNATURE = "int64(int64[::1], int64, int64, int64, int64, {arrays})"',
         f"def add(words, me, number, first, spin_limit, total, {', '.join(vectors)}):",
         f"    store_release(words, {STRIDE} * me, number)",
