@@ -109,7 +109,7 @@ restarts_in_folder() { # where the batch system does not count them
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     job_id=$SLURM_JOB_ID n_ranks=${SLURM_NTASKS:-1}
     if [ -z "${LAUNCHER:-}${MPI_TYPE:-}" ]; then
-        # MPICH 5 may send more than SLURM's pmi2 reads: the start then fails or hangs, more often after large imports.
+        # With UCX, MPICH 5 may send more than SLURM's pmi2 reads: the start then fails or hangs (docs/cluster.md).
         case $(mpi_of_python) in *MPICH*) LAUNCHER=mpirun ;; esac
     fi
     if [ "${LAUNCHER:-srun}" = srun ]; then
