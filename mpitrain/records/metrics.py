@@ -57,7 +57,7 @@ HDF5_ATTEMPTS = 25  # to read a piece of metadata, see above
 ATTEMPTS = 3  # to read the file: network file systems, unlike local ones, may reorder writes
 PAUSE_SECONDS = 0.1
 FAILURES = (OSError, RuntimeError, KeyError)
-"""Errors of h5py when a file cannot be written: closing it raises RuntimeError, looking up a part of it KeyError."""
+"""Errors of h5py when a file cannot be written: closing it raises RuntimeError, access to a part of it KeyError."""
 BYTES_PER_FIELD = 8192  # more than a new chunk of a column and its index entry take
 HOLES_BYTES = 2**20  # the end of a file, which may have holes where HDF5 has not written yet
 

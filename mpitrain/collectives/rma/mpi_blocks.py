@@ -74,9 +74,10 @@ class MPIBlocks(Blocks):
         self._node_visits: tuple[list[NodeVisit], list[NodeVisit]] | None = None
         self._node_blocks: list[NodeBlock] | None = None  # if all are on this node, and after ``prepare``
         if world.n_nodes == 1 and None not in self._in_place:
+            blocks = self._with_words()
             self._node_visits = (
-                [NodeVisit(self, block, word, updated=False) for block, word in self._with_words()],
-                [NodeVisit(self, block, word, updated=True) for block, word in self._with_words()],
+                [NodeVisit(self, block, word, updated=False) for block, word in blocks],
+                [NodeVisit(self, block, word, updated=True) for block, word in blocks],
             )
 
     def acquire(self, index: int, prefetch: int | None = None, *, encoded: bool = False) -> Block:
